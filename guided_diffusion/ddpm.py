@@ -1,0 +1,199 @@
+"""The UNet of "Denoising Diffusion Probabilistic Models" (Ho et al., 2020) in the layout of its PyTorch ports.
+
+`celebahq_female_ddpm.pth` and the checkpoints of the ddim and pesser repositories have these parameter names.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def timestep_embedding(timesteps, dim):
+    """DDPM's sinusoidal embedding: sines first, the last frequency is exactly 1/10000. [N] -> float32 [N, dim]."""
+    half = dim // 2
+    frequencies = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=timesteps.device) * (-math.log(10000) / (half - 1))
+    )
+    angles = timesteps.float()[:, None] * frequencies
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+
+
+class Norm(nn.GroupNorm):
+    """Group normalisation with 32 groups and eps 1e-6, computed in float32."""
+
+    def __init__(self, channels):
+        super().__init__(32, channels, eps=1e-6)
+
+    def forward(self, x):
+        return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution if `with_conv`."""
+
+    def __init__(self, channels, with_conv):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """Downsampling by 2; the strided convolution is padded on the right and at the bottom only, as TensorFlow does."""
+
+    def __init__(self, channels, with_conv):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2) if with_conv else None
+
+    def forward(self, x):
+        if self.conv is None:
+            return F.avg_pool2d(x, 2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions with the time embedding added between them, and a skip connection."""
+
+    def __init__(self, in_channels, out_channels, temb_channels, dropout):
+        super().__init__()
+        self.norm1 = Norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.temb_proj = nn.Linear(temb_channels, out_channels)
+        self.norm2 = Norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, temb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.temb_proj(F.silu(temb)).to(h.dtype)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all pixels, residual."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = Norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class _Level(nn.Module):
+    """One resolution: blocks, the attention of each (or none) and the step to the next resolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.ModuleList()
+        self.attn = nn.ModuleList()
+
+
+class Model(nn.Module):
+    """The DDPM UNet; arguments carry the names of the published configuration files.
+
+    ch: base width; ch_mult: its multiple per level; num_res_blocks: blocks per level; attn_resolutions: sides (in
+    pixels of the feature map, for images of `image_size`) at which attention is used.
+    """
+
+    def __init__(
+        self,
+        ch=128,
+        out_ch=3,
+        ch_mult=(1, 1, 2, 2, 4, 4),
+        num_res_blocks=2,
+        attn_resolutions=(16,),
+        in_channels=3,
+        image_size=256,
+        dropout=0.0,
+        resamp_with_conv=True,
+    ):
+        super().__init__()
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.out_channels = out_ch
+        self.ch = ch
+        self.dtype = torch.float32
+        temb_ch = 4 * ch
+        self.temb = nn.Module()
+        self.temb.dense = nn.ModuleList([nn.Linear(ch, temb_ch), nn.Linear(temb_ch, temb_ch)])
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+
+        side, channels = image_size, ch
+        skip_channels = [ch]
+        self.down = nn.ModuleList()
+        for i, mult in enumerate(ch_mult):
+            level = _Level()
+            for _ in range(num_res_blocks):
+                level.block.append(ResnetBlock(channels, ch * mult, temb_ch, dropout))
+                channels = ch * mult
+                skip_channels.append(channels)
+                if side in attn_resolutions:
+                    level.attn.append(AttnBlock(channels))
+            if i != len(ch_mult) - 1:
+                level.downsample = Downsample(channels, resamp_with_conv)
+                skip_channels.append(channels)
+                side //= 2
+            self.down.append(level)
+
+        self.mid = nn.Module()
+        self.mid.block_1 = ResnetBlock(channels, channels, temb_ch, dropout)
+        self.mid.attn_1 = AttnBlock(channels)
+        self.mid.block_2 = ResnetBlock(channels, channels, temb_ch, dropout)
+
+        levels = []
+        for i, mult in reversed(list(enumerate(ch_mult))):
+            level = _Level()
+            for _ in range(num_res_blocks + 1):
+                level.block.append(ResnetBlock(channels + skip_channels.pop(), ch * mult, temb_ch, dropout))
+                channels = ch * mult
+                if side in attn_resolutions:
+                    level.attn.append(AttnBlock(channels))
+            if i != 0:
+                level.upsample = Upsample(channels, resamp_with_conv)
+                side *= 2
+            levels.insert(0, level)
+        self.up = nn.ModuleList(levels)
+        self.norm_out = Norm(channels)
+        self.conv_out = nn.Conv2d(channels, out_ch, 3, padding=1)
+
+    def set_dtype(self, dtype):
+        """Compute in `dtype`: all convolutions but the last are stored in it; the rest stays in float32."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module is not self.conv_out:
+                module.to(dtype)
+        self.dtype = dtype
+        return self
+
+    def forward(self, x, timesteps):
+        """x: [N, C, H, W]; timesteps: [N] -> predicted noise [N, out_ch, H, W] in x's dtype."""
+        temb = timestep_embedding(timesteps, self.ch).to(self.temb.dense[0].weight.dtype)
+        temb = self.temb.dense[1](F.silu(self.temb.dense[0](temb)))
+        skips = [self.conv_in(x.to(self.dtype))]
+        for level in self.down:
+            for i, block in enumerate(level.block):
+                h = block(skips[-1], temb)
+                skips.append(level.attn[i](h) if level.attn else h)
+            if hasattr(level, "downsample"):
+                skips.append(level.downsample(skips[-1]))
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(skips[-1], temb)), temb)
+        for level in reversed(self.up):
+            for i, block in enumerate(level.block):
+                h = block(torch.cat([h, skips.pop()], dim=1), temb)
+                h = level.attn[i](h) if level.attn else h
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)).to(x.dtype))

@@ -1,0 +1,293 @@
+"""Gaussian diffusion in discrete time (Ho et al. 2020; Nichol & Dhariwal 2021): schedules, posterior, sampling loops.
+
+x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. Coefficients are float64 arrays, one entry per step; images
+are tensors [N, C, H, W] in [-1, 1]; t is a tensor [N] of step indices of *this* process (respaced or not).
+"""
+
+import enum
+import math
+
+import numpy as np
+import torch
+
+from .errors import UserError
+from .losses import discretized_gaussian_log_likelihood, normal_kl
+from .nn import mean_flat
+
+
+def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
+    """The noise schedule `linear` (Ho et al.) or `cosine` (Nichol & Dhariwal) as betas, float64 [T]."""
+    n = num_diffusion_timesteps
+    if schedule_name == "linear":
+        # The published end points are for 1000 steps; other lengths keep the same amount of noise in all.
+        scale = 1000 / n
+        return np.linspace(scale * 0.0001, scale * 0.02, n, dtype=np.float64)
+    if schedule_name == "cosine":
+        return betas_for_alpha_bar(n, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
+    raise UserError(f"--noise_schedule is {schedule_name!r}; it can be linear or cosine")
+
+
+def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
+    """Betas whose products of (1 - beta) follow the function `alpha_bar` of time in [0, 1]."""
+    n = num_diffusion_timesteps
+    return np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), max_beta) for i in range(n)])
+
+
+class ModelMeanType(enum.Enum):
+    """What the model's (first three) output channels are."""
+
+    PREVIOUS_X = enum.auto()
+    START_X = enum.auto()
+    EPSILON = enum.auto()
+
+
+class ModelVarType(enum.Enum):
+    """Where the variance of the reverse step comes from; LEARNED_RANGE interpolates between the two fixed ones."""
+
+    LEARNED = enum.auto()
+    FIXED_SMALL = enum.auto()
+    FIXED_LARGE = enum.auto()
+    LEARNED_RANGE = enum.auto()
+
+
+class LossType(enum.Enum):
+    """Training loss: mean squared error (with or without the rescaled bound for learned variances) or the bound."""
+
+    MSE = enum.auto()
+    RESCALED_MSE = enum.auto()
+    KL = enum.auto()
+    RESCALED_KL = enum.auto()
+
+
+class GaussianDiffusion:
+    """The forward process and its approximate reversal.
+
+    betas: float64 [T], in (0, 1]. rescale_timesteps: the model gets t * 1000 / T. The arrays `alphas_cumprod`,
+    `posterior_variance`, `posterior_mean_coef1`, … keep guided-diffusion's names.
+    """
+
+    def __init__(self, *, betas, model_mean_type, model_var_type, loss_type=LossType.MSE, rescale_timesteps=False):
+        self.model_mean_type = model_mean_type
+        self.model_var_type = model_var_type
+        self.loss_type = loss_type
+        self.rescale_timesteps = rescale_timesteps
+
+        betas = np.array(betas, dtype=np.float64)
+        if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError("betas must be one-dimensional with values in (0, 1]")
+        self.betas = betas
+        self.num_timesteps = len(betas)
+        alphas = 1.0 - betas
+        self.alphas = alphas
+        self.alphas_cumprod = np.cumprod(alphas)
+        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
+        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
+        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
+        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
+
+        # q(x_{t-1} | x_t, x_0); its variance is 0 at t = 0, where the logarithm takes the next entry instead.
+        self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+        second = self.posterior_variance[1] if len(betas) > 1 else betas[0]
+        self.posterior_log_variance_clipped = np.log(np.append(second, self.posterior_variance[1:]))
+        self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+        self.posterior_mean_coef2 = (1.0 - self.alphas_cumprod_prev) * np.sqrt(alphas) / (1.0 - self.alphas_cumprod)
+        self.fixed_large_variance = np.append(second, betas[1:])
+        self._tables = {}
+
+    def extract(self, name, t, ndim=4):
+        """Entries of the coefficient array `name` at t [N], float32, shaped to broadcast over an image batch."""
+        key = name, t.device
+        if key not in self._tables:
+            values = getattr(self, name.removeprefix("log_"))
+            values = np.log(values) if name.startswith("log_") else values
+            self._tables[key] = torch.from_numpy(values).to(t.device, torch.float32)
+        return self._tables[key][t].reshape(-1, *[1] * (ndim - 1))
+
+    def model_timesteps(self, t):
+        """Indices t [N] of this process as the timesteps that the model was trained with."""
+        return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
+
+    def q_sample(self, x_start, t, noise=None):
+        """x_t given x_0: sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        signal = self.extract("sqrt_alphas_cumprod", t, x_start.ndim)
+        return signal * x_start + self.extract("sqrt_one_minus_alphas_cumprod", t, x_start.ndim) * noise
+
+    def q_posterior_mean_variance(self, x_start, x_t, t):
+        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0)."""
+        mean = self.extract("posterior_mean_coef1", t) * x_start + self.extract("posterior_mean_coef2", t) * x_t
+        return mean, self.extract("posterior_variance", t), self.extract("posterior_log_variance_clipped", t)
+
+    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+        """The model's p(x_{t-1} | x_t) and its prediction of x_0.
+
+        Returns a dict with `mean`, `variance`, `log_variance` and `pred_xstart`, all [N, C, H, W].
+        """
+        model_output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
+        return self.p_mean_variance_from(model_output, x, t, clip_denoised, denoised_fn)
+
+    def p_mean_variance_from(self, model_output, x, t, clip_denoised=True, denoised_fn=None):
+        """`p_mean_variance` for an output that the model already gave."""
+        prediction, log_variance = self._log_variance(model_output, x, t)
+        pred_xstart = self._pred_xstart(prediction, x, t)
+        if denoised_fn is not None:
+            pred_xstart = denoised_fn(pred_xstart)
+        if clip_denoised:
+            pred_xstart = pred_xstart.clamp(-1, 1)
+        if self.model_mean_type is ModelMeanType.PREVIOUS_X:
+            mean = prediction
+        else:
+            mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
+        return {
+            "mean": mean,
+            "variance": log_variance.exp().expand_as(x),
+            "log_variance": log_variance.expand_as(x),
+            "pred_xstart": pred_xstart,
+        }
+
+    def _log_variance(self, model_output, x, t):
+        """Split the model output into its prediction and the log-variance of the reverse step."""
+        channels = x.shape[1]
+        learned = self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+        if model_output.shape[1] != (2 * channels if learned else channels):
+            raise ValueError(
+                f"the model gives {model_output.shape[1]} channels for {channels} image channels; "
+                f"learn_sigma={learned} needs {2 * channels if learned else channels}"
+            )
+        if self.model_var_type is ModelVarType.FIXED_SMALL:
+            return model_output, self.extract("posterior_log_variance_clipped", t)
+        if self.model_var_type is ModelVarType.FIXED_LARGE:
+            return model_output, self.extract("log_fixed_large_variance", t)
+        prediction, values = model_output.split(channels, dim=1)
+        if self.model_var_type is ModelVarType.LEARNED:
+            return prediction, values
+        low = self.extract("posterior_log_variance_clipped", t)
+        fraction = (values + 1) / 2
+        return prediction, fraction * self.extract("log_betas", t) + (1 - fraction) * low
+
+    def _pred_xstart(self, prediction, x, t):
+        if self.model_mean_type is ModelMeanType.START_X:
+            return prediction
+        if self.model_mean_type is ModelMeanType.EPSILON:
+            return self.xstart_from_eps(x, t, prediction)
+        # x_{t-1} = coef1 x_0 + coef2 x_t, solved for x_0.
+        coef1, coef2 = self.extract("posterior_mean_coef1", t), self.extract("posterior_mean_coef2", t)
+        return (prediction - coef2 * x) / coef1
+
+    def xstart_from_eps(self, x, t, eps):
+        """x_0 that x_t and the noise eps imply."""
+        return self.extract("sqrt_recip_alphas_cumprod", t) * x - self.extract("sqrt_recipm1_alphas_cumprod", t) * eps
+
+    def eps_from_xstart(self, x, t, pred_xstart):
+        """The noise that x_t and x_0 imply."""
+        signal, noise = self.extract("sqrt_recip_alphas_cumprod", t), self.extract("sqrt_recipm1_alphas_cumprod", t)
+        return (signal * x - pred_xstart) / noise
+
+    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, noise=None):
+        """One ancestral step x_t -> x_{t-1}; no noise is added where t = 0. Returns {"sample", "pred_xstart"}."""
+        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        noise = torch.randn_like(x) if noise is None else noise
+        return {"sample": self.add_noise(out, t, noise), "pred_xstart": out["pred_xstart"]}
+
+    def add_noise(self, out, t, noise):
+        """mean + sigma noise for a posterior `out`, without noise where t = 0."""
+        nonzero = (t != 0).to(noise.dtype).reshape(-1, 1, 1, 1)
+        return out["mean"] + nonzero * torch.exp(0.5 * out["log_variance"]) * noise
+
+    def ddim_sample(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0, noise=None
+    ):
+        """One DDIM step (Song et al. 2021, equation 12); eta = 0 is deterministic, eta = 1 the ancestral variance."""
+        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        eps = self.eps_from_xstart(x, t, out["pred_xstart"])
+        alpha_bar = self.extract("alphas_cumprod", t)
+        alpha_bar_prev = self.extract("alphas_cumprod_prev", t)
+        sigma = eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
+        mean = out["pred_xstart"] * alpha_bar_prev.sqrt() + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps
+        noise = torch.randn_like(x) if noise is None else noise
+        nonzero = (t != 0).to(x.dtype).reshape(-1, 1, 1, 1)
+        return {"sample": mean + nonzero * sigma * noise, "pred_xstart": out["pred_xstart"]}
+
+    def p_sample_loop(self, model, shape, **options):
+        """Ancestral sampling from noise to image; see `p_sample_loop_progressive` for the options."""
+        return _last(self.p_sample_loop_progressive(model, shape, **options))["sample"]
+
+    def p_sample_loop_progressive(self, model, shape, **options):
+        """Like `p_sample_loop`, a generator of the dicts of all steps."""
+        return self._loop(self.p_sample, model, shape, **options)
+
+    def ddim_sample_loop(self, model, shape, **options):
+        """DDIM sampling from noise to image; takes `eta` besides the options of `p_sample_loop`."""
+        return _last(self.ddim_sample_loop_progressive(model, shape, **options))["sample"]
+
+    def ddim_sample_loop_progressive(self, model, shape, **options):
+        """Like `ddim_sample_loop`, a generator of the dicts of all steps."""
+        return self._loop(self.ddim_sample, model, shape, **options)
+
+    def _loop(self, step, model, shape, noise=None, device=None, progress=False, **options):
+        """Run `step` from the last index to 0.
+
+        noise: x_T, drawn if None. device: where to sample, the model's if None. progress: show a bar. options go to
+        the step: clip_denoised, denoised_fn, model_kwargs (and eta for DDIM).
+        """
+        if device is None:
+            device = noise.device if noise is not None else next(model.parameters()).device
+        x = torch.randn(*shape, device=device) if noise is None else noise
+        indices = range(self.num_timesteps - 1, -1, -1)
+        if progress:
+            from tqdm.auto import tqdm
+
+            indices = tqdm(indices)
+        for i in indices:
+            t = torch.full((shape[0],), i, device=device, dtype=torch.long)
+            with torch.no_grad():
+                out = step(model, x, t, **options)
+            yield out
+            x = out["sample"]
+
+    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+        """Training loss per image, a dict with `loss` [N] and, where it applies, its terms `mse` and `vb`."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        x_t = self.q_sample(x_start, t, noise=noise)
+        output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
+        if self.loss_type in (LossType.KL, LossType.RESCALED_KL):
+            bound = self.variational_bound(output, x_start, x_t, t)
+            return {"loss": bound * self.num_timesteps if self.loss_type is LossType.RESCALED_KL else bound}
+
+        terms = {}
+        prediction = output
+        if self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE):
+            # The bound trains the variance only: the mean is frozen in it.
+            prediction, values = output.split(x_t.shape[1], dim=1)
+            frozen = torch.cat([prediction.detach(), values], dim=1)
+            terms["vb"] = self.variational_bound(frozen, x_start, x_t, t)
+            if self.loss_type is LossType.RESCALED_MSE:
+                terms["vb"] = terms["vb"] * (self.num_timesteps / 1000.0)
+        target = self._mse_target(x_start, x_t, t, noise)
+        terms["mse"] = mean_flat((target - prediction) ** 2)
+        terms["loss"] = sum(terms.values())
+        return terms
+
+    def _mse_target(self, x_start, x_t, t, noise):
+        if self.model_mean_type is ModelMeanType.EPSILON:
+            return noise
+        if self.model_mean_type is ModelMeanType.START_X:
+            return x_start
+        return self.q_posterior_mean_variance(x_start, x_t, t)[0]
+
+    def variational_bound(self, model_output, x_start, x_t, t):
+        """The bound's term of step t in bits per dimension, [N]: a KL divergence, at t = 0 the negative log-likelihood."""
+        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
+        out = self.p_mean_variance_from(model_output, x_t, t, clip_denoised=False)
+        kl = mean_flat(normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"]))
+        log_scales = 0.5 * out["log_variance"]
+        nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, means=out["mean"], log_scales=log_scales))
+        return torch.where(t == 0, nll, kl) / math.log(2.0)
+
+
+def _last(iterator):
+    for item in iterator:
+        pass
+    return item

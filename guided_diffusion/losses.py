@@ -1,0 +1,19 @@
+"""Likelihood terms of the diffusion training loss (Nichol & Dhariwal 2021, section 2)."""
+
+import torch
+
+
+def normal_kl(mean1, logvar1, mean2, logvar2):
+    """KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))), elementwise, in nats."""
+    return 0.5 * (-1.0 + logvar2 - logvar1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
+
+
+def discretized_gaussian_log_likelihood(x, *, means, log_scales):
+    """Log-probability of 8-bit images x in [-1, 1] under a Gaussian integrated over each grey level's bin."""
+    centered = x - means
+    inv_std = torch.exp(-log_scales)
+    upper = torch.special.ndtr((centered + 1 / 255) * inv_std)
+    lower = torch.special.ndtr((centered - 1 / 255) * inv_std)
+    # The outermost bins reach to infinity.
+    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return probability.clamp(min=1e-12).log()

@@ -1,0 +1,97 @@
+"""Multi-objective optimisation: the minimum-norm point of a convex hull (Désidéri 2012; Sener & Koltun 2018).
+
+Moving along the minimum-norm point of the hull of several descent directions harms none of the objectives. All solvers
+work on the Gram matrix of the vectors, which is tiny, so that the pixels are read once.
+"""
+
+import itertools
+
+import torch
+
+
+def min_norm_point(vectors, dim, method="exact"):
+    """The point of smallest norm in the convex hull of the vectors.
+
+    vectors: `dim` indexes them, all dimensions after it are their components, all before it are separate problems.
+    method: `exact`, or `frank_wolfe` as the public release computes it. Returns vectors' shape without `dim`.
+    """
+    dim = dim % vectors.ndim
+    weights = min_norm_weights(vectors, dim, method)
+    return (weights.reshape(*weights.shape, *[1] * (vectors.ndim - dim - 1)) * vectors).sum(dim)
+
+
+def min_norm_weights(vectors, dim, method="exact"):
+    """Convex weights [..., K] of the minimum-norm point, for vectors as in `min_norm_point`."""
+    flat = vectors.flatten(dim + 1) if vectors.ndim > dim + 1 else vectors[..., None]
+    gram = flat @ flat.transpose(-1, -2)
+    if method not in ("exact", "frank_wolfe"):
+        raise ValueError(f"method is {method!r}; it can be exact or frank_wolfe")
+    if gram.shape[-1] == 2:
+        return _two_vectors(gram)
+    if method == "frank_wolfe":
+        return _frank_wolfe(gram)
+    return _best_face(gram) if gram.shape[-1] <= 6 else _frank_wolfe(gram, iterations=200, tolerance=0.0)
+
+
+def _two_vectors(gram):
+    """Closed form: the foot of the perpendicular from 0 to the segment, kept within it."""
+    a, b, ab = gram[..., 0, 0], gram[..., 1, 1], gram[..., 0, 1]
+    distance = a + b - 2 * ab
+    first = torch.where(distance > 0, (b - ab) / torch.where(distance > 0, distance, 1), 0.5).clamp(0, 1)
+    return torch.stack([first, 1 - first], dim=-1)
+
+
+def _best_face(gram):
+    """Exact for any K: try every face of the hull and keep the shortest of their points.
+
+    The minimum-norm point lies inside one face with independent vertices; on it the weights solve gram w = 1 up to
+    scale. All 2^K - 1 faces are solved side by side in float64, and weights outside the face are cut off, which leaves
+    a valid (if longer) candidate.
+    """
+    gram = gram.double()
+    k = gram.shape[-1]
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-300)
+    gram = gram / scale
+    best = best_length = None
+    for size in range(1, k + 1):
+        for face in itertools.combinations(range(k), size):
+            block = gram[..., face, :][..., face]
+            # The ridge makes faces with dependent vertices solvable; a smaller face holds their exact point.
+            ridge = torch.eye(size, dtype=gram.dtype, device=gram.device) * 1e-13
+            solution, _ = torch.linalg.solve_ex(block + ridge, torch.ones_like(block[..., 0]))
+            solution = solution.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0)
+            total = solution.sum(-1, keepdim=True)
+            solution = torch.where(total > 0, solution / torch.where(total > 0, total, 1), 1 / size)
+            weights = torch.zeros_like(gram[..., 0])
+            weights[..., face] = solution
+            length = (weights[..., None, :] @ gram @ weights[..., None])[..., 0, 0]
+            if best is None:
+                best, best_length = weights, length
+            else:
+                best = torch.where((length < best_length)[..., None], weights, best)
+                best_length = torch.minimum(length, best_length)
+    return best.float()
+
+
+def _frank_wolfe(gram, iterations=20, tolerance=1e-4):
+    """Weights by Frank-Wolfe, started from equal ones, with exact line search.
+
+    Every step goes towards the vertex with the smallest inner product with the present point. The release stops all
+    problems at the first step whose mean length is below the tolerance, often far from convergence, so that a result
+    depends on the problems beside it. Its numbers need that rule; a flag on the device in place of a break keeps the
+    host from waiting.
+    """
+    k = gram.shape[-1]
+    weights = torch.full_like(gram[..., 0], 1 / k)
+    running = torch.ones((), dtype=torch.bool, device=gram.device)
+    for _ in range(iterations):
+        inner = (gram @ weights[..., None])[..., 0]
+        own = (weights * inner).sum(-1)
+        smallest, vertex = inner.min(-1)
+        vertex = torch.nn.functional.one_hot(vertex, k).to(gram.dtype)
+        distance = own - 2 * smallest + (gram.diagonal(dim1=-2, dim2=-1) * vertex).sum(-1)
+        # The line search's minimum is (own - smallest) / distance; 0/0 (all points equal) counts as a full step.
+        gamma = ((own - smallest) / distance).nan_to_num(nan=1.0).clamp(0, 1)[..., None]
+        weights = torch.where(running, (1 - gamma) * weights + gamma * vertex, weights)
+        running = running & (gamma.abs().mean() >= tolerance)
+    return weights

@@ -1,0 +1,247 @@
+"""Flags and the models they describe, with guided-diffusion's names and defaults."""
+
+import argparse
+import inspect
+
+from .errors import UserError
+from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+from .respace import SpacedDiffusion, space_timesteps
+
+NUM_CLASSES = 1000
+
+# Channel multipliers where --channel_mult is empty, by image size.
+CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+}
+
+
+def diffusion_defaults():
+    """Flags of the diffusion process."""
+    return dict(
+        learn_sigma=False,
+        diffusion_steps=1000,
+        noise_schedule="linear",
+        timestep_respacing="",
+        use_kl=False,
+        predict_xstart=False,
+        rescale_timesteps=False,
+        rescale_learned_sigmas=False,
+    )
+
+
+def model_and_diffusion_defaults():
+    """Flags of the UNet and of the diffusion process."""
+    return dict(
+        image_size=64,
+        num_channels=128,
+        num_res_blocks=2,
+        num_heads=4,
+        num_heads_upsample=-1,
+        num_head_channels=-1,
+        attention_resolutions="16,8",
+        channel_mult="",
+        dropout=0.0,
+        class_cond=False,
+        use_checkpoint=False,
+        use_scale_shift_norm=True,
+        resblock_updown=False,
+        use_fp16=False,
+        use_new_attention_order=False,
+        **diffusion_defaults(),
+    )
+
+
+def classifier_defaults():
+    """Flags of the noisy-image classifier and, with EGSDE's values, of the domain-specific extractor."""
+    return dict(
+        image_size=64,
+        classifier_use_fp16=False,
+        classifier_width=128,
+        classifier_depth=2,
+        classifier_attention_resolutions="32,16,8",
+        classifier_use_scale_shift_norm=True,
+        classifier_resblock_updown=True,
+        classifier_pool="attention",
+    )
+
+
+def create_model_and_diffusion(**flags):
+    """The UNet and its diffusion process from the flags of `model_and_diffusion_defaults`; missing ones take defaults."""
+    flags = {**model_and_diffusion_defaults(), **flags}
+    model = create_model(**{name: flags[name] for name in inspect.signature(create_model).parameters})
+    diffusion = create_gaussian_diffusion(**_diffusion_arguments(flags))
+    return model, diffusion
+
+
+def create_diffusion(**flags):
+    """The diffusion process alone, from any set of flags that has its own among them."""
+    return create_gaussian_diffusion(**_diffusion_arguments({**diffusion_defaults(), **flags}))
+
+
+def _diffusion_arguments(flags):
+    names = inspect.signature(create_gaussian_diffusion).parameters
+    return {"steps": flags["diffusion_steps"], **{name: flags[name] for name in names if name in flags}}
+
+
+def channel_multipliers(channel_mult, image_size):
+    """--channel_mult ("1,2,4" or "" for the image size's usual ones) as a tuple."""
+    if channel_mult in ("", None):
+        if image_size not in CHANNEL_MULT:
+            known = ", ".join(str(size) for size in sorted(CHANNEL_MULT))
+            raise UserError(f"--image_size {image_size} has no usual --channel_mult (known for {known}): give one, as 1,2,4")
+        return CHANNEL_MULT[image_size]
+    try:
+        numbers = [float(part) for part in str(channel_mult).split(",")]
+    except ValueError:
+        raise UserError(f"--channel_mult is {channel_mult!r}; it is a list of numbers like 1,2,4") from None
+    return tuple(int(number) if number == int(number) else number for number in numbers)
+
+
+def attention_factors(attention_resolutions, image_size):
+    """--attention_resolutions ("16,8": sides of the feature map) as downsampling factors."""
+    try:
+        sides = [int(part) for part in str(attention_resolutions).split(",") if part.strip()]
+        return tuple(image_size // side for side in sides)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(
+            f"--attention_resolutions is {attention_resolutions!r}; it is a list of sides of the feature map like 16,8"
+        ) from None
+
+
+def create_model(
+    image_size,
+    num_channels,
+    num_res_blocks,
+    channel_mult="",
+    learn_sigma=False,
+    class_cond=False,
+    use_checkpoint=False,
+    attention_resolutions="16",
+    num_heads=1,
+    num_head_channels=-1,
+    num_heads_upsample=-1,
+    use_scale_shift_norm=False,
+    dropout=0,
+    resblock_updown=False,
+    use_fp16=False,
+    use_new_attention_order=False,
+):
+    """The ADM UNet that the flags describe, for 3-channel images."""
+    from .unet import UNetModel
+
+    return UNetModel(
+        image_size=image_size,
+        in_channels=3,
+        model_channels=num_channels,
+        out_channels=6 if learn_sigma else 3,
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=attention_factors(attention_resolutions, image_size),
+        dropout=dropout,
+        channel_mult=channel_multipliers(channel_mult, image_size),
+        num_classes=NUM_CLASSES if class_cond else None,
+        use_checkpoint=use_checkpoint,
+        use_fp16=use_fp16,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown,
+        use_new_attention_order=use_new_attention_order,
+    )
+
+
+def create_classifier(
+    image_size,
+    classifier_use_fp16=False,
+    classifier_width=128,
+    classifier_depth=2,
+    classifier_attention_resolutions="32,16,8",
+    classifier_use_scale_shift_norm=True,
+    classifier_resblock_updown=True,
+    classifier_pool="attention",
+    channel_mult="",
+    num_class=NUM_CLASSES,
+    head="out",
+):
+    """The noisy-image classifier; with num_class=2 and head="I2Iout" EGSDE's domain-specific extractor."""
+    from .unet import EncoderUNetModel
+
+    return EncoderUNetModel(
+        image_size=image_size,
+        in_channels=3,
+        model_channels=classifier_width,
+        out_channels=num_class,
+        num_res_blocks=classifier_depth,
+        attention_resolutions=attention_factors(classifier_attention_resolutions, image_size),
+        channel_mult=channel_multipliers(channel_mult, image_size),
+        use_fp16=classifier_use_fp16,
+        num_head_channels=64,
+        use_scale_shift_norm=classifier_use_scale_shift_norm,
+        resblock_updown=classifier_resblock_updown,
+        pool=classifier_pool,
+        head=head,
+    )
+
+
+def create_gaussian_diffusion(
+    *,
+    steps=1000,
+    learn_sigma=False,
+    sigma_small=True,
+    noise_schedule="linear",
+    use_kl=False,
+    predict_xstart=False,
+    rescale_timesteps=False,
+    rescale_learned_sigmas=False,
+    timestep_respacing="",
+):
+    """The diffusion process that the flags describe.
+
+    Without learned variance, sigma_small chooses the posterior's variance (the release's choice, better with few steps),
+    sigma_small=False the larger one, beta (guided-diffusion's default).
+    """
+    if steps < 1:
+        raise UserError(f"--diffusion_steps is {steps}; it must be at least 1")
+    if use_kl:
+        loss_type = LossType.RESCALED_KL
+    else:
+        loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
+    if learn_sigma:
+        model_var_type = ModelVarType.LEARNED_RANGE
+    else:
+        model_var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+        betas=get_named_beta_schedule(noise_schedule, steps),
+        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        model_var_type=model_var_type,
+        loss_type=loss_type,
+        rescale_timesteps=rescale_timesteps,
+    )
+
+
+def add_dict_to_argparser(parser, default_dict):
+    """One flag per entry; its type is the default's, booleans are written True or False."""
+    for name, default in default_dict.items():
+        kind = str if default is None else str2bool if isinstance(default, bool) else type(default)
+        parser.add_argument(f"--{name}", default=default, type=kind)
+
+
+def args_to_dict(args, keys):
+    """The named attributes of parsed arguments as a dict."""
+    return {key: getattr(args, key) for key in keys}
+
+
+def str2bool(value):
+    """True/False, yes/no, 1/0 in any case as a boolean, for argparse."""
+    if isinstance(value, bool):
+        return value
+    text = value.lower()
+    if text in ("yes", "true", "t", "y", "1"):
+        return True
+    if text in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{value!r} is neither True nor False")

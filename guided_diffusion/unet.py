@@ -1,0 +1,444 @@
+"""The ADM UNet of "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal & Nichol, 2021) and its encoder.
+
+Parameter names and shapes are those of the published checkpoints; the encoder serves as noisy-image classifier
+(head `out`) and as EGSDE's domain-specific extractor (head `I2Iout`).
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .nn import normalization, timestep_embedding, zero_module
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling by 2, followed by a 3x3 convolution if `use_conv`."""
+
+    def __init__(self, channels, use_conv):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """Downsampling by 2: a strided 3x3 convolution if `use_conv`, else average pooling."""
+
+    def __init__(self, channels, use_conv):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around the time embedding, with a skip connection.
+
+    up / down resample inside the block, on both branches. With `use_scale_shift_norm` the embedding scales and shifts
+    the second normalisation's output, otherwise it is added before it.
+    """
+
+    def __init__(
+        self,
+        channels,
+        emb_channels,
+        dropout,
+        out_channels=None,
+        use_scale_shift_norm=False,
+        use_checkpoint=False,
+        up=False,
+        down=False,
+    ):
+        super().__init__()
+        out_channels = out_channels or channels
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.use_checkpoint = use_checkpoint
+        self.in_layers = nn.Sequential(
+            normalization(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        if up:
+            self.resample = Upsample(channels, use_conv=False)
+        elif down:
+            self.resample = Downsample(channels, use_conv=False)
+        else:
+            self.resample = nn.Identity()
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            normalization(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        if out_channels == channels:
+            self.skip_connection = nn.Identity()
+        else:
+            self.skip_connection = nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x, emb):
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, emb, use_reentrant=False)
+        return self._forward(x, emb)
+
+    def _forward(self, x, emb):
+        norm_in, act_in, conv_in = self.in_layers
+        h = conv_in(self.resample(act_in(norm_in(x))))
+        emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
+        norm_out, *rest = self.out_layers
+        if self.use_scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = norm_out(h) * (1 + scale) + shift
+        else:
+            h = norm_out(h + emb)
+        for layer in rest:
+            h = layer(h)
+        return self.skip_connection(self.resample(x)) + h
+
+
+def multi_head_attention(qkv, num_heads, new_order):
+    """Scaled dot-product attention over packed projections.
+
+    qkv: [N, 3 * C, L]. The published checkpoints pack it in two ways: the new order is q, k, v each with all heads;
+    the legacy order is, head by head, q, k, v. Returns [N, C, L].
+    """
+    n, width, length = qkv.shape
+    if new_order:
+        qkv = qkv.reshape(n, 3, num_heads, width // (3 * num_heads), length)
+        q, k, v = qkv.unbind(1)
+    else:
+        qkv = qkv.reshape(n, num_heads, 3, width // (3 * num_heads), length)
+        q, k, v = qkv.unbind(2)
+    out = F.scaled_dot_product_attention(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3))
+    return out.transpose(2, 3).reshape(n, width // 3, length)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all pixels, residual."""
+
+    def __init__(self, channels, num_heads, num_head_channels, use_checkpoint, use_new_attention_order):
+        super().__init__()
+        self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+        if channels % self.num_heads:
+            raise ValueError(f"{channels} channels cannot be split among {self.num_heads} attention heads")
+        self.use_checkpoint = use_checkpoint
+        self.use_new_attention_order = use_new_attention_order
+        self.norm = normalization(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x):
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x):
+        h = self.qkv(self.norm(x).flatten(2))
+        h = multi_head_attention(h, self.num_heads, self.use_new_attention_order)
+        return x + self.proj_out(h).reshape(x.shape)
+
+
+class AttentionPool2d(nn.Module):
+    """Pool a [N, C, H, W] map to [N, out] by attention from its mean (CLIP's pooling)."""
+
+    def __init__(self, side, channels, num_head_channels, out_channels):
+        super().__init__()
+        self.positional_embedding = nn.Parameter(torch.randn(channels, side * side + 1) / channels**0.5)
+        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
+        self.c_proj = nn.Conv1d(channels, out_channels, 1)
+        self.num_heads = channels // num_head_channels
+
+    def forward(self, x):
+        x = x.flatten(2)
+        x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding.to(x.dtype)
+        x = multi_head_attention(self.qkv_proj(x), self.num_heads, new_order=True)
+        return self.c_proj(x)[:, :, 0]
+
+
+class TimestepEmbedSequential(nn.Sequential):
+    """A sequence whose residual blocks also get the time embedding."""
+
+    def forward(self, x, emb):
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class _Torso(nn.Module):
+    """The contracting half and the middle, which the UNet and the encoder have in common."""
+
+    def __init__(
+        self,
+        image_size,
+        in_channels,
+        model_channels,
+        num_res_blocks,
+        attention_resolutions,
+        dropout,
+        channel_mult,
+        conv_resample,
+        use_checkpoint,
+        num_heads,
+        num_head_channels,
+        use_scale_shift_norm,
+        resblock_updown,
+        use_new_attention_order,
+    ):
+        super().__init__()
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.model_channels = model_channels
+        self.dtype = torch.float32
+        self.embed_dim = 4 * model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, self.embed_dim), nn.SiLU(), nn.Linear(self.embed_dim, self.embed_dim)
+        )
+
+        def res_block(channels, out_channels=None, **resampling):
+            return ResBlock(
+                channels, self.embed_dim, dropout, out_channels, use_scale_shift_norm, use_checkpoint, **resampling
+            )
+
+        def attention(channels, heads=num_heads):
+            return AttentionBlock(channels, heads, num_head_channels, use_checkpoint, use_new_attention_order)
+
+        channels = int(channel_mult[0] * model_channels)
+        blocks = [TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))]
+        self._skip_channels = [channels]
+        downsampling = 1
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers = [res_block(channels, int(mult * model_channels))]
+                channels = int(mult * model_channels)
+                if downsampling in attention_resolutions:
+                    layers.append(attention(channels))
+                blocks.append(TimestepEmbedSequential(*layers))
+                self._skip_channels.append(channels)
+            if level < len(channel_mult) - 1:
+                down = res_block(channels, down=True) if resblock_updown else Downsample(channels, conv_resample)
+                blocks.append(TimestepEmbedSequential(down))
+                self._skip_channels.append(channels)
+                downsampling *= 2
+        self.input_blocks = nn.ModuleList(blocks)
+        self.middle_block = TimestepEmbedSequential(res_block(channels), attention(channels), res_block(channels))
+        self._channels, self._downsampling = channels, downsampling
+        self._res_block, self._attention = res_block, attention
+
+    def _embed(self, timesteps):
+        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))
+
+    def _encode(self, x, emb):
+        """All skip tensors, the last of them the input of the middle block."""
+        h = x.to(self.dtype)
+        skips = []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            skips.append(h)
+        return skips
+
+    def middle_features(self, x, timesteps):
+        """Features of the middle block: x [N, C, H, W] in [-1, 1], original timesteps [N] -> [N, C', H', W']."""
+        emb = self._embed(timesteps)
+        return self.middle_block(self._encode(x, emb)[-1], emb)
+
+    def set_dtype(self, dtype):
+        """Compute in `dtype`: convolution weights between the first and the last layer are stored in it.
+
+        Normalisations, the time embedding and the head stay in float32, as in the published half-precision models.
+        """
+        for blocks in (self.input_blocks, self.middle_block, getattr(self, "output_blocks", None)):
+            for module in blocks.modules() if blocks is not None else ():
+                if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+                    module.to(dtype)
+        self.dtype = dtype
+        return self
+
+    def convert_to_fp16(self):
+        """guided-diffusion's name for `set_dtype(torch.float16)`."""
+        self.set_dtype(torch.float16)
+
+    def convert_to_fp32(self):
+        """guided-diffusion's name for `set_dtype(torch.float32)`."""
+        self.set_dtype(torch.float32)
+
+
+class UNetModel(_Torso):
+    """The full UNet: attention, timestep embedding, optional class embedding.
+
+    image_size: side of the images it is made for (it accepts any side that its downsampling divides).
+    model_channels: base width; channel_mult: its multiple at every level; num_res_blocks: blocks per level.
+    attention_resolutions: downsampling factors (not sides) at which attention is used.
+    num_head_channels: width of a head, or -1 for `num_heads` heads; num_heads_upsample: heads of the expanding half.
+    """
+
+    def __init__(
+        self,
+        image_size,
+        in_channels,
+        model_channels,
+        out_channels,
+        num_res_blocks,
+        attention_resolutions,
+        dropout=0.0,
+        channel_mult=(1, 2, 4, 8),
+        conv_resample=True,
+        num_classes=None,
+        use_checkpoint=False,
+        use_fp16=False,
+        num_heads=1,
+        num_head_channels=-1,
+        num_heads_upsample=-1,
+        use_scale_shift_norm=False,
+        resblock_updown=False,
+        use_new_attention_order=False,
+    ):
+        super().__init__(
+            image_size,
+            in_channels,
+            model_channels,
+            num_res_blocks,
+            attention_resolutions,
+            dropout,
+            channel_mult,
+            conv_resample,
+            use_checkpoint,
+            num_heads,
+            num_head_channels,
+            use_scale_shift_norm,
+            resblock_updown,
+            use_new_attention_order,
+        )
+        self.out_channels = out_channels
+        self.num_classes = num_classes
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, self.embed_dim)
+
+        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        channels, downsampling = self._channels, self._downsampling
+        skip_channels = list(self._skip_channels)
+        blocks = []
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                layers = [self._res_block(channels + skip_channels.pop(), int(mult * model_channels))]
+                channels = int(mult * model_channels)
+                if downsampling in attention_resolutions:
+                    layers.append(self._attention(channels, heads_up))
+                if level and i == num_res_blocks:
+                    up = self._res_block(channels, up=True) if resblock_updown else Upsample(channels, conv_resample)
+                    layers.append(up)
+                    downsampling //= 2
+                blocks.append(TimestepEmbedSequential(*layers))
+        self.output_blocks = nn.ModuleList(blocks)
+        self.out = nn.Sequential(
+            normalization(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
+        )
+        del self._res_block, self._attention
+        if use_fp16:
+            self.convert_to_fp16()
+
+    def forward(self, x, timesteps, y=None):
+        """x: [N, C, H, W]; timesteps: [N], original (unrespaced) units; y: class labels [N] iff class-conditional.
+
+        Returns [N, out_channels, H, W] in x's dtype.
+        """
+        if (y is not None) != (self.num_classes is not None):
+            raise ValueError("class labels y are needed by a class-conditional model, and only by it")
+        emb = self._embed(timesteps)
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        skips = self._encode(x, emb)
+        h = self.middle_block(skips[-1], emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h.to(x.dtype))
+
+
+class EncoderUNetModel(_Torso):
+    """The contracting half with a pooling head: noisy-image classifier and domain-specific extractor.
+
+    pool: `adaptive` (global average), `attention` (CLIP's), `spatial` and `spatial_v2` (an MLP on the means of all
+    levels). head: name of the head's parameters, `out` in guided-diffusion's classifiers, `I2Iout` in EGSDE's extractors.
+    The other arguments are UNetModel's.
+    """
+
+    def __init__(
+        self,
+        image_size,
+        in_channels,
+        model_channels,
+        out_channels,
+        num_res_blocks,
+        attention_resolutions,
+        dropout=0.0,
+        channel_mult=(1, 2, 4, 8),
+        conv_resample=True,
+        use_checkpoint=False,
+        use_fp16=False,
+        num_heads=1,
+        num_head_channels=-1,
+        use_scale_shift_norm=False,
+        resblock_updown=False,
+        use_new_attention_order=False,
+        pool="adaptive",
+        head="out",
+    ):
+        super().__init__(
+            image_size,
+            in_channels,
+            model_channels,
+            num_res_blocks,
+            attention_resolutions,
+            dropout,
+            channel_mult,
+            conv_resample,
+            use_checkpoint,
+            num_heads,
+            num_head_channels,
+            use_scale_shift_norm,
+            resblock_updown,
+            use_new_attention_order,
+        )
+        del self._res_block, self._attention
+        self.out_channels = out_channels
+        self.pool = pool
+        self.head = head
+        channels = self._channels
+        if pool == "adaptive":
+            layers = [
+                normalization(channels),
+                nn.SiLU(),
+                nn.AdaptiveAvgPool2d((1, 1)),
+                zero_module(nn.Conv2d(channels, out_channels, 1)),
+                nn.Flatten(),
+            ]
+        elif pool == "attention":
+            if num_head_channels == -1:
+                raise ValueError("pool='attention' needs num_head_channels")
+            side = image_size // self._downsampling
+            layers = [
+                normalization(channels),
+                nn.SiLU(),
+                AttentionPool2d(side, channels, num_head_channels, out_channels),
+            ]
+        elif pool in ("spatial", "spatial_v2"):
+            features = sum(self._skip_channels) + channels
+            middle = [nn.ReLU()] if pool == "spatial" else [normalization(2048), nn.SiLU()]
+            layers = [nn.Linear(features, 2048), *middle, nn.Linear(2048, out_channels)]
+        else:
+            raise ValueError(f"pool is {pool!r}; it can be adaptive, attention, spatial or spatial_v2")
+        self.add_module(head, nn.Sequential(*layers))
+        if use_fp16:
+            self.convert_to_fp16()
+
+    def forward(self, x, timesteps):
+        """x: [N, C, H, W]; timesteps: [N] -> logits [N, out_channels]."""
+        emb = self._embed(timesteps)
+        skips = self._encode(x, emb)
+        h = self.middle_block(skips[-1], emb).to(x.dtype)
+        head = getattr(self, self.head)
+        if self.pool.startswith("spatial"):
+            return head(torch.cat([s.to(x.dtype).mean(dim=(2, 3)) for s in [*skips, h]], dim=1))
+        return head(h)

@@ -1,0 +1,133 @@
+"""The networks' parameters and outputs equal those of the published systems."""
+
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN_DIR, golden, golden_index
+
+from guided_diffusion.ddpm import Model
+from guided_diffusion.script_util import create_classifier, create_model
+from guided_diffusion.unet import EncoderUNetModel
+
+CHECKPOINTS = json.loads((GOLDEN_DIR / "checkpoint_keys.json").read_text())
+MODEL_FLAGS = create_model.__code__.co_varnames[: create_model.__code__.co_argcount]
+
+
+def build_published(name):
+    entry = CHECKPOINTS[name]
+    if entry["kind"] == "ADM":
+        return create_model(**{flag: entry["flags"][flag] for flag in MODEL_FLAGS})
+    if entry["kind"] == "DDPM":
+        names = ["ch", "out_ch", "ch_mult", "num_res_blocks", "attn_resolutions", "in_channels", "image_size"]
+        return torch.nn.ModuleDict({"module": Model(**{key: entry["config"][key] for key in names})})
+    config = dict(entry["config"])
+    return create_classifier(**config, head="I2Iout")
+
+
+@pytest.mark.parametrize("name", sorted(CHECKPOINTS))
+def test_parameters_of_published_checkpoints(name):
+    with torch.device("meta"):
+        model = build_published(name)
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    assert shapes == CHECKPOINTS[name]["keys"]
+
+
+def load_golden_model(data, model, prefix="model."):
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in data.items() if k.startswith(prefix)})
+    return model.eval()
+
+
+def assert_same_output(actual, expected):
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize(
+    "name", ["unet_updown_scaleshift_learnsigma", "unet_plain_heads", "unet_neworder_classcond"]
+)
+def test_unet_forward(name):
+    data = golden(name)
+    flags = golden_index()[name]["flags"]
+    model = load_golden_model(data, create_model(**{flag: flags[flag] for flag in MODEL_FLAGS}))
+    y = {"y": data["input.y"]} if "input.y" in data else {}
+    with torch.no_grad():
+        assert_same_output(model(data["input.x"], data["input.t"], **y), data["output"])
+
+
+def test_ddpm_forward():
+    data = golden("ddpm")
+    config = golden_index()["ddpm"]["config"]
+    model = Model(
+        ch=config["ch"],
+        ch_mult=config["mult"],
+        num_res_blocks=config["nrb"],
+        attn_resolutions=config["att"],
+        image_size=config["size"],
+    )
+    load_golden_model(data, model, prefix="model.module.")
+    with torch.no_grad():
+        assert_same_output(model(data["input.x"], data["input.t"]), data["output"])
+
+
+def test_encoder_features_and_logits():
+    data = golden("dse")
+    model = load_golden_model(data, EncoderUNetModel(**golden_index()["dse"]["config"], head="I2Iout"))
+    with torch.no_grad():
+        assert_same_output(model.middle_features(data["input.x"], data["input.t"]), data["output.features"])
+        assert_same_output(model(data["input.x"], data["input.t"]), data["output.logits"])
+
+
+@pytest.mark.parametrize("pool", ["adaptive", "attention", "spatial", "spatial_v2"])
+def test_encoder_pools(pool):
+    model = EncoderUNetModel(
+        image_size=16,
+        in_channels=3,
+        model_channels=32,
+        out_channels=7,
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        channel_mult=(1, 2),
+        num_head_channels=32,
+        pool=pool,
+    )
+    x = torch.randn(2, 3, 16, 16)
+    logits = model(x, torch.tensor([3, 500]))
+    assert logits.shape == (2, 7)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(dtype):
+    name = "unet_updown_scaleshift_learnsigma"
+    data = golden(name)
+    flags = golden_index()[name]["flags"]
+    model = load_golden_model(data, create_model(**{flag: flags[flag] for flag in MODEL_FLAGS})).set_dtype(dtype)
+    with torch.no_grad():
+        output = model(data["input.x"], data["input.t"])
+    assert output.dtype == torch.float32
+    assert (output - data["output"]).abs().mean() < 0.02 * data["output"].std()
+
+
+def test_class_labels_are_required_and_refused():
+    flags = dict(image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="8")
+    x, t, y = torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ValueError, match="class labels"):
+        create_model(**flags)(x, t, y)
+    with pytest.raises(ValueError, match="class labels"):
+        create_model(**flags, class_cond=True)(x, t)
+
+
+def test_activation_checkpointing_keeps_gradients():
+    flags = dict(image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8")
+    torch.manual_seed(0)
+    plain = create_model(**flags)
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    saving = create_model(**flags, use_checkpoint=True)
+    saving.load_state_dict(plain.state_dict())
+    x, t = torch.randn(1, 3, 16, 16), torch.tensor([5])
+    for model in (plain, saving):
+        model(x, t).square().sum().backward()
+    for a, b in zip(plain.parameters(), saving.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
