@@ -71,7 +71,7 @@ def classifier_defaults():
 def create_model_and_diffusion(**flags):
     """The UNet and its diffusion process from the flags of `model_and_diffusion_defaults`; missing ones take defaults."""
     flags = {**model_and_diffusion_defaults(), **flags}
-    model = create_model(**{name: flags[name] for name in inspect.signature(create_model).parameters})
+    model = create_model(**{name: flags[name] for name in inspect.signature(create_model).parameters if name in flags})
     diffusion = create_gaussian_diffusion(**_diffusion_arguments(flags))
     return model, diffusion
 
@@ -128,8 +128,9 @@ def create_model(
     resblock_updown=False,
     use_fp16=False,
     use_new_attention_order=False,
+    num_classes=NUM_CLASSES,
 ):
-    """The ADM UNet that the flags describe, for 3-channel images."""
+    """The ADM UNet that the flags describe, for 3-channel images; num_classes counts only with class_cond."""
     from .unet import UNetModel
 
     return UNetModel(
@@ -141,7 +142,7 @@ def create_model(
         attention_resolutions=attention_factors(attention_resolutions, image_size),
         dropout=dropout,
         channel_mult=channel_multipliers(channel_mult, image_size),
-        num_classes=NUM_CLASSES if class_cond else None,
+        num_classes=num_classes if class_cond else None,
         use_checkpoint=use_checkpoint,
         use_fp16=use_fp16,
         num_heads=num_heads,
@@ -164,6 +165,7 @@ def create_classifier(
     classifier_pool="attention",
     channel_mult="",
     num_class=NUM_CLASSES,
+    num_head_channels=64,
     head="out",
 ):
     """The noisy-image classifier; with num_class=2 and head="I2Iout" EGSDE's domain-specific extractor."""
@@ -178,7 +180,7 @@ def create_classifier(
         attention_resolutions=attention_factors(classifier_attention_resolutions, image_size),
         channel_mult=channel_multipliers(channel_mult, image_size),
         use_fp16=classifier_use_fp16,
-        num_head_channels=64,
+        num_head_channels=num_head_channels,
         use_scale_shift_norm=classifier_use_scale_shift_norm,
         resblock_updown=classifier_resblock_updown,
         pool=classifier_pool,

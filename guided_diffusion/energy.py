@@ -1,0 +1,212 @@
+"""Energies: how far an image is from what the reference asks for, and the gradient of that.
+
+An energy has `prepare(ref)`, called once per batch of references [N, 3, H, W] in [-1, 1], and
+`energy_and_grad(x, t, alpha_bar) -> (E, grad)`: x [N, 3, H, W], t the original timestep [N], alpha_bar a float;
+E [N] is per image, grad = dE/dx has x's shape. Samplers descend, so a lower energy is better.
+
+EGSDE's own two, `dse` and `low_pass`, compare x with the diffused reference
+ref_t = sqrt(alpha_bar) ref + sqrt(1 - alpha_bar) noise. `prepare(ref, noise)` gives the noise, the same for all steps;
+`prepare(ref)`, as in SDDM, means none.
+"""
+
+import math
+import re
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from resizer import resize_matrix
+
+from .checkpoint import load_state_dict
+from .errors import UserError
+from .manifold import EPS, block_statistics, check_blocks, from_blocks, to_blocks
+
+# Convolutions per level of VGG-19, with their widths; level k's feature is relu{k}_1.
+VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256, 256), (512, 512, 512, 512), (512,))
+
+
+def vgg(weights, blocks=16, level=1):
+    """The release's energy: match the block statistics of VGG features of the reference.
+
+    weights: path of AdaIN's `vgg_normalised.pth` or a state dict of it. level k takes relu{k}_1, 1 to 5.
+    """
+    if not 1 <= level <= len(VGG_WIDTHS):
+        raise UserError(f"--vggdepth is {level}; it can be 1 to {len(VGG_WIDTHS)}, for relu1_1 to relu5_1")
+    name = weights if isinstance(weights, str) else "the VGG state dict"
+    state = load_state_dict(weights) if isinstance(weights, str) else weights
+    # Only the layer numbers matter: prefixes like "encoder." come and go.
+    state = {re.sub(r"^\D*", "", key): value for key, value in state.items() if re.search(r"\d", key)}
+    features = _vgg_layers(level)
+    wanted = features.state_dict()
+    for key, value in wanted.items():
+        if key not in state or state[key].shape != value.shape:
+            found = tuple(state[key].shape) if key in state else "nothing"
+            raise UserError(
+                f"{name} is not AdaIN's vgg_normalised.pth: {key} should have shape {tuple(value.shape)} and has {found}"
+            )
+    features.load_state_dict({key: state[key] for key in wanted})
+    return BlockStatisticsEnergy(features, blocks)
+
+
+def _vgg_layers(level):
+    """The layers of `vgg_normalised.pth` up to relu{level}_1, numbered as there."""
+    layers, channels = [nn.Conv2d(3, 3, 1)], 3
+    for i, widths in enumerate(VGG_WIDTHS[:level]):
+        if i:
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        for width in widths if i < level - 1 else widths[:1]:
+            layers += [nn.ReflectionPad2d(1), nn.Conv2d(channels, width, 3), nn.ReLU()]
+            channels = width
+    return nn.Sequential(*layers)
+
+
+def dct(blocks=16):
+    """`vgg` with a fixed filter bank for the network: the nine 3x3 DCT-II basis filters on every colour channel."""
+    k = torch.arange(3, dtype=torch.float64)
+    basis = torch.cos(math.pi / 3 * (k[None] + 0.5) * k[:, None]) * (2 / 3) ** 0.5
+    basis[0] /= 2**0.5
+    filters = torch.einsum("ay,bx->abyx", basis, basis).reshape(9, 1, 3, 3).repeat(3, 1, 1, 1)
+    convolution = nn.Conv2d(3, 27, 3, groups=3, bias=False)
+    convolution.weight.data.copy_(filters)
+    return BlockStatisticsEnergy(nn.Sequential(nn.ReflectionPad2d(1), convolution), blocks)
+
+
+class BlockStatisticsEnergy:
+    """E = sum (f(x) - BAdaIN(f(x), f(ref)))^2 for features f: the blocks' means and deviations of f should agree.
+
+    With mean m, variance q (which includes 1e-5) and deviation s = sqrt(q) of a block of n feature values, the sum over
+    the block is (s - s_ref)^2 (n - 1) (q - 1e-5) / q + n (m - m_ref)^2. Its gradient with respect to f is closed-form,
+    and only f itself is differentiated by autograd.
+    """
+
+    def __init__(self, features, blocks):
+        self.features = features.eval().requires_grad_(False)
+        self.blocks = blocks
+
+    def prepare(self, ref):
+        self.features.to(ref.device)
+        with torch.no_grad():
+            f = self.features(ref)
+        try:
+            check_blocks(f.shape[2:], self.blocks)
+        except ValueError as error:
+            raise UserError(f"--area {self.blocks} does not suit the energy's features: {error}") from None
+        self.ref_mean, ref_var = block_statistics(f, self.blocks)
+        self.ref_std = ref_var.sqrt()
+
+    def energy_and_grad(self, x, t, alpha_bar):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            f = self.features(x)
+        mean, var = block_statistics(f.detach(), self.blocks)
+        std = var.sqrt()
+        centered = to_blocks(f.detach(), self.blocks) - mean
+        mean_error, std_error = mean - self.ref_mean, std - self.ref_std
+        n = centered.shape[-2] * centered.shape[-1]
+        per_block = std_error.square() * (n - 1) * (var - EPS) / var + n * mean_error.square()
+        slope = std_error * (var - EPS) / (std * var) + std_error.square() * EPS / var.square()
+        grad_f = from_blocks(2 * slope * centered + 2 * mean_error)
+        (grad,) = torch.autograd.grad(f, x, grad_f)
+        return per_block.flatten(1).sum(1), grad
+
+
+def _diffuse(ref, noise, alpha_bar):
+    """A reference at alpha_bar (a float); noise None stands for zeros."""
+    signal = alpha_bar**0.5 * ref
+    return signal if noise is None else signal + (1 - alpha_bar) ** 0.5 * noise
+
+
+def dse(encoder):
+    """EGSDE's realism energy: channel-wise cosine between domain-specific features of x and of ref_t.
+
+    encoder: a model with `middle_features(x, t)` trained to tell the source from the target domain. Descent makes x
+    lose what marks the source domain.
+    """
+    return DomainSpecificEnergy(encoder)
+
+
+class DomainSpecificEnergy:
+    """See `dse`."""
+
+    def __init__(self, encoder):
+        self.encoder = encoder.eval().requires_grad_(False)
+
+    def prepare(self, ref, noise=None):
+        self.ref, self.noise = ref, noise
+
+    def energy_and_grad(self, x, t, alpha_bar):
+        with torch.no_grad():
+            ref_features = self.encoder.middle_features(_diffuse(self.ref, self.noise, alpha_bar), t).float()
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            features = self.encoder.middle_features(x, t).float()
+            energy = F.cosine_similarity(features, ref_features, dim=1).mean(dim=(1, 2))
+            (grad,) = torch.autograd.grad(energy.sum(), x)
+        return energy.detach(), grad
+
+
+def low_pass(down_n=32):
+    """EGSDE's faithfulness energy: ||phi(ref_t) - phi(x)||^2 with the low-pass filter phi.
+
+    phi shrinks by down_n and enlarges again, with the resizer's linear kernel.
+    """
+    return LowPassEnergy(down_n)
+
+
+class LowPassEnergy:
+    """See `low_pass`.
+
+    phi(x) = U D x D^T U^T per channel, with D shrinking and U enlarging. With the small image s = D (x - ref_t) D^T and
+    M = U^T U, E = <s, M s M> and its gradient is 2 D^T (M s M) D: no large product is needed.
+    """
+
+    def __init__(self, down_n):
+        if down_n < 1:
+            raise UserError(f"--down_N is {down_n}; it must be at least 1")
+        self.down_n = down_n
+
+    def prepare(self, ref, noise=None):
+        height, width = ref.shape[2:]
+        if height % self.down_n or width % self.down_n:
+            raise UserError(f"--down_N {self.down_n} does not divide the image size {height}x{width}")
+        self.down, self.gram = zip(*(self._axis(length, ref) for length in (height, width)))
+        self.small_ref = self._shrink(ref)
+        self.small_noise = None if noise is None else self._shrink(noise)
+
+    def _axis(self, length, like):
+        down = torch.from_numpy(resize_matrix(length, 1 / self.down_n, "linear"))
+        up = torch.from_numpy(resize_matrix(length // self.down_n, self.down_n, "linear"))
+        return down.to(like), (up.T @ up).to(like)
+
+    def _shrink(self, x):
+        return self.down[0] @ x @ self.down[1].T
+
+    def energy_and_grad(self, x, t, alpha_bar):
+        small = self._shrink(x) - _diffuse(self.small_ref, self.small_noise, alpha_bar)
+        filtered = self.gram[0] @ small @ self.gram[1]
+        energy = (small * filtered).flatten(1).sum(1)
+        return energy, 2 * (self.down[0].T @ filtered @ self.down[1])
+
+
+def classifier(model, y):
+    """E = -log p(y | x, t) under a noisy-image classifier; y is a class number or a tensor [N] of them."""
+    return ClassifierEnergy(model, y)
+
+
+class ClassifierEnergy:
+    """See `classifier`."""
+
+    def __init__(self, model, y):
+        self.model = model.eval().requires_grad_(False)
+        self.y = y
+
+    def prepare(self, ref):
+        self.labels = torch.as_tensor(self.y, device=ref.device).long().expand(ref.shape[0])
+
+    def energy_and_grad(self, x, t, alpha_bar):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = F.cross_entropy(self.model(x, t).float(), self.labels, reduction="none")
+            (grad,) = torch.autograd.grad(energy.sum(), x)
+        return energy.detach(), grad
