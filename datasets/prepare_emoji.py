@@ -1,0 +1,378 @@
+"""Make the emoji set: flat emoji (source) and glossy 3D emoji (target), matched by code point.
+
+    python datasets/prepare_emoji.py --size 64 --out data/emoji [--from_dir DIR] [--overwrite True]
+
+The pictures come from three npm packages (`PACKAGES`), fetched with the npm client or read from the tarballs in
+`--from_dir`. Written are `<out>/<style>/{train,test}/<codepoint>.png` (RGB, on white) and `<out>/manifest.json`, for
+every code point that both the target vendor and the source vendor draw. `google` is a second source.
+
+Code points are the packages' file names in lower case with `-fe0f` dropped. Held out (test) is every code point with
+int(sha256(base), 16) % 10 == 0, where the base is the code point without its skin-tone modifiers 1f3fb .. 1f3ff.
+
+The manifest holds the sha256 of every picture's pixels (RGB bytes, row by row), not of its file: PNG bytes depend on
+the zlib at hand, pixels do not.
+"""
+
+import argparse
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from guided_diffusion.errors import UserError  # noqa: E402
+
+TARGET, SOURCE = "fluent3d", "twitter"
+PACKAGES = {
+    "fluent3d": {
+        "role": "target",
+        "package": "@lobehub/fluent-emoji-3d",
+        "version": "1.1.0",
+        "folder": "package/assets/",
+        "licence": "MIT",
+    },
+    "twitter": {
+        "role": "source",
+        "package": "emoji-datasource-twitter",
+        "version": "16.0.0",
+        "folder": "package/img/twitter/64/",
+        "licence": "CC-BY-4.0",
+    },
+    "google": {
+        "role": "second source",
+        "package": "emoji-datasource-google",
+        "version": "16.0.0",
+        "folder": "package/img/google/64/",
+        "licence": "Apache-2.0",
+    },
+}
+MANIFEST = "manifest.json"
+MIN_SIZE, MAX_SIZE = 8, 1024
+WORKERS = 2
+SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
+# Fluent joins the tag characters of its three subdivision flags with "_".
+PICTURE_NAME = re.compile(r"([0-9a-f]+(?:[-_][0-9a-f]+)*)\.(?:png|webp)", re.IGNORECASE)
+
+
+def code_point(stem):
+    """The key that vendors share: `1F441-FE0F-200D-1F5E8` and `1f441-200d-1f5e8` are one emoji."""
+    return stem.lower().replace("-fe0f", "")
+
+
+def skin_tone_base(code):
+    """The code point without its skin tones; a lone skin-tone swatch is its own base.
+
+    All modifiers go, so that a couple of two tones falls on the side of the couple without any.
+    """
+    return "-".join(part for part in code.split("-") if part not in SKIN_TONES) or code
+
+
+def held_out(code):
+    """Whether the code point belongs to the test split, together with all its skin-tone variants."""
+    return int(hashlib.sha256(skin_tone_base(code).encode()).hexdigest(), 16) % 10 == 0
+
+
+def split_of(code):
+    return "test" if held_out(code) else "train"
+
+
+def tarball_name(package, version):
+    """The file name that `npm pack` gives a package: `@scope/name` becomes `scope-name`."""
+    return f"{package.lstrip('@').replace('/', '-')}-{version}.tgz"
+
+
+def npm_error(completed):
+    """npm's reason in one line: the summary of its JSON report, or else the last line of its error log."""
+    try:
+        error = json.loads(completed.stdout)["error"]
+        reason = f"{error['code']}: {error['summary']}"
+    except (ValueError, KeyError, TypeError):
+        lines = [re.sub(r"^npm (error|ERR!)\s*", "", line).strip() for line in completed.stderr.splitlines()]
+        lines = [line for line in lines if line and not line.startswith("A complete log of this run")]
+        reason = lines[-1] if lines else f"npm ended with status {completed.returncode}"
+    return " ".join(reason.split())
+
+
+def npm_pack(package, version, folder):
+    """Fetch PACKAGE@VERSION with the npm client into `folder`; return the tarball's path."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise UserError(
+            "npm is not installed: install Node.js, or run `npm pack NAME@VERSION` on another machine for "
+            + ", ".join(f"{p['package']}@{p['version']}" for p in PACKAGES.values())
+            + " and give the folder with the tarballs as --from_dir"
+        )
+    command = [npm, "pack", f"{package}@{version}", "--json", "--pack-destination", str(folder)]
+    # npm waits 10 s and then 60 s between its tries; a machine without a network should hear so sooner.
+    command += ["--fetch-retry-mintimeout=2000", "--fetch-retry-maxtimeout=10000"]
+    completed = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    path = Path(folder) / tarball_name(package, version)
+    if completed.returncode != 0 or not path.is_file():
+        raise UserError(
+            f"npm could not fetch {package}@{version} ({npm_error(completed)}); "
+            "with tarballs made elsewhere by `npm pack`, give their folder as --from_dir"
+        )
+    return path
+
+
+def tarball_path(spec, from_dir, work):
+    """The tarball of a package: in `from_dir` if that is given, else fetched into the folder `work`."""
+    if from_dir is None:
+        print(f"fetching {spec['package']}@{spec['version']}", flush=True)
+        return npm_pack(spec["package"], spec["version"], work)
+    path = Path(from_dir) / tarball_name(spec["package"], spec["version"])
+    if not path.is_file():
+        command = f"npm pack {spec['package']}@{spec['version']}"
+        raise UserError(f"--from_dir {from_dir} has no {path.name}: make it there with `{command}`")
+    return path
+
+
+def read_tarball(path, spec):
+    """Read a package's pictures.
+
+    :param path: a tarball as `npm pack` makes it.
+    :param spec: the package's entry in `PACKAGES`.
+    :return: {code point: (file name, encoded bytes)}.
+    :raises UserError: if the file is no intact tarball, is another package, or holds no picture.
+    """
+    try:
+        # Decompressed whole: that checks the CRC of every byte, where tarfile stops reading at the last file.
+        with tarfile.open(fileobj=io.BytesIO(gzip.decompress(path.read_bytes())), mode="r:") as archive:
+            package = json.load(archive.extractfile("package/package.json"))
+            files = {
+                member.name[len(spec["folder"]):]: archive.extractfile(member).read()
+                for member in archive
+                if member.isfile() and member.name.startswith(spec["folder"])
+            }
+    except (tarfile.TarError, zlib.error, EOFError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is not an intact npm tarball ({error}): fetch it again") from error
+    found, wanted = (f"{p.get('name', p.get('package'))}@{p.get('version')}" for p in (package, spec))
+    if found != wanted:
+        raise UserError(f"{path} holds {found}, and not {wanted}")
+
+    pictures = {}
+    # Two files of Fluent differ in -fe0f only; the fully qualified name is the emoji proper, and it is the longer one.
+    for name in sorted(files, key=lambda name: (len(name), name)):
+        match = PICTURE_NAME.fullmatch(name)
+        if match:
+            pictures[code_point(match[1])] = (name, files[name])
+    if not pictures:
+        raise UserError(f"{path} holds no picture under {spec['folder']}")
+    return pictures
+
+
+def render(encoded, size):
+    """Decode a picture, lay it over white, pad it to a square and resize it to size×size RGB.
+
+    Every step is integer arithmetic on 8 bits (Pillow's compositing and its fixed-point LANCZOS), hence the same
+    everywhere. Compositing comes first: colours of transparent pixels must not bleed in through the filter.
+    """
+    picture = Image.open(io.BytesIO(encoded)).convert("RGBA")
+    side = max(picture.size)
+    canvas = Image.new("RGBA", (side, side), "white")
+    canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return canvas.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+
+
+def write_picture(job):
+    """Render one (name, encoded bytes, size, path) to a PNG file; return the sha256 of its pixels."""
+    name, encoded, size, path = job
+    try:
+        picture = render(encoded, size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"the package's picture {name} cannot be read ({error})") from error
+    picture.save(path, format="PNG")
+    return hashlib.sha256(picture.tobytes()).hexdigest()
+
+
+def settings(size):
+    """What decides every pixel of the set; two sets with equal settings are the same set."""
+    return {
+        "format": 1,
+        "size": size,
+        "background": "white",
+        "filter": "lanczos",
+        "packages": {
+            style: {key: spec[key] for key in ("role", "package", "version", "licence")}
+            for style, spec in PACKAGES.items()
+        },
+    }
+
+
+def write_set(pictures, size, folder):
+    """Write the set of {style: {code point: (file name, bytes)}} into the empty `folder`; return its manifest."""
+    paired = sorted(pictures[TARGET].keys() & pictures[SOURCE].keys())
+    if not paired:
+        raise UserError(f"no code point is drawn by both {TARGET} and {SOURCE}: are these the right tarballs?")
+    jobs = {}
+    for style in PACKAGES:
+        for split in ("train", "test"):
+            (folder / style / split).mkdir(parents=True)
+        for code in paired:
+            if code in pictures[style]:
+                path = f"{style}/{split_of(code)}/{code}.png"
+                jobs[path] = (*pictures[style][code], size, folder / path)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        hashes = dict(zip(jobs, pool.map(write_picture, jobs.values())))
+
+    lines = "".join(f"{path} {hashes[path]}\n" for path in sorted(hashes))
+    manifest = {
+        "settings": settings(size),
+        "counts": {
+            style: {split: sum(p.startswith(f"{style}/{split}/") for p in hashes) for split in ("train", "test")}
+            for style in PACKAGES
+        },
+        "digest": hashlib.sha256(lines.encode()).hexdigest(),
+        "paired": {
+            "train": [code for code in paired if not held_out(code)],
+            "test": [code for code in paired if held_out(code)],
+        },
+        "left_out": {style: sorted(pictures[style].keys() - set(paired)) for style in PACKAGES},
+        "pixels_sha256": {path: hashes[path] for path in sorted(hashes)},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def existing_set(out, size, overwrite):
+    """Look at what `out` holds already.
+
+    :return: its manifest if it is the complete set that is asked for, or None if a set is to be written.
+    :raises UserError: if it holds anything else and may not, or must not, be replaced.
+    """
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise UserError(f"--out {out} is a file: name a folder")
+    entries = sorted(path.name for path in out.iterdir())
+    if not entries:
+        return None
+    foreign = [name for name in entries if name not in (*PACKAGES, MANIFEST)]
+    if foreign:
+        raise UserError(f"--out {out} holds other files ({foreign[0]}): name a folder that is new or empty")
+    if overwrite:
+        return None
+    try:
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        found, files = manifest["settings"], list(manifest["pixels_sha256"])
+        counts = {style: dict(split) for style, split in manifest["counts"].items()}
+        found_size, digest = found["size"], manifest["digest"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        problem = f"has no usable {MANIFEST}"
+    else:
+        missing = [path for path in files if not (out / path).is_file()]
+        if found == settings(size) and not missing:
+            return {"counts": counts, "digest": digest}
+        if found_size != size:
+            problem = f"holds the set at size {found_size}, not {size}"
+        elif missing:
+            problem = f"lacks {len(missing)} of the set's {len(files)} pictures (first: {missing[0]})"
+        else:
+            problem = "holds a set made with other settings"
+    raise UserError(f"--out {out} {problem}: name another folder or say --overwrite True")
+
+
+def put_in_place(new, out, work):
+    """Rename the finished folder `new` to `out`; what was there goes into `work`, and back if the rename fails."""
+    old = work / "old"
+    if out.exists():
+        out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+
+
+def prepare(size, out, from_dir=None, overwrite=False):
+    """Make the emoji set at `out`, or recognise that it is there.
+
+    :param size: side of the pictures in pixels.
+    :param out: the folder of the set; it appears whole or not at all.
+    :param from_dir: a folder with the packages' tarballs, or None to fetch them with npm.
+    :param overwrite: replace another emoji set at `out`.
+    :return: (a dict with the set's `counts` and `digest`, whether it was written now).
+    :raises UserError: if the set cannot be made; `out` is then as it was.
+    """
+    out = Path(os.path.realpath(out))
+    work = None
+    try:
+        present = existing_set(out, size, overwrite)
+        if present is not None:
+            return present, False
+        if from_dir is not None and not Path(from_dir).is_dir():
+            raise UserError(f"--from_dir {from_dir} is not a folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Beside `out`, hence on its file system: the last step is a rename.
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        pictures = {
+            style: read_tarball(tarball_path(spec, from_dir, work), spec) for style, spec in PACKAGES.items()
+        }
+        new = work / "new"
+        new.mkdir()
+        manifest = write_set(pictures, size, new)
+        put_in_place(new, out, work)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"cannot write --out {out}: {error.strerror or error}{where}") from error
+    finally:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+    return manifest, True
+
+
+def parse_size(text):
+    if not (text.isascii() and text.isdigit() and MIN_SIZE <= int(text) <= MAX_SIZE):
+        raise UserError(f"--size {text} does not fit: give a whole number of pixels from {MIN_SIZE} to {MAX_SIZE}")
+    return int(text)
+
+
+def parse_bool(flag, text):
+    values = {"true": True, "1": True, "false": False, "0": False}
+    if text.lower() not in values:
+        raise UserError(f"{flag} {text} does not fit: give True or False")
+    return values[text.lower()]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Make the emoji set: flat and glossy 3D emoji, matched by code point.")
+    parser.add_argument("--size", default="64", help="side of the pictures in pixels (default 64)")
+    parser.add_argument("--out", default="data/emoji", help="folder of the set (default data/emoji)")
+    parser.add_argument("--from_dir", metavar="DIR", help="folder with the tarballs of `npm pack`; default: use npm")
+    parser.add_argument("--overwrite", default="False", help="True: replace another emoji set in --out")
+    args = parser.parse_args(argv)
+    # As an exception, so that the temporary folder is removed on the way out.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        overwrite = parse_bool("--overwrite", args.overwrite)
+        manifest, written = prepare(parse_size(args.size), args.out, args.from_dir, overwrite)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written; run the same command again", file=sys.stderr)
+        return 130
+    print(f"{args.out}: {'written' if written else 'already complete with these settings, left alone'}")
+    for style, count in manifest["counts"].items():
+        print(f"  {style}: {count['train']} train, {count['test']} test")
+    print(f"  digest {manifest['digest']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

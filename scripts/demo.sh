@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Translate the drawings in ref_imgs/ into glossy 3D emoji with the small model in models/.
+# Further flags are handed on, as in: bash scripts/demo.sh --base_samples my_pictures --save_dir output_mine
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+. "$ROOT/scripts/setup_env.sh"
+
+exec "$PYTHON" "$ROOT/scripts/ae_sample.py" \
+    --model_path "$ROOT/models/fluent3d_64.safetensors" --base_samples "$ROOT/ref_imgs" --save_dir "$ROOT/output_demo" \
+    --timestep_respacing 100 --area 16 --range_t 30 --batch_size 7 "$@"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Run the test suite; arguments go to pytest, as in: bash scripts/test.sh tests/test_sddm.py -x
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+. "$ROOT/scripts/setup_env.sh"
+
+cd "$ROOT"
+exec "$PYTHON" -m pytest -q "$@"

@@ -1,0 +1,354 @@
+"""ILVR, SDEdit and EGSDE equal the published systems' runs and keep what their definitions promise."""
+
+import pytest
+import torch
+from conftest import golden, golden_encoder, golden_index, golden_model_and_diffusion, golden_names
+
+from guided_diffusion.baselines import egsde, ilvr, sdedit
+from guided_diffusion.errors import UserError
+from guided_diffusion.script_util import create_diffusion
+from resizer import Resizer
+
+
+class Replay:
+    """A noise source that gives the recorded draws in order and must be used up."""
+
+    def __init__(self, draws):
+        self.draws = list(draws)
+
+    def __call__(self, shape):
+        draw = self.draws.pop(0)
+        assert tuple(shape) == tuple(draw.shape)
+        return draw
+
+
+def assert_same_trace(states, expected):
+    assert len(states) == len(expected)
+    for state, sample in zip(states, expected):
+        torch.testing.assert_close(state, sample, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", golden_names("ilvr_", committed=["ilvr_n8_r0"]))
+def test_ilvr_trace(name):
+    data, settings = golden(name), golden_index()[name]
+    model, diffusion = golden_model_and_diffusion(settings)
+    noise, states = Replay(data["noise"]), {}
+    result = ilvr(
+        model,
+        diffusion,
+        data["ref"],
+        down_n=settings["down_N"],
+        range_t=settings["range_t"],
+        noise=noise,
+        callback=states.__setitem__,
+    )
+    assert not noise.draws
+    assert list(states) == list(reversed(range(diffusion.num_timesteps)))
+    assert_same_trace(list(states.values()), data["samples"])
+    assert torch.equal(result, states[0])
+
+
+@pytest.mark.parametrize("learn_sigma", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    golden_names("egsde_", committed=["egsde_m8_fixedlarge"]) + golden_names("sdedit_", committed=["sdedit_m12"]),
+)
+def test_egsde_and_sdedit_traces(name, learn_sigma):
+    """The golden model gives a variance; it is ignored whether or not the process was made to use it."""
+    data, settings = golden(name), golden_index()[name]
+    options = {
+        "start": settings["M"],
+        "variance": {"fixedsmall": "fixed_small", "fixedlarge": "fixed_large"}[settings["var_type"]],
+        "noise": Replay(data["noise"]),
+    }
+    (model, _), states = golden_model_and_diffusion(settings), {}
+    arguments = model, create_diffusion(learn_sigma=learn_sigma), data["ref"]
+    if settings["kind"] == "sdedit_trace":
+        result = sdedit(*arguments, **options, callback=states.__setitem__)
+    else:
+        guidance = {"ls": settings["ls"], "li": settings["li"], "down_n": settings["down_N"]}
+        encoder = golden_encoder()
+        result = egsde(*arguments, **options, **guidance, encoder=encoder, callback=states.__setitem__)
+    assert not options["noise"].draws
+    assert list(states) == list(reversed(range(settings["M"])))
+    assert_same_trace([list(states.values())[k] for k in settings["kept_steps"]], data["samples"])
+    assert torch.equal(result, states[0])
+
+
+# What follows needs no golden data. The model is the exact one for images of independent standard normal pixels.
+
+
+ALPHAS_CUMPROD = torch.from_numpy(create_diffusion().alphas_cumprod)
+
+
+class GaussianModel:
+    """eps = sqrt(1 - alpha_bar) x, the noise to expect where x_0 is standard normal; records the timesteps."""
+
+    def __init__(self, variance_channels=False):
+        self.variance_channels = variance_channels
+        self.timesteps = []
+
+    def __call__(self, x, t):
+        assert not torch.is_grad_enabled()
+        self.timesteps.append(int(t[0]))
+        eps = (1 - ALPHAS_CUMPROD[t]).sqrt().to(x)[:, None, None, None] * x
+        return torch.cat([eps, torch.full_like(eps, 9.0)], dim=1) if self.variance_channels else eps
+
+
+class PatchEncoder(torch.nn.Module):
+    """A small stand-in for the domain-specific extractor, in which the timestep matters; records its calls."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.convolution = torch.nn.Conv2d(3, 8, 4, stride=4)
+        self.timesteps = []
+
+    def middle_features(self, x, t):
+        self.timesteps.append(int(t[0]))
+        return torch.tanh(self.convolution(x) + t.float()[:, None, None, None] / 1000)
+
+
+def references(n=2, size=16):
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def seeded(seed, rows=slice(None), n=4):
+    """A noise source that draws for n images and hands out the given rows."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda shape: torch.randn(n, *shape[1:], generator=generator)[rows]
+
+
+SAMPLERS = {
+    "ilvr": lambda model, ref, **more: ilvr(
+        model, create_diffusion(timestep_respacing="12"), ref, **{"down_n": 4, "range_t": 3, **more}
+    ),
+    "sdedit": lambda model, ref, **more: sdedit(
+        model, create_diffusion(timestep_respacing="12"), ref, **{"start": 7, **more}
+    ),
+    "egsde": lambda model, ref, **more: egsde(
+        model,
+        create_diffusion(timestep_respacing="12"),
+        ref,
+        **{"start": 7, "ls": 5.0, "li": 0.1, "encoder": PatchEncoder(), "down_n": 4, **more},
+    ),
+}
+every_sampler = pytest.mark.parametrize("method", SAMPLERS)
+
+
+@every_sampler
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
+def test_constant_references_give_finite_images(method, value):
+    output = SAMPLERS[method](GaussianModel(), torch.full((2, 3, 16, 16), value))
+    assert output.shape == (2, 3, 16, 16)
+    assert output.isfinite().all()
+
+
+@every_sampler
+def test_images_of_a_batch_do_not_influence_each_other(method):
+    ref = references(4)
+    together = SAMPLERS[method](GaussianModel(), ref, noise=seeded(5))
+    assert (together[0] - together[1]).abs().max() > 0.1
+    for rows in (slice(0, 1), slice(1, 4)):
+        alone = SAMPLERS[method](GaussianModel(), ref[rows], noise=seeded(5, rows))
+        torch.testing.assert_close(alone, together[rows], atol=1e-5, rtol=0)
+
+
+@every_sampler
+def test_one_model_evaluation_per_step_at_original_timesteps(method):
+    model, seen = GaussianModel(), []
+    SAMPLERS[method](model, references(), callback=lambda i, x: seen.append(i))
+    steps = 12 if method == "ilvr" else 7
+    assert seen == list(reversed(range(steps)))
+    kept = create_diffusion(timestep_respacing="12").timestep_map
+    assert model.timesteps == [kept[i] for i in seen]
+
+
+@every_sampler
+def test_same_draws_give_the_same_image_and_others_another(method):
+    run = SAMPLERS[method]
+    first, again, other = (run(GaussianModel(), references(), noise=seeded(s, slice(2))) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert (first - other).abs().max() > 0.1
+
+
+@every_sampler
+def test_default_noise_comes_from_the_global_generator_in_the_order_of_the_draws(method):
+    run = SAMPLERS[method]
+    torch.manual_seed(8)
+    default = run(GaussianModel(), references())
+    torch.manual_seed(8)
+    assert torch.equal(default, run(GaussianModel(), references(), noise=torch.randn))
+
+
+@every_sampler
+def test_references_are_left_alone(method):
+    ref = references()
+    SAMPLERS[method](GaussianModel(), ref)
+    assert torch.equal(ref, references())
+
+
+@pytest.mark.parametrize("range_t, draws", [(-1, 25), (0, 24), (3, 21), (11, 13), (50, 13)])
+def test_ilvr_draws_for_the_reference_only_above_range_t(range_t, draws):
+    shapes = []
+    SAMPLERS["ilvr"](GaussianModel(), references(), range_t=range_t, noise=lambda s: shapes.append(s) or torch.randn(s))
+    assert shapes == [(2, 3, 16, 16)] * draws
+
+
+def test_ilvr_without_guided_steps_is_ancestral_sampling():
+    diffusion, noise = create_diffusion(timestep_respacing="12"), seeded(4, slice(2))
+    x = noise((2, 3, 16, 16))
+    with torch.no_grad():
+        for i in reversed(range(12)):
+            x = diffusion.p_sample(GaussianModel(), x, torch.tensor([i, i]), noise=noise(x.shape))["sample"]
+    output = SAMPLERS["ilvr"](GaussianModel(), references(), range_t=11, noise=seeded(4, slice(2)))
+    torch.testing.assert_close(output, x, atol=1e-6, rtol=0)
+
+
+def test_ilvr_clips_the_predicted_image_unless_told_otherwise():
+    clipped, free = (
+        SAMPLERS["ilvr"](GaussianModel(), references(), range_t=11, clip_denoised=clip, noise=seeded(6, slice(2)))
+        for clip in (True, False)
+    )
+    assert clipped.abs().max() <= 1
+    assert free.abs().max() > 2
+
+
+def test_ilvr_with_down_n_1_replaces_the_state_by_the_noised_reference():
+    """phi is then the identity: every guided state is ref_i itself, with the draw that follows the step's."""
+    diffusion, ref, draws, states = create_diffusion(timestep_respacing="12"), references(), [], {}
+
+    def noise(shape):
+        draws.append(torch.randn(shape))
+        return draws[-1]
+
+    SAMPLERS["ilvr"](GaussianModel(), ref, down_n=1, noise=noise, callback=states.__setitem__)
+    for k, i in enumerate(range(11, 3, -1)):
+        expected = diffusion.q_sample(ref, torch.tensor([i, i]), draws[2 + 2 * k])
+        torch.testing.assert_close(states[i], expected, atol=1e-5, rtol=0)
+    assert (states[3] - diffusion.q_sample(ref, torch.tensor([3, 3]), draws[-1])).abs().max() > 0.1
+
+
+def test_ilvr_keeps_the_low_frequencies_of_the_reference():
+    """Guided to i = 1, whose alpha_bar is near 1; the last step, not guided, changes little."""
+    torch.manual_seed(0)
+    colours = torch.rand(4, 3, 4, 4) * 1.6 - 0.8
+    ref = Resizer((4, 4), 8, "cubic")(colours)
+    down = Resizer((32, 32), 1 / 8, "cubic")
+    run = {"diffusion": create_diffusion(timestep_respacing="50"), "ref": ref, "down_n": 8}
+    guided, free = (ilvr(GaussianModel(), range_t=range_t, **run) for range_t in (0, 50))
+    kept, lost = ((down(output) - down(ref)).square().mean().sqrt() for output in (guided, free))
+    assert kept < 0.1
+    assert lost > 3 * kept
+    assert (guided - ref).square().mean().sqrt() > 0.5  # what phi removes comes from the model
+
+
+@pytest.mark.parametrize("down_n", [0, -2, 3, 32])
+def test_ilvr_refuses_a_factor_that_does_not_divide_the_size(down_n):
+    with pytest.raises(UserError, match=rf"--down_N is {down_n};.*16x16"):
+        SAMPLERS["ilvr"](GaussianModel(), references(), down_n=down_n)
+
+
+@pytest.mark.parametrize("method", ["sdedit", "egsde"])
+@pytest.mark.parametrize("start", [-1, 0, 13, 500])
+def test_start_beyond_the_schedule_is_refused(method, start):
+    model = GaussianModel()
+    with pytest.raises(UserError, match=rf"--t is {start}; it can be 1 to 12"):
+        SAMPLERS[method](model, references(), start=start)
+    assert model.timesteps == []
+
+
+@pytest.mark.parametrize("method", ["sdedit", "egsde"])
+@pytest.mark.parametrize("start", [1, 12])
+def test_start_at_either_end_of_the_schedule(method, start):
+    model = GaussianModel()
+    SAMPLERS[method](model, references(), start=start)
+    assert len(model.timesteps) == start
+
+
+@pytest.mark.parametrize("method", ["sdedit", "egsde"])
+def test_unknown_variance_is_refused(method):
+    with pytest.raises(ValueError, match="learned.*fixed_small or fixed_large"):
+        SAMPLERS[method](GaussianModel(), references(), variance="learned")
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_sdedit_is_egsde_without_energies(variance):
+    encoder = PatchEncoder()
+    options = {"start": 9, "variance": variance}
+    plain = SAMPLERS["sdedit"](GaussianModel(), references(), noise=seeded(2, slice(2)), **options)
+    unguided = SAMPLERS["egsde"](
+        GaussianModel(), references(), ls=0, li=0, encoder=encoder, noise=seeded(2, slice(2)), **options
+    )
+    assert torch.equal(plain, unguided)
+    assert encoder.timesteps == []
+
+
+def test_the_two_variances_differ():
+    small, large = (
+        SAMPLERS["sdedit"](GaussianModel(), references(), variance=variance, noise=seeded(2, slice(2)))
+        for variance in ("fixed_small", "fixed_large")
+    )
+    assert (small - large).abs().max() > 0.01
+
+
+def test_sdedit_with_one_step_removes_exactly_the_noise_it_is_told():
+    """A model that knows e gives the reference back, although its values lie outside [-1, 1]: x_0 is not clipped."""
+    ref, e = 3 * references(), torch.randn(2, 3, 16, 16)
+    output = sdedit(lambda x, t: e, create_diffusion(), ref, start=1, noise=lambda shape: e)
+    torch.testing.assert_close(output, ref, atol=1e-4, rtol=0)
+
+
+def test_learned_variance_is_ignored():
+    plain, learned = (
+        SAMPLERS["egsde"](GaussianModel(variance_channels=learned), references(), noise=seeded(2, slice(2)))
+        for learned in (False, True)
+    )
+    assert torch.equal(plain, learned)
+
+
+def test_the_given_process_is_not_changed():
+    diffusion = create_diffusion(learn_sigma=True, timestep_respacing="12")
+    before = diffusion.model_var_type
+    sdedit(GaussianModel(variance_channels=True), diffusion, references(), start=3)
+    assert diffusion.model_var_type is before
+
+
+def test_the_encoder_sees_state_and_reference_once_per_step_at_original_timesteps():
+    encoder, model = PatchEncoder(), GaussianModel()
+    SAMPLERS["egsde"](model, references(), encoder=encoder)
+    assert encoder.timesteps == [t for t in model.timesteps for _ in ("reference", "state")]
+
+
+def test_an_energy_without_weight_is_not_needed():
+    only_realism = SAMPLERS["egsde"](GaussianModel(), references(), li=0, down_n=None)
+    only_faithfulness = SAMPLERS["egsde"](GaussianModel(), references(), ls=0, encoder=None)
+    assert only_realism.isfinite().all() and only_faithfulness.isfinite().all()
+
+
+def test_energies_pull_where_they_should():
+    """More weight on the low-pass energy brings phi(x) nearer to the reference's; dse lowers the cosine of features."""
+    ref, encoder = references(4), PatchEncoder()
+    down = Resizer((16, 16), 1 / 4, "linear")
+
+    def translate(ls, li):
+        options = {"start": 200, "ls": ls, "li": li, "encoder": encoder, "down_n": 4, "noise": seeded(9)}
+        return egsde(GaussianModel(), create_diffusion(), ref, **options)
+
+    def distance(x):
+        return (down(x) - down(ref)).square().mean()
+
+    def similarity(x):
+        features = (encoder.middle_features(image, torch.zeros(4)) for image in (x, ref))
+        return torch.nn.functional.cosine_similarity(*features, dim=1).mean()
+
+    plain = translate(0, 0)
+    assert distance(translate(0, 20.0)) < 0.5 * distance(plain)
+    assert similarity(translate(500.0, 0)) < similarity(plain) - 0.1
+
+
+def test_a_factor_that_does_not_divide_the_size_is_refused_before_any_step():
+    model = GaussianModel()
+    with pytest.raises(UserError, match="--down_N 3 does not divide"):
+        SAMPLERS["egsde"](model, references(), down_n=3)
+    assert model.timesteps == []

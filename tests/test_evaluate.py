@@ -1,0 +1,369 @@
+"""scripts/evaluate.py on real folders: its numbers, its files, and its one line for everything that does not fit."""
+
+import csv
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN_DIR, golden_index
+from PIL import Image
+
+from guided_diffusion.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "evaluate.py"
+specification = importlib.util.spec_from_file_location("evaluate", SCRIPT)
+script = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(script)
+
+
+class BlockMeans(torch.nn.Module):
+    """Means over a 2x2 grid: 12 features."""
+
+    def forward(self, x):
+        return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+
+
+class RowMeans(torch.nn.Module):
+    """Means over rows: the number of features depends on the image."""
+
+    def forward(self, x):
+        return x.mean(dim=3).flatten(1)
+
+
+class Spatial(torch.nn.Module):
+    """An image instead of features."""
+
+    def forward(self, x):
+        return x.mean(dim=1, keepdim=True)
+
+
+class LogOfDark(torch.nn.Module):
+    """Infinite for a black image."""
+
+    def forward(self, x):
+        return x.mean(dim=(2, 3)).log()
+
+
+def save_torchscript(module, path, size=16):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and still what users of older extractors have
+        torch.jit.save(torch.jit.trace(module, torch.rand(2, 3, size, size)), path)
+    return path
+
+
+def write_images(folder, names, size=(16, 16), seed=0):
+    rng = np.random.default_rng(seed)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Folders of small images and an extractor of 12 features; no test writes here."""
+    root = tmp_path_factory.mktemp("data")
+    names = [f"{i:02d}.png" for i in range(20)]
+    write_images(root / "outputs", names, seed=1)
+    write_images(root / "sources", names, size=(32, 32), seed=2)
+    write_images(root / "truth", ["gold-" + name for name in names], seed=3)
+    write_images(root / "targets", [f"{i // 7}/{i}.png" for i in range(21)], seed=4)
+    write_images(root / "few", names[:5], seed=5)
+    write_images(root / "wide", ["0.png", "1.png"], size=(24, 16), seed=6)
+    write_images(root / "one", ["00.png"])
+    write_images(root / "mixed", ["0.png", "1.png"])
+    write_images(root / "mixed", ["2.png"], size=(24, 24))
+    write_images(root / "broken", names[:4])
+    (root / "broken" / "02.png").write_bytes((root / "broken" / "02.png").read_bytes()[:60])
+    (root / "empty").mkdir()
+    (root / "folder.npz").mkdir()
+    (root / "folder.json").mkdir()
+    save_torchscript(BlockMeans(), root / "blocks.pt")
+    save_torchscript(Spatial(), root / "spatial.pt")
+    save_torchscript(LogOfDark(), root / "log.pt")
+    torch.save({"weight": torch.zeros(2)}, root / "weights.pt")
+    (root / "text.npz").write_text("not an archive")
+    np.savez(root / "other.npz", mean=np.zeros(12))
+    np.savez(root / "shapes.npz", mu=np.zeros(12), sigma=np.eye(11))
+    np.savez(root / "narrow.npz", mu=np.zeros(11), sigma=np.eye(11))
+    np.savez(root / "inception.npz", mu=np.zeros(12), sigma=np.eye(12), features="inception (pytorch-fid, 2048-d)")
+    return root
+
+
+def evaluate(monkeypatch, data, *flags):
+    """Run the script's main in this process, in the folder of the data."""
+    monkeypatch.chdir(data)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--lpips", "False", *map(str, flags)])
+    script.main()
+
+
+def measured(monkeypatch, data, out, *flags):
+    evaluate(monkeypatch, data, *flags, "--out", out / "result")
+    return json.loads((out / "result.json").read_text())
+
+
+def block_means(folder):
+    values = []
+    for path in sorted(folder.rglob("*.png"), key=lambda path: str(path.relative_to(folder))):
+        with Image.open(path) as image:
+            values.append(np.asarray(image, np.float64).reshape(2, 8, 2, 8, 3).mean(axis=(1, 3)) / 255)
+    return np.stack(values).transpose(0, 3, 1, 2).reshape(len(values), -1)
+
+
+def fid_by_eigenvalues(x, y):
+    cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    overlap = np.sqrt(np.linalg.eigvals(cov_x @ cov_y).astype(complex)).real.sum()
+    return np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(cov_x) + np.trace(cov_y) - 2 * overlap
+
+
+def test_one_command_measures_everything(data, tmp_path):
+    """A process of its own, elsewhere, without PYTHONPATH; a second extractor run gives the same numbers."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    flags = ["--outputs", data / "outputs", "--sources", data / "sources", "--targets", data / "targets", "--truth",
+             data / "truth", "--features", data / "blocks.pt", "--image_size", 16, "--bootstrap", 40, "--lpips", False,
+             "--batch_size", 7, "--per_image", "True", "--out", "new/result", "--device", "cpu"]
+    run = subprocess.run([sys.executable, str(SCRIPT), *map(str, flags)], cwd=tmp_path, env=environment,
+                         capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "new" / "result.json").read_text())
+    values, intervals = result["metrics"], result["intervals"]
+
+    x, y = block_means(data / "outputs"), block_means(data / "targets")
+    assert values["fid"] == pytest.approx(fid_by_eigenvalues(x, y), rel=1e-4)
+    difference = []
+    for i in range(20):
+        with Image.open(data / "sources" / f"{i:02d}.png") as a, Image.open(data / "outputs" / f"{i:02d}.png") as b:
+            source = np.asarray(a.resize((16, 16), Image.Resampling.BICUBIC), np.float64)
+            difference.append(np.linalg.norm(source - np.asarray(b, np.float64)) / 255)
+    assert values["source_l2"] == pytest.approx(np.mean(difference), rel=1e-6)
+    assert result["std"]["source_l2"] == pytest.approx(np.std(difference, ddof=1), rel=1e-6)
+    for name in ("kid", "source_ssim", "truth_l2", "truth_psnr", "truth_ssim"):
+        assert math.isfinite(values[name])
+    for name in ("source_msssim", "truth_msssim", "source_lpips", "negative_impact"):
+        assert values[name] is None and name not in intervals
+    paired = {f"{role}_{name}" for role in ("source", "truth") for name in ("l2", "mse", "psnr", "ssim")}
+    assert set(intervals) == {"fid", "kid"} | paired
+    assert all(low < values[name] < high for name, (low, high) in intervals.items())
+
+    assert result["pairing"] == {"source": "stem", "truth": "order"}
+    assert result["counts"] == {"outputs": 20, "sources": 20, "targets": 21, "truth": 20, "source_pairs": 20,
+                                "truth_pairs": 20}
+    assert result["sizes"]["sources"] == ["32x32"] and result["sizes"]["outputs"] == ["16x16"]
+    assert result["protocol"]["features"].startswith("torchscript ") and result["protocol"]["dimensions"] == 12
+    assert "16x16" in result["protocol"]["paired"]
+    assert "warning: no file name in --outputs occurs in --truth: paired by order of names" in run.stderr
+    assert "warning: MS-SSIM is left out: its scales need --image_size 161 or more" in run.stderr
+
+    row, = csv.DictReader((tmp_path / "new" / "result.csv").open())
+    assert float(row["fid"]) == values["fid"] and float(row["fid_low"]) == intervals["fid"][0]
+    assert row["source_lpips"] == "" and row["count_targets"] == "21"
+    rows = list(csv.DictReader((tmp_path / "new" / "result_images.csv").open()))
+    assert [row["output"] for row in rows] == [f"{i:02d}.png" for i in range(20)]
+    assert [float(row["source_l2"]) for row in rows] == pytest.approx(difference, rel=1e-6)
+    text = (tmp_path / "new" / "result.md").read_text()
+    assert text == run.stdout
+    assert f"| FID | {values['fid']:.6g} |" in text and "| SSIM, truth |" in text and "paired by order" in text
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "result.csv", "result.json", "result.md", "result_images.csv",
+    ]
+
+
+def test_golden_values_by_the_command(monkeypatch, tmp_path):
+    entry = golden_index()["metrics"]
+    a, b = entry["folders"]
+    result = measured(monkeypatch, GOLDEN_DIR, tmp_path, "--outputs", b, "--sources", a)
+    for name, expected in entry["values"].items():
+        assert result["metrics"][f"source_{name}"] == pytest.approx(expected, rel=1e-4), name
+    assert result["warnings"] == []
+
+
+def test_identical_folders(monkeypatch, data, tmp_path):
+    flags = ("--outputs", "outputs", "--targets", "outputs", "--truth", "outputs", "--features", "blocks.pt")
+    result = measured(monkeypatch, data, tmp_path, *flags, "--image_size", 16)
+    assert result["metrics"]["fid"] == pytest.approx(0, abs=1e-10)
+    assert result["metrics"]["kid"] <= 0  # unbiased: an image is compared with itself between the sets only
+    assert result["metrics"]["truth_ssim"] == pytest.approx(1)
+    assert result["metrics"]["truth_psnr"] is None
+    assert any("20 of 20 truth pairs are equal images: their PSNR is infinite" in w for w in result["warnings"])
+
+
+def test_statistics_file_in_place_of_a_folder(monkeypatch, data, tmp_path):
+    flags = ("--features", "blocks.pt", "--image_size", 16)
+    direct = measured(monkeypatch, data, tmp_path, "--outputs", "outputs", "--targets", "targets", *flags)
+    evaluate(monkeypatch, data, "--targets", "targets", "--save_stats", tmp_path / "stats.npz", *flags)
+    with np.load(tmp_path / "stats.npz") as file:
+        np.testing.assert_allclose(file["mu"], block_means(data / "targets").mean(axis=0), rtol=1e-5)
+        assert file["sigma"].shape == (12, 12)
+    flags = (*flags, "--bootstrap", 20)
+    result = measured(
+        monkeypatch, data, tmp_path, "--outputs", "outputs", "--targets", tmp_path / "stats.npz", *flags
+    )
+    assert result["metrics"]["fid"] == pytest.approx(direct["metrics"]["fid"], rel=1e-6)
+    low, high = result["intervals"]["fid"]
+    assert low < result["metrics"]["fid"] < high
+    assert result["metrics"]["kid"] is None and result["counts"]["targets"] == 21
+    assert result["warnings"] == ["KID is left out: it needs the target images, not their statistics"]
+
+
+def test_kid_by_subsets_has_a_standard_deviation(monkeypatch, data, tmp_path):
+    flags = ("--outputs", "outputs", "--targets", "targets", "--features", "blocks.pt", "--image_size", 16)
+    result = measured(monkeypatch, data, tmp_path, *flags, "--kid_subset_size", 10, "--kid_subsets", 30)
+    assert result["std"]["kid"] > 0
+    assert "30 subsets of 10 images" in result["protocol"]["kid"]
+
+
+def test_too_few_images_for_fid_are_said(monkeypatch, data, tmp_path):
+    flags = ("--outputs", "few", "--targets", "targets", "--features", "blocks.pt", "--image_size", 16)
+    result = measured(monkeypatch, data, tmp_path, *flags)
+    warning, = result["warnings"]
+    assert warning.startswith("--outputs: too few images for FID's rank: 5 images for 12 features")
+
+
+def test_native_size_leaves_pixels_alone(monkeypatch, data, tmp_path):
+    save_torchscript(RowMeans(), tmp_path / "rows.pt")
+    flags = ("--outputs", "outputs", "--targets", "targets", "--features", tmp_path / "rows.pt")
+    result = measured(monkeypatch, data, tmp_path, *flags, "--native_size", "True")
+    assert result["protocol"]["dimensions"] == 3 * 16
+    assert "images at their own size" in result["protocol"]["features"]
+    resized = measured(monkeypatch, data, tmp_path, *flags, "--image_size", 20)
+    assert resized["protocol"]["dimensions"] == 3 * 20
+    with pytest.raises(UserError, match="48 features of the outputs' size and 96 of the targets': --native_size True"):
+        evaluate(monkeypatch, data, *flags, "--native_size", "True", "--targets", "sources")
+
+
+def test_partial_and_sizes_are_said(monkeypatch, data, tmp_path):
+    result = measured(
+        monkeypatch, data, tmp_path, "--outputs", "outputs", "--truth", "few", "--partial", "True", "--image_size", 16
+    )
+    assert result["counts"]["truth_pairs"] == 5
+    assert result["warnings"][0] == "--partial True: 5 pairs measured of 20 outputs and 5 in --truth"
+    result = measured(monkeypatch, data, tmp_path, "--outputs", "mixed", "--truth", "mixed", "--image_size", 16)
+    assert "--outputs: images of 2 sizes, 16x16, 24x24" in result["warnings"]
+
+
+def test_folder_of_a_run(monkeypatch, tmp_path):
+    """The run's overviews are no outputs; what run.json says of negative impact is carried into the result."""
+    run = write_images(tmp_path / "run", ["a.png", "b/c.png", "grid.png"])
+    write_images(tmp_path / "sources", ["a.png", "b/c.png"])
+    flags = ("--outputs", "run", "--sources", "sources", "--image_size", 16)
+    (run / "run.json").write_text(json.dumps({"negative_impact": 0.125, "seed": 3}))
+    result = measured(monkeypatch, tmp_path, tmp_path, *flags)
+    assert result["metrics"]["negative_impact"] == 0.125 and result["counts"]["outputs"] == 2
+    assert "| negative impact | 0.125 |" in (tmp_path / "result.md").read_text()
+    (run / "run.json").write_text("{}")
+    assert measured(monkeypatch, tmp_path, tmp_path, *flags)["metrics"]["negative_impact"] is None
+    (run / "run.json").write_text("[truncated")
+    result = measured(monkeypatch, tmp_path, tmp_path, *flags)
+    assert any("run.json: not a JSON object" in warning for warning in result["warnings"])
+
+
+def test_lpips_is_left_out_and_said_or_an_error(monkeypatch, data, tmp_path):
+    """No weights in the cache and a proxy that refuses: what a machine without a network sees."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    flags = ("--outputs", "few", "--truth", "few", "--image_size", 16)
+    result = measured(monkeypatch, data, tmp_path, *flags, "--lpips", "auto")
+    assert result["metrics"]["truth_lpips"] is None
+    assert sum(w.startswith("LPIPS is left out: the weights of its backbone 'alex'") for w in result["warnings"]) == 1
+    with pytest.raises(UserError, match="^LPIPS: the weights of its backbone 'vgg' could not be loaded"):
+        evaluate(monkeypatch, data, *flags, "--lpips", "True", "--lpips_net", "vgg")
+
+
+def test_inception_without_weights_is_one_line(monkeypatch, data, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="^--features inception: its weights could not be downloaded .*inception_path"):
+        evaluate(monkeypatch, data, "--outputs", "few", "--targets", "few")
+
+
+BLOCKS = "--features blocks.pt --image_size 16"
+ERRORS = {
+    "": "--outputs is needed",
+    "--outputs outputs": "--sources, --targets or --truth is needed",
+    "--outputs nowhere --truth few": "--outputs nowhere: no such file or folder",
+    "--outputs outputs --truth nowhere": "--truth nowhere: no such file or folder",
+    "--outputs outputs --sources empty": "--sources empty: no image in this folder",
+    f"--outputs outputs --targets empty {BLOCKS}": "--targets empty: no image in this folder",
+    "--outputs blocks.pt --truth few": "--outputs blocks.pt: a file; a folder of images is needed",
+    "--outputs few --truth outputs": "--outputs has 5 images and --truth 20, but 15 have no partner of the same name",
+    "--outputs few --truth truth": "counts differ .5 and 20 images.: they can be paired neither by name nor by order",
+    "--outputs broken --truth broken": "broken/02.png: .*truncated",
+    f"--outputs few --targets broken {BLOCKS}": "broken/02.png: .*truncated",
+    f"--outputs one --targets few {BLOCKS}": "--outputs: 1 image; FID and KID need 2 or more",
+    f"--outputs few --targets mixed {BLOCKS} --native_size True": "mixed/2.png is 24x24 and mixed/0.png is 16x16",
+    f"--outputs few --targets mixed {BLOCKS} --native_size True --batch_size 2": "mixed/2.png is 24x24 and mixed/0.png",
+    f"--outputs few --targets missing.npz {BLOCKS}": "--targets missing.npz: no such file",
+    f"--outputs few --targets text.npz {BLOCKS}": "--targets text.npz: not a statistics file; arrays mu",
+    f"--outputs few --targets other.npz {BLOCKS}": "--targets other.npz: not a statistics file; arrays mu",
+    f"--outputs few --targets shapes.npz {BLOCKS}": r"--targets shapes.npz: mu \[12\] and sigma \[11, 11\] do not fit",
+    f"--outputs few --targets narrow.npz {BLOCKS}": "statistics of 11 features, but --features gives 12",
+    f"--outputs few --targets inception.npz {BLOCKS}": "made with 'inception .pytorch-fid, 2048-d.', but this run",
+    "--outputs few --targets few --features resnet": "--features resnet: 'inception', a TorchScript FILE.pt or",
+    "--outputs few --targets few --features missing.pt": "--features missing.pt: no such file",
+    "--outputs few --targets few --features weights.pt": "--features weights.pt: not a TorchScript module",
+    "--outputs few --targets few --features spatial.pt": r"returns \[5, 1, 256, 256\] for 5 images; \[N, D\] is needed",
+    "--outputs few --targets few --inception_path missing.pth": "--inception_path missing.pth: no such file",
+    "--outputs few --targets few --inception_path weights.pt": "--inception_path weights.pt: not the weights of",
+    f"--outputs few --targets few {BLOCKS} --inception_path weights.pt": "--inception_path weights.pt has no effect",
+    f"--outputs few --targets few {BLOCKS} --protocol egsde-male2female": "male2female needs --features inception",
+    "--outputs few --truth few --image_size 10": "--image_size 10: SSIM's window needs 11 or more",
+    "--outputs few --truth few --image_size 0": "--image_size: 0: a whole number of at least 1 is needed",
+    "--outputs few --truth few --batch_size many": "--batch_size: many: a whole number of at least 1 is needed",
+    "--outputs few --truth few --partial maybe": "--partial: 'maybe' is neither True nor False",
+    "--outputs few --truth few --confidence 95": "--confidence 95: must lie between 0 and 1",
+    "--outputs few --truth few --device abacus": "--device abacus: cannot be used",
+    "--outputs few --truth few --per_image True": "--per_image True: needs --out",
+    "--outputs few --truth few --out blocks.pt/x": "--out blocks.pt/x: the folder blocks.pt cannot be made",
+    "--targets few --outputs few --save_stats x.npz": "--save_stats x.npz: needs a folder for --targets, and no",
+    f"--targets few --save_stats folder.npz {BLOCKS}": "--save_stats folder.npz: cannot be written .*Is a directory",
+    "--outputs few --truth few --image_size 16 --out folder": "--out: folder.json cannot be written .Is a directory",
+    "--targets few --save_stats x.txt": "--save_stats x.txt: the name must end in .npz",
+    "--outputs few --truth few --outptus x": "unrecognized arguments: --outptus x",
+}
+
+
+@pytest.mark.parametrize("flags", ERRORS)
+def test_what_does_not_fit_is_one_line(flags, monkeypatch, data):
+    with pytest.raises(UserError, match=ERRORS[flags]) as caught:
+        evaluate(monkeypatch, data, *flags.split())
+    assert "\n" not in str(caught.value)
+
+
+def test_features_that_are_not_finite_are_refused(monkeypatch, data, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "white.png")
+    with pytest.raises(UserError, match="--features: torchscript .* returns NaN or infinity for"):
+        evaluate(monkeypatch, data, "--outputs", tmp_path, "--targets", tmp_path, "--features", "log.pt")
+
+
+def test_images_that_are_not_square_fail_in_a_torchscript_of_one_shape(monkeypatch, data, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 4))
+    save_torchscript(model, tmp_path / "linear.pt")
+    flags = ("--outputs", "wide", "--targets", "few", "--features", tmp_path / "linear.pt")
+    with pytest.raises(UserError, match="torchscript .* fails on images of 24x16: ") as caught:
+        evaluate(monkeypatch, data, *flags, "--native_size", "True")
+    assert "\n" not in str(caught.value)
+    evaluate(monkeypatch, data, *flags, "--image_size", 16)
+
+
+def test_the_process_ends_with_one_line_and_status_2(data):
+    run = subprocess.run([sys.executable, str(SCRIPT), "--outputs", "few", "--truth", "nowhere"], cwd=data,
+                         capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith("error: --truth nowhere: ") and run.stderr.count("\n") == 1
+
+
+def test_help_is_grouped():
+    run = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0
+    for group in ("images:", "protocol:", "FID and KID:", "LPIPS:", "confidence:", "result and run:", "examples:"):
+        assert f"\n{group}\n" in run.stdout

@@ -1,0 +1,385 @@
+"""datasets/prepare_emoji.py: matching, split, pixels, manifest, and what it does when something is wrong."""
+
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+SCRIPT = Path(__file__).resolve().parents[1] / "datasets" / "prepare_emoji.py"
+spec = importlib.util.spec_from_file_location("prepare_emoji", SCRIPT)
+prepare_emoji = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(prepare_emoji)
+
+TARBALLS = {
+    "fluent3d": ("@lobehub/fluent-emoji-3d", "1.1.0", "lobehub-fluent-emoji-3d-1.1.0.tgz", "assets", "webp"),
+    "twitter": (
+        "emoji-datasource-twitter", "16.0.0", "emoji-datasource-twitter-16.0.0.tgz", "img/twitter/64", "png"),
+    "google": ("emoji-datasource-google", "16.0.0", "emoji-datasource-google-16.0.0.tgz", "img/google/64", "png"),
+}
+DIGEST_64 = "59cf2eab9a7b1d26a7bf3dfedf9a4f125ad28a5c1c6199c0b2747d12b4f93d2e"
+KNOWN_PIXELS = "c9166b1f653b16152b00ac593c105a16cb5da2f7e00017f24737a6d91e03f557"
+# A heart, a thumb and its tones, a robot (held out), two people, and what only one vendor draws.
+PAIRED = ["2764", "1f44d", "1f44d-1f3fb", "1f44d-1f3ff", "1f916", "1f9d1-200d-1f91d-200d-1f9d1",
+          "1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3fc", "26a7"]
+FILES = {
+    "fluent3d": ["2764-fe0f", "1f44d", "1f44d-1f3fb", "1f44d-1f3ff", "1f916", "1f9d1-200d-1f91d-200d-1f9d1",
+                 "1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3fc", "26a7", "26a7-fe0f", "23-20e3"],
+    "twitter": ["2764-fe0f", "1F44D", "1f44d-1F3FB", "1f44d-1f3ff", "1f916", "1f9d1-200d-1f91d-200d-1f9d1",
+                "1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3fc", "26a7-fe0f", "1f3fb", "0023-20e3"],
+    "google": ["2764-fe0f", "1f44d", "1f916", "1f3fb"],
+}
+
+
+def colour(style, stem):
+    """A colour that tells whose drawing of what this is."""
+    return tuple(hashlib.sha256(f"{style} {stem}".encode()).digest()[:3])
+
+
+def encoded(picture, format):
+    buffer = io.BytesIO()
+    picture.save(buffer, format=format, lossless=True)
+    return buffer.getvalue()
+
+
+def add(archive, name, data):
+    member = tarfile.TarInfo(f"package/{name}")
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def make_tarball(folder, style, files=None, version=None):
+    """Write a package as npm packs it; `files` maps stems to encoded pictures."""
+    package, own_version, name, pictures, extension = TARBALLS[style]
+    if files is None:
+        files = {stem: encoded(Image.new("RGBA", (24, 24), colour(style, stem)), extension) for stem in FILES[style]}
+    with tarfile.open(folder / name, "w:gz") as archive:
+        add(archive, "package.json", json.dumps({"name": package, "version": version or own_version}).encode())
+        add(archive, "img/sheets/1f916.png", b"a sprite sheet is no picture of the set")
+        add(archive, f"{pictures}/readme.txt", b"nor is this")
+        for stem, data in files.items():
+            add(archive, f"{pictures}/{stem}.{extension}", data)
+    return folder / name
+
+
+@pytest.fixture(scope="session")
+def shared_tarballs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packages")
+    for style in TARBALLS:
+        make_tarball(folder, style)
+    return folder
+
+
+@pytest.fixture
+def tarballs(shared_tarballs, tmp_path):
+    """A copy of the tarballs that a test may spoil."""
+    return Path(shutil.copytree(shared_tarballs, tmp_path / "packages"))
+
+
+def run(*arguments, **options):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def refused(completed):
+    """The one line of a refusal."""
+    assert completed.returncode == 2
+    lines = completed.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def split_by_hand(base):
+    return "test" if int(hashlib.sha256(base.encode()).hexdigest(), 16) % 10 == 0 else "train"
+
+
+def test_the_set_holds_exactly_the_code_points_that_target_and_source_both_draw(shared_tarballs, tmp_path):
+    completed = run("--size", 16, "--out", tmp_path / "set", "--from_dir", shared_tarballs)
+    assert completed.returncode == 0, completed.stderr
+    split = {code: split_by_hand(code) for code in PAIRED}
+    split["1f44d-1f3fb"] = split["1f44d-1f3ff"] = split["1f44d"]
+    split["1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3fc"] = split["1f9d1-200d-1f91d-200d-1f9d1"]
+    assert split["1f916"] == "test" and split["2764"] == "train"
+    google = ["2764", "1f44d", "1f916"]
+    expected = [f"{style}/{split[code]}/{code}.png" for style in ("fluent3d", "twitter") for code in PAIRED]
+    expected += [f"google/{split[code]}/{code}.png" for code in google] + ["manifest.json"]
+    assert tree(tmp_path / "set") == sorted(expected)
+
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert sorted(manifest["paired"]["train"] + manifest["paired"]["test"]) == sorted(PAIRED)
+    assert all(split[code] == name for name, codes in manifest["paired"].items() for code in codes)
+    assert manifest["left_out"] == {"fluent3d": ["23-20e3"], "twitter": ["0023-20e3", "1f3fb"], "google": ["1f3fb"]}
+    assert manifest["settings"]["packages"]["fluent3d"]["version"] == "1.1.0"
+    assert sum(manifest["counts"]["google"].values()) == 3
+    assert "google: " in completed.stdout and manifest["digest"] in completed.stdout
+
+
+def test_every_picture_is_its_own_vendors_drawing_of_its_own_code_point(shared_tarballs, tmp_path):
+    prepare_emoji.prepare(16, tmp_path / "set", shared_tarballs)
+    stems = {style: {stem.lower().replace("-fe0f", ""): stem for stem in FILES[style]} for style in FILES}
+    pictures = list((tmp_path / "set").rglob("*.png"))
+    assert len(pictures) == 2 * len(PAIRED) + 3
+    for path in pictures:
+        style = path.parts[-3]
+        picture = Image.open(path)
+        assert (picture.mode, picture.size) == ("RGB", (16, 16))
+        # Fluent draws 26a7 twice; the fully qualified name, which comes later in FILES, is the one to take.
+        assert picture.getcolors() == [(256, colour(style, stems[style][path.stem]))]
+
+
+def test_manifest_hashes_are_those_of_the_pixels_on_disk_and_the_digest_covers_them_all(shared_tarballs, tmp_path):
+    prepare_emoji.prepare(16, tmp_path / "set", shared_tarballs)
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    hashes = manifest["pixels_sha256"]
+    assert sorted([*hashes, "manifest.json"]) == tree(tmp_path / "set")
+    for path, value in hashes.items():
+        pixels = Image.open(tmp_path / "set" / path).tobytes()
+        assert hashlib.sha256(pixels).hexdigest() == value
+    lines = "".join(f"{path} {value}\n" for path, value in sorted(hashes.items()))
+    assert hashlib.sha256(lines.encode()).hexdigest() == manifest["digest"]
+
+
+def test_two_runs_give_the_same_manifest(shared_tarballs, tmp_path):
+    for name in ("a", "b"):
+        prepare_emoji.prepare(16, tmp_path / name, shared_tarballs)
+    assert (tmp_path / "a" / "manifest.json").read_bytes() == (tmp_path / "b" / "manifest.json").read_bytes()
+
+
+def test_a_known_picture_renders_to_known_pixels():
+    """Pins compositing, padding and filter: the manifest is worth something only if every Pillow gives these pixels."""
+    picture = Image.frombytes("RGBA", (40, 30), bytes((7 * i * i + i // 4) % 256 for i in range(40 * 30 * 4)))
+    pixels = prepare_emoji.render(encoded(picture, "png"), 16).tobytes()
+    assert hashlib.sha256(pixels).hexdigest() == KNOWN_PIXELS
+
+
+def test_transparent_parts_become_white_without_a_fringe_of_their_hidden_colour():
+    picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    picture.paste((255, 0, 0, 255), (0, 0, 32, 64))
+    rendered = prepare_emoji.render(encoded(picture, "png"), 16)
+    # Red on white everywhere: the filter moves green and blue together and never touches red.
+    red, green, blue = (channel.tobytes() for channel in rendered.split())
+    assert set(red) == {255} and green == blue
+    assert rendered.getpixel((15, 8)) == (255, 255, 255)
+    half = prepare_emoji.render(encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 128)), "png"), 8)
+    assert half.getpixel((4, 4)) == (255, 127, 127)
+
+
+def test_a_picture_that_is_not_square_is_padded_with_white_and_stays_whole():
+    rendered = prepare_emoji.render(encoded(Image.new("RGB", (16, 32), "blue"), "png"), 32)
+    assert rendered.crop((8, 0, 24, 32)).getcolors() == [(512, (0, 0, 255))]
+    assert rendered.crop((0, 0, 8, 32)).getcolors() == [(256, (255, 255, 255))]
+
+
+@given(
+    parts=st.lists(st.sampled_from(["1f468", "1f469", "200d", "1f91d", "2764"]), min_size=1, max_size=6),
+    tones=st.lists(st.sampled_from(["", "-1f3fb", "-1f3fc", "-1f3fd", "-1f3fe", "-1f3ff"]), min_size=6, max_size=6),
+)
+def test_skin_tone_variants_are_always_in_the_split_of_their_base(parts, tones):
+    base = "-".join(parts)
+    variant = "-".join(part + tone for part, tone in zip(parts, tones))
+    assert prepare_emoji.skin_tone_base(variant) == base
+    assert prepare_emoji.split_of(variant) == split_by_hand(base)
+
+
+def test_a_skin_tone_alone_is_its_own_base():
+    assert prepare_emoji.skin_tone_base("1f3fb") == "1f3fb"
+
+
+def test_a_complete_set_with_the_same_settings_is_left_alone(shared_tarballs, tmp_path):
+    first = run("--size", 16, "--out", tmp_path / "set", "--from_dir", shared_tarballs)
+    before = {path: (tmp_path / "set" / path).stat().st_mtime_ns for path in tree(tmp_path / "set")}
+    second = run("--size", 16, "--out", tmp_path / "set", env={**os.environ, "PATH": ""})
+    assert second.returncode == 0 and "left alone" in second.stdout
+    assert first.stdout.splitlines()[1:] == second.stdout.splitlines()[1:]
+    assert before == {path: (tmp_path / "set" / path).stat().st_mtime_ns for path in tree(tmp_path / "set")}
+
+
+def test_another_size_is_refused_and_written_with_overwrite(shared_tarballs, tmp_path):
+    run("--size", 16, "--out", tmp_path / "set", "--from_dir", shared_tarballs)
+    line = refused(run("--size", 24, "--out", tmp_path / "set", "--from_dir", shared_tarballs))
+    assert "size 16, not 24" in line and "--overwrite True" in line
+    again = run("--size", 24, "--out", tmp_path / "set", "--from_dir", shared_tarballs, "--overwrite", "True")
+    assert again.returncode == 0, again.stderr
+    assert Image.open(tmp_path / "set" / "twitter" / "test" / "1f916.png").size == (24, 24)
+    assert os.listdir(tmp_path) == ["set"]
+
+
+def test_a_set_that_lost_a_picture_or_its_manifest_is_refused(shared_tarballs, tmp_path):
+    prepare_emoji.prepare(16, tmp_path / "set", shared_tarballs)
+    (tmp_path / "set" / "twitter" / "test" / "1f916.png").unlink()
+    line = refused(run("--size", 16, "--out", tmp_path / "set", "--from_dir", shared_tarballs))
+    assert "lacks 1 of the set's 19 pictures" in line and "1f916.png" in line
+    (tmp_path / "set" / "manifest.json").write_text("{")
+    assert "no usable manifest.json" in refused(run("--size", 16, "--out", tmp_path / "set"))
+
+
+def test_overwrite_never_removes_a_folder_that_holds_other_files(shared_tarballs, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years of work")
+    line = refused(run("--out", tmp_path / "home", "--from_dir", shared_tarballs, "--overwrite", "True"))
+    assert "thesis.tex" in line
+    assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("size", ["0", "7", "1025", "-64", "64.0", "big", "²"])
+def test_a_bad_size_is_refused(size, tmp_path):
+    line = refused(run(f"--size={size}", "--out", tmp_path / "set"))
+    assert f"--size {size} " in line and "8 to 1024" in line
+
+
+def test_a_bad_boolean_is_refused(tmp_path):
+    assert "--overwrite maybe" in refused(run("--overwrite", "maybe", "--out", tmp_path / "set"))
+
+
+def test_a_missing_tarball_is_named_with_the_command_that_makes_it(tarballs, tmp_path):
+    (tarballs / "lobehub-fluent-emoji-3d-1.1.0.tgz").unlink()
+    line = refused(run("--out", tmp_path / "set", "--from_dir", tarballs))
+    assert "lobehub-fluent-emoji-3d-1.1.0.tgz" in line and "npm pack @lobehub/fluent-emoji-3d@1.1.0" in line
+    assert "is not a folder" in refused(run("--out", tmp_path / "set", "--from_dir", tmp_path / "nowhere"))
+    assert os.listdir(tmp_path) == ["packages"]
+
+
+def cut(data):
+    return data[: len(data) // 2]
+
+
+def flip(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1:]
+
+
+def wrong_checksum(data):
+    """The last 8 bytes of a gzip file are its CRC and length."""
+    return data[:-8] + bytes([data[-8] ^ 255]) + data[-7:]
+
+
+@pytest.mark.parametrize("spoil", [cut, flip, wrong_checksum, lambda data: b"", lambda data: b"not an archive"],
+                         ids=["truncated", "one byte changed", "wrong checksum", "empty", "text"])
+def test_a_corrupt_tarball_is_named_and_leaves_nothing(spoil, tarballs, tmp_path):
+    path = tarballs / "emoji-datasource-google-16.0.0.tgz"
+    path.write_bytes(spoil(path.read_bytes()))
+    line = refused(run("--out", tmp_path / "set", "--from_dir", tarballs))
+    assert str(path) in line and "not an intact npm tarball" in line
+    assert os.listdir(tmp_path) == ["packages"]
+
+
+def test_a_tarball_of_another_version_is_refused(tarballs, tmp_path):
+    make_tarball(tarballs, "twitter", version="15.0.0")
+    line = refused(run("--out", tmp_path / "set", "--from_dir", tarballs))
+    assert "emoji-datasource-twitter@15.0.0" in line and "not emoji-datasource-twitter@16.0.0" in line
+
+
+def test_a_tarball_without_pictures_and_vendors_without_a_common_emoji_are_refused(tarballs, tmp_path):
+    make_tarball(tarballs, "twitter", files={})
+    assert "holds no picture" in refused(run("--out", tmp_path / "set", "--from_dir", tarballs))
+    make_tarball(tarballs, "twitter", files={"1f600": encoded(Image.new("RGB", (8, 8)), "png")})
+    assert "no code point is drawn by both" in refused(run("--out", tmp_path / "set", "--from_dir", tarballs))
+
+
+def test_a_broken_picture_is_named_and_leaves_nothing(tarballs, tmp_path):
+    make_tarball(tarballs, "twitter", files={"1f916": b"no picture"})
+    assert "1f916.png cannot be read" in refused(run("--out", tmp_path / "set", "--from_dir", tarballs))
+    assert os.listdir(tmp_path) == ["packages"]
+
+
+def test_a_place_that_cannot_be_written_is_refused(shared_tarballs, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refused(run("--out", tmp_path / "file" / "set", "--from_dir", shared_tarballs))
+    assert "cannot write --out" in line and line.endswith(f"({tmp_path / 'file'})")
+    assert "is a file" in refused(run("--out", tmp_path / "file", "--from_dir", shared_tarballs))
+
+
+def test_a_write_that_fails_midway_keeps_the_old_set_and_leaves_no_temporary_folder(shared_tarballs, tmp_path):
+    prepare_emoji.prepare(16, tmp_path / "set", shared_tarballs)
+    before = {path: (tmp_path / "set" / path).read_bytes() for path in tree(tmp_path / "set")}
+
+    def no_file_over_1000_bytes():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # the pictures fit, the manifest does not
+
+    line = refused(run("--size", 24, "--out", tmp_path / "set", "--from_dir", shared_tarballs, "--overwrite", "True",
+                       preexec_fn=no_file_over_1000_bytes))
+    assert "cannot write --out" in line and "File too large" in line
+    assert os.listdir(tmp_path) == ["set"]
+    assert before == {path: (tmp_path / "set" / path).read_bytes() for path in tree(tmp_path / "set")}
+
+
+def fake_npm(folder, body):
+    """Put an executable `npm` with a Python body into `folder`; return an environment where only it is found."""
+    folder.mkdir()
+    (folder / "npm").write_text(f"#!{sys.executable}\nimport json, pathlib, shutil, sys, time\n{body}\n")
+    (folder / "npm").chmod(0o755)
+    return {**os.environ, "PATH": str(folder)}
+
+
+def test_packages_are_asked_of_npm_by_name_and_version(shared_tarballs, tmp_path):
+    env = fake_npm(tmp_path / "bin", f"""
+name, version = sys.argv[2].rsplit("@", 1)
+tarball = f"{{name.lstrip('@').replace('/', '-')}}-{{version}}.tgz"
+destination = sys.argv[sys.argv.index("--pack-destination") + 1]
+shutil.copy(pathlib.Path({str(shared_tarballs)!r}) / tarball, destination)
+print(json.dumps([{{"filename": tarball}}]))
+""")
+    completed = run("--size", 16, "--out", tmp_path / "set", env=env)
+    assert completed.returncode == 0, completed.stderr
+    assert "fetching @lobehub/fluent-emoji-3d@1.1.0" in completed.stdout
+    prepare_emoji.prepare(16, tmp_path / "direct", shared_tarballs)
+    assert (tmp_path / "set" / "manifest.json").read_text() == (tmp_path / "direct" / "manifest.json").read_text()
+    assert sorted(os.listdir(tmp_path)) == ["bin", "direct", "set"]
+
+
+@pytest.mark.parametrize("body, reason", [
+    ('print(json.dumps({"error": {"code": "ENOTFOUND", "summary": "no such\\nhost"}})); sys.exit(1)',
+     "(ENOTFOUND: no such host)"),
+    ('sys.exit("npm ERR! code E404\\nnpm ERR! A complete log of this run can be found in: x")', "(code E404)"),
+    ("sys.exit(7)", "(npm ended with status 7)"),
+], ids=["json report", "error log", "silence"])
+def test_npms_own_reason_is_passed_on_in_one_line(body, reason, tmp_path):
+    line = refused(run("--out", tmp_path / "set", env=fake_npm(tmp_path / "bin", body)))
+    assert reason in line and "@lobehub/fluent-emoji-3d@1.1.0" in line and "--from_dir" in line
+    assert os.listdir(tmp_path) == ["bin"]
+
+
+def test_without_npm_the_error_says_how_to_use_from_dir(tmp_path):
+    line = refused(run("--out", tmp_path / "set", env={**os.environ, "PATH": ""}))
+    assert "npm is not installed" in line and "--from_dir" in line and "emoji-datasource-google@16.0.0" in line
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_run_leaves_no_half_set_and_no_temporary_folder(number, status, tmp_path):
+    env = fake_npm(tmp_path / "bin", f"pathlib.Path({str(tmp_path / 'started')!r}).touch(); time.sleep(60)")
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "set")]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, messages = process.communicate(timeout=30)
+    assert process.returncode == status and "Traceback" not in messages
+    assert sorted(os.listdir(tmp_path)) == ["bin", "started"]
+
+
+@pytest.mark.skipif(not os.environ.get("SDDM_TEST_NPM"), reason="fetches 150 MB with npm; set SDDM_TEST_NPM=1 to run")
+def test_the_real_packages_give_the_published_set(tmp_path):
+    completed = subprocess.run([sys.executable, str(SCRIPT), "--size", "64", "--out", str(tmp_path / "set")])
+    assert completed.returncode == 0
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert manifest["counts"] == {style: {"train": 3092, "test": 280} for style in TARBALLS}
+    assert manifest["digest"] == DIGEST_64
