@@ -196,4 +196,4 @@ class Model(nn.Module):
                 h = level.attn[i](h) if level.attn else h
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)).to(x.dtype))
+        return self.conv_out(F.silu(self.norm_out(h)).to(x.dtype)).contiguous()

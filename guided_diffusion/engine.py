@@ -19,6 +19,7 @@ from .errors import UserError
 from .image_datasets import (
     ImageError,
     Reference,
+    check_options,
     display_name,
     find_collisions,
     is_url,
@@ -40,7 +41,6 @@ class Options:
 
     base_samples: str
     save_dir: str
-    image_size: int
     batch_size: int | str = 4
     seed: int = 0
     samples_per_image: int = 1
@@ -80,14 +80,14 @@ class Item:
 class Job:
     """A folder of references and the outputs wanted of it, checked before any model is loaded.
 
-    me: dist_util.Ranks; store: the ranks' common store or None; settings: the flags that determine the outputs.
+    me: dist_util.Ranks; store: the ranks' common store or None. Then, in this order: `prepare`, `run`, `finish`.
     Raises UserError for what can be known to fail.
     """
 
-    def __init__(self, options, me, store=None, settings=None):
+    def __init__(self, options, me, store=None):
         self.options, self.me, self.store = options, me, store
-        self.settings = dict(settings or {})
         self.summary = Summary()
+        check_options(options.resize, options.background)
         _check_folders(options)
         if me.rank == 0:
             references = list_references(options.base_samples)[: options.num_samples]
@@ -126,11 +126,13 @@ class Job:
     def _shared(self, key):
         return json.loads(self.store.get(key))
 
-    def prepare(self, extra=None):
+    def prepare(self, image_size, settings):
         """Open the save folder: check it against run.json, plan the batches, and write the record.
 
-        extra: what the record holds besides (hashes, the architecture). Rank 0 does this, the others get the plan.
+        image_size: side of the images; settings: the flags that determine the outputs, with what was read from files in
+        their place. Rank 0 does this, the others get the plan.
         """
+        self.image_size = image_size
         if self.me.rank:
             self.batches = self._shared("plan")
             return
@@ -142,7 +144,7 @@ class Job:
         else:
             old = run_record.read(options.save_dir)
         if old is not None:
-            run_record.check_same(options.save_dir, old["settings"], self.settings)
+            run_record.check_same(options.save_dir, old["settings"], settings)
         elif existing := [item for item in self.items.values() if os.path.exists(self.path(item))]:
             raise UserError(
                 f"--save_dir {options.save_dir} has {existing[0].output} already, which no run with a "
@@ -156,11 +158,10 @@ class Job:
         else:
             plan = run_record.plan([item.key for item in missing], batch_size)
         self.record = {
-            "settings": self.settings,
-            "seed": options.seed,
+            "settings": settings,
             "versions": run_record.versions(),
-            **(extra or {}),
             "started": old["started"] if old else _now(),
+            "seconds": old["seconds"] if old else 0.0,
             "finished": None,
             "batch_size": batch_size,
             "plan": plan,
@@ -237,7 +238,7 @@ class Job:
         def read(item):
             try:
                 return item, load_image(
-                    item.reference, options.image_size, resize=options.resize, background=options.background
+                    item.reference, self.image_size, resize=options.resize, background=options.background
                 )
             except ImageError as error:
                 return item, error
@@ -345,12 +346,11 @@ class Job:
             "finished": _now(),
             "counts": {
                 "references": len({r.name for r in self.references} | self.summary.failed.keys()),
-                "done": self.summary.done,
-                "skipped": self.summary.skipped,
+                "outputs": sum(map(self._exists, self.items.values())),
                 "failed": len(self.summary.failed),
             },
             "failed": self.summary.failed,
-            "seconds": round(self.summary.seconds, 3),
+            "seconds": round(self.record["seconds"] + self.summary.seconds, 3),
         }
         outputs.write_json(os.path.join(self.options.save_dir, run_record.NAME), self.record)
 
@@ -364,11 +364,11 @@ class Job:
             if reference.name in self.summary.failed or not all(self._exists(item) for item in made):
                 continue
             source = load_image(
-                reference, options.image_size, resize=options.resize, background=options.background
+                reference, self.image_size, resize=options.resize, background=options.background
             )
-            rows.append([source] + [load_image(self.path(item), options.image_size) for item in made])
+            rows.append([source] + [load_image(self.path(item), self.image_size) for item in made])
         if rows:
-            side = min(256, max(128, options.image_size))
+            side = min(256, max(128, self.image_size))
             columns = max(1, round((len(rows) / (1 + options.samples_per_image)) ** 0.5))
             sheet = outputs.contact_sheet(rows, side, columns)
             outputs.write_png(os.path.join(options.save_dir, "grid.png"), sheet)

@@ -243,9 +243,7 @@ def load_image(reference_or_path, image_size: int, *, resize: str = "crop", back
 
     Raises ImageError for whatever is wrong with the file, UserError for a wrong option.
     """
-    colour = _opaque_colour(background)
-    if resize not in RESIZE_MODES:
-        raise UserError(f"--resize {resize}: not a way to resize; use one of {', '.join(RESIZE_MODES)}")
+    colour = check_options(resize, background)
     if image_size < 1:
         raise UserError(f"--image_size {image_size}: must be at least 1")
     path = reference_or_path.path if isinstance(reference_or_path, Reference) else os.fspath(reference_or_path)
@@ -255,6 +253,13 @@ def load_image(reference_or_path, image_size: int, *, resize: str = "crop", back
         return np.array(_fit(image, image_size, resize, colour))
     except MemoryError as error:
         raise ImageError(f"not enough memory to resize {image.width} x {image.height} pixels") from error
+
+
+def check_options(resize: str, background: str) -> tuple[int, int, int]:
+    """The background as RGB; raises UserError for an option of `load_image` that it would refuse."""
+    if resize not in RESIZE_MODES:
+        raise UserError(f"--resize {resize}: not a way to resize; use one of {', '.join(RESIZE_MODES)}")
+    return _opaque_colour(background)
 
 
 def _opaque_colour(background: str) -> tuple[int, int, int]:

@@ -353,7 +353,7 @@ class UNetModel(_Torso):
         h = self.middle_block(skips[-1], emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h.to(x.dtype))
+        return self.out(h.to(x.dtype)).contiguous()
 
 
 class EncoderUNetModel(_Torso):

@@ -113,8 +113,7 @@ def create_energy(name, args, image_size, device):
 def translate(args, me):
     import logging
 
-    from guided_diffusion import dist_util, run_record, sddm
-    from guided_diffusion.engine import Job, Options
+    from guided_diffusion import sddm
     from guided_diffusion.manifold import check_blocks
     from guided_diffusion.script_util import create_diffusion
 
@@ -125,39 +124,24 @@ def translate(args, me):
             setattr(args, name, None)
     names = chosen_energies(args, log)
     device = common.pick_device(args.device, me)
+    job = common.create_job(args, me, device)
     model, info = common.load_network(args, device)
     diffusion = create_diffusion(**{**info.flags, "sigma_small": args.sigma_small})
-    size = info.flags["image_size"]
+    size, steps = info.flags["image_size"], diffusion.num_timesteps
     try:
         check_blocks((size, size), args.area)
     except ValueError as error:
         raise UserError(f"--area {args.area} does not suit --image_size {size}: {error}") from None
-    steps = diffusion.num_timesteps
     if not 0 <= args.range_t < steps:
         raise UserError(f"--range_t is {args.range_t}; a schedule of {steps} steps takes 0 to {steps - 1}")
     energies = [create_energy(name, args, size, device) for name in names]
     log.info(
-        "%s, %d px, %d steps on %s; %s, energy %s", info.model_type, size, steps, device, args.variant, "+".join(names) or "none"
+        "%s UNet, %d px, %d steps on %s; SDDM %s, energy %s",
+        *(info.model_type, size, steps, device, args.variant, "+".join(names) or "none"),
     )
-    options = Options(
-        base_samples=args.base_samples,
-        save_dir=args.save_dir,
-        image_size=size,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        samples_per_image=args.samples_per_image,
-        num_samples=args.num_samples,
-        resize=args.resize,
-        background=args.background,
-        strict=args.strict,
-        overwrite=args.overwrite,
-        save_trajectory=args.save_trajectory,
-        grid=args.grid,
-        device=device,
-    )
-    hashes = {path: run_record.sha256(path) for path in used_files(args, names)}
-    settings = common.settings_of(args, energy=names, checkpoints=hashes, **{k: v for k, v in info.flags.items()})
-    job = Job(options, me, dist_util.open_store(me), settings)
+    paths = {"vgg": args.vgg_path, "dse": args.dsepath, "classifier": args.classifier_path}
+    files = [args.model_path] + [paths[name] for name in names if name in paths]
+    job.prepare(size, common.settings_of(args, files, method="sddm", energy=names, **info.flags))
     sampler = partial(
         sddm.sample,
         model,
@@ -169,13 +153,7 @@ def translate(args, me):
         detail_merge=args.detail_merge,
         clip_denoised=args.clip_denoised,
     )
-    return common.run_sampling(args, options, job, sampler, steps, {"method": "sddm", "model": info.model_type})
-
-
-def used_files(args, names):
-    """The checkpoints that take part in the run."""
-    paths = {"vgg": args.vgg_path, "dse": args.dsepath, "classifier": args.classifier_path}
-    return [args.model_path] + [paths[name] for name in names if name in paths]
+    return common.run_sampling(job, sampler, steps)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """What the sampling scripts share: flags, set-up, progress, messages and exit statuses. The work is in the library."""
 
 import argparse
+import dataclasses
 import logging
 import os
 import signal
 import sys
 import textwrap
 import time
+import warnings
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -42,7 +44,21 @@ DIFFUSION_HELP = {
     "rescale_learned_sigmas": "the training loss; has no effect when sampling",
 }
 # Flags that say how to run, not what to make: they may change between a run and its restart.
-CIRCUMSTANCES = ("save_dir", "device", "overwrite", "strict", "grid", "batch_size", "threads")
+# Paths are among them: the relative paths of references and the hashes of checkpoints count.
+CIRCUMSTANCES = (
+    "base_samples",
+    "batch_size",
+    "device",
+    "grid",
+    "num_samples",
+    "overwrite",
+    "save_dir",
+    "strict",
+    "model_path",
+    "vgg_path",
+    "dsepath",
+    "classifier_path",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,6 +67,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(
             description=textwrap.dedent(description),
+            usage="python scripts/%(prog)s --model_path FILE --base_samples FOLDER [flags]",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -168,6 +185,7 @@ def load_network(args, device):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     flags = {name: getattr(args, name) for name in (*MODEL_HELP, *DIFFUSION_HELP)}
     model, info = load_model(args.model_path, device=device, dtype=dtype, **flags)
+    model.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPUs and GPUs
     if info.model_type == "ENCODER":
         raise UserError(f"--model_path {args.model_path} is a classifier or extractor, not a diffusion model")
     if not info.flags["class_cond"]:
@@ -186,13 +204,25 @@ def load_network(args, device):
     return conditioned, info
 
 
-def run_sampling(args, options, job, sampler, steps, extra):
-    """Do a prepared job with a progress bar and say what became of it; returns the exit status."""
+def create_job(args, me, device):
+    """The job that the flags of input and output describe, before any model is loaded."""
+    from guided_diffusion.dist_util import open_store
+    from guided_diffusion.engine import Job, Options
+
+    names = [field.name for field in dataclasses.fields(Options)]
+    options = {name: getattr(args, name) for name in names if name != "device"}
+    return Job(Options(**options, device=device), me, open_store(me))
+
+
+def run_sampling(job, sampler, steps):
+    """Do a prepared job with a progress bar and say what became of it; returns the exit status.
+
+    sampler(ref, noise, callback): see `sddm.sample`; it calls back `steps` times.
+    """
     from tqdm.auto import tqdm
 
     from guided_diffusion.image_datasets import display_name
 
-    job.prepare(extra)
     total = job.image_steps(steps)
     quiet = job.me.rank != 0 or total == 0
     with tqdm(
@@ -223,18 +253,22 @@ def run_sampling(args, options, job, sampler, steps, extra):
     if job.me.rank == 0:
         for name, reason in sorted(summary.failed.items()):
             print(f"failed: {display_name(name)}: {reason}", file=sys.stderr)
-        where = os.path.join(options.save_dir, "grid.png")
-        print(
-            f"{summary.done} done, {summary.skipped} skipped (were there), {len(summary.failed)} failed; "
-            f"translations are in {options.save_dir}, side by side with their sources in {where}"
-        )
+        folder = job.options.save_dir
+        print(f"{summary.done} done, {summary.skipped} skipped (were there), {len(summary.failed)} failed")
+        if summary.done + summary.skipped:
+            print(f"translations are in {folder}, side by side with their sources in {os.path.join(folder, 'grid.png')}")
     return 1 if summary.failed else 0
 
 
-def settings_of(args, **found):
-    """The flags that determine the outputs, for run.json; `found` replaces what was read from files."""
+def settings_of(args, files, **found):
+    """The flags that determine the outputs, for run.json, with the hashes of the checkpoint files that take part.
+
+    found: values that were read from files or resolved, in place of the flags'.
+    """
+    from guided_diffusion.run_record import sha256
+
     settings = {name: value for name, value in vars(args).items() if name not in CIRCUMSTANCES}
-    return {**settings, **found}
+    return {**settings, **found, "checkpoints": {os.path.basename(path): sha256(path) for path in files}}
 
 
 def main(function, parser):
@@ -244,6 +278,7 @@ def main(function, parser):
     """
     from guided_diffusion import dist_util
 
+    warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata, which does not concern the pixels
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     args = parser.parse_args()

@@ -1,0 +1,1062 @@
+"""Reading references: formats and modes to exact pixels, names and folders, and everything that can be wrong."""
+
+import io
+import os
+import random
+import re
+import socket
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+
+from guided_diffusion import image_datasets
+from guided_diffusion.errors import UserError
+from guided_diffusion.image_datasets import (
+    IMAGE_SUFFIXES,
+    ImageError,
+    Reference,
+    display_name,
+    find_collisions,
+    list_references,
+    load_image,
+    to_tensor,
+    to_uint8,
+)
+
+# Pillow warns about damaged TIFF tags before it raises.
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
+
+SIZE = 16
+RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 200, 0), (0, 0, 255), (250, 240, 40)
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+COLOURS = (RED, GREEN, BLUE, YELLOW)
+GREYS = (0, 85, 170, 255)
+
+
+def quadrants(values, size=SIZE):
+    """[size, size, ...]: the four values in reading order, each filling a quarter."""
+    values = np.asarray(values)
+    index = np.arange(size) * 2 // size
+    return values[2 * index[:, None] + index[None, :]]
+
+
+def rgb(*colours, size=SIZE):
+    return quadrants(np.array(colours, np.uint8), size)
+
+
+def grey(*levels):
+    return np.repeat(quadrants(np.array(levels, np.uint8))[..., None], 3, axis=-1)
+
+
+def encode(image, form, **options):
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def png(raw, width, height, depth, colour_type, transparent=None):
+    """A PNG from unfiltered samples: what Pillow does not write (2 bits, 16-bit colour, tRNS at these depths)."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    stride = len(raw) // height
+    lines = b"".join(b"\0" + raw[row * stride:(row + 1) * stride] for row in range(height))
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    extra = b"" if transparent is None else chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(lines, 9))
+            + chunk(b"IEND", b""))
+
+
+def tiff(data, bits, photometric=1, sample_format=1, order="<", width=SIZE, height=SIZE):
+    """An uncompressed one-strip greyscale TIFF."""
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: height, 279: len(data),
+            339: sample_format}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(tags))
+    return head + entries + struct.pack(order + "I", 0) + data
+
+
+def bmp_with_alpha(pixels):
+    """A 32-bit BMP with an alpha mask (BITFIELDS, version 4 header)."""
+    height, width = pixels.shape[:2]
+    data = pixels[::-1, :, [2, 1, 0, 3]].tobytes()
+    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(data), 2835, 2835, 0, 0) + masks + bytes(52)
+    return b"BM" + struct.pack("<IHHI", 14 + 108 + len(data), 0, 0, 14 + 108) + header + data
+
+
+def bmp_rle8(index, palette):
+    """An 8-bit BMP in RLE8 code, one run per pixel pair."""
+    rows = []
+    for row in index[::-1]:
+        rows.append(b"".join(bytes([1, value]) for value in row) + b"\0\0")
+    data = b"".join(rows) + b"\0\1"
+    colours = b"".join(bytes([b, g, r, 0]) for r, g, b in palette)
+    offset = 14 + 40 + len(colours)
+    header = struct.pack("<IiiHHIIiiII", 40, index.shape[1], index.shape[0], 1, 8, 1, len(data), 0, 0, len(palette), 0)
+    return b"BM" + struct.pack("<IHHI", offset + len(data), 0, 0, offset) + header + colours + data
+
+
+def palette_image(indices=(0, 1, 2, 3)):
+    image = Image.fromarray(quadrants(np.array(indices, np.uint8)))
+    image.putpalette(sum(COLOURS, ()))
+    assert image.mode == "P"
+    return image
+
+
+def with_alpha(alphas):
+    return np.dstack([rgb(*COLOURS), quadrants(np.array(alphas, np.uint8))])
+
+
+def cmyk():
+    """Red, green of level 200, blue and black, which CMYK's conversion 255 - min(255, C + K) keeps exactly."""
+    inks = np.array([(0, 255, 255, 0), (255, 55, 255, 0), (255, 255, 0, 0), (0, 0, 0, 255)], np.uint8)
+    return Image.frombytes("CMYK", (SIZE, SIZE), quadrants(inks).tobytes())
+
+
+def over(alpha, colour, background):
+    return tuple(round((c * alpha + b * (255 - alpha)) / 255) for c, b in zip(colour, background))
+
+
+LEVELS16 = np.array([0, 21845, 43690, 65535], np.uint16)  # 0, 85, 170, 255 times 257
+LEVELS_NEAR = np.array([128, 129, 65406, 65407], np.uint16)  # 0.498, 0.502, 254.498, 254.502 of 255
+EXACT, LOSSY = 0, 6
+
+
+def animation(form, **options):
+    """A file of two pictures, of which the first counts."""
+    return encode(rgb(*COLOURS), form, save_all=True, append_images=[Image.fromarray(rgb(*COLOURS[::-1]))], **options)
+
+
+
+# name, the file, the pixels it must give at size 16, tolerance in grey levels
+FORMATS = [
+    ("png rgb", lambda: encode(rgb(*COLOURS), "PNG"), rgb(*COLOURS), EXACT),
+    ("png palette", lambda: encode(palette_image(), "PNG"), rgb(*COLOURS), EXACT),
+    ("png palette of 2 bits", lambda: encode(palette_image(), "PNG", bits=2), rgb(*COLOURS), EXACT),
+    ("png palette, one transparent", lambda: encode(palette_image(), "PNG", transparency=1),
+     rgb(RED, WHITE, BLUE, YELLOW), EXACT),
+    ("png palette, alpha per entry", lambda: encode(palette_image(), "PNG", transparency=bytes([255, 0, 128, 64])),
+     rgb(RED, WHITE, over(128, BLUE, WHITE), over(64, YELLOW, WHITE)), 1),
+    ("png grey", lambda: encode(quadrants(np.uint8(GREYS)), "PNG"), grey(*GREYS), EXACT),
+    ("png grey, one transparent", lambda: encode(quadrants(np.uint8(GREYS)), "PNG", transparency=85),
+     grey(0, 255, 170, 255), EXACT),
+    ("png grey and alpha", lambda: encode(Image.merge("LA", [
+        Image.fromarray(quadrants(np.uint8(GREYS))), Image.fromarray(quadrants(np.uint8([255, 0, 255, 128])))]), "PNG"),
+     grey(0, 255, 170, 255), EXACT),
+    ("png 1 bit", lambda: encode(Image.fromarray(quadrants(np.uint8([0, 255, 255, 0]))).convert("1"), "PNG"),
+     grey(0, 255, 255, 0), EXACT),
+    ("png 1 bit, black transparent",
+     lambda: png(bytes([0x00, 0xFF] * SIZE), SIZE, SIZE, 1, 0, transparent=[0]), grey(255, 255, 255, 255), EXACT),
+    ("png 2 bits, a transparent level",
+     lambda: png(bytes([0x00, 0x00, 0x55, 0x55] * 8 + [0xAA, 0xAA, 0xFF, 0xFF] * 8), SIZE, SIZE, 2, 0, transparent=[1]),
+     grey(0, 255, 170, 255), EXACT),
+    ("png 4 bits, a transparent level",
+     lambda: png(bytes([0x00] * 4 + [0x55] * 4) * 8 + bytes([0xAA] * 4 + [0xFF] * 4) * 8, SIZE, SIZE, 4, 0,
+                 transparent=[5]), grey(0, 255, 170, 255), EXACT),
+    ("png 16-bit grey", lambda: encode(quadrants(LEVELS16), "PNG"), grey(*GREYS), EXACT),
+    ("png 16-bit grey rounds to the nearest level", lambda: encode(quadrants(LEVELS_NEAR), "PNG"),
+     grey(0, 1, 254, 255), EXACT),
+    ("png 16-bit grey, one transparent",
+     lambda: png(quadrants(LEVELS16).astype(">u2").tobytes(), SIZE, SIZE, 16, 0, transparent=[21845]),
+     grey(0, 255, 170, 255), EXACT),
+    ("png 16-bit rgb", lambda: png((rgb(*COLOURS).astype(">u2") * 257).tobytes(), SIZE, SIZE, 16, 2),
+     rgb(*COLOURS), EXACT),
+    ("png 16-bit rgb, one transparent",
+     lambda: png((rgb(*COLOURS) * np.uint16(256) + np.uint16(7)).astype(">u2").tobytes(), SIZE, SIZE, 16, 2,
+                 transparent=[7, 200 * 256 + 7, 7]),
+     rgb(RED, WHITE, BLUE, YELLOW), EXACT),
+    ("png 16-bit grey and alpha",
+     lambda: png((np.stack([quadrants(GREYS), quadrants([255, 0, 255, 255])], -1) * 257).astype(">u2").tobytes(),
+                 SIZE, SIZE, 16, 4), grey(0, 255, 170, 255), EXACT),
+    ("png 16-bit rgba", lambda: png((with_alpha([255, 0, 255, 255]).astype(">u2") * 257).tobytes(), SIZE, SIZE, 16, 6),
+     rgb(RED, WHITE, BLUE, YELLOW), EXACT),
+    ("png rgb, one transparent", lambda: encode(rgb(*COLOURS), "PNG", transparency=GREEN),
+     rgb(RED, WHITE, BLUE, YELLOW), EXACT),
+    ("png rgba", lambda: encode(with_alpha([255, 0, 128, 64]), "PNG"),
+     rgb(RED, WHITE, over(128, BLUE, WHITE), over(64, YELLOW, WHITE)), 1),
+    ("png animated", lambda: animation("PNG"), rgb(*COLOURS), EXACT),
+    ("jpeg rgb", lambda: encode(rgb(*COLOURS), "JPEG", quality=95, subsampling=0), rgb(*COLOURS), LOSSY),
+    ("jpeg progressive", lambda: encode(rgb(*COLOURS), "JPEG", quality=95, subsampling=0, progressive=True),
+     rgb(*COLOURS), LOSSY),
+    ("jpeg grey", lambda: encode(quadrants(np.uint8(GREYS)), "JPEG", quality=95), grey(*GREYS), LOSSY),
+    ("jpeg cmyk, inverted as Adobe does", lambda: encode(cmyk(), "JPEG", quality=95), rgb(RED, GREEN, BLUE, BLACK),
+     LOSSY),
+    ("jpeg of two pictures (MPO)",
+     lambda: animation("MPO", quality=95, subsampling=0),
+     rgb(*COLOURS), LOSSY),
+    ("webp lossless", lambda: encode(rgb(*COLOURS), "WEBP", lossless=True), rgb(*COLOURS), EXACT),
+    ("webp lossy", lambda: encode(grey(0, 90, 170, 255), "WEBP", quality=95), grey(0, 90, 170, 255), LOSSY),
+    ("webp rgba", lambda: encode(with_alpha([255, 0, 128, 64]), "WEBP", lossless=True, exact=True),
+     rgb(RED, WHITE, over(128, BLUE, WHITE), over(64, YELLOW, WHITE)), 1),
+    ("webp animated", lambda: animation("WEBP", lossless=True),
+     rgb(*COLOURS), EXACT),
+    ("bmp rgb", lambda: encode(rgb(*COLOURS), "BMP"), rgb(*COLOURS), EXACT),
+    ("bmp grey", lambda: encode(quadrants(np.uint8(GREYS)), "BMP"), grey(*GREYS), EXACT),
+    ("bmp palette", lambda: encode(palette_image(), "BMP"), rgb(*COLOURS), EXACT),
+    ("bmp 1 bit", lambda: encode(Image.fromarray(quadrants(np.uint8([0, 255, 255, 0]))).convert("1"), "BMP"),
+     grey(0, 255, 255, 0), EXACT),
+    ("bmp rle8", lambda: bmp_rle8(quadrants(np.uint8([0, 1, 2, 3])), COLOURS), rgb(*COLOURS), EXACT),
+    ("bmp with alpha", lambda: bmp_with_alpha(with_alpha([255, 0, 255, 255])), rgb(RED, WHITE, BLUE, YELLOW), EXACT),
+    ("tiff rgb", lambda: encode(rgb(*COLOURS), "TIFF"), rgb(*COLOURS), EXACT),
+    ("tiff lzw", lambda: encode(rgb(*COLOURS), "TIFF", compression="tiff_lzw"), rgb(*COLOURS), EXACT),
+    ("tiff deflate", lambda: encode(rgb(*COLOURS), "TIFF", compression="tiff_deflate"), rgb(*COLOURS), EXACT),
+    ("tiff packbits", lambda: encode(rgb(*COLOURS), "TIFF", compression="packbits"), rgb(*COLOURS), EXACT),
+    ("tiff jpeg", lambda: encode(grey(*GREYS), "TIFF", compression="jpeg", quality=95), grey(*GREYS), LOSSY),
+    ("tiff fax", lambda: encode(Image.fromarray(quadrants(np.uint8([0, 255, 255, 0]))).convert("1"), "TIFF",
+                                compression="group4"), grey(0, 255, 255, 0), EXACT),
+    ("tiff big", lambda: encode(rgb(*COLOURS), "TIFF", big_tiff=True), rgb(*COLOURS), EXACT),
+    ("tiff palette", lambda: encode(palette_image(), "TIFF"), rgb(*COLOURS), EXACT),
+    ("tiff cmyk", lambda: encode(cmyk(), "TIFF"), rgb(RED, GREEN, BLUE, BLACK), EXACT),
+    ("tiff rgba", lambda: encode(with_alpha([255, 0, 128, 64]), "TIFF"),
+     rgb(RED, WHITE, over(128, BLUE, WHITE), over(64, YELLOW, WHITE)), 1),
+    ("tiff several pages", lambda: animation("TIFF"),
+     rgb(*COLOURS), EXACT),
+    ("tiff 16-bit grey", lambda: tiff(quadrants(LEVELS16).tobytes(), 16), grey(*GREYS), EXACT),
+    ("tiff 16-bit grey, big-endian", lambda: tiff(quadrants(LEVELS16).astype(">u2").tobytes(), 16, order=">"),
+     grey(*GREYS), EXACT),
+    ("tiff 16-bit grey, white is zero", lambda: tiff(quadrants(LEVELS16).tobytes(), 16, photometric=0),
+     grey(*GREYS[::-1]), EXACT),
+    ("tiff 12-bit grey",
+     lambda: tiff(bytes([0x00] * 12 + [0x55] * 12) * 8 + bytes([0xAA] * 12 + [0xFF] * 12) * 8, 12),
+     grey(*GREYS), EXACT),
+    ("tiff 32-bit integers in 16-bit range", lambda: tiff(quadrants(LEVELS16).astype("<u4").tobytes(), 32),
+     grey(*GREYS), EXACT),
+    ("tiff float in 0..1", lambda: tiff(quadrants(np.float32(GREYS) / 255).tobytes(), 32, sample_format=3),
+     grey(*GREYS), EXACT),
+    ("tiff float in 0..1, negatives clipped",
+     lambda: tiff(quadrants(np.float32([-3, 1 / 3, 2 / 3, 1])).tobytes(), 32, sample_format=3), grey(*GREYS), EXACT),
+    ("tiff float in 0..255", lambda: tiff(quadrants(np.float32(GREYS)).tobytes(), 32, sample_format=3),
+     grey(*GREYS), EXACT),
+    ("tiff float beyond 255, clipped",
+     lambda: tiff(quadrants(np.float32([-9, 85.4, 169.6, 1e30])).tobytes(), 32, sample_format=3), grey(*GREYS), EXACT),
+    ("gif", lambda: encode(palette_image(), "GIF"), rgb(*COLOURS), EXACT),
+    ("gif without interlace", lambda: encode(palette_image(), "GIF", interlace=0), rgb(*COLOURS), EXACT),
+    ("gif, one transparent", lambda: encode(palette_image(), "GIF", transparency=1), rgb(RED, WHITE, BLUE, YELLOW),
+     EXACT),
+    ("gif animated", lambda: encode(palette_image(), "GIF", save_all=True, append_images=[palette_image((3, 2, 1, 0))]),
+     rgb(*COLOURS), EXACT),
+    ("gif grey", lambda: encode(quadrants(np.uint8(GREYS)), "GIF"), grey(*GREYS), EXACT),
+]
+
+
+@pytest.mark.parametrize("make, expected, tolerance", [row[1:] for row in FORMATS], ids=[row[0] for row in FORMATS])
+def test_format_gives_its_pixels(tmp_path, make, expected, tolerance):
+    path = tmp_path / "image.bin"  # the content decides, not the suffix
+    path.write_bytes(make())
+    loaded = load_image(str(path), SIZE)
+    assert loaded.shape == (SIZE, SIZE, 3) and loaded.dtype == np.uint8 and loaded.flags.writeable
+    assert np.abs(loaded.astype(int) - expected).max() <= tolerance
+
+
+ORIENTED = {  # what the stored array must be, so that EXIF's orientation gives the upright one
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTED)
+@pytest.mark.parametrize("form, options", [
+    ("PNG", {}), ("JPEG", {"quality": 95, "subsampling": 0}), ("WEBP", {"lossless": True}), ("TIFF", {}),
+    ("TIFF", {"compression": "tiff_lzw"}),
+], ids=["png", "jpeg", "webp", "tiff", "tiff-lzw"])
+def test_exif_orientation_is_applied(tmp_path, form, options, orientation):
+    upright = np.concatenate([rgb(*COLOURS), rgb(BLACK, BLUE, WHITE, RED)], axis=1)  # no turn or mirror keeps it
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "image"
+    path.write_bytes(encode(np.ascontiguousarray(ORIENTED[orientation](upright)), form, exif=exif, **options))
+    loaded = load_image(str(path), 32, resize="pad", background="black")
+    expected = np.zeros((32, 32, 3), np.uint8)
+    expected[8:24] = upright
+    assert np.abs(loaded.astype(int) - expected).max() <= LOSSY
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0MX\0*\0\0\0\x08", b"Exif\0\0MM\0*\xff\0"], ids=["header", "cut"])
+def test_damaged_exif_leaves_the_picture_as_stored(tmp_path, form, exif):
+    path = tmp_path / "image"
+    path.write_bytes(encode(rgb(*COLOURS), form, exif=exif, lossless=True))
+    assert (load_image(str(path), SIZE) == rgb(*COLOURS)).all()
+
+
+# ---- size, resize, background ---------------------------------------------------------------------------------------
+
+
+def saved(tmp_path, array):
+    path = tmp_path / "image.png"
+    path.write_bytes(encode(np.ascontiguousarray(array), "PNG"))
+    return str(path)
+
+
+def blocks(*colours, size=SIZE):
+    """Squares of one colour each, side by side: [size, size * n, 3]."""
+    return np.concatenate([np.full((size, size, 3), colour, np.uint8) for colour in colours], axis=1)
+
+
+@pytest.mark.parametrize("width, height", [(1, 1), (1, 7), (7, 1), (2, 3), (5000, 1), (1, 60000), (3000, 2000)])
+@pytest.mark.parametrize("resize", ["crop", "stretch"])
+def test_one_colour_stays_at_any_size(tmp_path, width, height, resize):
+    path = saved(tmp_path, np.broadcast_to(np.uint8([10, 20, 230]), (height, width, 3)))
+    assert (load_image(path, 32, resize=resize) == (10, 20, 230)).all()
+
+
+def test_huge_jpeg_loads(tmp_path):
+    path = tmp_path / "huge.jpg"
+    path.write_bytes(encode(rgb(*COLOURS, size=6000), "JPEG"))
+    loaded = load_image(str(path), SIZE).astype(int)
+    assert np.abs(loaded - rgb(*COLOURS))[1:7, 1:7].max() <= LOSSY
+    assert np.abs(loaded - rgb(*COLOURS))[9:15, 9:15].max() <= LOSSY
+
+
+@pytest.mark.parametrize("turn", [False, True], ids=["wide", "tall"])
+def test_crop_keeps_the_centre(tmp_path, turn):
+    array = blocks(RED, GREEN, BLUE)
+    path = saved(tmp_path, array.transpose(1, 0, 2) if turn else array)
+    assert (load_image(path, SIZE) == GREEN).all()
+
+
+def test_crop_of_an_odd_remainder_starts_at_its_floor(tmp_path):
+    ramp = np.repeat(np.broadcast_to(np.uint8(np.arange(21) * 10), (SIZE, 21))[..., None], 3, axis=-1)
+    assert (load_image(saved(tmp_path, ramp), SIZE) == ramp[:, 2:18]).all()  # (21 - 16) // 2 = 2
+
+
+def test_crop_of_a_ribbon_keeps_its_centre(tmp_path):
+    ribbon = blocks(*[RED] * 20, GREEN, *[BLUE] * 20)
+    assert (load_image(saved(tmp_path, ribbon), SIZE) == GREEN).all()
+
+
+def test_crop_of_a_hair_is_not_enlarged_whole(tmp_path):
+    hair = np.full((1, 400_000, 3), 7, np.uint8)
+    hair[0, 199_990:200_010] = GREEN
+    assert (load_image(saved(tmp_path, hair), 512) == GREEN).all()  # whole, it would be 512 x 205 million
+
+
+def test_crop_halves_by_boxes(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    mean = noise.reshape(SIZE, 4, SIZE, 4, 3).mean((1, 3))
+    assert np.abs(load_image(saved(tmp_path, noise), SIZE) - mean).max() <= 2  # two halvings, each rounded twice
+
+
+def test_crop_between_powers_of_two_is_bicubic(tmp_path):
+    noise = np.random.default_rng(1).integers(0, 256, (24, 24, 3), np.uint8)
+    expected = np.array(Image.fromarray(noise).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    assert (load_image(saved(tmp_path, noise), SIZE) == expected).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.integers(1, 40), seed=st.integers(0, 9))
+def test_crop_equals_guided_diffusions_recipe(tmp_path_factory, width, height, size, seed):
+    if max(width, height) > 16 * min(width, height):
+        return  # the ribbon, which is trimmed first
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    image = Image.fromarray(noise)
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = np.array(image.resize(tuple(round(side * scale) for side in image.size), Image.Resampling.BICUBIC))
+    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    path = saved(tmp_path_factory.mktemp("crop"), noise)
+    assert (load_image(path, size) == image[top:top + size, left:left + size]).all()
+
+
+@pytest.mark.parametrize("turn", [False, True], ids=["wide", "tall"])
+def test_pad_fits_inside_the_background(tmp_path, turn):
+    array = blocks(RED, GREEN, BLUE)
+    path = saved(tmp_path, array.transpose(1, 0, 2) if turn else array)
+    loaded = load_image(path, 48, resize="pad", background="#010203")
+    loaded = loaded.transpose(1, 0, 2) if turn else loaded
+    assert (loaded[16:32] == array).all()
+    assert (loaded[:16] == (1, 2, 3)).all() and (loaded[32:] == (1, 2, 3)).all()
+
+
+def test_pad_enlarges_a_small_image(tmp_path):
+    loaded = load_image(saved(tmp_path, np.uint8([[RED, RED]])), SIZE, resize="pad")
+    assert (loaded[4:12] == RED).all() and (loaded[:4] == WHITE).all() and (loaded[12:] == WHITE).all()
+
+
+def test_pad_of_a_hair_keeps_one_pixel(tmp_path):
+    loaded = load_image(saved(tmp_path, np.full((1, 3000, 3), 9, np.uint8)), SIZE, resize="pad")
+    assert (loaded == 9).all(axis=(1, 2)).sum() == 1
+
+
+def test_stretch_keeps_every_part(tmp_path):
+    loaded = load_image(saved(tmp_path, blocks(RED, GREEN)), SIZE, resize="stretch")
+    assert (loaded[:, :6] == RED).all() and (loaded[:, 10:] == GREEN).all()
+
+
+@pytest.mark.parametrize("background, colour", [
+    ("white", WHITE), ("black", BLACK), ("Teal", (0, 128, 128)), ("#102030", (16, 32, 48)), ("#abc", (170, 187, 204)),
+    ("rgb(1,2,3)", (1, 2, 3)), ("#102030ff", (16, 32, 48)),
+])
+def test_background_shows_through(tmp_path, background, colour):
+    loaded = load_image(saved(tmp_path, with_alpha([255, 0, 128, 0])), SIZE, background=background)
+    expected = rgb(RED, colour, over(128, BLUE, colour), colour)
+    assert np.abs(loaded.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"background": "wihte"}, "--background wihte: not a colour"),
+    ({"background": ""}, "--background : not a colour"),
+    ({"background": "#12345"}, "--background #12345: not a colour"),
+    ({"background": "#10203040"}, "--background #10203040: a transparent colour"),
+    ({"resize": "squash"}, "--resize squash: not a way to resize; use one of crop, pad, stretch"),
+    ({"image_size": 0}, "--image_size 0: must be at least 1"),
+])
+def test_wrong_option_is_a_user_error(tmp_path, options, words):
+    path = saved(tmp_path, rgb(*COLOURS))
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        load_image(path, **{"image_size": SIZE, **options})
+    assert "\n" not in str(caught.value)
+
+
+# ---- names and folders ----------------------------------------------------------------------------------------------
+
+NAMES = [
+    "plain.png", "UPPER.PNG", "with space.jpg", " lead and trail .jpeg", "Ünïcödé.webp", "猫/三毛.png", "🐱.gif",
+    "-rf.png", "--base_samples.png", "new\nline.png", "tab\t.bmp", "quote'\".tif", "a.b.c.tiff", "percent%20.jpe",
+    "star*?[x].png", "back\\slash.png", "nested/deep/er/x.png", "folder.png/inside.png", "#hash$HOME`id`.png",
+]
+
+
+def test_every_name_is_listed_and_loads(tmp_path):
+    data = encode(rgb(*COLOURS), "PNG")
+    for name in NAMES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    references = list_references(str(tmp_path))
+    assert [reference.name for reference in references] == sorted(NAMES)
+    for reference in references:
+        assert reference.stem + os.path.splitext(reference.name)[1] == reference.name
+        assert (load_image(reference, SIZE) == rgb(*COLOURS)).all()
+
+
+def test_name_that_is_not_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        (tmp_path / name).write_bytes(encode(rgb(*COLOURS), "PNG"))
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    (reference,) = list_references(str(tmp_path))
+    assert os.fsencode(reference.name) == b"caf\xe9.png"
+    assert (load_image(reference, SIZE) == rgb(*COLOURS)).all()
+    display_name(reference.name).encode("utf-8")
+
+
+@pytest.mark.parametrize("name, stem", [
+    ("a.png", "a"), ("a.b.png", "a.b"), ("dir.d/a.png", "dir.d/a"), ("dir.d/noext", "dir.d/noext"), (".png", ".png"),
+    ("a b.JPG", "a b"),
+])
+def test_stem_drops_the_last_suffix_only(name, stem):
+    assert Reference("anywhere", name).stem == stem
+
+
+@pytest.mark.parametrize("name, shown", [
+    ("a ü.png", "a ü.png"), ("a\nb.png", r"'a\nb.png'"), ("\udce9", r"'\udce9'"),
+])
+def test_display_name_is_one_printable_line(name, shown):
+    assert display_name(name) == shown
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+
+
+def names_under(path):
+    return [reference.name for reference in list_references(str(path))]
+
+
+def test_hidden_and_other_files_are_left_out(tmp_path):
+    touch(tmp_path, "a.png", ".hidden.png", ".git/b.png", "sub/.c/d.png", "notes.txt", "png", "e.png.txt", "f.heic")
+    assert names_under(tmp_path) == ["a.png"]
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_every_suffix_is_searched_for_in_any_case(tmp_path, suffix):
+    touch(tmp_path, "a" + suffix, "b" + suffix.upper(), "c" + suffix.title())
+    assert names_under(tmp_path) == ["a" + suffix, "b" + suffix.upper(), "c" + suffix.title()]
+
+
+def test_order_is_by_code_point_whatever_the_nesting(tmp_path):
+    touch(tmp_path, "b.png", "a/z.png", "a-.png", "a.png", "B.png", "ä.png", "a/b/c.png")
+    assert names_under(tmp_path) == ["B.png", "a-.png", "a.png", "a/b/c.png", "a/z.png", "b.png", "ä.png"]
+
+
+def test_trailing_slash_and_relative_path_change_no_name(tmp_path, monkeypatch):
+    touch(tmp_path, "in/a.png", "in/b/c.png")
+    monkeypatch.chdir(tmp_path)
+    assert names_under("in/") == names_under("./in") == names_under("in//") == ["a.png", "b/c.png"]
+
+
+@pytest.mark.parametrize("name", ["one.png", "no suffix", ".hidden"])
+def test_single_file(tmp_path, name):
+    (tmp_path / name).write_bytes(encode(rgb(*COLOURS), "PNG"))
+    (reference,) = list_references(str(tmp_path / name))
+    assert reference.name == name
+    assert (load_image(reference, SIZE) == rgb(*COLOURS)).all()
+
+
+def test_linked_files_and_folders_are_followed(tmp_path):
+    touch(tmp_path, "elsewhere/a.png", "elsewhere/sub/b.png", "base/own.png")
+    (tmp_path / "base" / "folder").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "base" / "file.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "base_link").symlink_to(tmp_path / "base")
+    expected = ["file.png", "folder/a.png", "folder/sub/b.png", "own.png"]
+    assert names_under(tmp_path / "base") == names_under(tmp_path / "base_link") == expected
+
+
+def test_cycles_of_links_end(tmp_path):
+    touch(tmp_path, "a/x.png", "b/y.png")
+    (tmp_path / "a" / "self").symlink_to(".")
+    (tmp_path / "a" / "up").symlink_to("..")
+    (tmp_path / "a" / "other").symlink_to("../b")
+    (tmp_path / "b" / "other").symlink_to("../a")
+    (tmp_path / "loop").symlink_to("loop")
+    assert names_under(tmp_path) == ["a/other/y.png", "a/x.png", "b/other/x.png", "b/y.png"]
+
+
+def test_deep_nesting_is_no_recursion(tmp_path):
+    depth = sys.getrecursionlimit() + 100
+    folders = [f"{tmp_path}{'/d' * level}" for level in range(1, depth + 1)]
+    try:
+        for folder in folders:
+            os.mkdir(folder)
+        with open(f"{folders[-1]}/x.png", "w"):
+            pass
+        assert names_under(tmp_path) == ["d/" * depth + "x.png"]
+    finally:  # too deep for shutil.rmtree, by which pytest clears its folders
+        if os.path.exists(f"{folders[-1]}/x.png"):
+            os.remove(f"{folders[-1]}/x.png")
+        for folder in filter(os.path.isdir, reversed(folders)):
+            os.rmdir(folder)
+
+
+def test_broken_images_stay_in_the_list(tmp_path):
+    touch(tmp_path, "zero.png")
+    (tmp_path / "dangling.png").symlink_to("nowhere")
+    (tmp_path / "dangling.txt").symlink_to("nowhere")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert names_under(tmp_path) == ["dangling.png", "loop.jpg", "pipe.png", "zero.png"]
+
+
+BAD_BASES = [
+    ("missing", lambda root: None, "no such file or folder"),
+    ("empty folder", lambda root: root.mkdir(), "no image in this folder.*found no file at all"),
+    ("empty subfolders", lambda root: (root / "a.png" / "b").mkdir(parents=True), "no image.*found no file at all"),
+    ("one other file", lambda root: touch(root, "a.txt"), r"no image.*\.png \.jpg.*\.gif and found 1 other file$"),
+    ("other files", lambda root: touch(root, "a.txt", "b/c.npz", ".d.png"), "no image.*found 2 other files$"),
+    ("dangling link", lambda root: root.symlink_to("nowhere"), "broken link to nowhere"),
+    ("link loop", lambda root: root.symlink_to(root.name), "a link that leads back to itself"),
+    ("pipe", lambda root: os.mkfifo(root), "a named pipe, not a regular file"),
+]
+
+
+@pytest.mark.parametrize("make, words", [row[1:] for row in BAD_BASES], ids=[row[0] for row in BAD_BASES])
+def test_bad_base_is_a_user_error(tmp_path, make, words):
+    base = tmp_path / "base folder"
+    make(base)
+    with pytest.raises(UserError, match=words) as caught:
+        list_references(str(base))
+    assert str(caught.value).startswith(f"--base_samples {base}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("base", ["", "nul\0byte", "new\nline", "http://example.org/a.png", "s3://bucket/x",
+                                  "https://example.org/dir"])
+def test_base_that_cannot_be_a_path_is_a_user_error(base, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--base_samples ") as caught:
+        list_references(base)
+    assert "\n" not in str(caught.value) and "give a folder" in str(caught.value)
+
+
+class as_nobody:
+    """Run a block with another effective user, so that permissions count although the tests run as root."""
+
+    def __enter__(self):
+        self.was = os.geteuid()
+        if self.was == 0:
+            try:
+                os.seteuid(65534)
+            except OSError:
+                pytest.skip("root that may not become another user: no permission can be denied")
+
+    def __exit__(self, *_):
+        os.seteuid(self.was)
+
+
+@pytest.fixture
+def open_tmp_path(tmp_path):
+    """tmp_path, which the user of `as_nobody` can reach."""
+    closed = [folder for folder in (tmp_path, *tmp_path.parents) if not folder.stat().st_mode & 0o001]
+    modes = {folder: folder.stat().st_mode for folder in closed if os.geteuid() == 0}
+    for folder, mode in modes.items():
+        folder.chmod(mode | 0o011)
+    yield tmp_path
+    for folder, mode in modes.items():
+        folder.chmod(mode)
+
+
+def test_permission_denied(open_tmp_path):
+    path = open_tmp_path / "secret.png"
+    path.write_bytes(encode(rgb(*COLOURS), "PNG"))
+    path.chmod(0)
+    with as_nobody(), pytest.raises(ImageError, match="^permission denied$"):
+        load_image(str(path), SIZE)
+
+
+@pytest.mark.parametrize("locked", ["base", "base/sub"])
+def test_unreadable_folder_is_a_user_error(open_tmp_path, locked):
+    touch(open_tmp_path, "base/a.png", "base/sub/b.png")
+    (open_tmp_path / "base").chmod(0o755)
+    (open_tmp_path / locked).chmod(0)
+    try:
+        with as_nobody(), pytest.raises(UserError) as caught:
+            list_references(str(open_tmp_path / "base"))
+    finally:
+        (open_tmp_path / locked).chmod(0o755)
+    assert str(caught.value) == (f"--base_samples {open_tmp_path / 'base'}: cannot read the folder "
+                                 f"{open_tmp_path / locked}: permission denied")
+
+
+# ---- two files to one output ----------------------------------------------------------------------------------------
+
+COLLISIONS = [
+    ("none", ["a.png", "b.png", "sub/a.png"], {}),
+    ("suffixes", ["a.jpg", "a.png", "a.webp"], {"a.png": "would overwrite that of a.jpg",
+                                                "a.webp": "would overwrite that of a.jpg"}),
+    ("nested", ["x/a.jpg", "x/a.png", "y/a.png"], {"x/a.png": "its output x/a.png would overwrite that of x/a.jpg"}),
+    ("case", ["A.png", "a.png"], {"a.png": "would overwrite that of A.png"}),
+    ("case of a folder", ["Cats/a.png", "cats/A.png"], {"cats/A.png": "would overwrite that of Cats/a.png"}),
+    ("composition", ["e\u0301.png", "\u00e9.png"], {"\u00e9.png": "would overwrite that of e\u0301.png"}),
+    ("only the last suffix counts", ["a.b.png", "a.c.png"], {}),
+    ("no suffix", ["a", "a.jpg"], {"a.jpg": "would overwrite that of a"}),
+    ("output against folder, file first", ["a.jpg", "a.png/b.png"],
+     {"a.png/b.png": "needs a folder where the output of a.jpg lies"}),
+    ("output against folder, folder first", ["a.PNG/b.png", "a.webp"],
+     {"a.webp": "its output a.png has the name of the folder for the output of a.PNG/b.png"}),
+    ("the loser of one clash causes no other", ["a.jpg", "a.png/b.jpg", "a.png/b.png", "c.png"],
+     {"a.png/b.jpg": "needs a folder", "a.png/b.png": "needs a folder"}),
+    ("line break", ["a\n.jpg", "a\n.png"], {"a\n.png": r"would overwrite that of 'a\n.jpg'"}),
+    ("a file of the run", ["Grid.jpg", "sub/grid.png"], {"Grid.jpg": "a file that the run itself writes"}),
+]
+
+
+@pytest.mark.parametrize("names, expected", [row[1:] for row in COLLISIONS], ids=[row[0] for row in COLLISIONS])
+def test_collisions_are_found(names, expected):
+    found = find_collisions([Reference("/" + name, name) for name in names], reserved=["grid.png", "run.json"])
+    assert found.keys() == expected.keys()
+    for name, words in expected.items():
+        assert words in found[name] and "\n" not in found[name]
+
+
+def test_collisions_depend_on_the_output_suffix():
+    references = [Reference(name, name) for name in ("a.gif", "a.png/b.gif")]
+    assert find_collisions(references, suffix=".webp") == {}
+    assert list(find_collisions(references, suffix=".png")) == ["a.png/b.gif"]
+
+
+# ---- broken files ---------------------------------------------------------------------------------------------------
+
+
+def bomb_png(path):
+    """400 million pixels in 50 kB."""
+    side = 20_000
+    path.write_bytes(png(bytes(side * side // 8), side, side, 1, 0))
+    assert path.stat().st_size < 100_000
+
+
+def patched(data, at, replacement):
+    return data[:at] + replacement + data[at + len(replacement):]
+
+
+def jpeg_with_size(width, height):
+    data = encode(rgb(*COLOURS), "JPEG")
+    return patched(data, data.index(b"\xff\xc0") + 5, struct.pack(">HH", height, width))
+
+
+def webp_with_canvas(width, height):
+    data = animation("WEBP")
+    assert data[12:16] == b"VP8X"
+    return patched(data, 24, (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little"))
+
+
+def cut(form, keep, **options):
+    """The first `keep` (a share) of a 64 x 64 image of noise."""
+    data = encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), form, **options)
+    return data[:int(len(data) * keep)]
+
+
+def bound_socket(path):
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(os.path.relpath(path))
+    server.close()
+
+
+def text(content):
+    return lambda path: path.write_bytes(content)
+
+
+BOMB = r"^\d+ pixels, more than the limit of 178956970 \(decompression bomb\?\)"
+TRUNCATED = "^(truncated: the .* file ends too early |damaged or truncated .* file: )"
+BROKEN = [
+    ("zero bytes", text(b""), r"^the file is empty \(0 bytes\)$"),
+    ("one byte", text(b"\x89"), r"^not an image: begins with b'\\x89'"),
+    ("text", text(b"hello world\nsecond line\n"), r"^not an image: begins with b'hello world\\nseco'"),
+    ("html", text(b"<!DOCTYPE html><html>404</html>"), r"^not an image: begins with b'<!DOCTYPE html><'"),
+    ("git lfs pointer", text(b"version https://git-lfs.github.com/spec/v1\n"), "^not an image: begins with"),
+    ("zeros", text(bytes(1000)), r"^not an image: begins with b'\\x00"),
+    ("postscript is not run", text(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "^not an image: begins with"),
+    ("text that begins like a bmp", text(b"BMW cars and other things to drive around in, at length, for hours"),
+     "BMP"),
+    ("avi, also RIFF", text(b"RIFF\x10\0\0\0AVI LIST"), "^not an image: begins with b'RIFF"),
+    ("png signature alone", text(b"\x89PNG\r\n\x1a\n"), TRUNCATED),
+    ("jpeg signature alone", text(b"\xff\xd8"), TRUNCATED),
+    ("gif signature alone", text(b"GIF89a"), TRUNCATED),
+    ("webp signature alone", text(b"RIFF\x10\0\0\0WEBP"), TRUNCATED),
+    ("bmp signature alone", text(b"BM"), TRUNCATED),
+    ("tiff signature alone", text(b"II*\0"), TRUNCATED),
+    *[(f"{form.lower()} cut at {keep:.0%}", lambda path, form=form, keep=keep: path.write_bytes(cut(form, keep)),
+       TRUNCATED) for form in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF") for keep in (0.01, 0.3, 0.6, 0.95)],
+    *[(f"tiff {how} cut at {keep:.0%}",
+       lambda path, how=how, keep=keep: path.write_bytes(cut("TIFF", keep, compression=how)), TRUNCATED)
+      for how in ("tiff_lzw", "tiff_deflate", "packbits") for keep in (0.3, 0.95)],
+    ("progressive jpeg cut", lambda path: path.write_bytes(cut("JPEG", 0.7, progressive=True)), TRUNCATED),
+    ("lossless webp cut", lambda path: path.write_bytes(cut("WEBP", 0.9, lossless=True)), TRUNCATED),
+    ("png with a damaged header", lambda path: path.write_bytes(patched(encode(rgb(*COLOURS), "PNG"), 18, b"\xff")),
+     "^damaged or truncated PNG file: .*checksum"),
+    ("png of a colour type that does not exist",
+     lambda path: path.write_bytes(png(bytes(SIZE * SIZE), SIZE, SIZE, 8, 5)), "PNG"),
+    ("png of no pixels", lambda path: path.write_bytes(png(b"\0", 0, 1, 8, 0)), "PNG"),
+    ("tiff of half floats", lambda path: path.write_bytes(tiff(bytes(2 * SIZE * SIZE), 16, sample_format=3)),
+     "^unsupported kind of TIFF file: unknown pixel mode"),
+    ("tiff with NaN", lambda path: path.write_bytes(tiff(quadrants(np.float32([0, 1, np.nan, 0])).tobytes(), 32,
+                                                         sample_format=3)), "float image with values that are NaN"),
+    ("tiff of integers beyond 16 bits", lambda path: path.write_bytes(tiff(
+        quadrants(np.uint32([0, 1, 2, 70_000])).tobytes(), 32)), "integer image with values from 0 to 70000"),
+    ("tiff of negative integers", lambda path: path.write_bytes(tiff(
+        quadrants(np.int16([-5, 1, 2, 3])).tobytes(), 16, sample_format=2)), "integer image with values from -5 to 3"),
+    ("decompression bomb, png", bomb_png, BOMB + ": 20000 x 20000 PNG"),
+    ("decompression bomb, jpeg", lambda path: path.write_bytes(jpeg_with_size(65_000, 65_000)), BOMB),
+    ("decompression bomb, gif",
+     lambda path: path.write_bytes(patched(encode(palette_image(), "GIF"), 6, b"\xff\xff\xff\xff")), BOMB),
+    ("decompression bomb, bmp",
+     lambda path: path.write_bytes(patched(encode(rgb(*COLOURS), "BMP"), 18, struct.pack("<ii", 90_000, 90_000))),
+     BOMB),
+    ("decompression bomb, tiff",
+     lambda path: path.write_bytes(tiff(bytes(99), 8, width=1_000_000, height=1_000_000)), BOMB),
+    ("decompression bomb, webp", lambda path: path.write_bytes(webp_with_canvas(16_384, 16_384)),
+     r"pixels.* limit of 178956970 .*decompression bomb"),
+    ("no such file", lambda path: None, "^no such file or folder$"),
+    ("dangling link", lambda path: path.symlink_to("no where\n"), r"^broken link to 'no where\\n'$"),
+    ("link loop", lambda path: path.symlink_to(path.name), "^a link that leads back to itself$"),
+    ("folder", lambda path: path.mkdir(), "^a folder, not a regular file$"),
+    ("link to a folder", lambda path: path.symlink_to("."), "^a folder, not a regular file$"),
+    ("pipe", lambda path: os.mkfifo(path), "^a named pipe, not a regular file$"),
+    ("socket", bound_socket, "^a socket, not a regular file$"),
+    ("device", lambda path: path.symlink_to("/dev/zero"), "^a device, not a regular file$"),
+]
+
+
+@pytest.mark.parametrize("make, words", [row[1:] for row in BROKEN], ids=[row[0] for row in BROKEN])
+def test_broken_file_is_an_image_error_of_one_line(tmp_path, monkeypatch, make, words):
+    monkeypatch.chdir(tmp_path)  # a socket's address must be short
+    path = tmp_path / "broken.png"
+    make(path)
+    with pytest.raises(ImageError, match=words) as caught:
+        load_image(Reference(str(path), "broken.png"), SIZE)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 300 and str(tmp_path) not in message
+
+
+def test_path_with_a_nul_byte_is_an_image_error():
+    with pytest.raises(ImageError, match="null"):
+        load_image("a\0.png", SIZE)
+
+
+def test_limit_of_pixels_is_inclusive(tmp_path, monkeypatch):
+    path = saved(tmp_path, rgb(*COLOURS))
+    monkeypatch.setattr(image_datasets, "MAX_PIXELS", SIZE * SIZE)
+    load_image(path, SIZE)
+    monkeypatch.setattr(image_datasets, "MAX_PIXELS", SIZE * SIZE - 1)
+    with pytest.raises(ImageError, match="^256 pixels, more than the limit of 255 "):
+        load_image(path, SIZE)
+
+
+def test_exhausted_memory_is_an_image_error(tmp_path):
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("needs /proc to know how much memory is in use")
+    path = tmp_path / "large.png"
+    path.write_bytes(png(bytes(13_000 * 13_000 // 8), 13_000, 13_000, 1, 0))
+    code = (
+        "import resource, sys\n"
+        "from guided_diffusion.image_datasets import ImageError, load_image\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)\n"
+        "try:\n    load_image(sys.argv[1], 16)\nexcept ImageError as error:\n    print(error)\n"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "not enough memory to decode 13000 x 13000 pixels\n", done.stderr
+
+
+# Files of every decoder, small, with detail, so that a cut or a changed byte has something to spoil.
+_noise = np.random.default_rng(5).integers(0, 256, (24, 20, 3), np.uint8)
+_noise[8:, 8:] = np.add.outer(np.arange(16) * 9, np.arange(12) * 8)[..., None]
+SAMPLES = {
+    "png": encode(_noise, "PNG"),
+    "png-palette": encode(Image.fromarray(_noise).quantize(16), "PNG", transparency=3),
+    "png-16": encode(_noise[..., 0].astype(np.uint16) * 250, "PNG"),
+    "jpeg": encode(_noise, "JPEG"),
+    "jpeg-progressive": encode(_noise, "JPEG", progressive=True),
+    "jpeg-cmyk": encode(Image.fromarray(_noise).convert("CMYK"), "JPEG"),
+    "webp": encode(_noise, "WEBP"),
+    "webp-lossless": encode(np.dstack([_noise, _noise[..., 0]]), "WEBP", lossless=True),
+    "webp-animated": encode(Image.fromarray(_noise), "WEBP", save_all=True,
+                            append_images=[Image.fromarray(255 - _noise)]),
+    "bmp": encode(_noise, "BMP"),
+    "bmp-rle8": bmp_rle8(_noise[..., 0] % 4, COLOURS),
+    "tiff": encode(_noise, "TIFF"),
+    "tiff-lzw": encode(_noise, "TIFF", compression="tiff_lzw"),
+    "tiff-deflate": encode(_noise, "TIFF", compression="tiff_deflate"),
+    "tiff-float": tiff(_noise[..., 0].astype(np.float32).tobytes(), 32, sample_format=3, width=20, height=24),
+    "gif": encode(Image.fromarray(_noise).quantize(32), "GIF"),
+    "gif-animated": encode(Image.fromarray(_noise), "GIF", save_all=True,
+                           append_images=[Image.fromarray(255 - _noise)]),
+}
+
+
+def load_bytes(folder, data):
+    path = os.path.join(folder, "image")
+    with open(path, "wb") as file:
+        file.write(data)
+    return load_image(path, SIZE)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_cut_file_never_gives_part_of_a_picture(tmp_path, name):
+    """At every cut the result is ImageError or the whole picture (where only a trailer is missing)."""
+    data = SAMPLES[name]
+    whole = load_bytes(tmp_path, data)
+    refused = 0
+    cuts = sorted({*range(0, len(data), max(1, len(data) // 60)), *range(len(data) - 8, len(data))})
+    for length in cuts:
+        try:
+            loaded = load_bytes(tmp_path, data[:length])
+        except ImageError as error:
+            refused += 1
+            assert str(error).isprintable()
+        else:
+            assert (loaded == whole).all(), f"cut at {length} of {len(data)} gives another picture"
+    assert refused >= len(cuts) / 3
+
+
+MUTATIONS = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@settings(max_examples=100, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(changes=MUTATIONS, head_only=st.booleans(), keep=st.one_of(st.just(1.0), st.floats(0, 1)),
+       junk=st.binary(max_size=20), at=st.floats(0, 1))
+def test_mutated_file_loads_or_raises_image_error(tmp_path, name, changes, head_only, keep, junk, at):
+    data = bytearray(SAMPLES[name])
+    for place, value in changes:
+        data[int(place * (min(len(data), 120) if head_only else len(data)))] = value
+    data[int(at * len(data)):int(at * len(data))] = junk
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_datasets, "MAX_PIXELS", 1_000_000)  # a changed header may ask for much more
+        try:
+            loaded = load_bytes(tmp_path, bytes(data[:int(keep * len(data))]))
+        except ImageError as error:
+            assert str(error).isprintable() and len(str(error)) < 300
+        else:
+            assert loaded.shape == (SIZE, SIZE, 3) and loaded.dtype == np.uint8
+
+
+# ---- no side effects ------------------------------------------------------------------------------------------------
+
+
+def test_threads_read_what_one_thread_reads(tmp_path):
+    paths = []
+    for name, data in SAMPLES.items():
+        paths.append(str(tmp_path / name))
+        with open(paths[-1], "wb") as file:
+            file.write(data)
+    alone = [load_image(path, SIZE) for path in paths]
+    order = list(range(len(paths))) * 6
+    random.Random(0).shuffle(order)
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda i: load_image(paths[i], SIZE), order))
+    assert all((loaded == alone[i]).all() for i, loaded in zip(order, together))
+
+
+def test_pillow_and_warnings_are_left_as_they_were(tmp_path):
+    def state():
+        return Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters), list(Image.ID)
+
+    before = state()
+    for data in (SAMPLES["png"], SAMPLES["tiff"][:200], jpeg_with_size(65_000, 65_000)):
+        try:
+            load_bytes(tmp_path, data)
+        except ImageError:
+            pass
+    assert state() == before
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
+def test_no_file_stays_open(tmp_path):
+    def read_all():
+        for data in SAMPLES.values():
+            for part in (data, data[:len(data) // 2], b"text"):
+                try:
+                    load_bytes(tmp_path, part)
+                except ImageError:
+                    pass
+        list_references(str(tmp_path))
+
+    touch(tmp_path, "a.png")
+    read_all()
+    before = len(os.listdir("/proc/self/fd"))
+    read_all()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# ---- blobfile -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path, expected", [
+    ("gs://bucket/x", True), ("az://account/container/x", True), ("https://me.blob.core.windows.net/c/x", True),
+    ("https://example.org/a.png", False), ("/gs://x", False), ("gs/x.png", False), ("C:\\x.png", False),
+])
+def test_urls_of_blobfile_are_known(path, expected):
+    assert image_datasets.is_url(path) is expected
+
+
+@pytest.fixture
+def through_blobfile(monkeypatch):
+    """blobfile reads local paths as it reads URLs: send every path through it."""
+    blobfile = pytest.importorskip("blobfile")
+    monkeypatch.setattr(image_datasets, "is_url", lambda path: True)
+    return blobfile
+
+
+def test_blobfile_lists_and_reads(tmp_path, through_blobfile):
+    touch(tmp_path, "base/.hidden.png", "base/notes.txt")
+    for name in ("b.png", "sub/a ü.png", "sub/deep/c.PNG"):
+        (tmp_path / "base" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "base" / name).write_bytes(encode(rgb(*COLOURS), "PNG"))
+    references = list_references(str(tmp_path / "base"))
+    assert [reference.name for reference in references] == ["b.png", "sub/a ü.png", "sub/deep/c.PNG"]
+    assert all((load_image(reference, SIZE) == rgb(*COLOURS)).all() for reference in references)
+    (single,) = list_references(str(tmp_path / "base" / "b.png"))
+    assert single.name == "b.png"
+
+
+def test_blobfile_errors_are_ours(tmp_path, through_blobfile):
+    touch(tmp_path, "base/notes.txt", "zero/a.png")
+    (tmp_path / "zero" / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="--base_samples .*no image in this folder.*found 1 other file"):
+        list_references(str(tmp_path / "base"))
+    with pytest.raises(UserError, match="--base_samples .*no such file or folder"):
+        list_references(str(tmp_path / "missing"))
+    with pytest.raises(ImageError, match="the file is empty"):
+        load_image(str(tmp_path / "zero" / "a.png"), SIZE)
+    with pytest.raises(ImageError, match="cannot be read: no such file"):
+        load_image(str(tmp_path / "missing.png"), SIZE)
+
+
+def test_blobfile_is_imported_for_urls_only(tmp_path):
+    (tmp_path / "a.png").write_bytes(encode(rgb(*COLOURS), "PNG"))
+    code = (
+        "import sys\n"
+        "sys.modules['blobfile'] = None\n"  # an import of it raises ImportError
+        "from guided_diffusion.errors import UserError\n"
+        "from guided_diffusion.image_datasets import list_references, load_image\n"
+        "(reference,) = list_references(sys.argv[1])\n"
+        "load_image(reference, 16)\n"
+        "assert not {'scipy', 'torchvision', 'mpi4py'} & set(sys.modules)\n"
+        "try:\n    list_references('gs://bucket/folder')\nexcept UserError as error:\n    print(error)\n"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("--base_samples gs://bucket/folder: reading this address needs the package blobfile")
+
+
+# ---- tensors --------------------------------------------------------------------------------------------------------
+
+
+def test_every_grey_level_survives_the_round_trip():
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
+    assert (to_uint8(to_tensor(levels)) == levels).all()
+
+
+def test_to_tensor_orders_channels_and_scales():
+    first, second = rgb(*COLOURS), grey(0, 85, 170, 255)
+    x = to_tensor([first, second])
+    assert x.shape == (2, 3, SIZE, SIZE) and x.dtype == torch.float32 and x.is_contiguous()
+    assert x[0, :, 0, 0].tolist() == [1, -1, -1] and x[0, :, 0, -1].tolist() == pytest.approx([-1, 200 / 127.5 - 1, -1])
+    assert torch.equal(x, to_tensor(np.stack([first, second])))
+    assert torch.equal(to_tensor(first[None, :, ::-1]), x[:1].flip(3))  # a view with negative strides
+
+
+def test_to_tensor_does_not_share_memory():
+    images = np.zeros((1, 4, 4, 3), np.uint8)
+    x = to_tensor(images)
+    images[:] = 255
+    assert (x == -1).all()
+
+
+@pytest.mark.parametrize("images", [
+    np.zeros((1, 4, 4, 3), np.float32), np.zeros((4, 4, 3), np.uint8), np.zeros((1, 4, 4, 4), np.uint8),
+    [np.zeros((4, 4, 3), np.uint8), np.zeros((5, 4, 3), np.uint8)],
+], ids=["float", "one image", "four channels", "sizes differ"])
+def test_to_tensor_refuses_what_is_no_batch(images):
+    with pytest.raises(ValueError):
+        to_tensor(images)
+
+
+@pytest.mark.parametrize("value, level", [
+    (-1, 0), (1, 255), (-5, 0), (5, 255), (float("inf"), 255), (float("-inf"), 0), (-1 + 0.9 / 127.5, 1),
+    (-1 + 0.4 / 127.5, 0), (1 - 0.4 / 127.5, 255), (1 - 0.6 / 127.5, 254),
+])
+def test_to_uint8_rounds_to_nearest_and_clips(value, level):
+    assert (to_uint8(torch.full((1, 3, 2, 2), value)) == level).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_to_uint8_takes_any_float_and_layout(dtype):
+    x = to_tensor(rgb(*COLOURS)[None]).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    pixels = to_uint8(x)
+    assert pixels.shape == (1, SIZE, SIZE, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels[0].astype(int) - rgb(*COLOURS)).max() <= (1 if dtype == torch.bfloat16 else 0)
+
+
+def test_to_uint8_names_the_images_with_nan():
+    x = torch.zeros(4, 3, 2, 2)
+    x[1, 2, 0, 1] = x[3, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN in image 1, 3 of a batch of 4"):
+        to_uint8(x)
