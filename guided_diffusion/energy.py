@@ -20,7 +20,7 @@ from resizer import resize_matrix
 
 from .checkpoint import load_state_dict
 from .errors import UserError
-from .manifold import EPS, block_statistics, check_blocks, from_blocks, to_blocks
+from .manifold import EPS, block_statistics, check_blocks, combine
 
 # Convolutions per level of VGG-19, with their widths; level k's feature is relu{k}_1.
 VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256, 256), (512, 512, 512, 512), (512,))
@@ -101,12 +101,12 @@ class BlockStatisticsEnergy:
             f = self.features(x)
         mean, var = block_statistics(f.detach(), self.blocks)
         std = var.sqrt()
-        centered = to_blocks(f.detach(), self.blocks) - mean
         mean_error, std_error = mean - self.ref_mean, std - self.ref_std
-        n = centered.shape[-2] * centered.shape[-1]
+        n = f.shape[2] * f.shape[3] // self.blocks**2
         per_block = std_error.square() * (n - 1) * (var - EPS) / var + n * mean_error.square()
         slope = std_error * (var - EPS) / (std * var) + std_error.square() * EPS / var.square()
-        grad_f = from_blocks(2 * slope * centered + 2 * mean_error)
+        # 2 slope (f - mean) + 2 mean_error
+        grad_f = combine(f.detach(), [2 * slope, 2 * (mean_error - slope * mean)], lambda f, a, b: f * a + b)
         (grad,) = torch.autograd.grad(f, x, grad_f)
         return per_block.flatten(1).sum(1), grad
 

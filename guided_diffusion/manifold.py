@@ -1,10 +1,18 @@
 """The manifolds of SDDM: images with given block statistics (Sun et al. 2023, section 4).
 
-The image plane is cut into blocks x blocks rectangles. A tensor [N, C, H, W] is seen as [N, C, B, B, h, w]; means and
-variances per image, channel and block have shape [N, C, B, B, 1, 1], so they broadcast over that view.
+A manifold is an object that a reference makes: `restrict(x, alpha_bar)` brings x [N, C, H, W] to the manifold of the
+reference noised to alpha_bar (a float); `split(x, vector, alpha_bar)` gives the parts (tangent, normal) of a vector at
+x, whose sum is the vector.
+
+The functions compute with blocks: the image plane is cut into blocks x blocks rectangles. A tensor [N, C, H, W] is seen
+as [N, C, B, B, h, w]; means and variances per image, channel and block have shape [N, C, B, B, 1, 1], so they broadcast
+over that view.
 """
 
 import torch
+from torch.nn import functional as F
+
+from resizer import low_pass_filter
 
 EPS = 1e-5
 
@@ -20,8 +28,7 @@ def check_blocks(size, blocks):
 
 def to_blocks(x, blocks):
     """View [N, C, H, W] as [N, C, B, B, h, w] without copying."""
-    n, c, height, width = x.shape
-    return x.reshape(n, c, blocks, height // blocks, blocks, width // blocks).transpose(3, 4)
+    return _rows(x, blocks).transpose(3, 4)
 
 
 def from_blocks(x):
@@ -30,14 +37,33 @@ def from_blocks(x):
     return x.transpose(3, 4).reshape(n, c, rows * h, columns * w)
 
 
+def _rows(x, blocks):
+    """View [N, C, H, W] as [N, C, B, h, B, w], whose elements lie in memory order: arithmetic on it is fast."""
+    n, c, height, width = x.shape
+    return x.reshape(n, c, blocks, height // blocks, blocks, width // blocks)
+
+
+def combine(x, statistics, function):
+    """function(x, *statistics) with every pixel of x [N, C, H, W] beside the statistics of its block."""
+    blocks = statistics[0].shape[2]
+    return function(_rows(x, blocks), *(s.transpose(3, 4) for s in statistics)).reshape(x.shape)
+
+
+def block_mean(x, blocks):
+    """Mean of every block of x [N, C, H, W], as [N, C, B, B, 1, 1]."""
+    return F.avg_pool2d(x, (x.shape[2] // blocks, x.shape[3] // blocks))[..., None, None]
+
+
 def block_statistics(x, blocks):
     """Mean and unbiased variance plus 1e-5 of every block.
 
     x: [N, C, H, W], H and W divisible by blocks. Returns two tensors [N, C, B, B, 1, 1].
     """
     check_blocks(x.shape[2:], blocks)
-    var, mean = torch.var_mean(to_blocks(x, blocks), dim=(4, 5), keepdim=True)
-    return mean, var + EPS
+    mean = block_mean(x, blocks)
+    n = x.shape[2] * x.shape[3] // blocks**2
+    deviation = combine(x, [mean], torch.sub)
+    return mean, block_mean(deviation.square(), blocks) * (n / (n - 1)) + EPS
 
 
 def diffuse_statistics(mean, var, alpha_bar):
@@ -50,9 +76,8 @@ def block_adain(x, mean, var):
 
     Per block, (x - mean(x)) / std(x) * std + mean (Huang & Belongie 2017, blockwise).
     """
-    blocks = mean.shape[2]
-    own_mean, own_var = block_statistics(x, blocks)
-    return from_blocks((to_blocks(x, blocks) - own_mean) * (var / own_var).sqrt() + mean)
+    own_mean, own_var = block_statistics(x, mean.shape[2])
+    return combine(x, [own_mean, (var / own_var).sqrt(), mean], lambda x, own, scale, mean: (x - own) * scale + mean)
 
 
 def split(x, vector, mean):
@@ -63,11 +88,49 @@ def split(x, vector, mean):
     (tangent, normal), whose sum is the vector.
     """
     blocks = mean.shape[2]
-    radius = to_blocks(x, blocks) - mean
-    tangent = to_blocks(vector, blocks)
-    tangent = tangent - tangent.mean(dim=(4, 5), keepdim=True)
-    length = radius.square().sum(dim=(4, 5), keepdim=True)
+    radius = combine(x, [mean], torch.sub)
+    tangent = combine(vector, [block_mean(vector, blocks)], torch.sub)
+    length = block_mean(radius.square(), blocks)
     # A block that is constant at its mean has no radial direction, and loses nothing.
-    share = (tangent * radius).sum(dim=(4, 5), keepdim=True) / torch.where(length == 0, 1, length)
-    tangent = from_blocks(tangent - share * radius)
+    share = block_mean(tangent * radius, blocks) / torch.where(length == 0, 1, length)
+    tangent = tangent - combine(radius, [share], torch.mul)
     return tangent, vector - tangent
+
+
+class BlockManifold:
+    """SDDM's manifold: images whose blocks have the means and variances of the noised reference.
+
+    ref: [N, C, H, W]; blocks: the image plane is cut into blocks x blocks.
+    """
+
+    def __init__(self, ref, blocks):
+        self.mean, self.var = block_statistics(ref, blocks)
+
+    def restrict(self, x, alpha_bar):
+        """Block AdaIN to the diffused statistics."""
+        return block_adain(x, *diffuse_statistics(self.mean, self.var, alpha_bar))
+
+    def split(self, x, vector, alpha_bar):
+        """`split` at the diffused means."""
+        return split(x, vector, alpha_bar**0.5 * self.mean)
+
+
+class LowPassManifold:
+    """The paper's ablation: images with the low frequencies of the reference, sqrt(alpha_bar) phi(ref).
+
+    ref: [N, C, H, W]; phi is ILVR's low-pass filter by down_n, with its cubic kernel. phi is no exact projection, so a
+    restriction comes close to the manifold rather than onto it (as ILVR's does).
+    """
+
+    def __init__(self, ref, down_n):
+        self.phi = low_pass_filter(ref.shape[2:], down_n, "cubic")
+        self.low = self.phi(ref)
+
+    def restrict(self, x, alpha_bar):
+        """x - phi(x) + sqrt(alpha_bar) phi(ref)."""
+        return x - self.phi(x) + alpha_bar**0.5 * self.low
+
+    def split(self, x, vector, alpha_bar):
+        """The high frequencies of the vector, and its low ones."""
+        normal = self.phi(vector)
+        return vector - normal, normal

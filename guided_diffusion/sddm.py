@@ -7,11 +7,12 @@ plain ancestral step.
 
 import torch
 
-from .manifold import block_adain, block_statistics, check_blocks, diffuse_statistics, from_blocks, split, to_blocks
-from .moo import min_norm_point
+from .manifold import BlockManifold, LowPassManifold, check_blocks, from_blocks, to_blocks
+from .moo import min_norm_weights
 
 LAMBDA = 25.0  # length of an energy's direction, relative to the score's tangent part times beta / sqrt(alpha)
 REFINEMENTS = 4  # extra updates of the `released` variant before its last guided step
+CHOICES = {"variant": ("manifold", "released"), "moo": ("min_norm", "linear"), "manifold": ("badain", "low_pass")}
 
 
 @torch.no_grad()
@@ -25,9 +26,13 @@ def sample(
     energies=(),
     variant="manifold",
     detail_merge=False,
+    moo="min_norm",
+    manifold="badain",
+    down_n=32,
     clip_denoised=True,
     noise=None,
     callback=None,
+    monitor=None,
 ):
     """Translate references into the domain of the model.
 
@@ -36,35 +41,44 @@ def sample(
     `energy`. variant: `manifold`, the method as described by its authors, or `released`, the arithmetic of the public
     release. detail_merge: merge directions per block instead of per channel. noise(shape): every random draw in order,
     x_T first, then one per step. callback(i, x): the state after step i. Returns [N, C, H, W].
+
+    The paper's ablations: moo `linear` adds the directions up instead of taking their minimum-norm point; manifold
+    `low_pass` is that of images with the reference's low frequencies (those that shrinking by down_n keeps).
+
+    monitor(i, record): what a guided step at i (a refinement of `released` too) did; record has, on the model's device,
+    `tangent` and `normal` [N], Euclidean norms of the score's parts, `weights` [N, 1 + energies], those of the merged
+    directions (mean over channels and blocks), and `negative` [N], whether the move has a negative inner product with
+    the score's tangent part.
     """
-    if variant not in ("manifold", "released"):
-        raise ValueError(f"variant is {variant!r}; it can be manifold or released")
+    for name, value in (("variant", variant), ("moo", moo), ("manifold", manifold)):
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name} is {value!r}; it can be {' or '.join(CHOICES[name])}")
     check_blocks(ref.shape[2:], blocks)
     noise = noise or (lambda shape: torch.randn(shape, device=ref.device, dtype=ref.dtype))
     released = variant == "released"
-    solver = "frank_wolfe" if released else "exact"
-    ref_mean, ref_var = block_statistics(ref, blocks)
+    solver = "linear" if moo == "linear" else "frank_wolfe" if released else "exact"
+    m = BlockManifold(ref, blocks) if manifold == "badain" else LowPassManifold(ref, down_n)
     for energy in energies:
         energy.prepare(ref)
-
-    def statistics(alpha_bar):
-        return diffuse_statistics(ref_mean, ref_var, float(alpha_bar))
+    alpha_bars = [float(alpha_bar) for alpha_bar in diffusion.alphas_cumprod]
 
     def guided_parts(x, i, t, posterior_mean):
         """The move d along the manifold, and the rest of the step: the normal part of the score and the drift."""
-        mean, _ = statistics(diffusion.alphas_cumprod[i])
         stretch = float(diffusion.alphas[i]) ** -0.5
-        tangent, normal = split(x, posterior_mean - stretch * x, mean)
+        tangent, normal = m.split(x, posterior_mean - stretch * x, alpha_bars[i])
         directions = [tangent]
         for energy in energies:
-            _, grad = energy.energy_and_grad(x, diffusion.model_timesteps(t), float(diffusion.alphas_cumprod[i]))
-            descent, _ = split(x, -grad, mean)
+            _, grad = energy.energy_and_grad(x, diffusion.model_timesteps(t), alpha_bars[i])
+            descent, _ = m.split(x, -grad, alpha_bars[i])
             directions.append(rescale(descent, tangent, LAMBDA * float(diffusion.betas[i]) * stretch))
-        return merge(directions, blocks if detail_merge else None, solver), normal + (stretch - 1) * x
+        move, weights = merge(directions, blocks if detail_merge else None, solver)
+        if monitor is not None:
+            monitor(i, _record(tangent, normal, move, weights))
+        return move, normal + (stretch - 1) * x
 
     x = noise(ref.shape)
     if not released:
-        x = block_adain(x, *statistics(diffusion.alphas_cumprod[-1]))
+        x = m.restrict(x, alpha_bars[-1])
     for i in reversed(range(diffusion.num_timesteps)):
         t = torch.full((ref.shape[0],), i, device=ref.device, dtype=torch.long)
         out = diffusion.p_mean_variance(model, x, t, clip_denoised)
@@ -79,9 +93,9 @@ def sample(
             move, rest = guided_parts(x, i, t, out["mean"])
             moved = x + move
             if not released:
-                moved = block_adain(moved, *statistics(diffusion.alphas_cumprod[i]))
+                moved = m.restrict(moved, alpha_bars[i])
             x = diffusion.add_noise({**out, "mean": moved + rest}, t, noise(ref.shape))
-            x = block_adain(x, *statistics(diffusion.alphas_cumprod_prev[i]))
+            x = m.restrict(x, alpha_bars[i - 1] if i else 1.0)
         else:
             x = diffusion.add_noise(out, t, noise(ref.shape))
         if callback is not None:
@@ -97,10 +111,31 @@ def rescale(direction, tangent, factor):
 
 
 def merge(directions, blocks, solver):
-    """Minimum-norm point of directions [N, C, H, W], per image and channel, or per block where `blocks` is given."""
+    """One direction of several [N, C, H, W], per image and channel, or per block where `blocks` is given.
+
+    solver: `exact` or `frank_wolfe` for the minimum-norm point, `linear` for the sum. Returns it with the weights
+    [N, C, K], or [N, C, B, B, K] per block.
+    """
     if len(directions) == 1:
-        return directions[0]
-    if blocks is None:
-        return min_norm_point(torch.stack(directions, dim=2), 2, solver)
-    stacked = torch.stack([to_blocks(direction, blocks) for direction in directions], dim=4)
-    return from_blocks(min_norm_point(stacked, 4, solver))
+        return directions[0], directions[0].new_ones(*directions[0].shape[:2], 1)
+    if blocks is not None:
+        directions = [to_blocks(direction, blocks) for direction in directions]
+    dim = directions[0].ndim - 2  # the directions of one problem come before its two axes of pixels
+    stacked = torch.stack(directions, dim)
+    if solver == "linear":
+        weights = stacked.new_ones(stacked.shape[: dim + 1])
+    else:
+        weights = min_norm_weights(stacked, dim, solver)
+    merged = (weights[..., None, None] * stacked).sum(dim)
+    return (merged if blocks is None else from_blocks(merged)), weights
+
+
+def _record(tangent, normal, move, weights):
+    """What a monitor is told of a step."""
+    inner, square = (move * tangent).flatten(1).sum(1), tangent.square().flatten(1).sum(1)
+    return {
+        "tangent": square.sqrt(),
+        "normal": normal.flatten(1).norm(dim=1),
+        "weights": weights.flatten(1, -2).mean(1),
+        "negative": inner < -1e-6 * square,  # a move that cancels to zero has an inner product of either sign
+    }
