@@ -2,10 +2,20 @@
 
 All flags carry the names of `script_util`, except `attention_factors`, the downsampling factors at which there is
 attention: they become sides (`attention_resolutions`) once the image size is known, which tensors cannot tell.
+
+Every size is read from all the tensors that have it, and the majority counts: one tensor that is missing or has a wrong
+shape leaves the architecture known, so that an error can name that tensor.
 """
 
-# A tensor that every network of a kind has; what precedes it in a name is a wrapper's prefix, like "module.".
-ANCHORS = {"ADM": "time_embed.0.weight", "DDPM": "temb.dense.0.weight"}
+import re
+from collections import Counter
+from itertools import islice
+
+# The time embedding, which every network of a kind has; what precedes it in a name is a wrapper's prefix ("module.").
+EMBEDDINGS = {
+    "ADM": re.compile(r"(.*\.)?time_embed\.[02]\.(weight|bias)", re.DOTALL),
+    "DDPM": re.compile(r"(.*\.)?temb\.dense\.[01]\.(weight|bias)", re.DOTALL),
+}
 
 # What tensors cannot tell, for the published models: (num_channels, num_res_blocks, channel_mult) -> flags.
 PUBLISHED = {
@@ -19,6 +29,9 @@ PUBLISHED = {
     ),
 }
 
+# The same for encoders: classifier_width -> flags. All classifiers and extractors that were published are 128 wide.
+PUBLISHED_ENCODERS = {128: dict(num_head_channels=64)}
+
 
 class UnknownArchitecture(Exception):
     """The tensors are those of no known network; the message says what is missing or what was found."""
@@ -29,157 +42,246 @@ def unwrap(state):
 
     Averaged weights are taken where a file has both.
     """
-    for kind, anchor in ANCHORS.items():
-        prefixes = [key[: -len(anchor)] for key in state if key.endswith(anchor) and key[: -len(anchor)][-1:] in ("", ".")]
+    for kind, embedding in EMBEDDINGS.items():
+        prefixes = {match[1] or "" for match in map(embedding.fullmatch, state) if match}
         if prefixes:
-            prefix = min(prefixes, key=lambda p: ("ema" not in p, len(p)))
+            prefix = min(prefixes, key=lambda p: (not is_average(p), len(p), p))
+            _refuse_latent(state, prefix)
             state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
             if kind == "ADM" and not any(key.startswith("output_blocks.") for key in state):
                 kind = "ENCODER"
             return kind, state
-    # One missing tensor must not make a known network unknown.
-    for kind, prefix in (("ADM", "input_blocks.0."), ("DDPM", "conv_in.")):
-        if any(prefix in key for key in state):
-            raise UnknownArchitecture(f"lacks the tensor {ANCHORS[kind]}, which its architecture needs")
     raise UnknownArchitecture(
         f"is no network that is known here (ADM UNet, its encoder, DDPM UNet): its tensors begin with "
-        f"{', '.join(list(state)[:3])}"
+        f"{', '.join(key[:60] for key in list(state)[:3])}"
     )
 
 
-def detect(kind, state):
+def is_average(name):
+    """Whether a name, like "ema_0.9999" or "model_ema.", is one of averaged weights."""
+    return re.search(r"(?<![a-z])ema(?![a-z])", name, re.IGNORECASE) is not None
+
+
+def _refuse_latent(state, prefix):
+    """Latent diffusion models share the UNet's names, but neither its input nor its conditioning."""
+    for key in state:
+        if key.startswith("first_stage_model.") or key.startswith(prefix) and ".transformer_blocks." in key:
+            raise UnknownArchitecture(f"is a latent diffusion model (it has {key}); a model of pixels is needed")
+
+
+def detect(kind, state, depth=None):
     """The architecture of a network of a kind that `unwrap` found, as a dict of flags.
 
-    Raises UnknownArchitecture where a tensor that tells it is missing.
+    depth: the supposed classifier_depth, which counts where an encoder's tensors allow several. Flags that leave no
+    trace in this network are left out. Raises UnknownArchitecture where tensors that tell the architecture are missing.
     """
     try:
-        return {"ADM": _adm_flags, "DDPM": _ddpm_flags, "ENCODER": _encoder_flags}[kind](state)
+        if kind == "ENCODER":
+            return _encoder_flags(state, depth)
+        return {"ADM": _adm_flags, "DDPM": _ddpm_flags}[kind](state)
     except KeyError as error:
-        raise UnknownArchitecture(f"lacks the tensor {error.args[0]}, which its architecture needs") from None
+        name = error.args[0]
+        if name in state:
+            shape = list(state[name].shape)
+            raise UnknownArchitecture(f"has the tensor {name} of shape {shape}, which fits no architecture") from None
+        raise UnknownArchitecture(f"lacks the tensor {name}, which its architecture needs") from None
+
+
+def multiple(width, base):
+    """A short channel multiplier that gives a width: int(multiplier * base) == width."""
+    texts = (f"{width / base:.{digits}g}" for digits in range(3, 18))
+    return next((text for text in texts if int(float(text) * base) == width), f"{(width + 0.5) / base:g}")
+
+
+def _modules(state):
+    """Prefixes of the tensors' names, to the depth that networks have: "a.b.weight" gives "a" and "a.b"."""
+    return {key[: dot.start()] for key in state for dot in islice(re.finditer(r"\.", key), 8)}
 
 
 def _count(state, prefix):
-    """One more than the largest number that follows the prefix in a name."""
-    numbers = {int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)}
-    if not numbers:
-        raise KeyError(prefix + "0")
-    return max(numbers) + 1
+    """Number of the modules prefix0, prefix1, …; KeyError names the first of them that is missing."""
+    tails = (key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix))
+    numbers = {int(tail) for tail in tails if tail.isascii() and tail.isdigit() and len(tail) < 6}
+    gap = next(number for number in range(len(numbers) + 1) if number not in numbers)
+    if gap < max(len(numbers), 1):
+        raise KeyError(f"{prefix}{gap}")
+    return len(numbers)
 
 
-def _mult(channels, base):
-    return ",".join(f"{c / base:g}" for c in channels)
+def _size(state, *places, among=None):
+    """The size that most tensors have at their place: (name, axis) or (name, axis, multiple of the size that is there).
+
+    among: the sizes that are possible. The first place wins a tie; KeyError where no place has a possible size.
+    """
+    votes = Counter()
+    for name, axis, *times in places:
+        shape = state[name].shape if name in state else ()
+        size, rest = divmod(shape[axis], times[0] if times else 1) if axis < len(shape) else (0, 0)
+        if size and not rest and (among is None or size in among):
+            votes[size] += 1
+    if not votes:
+        raise KeyError(places[0][0])
+    return votes.most_common(1)[0][0]
 
 
-def _block_width(state, name):
-    return state[f"{name}.out_layers.3.weight"].shape[0]
+def _embedding_base(state, first, second):
+    """The base width, from the two layers of the time embedding, which are four times as wide."""
+    return _size(
+        state,
+        (f"{first}.weight", 1),
+        (f"{first}.weight", 0, 4),
+        (f"{first}.bias", 0, 4),
+        (f"{second}.weight", 0, 4),
+        (f"{second}.weight", 1, 4),
+        (f"{second}.bias", 0, 4),
+    )
+
+
+def _width(state, block, first="in_layers.2", norm="out_layers.0", second="out_layers.3"):
+    """Output channels of a residual block; by default the names of its layers are the ADM networks'."""
+    return _size(
+        state,
+        (f"{block}.{second}.weight", 0),
+        (f"{block}.{second}.weight", 1),
+        (f"{block}.{second}.bias", 0),
+        (f"{block}.{norm}.weight", 0),
+        (f"{block}.{norm}.bias", 0),
+        (f"{block}.{first}.weight", 0),
+        (f"{block}.{first}.bias", 0),
+    )
+
+
+def _shifts_and_scales(state):
+    """Whether the time embedding gives a residual block two numbers per channel, not one."""
+    blocks = ("input_blocks.1.0", "middle_block.0", "middle_block.2")
+    votes = Counter()
+    for block in blocks:
+        for part in ("weight", "bias"):
+            name = f"{block}.emb_layers.1.{part}"
+            if name in state and state[name].ndim:
+                votes[state[name].shape[0] / _width(state, block)] += 1
+    return votes[2] > votes[1]
+
+
+def _has_six_channels(state, layer):
+    """Whether the last layer predicts a variance beside the mean of its three channels."""
+    try:
+        return _size(state, (f"{layer}.weight", 0), (f"{layer}.bias", 0), among=(3, 6)) == 6
+    except KeyError:
+        return False
 
 
 def _adm_flags(state):
     """Architecture of an ADM UNet, with attention given as downsampling factors."""
-    base = state["time_embed.0.weight"].shape[1]
+    modules = _modules(state)
+    base = _embedding_base(state, "time_embed.0", "time_embed.2")
     blocks = _count(state, "output_blocks.")
     # The last output block of every level but the finest ends with an upsampling layer, which ends its list.
-    ups = [
-        i
-        for i in range(blocks)
-        if any(f"output_blocks.{i}.{j}.{part}.weight" in state for j in (1, 2) for part in ("in_layers.0", "conv"))
-    ]
-    levels = len(ups) + 1
+    parts = ("in_layers", "out_layers", "conv")
+    ups = sum(any(f"output_blocks.{i}.{j}.{part}" in modules for j in (1, 2) for part in parts) for i in range(blocks))
+    levels = ups + 1
     per_level = blocks // levels
-    factor = 2 ** (levels - 1)
+    if blocks % levels or per_level < 2:
+        raise KeyError(f"output_blocks.{blocks}")
     widths, factors = [], []
-    for level in range(levels):
-        first = f"output_blocks.{level * per_level}"
-        widths.insert(0, _block_width(state, f"{first}.0"))
-        if f"{first}.1.qkv.weight" in state:
-            factors.insert(0, factor >> level)
-    embedding = state["input_blocks.1.0.emb_layers.1.weight"].shape[0]
-    return dict(
+    for level in reversed(range(levels)):
+        first = f"output_blocks.{(levels - 1 - level) * per_level}"
+        widths.insert(0, _width(state, f"{first}.0"))
+        if f"{first}.1.qkv" in modules or f"{first}.1.proj_out" in modules:
+            factors.insert(0, 2**level)
+    flags = dict(
         num_channels=base,
         num_res_blocks=per_level - 1,
-        channel_mult=_mult(widths, base),
+        channel_mult=",".join(multiple(width, base) for width in widths),
         attention_factors=tuple(factors),
-        learn_sigma=state["out.2.weight"].shape[0] == 2 * state["input_blocks.0.0.weight"].shape[1],
+        learn_sigma=_has_six_channels(state, "out.2"),
         class_cond="label_emb.weight" in state,
-        use_scale_shift_norm=embedding == 2 * _block_width(state, "input_blocks.1.0"),
-        resblock_updown=not any(key.endswith(".0.op.weight") for key in state),
-        **({"num_classes": state["label_emb.weight"].shape[0]} if "label_emb.weight" in state else {}),
+        use_scale_shift_norm=_shifts_and_scales(state),
     )
+    if levels > 1:
+        flags["resblock_updown"] = not any(name.endswith(".0.op") for name in modules)
+    if flags["class_cond"]:
+        flags["num_classes"] = _size(state, ("label_emb.weight", 0))
+    return flags
 
 
 def _ddpm_flags(state):
     """Architecture of a DDPM UNet, in the ADM UNet's flag names."""
-    base = state["temb.dense.0.weight"].shape[1]
-    levels = _count(state, "down.")
-    widths = [state[f"down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+    modules = _modules(state)
+    base = _embedding_base(state, "temb.dense.0", "temb.dense.1")
+    levels = range(_count(state, "down."))
+    widths = [_width(state, f"down.{i}.block.0", "conv1", "norm2", "conv2") for i in levels]
     return dict(
         num_channels=base,
         num_res_blocks=_count(state, "down.0.block."),
-        channel_mult=_mult(widths, base),
-        attention_factors=tuple(2**i for i in range(levels) if f"down.{i}.attn.0.q.weight" in state),
-        learn_sigma=state["conv_out.weight"].shape[0] == 2 * state["conv_in.weight"].shape[1],
+        channel_mult=",".join(multiple(width, base) for width in widths),
+        attention_factors=tuple(2**i for i in levels if f"down.{i}.attn" in modules),
+        learn_sigma=_has_six_channels(state, "conv_out"),
         class_cond=False,
     )
 
 
-def _encoder_flags(state):
+def _encoder_flags(state, depth):
     """Architecture of an encoder, in the flag names of the classifier."""
-    base = state["time_embed.0.weight"].shape[1]
-    head = next((key.split(".")[0] for key in state if key.split(".")[0] in ("out", "I2Iout")), None)
-    if head is None:
+    modules = _modules(state)
+    base = _embedding_base(state, "time_embed.0", "time_embed.2")
+    head = "I2Iout" if "I2Iout" in modules else "out"
+    if head not in modules:
         raise KeyError("out.0.weight")
     blocks = _count(state, "input_blocks.")
-    updown = not any(key.endswith(".0.op.weight") for key in state)
-    per_level = _encoder_level_length(state, blocks, updown)
+    convolved = [i for i in range(1, blocks) if f"input_blocks.{i}.0.op" in modules]
+    per_level = convolved[0] if convolved else _level_length(modules, blocks, depth)
     starts = range(1, blocks, per_level)
-    widths = [_block_width(state, f"input_blocks.{i}.0") for i in starts]
-    factors = tuple(2**level for level, i in enumerate(starts) if f"input_blocks.{i}.1.qkv.weight" in state)
+    widths = [_width(state, f"input_blocks.{i}.0") for i in starts]
     flags = dict(
         classifier_width=base,
         classifier_depth=per_level - 1,
-        channel_mult=_mult(widths, base),
-        attention_factors=factors,
-        classifier_use_scale_shift_norm=state["input_blocks.1.0.emb_layers.1.weight"].shape[0]
-        == 2 * _block_width(state, "input_blocks.1.0"),
-        classifier_resblock_updown=updown,
+        channel_mult=",".join(multiple(width, base) for width in widths),
+        attention_factors=tuple(2**level for level, i in enumerate(starts) if _attends(modules, i)),
+        classifier_use_scale_shift_norm=_shifts_and_scales(state),
         head=head,
     )
-    if f"{head}.2.positional_embedding" in state:
-        side = round((state[f"{head}.2.positional_embedding"].shape[1] - 1) ** 0.5)
-        flags |= dict(
-            classifier_pool="attention",
-            num_class=state[f"{head}.2.c_proj.weight"].shape[0],
-            image_size=side * 2 ** (len(widths) - 1),
-        )
-    elif state[f"{head}.0.weight"].ndim == 1:
-        flags |= dict(classifier_pool="adaptive", num_class=state[f"{head}.3.weight"].shape[0])
-    elif f"{head}.3.weight" in state:
-        flags |= dict(classifier_pool="spatial_v2", num_class=state[f"{head}.3.weight"].shape[0])
+    if len(widths) > 1:
+        flags["classifier_resblock_updown"] = not convolved
+    if f"{head}.2.qkv_proj" in modules:
+        last = f"{head}.2.c_proj"
+        positions = _size(state, (f"{head}.2.positional_embedding", 1))
+        flags["image_size"] = round(max(positions - 1, 1) ** 0.5) * 2 ** (len(widths) - 1)
+        flags["classifier_pool"] = "attention"
+    elif f"{head}.1" in modules:
+        last, flags["classifier_pool"] = f"{head}.3", "spatial_v2"
+    elif f"{head}.3" in modules:
+        last, flags["classifier_pool"] = f"{head}.3", "adaptive"
     else:
-        flags |= dict(classifier_pool="spatial", num_class=state[f"{head}.2.weight"].shape[0])
+        last, flags["classifier_pool"] = f"{head}.2", "spatial"
+    flags["num_class"] = _size(state, (f"{last}.bias", 0), (f"{last}.weight", 0))
     return flags
 
 
-def _encoder_level_length(state, blocks, updown):
-    """Input blocks per level, the downsampling one included: block k * length is the k-th downsampling."""
-    if not updown:
-        return next(i for i in range(1, blocks) if f"input_blocks.{i}.0.op.weight" in state)
+def _attends(modules, i):
+    return f"input_blocks.{i}.1.qkv" in modules or f"input_blocks.{i}.1.proj_out" in modules
+
+
+def _level_length(modules, blocks, depth):
+    """Input blocks per level of an encoder whose residual blocks downsample.
+
+    Block k * length is the k-th downsampling; it looks like any other residual block that keeps the width.
+    """
 
     def fits(length):
         for i in range(1, blocks):
-            attends = f"input_blocks.{i}.1.qkv.weight" in state
-            widens = f"input_blocks.{i}.0.skip_connection.weight" in state
+            widens = f"input_blocks.{i}.0.skip_connection" in modules
             first = i - i % length + 1
             # Only the first block of a level changes the width; a level attends in all of its blocks or in none, and
             # a downsampling block never does.
-            if i % length == 0 and (attends or widens) or i % length > 1 and widens:
+            if i % length == 0 and (_attends(modules, i) or widens) or i % length > 1 and widens:
                 return False
-            if i % length and attends != (f"input_blocks.{first}.1.qkv.weight" in state):
+            if i % length and _attends(modules, i) != _attends(modules, first):
                 return False
         return True
 
-    # The usual depths first, where several explain the tensors.
-    for length in sorted(range(2, blocks + 1), key=lambda n: (abs(n - 3), n)):
-        if blocks % length == 0 and fits(length):
-            return length
-    raise KeyError("input_blocks.1.0.in_layers.0.weight")
+    lengths = [length for length in range(2, blocks + 1) if blocks % length == 0 and fits(length)]
+    if not lengths:
+        raise KeyError(f"input_blocks.{blocks}")
+    # The supposed depth first, then the usual ones.
+    return min(lengths, key=lambda length: (length - 1 != depth, abs(length - 3), length))

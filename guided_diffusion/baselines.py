@@ -1,4 +1,4 @@
-"""The methods that SDDM is compared with, each as published: ILVR, SDEdit and EGSDE.
+"""The methods that SDDM is compared with, each as published: ILVR, SDEdit and EGSDE; and sampling without a reference.
 
 All take and give what `sddm.sample` does. model(x, t): the target domain's diffusion model, t original timesteps;
 diffusion: its (respaced) process of T' steps; ref: references [N, C, H, W] in [-1, 1]. noise(shape): every random draw
@@ -9,7 +9,7 @@ import copy
 
 import torch
 
-from resizer import Resizer
+from resizer import low_pass_filter
 
 from .energy import dse, low_pass
 from .errors import UserError
@@ -26,7 +26,11 @@ def ilvr(model, diffusion, ref, *, down_n, range_t, noise=None, callback=None, c
     x + phi(ref_i - x), where phi shrinks by down_n and enlarges again with a cubic kernel. Draws: x_T; then in every
     step one for the step itself, and one for ref_i while i > range_t.
     """
-    phi = _cubic_low_pass(ref, down_n)
+    try:
+        phi = low_pass_filter(ref.shape[2:], down_n, "cubic")
+    except ValueError:
+        size = "x".join(map(str, ref.shape[2:]))
+        raise UserError(f"--down_N is {down_n}; it must be at least 1 and divide the image size {size}") from None
     noise = noise or _gaussian_like(ref)
     x = noise(ref.shape)
     for i in reversed(range(diffusion.num_timesteps)):
@@ -84,9 +88,7 @@ def egsde(
     posterior's, or fixed_large, beta; a variance that the model gives, in channels after the first C, is ignored.
     Draws: e, the noise of every ref_i; then one per step.
     """
-    steps = diffusion.num_timesteps
-    if not 1 <= start <= steps:
-        raise UserError(f"--t is {start}; it can be 1 to {steps}, the number of steps of the schedule")
+    check_start(start, diffusion.num_timesteps)
     if variance not in VARIANCES:
         raise ValueError(f"variance is {variance!r}; it can be {' or '.join(VARIANCES)}")
     diffusion = copy.copy(diffusion)
@@ -114,15 +116,31 @@ def egsde(
     return x
 
 
+def check_start(start, steps):
+    """Raise UserError unless a schedule of that many steps has the step `start` to start at."""
+    if not 1 <= start <= steps:
+        raise UserError(f"--t is {start}; it can be 1 to {steps}, the number of steps of the schedule")
+
+
+@torch.no_grad()
+def unconditional(model, diffusion, ref, *, use_ddim=False, eta=0.0, noise=None, callback=None, clip_denoised=True):
+    """Images of the model's own: of ref only shape, type and device count.
+
+    Ancestral sampling, or with use_ddim DDIM (Song et al. 2021), eta its share of noise. Draws: x_T; then one per step.
+    """
+    noise = noise or _gaussian_like(ref)
+    x = noise(ref.shape)
+    for i in reversed(range(diffusion.num_timesteps)):
+        t = torch.full((ref.shape[0],), i, device=ref.device, dtype=torch.long)
+        draw = noise(ref.shape)
+        if use_ddim:
+            x = diffusion.ddim_sample(model, x, t, clip_denoised, eta=eta, noise=draw)["sample"]
+        else:
+            x = diffusion.p_sample(model, x, t, clip_denoised, noise=draw)["sample"]
+        if callback is not None:
+            callback(i, x)
+    return x
+
+
 def _gaussian_like(ref):
     return lambda shape: torch.randn(shape, device=ref.device, dtype=ref.dtype)
-
-
-def _cubic_low_pass(ref, down_n):
-    """ILVR's phi for images of ref's size."""
-    height, width = ref.shape[2:]
-    if down_n < 1 or height % down_n or width % down_n:
-        raise UserError(f"--down_N is {down_n}; it must be at least 1 and divide the image size {height}x{width}")
-    down = Resizer((height, width), 1 / down_n, "cubic")
-    up = Resizer((height // down_n, width // down_n), down_n, "cubic")
-    return lambda x: up(down(x))

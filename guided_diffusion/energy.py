@@ -10,6 +10,7 @@ ref_t = sqrt(alpha_bar) ref + sqrt(1 - alpha_bar) noise. `prepare(ref, noise)` g
 """
 
 import math
+import os
 import re
 
 import torch
@@ -33,10 +34,16 @@ def vgg(weights, blocks=16, level=1):
     """
     if not 1 <= level <= len(VGG_WIDTHS):
         raise UserError(f"--vggdepth is {level}; it can be 1 to {len(VGG_WIDTHS)}, for relu1_1 to relu5_1")
-    name = weights if isinstance(weights, str) else "the VGG state dict"
-    state = load_state_dict(weights) if isinstance(weights, str) else weights
+    is_path = isinstance(weights, (str, os.PathLike))
+    name = os.fspath(weights) if is_path else "the VGG state dict"
     # Only the layer numbers matter: prefixes like "encoder." come and go.
-    state = {re.sub(r"^\D*", "", key): value for key, value in state.items() if re.search(r"\d", key)}
+    state = {}
+    for key, value in (load_state_dict(weights) if is_path else weights).items():
+        number = re.search(r"\d.*", key)
+        if number and number.group() in state:
+            raise UserError(f"{name} holds several networks, {key} is there twice; AdaIN's vgg_normalised.pth is needed")
+        if number:
+            state[number.group()] = value
     features = _vgg_layers(level)
     wanted = features.state_dict()
     for key, value in wanted.items():

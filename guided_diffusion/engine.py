@@ -5,10 +5,14 @@ on disk: outputs appear whole, so a killed run is gone on with by starting it ag
 counter and meet nowhere else.
 """
 
+import contextlib
 import hashlib
-import json
+import logging
 import os
+import posixpath
+import re
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -33,6 +37,8 @@ AUTO_BATCH = {"cuda": 32, "mps": 8, "cpu": 8}
 """First batch size tried with --batch_size auto; it is halved while memory does not suffice."""
 
 TRAJECTORY_FRAMES = 48
+
+log = logging.getLogger("sddm")
 
 
 @dataclass
@@ -66,78 +72,75 @@ class Summary:
 
 @dataclass(frozen=True)
 class Item:
-    """One output to make: the `sample`-th translation of a reference, written to `output` below the save folder."""
+    """One output to make: the `sample`-th translation of a reference. `key` identifies it in the run."""
 
     reference: object
     sample: int
-    output: str
 
     @property
     def key(self):
         return f"{self.reference.name}#{self.sample}"
 
 
+def _output(key, samples_per_image):
+    """The path below the save folder at which the image of an item's key is written, with "/" between its parts."""
+    name, _, sample = key.rpartition("#")
+    folder = "" if samples_per_image == 1 else f"sample_{sample}/"
+    return f"{folder}{posixpath.splitext(name)[0]}.png"
+
+
 class Job:
     """A folder of references and the outputs wanted of it, checked before any model is loaded.
 
-    me: dist_util.Ranks; store: the ranks' common store or None. Then, in this order: `prepare`, `run`, `finish`.
+    peers: dist_util.Peers. Then, in this order: `prepare`, `run`, `finish`.
     Raises UserError for what can be known to fail.
     """
 
-    def __init__(self, options, me, store=None):
-        self.options, self.me, self.store = options, me, store
+    def __init__(self, options, peers):
+        self.options, self.peers = options, peers
         self.summary = Summary()
         check_options(options.resize, options.background)
         _check_folders(options)
-        if me.rank == 0:
+        if peers.rank == 0:
             references = list_references(options.base_samples)[: options.num_samples]
-            self._share("references", [(r.path, r.name) for r in references])
+            peers.share("references", [(r.path, r.name) for r in references])
         else:
-            references = [Reference(*entry) for entry in self._shared("references")]
-        reserved = [run_record.NAME, "grid.png"] + (["trajectory"] if options.save_trajectory else [])
-        collisions = find_collisions(references, reserved=reserved)
-        self.summary.failed.update(collisions)
-        self.references = [r for r in references if r.name not in collisions]
-        self.items = {
-            item.key: item
-            for k in range(options.samples_per_image)
-            for item in (Item(r, k, self._output(r, k)) for r in self.references)
-        }
+            references = [Reference(*entry) for entry in peers.shared("references")]
+        # Several samples have folders of their own.
+        collisions = find_collisions(references, reserved=["grid.png"] if options.samples_per_image == 1 else [])
         if options.strict and collisions:
             name, reason = next(iter(collisions.items()))
             raise UserError(f"{display_name(name)}: {reason}")
-
-    def _output(self, reference, sample):
-        folder = "" if self.options.samples_per_image == 1 else f"sample_{sample}/"
-        return f"{folder}{reference.stem}.png"
+        self.summary.failed.update(collisions)
+        self.references = [r for r in references if r.name not in collisions]
+        items = [Item(r, k) for k in range(options.samples_per_image) for r in self.references]
+        self.items = {item.key: item for item in items}
+        self._limit = None
 
     def path(self, item):
         """Where an item's image is written."""
-        return os.path.join(self.options.save_dir, *item.output.split("/"))
+        return self._paths(item.key, self.options.samples_per_image)[0]
 
-    def _trajectory_path(self, item):
-        stem = item.output.removesuffix(".png")
-        return os.path.join(self.options.save_dir, "trajectory", *f"{stem}.gif".split("/"))
-
-    def _share(self, key, value):
-        if self.store is not None:
-            self.store.set(key, json.dumps(value))
-
-    def _shared(self, key):
-        return json.loads(self.store.get(key))
+    def _paths(self, key, samples_per_image):
+        """Where the image of an item's key is written, and where its trajectory."""
+        output = _output(key, samples_per_image)
+        animation = f"trajectory/{output.removesuffix('.png')}.gif"
+        return [os.path.join(self.options.save_dir, *path.split("/")) for path in (output, animation)]
 
     def prepare(self, image_size, settings):
         """Open the save folder: check it against run.json, plan the batches, and write the record.
 
-        image_size: side of the images; settings: the flags that determine the outputs, with what was read from files in
-        their place. Rank 0 does this, the others get the plan.
+        image_size: side of the images; settings: all that determines the outputs, for the record (rank 0's count).
         """
         self.image_size = image_size
-        if self.me.rank:
-            self.batches = self._shared("plan")
+        if self.peers.rank:
+            self.batches = self.peers.shared("plan")
             return
         options = self.options
-        batch_size = AUTO_BATCH[options.device.type] if options.batch_size == "auto" else options.batch_size
+        if (lock := outputs.lock(options.save_dir)) is not None:
+            weakref.finalize(self, os.close, lock)
+        automatic = AUTO_BATCH.get(options.device.type, AUTO_BATCH["cpu"])
+        batch_size = automatic if options.batch_size == "auto" else options.batch_size
         old = None
         if options.overwrite:
             self._forget()
@@ -145,55 +148,77 @@ class Job:
             old = run_record.read(options.save_dir)
         if old is not None:
             run_record.check_same(options.save_dir, old["settings"], settings)
-        elif existing := [item for item in self.items.values() if os.path.exists(self.path(item))]:
-            raise UserError(
-                f"--save_dir {options.save_dir} has {existing[0].output} already, which no run with a "
-                f"{run_record.NAME} wrote; give another folder, or --overwrite True"
-            )
-        outputs.remove_temporaries(options.save_dir)
-        missing = [item for item in self.items.values() if not self._exists(item)]
-        self.summary.skipped = len(self.items) - len(missing)
-        if old is None or old["batch_size"] == batch_size:
-            plan = run_record.plan(list(self.items), batch_size, old["plan"] if old else ())
+            changed = [
+                f"{name} {old['versions'].get(name)} -> {version}"
+                for name, version in run_record.versions().items()
+                if old.get("versions", {}).get(name) != version
+            ]
+            if changed:
+                log.info("other versions than the run began with: %s", ", ".join(changed))
         else:
-            plan = run_record.plan([item.key for item in missing], batch_size)
+            self._refuse_foreign()
+        outputs.remove_temporaries(options.save_dir)
+        missing = {key for key, item in self.items.items() if not self._exists(item)}
+        self.summary.skipped = len(self.items) - len(missing)
+        old_plan = old["plan"] if old else []
+        if old and old["batch_size"] != batch_size:
+            old_plan = run_record.without(old_plan, missing)
+        plan = run_record.plan(list(self.items), batch_size, old_plan)
         self.record = {
+            "format": run_record.FORMAT,
             "settings": settings,
             "versions": run_record.versions(),
+            "base_samples": options.base_samples,
+            "device": str(options.device),
+            "processes": self.peers.world_size,
             "started": old["started"] if old else _now(),
             "seconds": old["seconds"] if old else 0.0,
             "finished": None,
             "batch_size": batch_size,
             "plan": plan,
         }
-        outputs.write_json(os.path.join(options.save_dir, run_record.NAME), self.record)
-        missing = {item.key for item in missing}
-        self.batches = [batch for batch in plan if not missing.isdisjoint(batch)]
-        self._share("plan", self.batches)
+        self._write_record()
+        # References that are gone stay in the plan, so that it lists all that the run wrote, but are not wanted.
+        self.batches = [
+            [key for key in batch if key in self.items] for batch in plan if not missing.isdisjoint(batch)
+        ]
+        self.peers.share("plan", self.batches)
+
+    def _write_record(self):
+        outputs.write_json(os.path.join(self.options.save_dir, run_record.NAME), self.record)
 
     def _exists(self, item):
-        return os.path.exists(self.path(item))
+        return os.path.isfile(self.path(item))
+
+    def _own_files(self):
+        return [os.path.join(self.options.save_dir, name) for name in ("grid.png", run_record.NAME)]
+
+    def _refuse_foreign(self):
+        """Raise UserError where an output of a new run would replace a file."""
+        for path in [self.path(item) for item in self.items.values()] + self._own_files():
+            if os.path.lexists(path):
+                raise UserError(
+                    f"--save_dir {self.options.save_dir} has {display_name(os.path.relpath(path, self.options.save_dir))} "
+                    f"already, and no {run_record.NAME} of a run that wrote it; give another folder, or --overwrite True"
+                )
 
     def _forget(self):
         """Remove what an earlier run wrote, so that nothing of it is taken for this one's."""
         old = None
-        try:
+        with contextlib.suppress(UserError):
             old = run_record.read(self.options.save_dir)
-        except UserError:
-            pass
         wanted = [self.path(item) for item in self.items.values()]
         if old is not None:
             count = old["settings"].get("samples_per_image", 1)
-            for key in (key for batch in old["plan"] for key in batch):
-                name, _, sample = key.rpartition("#")
-                stem = os.path.splitext(name)[0]
-                folder = "" if count == 1 else f"sample_{sample}"
-                wanted.append(os.path.join(self.options.save_dir, folder, *f"{stem}.png".split("/")))
-                wanted.append(os.path.join(self.options.save_dir, "trajectory", folder, *f"{stem}.gif".split("/")))
-        wanted += [os.path.join(self.options.save_dir, name) for name in (run_record.NAME, "grid.png")]
-        for path in wanted:
-            if os.path.lexists(path):
-                os.remove(path)
+            wanted += [path for batch in old["plan"] for key in batch for path in self._paths(key, count)]
+        # The record goes last: a run that is killed in here is still known for what it is.
+        for path in wanted + self._own_files():
+            inside = os.path.relpath(os.path.abspath(path), os.path.abspath(self.options.save_dir))
+            try:
+                if not inside.startswith(os.pardir) and os.path.lexists(path):
+                    os.remove(path)
+            except OSError as error:
+                raise UserError(f"--overwrite True cannot remove {display_name(path)}: {error.strerror}") from None
 
     def run(self, sampler, steps, progress):
         """Sample every batch that is left and write it; returns the Summary (complete on rank 0).
@@ -203,33 +228,25 @@ class Job:
         """
         started = time.monotonic()
         self.steps, self.progress = steps, progress
-        writer = outputs.Writer()
+        self.writer = outputs.Writer()
         try:
-            for batch in self._claims():
+            while (index := self.peers.count("claimed") - 1) < len(self.batches):
+                batch = self.batches[index]
                 items = self._read(batch)
                 # Where only broken references are missing, the others of the batch are not made again.
-                if not all(self._exists(item) for item, _ in items):
-                    self._sample(items, sampler, writer)
+                if all(self._exists(item) for item, _ in items):
+                    items = []
+                self._sample(items, sampler)
                 self._tell((len(batch) - len(items)) * steps)
-            writer.close()
+            self.writer.close()
         except BaseException:
             # What is finished is kept; the first error is the one to tell.
-            try:
-                writer.close()
-            except BaseException:
-                pass
+            with contextlib.suppress(BaseException):
+                self.writer.close()
             raise
         self._gather()
         self.summary.seconds = time.monotonic() - started
         return self.summary
-
-    def _claims(self):
-        """Batches for this rank, each taken from the common counter when the last one is done."""
-        if self.store is None:
-            yield from self.batches
-            return
-        while (index := self.store.add("claimed", 1) - 1) < len(self.batches):
-            yield self.batches[index]
 
     def _read(self, batch):
         """The readable items of a batch with their images: [(item, uint8 [H, W, 3])]; failures are noted."""
@@ -247,31 +264,41 @@ class Job:
             results = list(pool.map(read, [self.items[key] for key in batch]))
         for item, result in results:
             if isinstance(result, ImageError):
-                if options.strict:
-                    raise UserError(f"{display_name(item.reference.name)}: {result}") from result
-                self.summary.failed[item.reference.name] = str(result)
+                self._fail(item, result)
         return [(item, result) for item, result in results if not isinstance(result, ImageError)]
 
-    def _sample(self, items, sampler, writer):
-        """Translate one batch; with --batch_size auto, in halves where memory does not suffice."""
-        try:
-            self._translate(items, sampler, writer)
-        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            failed = f"out of memory at batch size {len(items)} on {self.options.device}"
-            if self.options.batch_size != "auto" or len(items) == 1:
-                hint = "give a smaller --batch_size, or auto" if len(items) > 1 else "one image does not fit"
-                raise UserError(f"{failed}; {hint}") from None
-        else:
-            return
-        if self.options.device.type == "cuda":
-            torch.cuda.empty_cache()
-        half = (len(items) + 1) // 2
-        self._sample(items[:half], sampler, writer)
-        self._sample(items[half:], sampler, writer)
+    def _fail(self, item, reason):
+        """Note that an image cannot be translated; raises UserError with --strict True."""
+        if self.options.strict:
+            raise UserError(f"{display_name(item.reference.name)}: {reason}")
+        self.summary.failed[item.reference.name] = str(reason)
 
-    def _translate(self, items, sampler, writer):
+    def _sample(self, items, sampler):
+        """Translate a batch; with --batch_size auto, in parts of half the size once memory has not sufficed."""
+        while items:
+            size = min(len(items), self._limit or len(items))
+            told = self._steps_told
+            try:
+                self._translate(items[:size], sampler)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            else:
+                items = items[size:]
+                continue
+            # Outside of the handler, which keeps the failed attempt's tensors alive.
+            self._tell(told - self._steps_told)
+            if self.options.device.type == "cuda":
+                torch.cuda.empty_cache()
+            failed = f"out of memory at batch size {size} on {self.options.device}"
+            if size == 1:
+                raise UserError(f"{failed}: one image does not fit; another --precision or --device may")
+            self._limit = (size + 1) // 2
+            if self.options.batch_size != "auto":
+                raise UserError(f"{failed}; give --batch_size {self._limit} or less, or auto")
+            log.info("%s; going on with %d", failed, self._limit)
+
+    def _translate(self, items, sampler):
         ref = to_tensor([image for _, image in items]).to(self.options.device)
         noise = ImageNoise([f"{self.options.seed}/{item.key}" for item, _ in items], self.options.device)
         frames = []
@@ -281,78 +308,84 @@ class Job:
         def callback(i, x):
             nonlocal step
             if self.options.save_trajectory and step in kept:
-                frames.append(to_uint8(x))
+                frames.append(to_uint8(x.nan_to_num()))
             step += 1
             self._tell(len(items))
 
-        images = to_uint8(sampler(ref, noise=noise, callback=callback))
+        x = sampler(ref, noise=noise, callback=callback)
+        valid = x.isfinite().flatten(1).all(1).tolist()
+        images = to_uint8(x.nan_to_num())
         for n, (item, _) in enumerate(items):
-            if self._exists(item):
-                continue
-            if self.options.save_trajectory:
-                writer.submit(outputs.write_animation, self._trajectory_path(item), [f[n] for f in frames])
-            writer.submit(outputs.write_png, self.path(item), images[n])
-            self.summary.done += 1
+            if not valid[n]:
+                self._fail(item, "the model gave values that are NaN or infinite (too little --precision for it?)")
+            elif not self._exists(item):
+                self.writer.submit(self._write, item, images[n], [frame[n] for frame in frames])
+                self.summary.done += 1
+
+    def _write(self, item, image, frames):
+        path, animation = self._paths(item.key, self.options.samples_per_image)
+        # The image goes last: that it is there says that all is.
+        if frames:
+            outputs.write_animation(animation, frames)
+        outputs.write_png(path, image)
 
     def image_steps(self, steps):
         """How many image-steps the whole run has before it, over all ranks."""
         return steps * sum(map(len, self.batches))
 
-    _untold, _told_at, _seen = 0, 0.0, 0
+    def made(self):
+        """How many of the wanted outputs there are."""
+        return sum(map(self._exists, self.items.values()))
+
+    _steps_told, _untold, _told_at, _seen = 0, 0, 0.0, 0
 
     def _tell(self, image_steps):
-        """Report progress: at once alone, through the common counter and at most twice a second among others."""
-        if self.store is None:
-            self.progress(image_steps)
-            return
+        """Report progress of this rank: at once if alone, at most twice a second among others."""
+        self._steps_told += image_steps
         self._untold += image_steps
-        if time.monotonic() - self._told_at > 0.5:
+        if self.peers.world_size == 1 or time.monotonic() - self._told_at > 0.5:
             self._flush()
 
     def _flush(self):
-        total = self.store.add("image_steps", self._untold)
+        self.peers.watch()
+        total = self.peers.count("image_steps", self._untold)
         self._untold, self._told_at = 0, time.monotonic()
-        if self.me.rank == 0:
+        if self.peers.rank == 0:
             self.progress(total - self._seen)
             self._seen = total
 
     def _gather(self):
         """Rank 0 waits for the others' last batches and collects what they did."""
-        if self.store is None:
-            return
         self._flush()
-        if self.me.rank:
-            self._share(f"summary/{self.me.rank}", [self.summary.done, self.summary.failed])
-            self.store.add("finished", 1)
-            # The store lives in rank 0 or the launcher: leave only when everyone has been heard.
-            self.store.get("all finished")
+        if self.peers.rank:
+            self.peers.share(f"summary/{self.peers.rank}", [self.summary.done, self.summary.failed])
+            self.peers.count("finished")
             return
-        while self.store.add("finished", 0) < self.me.world_size - 1:
-            time.sleep(0.2)
+        while self.peers.count("finished", 0) < self.peers.world_size - 1:
+            time.sleep(0.1)
             self._flush()
-        for rank in range(1, self.me.world_size):
-            done, failed = self._shared(f"summary/{rank}")
+        for rank in range(1, self.peers.world_size):
+            done, failed = self.peers.shared(f"summary/{rank}")
             self.summary.done += done
             self.summary.failed.update(failed)
         self._flush()
-        self.store.set("all finished", "1")
 
     def finish(self):
         """Write grid.png and complete run.json (rank 0)."""
-        if self.me.rank:
+        if self.peers.rank:
             return
         self._write_grid()
         self.record |= {
             "finished": _now(),
             "counts": {
                 "references": len({r.name for r in self.references} | self.summary.failed.keys()),
-                "outputs": sum(map(self._exists, self.items.values())),
+                "outputs": self.made(),
                 "failed": len(self.summary.failed),
             },
             "failed": self.summary.failed,
             "seconds": round(self.record["seconds"] + self.summary.seconds, 3),
         }
-        outputs.write_json(os.path.join(self.options.save_dir, run_record.NAME), self.record)
+        self._write_record()
 
     def _write_grid(self):
         options = self.options
@@ -426,10 +459,10 @@ def _check_folders(options):
         raise UserError(f"--save_dir {save_dir} cannot be written: {error.strerror}") from None
 
 
-def _is_out_of_memory(error):
-    text = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in text or (
-        "DefaultCPUAllocator" in text
+def is_out_of_memory(error):
+    """Whether an exception says that memory did not suffice, in the words of any backend."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(
+        re.search("out of memory|not enough memory|ALLOC_FAILED", str(error), re.IGNORECASE)
     )
 
 

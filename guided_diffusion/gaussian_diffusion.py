@@ -200,6 +200,8 @@ class GaussianDiffusion:
         self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0, noise=None
     ):
         """One DDIM step (Song et al. 2021, equation 12); eta = 0 is deterministic, eta = 1 the ancestral variance."""
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}; it must be from 0 to 1")
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         eps = self.eps_from_xstart(x, t, out["pred_xstart"])
         alpha_bar = self.extract("alphas_cumprod", t)
@@ -229,11 +231,13 @@ class GaussianDiffusion:
     def _loop(self, step, model, shape, noise=None, device=None, progress=False, **options):
         """Run `step` from the last index to 0.
 
-        noise: x_T, drawn if None. device: where to sample, the model's if None. progress: show a bar. options go to
+        noise: x_T, drawn if None. device: where to sample, that of noise or model if None. progress: show a bar. options go to
         the step: clip_denoised, denoised_fn, model_kwargs (and eta for DDIM).
         """
         if device is None:
-            device = noise.device if noise is not None else next(model.parameters()).device
+            parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+            source = noise if noise is not None else parameter
+            device = source.device if source is not None else torch.device("cpu")
         x = torch.randn(*shape, device=device) if noise is None else noise
         indices = range(self.num_timesteps - 1, -1, -1)
         if progress:

@@ -91,17 +91,17 @@ def is_url(path: str) -> bool:
 # ---- finding the references -----------------------------------------------------------------------------------------
 
 
-def list_references(base: str) -> list[Reference]:
+def list_references(base: str, *, flag: str = "--base_samples") -> list[Reference]:
     """The images under the folder `base`, sorted by name; or `base` itself where it is a file (of any suffix).
 
     Folders are searched recursively and links to folders are followed, except back to a folder that is being searched.
     Entries whose name starts with a dot and files of other suffixes than `IMAGE_SUFFIXES` are left out. Links that
     lead nowhere, pipes and unreadable files stay in the list: `load_image` says what is wrong with them.
 
-    Raises UserError, naming `--base_samples`, for a missing path, an unreadable folder and a folder without images.
+    Raises UserError, naming `flag`, for a missing path, an unreadable folder and a folder without images.
     """
     base = os.fspath(base)
-    where = f"--base_samples {display_name(base)}"
+    where = f"{flag} {display_name(base)}"
     if is_url(base):
         found = _list_remote(base, where)
     elif re.match(r"[a-z][a-z0-9+.-]+://", base):
@@ -247,12 +247,18 @@ def load_image(reference_or_path, image_size: int, *, resize: str = "crop", back
     if image_size < 1:
         raise UserError(f"--image_size {image_size}: must be at least 1")
     path = reference_or_path.path if isinstance(reference_or_path, Reference) else os.fspath(reference_or_path)
-    with _open_binary(path) as file:
-        image = _decode(file, colour)
+    image = decode_image(path, background)
     try:
         return np.array(_fit(image, image_size, resize, colour))
     except MemoryError as error:
         raise ImageError(f"not enough memory to resize {image.width} x {image.height} pixels") from error
+
+
+def decode_image(path: str, background: str = "white") -> Image.Image:
+    """The image of a file or URL at its own size as an RGB Pillow image; errors and the rest as in `load_image`."""
+    colour = _opaque_colour(background)
+    with _open_binary(os.fspath(path)) as file:
+        return _decode(file, colour)
 
 
 def check_options(resize: str, background: str) -> tuple[int, int, int]:

@@ -12,8 +12,12 @@ def discretized_gaussian_log_likelihood(x, *, means, log_scales):
     """Log-probability of 8-bit images x in [-1, 1] under a Gaussian integrated over each grey level's bin."""
     centered = x - means
     inv_std = torch.exp(-log_scales)
-    upper = torch.special.ndtr((centered + 1 / 255) * inv_std)
-    lower = torch.special.ndtr((centered - 1 / 255) * inv_std)
+    def mass_below(z):
+        return torch.special.ndtr(z * inv_std)
+
+    # By symmetry every bin is taken from the lower tail, where float32 resolves small probabilities.
+    inner = mass_below(1 / 255 - centered.abs()) - mass_below(-1 / 255 - centered.abs())
     # The outermost bins reach to infinity.
-    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    below, above = mass_below(centered + 1 / 255), mass_below(1 / 255 - centered)
+    probability = torch.where(x < -0.999, below, torch.where(x > 0.999, above, inner))
     return probability.clamp(min=1e-12).log()

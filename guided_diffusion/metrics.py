@@ -1,17 +1,12 @@
-"""Evaluation of translated images: FID and KID between folders, L2, PSNR, SSIM, MS-SSIM and LPIPS between pairs.
+"""Metrics of translated images: FID and KID between sets, L2, PSNR, SSIM, MS-SSIM and LPIPS between pairs.
 
-`evaluate` measures one folder of outputs by a named protocol and returns plain numbers together with everything that
-a reader needs to compare them: protocol, feature extractor, pairing, counts and warnings. The functions that it calls
-take arrays and can be used alone. Distances between distributions are computed in float64 from features [N, D];
-paired metrics from float32 images in [0, 1].
+`evaluation.evaluate` measures a folder with them by a named protocol. Distances between distributions are computed in
+float64 from features [N, D]; paired metrics from float32 images in [0, 1].
 """
 
 import contextlib
-import functools
-import hashlib
 import importlib
 import io
-import json
 import math
 import os
 import re
@@ -26,20 +21,13 @@ from unittest import mock
 import numpy as np
 import torch
 
-from . import image_datasets
+from . import image_datasets, run_record
 from .errors import UserError
 
-PROTOCOLS = {
-    "egsde": "EGSDE/CUT protocol: features of images in [0, 1]",
-    "egsde-male2female": "EGSDE protocol for male2female: images stretched to 256x256, then to 299x299 (PIL bilinear), "
-    "normalised with ImageNet's mean and std before the network, whose own scaling stays",
-}
-FLAGS = {"source": "sources", "truth": "truth"}  # what outputs are paired with, and the flag that names its folder
 PAIRED_METRICS = ("l2", "mse", "psnr", "ssim", "msssim", "lpips")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FEATURE_TIMESTEP = 50  # of the 1000 of training: nearly clean images, where middle features describe content
-RUN_FILE = "run.json"  # what a sampling script leaves in its folder, beside overviews that are no outputs:
-OVERVIEWS = r"grid\.png|trajector(y|ies)/.*"
+OVERVIEWS = r"grid\.png|trajectory/.*"  # what a sampling script adds to its outputs
 KERNEL_ROWS = 512  # rows of a kernel matrix held in memory at once
 MIN_SSIM_SIZE, MIN_MSSSIM_SIZE = 11, 161  # one window; one window after four halvings
 
@@ -54,21 +42,23 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     the nuclear norm of R1 R2ᵀ for cov = RᵀR. It needs no matrix square root, so singular covariances are no special
     case; where pytorch-fid's square root converges, the two agree to about 1e-6 relative.
     """
-    return _frechet(mean1, _root_of_covariance(cov1), mean2, _root_of_covariance(cov2))
+    return frechet_of_roots(mean1, root_of_covariance(cov1), mean2, root_of_covariance(cov2))
 
 
-def _frechet(mean1, root1, mean2, root2):
+def frechet_of_roots(mean1, root1, mean2, root2):
+    """`frechet_distance` of Gaussians that are given as mean [D] and root R [R, D] with RᵀR the covariance."""
     overlap = np.linalg.svd(root1 @ root2.T, compute_uv=False).sum()
     distance = np.sum((mean1 - mean2) ** 2) + np.sum(root1**2) + np.sum(root2**2) - 2 * overlap
     return max(float(distance), 0.0)
 
 
-def _root_of_covariance(cov):
+def root_of_covariance(cov):
+    """R [D, D] with RᵀR = cov, for a symmetric positive semidefinite cov [D, D]."""
     values, vectors = np.linalg.eigh(cov)
     return np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
 
 
-def _gaussian_of_features(features):
+def gaussian_of_features(features):
     """Mean [D] and R [min(N, D), D] with RᵀR the unbiased covariance of features [N, D], N >= 2."""
     mean = features.mean(axis=0)
     root = (features - mean) / math.sqrt(len(features) - 1)
@@ -135,10 +125,10 @@ def bootstrap_frechet(x, target, estimate, *, replicates, confidence=0.95, seed=
     values = []
     for _ in range(replicates):
         resampled = x[rng.integers(len(x), size=len(x))]
-        other = target if isinstance(target, tuple) else _gaussian_of_features(
+        other = target if isinstance(target, tuple) else gaussian_of_features(
             target[rng.integers(len(target), size=len(target))]
         )
-        values.append(_frechet(*_gaussian_of_features(resampled), *other))
+        values.append(frechet_of_roots(*gaussian_of_features(resampled), *other))
     low, high = _quantiles(np.array(values) - np.mean(values) + estimate, confidence)
     return max(low, 0.0), high
 
@@ -275,7 +265,7 @@ def _torchscript(path, device):
             f"--features {path}: not a TorchScript module ({_reason(error)}); save one with torch.jit.save, or give a "
             "checkpoint of this project as .safetensors"
         ) from None
-    return Extractor(f"torchscript {_sha256(path)[:12]}", model)
+    return Extractor(f"torchscript {run_record.sha256(path)[:12]}", model)
 
 
 def _diffusion_features(path, device):
@@ -291,7 +281,7 @@ def _diffusion_features(path, device):
         return model.middle_features(images * 2 - 1, timesteps).mean(dim=(2, 3))
 
     return Extractor(
-        f"middle block of {type(model).__name__} {_sha256(path)[:12]} at t = {FEATURE_TIMESTEP}",
+        f"middle block of {type(model).__name__} {run_record.sha256(path)[:12]} at t = {FEATURE_TIMESTEP}",
         extract,
         image_size=int(info.flags["image_size"]),
     )
@@ -304,13 +294,13 @@ def extract_features(references, extractor, read, *, batch_size=16, device="cpu"
     the extractor fails or returns anything but finite numbers [N, D].
     """
     rows, shape = [], None
-    for batch in _batches(references, batch_size, progress, "features"):
+    for batch in in_batches(references, batch_size, progress, "features"):
         images = [read(reference.path) for reference in batch]
         shape = shape or images[0].shape
         for reference, image in zip(batch, images):
             if image.shape != shape:
                 raise UserError(
-                    f"{reference.path} is {_size(image.shape)} and {references[0].path} is {_size(shape)}: at native "
+                    f"{reference.path} is {size_words(image.shape)} and {references[0].path} is {size_words(shape)}: at native "
                     "size all images of a folder must have one size; leave out --native_size True to resize them"
                 )
         try:
@@ -318,7 +308,7 @@ def extract_features(references, extractor, read, *, batch_size=16, device="cpu"
                 features = extractor.extract(torch.stack(images).to(device))
         except (RuntimeError, AssertionError) as error:
             raise UserError(
-                f"--features: {extractor.name} fails on images of {_size(shape)}: {_reason(error)}"
+                f"--features: {extractor.name} fails on images of {size_words(shape)}: {_reason(error)}"
             ) from None
         if not torch.is_tensor(features) or features.ndim != 2 or len(features) != len(images):
             found = list(features.shape) if torch.is_tensor(features) else type(features).__name__
@@ -378,11 +368,8 @@ def list_images(folder, flag, *, sampled=False):
     """
     if os.path.isfile(folder):
         raise UserError(f"--{flag} {folder}: a file; a folder of images is needed")
-    try:
-        found = image_datasets.list_references(str(folder))
-    except UserError as error:
-        raise UserError(str(error).replace("--base_samples", f"--{flag}", 1)) from None
-    if sampled and (Path(folder) / RUN_FILE).is_file():
+    found = image_datasets.list_references(str(folder), flag=f"--{flag}")
+    if sampled and (Path(folder) / run_record.NAME).is_file():
         found = [reference for reference in found if not re.fullmatch(OVERVIEWS, reference.name)]
     if not found:
         raise UserError(f"--{flag} {folder}: no image in this folder but the run's own overviews")
@@ -420,8 +407,7 @@ def read_male2female(path, seen=None):
 
 
 def _decoded(path, seen):
-    with image_datasets._open_binary(os.fspath(path)) as file:
-        image = image_datasets._decode(file, (255, 255, 255))
+    image = image_datasets.decode_image(path)
     if seen is not None:
         seen.add(image.size)
     return image
@@ -472,301 +458,7 @@ def _by_stem(references, flag):
     return by_stem
 
 
-# One evaluation
-
-
-def reader(extractor, protocol="egsde", image_size=256, native_size=False, resize="crop"):
-    """How images reach the extractor -> (a function of a path and a set of sizes seen, a description of it and the
-    extractor).
-
-    Raises UserError for options that do not go together.
-    """
-    if protocol == "egsde-male2female":
-        if not extractor.name.startswith("inception") or native_size:
-            raise UserError(f"--protocol {protocol} needs --features inception and --native_size False")
-        return read_male2female, f"{extractor.name}; {PROTOCOLS[protocol]}"
-    if native_size and extractor.image_size is not None:
-        raise UserError(f"--native_size True: {extractor.name} needs images of {extractor.image_size}; leave it out")
-    size = None if native_size else extractor.image_size or image_size
-    read = functools.partial(read_image, size=size, resize=resize)
-    return read, f"{extractor.name}; {_size_words(size, resize)}"
-
-
-def target_statistics(
-    targets,
-    path,
-    *,
-    features="inception",
-    inception_path=None,
-    protocol="egsde",
-    native_size=False,
-    image_size=256,
-    resize="crop",
-    batch_size=16,
-    device="cpu",
-    progress=None,
-):
-    """Write the statistics file `path` of the images in the folder `targets`, for `evaluate` to take in its place."""
-    references = list_images(targets, "targets")
-    extractor = _loaded(features, device, inception_path)
-    read, description = reader(extractor, protocol, image_size, native_size, resize)
-    save_statistics(
-        path, _features_of(references, "targets", extractor, read, batch_size, device, progress), description
-    )
-
-
-def evaluate(
-    outputs,
-    *,
-    sources=None,
-    targets=None,
-    truth=None,
-    features="inception",
-    inception_path=None,
-    protocol="egsde",
-    native_size=False,
-    image_size=256,
-    resize="crop",
-    partial=False,
-    lpips="auto",
-    lpips_net="alex",
-    kid_subsets=100,
-    kid_subset_size=1000,
-    bootstrap=0,
-    confidence=0.95,
-    seed=0,
-    batch_size=16,
-    device="cpu",
-    progress=None,
-):
-    """Measure the images in the folder `outputs` -> (result, images).
-
-    sources, truth: folders that are paired with the outputs. targets: a folder, or a statistics file `.npz`, for FID
-    and KID. features: what `feature_extractor` takes, or an Extractor. native_size: the extractor sees the files' own
-    pixels, as with the pytorch-fid command, instead of images of `image_size`. lpips: True, False, or "auto", which
-    leaves it out with a warning if it cannot be had. bootstrap: replicates for confidence intervals, 0 for none.
-    progress: a function (iterable, description) -> iterable that sees the batches pass.
-
-    `result` can be written as JSON, except that a PSNR can be infinite. `metrics` holds every value by name (fid,
-    kid, source_l2, ..., truth_lpips, negative_impact; None where there is none), `std` the standard deviation over
-    images (of kid: over subsets), `intervals` confidence intervals, beside `counts`, `sizes`, `pairing`, `protocol`
-    and `warnings`. `images` has one dict per output with its paired metrics. Raises UserError for folders, files and
-    options that do not fit.
-    """
-    if sources is None and targets is None and truth is None:
-        raise UserError("--sources, --targets or --truth is needed: there is nothing to compare --outputs with")
-    if image_size < MIN_SSIM_SIZE:
-        raise UserError(f"--image_size {image_size}: SSIM's window needs {MIN_SSIM_SIZE} or more")
-    result = {
-        "outputs": str(outputs),
-        "sources": None if sources is None else str(sources),
-        "targets": None if targets is None else str(targets),
-        "truth": None if truth is None else str(truth),
-        "protocol": {"name": protocol},
-        "counts": {},
-        "sizes": {},
-        "pairing": {},
-        "metrics": {"fid": None, "kid": None},
-        "std": {},
-        "intervals": {},
-        "warnings": [],
-    }
-    for role in FLAGS:
-        result["metrics"] |= {f"{role}_{name}": None for name in PAIRED_METRICS}
-    if bootstrap:
-        result["protocol"]["intervals"] = f"bootstrap, {bootstrap} replicates, confidence {confidence:g}, seed {seed}"
-    found = list_images(outputs, "outputs", sampled=True)
-    result["counts"]["outputs"] = len(found)
-    pairs = {}
-    for role, folder in (("source", sources), ("truth", truth)):
-        if folder is not None:
-            pairs[role] = _pair_with(role, found, list_images(folder, FLAGS[role]), partial, result)
-    interval = {"replicates": bootstrap, "confidence": confidence, "seed": seed} if bootstrap else None
-    stream = (batch_size, device, progress)
-
-    if targets is not None:
-        statistics = Path(targets).suffix == ".npz"
-        references = None if statistics else list_images(targets, "targets")
-        extractor = _loaded(features, device, inception_path)
-        read, description = reader(extractor, protocol, image_size, native_size, resize)
-        result["protocol"]["features"] = description
-        known = load_statistics(targets, description) if statistics else None
-        x = _features_of(found, "outputs", extractor, read, *stream, result)
-        if statistics:
-            _measure_statistics(result, x, targets, known, interval)
-        else:
-            y = _features_of(references, "targets", extractor, read, *stream, result)
-            _measure_features(result, x, y, kid_subsets, kid_subset_size, seed, interval)
-
-    images = []
-    if pairs:
-        distance = _lpips_or_warning(lpips, lpips_net, device, result)
-        result["protocol"]["paired"] = (
-            f"{_size_words(image_size, resize)}, values in [0, 1]; L2 is the Euclidean norm of the difference, SSIM "
-            "and MS-SSIM have an 11-tap Gaussian window of sigma 1.5 without padding"
-        ) + (f", LPIPS is v0.1 with {lpips_net}" if distance else "")
-        read = functools.partial(read_image, size=image_size, resize=resize)
-        images = _measure_pairs(found, pairs, read, distance, *stream, result)
-        for role in pairs:
-            _summarise_pairs(result, images, role, interval)
-        if image_size < MIN_MSSSIM_SIZE:
-            result["warnings"].append(f"MS-SSIM is left out: its scales need --image_size {MIN_MSSSIM_SIZE} or more")
-    for flag, seen in result["sizes"].items():
-        result["sizes"][flag] = [f"{width}x{height}" for width, height in sorted(seen)]
-        if len(seen) > 1:
-            result["warnings"].append(f"--{flag}: images of {len(seen)} sizes, {_few(result['sizes'][flag])}")
-    result["metrics"]["negative_impact"] = _recorded_negative_impact(outputs, result)
-    return result, images
-
-
-def _pair_with(role, found, others, partial, result):
-    """Partners of the outputs: a dict from an output's name to the other reference."""
-    flag = FLAGS[role]
-    pairs, how = pair(found, others, flag=flag, partial=partial)
-    result["counts"] |= {flag: len(others), f"{role}_pairs": len(pairs)}
-    result["pairing"][role] = how
-    if how == "order":
-        result["warnings"].append(f"no file name in --outputs occurs in --{flag}: paired by order of names")
-    elif len(pairs) < max(len(found), len(others)):
-        result["warnings"].append(
-            f"--partial True: {len(pairs)} pairs measured of {len(found)} outputs and {len(others)} in --{flag}"
-        )
-    return {output.name: other for output, other in pairs}
-
-
-def _features_of(references, flag, extractor, read, batch_size, device, progress, result=None):
-    if len(references) < 2:
-        raise UserError(f"--{flag}: 1 image; FID and KID need 2 or more")
-    seen = set()
-    read = functools.partial(read, seen=seen)
-    x = extract_features(references, extractor, read, batch_size=batch_size, device=device, progress=progress)
-    if result is not None:
-        result["sizes"][flag] = seen
-        result["counts"][flag] = len(references)
-        result["protocol"]["dimensions"] = x.shape[1]
-        _warn_of_rank(result, flag, len(references), x.shape[1])
-    return x
-
-
-def _warn_of_rank(result, flag, count, dimensions):
-    if count <= dimensions:
-        result["warnings"].append(
-            f"--{flag}: too few images for FID's rank: {count} images for {dimensions} features make the covariance "
-            "singular and FID biased; compare it only with FIDs of as many images"
-        )
-
-
-def _measure_statistics(result, x, path, known, interval):
-    mean, cov, count = known
-    if len(mean) != x.shape[1]:
-        raise UserError(f"--targets {path}: statistics of {len(mean)} features, but --features gives {x.shape[1]}")
-    result["counts"]["targets"] = count
-    if count is not None:
-        _warn_of_rank(result, "targets", count, len(mean))
-    result["warnings"].append("KID is left out: it needs the target images, not their statistics")
-    target = (mean, _root_of_covariance(cov))
-    result["metrics"]["fid"] = fid = _frechet(*_gaussian_of_features(x), *target)
-    if interval:
-        result["intervals"]["fid"] = bootstrap_frechet(x, target, fid, **interval)
-
-
-def _measure_features(result, x, y, subsets, subset_size, seed, interval):
-    if x.shape[1] != y.shape[1]:
-        raise UserError(
-            f"--features: {x.shape[1]} features of the outputs' size and {y.shape[1]} of the targets': --native_size "
-            "True needs an extractor whose features do not depend on the size"
-        )
-    fid = _frechet(*_gaussian_of_features(x), *_gaussian_of_features(y))
-    kid, kid_std = kernel_distance(x, y, subset_size=subset_size, subsets=subsets, seed=seed)
-    result["metrics"] |= {"fid": fid, "kid": kid}
-    if math.isnan(kid_std):
-        result["protocol"]["kid"] = "unbiased MMD² with kernel (x·y/D + 1)³ of all images"
-    else:
-        result["protocol"]["kid"] = (
-            f"unbiased MMD² with kernel (x·y/D + 1)³, mean of {subsets} subsets of {subset_size} images, seed {seed}"
-        )
-        result["std"]["kid"] = kid_std
-    if interval:
-        result["intervals"]["fid"] = bootstrap_frechet(x, y, fid, **interval)
-        result["intervals"]["kid"] = bootstrap_kernel(x, y, kid, **interval)
-
-
-def _lpips_or_warning(lpips, net, device, result):
-    if lpips is False:
-        return None
-    try:
-        return load_lpips(net, device=device)
-    except UserError as error:
-        if lpips is True:
-            raise
-        result["warnings"].append(f"LPIPS is left out: {str(error).removeprefix('LPIPS: ')}")
-        return None
-
-
-def _measure_pairs(found, pairs, read, distance, batch_size, device, progress, result):
-    """Paired metrics of every output that has a partner: a list of dicts {"output": name, "source_l2": ...}."""
-    images = []
-    sizes = {"outputs": set()} | {FLAGS[role]: set() for role in pairs}
-    found = [output for output in found if any(output.name in partners for partners in pairs.values())]
-    for batch in _batches(found, batch_size, progress, "pairs"):
-        rows = [{"output": output.name} for output in batch]
-        outputs = [read(output.path, seen=sizes["outputs"]) for output in batch]
-        for role, partners in pairs.items():
-            paired = [i for i, output in enumerate(batch) if output.name in partners]
-            if not paired:
-                continue
-            a = torch.stack([outputs[i] for i in paired]).to(device)
-            b = torch.stack([read(partners[batch[i].name].path, seen=sizes[FLAGS[role]]) for i in paired]).to(device)
-            with torch.no_grad():
-                values = paired_metrics(a, b)
-                if distance:
-                    values["lpips"] = distance(a, b)
-            for i, row in zip(paired, zip(*(values[name].tolist() for name in values))):
-                rows[i] |= {f"{role}_{name}": value for name, value in zip(values, row)}
-        images += rows
-    result["sizes"] |= sizes
-    return images
-
-
-def _summarise_pairs(result, images, role, interval):
-    for name in PAIRED_METRICS:
-        key = f"{role}_{name}"
-        values = np.array([row[key] for row in images if key in row])
-        if len(values) == 0 or np.isnan(values).any():
-            continue
-        result["metrics"][key] = float(values.mean())
-        if not np.isfinite(values).all():
-            result["warnings"].append(
-                f"{np.isinf(values).sum()} of {len(values)} {role} pairs are equal images: their PSNR is infinite, and "
-                "so is the mean"
-            )
-            continue
-        if len(values) > 1:
-            result["std"][key] = float(values.std(ddof=1))
-        if interval:
-            result["intervals"][key] = bootstrap_mean(values, **interval)
-
-
-def _recorded_negative_impact(outputs, result):
-    """`negative_impact` of the run.json in the folder of outputs, None where there is none."""
-    path = Path(outputs) / RUN_FILE
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")).get("negative_impact")
-    except (OSError, ValueError, AttributeError):
-        result["warnings"].append(f"{path}: not a JSON object; negative_impact is left out")
-        return None
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
 # Helpers
-
-
-def _loaded(features, device, inception_path):
-    if isinstance(features, Extractor):
-        return features
-    return feature_extractor(features, device=device, inception_path=inception_path)
 
 
 def _library(module, package, purpose):
@@ -788,7 +480,8 @@ def _quiet_download():
         socket.setdefaulttimeout(before)
 
 
-def _batches(items, batch_size, progress, description):
+def in_batches(items, batch_size, progress, description):
+    """Lists of at most `batch_size` items; progress, a function (iterable, description) -> iterable, sees them pass."""
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     return batches if progress is None else progress(batches, description)
 
@@ -798,14 +491,6 @@ def _require_file(path, flag):
         raise UserError(f"{flag} {path}: no such file")
 
 
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _reason(error):
     """One line of an error's text: the first sentence, or what the traceback inside a TorchScript error ends with."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -813,15 +498,6 @@ def _reason(error):
     return line.split(". ")[0].strip(" .<>")
 
 
-def _size(shape):
+def size_words(shape):
+    """WIDTHxHEIGHT of an image tensor's shape."""
     return f"{shape[-1]}x{shape[-2]}"
-
-
-def _size_words(size, resize):
-    if size is None:
-        return "images at their own size"
-    return f"images at {size}x{size}, others resized by PIL bicubic ({resize} if not square)"
-
-
-def _few(names):
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -17,12 +17,17 @@ def min_norm_point(vectors, dim, method="exact"):
     """
     dim = dim % vectors.ndim
     weights = min_norm_weights(vectors, dim, method)
+    weights = weights.to(vectors.dtype)
     return (weights.reshape(*weights.shape, *[1] * (vectors.ndim - dim - 1)) * vectors).sum(dim)
 
 
 def min_norm_weights(vectors, dim, method="exact"):
     """Convex weights [..., K] of the minimum-norm point, for vectors as in `min_norm_point`."""
     flat = vectors.flatten(dim + 1) if vectors.ndim > dim + 1 else vectors[..., None]
+    # The weights do not depend on a common scale; without it, squares of float16 and of extreme numbers stay in range.
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    largest = flat.abs().amax(dim=(-2, -1), keepdim=True)
+    flat = flat / torch.where(largest > 0, largest, 1)
     gram = flat @ flat.transpose(-1, -2)
     if method not in ("exact", "frank_wolfe"):
         raise ValueError(f"method is {method!r}; it can be exact or frank_wolfe")
@@ -30,7 +35,7 @@ def min_norm_weights(vectors, dim, method="exact"):
         return _two_vectors(gram)
     if method == "frank_wolfe":
         return _frank_wolfe(gram)
-    return _best_face(gram) if gram.shape[-1] <= 6 else _frank_wolfe(gram, iterations=200, tolerance=0.0)
+    return _best_face(gram) if gram.shape[-1] <= 8 else _frank_wolfe(gram, iterations=200, tolerance=0.0)
 
 
 def _two_vectors(gram):
@@ -48,7 +53,7 @@ def _best_face(gram):
     scale. All 2^K - 1 faces are solved side by side in float64, and weights outside the face are cut off, which leaves
     a valid (if longer) candidate.
     """
-    gram = gram.double()
+    dtype, gram = gram.dtype, gram.double()
     k = gram.shape[-1]
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-300)
     gram = gram / scale
@@ -70,7 +75,7 @@ def _best_face(gram):
             else:
                 best = torch.where((length < best_length)[..., None], weights, best)
                 best_length = torch.minimum(length, best_length)
-    return best.float()
+    return best.to(dtype)
 
 
 def _frank_wolfe(gram, iterations=20, tolerance=1e-4):

@@ -1,5 +1,6 @@
 """Writing results: every file appears whole or not at all, and none of it keeps the sampler waiting."""
 
+import contextlib
 import errno
 import json
 import os
@@ -27,6 +28,9 @@ def write_atomically(path, write):
         try:
             with open(temporary, "wb") as file:
                 write(file)
+                # Some file systems say only now that the disk is full; and a crash must not leave an empty file.
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             if os.path.exists(temporary):
@@ -47,7 +51,30 @@ def remove_temporaries(folder):
     for root, _, names in os.walk(folder):
         for name in names:
             if name.startswith(".") and name.endswith(TEMPORARY):
-                os.remove(os.path.join(root, name))
+                with contextlib.suppress(OSError):
+                    os.remove(os.path.join(root, name))
+
+
+def lock(folder):
+    """Take a folder for this process; raises UserError where another process has it.
+
+    Returns the descriptor that holds the lock until it is closed, or None where the file system has no locks.
+    """
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"--save_dir {folder}: another run is writing there now; wait for it or give another folder") from None
+    except OSError:
+        os.close(handle)
+        return None
 
 
 def write_png(path, image):
@@ -95,13 +122,13 @@ def contact_sheet(rows, side, columns):
 
 
 class Writer:
-    """Runs writing tasks on a thread, in order; at most `depth` of them wait, then `submit` does.
+    """Runs writing tasks on threads; at most `depth` of them wait, then `submit` does.
 
     The first error comes out of the next `submit` or of `close`; what was submitted after it is not written.
     """
 
-    def __init__(self, depth=256):
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
+    def __init__(self, threads=2, depth=64):
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="writer")
         self._room = threading.Semaphore(depth)
         self._error = None
 
@@ -115,7 +142,7 @@ class Writer:
             if self._error is None:
                 task(*arguments)
         except BaseException as error:
-            self._error = error
+            self._error = self._error or error
         finally:
             self._room.release()
 

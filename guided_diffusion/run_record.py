@@ -1,8 +1,8 @@
 """run.json: what a run is, so that it can be gone on with, repeated, and told from another.
 
-The record holds the flags that determine the outputs, the checkpoints' hashes, versions, the seed, and the plan: the
-batches into which the references are divided. Keeping the plan makes a restarted run compute each image in the same
-company as the first did, and so to the same last bit.
+The record holds the settings (all that determines the outputs: flags, checkpoints' hashes, the seed), versions, counts,
+times, and the plan: the batches into which the outputs are divided. Keeping the plan makes a restarted run compute each
+image in the same company as the first did, and so to the same last bit; and it tells what a run has written.
 """
 
 import hashlib
@@ -14,6 +14,8 @@ from importlib import metadata
 from .errors import UserError
 
 NAME = "run.json"
+FORMAT = 1
+"""Changes when records of before can no longer be gone on with."""
 
 
 def sha256(path):
@@ -39,21 +41,35 @@ def read(save_dir):
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             record = json.load(file)
-        if not isinstance(record, dict) or not {"settings", "batch_size", "plan"} <= set(record):
+        if not isinstance(record, dict) or "format" not in record:
             raise ValueError("its entries are not those of a run")
+        if record["format"] != FORMAT:
+            raise ValueError(f"it has format {record['format']!r}, of another version of this program; this one has {FORMAT}")
+        entries = {"settings": dict, "batch_size": int, "plan": list, "started": str, "seconds": (int, float)}
+        for name, kind in entries.items():
+            if not isinstance(record.get(name), kind):
+                raise ValueError(f"its entry {name!r} is missing or damaged")
+        if not all(isinstance(key, str) and "#" in key for batch in record["plan"] for key in batch):
+            raise ValueError("its entry 'plan' is damaged")
         return record
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); --overwrite True starts anew") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be gone on with ({error}); --overwrite True starts anew") from None
 
 
 def check_same(save_dir, old, new):
     """Raise UserError with the list of differences unless two records' settings are equal."""
+
+    def shown(settings, name):
+        return repr(settings[name]) if name in settings else "not recorded"
+
+    # Tuples and the like become what they are in the file.
+    new = json.loads(json.dumps(new))
     differences = [
-        f"--{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        f"--{name} was {shown(old, name)} and is {shown(new, name)}"
         for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
+        if shown(old, name) != shown(new, name)
     ]
     if differences:
         raise UserError(
@@ -63,9 +79,12 @@ def check_same(save_dir, old, new):
 
 
 def plan(items, batch_size, old_plan=()):
-    """Divide items (strings) into batches; items that an earlier plan has stay in its batches, new ones are added."""
-    wanted = set(items)
-    batches = [kept for batch in old_plan if (kept := [item for item in batch if item in wanted])]
-    placed = {item for batch in batches for item in batch}
+    """Divide items (strings) into batches; an earlier plan's batches stay as they are, items new to it are added."""
+    placed = {item for batch in old_plan for item in batch}
     rest = [item for item in items if item not in placed]
-    return batches + [rest[i : i + batch_size] for i in range(0, len(rest), batch_size)]
+    return [*old_plan, *(rest[i : i + batch_size] for i in range(0, len(rest), batch_size))]
+
+
+def without(plan, items):
+    """A plan less some of its items."""
+    return [kept for batch in plan if (kept := [item for item in batch if item not in items])]

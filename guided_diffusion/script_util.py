@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import math
 
 from .errors import UserError
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
@@ -96,19 +97,22 @@ def channel_multipliers(channel_mult, image_size):
     try:
         numbers = [float(part) for part in str(channel_mult).split(",")]
     except ValueError:
-        raise UserError(f"--channel_mult is {channel_mult!r}; it is a list of numbers like 1,2,4") from None
+        numbers = []
+    if not numbers or not all(0 < number < math.inf for number in numbers):
+        raise UserError(f"--channel_mult is {channel_mult!r}; it is a list of numbers like 1,2,4")
     return tuple(int(number) if number == int(number) else number for number in numbers)
 
 
 def attention_factors(attention_resolutions, image_size):
     """--attention_resolutions ("16,8": sides of the feature map) as downsampling factors."""
-    try:
-        sides = [int(part) for part in str(attention_resolutions).split(",") if part.strip()]
-        return tuple(image_size // side for side in sides)
-    except (ValueError, ZeroDivisionError):
+    sides = [part.strip() for part in str(attention_resolutions).split(",") if part.strip()]
+    # A side above the image's is never reached, which does no harm: guided-diffusion's defaults name such.
+    if not all(side.isdigit() and int(side) and (int(side) > image_size or image_size % int(side) == 0) for side in sides):
         raise UserError(
-            f"--attention_resolutions is {attention_resolutions!r}; it is a list of sides of the feature map like 16,8"
-        ) from None
+            f"--attention_resolutions is {attention_resolutions!r}; it is a list of sides of the feature map like 16,8, "
+            f"which divide the image size {image_size}"
+        )
+    return tuple(image_size // int(side) for side in sides)
 
 
 def create_model(
@@ -207,6 +211,9 @@ def create_gaussian_diffusion(
     """
     if steps < 1:
         raise UserError(f"--diffusion_steps is {steps}; it must be at least 1")
+    betas = get_named_beta_schedule(noise_schedule, steps)
+    if betas.max() >= 1:
+        raise UserError(f"--diffusion_steps {steps} is too few for the linear schedule, which needs more than 20")
     if use_kl:
         loss_type = LossType.RESCALED_KL
     else:
@@ -217,7 +224,7 @@ def create_gaussian_diffusion(
         model_var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
-        betas=get_named_beta_schedule(noise_schedule, steps),
+        betas=betas,
         model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
         model_var_type=model_var_type,
         loss_type=loss_type,

@@ -70,7 +70,7 @@ def sample(
         for energy in energies:
             _, grad = energy.energy_and_grad(x, diffusion.model_timesteps(t), alpha_bars[i])
             descent, _ = m.split(x, -grad, alpha_bars[i])
-            directions.append(rescale(descent, tangent, LAMBDA * float(diffusion.betas[i]) * stretch))
+            directions.append(rescale(descent, grad, tangent, LAMBDA * float(diffusion.betas[i]) * stretch))
         move, weights = merge(directions, blocks if detail_merge else None, solver)
         if monitor is not None:
             monitor(i, _record(tangent, normal, move, weights))
@@ -103,10 +103,14 @@ def sample(
     return x
 
 
-def rescale(direction, tangent, factor):
-    """Give a direction the length factor * ||tangent||, per image and channel; a zero direction stays zero."""
+def rescale(direction, grad, tangent, factor):
+    """Give the tangent part of a gradient the length factor * ||tangent||, per image and channel.
+
+    What is no longer than the rounding error of the split counts as zero, and stays so.
+    """
     length = direction.flatten(2).norm(dim=2)
-    ratio = tangent.flatten(2).norm(dim=2) / torch.where(length > 0, length, 1)
+    audible = length > 1e-6 * grad.flatten(2).norm(dim=2)
+    ratio = tangent.flatten(2).norm(dim=2) / torch.where(audible, length, torch.inf)
     return direction * (factor * ratio)[:, :, None, None]
 
 
@@ -137,5 +141,5 @@ def _record(tangent, normal, move, weights):
         "tangent": square.sqrt(),
         "normal": normal.flatten(1).norm(dim=1),
         "weights": weights.flatten(1, -2).mean(1),
-        "negative": inner < -1e-6 * square,  # a move that cancels to zero has an inner product of either sign
+        "negative": inner < -1e-4 * square,  # a move that cancels to rounding errors has either sign
     }

@@ -53,7 +53,7 @@ def resize_matrix(in_length, scale, kernel="linear"):
     function, width = KERNELS[kernel]
     stretch = min(scale, 1.0)
     width = width / stretch
-    out_length = math.ceil(in_length * scale)
+    out_length = math.ceil(in_length * scale * (1 - 1e-12))
     # Positions of the output samples in input coordinates; where out_length was rounded up, both grids share a centre.
     out = np.arange(1, out_length + 1) - (out_length - in_length * scale) / 2
     position = out / scale + 0.5 * (1 - 1 / scale)
@@ -96,3 +96,16 @@ class Resizer:
             raise ValueError(f"the resizer was made for {self.in_size} pixels and got {tuple(x.shape[-2:])}")
         rows, columns = self.matrices(x)
         return rows @ x @ columns.T
+
+
+def low_pass_filter(size, down_n, kernel):
+    """ILVR's filter phi for images of size (H, W): a function that shrinks by down_n and enlarges again.
+
+    Raises ValueError unless down_n divides the size.
+    """
+    height, width = size
+    if down_n < 1 or height % down_n or width % down_n:
+        raise ValueError(f"down_n is {down_n}; it must be at least 1 and divide the image size {height}x{width}")
+    down = Resizer((height, width), 1 / down_n, kernel)
+    up = Resizer((height // down_n, width // down_n), down_n, kernel)
+    return lambda x: up(down(x))

@@ -21,23 +21,35 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def make_parser(doc, epilog, **defaults):
-    """A parser with the flags of the loop and of the data; defaults: other values for some of the loop's."""
+def make_parser(doc, epilog, without, **defaults):
+    """A parser with the flags of loop and data, but for one; defaults: other values for some of the loop's."""
     parser = Parser(
         description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     data = parser.add_argument_group("data")
     data.add_argument("--data_dir", metavar="DIR", help="training images, searched recursively")
-    data.add_argument("--random_flip", type=str2bool, default=True, metavar="BOOL",
-                      help="mirror half of the images (default True)")
+    data.add_argument(
+        "--random_flip", type=str2bool, default=True, metavar="BOOL", help="mirror half of the images (default True)"
+    )
     data.add_argument("--resize", default="crop", help="how images become square: crop, pad or stretch (default crop)")
     data.add_argument("--background", default="white", help="colour under transparent images (default white)")
-    data.add_argument("--cache", default="auto", metavar="WHERE",
-                      help=f"where decoded images are kept: {', '.join(CACHES)} (default auto: up to 2 GiB on the device)")
-    data.add_argument("--num_workers", type=int, default=2, metavar="N",
-                      help="loader processes where images are not cached (default 2)")
+    data.add_argument(
+        "--cache",
+        default="auto",
+        metavar="WHERE",
+        help=f"where decoded images are kept: {', '.join(CACHES)} (default auto: up to 2 GiB on the device)",
+    )
+    data.add_argument(
+        "--num_workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="loader processes where images are not cached (default 2)",
+    )
     loop = parser.add_argument_group("training")
     for field in dataclasses.fields(TrainConfig):
+        if field.name == without:
+            continue
         default = defaults.get(field.name, field.default)
         if field.name == "save_dir":
             default = os.environ.get("OPENAI_LOGDIR") or default
@@ -56,7 +68,9 @@ def add_flag(group, name, default, text):
 
 def add_model_flags(parser, title, defaults):
     """Flags that stay None if not given: their value is then the checkpoint's, if there is one, else the default."""
-    group = parser.add_argument_group(title, "if not given: as in the checkpoint that training starts from, or the default")
+    group = parser.add_argument_group(
+        title, "if not given: as in the checkpoint that training starts from, or the default"
+    )
     for name, default in defaults.items():
         add_flag(group, name, default, "")
     parser.set_defaults(**dict.fromkeys(defaults))
@@ -64,7 +78,7 @@ def add_model_flags(parser, title, defaults):
 
 def loop_config(args):
     """The TrainConfig of parsed flags, checked; its folders are made."""
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(TrainConfig)}
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(TrainConfig) if field.name in args}
     if args.use_fp16:
         if args.precision == "bf16":
             raise UserError("--use_fp16 True contradicts --precision bf16; give one of them")
@@ -118,4 +132,8 @@ def run(train, parse_flags):
             print(f"error: {error}", file=sys.stderr, flush=True)
         dist_util.abort(ranks)
         sys.exit(2)
+    except KeyboardInterrupt:
+        # Within the loop a first Ctrl-C is handled there; here is one before it, or a second one.
+        print("interrupted: nothing was saved since the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     sys.exit(0 if finished else 130)

@@ -1,4 +1,4 @@
-"""Train a classifier of noised images, or EGSDE's domain-specific extractor: what the energies `classifier` and `dse` load."""
+"""Train a classifier of noised images, or EGSDE's domain-specific extractor: the energies `classifier`, `dse`."""
 
 import dataclasses
 import json
@@ -16,7 +16,13 @@ from guided_diffusion.checkpoint import load_model
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import Reference
 from guided_diffusion.resample import create_named_schedule_sampler
-from guided_diffusion.script_util import classifier_defaults, create_classifier, create_diffusion, diffusion_defaults, str2bool
+from guided_diffusion.script_util import (
+    classifier_defaults,
+    create_classifier,
+    create_diffusion,
+    diffusion_defaults,
+    str2bool,
+)
 from guided_diffusion.train_losses import classifier_loss, evaluate
 
 log = logging.getLogger("classifier_train")
@@ -41,16 +47,27 @@ def defaults():
 
 def parse_flags():
     parser = training.make_parser(
-        __doc__, EPILOG, save_dir="output/classifier", iterations=150000, lr=3e-4, batch_size=4, ema_rate=""
+        __doc__,
+        EPILOG,
+        without="sample_interval",
+        save_dir="output/classifier",
+        iterations=150000,
+        lr=3e-4,
+        batch_size=4,
+        ema_rate="",
     )
     data = parser.add_argument_group("classes")
-    data.add_argument("--domains", metavar="SOURCE,TARGET", help="two folders instead of --data_dir: train the extractor")
+    data.add_argument(
+        "--domains", metavar="SOURCE,TARGET", help="two folders instead of --data_dir: train the extractor"
+    )
     data.add_argument("--val_data_dir", metavar="DIR", help="held-out images for --data_dir")
     data.add_argument("--val_domains", metavar="SOURCE,TARGET", help="held-out images for --domains")
     training.add_flag(data, "noised", True, "noised images at random timesteps; False: clean ones at timestep 0")
     training.add_flag(data, "random_crop", False, "read images 5/4 as large and cut out random windows")
     training.add_flag(data, "anneal_lr", False, "the same as --lr_anneal_steps with the value of --iterations")
-    data.add_argument("--classifier_use_fp16", dest="use_fp16", type=str2bool, metavar="BOOL", help="the same as --use_fp16")
+    data.add_argument(
+        "--classifier_use_fp16", dest="use_fp16", type=str2bool, metavar="BOOL", help="the same as --use_fp16"
+    )
     training.add_model_flags(parser, "classifier and diffusion", defaults())
     args = parser.parse_args()
     if args.anneal_lr:
@@ -81,7 +98,9 @@ def train(args, ranks):
         raise UserError("--data_dir (a folder per class) or --domains (source,target) is needed, and only one of them")
     wrong = "val_domains" if args.domains is None else "val_data_dir"
     if getattr(args, wrong) is not None:
-        raise UserError(f"--{wrong} {getattr(args, wrong)} does not go with {'--data_dir' if args.data_dir else '--domains'}")
+        raise UserError(
+            f"--{wrong} {getattr(args, wrong)} does not go with {'--data_dir' if args.data_dir else '--domains'}"
+        )
     config = training.loop_config(args)
     device = training.find_device(args.device, ranks)
     references, labels, classes = labelled_images(args)
@@ -106,12 +125,19 @@ def train(args, ranks):
         flags = {**defaults(), "num_class": len(classes), "head": head, **flags}
         names = create_classifier.__code__.co_varnames[: create_classifier.__code__.co_argcount]
         model = training.build(create_classifier, **{name: flags[name] for name in names if name in flags})
-    shared = dict(seed=config.seed, num_workers=args.num_workers, resize=args.resize, background=args.background)
-    shared["random_crop"] = args.random_crop
+    shared = dict(
+        random_crop=args.random_crop,
+        seed=config.seed,
+        num_workers=args.num_workers,
+        resize=args.resize,
+        background=args.background,
+    )
     images = train_data.TrainImages(
         references, flags["image_size"], labels=labels, random_flip=args.random_flip, cache=args.cache, **shared
     )
-    diffusion = create_diffusion(**{name: flags[name] for name in diffusion_defaults() if name in flags})
+    diffusion = training.build(
+        create_diffusion, **{name: flags[name] for name in diffusion_defaults() if name in flags}
+    )
     losses = classifier_loss(diffusion, args.noised)
 
     measure = None

@@ -1,20 +1,38 @@
 """What the sampling scripts share: flags, set-up, progress, messages and exit statuses. The work is in the library."""
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import signal
 import sys
 import textwrap
 import time
+import traceback
 import warnings
+
+
+def _interrupted_early(number, frame):
+    os.write(2, b"interrupted before any image was made\n")
+    os._exit(130)
+
+
+# Importing torch takes seconds, in which an interrupt would end in a traceback.
+signal.signal(signal.SIGINT, _interrupted_early)
+signal.signal(signal.SIGTERM, _interrupted_early)
+# Where a rank is lost, torch's store would write stack traces of its own to stderr.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from guided_diffusion import dist_util  # noqa: E402
 from guided_diffusion.errors import UserError  # noqa: E402
 from guided_diffusion.script_util import model_and_diffusion_defaults, str2bool  # noqa: E402
+
+log = logging.getLogger("sddm")
 
 MODEL_HELP = {
     "image_size": "side of the images in pixels",
@@ -43,22 +61,14 @@ DIFFUSION_HELP = {
     "rescale_timesteps": "the model was trained with timesteps scaled to 1000",
     "rescale_learned_sigmas": "the training loss; has no effect when sampling",
 }
+# Flags of training that the release's command lines carry along.
+OF_TRAINING = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
 # Flags that say how to run, not what to make: they may change between a run and its restart.
-# Paths are among them: the relative paths of references and the hashes of checkpoints count.
 CIRCUMSTANCES = (
-    "base_samples",
-    "batch_size",
-    "device",
-    "grid",
-    "num_samples",
-    "overwrite",
-    "save_dir",
-    "strict",
-    "model_path",
-    "vgg_path",
-    "dsepath",
-    "classifier_path",
+    *("base_samples", "batch_size", "device", "grid", "num_samples", "overwrite", "save_dir", "strict"),
+    *("use_fp16", *OF_TRAINING),  # what use_fp16 means is in `precision`
 )
+TRANSLATIONS = ("translations", "side by side with their sources")
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,6 +83,9 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
+        with contextlib.suppress(UserError):
+            if dist_util.ranks().rank:
+                self.exit(2)  # all ranks have the same flags, and rank 0 says what is wrong
         self.exit(2, f"error: {message} (see --help)\n")
 
 
@@ -122,7 +135,7 @@ def add_io_flags(parser):
         "--save_trajectory", type=str2bool, default=False, metavar="BOOL", nargs="?", const=True,
         help="also write the denoising of every image as an animation to trajectory/",
     )
-    group.add_argument("--grid", type=int, default=24, help="references shown in grid.png (default 24)")
+    group.add_argument("--grid", type=natural, default=24, help="references shown in grid.png, 0 for none (default 24)")
     group.add_argument(
         "--overwrite", type=str2bool, default=False, metavar="BOOL", nargs="?", const=True,
         help="start anew where --save_dir holds another run",
@@ -143,34 +156,73 @@ def _add(group, name, default, text):
     group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
 
 
+def natural(text):
+    """A whole number from 0 on, for argparse."""
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
 def positive(text):
     """A whole number above 0, for argparse."""
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
 def batch_size(text):
     """A batch size or "auto", for argparse."""
-    return text if text == "auto" else positive(text)
+    try:
+        return text if text == "auto" else positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor auto") from None
 
 
-def pick_device(name, me):
+def say_without_effect(args, names):
+    """Tell of given flags that do nothing here; those of training only where they differ from the usual."""
+    usual = model_and_diffusion_defaults()
+    for name in (*names, *OF_TRAINING):
+        value = getattr(args, name)
+        if value is not None and value != usual.get(name):
+            log.info("--%s %s has no effect", name, value)
+
+
+def pick_device(name, peers):
     """The torch device that --device names; checked, so that a missing GPU is one line."""
     import torch
 
     from guided_diffusion.dist_util import default_device
 
     if name == "auto":
-        return default_device(me.local_rank)
+        return default_device(peers.local_rank)
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-            device = default_device(me.local_rank)
+            device = default_device(peers.local_rank)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def precision_of(args):
+    """The precision that --precision and --use_fp16 ask for together."""
+    if args.precision and args.use_fp16 and args.precision != "fp16":
+        raise UserError(f"--use_fp16 True contradicts --precision {args.precision}")
+    return args.precision or ("fp16" if args.use_fp16 else "fp32")
+
+
+def steps_of(args):
+    """Number of steps of the respaced schedule as far as the flags alone tell it, else None."""
+    from guided_diffusion.respace import space_timesteps
+
+    if args.diffusion_steps is not None and args.diffusion_steps < 1:
+        raise UserError(f"--diffusion_steps is {args.diffusion_steps}; it must be at least 1")
+    if args.diffusion_steps is None or not args.timestep_respacing:
+        return args.diffusion_steps
+    return len(space_timesteps(args.diffusion_steps, args.timestep_respacing))
 
 
 def load_network(args, device):
@@ -179,10 +231,7 @@ def load_network(args, device):
 
     from guided_diffusion.checkpoint import load_model
 
-    precision = args.precision or ("fp16" if args.use_fp16 else "fp32")
-    if args.precision and args.use_fp16 and args.precision != "fp16":
-        raise UserError(f"--use_fp16 True contradicts --precision {args.precision}")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision_of(args)]
     flags = {name: getattr(args, name) for name in (*MODEL_HELP, *DIFFUSION_HELP)}
     model, info = load_model(args.model_path, device=device, dtype=dtype, **flags)
     model.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPUs and GPUs
@@ -204,108 +253,227 @@ def load_network(args, device):
     return conditioned, info
 
 
-def create_job(args, me, device):
+def create_job(args, peers, device):
     """The job that the flags of input and output describe, before any model is loaded."""
-    from guided_diffusion.dist_util import open_store
     from guided_diffusion.engine import Job, Options
 
     names = [field.name for field in dataclasses.fields(Options)]
     options = {name: getattr(args, name) for name in names if name != "device"}
-    return Job(Options(**options, device=device), me, open_store(me))
+    return Job(Options(**options, device=device), peers)
 
 
-def run_sampling(job, sampler, steps):
-    """Do a prepared job with a progress bar and say what became of it; returns the exit status.
+def load_encoder(flag, path, image_size, device):
+    """The classifier or extractor that a flag names, for images of the model's size."""
+    from guided_diffusion.checkpoint import load_model
 
-    sampler(ref, noise, callback): see `sddm.sample`; it calls back `steps` times.
+    encoder, info = load_model(path, device=device)
+    if info.model_type != "ENCODER":
+        raise UserError(f"--{flag} {path} is a diffusion model, not a classifier or extractor")
+    if info.flags["image_size"] != image_size:
+        raise UserError(f"--{flag} {path} is for {info.flags['image_size']} pixels, the model makes {image_size}")
+    return encoder
+
+
+def run_method(job, image_size, settings, method, model, diffusion, steps, guided=False, made=TRANSLATIONS):
+    """Do a job with a method and write to run.json what it cost; returns the exit status.
+
+    method(model, diffusion, ref, noise, callback): a sampler with its options, which calls back `steps` times; guided:
+    it takes an argument `monitor` too. made: see `run_sampling`. The rest goes to `Job.prepare`.
     """
-    from tqdm.auto import tqdm
+    from guided_diffusion.monitor import Monitor
 
-    from guided_diffusion.image_datasets import display_name
-
-    total = job.image_steps(steps)
-    quiet = job.me.rank != 0 or total == 0
-    with tqdm(
-        total=total,
-        disable=quiet,
-        smoothing=0,
-        mininterval=0.1 if sys.stderr.isatty() else 10,
-        bar_format="{percentage:3.0f}%|{bar}| {desc}, step {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
-        desc=f"0/{total // steps} images",
-    ) as bar:
-
-        def progress(image_steps):
-            bar.set_description_str(f"{(bar.n + image_steps) // steps}/{total // steps} images", refresh=False)
-            bar.update(image_steps)
-
-        try:
-            summary = job.run(sampler, steps, progress)
-        except KeyboardInterrupt:
-            bar.close()
-            if job.me.rank == 0:
-                made = job.summary.done + job.summary.skipped
-                print(
-                    f"interrupted: {made} of {len(job.items)} images are done; run the same command again to go on",
-                    file=sys.stderr,
-                )
-            return 130
-    job.finish()
-    if job.me.rank == 0:
-        for name, reason in sorted(summary.failed.items()):
-            print(f"failed: {display_name(name)}: {reason}", file=sys.stderr)
-        folder = job.options.save_dir
-        print(f"{summary.done} done, {summary.skipped} skipped (were there), {len(summary.failed)} failed")
-        if summary.done + summary.skipped:
-            print(f"translations are in {folder}, side by side with their sources in {os.path.join(folder, 'grid.png')}")
-    return 1 if summary.failed else 0
+    monitor = Monitor(job)
+    job.prepare(image_size, settings)
+    monitor.begin()
+    sampler = functools.partial(method, monitor.counted(model), diffusion)
+    status = run_sampling(job, monitor.watch(sampler, guided), steps, made)
+    monitor.finish()
+    return status
 
 
-def settings_of(args, files, **found):
-    """The flags that determine the outputs, for run.json, with the hashes of the checkpoint files that take part.
+def settings_of(args, peers, files, **found):
+    """All that determines the outputs, for run.json, rank 0's only: flags, and hashes in place of checkpoints' paths.
 
-    found: values that were read from files or resolved, in place of the flags'.
+    files: flag -> path of the checkpoint files that take part. found: values that were read from files or resolved, in
+    place of the flags'; None for flags that do not count.
     """
     from guided_diffusion.run_record import sha256
 
-    settings = {name: value for name, value in vars(args).items() if name not in CIRCUMSTANCES}
-    return {**settings, **found, "checkpoints": {os.path.basename(path): sha256(path) for path in files}}
+    if peers.rank:
+        return {}
+    settings = {**vars(args), "precision": precision_of(args), **found}
+    settings |= {flag: f"sha256 {sha256(path)}" if os.path.isfile(path) else path for flag, path in files.items()}
+    return {name: value for name, value in settings.items() if value is not None and name not in CIRCUMSTANCES}
+
+
+def run_sampling(job, sampler, steps, made=TRANSLATIONS):
+    """Do a prepared job with a progress bar and say what became of it; returns the exit status of this rank.
+
+    sampler(ref, noise, callback): see `sddm.sample`; it calls back `steps` times. made: words for the outputs and for
+    what grid.png shows.
+    """
+    from guided_diffusion.image_datasets import display_name
+
+    wanted, skipped = len(job.items), job.summary.skipped
+    if skipped:
+        log.info("%d of %d images are there already", skipped, wanted)
+    progress = Progress(job.image_steps(steps), steps) if job.peers.rank == 0 else None
+    try:
+        try:
+            summary = job.run(sampler, steps, progress)
+        finally:
+            if progress is not None:
+                progress.close()
+        job.finish()
+    except KeyboardInterrupt:
+        # A launcher that ends the run because another rank has failed interrupts too; then all is said.
+        if job.peers.rank == 0 and job.peers.stop("interrupted"):
+            command = "the same command without --overwrite" if job.options.overwrite else "the same command"
+            print(f"interrupted: {job.made()} of {wanted} images are done; run {command} again to go on", file=sys.stderr)
+        return 130
+    if job.peers.rank:
+        return 0  # rank 0 tells of all; a launcher would end it if another status came first
+    for name, reason in sorted(summary.failed.items()):
+        print(f"failed: {display_name(name)}: {reason}", file=sys.stderr)
+    folder = job.options.save_dir
+    print(f"{summary.done} done, {summary.skipped} skipped (were there), {len(summary.failed)} failed")
+    grid = os.path.join(folder, "grid.png")
+    if summary.done + summary.skipped:
+        shown = f", {made[1]} in {grid}" if os.path.exists(grid) else ""
+        print(f"{made[0]} are in {folder}{shown}")
+    return 1 if summary.failed else 0
+
+
+class Progress:
+    """Shows images, steps and time left, which is the time per step so far times the steps to come.
+
+    On a terminal it is a bar. In a log file it is a line after each half minute in which the run got on by a
+    hundredth at least: a hundred lines at most. steps: of one image; total: image-steps of the run.
+    """
+
+    interval, share = 30.0, 0.01
+
+    def __init__(self, total, steps, file=None):
+        from tqdm import tqdm
+
+        self.total, self.steps, self.done = total, steps, 0
+        self.file = file or sys.stderr
+        self.started = self.told_at = time.monotonic()
+        self.told = 0
+        self.bar = None
+        if total and self.file.isatty():
+            layout = "{percentage:3.0f}%|{bar}| {desc}, step {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+            self.bar = tqdm(total=total, smoothing=0, bar_format=layout, desc=self._images(), file=self.file)
+
+    def _images(self):
+        return f"{self.done // self.steps}/{self.total // self.steps} images"
+
+    def seconds_left(self):
+        """The estimate; None before the first step."""
+        elapsed = time.monotonic() - self.started
+        return elapsed / self.done * (self.total - self.done) if self.done > 0 else None
+
+    def __call__(self, image_steps):
+        self.done += image_steps
+        if self.bar is not None:
+            self.bar.set_description_str(self._images(), refresh=False)
+            self.bar.update(image_steps)
+        elif (
+            time.monotonic() - self.told_at >= self.interval
+            and self.done - self.told >= self.share * self.total
+            and self.done < self.total
+        ):
+            self._line()
+
+    def _line(self):
+        from tqdm import tqdm
+
+        self.told_at, self.told = time.monotonic(), self.done
+        elapsed, left = (tqdm.format_interval(t) for t in (time.monotonic() - self.started, self.seconds_left()))
+        share = f"{100 * self.done // self.total}%"
+        print(
+            f"{share}, {self._images()}, step {self.done}/{self.total}, {elapsed} gone, {left} left",
+            file=self.file,
+            flush=True,
+        )
+
+    def close(self):
+        """Leave the bar as it stands; a log gets its last line."""
+        if self.bar is not None:
+            self.bar.close()
+        elif self.done > self.told:
+            self._line()
+
+
+def _raise_once():
+    """A handler that turns the first signal into KeyboardInterrupt and leaves the clean-up alone for a while.
+
+    Ctrl-C under a launcher comes twice, from the terminal and from the launcher. Whoever insists ends the process.
+    """
+    first = None
+
+    def handle(number, frame):
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - first > 2:
+            os._exit(130)
+
+    return handle
 
 
 def main(function, parser):
-    """Parse flags, call function(args), and turn its errors into one line and an exit status.
+    """Parse flags, call function(args, peers), and turn its errors into one line and an exit status.
 
-    0: all is well; 1: an image failed; 2: bad input; 130: interrupted.
+    0: all is well; 1: an image failed; 2: bad input; 3: a defect, with its traceback; 130: interrupted.
     """
-    from guided_diffusion import dist_util
-
     warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata, which does not concern the pixels
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     args = parser.parse_args()
-    me = None
+    peers = me = dist_util.Ranks()
+    handler = _raise_once()
     try:
+        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGTERM, handler)
         me = dist_util.ranks()
         if me.rank:
             logging.getLogger().setLevel(logging.ERROR)
-        status = function(args, me)
-    except UserError as error:
-        if me is not None and me.rank:
-            # Most errors are everyone's: rank 0 says them, unless this one is still here to tell.
-            time.sleep(3)
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted before any image was made", file=sys.stderr)
-        status = 130
-    except BaseException:
-        if me is not None and me.world_size > 1:
-            import traceback
-
-            print(f"rank {me.rank} of {me.world_size} failed; run the same command again to go on", file=sys.stderr)
-            traceback.print_exc()
-            dist_util.abort(me)
-        raise
-    if status == 2 and me is not None:
-        dist_util.abort(me)
+        peers = dist_util.connect(me)
+        status = function(args, peers)
+    except BaseException as error:
+        status = _explain(error, me, peers)
+    if isinstance(peers, dist_util.Peers):
+        peers.leave()
     sys.stdout.flush()
+    if status not in (0, 1):
+        dist_util.abort(me, status)
     sys.exit(status)
+
+
+def _explain(error, me, peers):
+    """Say what ended the run, once for all ranks; returns the exit status."""
+    from guided_diffusion.engine import is_out_of_memory
+
+    connected = isinstance(peers, dist_util.Peers)
+    if isinstance(error, SystemExit):
+        raise error
+    if isinstance(error, dist_util.Stopped):
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        if me.rank == 0 and (not connected or peers.stop("interrupted")):
+            print("interrupted before any image was made", file=sys.stderr)
+        return 130
+    if isinstance(error, Exception) and is_out_of_memory(error):
+        error = UserError(f"out of memory: {str(error).splitlines()[0]}")
+    if isinstance(error, UserError):
+        # Ranks that are not connected have the same flags and environment: rank 0 speaks for them.
+        if peers.stop(str(error)) if connected else me.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    if connected:
+        peers.stop(repr(error))
+    if me.world_size > 1:
+        print(f"rank {me.rank} of {me.world_size} failed; run the same command again to go on", file=sys.stderr)
+    traceback.print_exception(error)
+    return 3

@@ -13,7 +13,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 import torch
 
-from guided_diffusion import metrics
+from guided_diffusion import evaluation
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import str2bool
 
@@ -41,11 +41,11 @@ def main():
     flags["device"] = find_device(flags["device"])
     flags["progress"] = progress_bar
     if save_stats:
-        wanted = inspect.signature(metrics.target_statistics).parameters
+        wanted = inspect.signature(evaluation.target_statistics).parameters
         flags = {name: value for name, value in flags.items() if name in wanted}
-        metrics.target_statistics(path=save_stats, **flags)
+        evaluation.target_statistics(path=save_stats, **flags)
         return
-    result, images = metrics.evaluate(**flags)
+    result, images = evaluation.evaluate(**flags)
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(markdown(result), end="")

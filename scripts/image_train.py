@@ -37,16 +37,41 @@ def defaults():
 
 
 def parse_flags():
-    parser = training.make_parser(__doc__, EPILOG)
+    parser = training.make_parser(__doc__, EPILOG, without="eval_interval")
     loss = parser.add_argument_group("loss")
-    training.add_flag(loss, "p2_gamma", 0.0, "P2 weighting, 1 / (p2_k + SNR)^p2_gamma; 0: none, published models have 1")
+    training.add_flag(
+        loss, "p2_gamma", 0.0, "P2 weighting, 1 / (p2_k + SNR)^p2_gamma; 0: none, published models have 1"
+    )
     training.add_flag(loss, "p2_k", 1.0, "k of the P2 weighting")
     training.add_flag(loss, "min_snr_gamma", 0.0, "min-SNR weighting; 0: none, its paper has 5")
     grid = parser.add_argument_group("sample grids")
     training.add_flag(grid, "num_samples", 16, "images in a grid")
-    training.add_flag(grid, "sample_respacing", "ddim25", "steps as --timestep_respacing writes them; ddimN samples with DDIM")
+    training.add_flag(
+        grid, "sample_respacing", "ddim25", "steps as --timestep_respacing writes them; ddimN samples with DDIM"
+    )
     training.add_model_flags(parser, "model and diffusion", defaults())
     return parser.parse_args()
+
+
+def grid_sampler(args, config, flags, num_classes):
+    """The function that draws the images of a sample grid with a given model."""
+    try:
+        diffusion = create_diffusion(**{**flags, "timestep_respacing": args.sample_respacing})
+    except UserError as error:
+        raise UserError(str(error).replace("--timestep_respacing", "--sample_respacing")) from error
+
+    def sample(model):
+        return train_util.draw_samples(
+            model,
+            diffusion,
+            args.num_samples,
+            flags["image_size"],
+            use_ddim=args.sample_respacing.startswith("ddim"),
+            seed=config.seed,
+            num_classes=num_classes or None,
+        )
+
+    return sample
 
 
 def train(args, ranks):
@@ -74,7 +99,7 @@ def train(args, ranks):
         flags.setdefault("num_classes", len(classes))
         if len(classes) > flags["num_classes"]:
             raise UserError(
-                f"--data_dir {args.data_dir} has {len(classes)} classes, and the model of {start} {flags['num_classes']}"
+                f"--data_dir {args.data_dir} has {len(classes)} classes, the model of {start} {flags['num_classes']}"
             )
     if not start:
         model, _ = training.build(create_model_and_diffusion, **flags)
@@ -89,21 +114,9 @@ def train(args, ranks):
         resize=args.resize,
         background=args.background,
     )
-    diffusion = create_diffusion(**flags)
+    diffusion = training.build(create_diffusion, **flags)
     weights = loss_weights(diffusion, args.p2_gamma, args.p2_k, args.min_snr_gamma)
-    sampling = create_diffusion(**{**flags, "timestep_respacing": args.sample_respacing})
-
-    def sample(averaged):
-        return train_util.draw_samples(
-            averaged,
-            sampling,
-            args.num_samples,
-            flags["image_size"],
-            use_ddim=args.sample_respacing.startswith("ddim"),
-            seed=config.seed,
-            num_classes=len(classes) or None,
-        )
-
+    sample = grid_sampler(args, config, flags, len(classes)) if config.sample_interval else None
     if ranks.rank == 0:
         parameters = sum(p.numel() for p in model.parameters())
         log.info("%d images, %.2f M parameters, %s, %s", len(images), parameters / 1e6, device, config.precision)

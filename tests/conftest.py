@@ -5,12 +5,37 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
+from guided_diffusion.script_util import (
+    create_model,
+    create_model_and_diffusion,
+    diffusion_defaults,
+    model_and_diffusion_defaults,
+)
+from guided_diffusion.unet import EncoderUNetModel
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or ROOT / "tests" / "golden")
+MODEL_FLAGS = sorted(model_and_diffusion_defaults().keys() - diffusion_defaults().keys() | {"learn_sigma"})
+
+# The golden files in tests/golden. Their tests are collected whether the files are there or not, so that a lost
+# file fails; tests of other golden files are collected where GOLDEN_DIR has them.
+COMMITTED = (
+    "block_ops_4",
+    "ddim10",
+    "energy_low_pass",
+    "energy_vgg_badain",
+    "frank_wolfe_2",
+    "frank_wolfe_3",
+    "frank_wolfe_4",
+    "p_mean_variance",
+    "schedules",
+    "sddm_vgg_b4",
+    "sdedit_m12",
+    "unet_updown_scaleshift_learnsigma",
+)
 
 
 @lru_cache(maxsize=None)
@@ -24,7 +49,57 @@ def golden(name):
     return load_file(GOLDEN_DIR / f"{name}.safetensors")
 
 
-def golden_names(prefix, committed):
+def golden_names(prefix, committed=COMMITTED):
     """Names of golden files with a prefix: those committed with the repository and all others that GOLDEN_DIR has."""
     found = {path.stem for path in GOLDEN_DIR.glob(f"{prefix}*.safetensors")}
-    return sorted(found | set(committed))
+    return sorted(found | {name for name in committed if name.startswith(prefix)})
+
+
+def golden_metrics():
+    """The golden entry of the metrics, for parametrising: its pictures are too large to be committed."""
+    return ["metrics"] if (GOLDEN_DIR / "metrics").is_dir() else []
+
+
+def load_golden_model(data, model, prefix="model."):
+    """Put the weights of a golden file into a model and switch it to evaluation."""
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in data.items() if k.startswith(prefix)})
+    return model.eval()
+
+
+@lru_cache(maxsize=None)
+def golden_unet(name):
+    """The ADM UNet of the golden file `name`."""
+    flags = golden_index()[name]["flags"]
+    return load_golden_model(golden(name), create_model(**{flag: flags[flag] for flag in MODEL_FLAGS}))
+
+
+@lru_cache(maxsize=None)
+def golden_encoder():
+    """The domain-specific extractor of the golden file `dse`."""
+    return load_golden_model(golden("dse"), EncoderUNetModel(**golden_index()["dse"]["config"], head="I2Iout"))
+
+
+def golden_model_and_diffusion(settings):
+    """Model and process of an index entry: it names the model, its own entries replace the model's flags."""
+    flags = {**golden_index()[settings["model"]]["flags"], **settings}
+    model, diffusion = create_model_and_diffusion(**flags)
+    return load_golden_model(golden(settings["model"]), model), diffusion
+
+
+class LinearModel(torch.nn.Module):
+    """A cheap stand-in for a UNet: mixes channels and neighbouring pixels, and depends on the timestep.
+
+    Smooth in x, so that rounding differences stay small over a whole run; images of a batch do not see each other.
+    """
+
+    def __init__(self, learn_sigma=False, dtype=torch.float32):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        weight = 0.15 * torch.randn(6 if learn_sigma else 3, 3, 3, 3, generator=generator, dtype=torch.float64)
+        self.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+        self.timesteps = []
+
+    def forward(self, x, t):
+        self.timesteps.append(t.clone())
+        h = torch.nn.functional.conv2d(x, self.weight.to(x.dtype), padding=1)
+        return (h * (1 + t.to(x.dtype) / 2000)[:, None, None, None]).tanh()

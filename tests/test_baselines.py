@@ -28,7 +28,7 @@ def assert_same_trace(states, expected):
         torch.testing.assert_close(state, sample, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", golden_names("ilvr_", committed=["ilvr_n8_r0"]))
+@pytest.mark.parametrize("name", golden_names("ilvr_"))
 def test_ilvr_trace(name):
     data, settings = golden(name), golden_index()[name]
     model, diffusion = golden_model_and_diffusion(settings)
@@ -51,7 +51,7 @@ def test_ilvr_trace(name):
 @pytest.mark.parametrize("learn_sigma", [False, True])
 @pytest.mark.parametrize(
     "name",
-    golden_names("egsde_", committed=["egsde_m8_fixedlarge"]) + golden_names("sdedit_", committed=["sdedit_m12"]),
+    golden_names("egsde_") + golden_names("sdedit_"),
 )
 def test_egsde_and_sdedit_traces(name, learn_sigma):
     """The golden model gives a variance; it is ignored whether or not the process was made to use it."""

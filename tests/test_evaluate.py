@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN_DIR, golden_index
+from conftest import GOLDEN_DIR, golden_index, golden_metrics
 from PIL import Image
 
 from guided_diffusion.errors import UserError
@@ -177,12 +177,13 @@ def test_one_command_measures_everything(data, tmp_path):
     ]
 
 
-def test_golden_values_by_the_command(monkeypatch, tmp_path):
-    entry = golden_index()["metrics"]
+@pytest.mark.parametrize("name", golden_metrics())
+def test_golden_values_by_the_command(monkeypatch, tmp_path, name):
+    entry = golden_index()[name]
     a, b = entry["folders"]
     result = measured(monkeypatch, GOLDEN_DIR, tmp_path, "--outputs", b, "--sources", a)
-    for name, expected in entry["values"].items():
-        assert result["metrics"][f"source_{name}"] == pytest.approx(expected, rel=1e-4), name
+    for metric, expected in entry["values"].items():
+        assert result["metrics"][f"source_{metric}"] == pytest.approx(expected, rel=1e-4), metric
     assert result["warnings"] == []
 
 
@@ -263,7 +264,49 @@ def test_folder_of_a_run(monkeypatch, tmp_path):
     assert measured(monkeypatch, tmp_path, tmp_path, *flags)["metrics"]["negative_impact"] is None
     (run / "run.json").write_text("[truncated")
     result = measured(monkeypatch, tmp_path, tmp_path, *flags)
-    assert any("run.json: not a JSON object" in warning for warning in result["warnings"])
+    assert any("run.json: not the record of a run" in warning for warning in result["warnings"])
+
+
+def test_several_translations_of_every_source(monkeypatch, data, tmp_path):
+    """Each is paired with its source; FID is that of each set on its own, averaged."""
+    names = [f"{i:02d}.png" for i in range(20)]
+    run = tmp_path / "run"
+    for k in range(3):
+        write_images(run / f"sample_{k}", names, seed=10 + k)
+    write_images(run, ["grid.png"])
+    (run / "run.json").write_text(json.dumps({"settings": {"samples_per_image": 3}}))
+    flags = ("--sources", "sources", "--targets", "targets", "--features", "blocks.pt", "--image_size", 16)
+    result = measured(monkeypatch, data, tmp_path, "--outputs", run, *flags, "--bootstrap", 10)
+    single = [
+        measured(monkeypatch, data, tmp_path, "--outputs", run / f"sample_{k}", *flags)["metrics"] for k in range(3)
+    ]
+    for name in ("fid", "kid", "source_l2", "source_ssim"):
+        values = [metrics[name] for metrics in single]
+        assert result["metrics"][name] == pytest.approx(np.mean(values)), name
+        if name in ("fid", "kid"):
+            assert result["std"][name] == pytest.approx(np.std(values, ddof=1)) and name not in result["intervals"]
+    assert result["counts"]["source_pairs"] == result["counts"]["outputs"] == 60
+    assert result["pairing"] == {"source": "stem"} and result["protocol"]["translations"].startswith("3 of every")
+    assert sum("--outputs: too few images for FID's rank" in warning for warning in result["warnings"]) == 0
+    (run / "sample_1" / "00.png").unlink()
+    with pytest.raises(UserError, match="--outputs has 19 images and --sources 20, but 1 have no partner"):
+        evaluate(monkeypatch, data, "--outputs", run, *flags)
+    result = measured(monkeypatch, data, tmp_path, "--outputs", run, *flags, "--partial", "True")
+    assert result["counts"]["source_pairs"] == 59
+    assert "--partial True: 59 pairs measured of 59 outputs and 20 in --sources" in result["warnings"]
+
+
+def test_cached_target_features_change_nothing(data):
+    from guided_diffusion import evaluation
+
+    cache, options = {}, dict(targets=data / "targets", features=str(data / "blocks.pt"), image_size=16)
+    direct, _ = evaluation.evaluate(data / "outputs", **options)
+    first, _ = evaluation.evaluate(data / "outputs", **options, cache=cache)
+    (key,) = cache
+    cache[key][0][:] += 1  # what is found is what is used
+    moved, _ = evaluation.evaluate(data / "outputs", **options, cache=cache)
+    assert direct == first and len(cache) == 1
+    assert moved["metrics"]["fid"] > first["metrics"]["fid"] + 5
 
 
 def test_lpips_is_left_out_and_said_or_an_error(monkeypatch, data, tmp_path):

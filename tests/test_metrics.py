@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN_DIR, golden_index
+from conftest import GOLDEN_DIR, golden_index, golden_metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from guided_diffusion import image_datasets, metrics
+from guided_diffusion import evaluation, image_datasets, metrics
 from guided_diffusion.ddpm import Model
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import create_model
@@ -82,7 +82,7 @@ def test_frechet_distance_equals_pytorch_fid(n, d, pytorch_fid_distance):
 @given(SEEDS, st.integers(2, 12), st.integers(2, 30), st.integers(2, 30))
 def test_distance_of_features_is_that_of_their_moments(seed, d, n, m):
     x, y = features(seed, n, d), features(seed + 1, m, d, shift=0.2)
-    direct = metrics._frechet(*metrics._gaussian_of_features(x), *metrics._gaussian_of_features(y))
+    direct = metrics.frechet_of_roots(*metrics.gaussian_of_features(x), *metrics.gaussian_of_features(y))
     assert direct == pytest.approx(metrics.frechet_distance(*moments(x), *moments(y)), rel=1e-6, abs=1e-6)
 
 
@@ -184,7 +184,7 @@ def test_interval_of_the_frechet_distance_holds_the_estimate_and_narrows(target_
     widths = []
     for n in (60, 960):
         x, y = features(9, n, 4), features(10, n, 4, shift=0.5)
-        target = metrics._gaussian_of_features(y) if target_is_known else y
+        target = metrics.gaussian_of_features(y) if target_is_known else y
         estimate = metrics.frechet_distance(*moments(x), *moments(y))
         low, high = metrics.bootstrap_frechet(x, target, estimate, replicates=100)
         assert low < estimate < high
@@ -206,16 +206,17 @@ def test_interval_of_the_kernel_distance_holds_the_estimate_and_narrows():
 # Paired metrics
 
 
-def test_paired_metrics_equal_golden():
-    entry = golden_index()["metrics"]
+@pytest.mark.parametrize("name", golden_metrics())
+def test_paired_metrics_equal_golden(name):
+    entry = golden_index()[name]
     a, b = (
         torch.stack([metrics.read_image(r.path, 256) for r in image_datasets.list_references(str(GOLDEN_DIR / folder))])
         for folder in entry["folders"]
     )
     values = metrics.paired_metrics(a, b)
     assert set(values) == set(entry["values"])
-    for name, expected in entry["values"].items():
-        assert values[name].mean().item() == pytest.approx(expected, rel=1e-4), name
+    for metric, expected in entry["values"].items():
+        assert values[metric].mean().item() == pytest.approx(expected, rel=1e-4), metric
 
 
 def images(seed, n=2, size=20):
@@ -285,7 +286,7 @@ def test_inception_statistics_equal_pytorch_fid(inception_path, tmp_path, monkey
     from pytorch_fid import fid_score, inception
 
     folder = write_images(tmp_path / "images", 3, size=64)
-    metrics.target_statistics(folder, tmp_path / "own.npz", inception_path=inception_path, native_size=True)
+    evaluation.target_statistics(folder, tmp_path / "own.npz", inception_path=inception_path, native_size=True)
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *args, **kwargs: torch.load(inception_path))
     model = inception.InceptionV3()
     expected = fid_score.compute_statistics_of_path(str(folder), model, 2, 2048, "cpu", num_workers=0)
@@ -312,10 +313,10 @@ def test_male2female_images_are_resized_twice_and_normalised(tmp_path):
 
 def test_male2female_protocol_is_for_inception_only(inception_path):
     extractor = metrics.feature_extractor(inception_path=inception_path)
-    read, description = metrics.reader(extractor, "egsde-male2female")
+    read, description = evaluation.reader(extractor, "egsde-male2female")
     assert read is metrics.read_male2female and "ImageNet" in description
     with pytest.raises(UserError, match="--protocol egsde-male2female needs --features inception"):
-        metrics.reader(metrics.Extractor("torchscript", torch.nn.Identity()), "egsde-male2female")
+        evaluation.reader(metrics.Extractor("torchscript", torch.nn.Identity()), "egsde-male2female")
 
 
 def test_model_of_this_project_as_extractor(tmp_path):
@@ -336,12 +337,12 @@ def test_model_of_this_project_as_extractor(tmp_path):
         expected = model.middle_features(2 * x - 1, torch.full((3,), 50)).mean(dim=(2, 3))
         torch.testing.assert_close(extractor.extract(x), expected)
     references = image_datasets.list_references(str(write_images(tmp_path / "images", 5, size=40)))
-    read, description = metrics.reader(extractor)
+    read, description = evaluation.reader(extractor)
     assert "16x16" in description
     found = metrics.extract_features(references, extractor, read, batch_size=2)
     assert found.shape == (5, expected.shape[1]) and found.dtype == np.float64
     with pytest.raises(UserError, match="--native_size True"):
-        metrics.reader(extractor, native_size=True)
+        evaluation.reader(extractor, native_size=True)
 
 
 def test_model_without_middle_features_is_refused(tmp_path):
@@ -429,6 +430,6 @@ def test_missing_package_is_named(monkeypatch):
 
 def test_import_is_light():
     heavy = "{'scipy', 'torchvision', 'mpi4py', 'pytorch_fid', 'pytorch_msssim', 'lpips'}"
-    code = f"import sys, guided_diffusion.metrics; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
+    code = f"import sys, guided_diffusion.evaluation; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

@@ -4,14 +4,22 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN_DIR, golden, golden_index
+from conftest import (
+    GOLDEN_DIR,
+    MODEL_FLAGS,
+    golden,
+    golden_encoder,
+    golden_index,
+    golden_names,
+    golden_unet,
+    load_golden_model,
+)
 
 from guided_diffusion.ddpm import Model
 from guided_diffusion.script_util import create_classifier, create_model
 from guided_diffusion.unet import EncoderUNetModel
 
 CHECKPOINTS = json.loads((GOLDEN_DIR / "checkpoint_keys.json").read_text())
-MODEL_FLAGS = create_model.__code__.co_varnames[: create_model.__code__.co_argcount]
 
 
 def build_published(name):
@@ -33,31 +41,23 @@ def test_parameters_of_published_checkpoints(name):
     assert shapes == CHECKPOINTS[name]["keys"]
 
 
-def load_golden_model(data, model, prefix="model."):
-    model.load_state_dict({k.removeprefix(prefix): v for k, v in data.items() if k.startswith(prefix)})
-    return model.eval()
-
-
 def assert_same_output(actual, expected):
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= 1e-4 * expected.std()
 
 
-@pytest.mark.parametrize(
-    "name", ["unet_updown_scaleshift_learnsigma", "unet_plain_heads", "unet_neworder_classcond"]
-)
+@pytest.mark.parametrize("name", golden_names("unet_"))
 def test_unet_forward(name):
     data = golden(name)
-    flags = golden_index()[name]["flags"]
-    model = load_golden_model(data, create_model(**{flag: flags[flag] for flag in MODEL_FLAGS}))
     y = {"y": data["input.y"]} if "input.y" in data else {}
     with torch.no_grad():
-        assert_same_output(model(data["input.x"], data["input.t"], **y), data["output"])
+        assert_same_output(golden_unet(name)(data["input.x"], data["input.t"], **y), data["output"])
 
 
-def test_ddpm_forward():
-    data = golden("ddpm")
-    config = golden_index()["ddpm"]["config"]
+@pytest.mark.parametrize("name", golden_names("ddpm"))
+def test_ddpm_forward(name):
+    data = golden(name)
+    config = golden_index()[name]["config"]
     model = Model(
         ch=config["ch"],
         ch_mult=config["mult"],
@@ -70,9 +70,9 @@ def test_ddpm_forward():
         assert_same_output(model(data["input.x"], data["input.t"]), data["output"])
 
 
-def test_encoder_features_and_logits():
-    data = golden("dse")
-    model = load_golden_model(data, EncoderUNetModel(**golden_index()["dse"]["config"], head="I2Iout"))
+@pytest.mark.parametrize("name", golden_names("dse"))
+def test_encoder_features_and_logits(name):
+    data, model = golden(name), golden_encoder()
     with torch.no_grad():
         assert_same_output(model.middle_features(data["input.x"], data["input.t"]), data["output.features"])
         assert_same_output(model(data["input.x"], data["input.t"]), data["output.logits"])

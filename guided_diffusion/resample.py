@@ -1,0 +1,84 @@
+"""Which timesteps to train on: uniformly, or more often where the loss is large (Nichol & Dhariwal 2021, sec. 3.3)."""
+
+import numpy as np
+import torch
+
+from .errors import UserError
+
+SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
+
+
+def create_named_schedule_sampler(name, diffusion):
+    """The sampler that --schedule_sampler names, for the steps of `diffusion`."""
+    if name == "uniform":
+        return UniformSampler(diffusion.num_timesteps)
+    if name == "loss-second-moment":
+        return LossSecondMomentResampler(diffusion.num_timesteps)
+    raise UserError(f"--schedule_sampler is {name!r}; it can be {' or '.join(SCHEDULE_SAMPLERS)}")
+
+
+class UniformSampler:
+    """All timesteps alike."""
+
+    needs_losses = False
+
+    def __init__(self, num_timesteps):
+        self.num_timesteps = num_timesteps
+
+    def weights(self):
+        """Relative frequency of the timesteps, float64 [T]."""
+        return np.ones(self.num_timesteps)
+
+    def sample(self, batch_size, device, uniform=None):
+        """Timesteps t [N] and the importance weights [N] that keep the expected loss that of uniform timesteps.
+
+        uniform: numbers in [0, 1) [N] that decide; drawn by numpy if None.
+        """
+        uniform = np.random.random(batch_size) if uniform is None else uniform
+        p = self.weights() / self.weights().sum()
+        cumulative = np.cumsum(p)
+        t = np.searchsorted(cumulative / cumulative[-1], uniform, side="right")
+        importance = 1 / (self.num_timesteps * p[t])
+        return torch.from_numpy(t).to(device), torch.from_numpy(importance).to(device, torch.float32)
+
+    def state_dict(self):
+        """What a checkpoint keeps."""
+        return {}
+
+    def load_state_dict(self, state):
+        """Take over what `state_dict` gave; an empty dict leaves the sampler as it is."""
+
+
+class LossSecondMomentResampler(UniformSampler):
+    """p(t) proportional to sqrt(E[loss_t^2]) over the last `history` losses of every timestep.
+
+    Uniform until every timestep has `history` losses; a share `uniform_prob` of the draws stays uniform for ever.
+    """
+
+    needs_losses = True
+
+    def __init__(self, num_timesteps, history=10, uniform_prob=0.001):
+        super().__init__(num_timesteps)
+        self.uniform_prob = uniform_prob
+        self.losses = np.zeros((num_timesteps, history))
+        self.counts = np.zeros(num_timesteps, dtype=np.int64)
+
+    def weights(self):
+        if (self.counts < self.losses.shape[1]).any():
+            return super().weights()
+        rms = np.sqrt((self.losses**2).mean(axis=1))
+        return rms / rms.sum() * (1 - self.uniform_prob) + self.uniform_prob / self.num_timesteps
+
+    def update_with_all_losses(self, timesteps, losses):
+        """Record the losses of a batch, over all processes: two sequences of the same length."""
+        for t, loss in zip(timesteps, losses):
+            self.losses[t, self.counts[t] % self.losses.shape[1]] = loss
+            self.counts[t] += 1
+
+    def state_dict(self):
+        return {"losses": torch.from_numpy(self.losses.copy()), "counts": torch.from_numpy(self.counts.copy())}
+
+    def load_state_dict(self, state):
+        if state:
+            self.losses = state["losses"].numpy().copy()
+            self.counts = state["counts"].numpy().copy()

@@ -1,0 +1,1235 @@
+"""Checkpoints of every kind are recognised and loaded; whatever else a file holds is refused in one line, not run."""
+
+import argparse
+import functools
+import gzip
+import json
+import logging
+import os
+import pickle
+import struct
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN_DIR, golden, golden_index, golden_names
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from guided_diffusion import checkpoint
+from guided_diffusion.architecture import detect, unwrap
+from guided_diffusion.checkpoint import load_model, load_state_dict, read, save_model
+from guided_diffusion.ddpm import Model
+from guided_diffusion.errors import UserError
+from guided_diffusion.script_util import attention_factors, channel_multipliers, create_classifier, create_model
+from guided_diffusion.unet import EncoderUNetModel
+
+CHECKPOINTS = json.loads((GOLDEN_DIR / "checkpoint_keys.json").read_text())
+TINY = dict(
+    image_size=16,
+    num_channels=32,
+    num_res_blocks=1,
+    channel_mult="1,1",
+    attention_resolutions="8",
+    num_head_channels=16,
+    use_scale_shift_norm=True,
+    resblock_updown=True,
+)
+TINY_ENCODER = dict(
+    image_size=16,
+    classifier_width=32,
+    classifier_depth=1,
+    classifier_attention_resolutions="8",
+    channel_mult="1,2",
+    num_class=2,
+    num_head_channels=32,
+)
+
+
+def property_test(examples):
+    """Hypothesis settings: the same examples in every run, no time limit for one of them, files in one folder."""
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+def randomise(model, seed=0):
+    """Give all parameters random values, also those that training starts from at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.eval().requires_grad_(False)
+
+
+@functools.lru_cache(maxsize=None)
+def tiny(**changes):
+    return randomise(create_model(**{**TINY, **changes}))
+
+
+def tiny_state(**changes):
+    return {key: value.clone() for key, value in tiny(**changes).state_dict().items()}
+
+
+@functools.lru_cache(maxsize=None)
+def tiny_output():
+    return output_of(tiny())
+
+
+def output_of(model, size=16, **labels):
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(x, torch.tensor([3, 700]), **labels)
+
+
+def zeros(shapes):
+    """Tensors of zeros that take no room, neither in memory nor in a file."""
+    zero = torch.zeros(1)
+    return {key: zero.expand(shape) if shape else torch.tensor(0.0) for key, shape in shapes.items()}
+
+
+def shapes_of(model):
+    return {key: value.shape for key, value in model.state_dict().items()}
+
+
+def saved(path, content, **options):
+    if path.suffix == ".safetensors":
+        save_file({key: value.contiguous() for key, value in content.items()}, path, **options)
+    else:
+        torch.save(content, path, **options)
+    return path
+
+
+def refusal(path, **flags):
+    """The error for a file, which must be one line and say which file it is about."""
+    with pytest.raises(UserError) as caught:
+        load_model(path, **flags)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message or "\0" in str(path)
+    return message
+
+
+def assert_tiny(path, **flags):
+    """The file is the tiny model, weight for weight."""
+    model, info = load_model(path, **{"image_size": 16, "num_head_channels": 16, **flags})
+    torch.testing.assert_close(output_of(model), tiny_output(), rtol=0, atol=0)
+    return model, info
+
+
+# ---- published checkpoints -------------------------------------------------------------------------------------------
+
+
+def expected_flags(entry):
+    if entry["kind"] == "ADM":
+        return {flag: value for flag, value in entry["flags"].items() if flag != "use_fp16"}
+    config = entry["config"]
+    if entry["kind"] == "DSE":
+        return {**config, "num_head_channels": 64, "head": "I2Iout"}
+    return dict(
+        image_size=config["image_size"],
+        num_channels=config["ch"],
+        num_res_blocks=config["num_res_blocks"],
+        attention_resolutions=",".join(map(str, config["attn_resolutions"])),
+        learn_sigma=config["out_ch"] == 6,
+        dropout=config["dropout"],
+        noise_schedule=config["beta_schedule"],
+        diffusion_steps=config["num_diffusion_timesteps"],
+    )
+
+
+def parameters_in(name):
+    return sum(torch.Size(shape).numel() for shape in CHECKPOINTS[name]["keys"].values())
+
+
+@pytest.mark.parametrize("name", sorted(CHECKPOINTS))
+def test_published_checkpoints_tell_all_their_flags(name, tmp_path):
+    entry = CHECKPOINTS[name]
+    path = saved(tmp_path / "model.pt", zeros(entry["keys"]))
+    # The files of 280 to 560 million parameters are recognised only: as models they would take up to 2.2 GB each.
+    state, info = checkpoint.identify(str(path), *read(str(path)))
+    assert info.model_type == {"ADM": "ADM", "DDPM": "DDPM", "DSE": "ENCODER"}[entry["kind"]]
+    assert info.assumed == ()
+    for flag, value in expected_flags(entry).items():
+        if flag == "channel_mult" or flag.endswith("attention_resolutions"):
+            meaning = channel_multipliers if flag == "channel_mult" else attention_factors
+            size = info.flags["image_size"]
+            assert set(meaning(info.flags[flag], size)) == set(meaning(value, size)), flag
+        else:
+            assert info.flags[flag] == value, flag
+    with torch.device("meta"):
+        model = checkpoint._build(info)
+    assert shapes_of(model) == {key: value.shape for key, value in state.items()}
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(CHECKPOINTS) if parameters_in(name) < 150e6])
+def test_published_checkpoints_load(name, tmp_path):
+    path = saved(tmp_path / "model.pt", zeros(CHECKPOINTS[name]["keys"]))
+    model, _ = load_model(path)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters_in(name)
+    assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
+    assert not model.training
+
+
+def test_published_extractor_loads_from_half_precision_safetensors(tmp_path):
+    shapes = CHECKPOINTS["egsde_dse_256"]["keys"]
+    path = saved(tmp_path / "dse.safetensors", {key: torch.zeros(s, dtype=torch.float16) for key, s in shapes.items()})
+    model, info = load_model(path)
+    assert info.flags["head"] == "I2Iout"
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+
+
+def test_flags_of_the_published_commands_fit_their_files(tmp_path):
+    for name in ("readme_afhq", "ilvr_p2_afhqdog_ffhq_metfaces_flowers_cub_celebahq", "guided_diffusion_64_cond"):
+        path = saved(tmp_path / f"{name}.pt", zeros(CHECKPOINTS[name]["keys"]))
+        flags = {**CHECKPOINTS[name]["flags"], "timestep_respacing": "100", "sigma_small": True}
+        _, info = checkpoint.identify(str(path), *read(str(path)), **flags)
+        assert {flag: info.flags[flag] for flag in ("use_fp16", "timestep_respacing")} == {
+            "use_fp16": flags["use_fp16"],
+            "timestep_respacing": "100",
+        }
+
+
+# Golden models, and the flags that their tensors cannot tell.
+def golden_flags(name):
+    entry = golden_index()[name]
+    if name == "ddpm":
+        return dict(image_size=entry["config"]["size"])
+    if name == "dse":
+        return dict(num_head_channels=entry["config"]["num_head_channels"])
+    untold = ("image_size", "num_heads", "num_head_channels", "use_new_attention_order")
+    return {flag: entry["flags"][flag] for flag in untold}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("name", [*golden_names("unet_"), *golden_names("ddpm"), *golden_names("dse")])
+def test_golden_models_give_golden_outputs(name, suffix, tmp_path):
+    data = golden(name)
+    # The prefix "model." stays: it is one of those that are dropped on loading.
+    path = saved(tmp_path / f"x{suffix}", {key: value for key, value in data.items() if key.startswith("model.")})
+    model, _ = load_model(path, **golden_flags(name))
+    labels = {"y": data["input.y"]} if "input.y" in data else {}
+    with torch.no_grad():
+        output = model(data["input.x"], data["input.t"], **labels)
+    expected = data["output.logits" if name == "dse" else "output"]
+    assert (output - expected).abs().max() <= 1e-4 * expected.std()
+
+
+# ---- any architecture ------------------------------------------------------------------------------------------------
+
+MULTIPLIERS = {
+    32: ["1", "2", "1,1", "1,2", "2,1", "1,1,1", "1,2,2", "2,2,1", "1,1,2,2"],
+    64: ["1", "0.5", "1,1", "0.5,1", "1,1.5", "1,0.5,1", "1,1,1.5"],
+}
+
+
+@st.composite
+def adm_flags(draw):
+    base = draw(st.sampled_from([32, 64]))
+    heads = draw(st.sampled_from([dict(num_head_channels=16), dict(num_head_channels=32), dict(num_heads=2)]))
+    # Sides of 1 and 128 belong to no level.
+    sides = draw(st.lists(st.sampled_from([16, 8, 4, 2, 1, 128]), unique=True))
+    return dict(
+        image_size=16,
+        num_channels=base,
+        num_res_blocks=draw(st.integers(1, 3)),
+        channel_mult=draw(st.sampled_from(MULTIPLIERS[base])),
+        attention_resolutions=",".join(map(str, sides)),
+        learn_sigma=draw(st.booleans()),
+        class_cond=draw(st.booleans()),
+        num_classes=draw(st.integers(1, 12)),
+        use_scale_shift_norm=draw(st.booleans()),
+        resblock_updown=draw(st.booleans()),
+        use_new_attention_order=draw(st.booleans()),
+        **heads,
+    )
+
+
+def reached_factors(flags, sides="attention_resolutions"):
+    levels = flags["channel_mult"].count(",") + 1
+    return tuple(sorted(set(attention_factors(flags[sides], flags["image_size"])) & {2**i for i in range(levels)}))
+
+
+@property_test(14)
+@given(flags=adm_flags(), suffix=st.sampled_from([".pt", ".safetensors"]))
+def test_any_adm_unet_is_recognised_and_loaded(flags, suffix, tmp_path):
+    original = randomise(create_model(**flags))
+    kind, state = unwrap(original.state_dict())
+    told = "num_channels num_res_blocks channel_mult learn_sigma class_cond use_scale_shift_norm".split()
+    told += ["resblock_updown"] * ("," in flags["channel_mult"]) + ["num_classes"] * flags["class_cond"]
+    expected = {**{flag: flags[flag] for flag in told}, "attention_factors": reached_factors(flags)}
+    assert (kind, detect(kind, state)) == ("ADM", expected)
+
+    path = saved(tmp_path / f"model{suffix}", state)
+    untold = ("image_size", "num_heads", "num_head_channels", "use_new_attention_order")
+    model, info = load_model(path, **{flag: flags[flag] for flag in untold if flag in flags})
+    labels = {"y": torch.tensor([0, flags["num_classes"] - 1])} if flags["class_cond"] else {}
+    torch.testing.assert_close(output_of(model, **labels), output_of(original, **labels), rtol=0, atol=0)
+    # All flags that it was made with fit, and so do those that were found.
+    load_model(path, **{flag: value for flag, value in flags.items() if flag != "num_classes" or flags["class_cond"]})
+    load_model(path, **info.flags)
+
+
+@st.composite
+def encoder_flags(draw):
+    base = draw(st.sampled_from([32, 64]))
+    return dict(
+        image_size=16,
+        classifier_width=base,
+        classifier_depth=draw(st.integers(1, 3)),
+        channel_mult=draw(st.sampled_from(MULTIPLIERS[base])),
+        classifier_attention_resolutions=",".join(draw(st.lists(st.sampled_from("16 8 4 2".split()), unique=True))),
+        classifier_use_scale_shift_norm=draw(st.booleans()),
+        classifier_resblock_updown=draw(st.booleans()),
+        classifier_pool=draw(st.sampled_from(["adaptive", "attention", "spatial", "spatial_v2"])),
+        num_class=draw(st.integers(1, 12)),
+        num_head_channels=draw(st.sampled_from([16, 32])),
+        head=draw(st.sampled_from(["out", "I2Iout"])),
+    )
+
+
+@property_test(18)
+@given(flags=encoder_flags(), suffix=st.sampled_from([".pt", ".safetensors"]))
+def test_any_encoder_is_recognised_and_loaded(flags, suffix, tmp_path):
+    original = randomise(create_classifier(**flags))
+    kind, state = unwrap(original.state_dict())
+    told = set(flags) - {"classifier_attention_resolutions", "num_head_channels", "image_size"}
+    told -= set() if "," in flags["channel_mult"] else {"classifier_resblock_updown"}
+    told |= {"image_size"} if flags["classifier_pool"] == "attention" else set()
+    expected = {flag: flags[flag] for flag in told}
+    expected["attention_factors"] = reached_factors(flags, "classifier_attention_resolutions")
+    assert (kind, detect(kind, state, flags["classifier_depth"])) == ("ENCODER", expected)
+
+    # Without the depth, residual blocks that downsample may be taken for others only where no tensor tells them apart.
+    found = detect(kind, state)
+    if found != expected:
+        size = found.get("image_size", 16)
+        sides = ",".join(str(size // factor) for factor in found.pop("attention_factors"))
+        other = dict(image_size=size, num_head_channels=flags["num_head_channels"])
+        with torch.device("meta"):
+            twin = create_classifier(**{**other, **found, "classifier_attention_resolutions": sides})
+        assert shapes_of(twin) == shapes_of(original)
+
+    path = saved(tmp_path / f"model{suffix}", state)
+    known = ("image_size", "num_head_channels", "classifier_depth")
+    model, info = load_model(path, **{flag: flags[flag] for flag in known})
+    torch.testing.assert_close(output_of(model), output_of(original), rtol=0, atol=0)
+    load_model(path, **flags)
+    load_model(path, **info.flags)
+
+
+@property_test(10)
+@given(
+    base=st.sampled_from([32, 64]),
+    mult=st.sampled_from([(1,), (1, 1), (1, 2), (2, 1), (1, 1, 2)]),
+    num_res_blocks=st.integers(1, 3),
+    sides=st.lists(st.sampled_from([16, 8, 4, 2]), unique=True),
+    out_ch=st.sampled_from([3, 6]),
+    suffix=st.sampled_from([".pt", ".safetensors"]),
+)
+def test_any_ddpm_unet_is_recognised_and_loaded(base, mult, num_res_blocks, sides, out_ch, suffix, tmp_path):
+    original = randomise(
+        Model(
+            ch=base, out_ch=out_ch, ch_mult=mult, num_res_blocks=num_res_blocks, attn_resolutions=sides, image_size=16
+        )
+    )
+    path = saved(tmp_path / f"model{suffix}", {f"module.{k}": v for k, v in original.state_dict().items()})
+    model, info = load_model(path, image_size=16)
+    assert info.model_type == "DDPM"
+    reached = [16 >> level for level in range(len(mult)) if 16 >> level in sides]
+    expected = dict(
+        num_channels=base,
+        num_res_blocks=num_res_blocks,
+        channel_mult=",".join(map(str, mult)),
+        attention_resolutions=",".join(map(str, reached)),
+        learn_sigma=out_ch == 6,
+        class_cond=False,
+    )
+    assert {flag: info.flags[flag] for flag in expected} == expected
+    torch.testing.assert_close(output_of(model), output_of(original), rtol=0, atol=0)
+
+
+# ---- flags and metadata ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_file(tmp_path):
+    return saved(tmp_path / "tiny.pt", tiny_state())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(channel_mult="1,1"),
+        dict(channel_mult="1.0,1"),
+        dict(channel_mult=""),  # 16 pixels have no usual multipliers, so that nothing was said
+        dict(attention_resolutions="8"),
+        dict(attention_resolutions="8,8"),
+        dict(attention_resolutions="4, 8,128"),  # levels that the network does not have
+        dict(attention_resolutions=8),
+        dict(num_res_blocks="1", use_scale_shift_norm="True"),
+        dict(dropout=0.3, use_checkpoint=True, timestep_respacing="ddim10", use_kl=True),
+        dict(num_channels=None, learn_sigma=None, noise_schedule=None),
+        dict(num_classes=10),  # counts only with class_cond
+    ],
+    ids=str,
+)
+def test_flags_that_agree_are_accepted(flags, tiny_file):
+    assert_tiny(tiny_file, **flags)
+
+
+def test_usual_channel_multipliers_and_any_order_of_attention(tmp_path):
+    flags = dict(image_size=64, num_channels=32, num_res_blocks=1, attention_resolutions="32,8", num_head_channels=32)
+    path = saved(tmp_path / "model.pt", zeros(shapes_of(create_model(**flags, channel_mult="1,2,3,4"))))
+    for given_flags in ({}, dict(channel_mult="", image_size=64), dict(attention_resolutions="8,32,7")):
+        _, info = load_model(path, num_head_channels=32, **given_flags)
+        assert (info.flags["image_size"], info.flags["attention_resolutions"]) == (64, "32,8")
+    message = refusal(path, num_head_channels=32, image_size=128, channel_mult="")
+    assert '--channel_mult "" (1,1,2,3,4, the usual one)' in message and "channel_mult=1,2,3,4" in message
+
+
+@pytest.mark.parametrize(
+    "flag, value, fits",
+    [
+        ("num_channels", 64, "num_channels=32"),
+        ("num_res_blocks", 2, "num_res_blocks=1"),
+        ("channel_mult", "1,2", "channel_mult=1,1"),
+        ("channel_mult", "1,1,1", "channel_mult=1,1"),
+        ("channel_mult", "1,nan", "channel_mult=1,1"),
+        ("attention_resolutions", "16", "attention_resolutions=8"),
+        ("attention_resolutions", "16,8", "attention_resolutions=8"),
+        ("attention_resolutions", "4", "attention_resolutions=8"),
+        ("learn_sigma", True, "learn_sigma=False"),
+        ("class_cond", True, "class_cond=False"),
+        ("use_scale_shift_norm", False, "use_scale_shift_norm=True"),
+        ("resblock_updown", False, "resblock_updown=True"),
+        ("image_size", 15, "a multiple of 2"),
+        ("image_size", 0, "a multiple of 2"),
+        ("num_head_channels", 24, "it must divide 32"),
+        ("num_head_channels", 64, "it must divide 32"),
+        ("num_head_channels", 0, "it must divide 32"),
+    ],
+)
+def test_each_flag_that_contradicts_is_named_with_what_fits(flag, value, fits, tiny_file):
+    message = refusal(tiny_file, **{"image_size": 16, "num_head_channels": 16, flag: value})
+    assert f"--{flag} {value}" in message and fits in message
+
+
+def test_heads_that_do_not_divide_the_channels(tiny_file):
+    assert "--num_heads 3" in refusal(tiny_file, image_size=16, num_heads=3)
+    assert "--num_heads_upsample 5" in refusal(tiny_file, image_size=16, num_heads=2, num_heads_upsample=5)
+
+
+@pytest.mark.parametrize(
+    "flag, value, says",
+    [
+        ("num_channels", "many", "a whole number"),
+        ("num_channels", 32.5, "a whole number"),
+        ("learn_sigma", "perhaps", "True or False"),
+        ("channel_mult", "1,x", "list of numbers"),
+        ("attention_resolutions", "8,x", "list of sides"),
+        ("attention_resolutions", "0", "list of sides"),
+    ],
+)
+def test_flags_that_are_nonsense(flag, value, says, tiny_file):
+    with pytest.raises(UserError, match=f"--{flag} is .*{says}"):
+        load_model(tiny_file, **{"image_size": 16, "num_head_channels": 16, flag: value})
+
+
+def test_unknown_flag_names_are_programming_errors(tiny_file):
+    with pytest.raises(TypeError, match="num_chanels"):
+        load_model(tiny_file, num_chanels=32)
+
+
+@pytest.mark.parametrize(
+    "flag, value, fits",
+    [
+        ("classifier_width", 64, "classifier_width=32"),
+        ("classifier_depth", 2, "classifier_depth=1"),
+        ("classifier_pool", "spatial", "classifier_pool=attention"),
+        ("classifier_attention_resolutions", "16,8", "classifier_attention_resolutions=8"),
+        ("classifier_resblock_updown", False, "classifier_resblock_updown=True"),
+        ("classifier_use_scale_shift_norm", False, "classifier_use_scale_shift_norm=True"),
+        ("channel_mult", "1,1", "channel_mult=1,2"),
+        ("num_class", 3, "num_class=2"),
+        ("head", "I2Iout", "head=out"),
+        ("image_size", 32, "image_size=16"),
+        ("num_head_channels", 48, "it must divide 64"),
+    ],
+)
+def test_each_encoder_flag_that_contradicts_is_named(flag, value, fits, tmp_path):
+    path = saved(tmp_path / "encoder.pt", zeros(shapes_of(create_classifier(**TINY_ENCODER))))
+    message = refusal(path, **{"num_head_channels": 32, flag: value})
+    assert f"--{flag} {value}" in message and fits in message
+
+
+def test_image_size_that_nothing_tells_is_asked_for(tiny_file):
+    assert "--image_size, a multiple of 2" in refusal(tiny_file, num_head_channels=16)
+
+
+def test_number_of_heads_replaces_the_published_width(tmp_path):
+    path = saved(tmp_path / "model.pt", zeros(CHECKPOINTS["readme_afhq"]["keys"]))
+    _, info = checkpoint.identify(str(path), *read(str(path)), num_heads=2)
+    assert (info.flags["num_heads"], info.flags["num_head_channels"]) == (2, -1)
+
+
+@pytest.mark.parametrize("flags", [{}, dict(num_heads=4), dict(num_head_channels=8)], ids=str)
+def test_assumed_heads_are_logged(flags, tiny_file, caplog):
+    with caplog.at_level(logging.WARNING):
+        _, info = load_model(tiny_file, image_size=16, **flags)
+    assert bool(caplog.messages) == bool(info.assumed) == (not flags)
+    assert not flags or info.flags[next(iter(flags))] == next(iter(flags.values()))
+    if not flags:
+        assert "num_heads=4 is assumed" in caplog.text and str(tiny_file) in caplog.text
+
+
+def test_heads_of_encoders_are_assumed_where_the_width_is_not_the_published(tmp_path, caplog):
+    path = saved(tmp_path / "x.pt", zeros(shapes_of(create_classifier(**TINY_ENCODER))))
+    _, info = load_model(path)
+    assert info.assumed == ("num_head_channels",) and "num_head_channels=64 is assumed" in caplog.text
+    narrow = create_classifier(**{**TINY_ENCODER, "channel_mult": "1,1"})
+    path = saved(tmp_path / "narrow.pt", zeros(shapes_of(narrow)))
+    message = refusal(path, classifier_depth=1)
+    assert "num_head_channels=64, which its tensors do not tell" in message and "give --num_head_channels" in message
+
+
+def metadata_file(path, flags, **entries):
+    text = flags if isinstance(flags, str) else json.dumps(flags)
+    return saved(path, tiny_state(), metadata={"flags": text, **entries})
+
+
+STATED = dict(image_size=16, num_heads=4, num_head_channels=16, use_new_attention_order=False, noise_schedule="cosine")
+
+
+def test_metadata_tells_what_tensors_cannot(tmp_path, caplog):
+    path = metadata_file(tmp_path / "m.safetensors", {**TINY, **STATED}, model_type="ADM", licence="MIT")
+    model, info = load_model(path)
+    torch.testing.assert_close(output_of(model), tiny_output(), rtol=0, atol=0)
+    assert {flag: info.flags[flag] for flag in STATED} == STATED
+    assert info.metadata["licence"] == "MIT" and not info.assumed and not caplog.messages
+    load_model(path, **{**TINY, **STATED})
+    load_model(path, num_heads=4)
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("image_size", 32), ("num_head_channels", 32), ("noise_schedule", "linear"), ("use_new_attention_order", True)],
+)
+def test_flags_that_contradict_metadata(flag, value, tmp_path):
+    path = metadata_file(tmp_path / "m.safetensors", STATED)
+    message = refusal(path, **{flag: value})
+    assert f"--{flag} {value}" in message and f"{flag}={STATED[flag]}" in message
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("{", "not a JSON object"),
+        ("", "not a JSON object"),
+        ("[1, 2]", "not a JSON object"),
+        ("null", "not a JSON object"),
+        ('"image_size"', "not a JSON object"),
+        ("[" * 20000, "not a JSON object"),
+        ({"image_size": "big"}, "image_size is 'big'; it must be a whole number"),
+        ({"image_size": [16]}, "image_size is [16]; it must be a whole number"),
+        ({**STATED, "num_channels": 64}, "metadata has num_channels=64, but its tensors have num_channels=32"),
+        ({**STATED, "class_cond": True}, "metadata has class_cond=True, but its tensors have class_cond=False"),
+        ({**STATED, "num_head_channels": 24}, "num_head_channels=24"),
+        ({**STATED, "image_size": 15}, "a multiple of 2"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_metadata_that_is_wrong(flags, says, tmp_path):
+    assert says in refusal(metadata_file(tmp_path / "m.safetensors", flags))
+
+
+def test_metadata_of_another_kind_of_network(tmp_path):
+    path = metadata_file(tmp_path / "m.safetensors", STATED, model_type="DDPM")
+    assert "model_type=DDPM" in refusal(path)
+
+
+def test_entries_without_a_value_count_as_not_stated(tmp_path):
+    assert_tiny(metadata_file(tmp_path / "m.safetensors", {"image_size": None, "num_classes": None, "mystery": [1]}))
+
+
+# ---- nesting, prefixes, formats --------------------------------------------------------------------------------------
+
+
+def other_state():
+    return {key: value + 1 for key, value in tiny_state().items()}
+
+
+def optimizer_state():
+    return {"state": {0: {"exp_avg": torch.ones(3), "step": torch.tensor(5.0)}}, "param_groups": [{"lr": 1e-4}]}
+
+
+NESTINGS = {
+    "state_dict": lambda: {"state_dict": tiny_state(), "epoch": 3},
+    "model": lambda: {"model": tiny_state(), "optimizer": optimizer_state()},
+    "ema": lambda: {"model": other_state(), "ema": tiny_state(), "step": 7},
+    "params_ema": lambda: {"params": other_state(), "params_ema": tiny_state()},
+    "model_ema before model": lambda: {"model_ema": tiny_state(), "model": other_state()},
+    "rate in the name": lambda: {"state_dict": other_state(), "ema_0.9999": tiny_state()},
+    "two levels": lambda: {"model": {"state_dict": tiny_state(), "epoch": 1}},
+    "two levels of ema": lambda: {"model": other_state(), "ema": {"decay": 0.999, "state_dict": tiny_state()}},
+    "rate of an average, no average": lambda: {"ema": 0.999, "ema_rate": torch.tensor(0.9), "model": tiny_state()},
+    "average as a list": lambda: {"ema": {"num_updates": 3, "shadow_params": [torch.ones(2)]}, "model": tiny_state()},
+    "ddim repository": lambda: [other_state(), optimizer_state(), 3, 1000, tiny_state()],
+    "ddim repository without average": lambda: [tiny_state(), optimizer_state(), 3, 1000],
+    "tuple": lambda: (tiny_state(), 3),
+    "counters beside the weights": lambda: {**tiny_state(), "step": torch.tensor(3), "epoch": 5, "name": "dog"},
+    "buffers of averaging": lambda: {**tiny_state(), "decay": torch.tensor(0.99), "num_updates": torch.tensor([4])},
+    "counter in the nest": lambda: {"state_dict": {**tiny_state(), "n_averaged": torch.tensor(7), "epoch": 5}},
+    "integer buffer": lambda: {**tiny_state(), "steps": torch.arange(1000)},
+    "parameters": lambda: {key: torch.nn.Parameter(value) for key, value in tiny_state().items()},
+    "averages and plain copies": lambda: {
+        **{f"model.{key}": value for key, value in other_state().items()},
+        **{f"ema_model.{key}": value for key, value in tiny_state().items()},
+        "ema_model.num_updates": torch.tensor(3),
+    },
+    "averages, plain copies without a prefix": lambda: {
+        **other_state(),
+        **{f"model_ema.module.{key}": value for key, value in tiny_state().items()},
+    },
+    "a name that only looks like an average": lambda: {
+        **{f"net.{key}": value for key, value in tiny_state().items()},
+        **{f"schema.net.{key}": value for key, value in other_state().items()},
+    },
+    "slices of one storage": lambda: {
+        key: torch.cat([torch.ones(5), value.flatten(), torch.ones(3)])[5:-3].reshape(value.shape)
+        for key, value in tiny_state().items()
+    },
+    "transposed in memory": lambda: {
+        key: value.transpose(0, -1).contiguous().transpose(0, -1) for key, value in tiny_state().items()
+    },
+    "channels last": lambda: {
+        key: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value
+        for key, value in tiny_state().items()
+    },
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_nested_weights_are_found(nesting, legacy, tmp_path):
+    path = tmp_path / "model.pt"
+    assert_tiny(saved(path, NESTINGS[nesting](), _use_new_zipfile_serialization=not legacy))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "model.", "_orig_mod.", "ema_model.", "model.diffusion_model.", "module._orig_mod.module.", "a b\n."],
+)
+def test_prefixes_of_wrappers_are_dropped(prefix, suffix, tmp_path):
+    assert_tiny(saved(tmp_path / f"model{suffix}", {prefix + key: value for key, value in tiny_state().items()}))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_files_of_other_precision_become_float32(dtype, suffix, tmp_path):
+    state = {key: value.to(dtype) for key, value in tiny_state().items()}
+    model, _ = load_model(saved(tmp_path / f"m{suffix}", state), image_size=16, num_head_channels=16)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[key].float(), rtol=0, atol=0)
+
+
+def test_half_precision_inference(tiny_file):
+    for options in (dict(dtype=torch.bfloat16), dict(dtype=torch.float16), dict(use_fp16=True)):
+        model, _ = load_model(tiny_file, image_size=16, num_head_channels=16, **options)
+        assert model.dtype == model.input_blocks[0][0].weight.dtype == options.get("dtype", torch.float16)
+    model, _ = load_model(tiny_file, image_size=16, num_head_channels=16, dtype=torch.float32, use_fp16=True)
+    assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickle_protocols_load_or_are_refused(protocol, legacy, tmp_path):
+    path = tmp_path / "m.pt"
+    torch.save(tiny_state(), path, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
+    if protocol == 2:
+        assert_tiny(path)
+    else:
+        try:
+            assert_tiny(path)
+        except UserError:
+            assert refusal(path, image_size=16, num_head_channels=16)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.ckpt", "model", "model.pt", "mödel 1.pt"])
+def test_format_is_told_by_content_not_by_name(name, tmp_path):
+    save_file(tiny_state(), tmp_path / "a.safetensors")
+    os.replace(tmp_path / "a.safetensors", tmp_path / name)
+    assert_tiny(tmp_path / name)
+    torch.save(tiny_state(), tmp_path / "wrong.safetensors")
+    assert_tiny(tmp_path / "wrong.safetensors")
+
+
+def test_state_dict_is_read_as_it_is(tmp_path):
+    weights = {"0.weight": torch.randn(3, 3), "0.bias": torch.randn(3)}
+    for suffix in (".pt", ".safetensors"):
+        state = load_state_dict(saved(tmp_path / f"vgg{suffix}", weights))
+        assert list(state) and all(torch.equal(state[key], weights[key]) for key in weights)
+    assert load_state_dict(saved(tmp_path / "n.pth", {"state_dict": weights}))["0.bias"].equal(weights["0.bias"])
+
+
+# ---- files that are damaged ------------------------------------------------------------------------------------------
+
+UNETS = {
+    "updown": lambda: create_model(**TINY),
+    "convolutions": lambda: create_model(
+        **{**TINY, "resblock_updown": False, "use_scale_shift_norm": False, "channel_mult": "1,2", "learn_sigma": True}
+    ),
+    "classes": lambda: create_model(**{**TINY, "num_res_blocks": 2}, class_cond=True, num_classes=5),
+    "ddpm": lambda: Model(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[8], image_size=16),
+    **{
+        f"encoder {pool}": lambda pool=pool: create_classifier(**TINY_ENCODER, classifier_pool=pool)
+        for pool in ("adaptive", "attention", "spatial", "spatial_v2")
+    },
+    "encoder convolutions": lambda: create_classifier(**TINY_ENCODER, classifier_resblock_updown=False),
+}
+# A network without this tensor is an ordinary one too, and its number of rows fits any number of classes.
+FREE_TENSOR = "label_emb.weight"
+
+
+@functools.lru_cache(maxsize=None)
+def network_shapes(name):
+    return {key: tuple(shape) for key, shape in shapes_of(UNETS[name]()).items()}
+
+
+def network_flags(name):
+    return {"image_size": 16} if name == "ddpm" else {"image_size": 16, "num_head_channels": 32}
+
+
+@property_test(60)
+@given(data=st.data(), name=st.sampled_from(sorted(UNETS)))
+def test_the_missing_tensor_is_named(data, name, tmp_path):
+    shapes = dict(network_shapes(name))
+    key = data.draw(st.sampled_from([key for key in shapes if key != FREE_TENSOR]))
+    del shapes[key]
+    message = refusal(saved(tmp_path / "m.pt", zeros(shapes)), **network_flags(name))
+    assert f"lacks the tensor {key}" in message
+
+
+@property_test(60)
+@given(data=st.data(), name=st.sampled_from(sorted(UNETS)))
+def test_the_tensor_of_wrong_shape_is_named(data, name, tmp_path):
+    shapes = dict(network_shapes(name))
+    key = data.draw(st.sampled_from([key for key in shapes if key != FREE_TENSOR]))
+    right = shapes[key]
+    if data.draw(st.booleans()):
+        wrong = (*right, 1) if data.draw(st.booleans()) else right[1:]
+    else:
+        axis = data.draw(st.integers(0, len(right) - 1))
+        wrong = (*right[:axis], right[axis] + data.draw(st.sampled_from([1, 5, -1])), *right[axis + 1 :])
+    shapes[key] = wrong
+    message = refusal(saved(tmp_path / "m.pt", zeros(shapes)), **network_flags(name))
+    # Where two tensors alone tell a size and contradict each other, either of them may be the wrong one.
+    stem = key.rsplit(".", 1)[0]
+    assert f"{key} has shape {list(wrong)}, its architecture needs {list(right)}" in message or (
+        f" {stem}." in message and stem.startswith("out.")
+    )
+
+
+@property_test(25)
+@given(data=st.data(), name=st.sampled_from(sorted(UNETS)))
+def test_the_tensor_too_many_is_named(data, name, tmp_path):
+    shapes = network_shapes(name)
+    stem = data.draw(st.sampled_from(sorted({key.split(".")[0] for key in shapes})))
+    key = f"{stem}.{data.draw(st.sampled_from(['extra', 'x.weight', '0.norm.gain', '99999999999.0.weight']))}"
+    assume(key not in shapes)
+    message = refusal(saved(tmp_path / "m.pt", zeros({**shapes, key: (32,)})), **network_flags(name))
+    assert key in message
+
+
+def test_many_missing_tensors_are_counted(tmp_path):
+    state = {key: value for key, value in tiny_state().items() if not key.startswith("middle_block")}
+    assert "lacks the tensor middle_block.0.in_layers.0.weight and 25 more" in refusal(
+        saved(tmp_path / "m.pt", state), image_size=16, num_head_channels=16
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_values_that_are_not_finite_are_found(value, suffix, tmp_path):
+    state = tiny_state()
+    state["middle_block.1.qkv.weight"][5, 3, 0] = value
+    message = refusal(saved(tmp_path / f"m{suffix}", state), image_size=16, num_head_channels=16)
+    assert "middle_block.1.qkv.weight" in message and "NaN or infinite" in message
+
+
+def test_large_values_are_not_taken_for_infinite(tmp_path):
+    state = tiny_state()
+    state["out.2.weight"].fill_(3e38)
+    model, _ = load_model(saved(tmp_path / "m.pt", state), image_size=16, num_head_channels=16)
+    assert model.out[2].weight.max() == torch.tensor(3e38)
+
+
+@pytest.mark.parametrize(
+    "value, says",
+    [
+        (torch.zeros(32, dtype=torch.int8), "int8"),
+        (torch.zeros(32, dtype=torch.complex64), "complex64"),
+        (torch.zeros(32).to_sparse(), "sparse"),
+        (torch.zeros(32, device="meta"), "meta"),
+    ],
+    ids=lambda v: "" if isinstance(v, str) else f"{v.dtype} {v.layout} {v.device}",
+)
+def test_tensors_that_hold_no_plain_numbers(value, says, tmp_path):
+    message = refusal(
+        saved(tmp_path / "m.pt", {**tiny_state(), "out.0.weight": value}), image_size=16, num_head_channels=16
+    )
+    assert "out.0.weight" in message and says in message
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_truncated_files(form, tmp_path):
+    path = tmp_path / ("m.safetensors" if form == "safetensors" else "m.pt")
+    options = {"_use_new_zipfile_serialization": False} if form == "legacy" else {}
+    content = saved(path, tiny_state(), **options).read_bytes()
+    lengths = {1, 2, 7, 8, 9, 63, 64, 65, 1000, len(content) // 2, len(content) - 1000, len(content) - 1}
+    for length in sorted(lengths):
+        path.write_bytes(content[:length])
+        refusal(path, image_size=16, num_head_channels=16)
+    path.write_bytes(content)
+    assert_tiny(path)
+
+
+FORMS = {
+    "zip": lambda path: torch.save(zeros(network_shapes("updown")), path),
+    "legacy": lambda path: torch.save(zeros(network_shapes("updown")), path, _use_new_zipfile_serialization=False),
+    "safetensors": lambda path: save_file(
+        {key: torch.zeros(shape, dtype=torch.bfloat16) for key, shape in network_shapes("updown").items()},
+        path,
+        metadata={"flags": json.dumps(STATED)},
+    ),
+}
+
+
+@functools.lru_cache(maxsize=None)
+def sound_bytes(form, folder):
+    path = folder / "sound"
+    FORMS[form](path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@property_test(80)
+@given(data=st.data())
+def test_changed_bytes_never_raise_anything_but_a_user_error(form, data, tmp_path_factory):
+    folder = Path(tmp_path_factory.getbasetemp())
+    content = bytearray(sound_bytes(form, folder))
+    # Most places are chosen where the structure is: at the beginning and at the end.
+    end = len(content)
+    near = st.integers(0, min(end, 12000) - 1)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(near | near.map(lambda i: end - 1 - i) | st.integers(0, end - 1))
+        content[place] = data.draw(st.integers(0, 255))
+    path = folder / "changed.pt"
+    path.write_bytes(content)
+    try:
+        load_model(path, image_size=16, num_head_channels=16)
+    except UserError as error:
+        assert "\n" not in str(error) and str(path) in str(error)
+
+
+def safetensors_bytes(header, body=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        safetensors_bytes(
+            {"time_embed.0.weight": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}
+        ),
+        safetensors_bytes(
+            {"time_embed.0.weight": {"dtype": "F32", "shape": [2**33, 2**33], "data_offsets": [0, 4]}}, b"0000"
+        ),
+        safetensors_bytes({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"0000"),
+        safetensors_bytes({"a": {"dtype": "Q9", "shape": [1], "data_offsets": [0, 4]}}, b"0000"),
+        safetensors_bytes({"time_embed.0.weight": {"dtype": "F32", "shape": [0, 0], "data_offsets": [0, 0]}}),
+        safetensors_bytes({}),
+        safetensors_bytes({"__metadata__": {"flags": 3}}),
+        safetensors_bytes(b'{"a": ' * 3000),
+        safetensors_bytes(b"{" + b"\xff" * 50 + b"}"),
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 10**7) + b"{}",
+    ],
+    ids=str.split("huge overflow negative dtype empty no-tensor metadata nested utf8 length beyond"),
+)
+def test_safetensors_headers_that_lie(content, tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(content)
+    refusal(path, image_size=16)
+
+
+def test_flipped_bit_in_a_header(tmp_path):
+    path = saved(tmp_path / "m.safetensors", tiny_state())
+    content = bytearray(path.read_bytes())
+    content[3] ^= 1
+    path.write_bytes(content)
+    assert "safetensors" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"hello, I am not a model\n" * 10, "begins with b'hello"),
+        (b"<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
+        (b"\n\n<html lang=en>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+        (b"", "empty"),
+        (b"\0" * 100, "begins with"),
+        (b"\x80", "damaged"),
+        (b"PK\x03\x04", "damaged"),
+        (gzip.compress(b"x" * 100), "begins with"),
+        (pickle.dumps("only a text"), "pickle protocol"),
+        (pickle.dumps({"a": 1}, protocol=2), "damaged"),
+        (b'{"weight_map": {}}', "begins with"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+@pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
+def test_files_that_are_something_else(content, says, name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    message = refusal(path)
+    assert says in message or name.endswith(".safetensors") and "not a safetensors file" in message
+
+
+def test_places_that_hold_no_file(tmp_path):
+    assert "is a folder" in refusal(tmp_path)
+    assert "does not exist" in refusal(tmp_path / "nothing.pt")
+    (tmp_path / "dangling.pt").symlink_to(tmp_path / "gone.pt")
+    assert "does not exist" in refusal(tmp_path / "dangling.pt")
+    (tmp_path / "file").write_bytes(b"x")
+    assert "cannot be read" in refusal(tmp_path / "file" / "m.pt")
+    assert "cannot be read" in refusal(tmp_path / ("x" * 300))
+    assert "cannot be read" in refusal("a\0b.pt")
+    os.mkfifo(tmp_path / "pipe.pt")
+    assert "not a regular file" in refusal(tmp_path / "pipe.pt")
+
+
+def test_file_without_permission(tiny_file):
+    tiny_file.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may read everything
+    try:
+        assert "Permission denied" in refusal(tiny_file)
+    finally:
+        os.seteuid(user)
+
+
+def test_zip_that_is_no_checkpoint(tmp_path):
+    path = tmp_path / "m.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    assert "zip archive" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ({}, "holds no weights"),
+        ([], "holds no weights"),
+        ("text", "it is a str"),
+        (torch.zeros(3), "it is a Tensor"),
+        ({"lr": 0.1, "steps": 3}, "its entries are lr, steps"),
+        ({0: torch.zeros(3)}, "holds no weights"),
+        ({"step": torch.tensor(3)}, "its entries are step"),
+        (optimizer_state(), "its entries are state, param_groups"),
+        ({"optimizer": optimizer_state(), "optimizer_ema": {"x": torch.ones(3)}}, "holds no weights"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_checkpoints_without_weights(content, says, tmp_path):
+    assert says in refusal(saved(tmp_path / "m.pt", content))
+
+
+def test_networks_that_are_unknown(tmp_path):
+    residual = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 7), torch.nn.BatchNorm2d(8), torch.nn.Linear(8, 10))
+    keys = {"conv1.weight": (64, 3, 7, 7), "bn1.running_mean": (64,), "layer1.0.conv1.weight": (64, 64, 1, 1)}
+    for state in (zeros(keys), residual.state_dict()):
+        message = refusal(saved(tmp_path / "m.pt", state))
+        assert "no network that is known here" in message and next(iter(state)) in message
+
+
+def test_latent_diffusion_models_are_told_so(tmp_path):
+    prefix = "model.diffusion_model."
+    unet = {prefix + key: value for key, value in zeros(network_shapes("convolutions")).items()}
+    attention = zeros({f"{prefix}input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": (32, 32)})
+    decoder = zeros({"first_stage_model.decoder.conv_in.weight": (32, 4, 3, 3)})
+    for state in ({**unet, **attention}, {**unet, **decoder}, {**unet, **attention, **decoder}):
+        message = refusal(saved(tmp_path / "m.pt", state), image_size=16)
+        assert "latent diffusion model" in message
+
+
+def test_networks_for_other_channels_are_told_so(tmp_path):
+    shapes = {**network_shapes("updown"), "input_blocks.0.0.weight": (32, 6, 3, 3)}
+    message = refusal(saved(tmp_path / "m.pt", zeros(shapes)), **network_flags("updown"))
+    assert "input_blocks.0.0.weight has shape [32, 6, 3, 3]" in message
+
+
+def test_architectures_that_cannot_be_built(tmp_path):
+    # 33 channels cannot be normalised in 32 groups.
+    shapes = {k: tuple(33 if n == 32 else 132 if n == 128 else n for n in s) for k, s in network_shapes("ddpm").items()}
+    assert "cannot be built" in refusal(saved(tmp_path / "m.pt", zeros(shapes)), image_size=16)
+
+
+# ---- nothing in a file is run ----------------------------------------------------------------------------------------
+
+
+class Calls:
+    """Pickled as a call."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+class Builds:
+    """Pickled as an object whose state is set by a call."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return functools.partial, (os.system,), (os.system, (f"touch {self.marker}",), {}, {})
+
+
+ATTACKS = {
+    "os.system": lambda m: Calls(os.system, f"touch {m}"),
+    "builtins.exec": lambda m: Calls(exec, f"open({m!r}, 'w')"),
+    "builtins.eval": lambda m: Calls(eval, f"open({m!r}, 'w')"),
+    "builtins.open": lambda m: Calls(open, m, "w"),
+    "functools.partial": lambda m: Calls(functools.partial(os.system, f"touch {m}")),
+    "functools.reduce": lambda m: Calls(functools.reduce, open, [m, "w"]),
+    "builtins.getattr": lambda m: Calls(getattr, Calls(getattr, Path(m), "parent"), "exists"),
+    "set state": Builds,
+    "argparse.Namespace": lambda m: argparse.Namespace(lr=0.1),
+    "whole module": lambda m: tiny(),
+    "torch.hub": lambda m: Calls(torch.load, m),
+}
+PLACES = {
+    "alone": lambda evil: evil,
+    "in a dict": lambda evil: {"state_dict": tiny_state(), "args": evil},
+    "among the weights": lambda evil: {**tiny_state(), "x": evil},
+    "in a list": lambda evil: [tiny_state(), evil],
+}
+WRITERS = {
+    "zip": lambda content, path: torch.save(content, path),
+    "legacy": lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+    "pickle": lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)),
+    "pickle 4": lambda content, path: path.write_bytes(pickle.dumps(content, protocol=4)),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_code_in_a_file_is_refused_and_never_run(attack, place, writer, tmp_path):
+    path, marker = tmp_path / "m.pt", tmp_path / "marker"
+    WRITERS[writer](PLACES[place](ATTACKS[attack](str(marker))), path)
+    message = refusal(path, image_size=16, num_head_channels=16)
+    assert not marker.exists()
+    if writer in ("zip", "legacy"):
+        assert "holds more than tensors (" in message
+
+
+def test_the_attacks_would_work(tmp_path):
+    for name in ("os.system", "builtins.exec", "builtins.eval", "builtins.open", "functools.reduce"):
+        marker = tmp_path / name
+        pickle.loads(pickle.dumps(ATTACKS[name](str(marker))))
+        assert marker.exists()
+
+
+def test_torchscript_is_refused(tmp_path):
+    path = tmp_path / "m.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/data.pkl", pickle.dumps({}, protocol=2))
+        archive.writestr("m/constants.pkl", pickle.dumps((), protocol=2))
+        archive.writestr("m/version", "3\n")
+        archive.writestr("m/code/__torch__.py", "op_version_set = 1\n")
+    assert "TorchScript" in refusal(path)
+
+
+# ---- after loading ---------------------------------------------------------------------------------------------------
+
+
+def open_files():
+    mapped = Path("/proc/self/maps").read_text()
+    return mapped + "".join(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd_exists(fd))
+
+
+def fd_exists(fd):
+    return os.path.lexists(f"/proc/self/fd/{fd}")
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("end", ["overwrite", "truncate", "delete"])
+def test_what_becomes_of_the_file_does_not_matter(end, form, tmp_path):
+    path = tmp_path / ("m.safetensors" if form == "safetensors" else "m.pt")
+    options = {"_use_new_zipfile_serialization": False} if form == "legacy" else {}
+    model, _ = assert_tiny(saved(path, tiny_state(), **options))
+    state = load_state_dict(path)
+    if sys.platform == "linux":
+        assert str(path) not in open_files()
+    if end == "delete":
+        path.unlink()
+    else:
+        with open(path, "r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.truncate(0)
+            if end == "overwrite":
+                file.seek(0)
+                file.write(b"\xff" * size)
+    torch.testing.assert_close(output_of(model), tiny_output(), rtol=0, atol=0)
+    assert all(torch.equal(state[key], value) for key, value in tiny().state_dict().items())
+
+
+def test_parameters_do_not_share_memory(tmp_path):
+    model, _ = load_model(saved(tmp_path / "m.pt", zeros(network_shapes("updown"))), **network_flags("updown"))
+    parameters = list(model.parameters())
+    assert len({p.untyped_storage().data_ptr() for p in parameters}) == len(parameters)
+    assert all(p.untyped_storage().nbytes() == p.nbytes and p.is_contiguous() for p in parameters)
+
+
+# ---- URLs ------------------------------------------------------------------------------------------------------------
+
+
+def test_url_is_read_through_blobfile(tiny_file, tmp_path, monkeypatch):
+    import blobfile
+
+    save_file(tiny_state(), tmp_path / "tiny.safetensors", metadata={"flags": json.dumps(STATED)})
+    monkeypatch.setattr(blobfile, "BlobFile", lambda url, mode: open(url.removeprefix("gs://bucket"), mode))
+    assert_tiny(f"gs://bucket{tiny_file}")
+    _, info = assert_tiny(f"gs://bucket{tmp_path}/tiny.safetensors")
+    assert info.flags["noise_schedule"] == "cosine"
+    (tmp_path / "empty.pt").write_bytes(b"")
+    assert "empty" in refusal(f"gs://bucket{tmp_path}/empty.pt")
+
+
+def test_url_that_cannot_be_read(monkeypatch):
+    assert "cannot be read: " in refusal("s3://bucket/model.pt")
+    monkeypatch.setitem(sys.modules, "blobfile", None)
+    assert "blobfile is not installed" in refusal("gs://bucket/model.pt")
+
+
+def test_url_errors_are_one_line(monkeypatch):
+    def fail(url, mode):
+        raise OSError("status 404\nheaders: x\nbody: y")
+
+    monkeypatch.setitem(sys.modules, "blobfile", types.SimpleNamespace(BlobFile=fail))
+    assert "status 404" in refusal("gs://bucket/model.pt")
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+def test_saved_models_load_without_flags(dtype, tmp_path):
+    path = tmp_path / "m.safetensors"
+    flags = {**TINY, **STATED, "predict_xstart": True}
+    save_model(path, tiny(), model_type="ADM", flags=flags, dtype=dtype, metadata={"licence": "MIT"})
+    model, info = load_model(path)
+    assert (info.model_type, info.metadata["licence"], info.metadata["format"]) == ("ADM", "MIT", "pt")
+    assert {flag: info.flags[flag] for flag in flags} == flags
+    for key, value in tiny().state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value.to(dtype or value.dtype).float(), rtol=0, atol=0)
+    assert {value.dtype for value in load_file(path).values()} == {dtype or torch.float32}
+    save_model(path, model, model_type="ADM", flags=info.flags)
+    assert load_model(path)[1].flags == info.flags
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_saved_encoders_and_ddpm_unets_load_without_flags(tmp_path):
+    encoder = randomise(create_classifier(**TINY_ENCODER, head="I2Iout"))
+    ddpm = randomise(UNETS["ddpm"]())
+    for model, kind, flags in ((encoder, "ENCODER", TINY_ENCODER), (ddpm, "DDPM", {"image_size": 16})):
+        save_model(tmp_path / "m.safetensors", model.state_dict(), model_type=kind, flags=flags)
+        loaded, info = load_model(tmp_path / "m.safetensors")
+        assert info.model_type == kind and not info.assumed
+        torch.testing.assert_close(output_of(loaded), output_of(model), rtol=0, atol=0)
+
+
+def test_ambiguous_depth_is_told_by_metadata(tmp_path):
+    # Three residual blocks may be one level of three, or two levels of one and the downsampling between them.
+    flags = {**TINY_ENCODER, "channel_mult": "1", "classifier_depth": 3, "classifier_attention_resolutions": ""}
+    flags |= {"classifier_pool": "adaptive"}
+    model = randomise(create_classifier(**flags))
+    assert detect(*unwrap(model.state_dict()))["classifier_depth"] == 1
+    save_model(tmp_path / "m.safetensors", model, model_type="ENCODER", flags=flags)
+    loaded, info = load_model(tmp_path / "m.safetensors")
+    assert info.flags["classifier_depth"] == 3
+    torch.testing.assert_close(output_of(loaded), output_of(model), rtol=0, atol=0)
+
+
+def test_saving_what_could_not_be_loaded_is_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    good = dict(model_type="ADM", flags={**TINY, **STATED})
+    save_model(path, tiny(), **good)
+    before = path.read_bytes()
+    broken = {**tiny_state(), "out.2.bias": torch.full((3,), float("nan"))}
+    large = {**tiny_state(), "out.2.bias": torch.full((3,), 1e6)}
+    for state, options, says in (
+        (tiny(), dict(good, flags={**TINY, "num_channels": 64}), "num_channels=64"),
+        (tiny(), dict(good, model_type="DDPM"), "model_type=DDPM"),
+        (tiny(), dict(good, flags={}), "--image_size"),
+        (broken, good, "out.2.bias"),
+        (large, dict(good, dtype=torch.float16), "out.2.bias"),
+        ({"a": torch.ones(3)}, good, "no network that is known"),
+    ):
+        with pytest.raises(UserError, match=says):
+            save_model(path, state, **options)
+    with pytest.raises(ValueError, match="model_type"):
+        save_model(path, tiny(), model_type="UNET", flags=TINY)
+    with pytest.raises(UserError, match="ends with .safetensors"):
+        save_model(tmp_path / "m.pt", tiny(), **good)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_saving_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    good = dict(model_type="ADM", flags={**TINY, **STATED})
+    save_model(path, tiny(), **good)
+    before = path.read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="cannot be written: .*No space left"):
+        save_model(path, {key: value + 1 for key, value in tiny_state().items()}, **good)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.safetensors"]
+    with pytest.raises(UserError, match="cannot be written"):
+        save_model(tmp_path / "no" / "folder.safetensors", tiny(), **good)
+
+
+def test_demo_model_needs_no_flags():
+    for path in sorted((Path(__file__).resolve().parent.parent / "models").glob("*.safetensors")):
+        model, info = load_model(path)
+        assert not info.assumed
+        assert output_of(model, info.flags["image_size"]).isfinite().all()
+
+
+def test_extractor_of_the_index_is_an_encoder(tmp_path):
+    # The class itself, with factors for attention, as EGSDE's code builds it.
+    model = randomise(EncoderUNetModel(**golden_index()["dse"]["config"], head="I2Iout"))
+    loaded, info = load_model(saved(tmp_path / "m.pt", model.state_dict()), num_head_channels=32)
+    assert info.flags["classifier_attention_resolutions"] == "16"
+    torch.testing.assert_close(output_of(loaded, 32), output_of(model, 32), rtol=0, atol=0)

@@ -1,0 +1,567 @@
+"""The diffusion process: golden schedules and posteriors, plain formulas for every model type, loops and losses."""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+from conftest import LinearModel, golden, golden_index, golden_model_and_diffusion, golden_names
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.gaussian_diffusion import (
+    GaussianDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    betas_for_alpha_bar,
+    get_named_beta_schedule,
+)
+from guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
+from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.script_util import create_diffusion
+
+STEPS = 40
+
+
+def process(mean=ModelMeanType.EPSILON, var=ModelVarType.FIXED_SMALL, loss=LossType.MSE, steps=STEPS, **options):
+    betas = get_named_beta_schedule("linear", steps)
+    return GaussianDiffusion(betas=betas, model_mean_type=mean, model_var_type=var, loss_type=loss, **options)
+
+
+def respaced(use, steps=1000, **options):
+    types = dict(model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.FIXED_SMALL)
+    return SpacedDiffusion(use, betas=get_named_beta_schedule("linear", steps), **types, **options)
+
+
+def images(n=4, seed=0, dtype=torch.float32):
+    """x_0 on the 8-bit grid, noise, and a step index for each image: both ends and two between."""
+    generator = torch.Generator().manual_seed(seed)
+    x_start = torch.randint(0, 256, (n, 3, 6, 5), generator=generator).to(dtype) / 127.5 - 1
+    noise = torch.randn(x_start.shape, generator=generator, dtype=dtype)
+    return x_start, noise, torch.tensor([0, 1, STEPS // 2, STEPS - 1])[:n]
+
+
+@pytest.mark.parametrize("name", golden_names("schedules"))
+def test_golden_schedules(name):
+    data = golden(name)
+    processes = {}
+    for key, expected in data.items():
+        schedule, spacing, quantity = key.split("/")
+        if (schedule, spacing) not in processes:
+            flags = dict(noise_schedule=schedule, timestep_respacing="" if spacing == "full" else spacing)
+            processes[schedule, spacing] = create_diffusion(**flags)
+        actual = np.array(getattr(processes[schedule, spacing], quantity))
+        assert actual.shape == tuple(expected.shape), key
+        assert np.abs(actual - expected.numpy()).max() <= 1e-12, key
+    assert len(processes) == 14
+
+
+@pytest.mark.parametrize("name", golden_names("p_mean_variance"))
+def test_golden_posterior(name):
+    data, config = golden(name), golden_index()[name]
+    model, diffusion = golden_model_and_diffusion(config)
+    with torch.no_grad():
+        out = diffusion.p_mean_variance(model, data["input.x"], data["input.t"], config["clip_denoised"])
+    assert set(out) == {"mean", "variance", "log_variance", "pred_xstart"}
+    for key, value in out.items():
+        torch.testing.assert_close(
+            value, data[f"output.{key}"], atol=1e-4, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", golden_names("ddim10"))
+def test_golden_ddim(name):
+    data, config = golden(name), golden_index()[name]
+    model, diffusion = golden_model_and_diffusion(config)
+    result = diffusion.ddim_sample_loop(model, data["noise"].shape, noise=data["noise"], eta=config["eta"])
+    torch.testing.assert_close(result, data["output"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 1000, 4000])
+def test_linear_schedule(steps):
+    betas = get_named_beta_schedule("linear", steps)
+    assert betas.dtype == np.float64
+    first, last = 0.1 / steps, 20 / steps
+    expected = [first + (last - first) * i / max(steps - 1, 1) for i in range(steps)]
+    np.testing.assert_allclose(betas, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 1000])
+def test_cosine_schedule(steps):
+    betas = get_named_beta_schedule("cosine", steps)
+    alpha_bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+    expected = [min(1 - b / a, 0.999) for a, b in zip(alpha_bar, alpha_bar[1:])]
+    np.testing.assert_allclose(betas, expected, rtol=1e-12)
+    assert ((betas > 0) & (betas <= 0.999)).all()
+
+
+def test_betas_of_any_alpha_bar():
+    betas = betas_for_alpha_bar(50, lambda u: math.exp(-3 * u))
+    np.testing.assert_allclose(np.cumprod(1 - betas), np.exp(-3 * np.arange(1, 51) / 50), rtol=1e-12)
+
+
+def test_unknown_schedule():
+    with pytest.raises(UserError, match="--noise_schedule is 'sqrt'; it can be linear or cosine"):
+        get_named_beta_schedule("sqrt", 10)
+
+
+@pytest.mark.parametrize("betas", [[0.1, 0.0], [0.1, -0.1], [0.5, 1.1], [0.1, float("nan")], [[0.1], [0.2]]])
+def test_bad_betas(betas):
+    with pytest.raises(ValueError, match=r"values in \(0, 1\]"):
+        GaussianDiffusion(betas=betas, model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.FIXED_SMALL)
+
+
+@pytest.mark.parametrize(
+    "text, steps, expected",
+    [
+        ("1", 1000, [0]),
+        ("2", 1000, [0, 999]),
+        ("4", 10, [0, 3, 6, 9]),
+        ("10", 10, list(range(10))),
+        ("ddim5", 100, [0, 20, 40, 60, 80]),
+        ("ddim2", 3, [0, 2]),
+        ("2,3", 20, [0, 9, 10, 14, 19]),
+        ("1,1,1", 10, [0, 4, 7]),
+        (" 2 , 3 ", 20, [0, 9, 10, 14, 19]),
+        ([3], 5, [0, 2, 4]),
+    ],
+)
+def test_space_timesteps(text, steps, expected):
+    assert sorted(space_timesteps(steps, text)) == expected
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 4000), st.data())
+def test_spacing_keeps_the_number_of_steps_and_both_ends(steps, data):
+    count = data.draw(st.integers(1, steps))
+    kept = space_timesteps(steps, str(count))
+    assert len(kept) == count
+    assert min(kept) == 0
+    assert max(kept) == (steps - 1 if count > 1 else 0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(20, 4000), st.lists(st.integers(1, 4), min_size=1, max_size=5))
+def test_sections_get_their_numbers_of_steps(steps, counts):
+    kept = space_timesteps(steps, ",".join(map(str, counts)))
+    size, extra = divmod(steps, len(counts))
+    start = 0
+    for i, count in enumerate(counts):
+        end = start + size + (i < extra)
+        assert len([t for t in kept if start <= t < end]) == count
+        start = end
+    assert len(kept) == sum(counts)
+
+
+@pytest.mark.parametrize("text", ["", "many", "10,", ",", "10;5", "ddim", "ddimx", "1e2", "10.5", "ddim10,5"])
+def test_spacing_that_is_no_list_of_numbers(text):
+    with pytest.raises(UserError, match="--timestep_respacing is .*; it can be a number like 100"):
+        space_timesteps(1000, text)
+
+
+@pytest.mark.parametrize("text, count", [("0", 0), ("-5", -5), ("1001", 1001), ("10,0", 0), ("600,10", 600)])
+def test_spacing_with_impossible_counts(text, count):
+    with pytest.raises(UserError, match=f"--timestep_respacing asks for {count} steps out of"):
+        space_timesteps(1000, text)
+
+
+@pytest.mark.parametrize("text", ["ddim0", "ddim999", "ddim2000", "ddim-3"])
+def test_ddim_spacing_without_a_stride(text):
+    with pytest.raises(UserError, match=f"--timestep_respacing is {text}; no integer stride"):
+        space_timesteps(1000, text)
+
+
+def test_respacing_keeps_alpha_bar():
+    full = process(steps=1000)
+    diffusion = respaced([5, 600, 999, 0])
+    assert diffusion.timestep_map == [0, 5, 600, 999]
+    assert diffusion.num_timesteps == 4 and diffusion.original_num_steps == 1000
+    np.testing.assert_allclose(diffusion.alphas_cumprod, full.alphas_cumprod[[0, 5, 600, 999]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("rescale, factor", [(False, 1), (True, 2)])
+def test_the_model_sees_original_timesteps(rescale, factor):
+    diffusion = respaced([3, 100, 499], steps=500, rescale_timesteps=rescale)
+    model = LinearModel()
+    x, _, _ = images(3)
+    diffusion.p_mean_variance(model, x, torch.tensor([2, 0, 1]))
+    assert model.timesteps[0].tolist() == [499 * factor, 3 * factor, 100 * factor]
+    assert model.timesteps[0].is_floating_point() == rescale
+    plain = process(steps=500, rescale_timesteps=rescale)
+    assert plain.model_timesteps(torch.tensor([0, 499])).tolist() == [0, 499 * factor]
+
+
+def test_coefficients():
+    """Every array against its definition, entry by entry."""
+    diffusion = process()
+    betas = diffusion.betas
+    alpha_bar = 1.0
+    for i in range(STEPS):
+        previous, alpha_bar = alpha_bar, alpha_bar * (1 - betas[i])
+        expected = {
+            "alphas": 1 - betas[i],
+            "alphas_cumprod": alpha_bar,
+            "alphas_cumprod_prev": previous,
+            "alphas_cumprod_next": alpha_bar * (1 - betas[i + 1]) if i + 1 < STEPS else 0.0,
+            "sqrt_alphas_cumprod": alpha_bar**0.5,
+            "sqrt_one_minus_alphas_cumprod": (1 - alpha_bar) ** 0.5,
+            "sqrt_recip_alphas_cumprod": alpha_bar**-0.5,
+            "sqrt_recipm1_alphas_cumprod": ((1 - alpha_bar) / alpha_bar) ** 0.5,
+            "posterior_variance": betas[i] * (1 - previous) / (1 - alpha_bar),
+            "posterior_mean_coef1": betas[i] * previous**0.5 / (1 - alpha_bar),
+            "posterior_mean_coef2": (1 - previous) * (1 - betas[i]) ** 0.5 / (1 - alpha_bar),
+        }
+        for name, value in expected.items():
+            assert getattr(diffusion, name)[i] == pytest.approx(value, rel=1e-12, abs=1e-15), (name, i)
+        if i:
+            assert diffusion.posterior_log_variance_clipped[i] == pytest.approx(
+                math.log(expected["posterior_variance"])
+            )
+            assert diffusion.fixed_large_variance[i] == betas[i]
+    # At step 0 the posterior is a point; its logarithm and the larger variance take step 1's.
+    second = diffusion.posterior_variance[1]
+    assert diffusion.posterior_log_variance_clipped[0] == math.log(second)
+    assert diffusion.fixed_large_variance[0] == second
+
+
+def test_one_step_is_a_process_too():
+    for var in (ModelVarType.FIXED_SMALL, ModelVarType.FIXED_LARGE, ModelVarType.LEARNED_RANGE):
+        diffusion = process(var=var, steps=1)
+        model = LinearModel(learn_sigma=var is ModelVarType.LEARNED_RANGE)
+        for loop in (diffusion.p_sample_loop, diffusion.ddim_sample_loop):
+            assert loop(model, (2, 3, 4, 4)).isfinite().all()
+
+
+def test_q_sample():
+    diffusion = process()
+    x_start, noise, t = images()
+    result = diffusion.q_sample(x_start, t, noise)
+    for n, i in enumerate(t.tolist()):
+        alpha_bar = diffusion.alphas_cumprod[i]
+        expected = alpha_bar**0.5 * x_start[n] + (1 - alpha_bar) ** 0.5 * noise[n]
+        torch.testing.assert_close(result[n], expected, atol=1e-6, rtol=1e-6)
+    torch.manual_seed(4)
+    drawn = torch.randn_like(x_start)
+    torch.manual_seed(4)
+    assert torch.equal(diffusion.q_sample(x_start, t), diffusion.q_sample(x_start, t, drawn))
+
+
+def test_posterior_is_bayes_rule():
+    """q(x_{t-1} | x_t, x_0) is the product of q(x_t | x_{t-1}) and q(x_{t-1} | x_0), normalised."""
+    diffusion = process()
+    x_start, noise, _ = images(3)
+    t = torch.tensor([1, STEPS // 2, STEPS - 1])
+    x_t = diffusion.q_sample(x_start, t, noise)
+    mean, variance, log_variance = diffusion.q_posterior_mean_variance(x_start, x_t, t)
+    torch.testing.assert_close(log_variance, variance.log())
+    for n, i in enumerate(t.tolist()):
+        alpha, beta, previous = diffusion.alphas[i], diffusion.betas[i], diffusion.alphas_cumprod_prev[i]
+        precision = alpha / beta + 1 / (1 - previous)
+        expected = (alpha**0.5 / beta * x_t[n] + previous**0.5 / (1 - previous) * x_start[n]) / precision
+        torch.testing.assert_close(mean[n], expected, atol=1e-5, rtol=1e-5)
+        assert float(variance[n]) == pytest.approx(1 / precision, rel=1e-5)
+    # At step 0 it is x_0 itself.
+    mean, variance, _ = diffusion.q_posterior_mean_variance(x_start, x_t, torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(mean, x_start)
+    assert not variance.any()
+
+
+def test_noise_and_image_determine_each_other():
+    diffusion = process()
+    x_start, noise, t = images()
+    x_t = diffusion.q_sample(x_start, t, noise)
+    torch.testing.assert_close(diffusion.xstart_from_eps(x_t, t, noise), x_start, atol=2e-3, rtol=0)
+    torch.testing.assert_close(diffusion.eps_from_xstart(x_t, t, x_start), noise, atol=2e-3, rtol=0)
+
+
+def plain_posterior(diffusion, output, x, i, clip):
+    """mean, log-variance and x_0 of one image at step i from the model's output, in float64."""
+    alpha_bar, previous = diffusion.alphas_cumprod[i], diffusion.alphas_cumprod_prev[i]
+    alpha, beta = diffusion.alphas[i], diffusion.betas[i]
+    prediction, values = output[:3], output[3:]
+    coef1, coef2 = beta * previous**0.5 / (1 - alpha_bar), (1 - previous) * alpha**0.5 / (1 - alpha_bar)
+    if diffusion.model_mean_type is ModelMeanType.EPSILON:
+        x_start = (x - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar**0.5
+    elif diffusion.model_mean_type is ModelMeanType.START_X:
+        x_start = prediction
+    else:
+        x_start = (prediction - coef2 * x) / coef1
+    x_start = x_start.clamp(-1, 1) if clip else x_start
+    mean = prediction if diffusion.model_mean_type is ModelMeanType.PREVIOUS_X else coef1 * x_start + coef2 * x
+
+    def small(i):
+        return diffusion.betas[i] * (1 - diffusion.alphas_cumprod_prev[i]) / (1 - diffusion.alphas_cumprod[i])
+
+    low = math.log(small(max(i, 1)))
+    if diffusion.model_var_type is ModelVarType.FIXED_SMALL:
+        log_variance = torch.full_like(mean, low)
+    elif diffusion.model_var_type is ModelVarType.FIXED_LARGE:
+        log_variance = torch.full_like(mean, math.log(beta) if i else low)
+    elif diffusion.model_var_type is ModelVarType.LEARNED:
+        log_variance = values
+    else:
+        log_variance = (1 + values) / 2 * math.log(beta) + (1 - values) / 2 * low
+    return mean, log_variance, x_start
+
+
+all_types = pytest.mark.parametrize("mean", ModelMeanType)
+all_variances = pytest.mark.parametrize("var", ModelVarType)
+
+
+def is_learned(var):
+    return var in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+
+
+@all_types
+@all_variances
+@pytest.mark.parametrize("clip", [True, False])
+def test_posterior_of_every_model_type(mean, var, clip):
+    diffusion, model = process(mean, var), LinearModel(is_learned(var))
+    x, _, t = images()
+    out = diffusion.p_mean_variance(model, x, t, clip_denoised=clip)
+    output = model(x, t)
+    for n, i in enumerate(t.tolist()):
+        expected = plain_posterior(diffusion, output[n].double(), x[n].double(), i, clip)
+        for key, value in zip(("mean", "log_variance", "pred_xstart"), expected):
+            torch.testing.assert_close(
+                out[key][n].double(), value, atol=1e-5, rtol=1e-4, msg=lambda m: f"{key}, {i}: {m}"
+            )
+    torch.testing.assert_close(out["variance"], out["log_variance"].exp())
+    assert all(value.shape == x.shape for value in out.values())
+
+
+@pytest.mark.parametrize("mean", [ModelMeanType.EPSILON, ModelMeanType.START_X])
+def test_denoised_fn_comes_before_clipping(mean):
+    diffusion, model = process(mean), LinearModel()
+    x, _, t = images()
+    plain = diffusion.p_mean_variance(model, x, t, clip_denoised=False)["pred_xstart"]
+    out = diffusion.p_mean_variance(model, x, t, denoised_fn=lambda x: 3 * x)
+    torch.testing.assert_close(out["pred_xstart"], (3 * plain).clamp(-1, 1))
+    expected, _, _ = diffusion.q_posterior_mean_variance(out["pred_xstart"], x, t)
+    torch.testing.assert_close(out["mean"], expected)
+
+
+@pytest.mark.parametrize("var, channels", [(ModelVarType.FIXED_SMALL, 6), (ModelVarType.LEARNED_RANGE, 3)])
+def test_wrong_number_of_output_channels(var, channels):
+    x, _, t = images()
+    with pytest.raises(ValueError, match=f"the model gives {channels} channels for 3 image channels; learn_sigma"):
+        process(var=var).p_mean_variance(LinearModel(channels == 6), x, t)
+
+
+def test_ancestral_step():
+    diffusion, model = process(), LinearModel()
+    x, noise, t = images()
+    out = diffusion.p_mean_variance(model, x, t)
+    step = diffusion.p_sample(model, x, t, noise=noise)
+    expected = out["mean"] + out["variance"].sqrt() * noise
+    torch.testing.assert_close(step["sample"][1:], expected[1:])
+    assert torch.equal(step["sample"][0], out["mean"][0])
+    assert torch.equal(step["pred_xstart"], out["pred_xstart"])
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_step(eta):
+    diffusion, model = process(), LinearModel()
+    x, noise, t = images()
+    step = diffusion.ddim_sample(model, x, t, eta=eta, noise=noise)
+    x_start = diffusion.p_mean_variance(model, x, t)["pred_xstart"].double()
+    for n, i in enumerate(t.tolist()):
+        alpha_bar, previous = diffusion.alphas_cumprod[i], diffusion.alphas_cumprod_prev[i]
+        eps = (x[n].double() - alpha_bar**0.5 * x_start[n]) / (1 - alpha_bar) ** 0.5
+        sigma = eta * ((1 - previous) / (1 - alpha_bar)) ** 0.5 * (1 - alpha_bar / previous) ** 0.5
+        expected = previous**0.5 * x_start[n] + (1 - previous - sigma**2) ** 0.5 * eps + sigma * noise[n]
+        torch.testing.assert_close(step["sample"][n].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_ddim_with_full_variance_has_the_ancestral_distribution():
+    diffusion, model = process(), LinearModel()
+    x, noise, t = images()
+    a = diffusion.ddim_sample(model, x, t, eta=1.0, noise=noise, clip_denoised=False)["sample"]
+    b = diffusion.p_sample(model, x, t, noise=noise, clip_denoised=False)["sample"]
+    torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+@all_variances
+def test_loops_are_finite_and_repeatable(loop, var):
+    diffusion, model = process(var=var), LinearModel(is_learned(var))
+    noise = torch.randn(2, 3, 8, 8)
+    given = noise.clone()
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        results.append(getattr(diffusion, loop)(model, noise.shape, noise=noise))
+    assert torch.equal(*results)
+    assert torch.equal(noise, given)
+    assert results[0].isfinite().all()
+    assert not results[0].requires_grad
+    steps = list(getattr(diffusion, f"{loop}_progressive")(model, noise.shape, noise=noise))
+    assert len(steps) == STEPS
+
+
+def test_ddim_draws_nothing_that_counts():
+    diffusion, model = process(), LinearModel()
+    noise = torch.randn(2, 3, 8, 8)
+    results = [diffusion.ddim_sample_loop(model, noise.shape, noise=noise) for _ in range(2)]
+    assert torch.equal(*results)
+
+
+def test_loop_without_noise_draws_it(capfd):
+    diffusion, model = process(), LinearModel()
+    torch.manual_seed(3)
+    noise = torch.randn(1, 3, 8, 8)
+    expected = diffusion.p_sample_loop(model, noise.shape, noise=noise)
+    torch.manual_seed(3)
+    assert torch.equal(diffusion.p_sample_loop(model, (1, 3, 8, 8)), expected)
+    assert capfd.readouterr() == ("", "")
+    torch.manual_seed(3)
+    assert torch.equal(diffusion.p_sample_loop(model, (1, 3, 8, 8), progress=True), expected)
+    assert f"{STEPS}/{STEPS}" in capfd.readouterr().err
+
+
+def test_loop_visits_every_timestep_once_from_the_last():
+    diffusion, model = respaced([0, 10, 500, 999]), LinearModel()
+    diffusion.p_sample_loop(model, (2, 3, 4, 4), clip_denoised=False)
+    assert [t.tolist() for t in model.timesteps] == [[t, t] for t in (999, 500, 10, 0)]
+
+
+def test_model_arguments_reach_the_model():
+    received = []
+
+    def model(x, t, y):
+        received.append(y)
+        return torch.zeros_like(x)
+
+    diffusion, (x, _, t) = process(), images()
+    kwargs = {"y": "label"}
+    diffusion.p_sample_loop(model, x.shape, noise=x, model_kwargs=kwargs)
+    diffusion.ddim_sample_loop(model, x.shape, noise=x, model_kwargs=kwargs)
+    diffusion.training_losses(model, x, t, model_kwargs=kwargs)
+    assert received == ["label"] * (2 * STEPS + 1)
+
+
+def test_a_perfect_model_recovers_the_image():
+    """With the true noise as prediction, DDIM walks straight back, and the ancestral chain ends at x_0."""
+    x_start, noise, _ = images(2)
+    diffusion = process()
+
+    def model(x, t):
+        return diffusion.eps_from_xstart(x, t, x_start)
+
+    for loop in (diffusion.ddim_sample_loop, diffusion.p_sample_loop):
+        torch.testing.assert_close(loop(model, noise.shape, noise=noise), x_start, atol=1e-4, rtol=0)
+
+
+# --- losses
+
+
+def test_normal_kl():
+    mean1, logvar1, mean2, logvar2 = torch.randn(4, 50, dtype=torch.float64)
+    p = torch.distributions.Normal(mean1, (0.5 * logvar1).exp())
+    q = torch.distributions.Normal(mean2, (0.5 * logvar2).exp())
+    torch.testing.assert_close(normal_kl(mean1, logvar1, mean2, logvar2), torch.distributions.kl_divergence(p, q))
+    assert normal_kl(mean1, logvar1, mean1, logvar1).abs().max() < 1e-12
+
+
+def plain_log_likelihood(grey, mean, scale):
+    """log of a Gaussian's mass on the bin of a grey level 0..255, outer bins reaching to infinity."""
+    gauss = NormalDist(mean, scale)
+    x = grey / 127.5 - 1
+    lower = 0.0 if grey == 0 else gauss.cdf(x - 1 / 255)
+    upper = 1.0 if grey == 255 else gauss.cdf(x + 1 / 255)
+    return math.log(max(upper - lower, 1e-12))
+
+
+@pytest.mark.parametrize("scale", [0.003, 0.02, 0.3])
+def test_discretised_likelihood(scale):
+    grey = torch.tensor([0, 1, 100, 127, 128, 254, 255])
+    x = grey.double() / 127.5 - 1
+    for shift in (-0.01, 0.0, 0.004, 0.5):
+        log_scales = torch.full_like(x, math.log(scale))
+        actual = discretized_gaussian_log_likelihood(x, means=x + shift, log_scales=log_scales)
+        expected = [plain_log_likelihood(int(g), float(v + shift), scale) for g, v in zip(grey, x)]
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_discretised_likelihood_sums_to_one():
+    x = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    for mean, scale in ((0.0, 0.1), (0.9, 0.3), (-1.0, 0.05)):
+        logs = discretized_gaussian_log_likelihood(
+            x, means=torch.full_like(x, mean), log_scales=torch.full_like(x, math.log(scale))
+        )
+        assert float(logs.exp().sum()) == pytest.approx(1, abs=1e-6)
+
+
+def plain_bound(diffusion, output, x_start, x_t, i):
+    """One image's term of the variational bound at step i in bits per dimension, in float64."""
+    mean, log_variance, _ = plain_posterior(diffusion, output, x_t, i, clip=False)
+    if i == 0:
+        grey = ((x_start + 1) * 127.5).round().long().flatten().tolist()
+        scales = (0.5 * log_variance).exp().flatten().tolist()
+        terms = [-plain_log_likelihood(*values) for values in zip(grey, mean.flatten().tolist(), scales)]
+        return sum(terms) / len(terms) / math.log(2)
+    previous, alpha_bar = diffusion.alphas_cumprod_prev[i], diffusion.alphas_cumprod[i]
+    alpha, beta = diffusion.alphas[i], diffusion.betas[i]
+    true_mean = (beta * previous**0.5 * x_start + (1 - previous) * alpha**0.5 * x_t) / (1 - alpha_bar)
+    true_variance = torch.full_like(mean, beta * (1 - previous) / (1 - alpha_bar))
+    p = torch.distributions.Normal(true_mean, true_variance.sqrt())
+    q = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    return float(torch.distributions.kl_divergence(p, q).mean()) / math.log(2)
+
+
+@all_types
+@all_variances
+@pytest.mark.parametrize("loss", LossType)
+def test_training_losses(mean, var, loss):
+    diffusion, model = process(mean, var, loss), LinearModel(is_learned(var))
+    x_start, noise, t = images(dtype=torch.float64)
+    losses = diffusion.training_losses(model, x_start, t, noise=noise)
+    x_t = diffusion.q_sample(x_start, t, noise)
+    output = model(x_t, t)
+    for n, i in enumerate(t.tolist()):
+        arguments = output[n].double(), x_start[n].double(), x_t[n].double()
+        bound = plain_bound(diffusion, *arguments, i)
+        if loss in (LossType.KL, LossType.RESCALED_KL):
+            expected = {"loss": bound * (STEPS if loss is LossType.RESCALED_KL else 1)}
+        else:
+            previous, alpha_bar = diffusion.alphas_cumprod_prev[i], diffusion.alphas_cumprod[i]
+            target = {
+                ModelMeanType.EPSILON: noise[n].double(),
+                ModelMeanType.START_X: x_start[n].double(),
+                ModelMeanType.PREVIOUS_X: (
+                    diffusion.betas[i] * previous**0.5 * arguments[1]
+                    + (1 - previous) * diffusion.alphas[i] ** 0.5 * arguments[2]
+                )
+                / (1 - alpha_bar),
+            }[mean]
+            expected = {"mse": float((target - output[n, :3]).square().mean())}
+            if is_learned(var):
+                expected["vb"] = bound * (STEPS / 1000 if loss is LossType.RESCALED_MSE else 1)
+            expected["loss"] = sum(expected.values())
+        assert set(losses) == set(expected)
+        for key, value in expected.items():
+            assert float(losses[key][n]) == pytest.approx(value, rel=2e-3, abs=1e-6), (key, i)
+
+
+@all_types
+def test_the_bound_trains_only_the_variance(mean):
+    """With a squared error beside it, the bound must not reach the prediction: it would change what the mean learns."""
+    diffusion = process(mean, ModelVarType.LEARNED_RANGE)
+    x_start, noise, t = images()
+    output = torch.zeros(4, 6, 6, 5, requires_grad=True)
+    losses = diffusion.training_losses(lambda x, t: output, x_start, t, noise=noise)
+    (grad,) = torch.autograd.grad(losses["vb"].sum(), output, retain_graph=True)
+    assert not grad[:, :3].any()
+    assert grad[1:, 3:].abs().sum() > 0
+    (grad,) = torch.autograd.grad(losses["mse"].sum(), output)
+    assert grad[:, :3].any() and not grad[:, 3:].any()
+
+
+def test_a_perfect_model_has_no_loss():
+    x_start, noise, t = images()
+    diffusion = process()
+    losses = diffusion.training_losses(lambda x, t: noise, x_start, t, noise=noise)
+    assert torch.equal(losses["loss"], torch.zeros(4))

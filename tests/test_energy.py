@@ -1,0 +1,462 @@
+"""Energies and their gradients: golden numbers, the plain formulas under autograd, and what an energy must not do."""
+
+import pytest
+import torch
+from conftest import golden, golden_encoder, golden_index, golden_names
+from torch.nn import functional as F
+
+from guided_diffusion import energy as energies
+from guided_diffusion.errors import UserError
+from guided_diffusion.script_util import create_classifier
+from resizer import Resizer
+
+# Layer numbers of the convolutions of vgg_normalised.pth up to relu5_1, with their channels.
+VGG_CONVOLUTIONS = {0: (3, 3), 2: (3, 64), 5: (64, 64), 9: (64, 128), 12: (128, 128), 16: (128, 256), 19: (256, 256)}
+VGG_CONVOLUTIONS |= {22: (256, 256), 25: (256, 256), 29: (256, 512), 32: (512, 512), 35: (512, 512), 38: (512, 512)}
+VGG_CONVOLUTIONS |= {42: (512, 512)}
+
+
+def vgg_weights(level=2, prefix="", dtype=torch.float32):
+    """Random weights in the layout of vgg_normalised.pth, as far as `level` needs them and one convolution further."""
+    generator = torch.Generator().manual_seed(5)
+    last = [2, 9, 16, 29, 42][level - 1]
+    state = {}
+    for layer, (inputs, outputs) in VGG_CONVOLUTIONS.items():
+        side = 1 if layer == 0 else 3
+        fan_in = inputs * side**2
+        weight = torch.randn(outputs, inputs, side, side, generator=generator) * (2 / fan_in) ** 0.5
+        state[f"{prefix}{layer}.weight"] = weight.to(dtype)
+        state[f"{prefix}{layer}.bias"] = (0.1 * torch.randn(outputs, generator=generator)).to(dtype)
+        if layer > last:
+            break
+    return state
+
+
+def vgg_features(x, state, level):
+    """relu{level}_1, written out."""
+
+    def convolution(x, layer):
+        padded = F.pad(x, (1, 1, 1, 1), mode="reflect") if layer else x
+        return F.conv2d(padded, state[f"{layer}.weight"], state[f"{layer}.bias"])
+
+    x = F.relu(convolution(convolution(x, 0), 2))
+    if level == 2:
+        x = F.max_pool2d(F.relu(convolution(x, 5)), 2, ceil_mode=True)
+        x = F.relu(convolution(x, 9))
+    return x
+
+
+def dct_features(x):
+    """Every colour channel filtered with the nine outer products of the 3-point DCT-II basis, border mirrored."""
+    angle = torch.pi / 6
+    rows = [[3**-0.5] * 3]
+    rows += [
+        [(2 / 3) ** 0.5 * torch.cos(torch.tensor(k * (2 * n + 1) * angle)).item() for n in range(3)] for k in (1, 2)
+    ]
+    basis = torch.tensor(rows, dtype=x.dtype)
+    filters = torch.stack([torch.outer(a, b) for a in basis for b in basis])[:, None]
+    x = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    return torch.cat([F.conv2d(x[:, c : c + 1], filters) for c in range(x.shape[1])], dim=1)
+
+
+def plain_block_energy(f, f_ref, blocks):
+    """sum (f - BAdaIN(f, f_ref))^2 per image, block by block; differentiable through both occurrences of f."""
+    h, w = f.shape[2] // blocks, f.shape[3] // blocks
+    total = 0
+    for i in range(blocks):
+        for j in range(blocks):
+            block = (..., slice(i * h, (i + 1) * h), slice(j * w, (j + 1) * w))
+            a, b = f[block], f_ref[block]
+            (m_a, m_b) = (v.mean(dim=(2, 3), keepdim=True) for v in (a, b))
+            s_a, s_b = ((v.var(dim=(2, 3), keepdim=True) + 1e-5).sqrt() for v in (a, b))
+            total = total + (a - ((a - m_a) / s_a * s_b + m_b)).square().sum(dim=(1, 2, 3))
+    return total
+
+
+def autograd(function, x):
+    x = x.detach().clone().requires_grad_()
+    energy = function(x)
+    (grad,) = torch.autograd.grad(energy.sum(), x)
+    return energy.detach(), grad
+
+
+def evaluate(energy, ref, x, t=None, alpha_bar=1.0):
+    energy.prepare(ref)
+    return energy.energy_and_grad(x, t, alpha_bar)
+
+
+def assert_relative(actual, expected, tolerance=1e-4):
+    assert actual.shape == expected.shape
+    assert (actual - expected).norm() <= tolerance * expected.norm()
+
+
+def pair(n=2, size=16, dtype=torch.float32, seed=0):
+    """x (noisy) and ref (an image in [-1, 1])."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 3, size, size, generator=generator, dtype=dtype)
+    return x, torch.rand(n, 3, size, size, generator=generator, dtype=dtype) * 2 - 1
+
+
+class TimedEncoder(torch.nn.Module):
+    """A small smooth network with the encoder's interface: features and logits depend on x and on t."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        weight = 0.3 * torch.randn(8, 3, 3, 3, generator=generator, dtype=torch.float64)
+        self.weight = torch.nn.Parameter(weight.to(dtype))
+
+    def middle_features(self, x, t):
+        scale = (1 + t.to(x.dtype) / 1000)[:, None, None, None]
+        return torch.tanh(F.conv2d(x, self.weight, stride=2, padding=1) * scale) + 0.1
+
+    def forward(self, x, t):
+        return self.middle_features(x, t).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("name", golden_names("energy_vgg"))
+def test_golden_vgg(name):
+    data = golden(name)
+    weights = {key: value for key, value in data.items() if key.startswith("encoder.")}
+    value, grad = evaluate(energies.vgg(weights, golden_index()[name]["blocks"]), data["ref"], data["x"])
+    assert_relative(value.sum(), data["energy"])
+    assert_relative(grad, data["grad"])
+
+
+@pytest.mark.parametrize("name", golden_names("energy_dse"))
+def test_golden_dse(name):
+    data = golden(name)
+    value, grad = evaluate(energies.dse(golden_encoder()), data["ref"], data["x"], data["t"])
+    assert_relative(value, data["energy"])
+    assert_relative(grad, data["grad"])
+
+
+@pytest.mark.parametrize("name", golden_names("energy_low_pass"))
+def test_golden_low_pass(name):
+    data = golden(name)
+    value, grad = evaluate(energies.low_pass(golden_index()[name]["down_N"]), data["ref"], data["x"])
+    assert_relative(value, data["energy"])
+    assert_relative(grad, data["grad"])
+
+
+@pytest.mark.parametrize(
+    "level, blocks, size", [(1, 1, 16), (1, 4, 16), (1, 8, 16), (2, 1, 16), (2, 4, 16), (2, 4, 15)]
+)
+def test_vgg_equals_the_plain_formula(level, blocks, size):
+    x, ref = pair(size=size)
+    state = vgg_weights(level)
+    value, grad = evaluate(energies.vgg(state, blocks, level), ref, x)
+    f_ref = vgg_features(ref, state, level)
+    expected = autograd(lambda x: plain_block_energy(vgg_features(x, state, level), f_ref, blocks), x)
+    assert_relative(value, expected[0])
+    assert_relative(grad, expected[1])
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8])
+def test_dct_equals_the_plain_formula(blocks):
+    x, ref = pair()
+    value, grad = evaluate(energies.dct(blocks), ref, x)
+    f_ref = dct_features(ref)
+    expected = autograd(lambda x: plain_block_energy(dct_features(x), f_ref, blocks), x)
+    assert_relative(value, expected[0])
+    assert_relative(grad, expected[1])
+
+
+def test_dct_filters_are_orthonormal():
+    (convolution,) = (m for m in energies.dct().features.modules() if isinstance(m, torch.nn.Conv2d))
+    filters = convolution.weight.reshape(3, 9, 9)
+    torch.testing.assert_close(filters @ filters.mT, torch.eye(9).expand(3, 9, 9), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("down_n", [1, 2, 4, 8, 16])
+def test_low_pass_equals_the_plain_formula(down_n):
+    x, ref = pair(dtype=torch.float64)
+    alpha_bar = 0.37
+
+    def smooth(x):
+        small = Resizer(x.shape, 1 / down_n)(x)
+        return Resizer(small.shape, down_n)(small)
+
+    value, grad = evaluate(energies.low_pass(down_n), ref, x, None, alpha_bar)
+    target = smooth(alpha_bar**0.5 * ref)
+    expected = autograd(lambda x: (target - smooth(x)).square().sum(dim=(1, 2, 3)), x)
+    torch.testing.assert_close(value, expected[0], atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(grad, expected[1], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("make", [lambda: energies.low_pass(4), lambda: energies.dse(TimedEncoder())])
+@pytest.mark.parametrize("alpha_bar", [1.0, 0.3])
+def test_a_noised_reference_is_the_reference_at_alpha_bar(make, alpha_bar):
+    """prepare(ref, noise) at alpha_bar asks for the same as prepare(ref_t) at 1."""
+    x, ref = pair()
+    noise, t = torch.randn_like(ref), torch.tensor([10, 900])
+    energy = make()
+    energy.prepare(ref, noise)
+    actual = energy.energy_and_grad(x, t, alpha_bar)
+    expected = evaluate(make(), alpha_bar**0.5 * ref + (1 - alpha_bar) ** 0.5 * noise, x, t, 1.0)
+    for a, b in zip(actual, expected):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    # Preparing without noise afterwards forgets it.
+    for a, b in zip(evaluate(energy, ref, x, t, alpha_bar), evaluate(make(), ref, x, t, alpha_bar)):
+        assert torch.equal(a, b)
+
+
+def test_low_pass_of_a_rectangle():
+    x, ref = torch.randn(2, 1, 3, 8, 24).unbind()
+    value, grad = evaluate(energies.low_pass(4), ref, x)
+    assert value.shape == (1,) and grad.shape == x.shape
+    small = Resizer(x.shape, 1 / 4)(ref - x)
+    assert_relative(value, Resizer(small.shape, 4)(small).square().sum(dim=(1, 2, 3)))
+
+
+@pytest.mark.parametrize("alpha_bar", [1.0, 0.5, 0.01])
+def test_dse_equals_the_plain_formula(alpha_bar):
+    x, ref = pair(dtype=torch.float64)
+    encoder, t = TimedEncoder(torch.float64), torch.tensor([10, 900])
+
+    def plain(x):
+        f, f_ref = encoder.middle_features(x, t), encoder.middle_features(alpha_bar**0.5 * ref, t)
+        cosine = (f * f_ref).sum(1) / (f.square().sum(1) * f_ref.square().sum(1)).sqrt()
+        return cosine.mean(dim=(1, 2))
+
+    expected = autograd(plain, x)
+    value, grad = evaluate(energies.dse(encoder), ref, x, t, alpha_bar)
+    torch.testing.assert_close(value, expected[0].float(), atol=1e-6, rtol=1e-5)
+    assert_relative(grad, expected[1], 1e-5)
+
+
+def test_dse_of_the_reference_itself_is_one():
+    _, ref = pair()
+    value, _ = evaluate(energies.dse(TimedEncoder()), ref, 0.25**0.5 * ref, torch.tensor([10, 900]), 0.25)
+    torch.testing.assert_close(value, torch.ones(2))
+
+
+@pytest.mark.parametrize("y", [3, torch.tensor([3, 0])])
+def test_classifier_equals_the_plain_formula(y):
+    x, ref = pair()
+    model, t = TimedEncoder(), torch.tensor([10, 900])
+    labels = torch.as_tensor(y).expand(2).tolist()
+
+    def plain(x):
+        logits = model(x, t)
+        return torch.stack([logits[n].exp().sum().log() - logits[n, labels[n]] for n in range(2)])
+
+    expected = autograd(plain, x)
+    value, grad = evaluate(energies.classifier(model, y), ref, x, t)
+    assert_relative(value, expected[0], 1e-5)
+    assert_relative(grad, expected[1], 1e-4)
+
+
+def test_classifier_takes_the_projects_encoder():
+    torch.manual_seed(0)
+    model = create_classifier(
+        16,
+        classifier_width=32,
+        classifier_depth=1,
+        classifier_attention_resolutions="8",
+        channel_mult="1,2",
+        num_class=5,
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, ref = pair()
+    energy = energies.classifier(model, 2)
+    value, grad = evaluate(energy, ref, x, torch.tensor([3, 700]))
+    expected = -model(x, torch.tensor([3, 700])).log_softmax(1)[:, 2]
+    torch.testing.assert_close(value, expected.detach())
+    # The gradient is a descent direction's opposite: a small step against it lowers every image's energy.
+    step = 1e-2 * grad / grad.flatten(1).norm(dim=1)[:, None, None, None]
+    assert (energy.energy_and_grad(x - step, torch.tensor([3, 700]), 1.0)[0] < value).all()
+
+
+MAKERS = {
+    "vgg level 1": lambda: energies.vgg(vgg_weights(1), 4),
+    "vgg level 2": lambda: energies.vgg(vgg_weights(2), 4, 2),
+    "dct": lambda: energies.dct(4),
+    "dse": lambda: energies.dse(TimedEncoder()),
+    "low_pass": lambda: energies.low_pass(4),
+    "classifier": lambda: energies.classifier(TimedEncoder(), 2),
+}
+every_energy = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+@every_energy
+def test_images_do_not_see_each_other(make):
+    x, ref = pair(n=3)
+    t = torch.tensor([5, 300, 900])
+    together = evaluate(make(), ref, x, t, 0.5)
+    assert together[0].shape == (3,) and together[1].shape == x.shape
+    for i in range(3):
+        alone = evaluate(make(), ref[i : i + 1], x[i : i + 1], t[i : i + 1], 0.5)
+        torch.testing.assert_close(alone[0][0], together[0][i], atol=1e-5, rtol=1e-5)
+        assert_relative(alone[1][0], together[1][i])
+
+
+@every_energy
+def test_preparing_again_replaces_the_reference(make):
+    x, ref = pair(n=2, seed=1)
+    other_x, other_ref = pair(n=3, seed=2)
+    t = torch.tensor([5, 300, 900])
+    energy = make()
+    evaluate(energy, ref, x, t[:2], 0.5)
+    for actual, expected in zip(
+        evaluate(energy, other_ref, other_x, t, 0.5), evaluate(make(), other_ref, other_x, t, 0.5)
+    ):
+        assert torch.equal(actual, expected)
+
+
+@every_energy
+def test_inputs_and_graphs_are_left_alone(make):
+    x, ref = pair()
+    before = x.clone(), ref.clone()
+    energy = make()
+    energy.prepare(ref)
+    with torch.no_grad():
+        value, grad = energy.energy_and_grad(x, torch.tensor([5, 5]), 0.5)
+    assert torch.equal(x, before[0]) and torch.equal(ref, before[1])
+    assert not (x.requires_grad or value.requires_grad or grad.requires_grad)
+
+
+@every_energy
+@pytest.mark.parametrize("ref_value", [-1.0, 0.0, 1.0, None])
+@pytest.mark.parametrize("x_value", [-1.0, 0.0, 0.5, None])
+def test_constant_images_give_finite_numbers(make, ref_value, x_value):
+    x, ref = pair()
+    x = x if x_value is None else torch.full_like(x, x_value)
+    ref = ref if ref_value is None else torch.full_like(ref, ref_value)
+    for value in evaluate(make(), ref, x, torch.tensor([0, 999]), 0.5):
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("make", [MAKERS["vgg level 1"], MAKERS["vgg level 2"], MAKERS["dct"], MAKERS["low_pass"]])
+def test_the_reference_has_the_lowest_energy(make):
+    x, ref = pair()
+    energy = make()
+    value, grad = evaluate(energy, ref, ref.clone())
+    assert (value >= 0).all()
+    assert (value < 1e-6 * energy.energy_and_grad(x, None, 1.0)[0]).all()
+    assert grad.norm() < 1e-3 * energy.energy_and_grad(x, None, 1.0)[1].norm()
+
+
+@every_energy
+def test_gradient_agrees_with_finite_differences(make):
+    x, ref = pair()
+    t = torch.tensor([100, 500])
+    energy = make()
+    value, grad = evaluate(energy, ref, x, t, 0.5)
+    direction = grad / grad.flatten(1).norm(dim=1)[:, None, None, None]
+    step = 1e-2
+    after, _ = energy.energy_and_grad(x + step * direction, t, 0.5)
+    before, _ = energy.energy_and_grad(x - step * direction, t, 0.5)
+    slope = grad.flatten(1).norm(dim=1)
+    torch.testing.assert_close((after - before) / (2 * step), slope, rtol=0.02, atol=1e-4)
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4, 5])
+def test_vgg_levels_end_at_their_first_relu(level):
+    with torch.device("meta"):
+        features = energies._vgg_layers(level)
+        shape = features(torch.zeros(1, 3, 64, 64)).shape
+    assert shape == (1, [64, 128, 256, 512, 512][level - 1], *[64 // 2 ** (level - 1)] * 2)
+    convolutions = {i: m for i, m in enumerate(features) if isinstance(m, torch.nn.Conv2d)}
+    expected = {k: v for k, v in VGG_CONVOLUTIONS.items() if k <= [2, 9, 16, 29, 42][level - 1]}
+    assert {i: (m.in_channels, m.out_channels) for i, m in convolutions.items()} == expected
+    assert isinstance(features[-1], torch.nn.ReLU)
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder.", "module.", "vgg.features."])
+def test_vgg_key_prefixes_do_not_matter(prefix):
+    x, ref = pair()
+    expected = evaluate(energies.vgg(vgg_weights(1), 4), ref, x)
+    actual = evaluate(energies.vgg(vgg_weights(1, prefix), 4), ref, x)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+
+
+def test_vgg_from_a_file(tmp_path):
+    path = tmp_path / "vgg_normalised.pth"
+    torch.save(vgg_weights(2), path)
+    x, ref = pair()
+    expected = evaluate(energies.vgg(vgg_weights(2), 4, 2), ref, x)
+    actual = evaluate(energies.vgg(str(path), 4, 2), ref, x)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_vgg_file_that_does_not_exist(tmp_path):
+    with pytest.raises(UserError) as error:
+        energies.vgg(str(tmp_path / "absent.pth"))
+    assert "absent.pth" in one_line(error)
+
+
+@pytest.mark.parametrize("content", [b"", b"just text\n", b"PK\x03\x04 and then nothing of a zip"])
+def test_vgg_file_that_is_none(tmp_path, content):
+    path = tmp_path / "broken.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        energies.vgg(str(path))
+    assert "broken.pth" in one_line(error)
+
+
+def test_vgg_file_of_something_else(tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"conv.weight": torch.zeros(3), "7.weight": torch.zeros(4)}, path)
+    with pytest.raises(
+        UserError, match=r"other.pth is not AdaIN's vgg_normalised.pth: 0.weight should have shape \(3, 3, 1, 1\)"
+    ):
+        energies.vgg(str(path))
+
+
+@pytest.mark.parametrize("change", [("0.bias", None), ("2.weight", torch.zeros(64, 3, 5, 5)), ("9.weight", None)])
+def test_vgg_state_dict_that_does_not_fit(change):
+    key, value = change
+    state = vgg_weights(2)
+    del state[key]
+    if value is not None:
+        state[key] = value
+    with pytest.raises(UserError) as error:
+        energies.vgg(state, level=2)
+    found = "nothing" if value is None else r"(64, 3, 5, 5)"
+    assert one_line(error).startswith(f"the VGG state dict is not AdaIN's vgg_normalised.pth: {key} should have shape")
+    assert one_line(error).endswith(f"and has {found}")
+
+
+def test_vgg_weights_of_a_shallower_network_do_for_a_lower_level():
+    state = {key: value for key, value in vgg_weights(1).items() if int(key.split(".")[0]) <= 2}
+    energies.vgg(state, level=1)
+    with pytest.raises(UserError, match="5.weight"):
+        energies.vgg(state, level=2)
+
+
+@pytest.mark.parametrize("level", [0, 6, -1])
+def test_bad_level(level):
+    with pytest.raises(UserError, match=f"--vggdepth is {level}; it can be 1 to 5"):
+        energies.vgg(vgg_weights(1), level=level)
+
+
+@pytest.mark.parametrize("make, blocks", [(energies.dct, 5), (lambda b: energies.vgg(vgg_weights(2), b, 2), 16)])
+def test_blocks_that_do_not_suit_the_features(make, blocks):
+    _, ref = pair(size=24)
+    with pytest.raises(UserError, match=f"--area {blocks} does not suit the energy's features: (24x24|12x12) pixels"):
+        make(blocks).prepare(ref)
+
+
+def test_blocks_of_one_feature_pixel():
+    _, ref = pair(size=16)
+    with pytest.raises(UserError, match="--area 8 does not suit the energy's features: .*one pixel each"):
+        energies.vgg(vgg_weights(2), 8, 2).prepare(ref)
+
+
+@pytest.mark.parametrize("down_n", [0, -2])
+def test_low_pass_factor_below_one(down_n):
+    with pytest.raises(UserError, match=f"--down_N is {down_n}; it must be at least 1"):
+        energies.low_pass(down_n)
+
+
+@pytest.mark.parametrize("down_n, size", [(3, (16, 16)), (32, (16, 16)), (8, (16, 12)), (8, (12, 16))])
+def test_low_pass_factor_that_does_not_divide(down_n, size):
+    with pytest.raises(UserError, match=f"--down_N {down_n} does not divide the image size {size[0]}x{size[1]}"):
+        energies.low_pass(down_n).prepare(torch.zeros(1, 3, *size))

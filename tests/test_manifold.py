@@ -1,0 +1,226 @@
+"""Block statistics, restriction and split: golden numbers, plain loops, and the identities that define them."""
+
+import pytest
+import torch
+from conftest import golden, golden_index, golden_names
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from guided_diffusion.manifold import (
+    EPS,
+    block_adain,
+    block_statistics,
+    check_blocks,
+    diffuse_statistics,
+    from_blocks,
+    split,
+    to_blocks,
+)
+from guided_diffusion.script_util import create_diffusion
+
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(2, 5), st.integers(1, 5))
+
+
+def images(shape, seed, scale=1.0):
+    """Two random tensors [N, C, B * h, B * w] in float64 for shape = (N, C, B, h, w)."""
+    n, c, blocks, h, w = shape
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(2, n, c, blocks * h, blocks * w, generator=generator, dtype=torch.float64)).unbind()
+
+
+def each_block(x, blocks):
+    """The blocks of [N, C, H, W] one by one: (n, c, row, column, slice of x)."""
+    h, w = x.shape[2] // blocks, x.shape[3] // blocks
+    for n in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            for i in range(blocks):
+                for j in range(blocks):
+                    yield n, c, i, j, x[n, c, i * h : (i + 1) * h, j * w : (j + 1) * w]
+
+
+@pytest.mark.parametrize("name", golden_names("block_ops_"))
+def test_golden(name):
+    data, config = golden(name), golden_index()[name]
+    mean, var = block_statistics(data["ref"], config["blocks"])
+    alpha_bar = float(
+        create_diffusion(timestep_respacing=config["timestep_respacing"]).alphas_cumprod[config["t_index"]]
+    )
+    mean_t, var_t = diffuse_statistics(mean, var, alpha_bar)
+    tangent, normal = split(data["x"], data["grad"], mean_t)
+    results = {
+        "block_mean": mean,
+        "block_std": var.sqrt(),
+        "mean_t": mean_t,
+        "var_t": var_t,
+        "badain_feat": block_adain(data["x"], mean, var),
+        "badain_stats": block_adain(data["x"], mean_t, var_t),
+        "tangent": tangent,
+        "normal": normal,
+    }
+    for key, value in results.items():
+        torch.testing.assert_close(value, data[key], atol=1e-5, rtol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@settings(deadline=None, max_examples=30)
+@given(shapes, st.integers(0, 2**32))
+def test_statistics_of_every_block(shape, seed):
+    x, _ = images(shape, seed)
+    blocks = shape[2]
+    mean, var = block_statistics(x, blocks)
+    assert mean.shape == var.shape == (shape[0], shape[1], blocks, blocks, 1, 1)
+    for n, c, i, j, block in each_block(x, blocks):
+        values = block.flatten().tolist()
+        expected = sum(values) / len(values)
+        spread = sum((v - expected) ** 2 for v in values) / (len(values) - 1)
+        assert float(mean[n, c, i, j]) == pytest.approx(expected, abs=1e-12)
+        assert float(var[n, c, i, j]) == pytest.approx(spread + 1e-5, rel=1e-10)
+
+
+@settings(deadline=None, max_examples=30)
+@given(shapes)
+def test_blocks_are_a_view_that_can_be_undone(shape):
+    x, _ = images(shape, 0)
+    blocks = to_blocks(x, shape[2])
+    assert blocks.shape == (shape[0], shape[1], shape[2], shape[2], shape[3], shape[4])
+    assert blocks.data_ptr() == x.data_ptr()
+    assert torch.equal(from_blocks(blocks), x)
+    for n, c, i, j, block in each_block(x, shape[2]):
+        assert torch.equal(blocks[n, c, i, j], block)
+
+
+@settings(deadline=None, max_examples=30)
+@given(shapes, st.integers(0, 2**32), st.floats(0, 1))
+def test_restriction_lands_on_the_manifold_and_stays(shape, seed, alpha_bar):
+    x, ref = images(shape, seed)
+    target = diffuse_statistics(*block_statistics(ref, shape[2]), alpha_bar)
+    there = block_adain(x, *target)
+    mean, var = block_statistics(there, shape[2])
+    own = block_statistics(x, shape[2])[1]
+    torch.testing.assert_close(mean, target[0], atol=1e-10, rtol=0)
+    # EPS keeps constant blocks finite, at the price of a little variance: var * (own - EPS) / own.
+    torch.testing.assert_close(var - EPS, target[1] * (own - EPS) / own, atol=1e-10, rtol=1e-8)
+
+
+@settings(deadline=None, max_examples=30)
+@given(shapes, st.integers(0, 2**32))
+def test_restriction_to_the_own_statistics_is_the_identity(shape, seed):
+    x, _ = images(shape, seed)
+    torch.testing.assert_close(block_adain(x, *block_statistics(x, shape[2])), x, atol=1e-12, rtol=1e-10)
+
+
+@settings(deadline=None, max_examples=30)
+@given(shapes, st.integers(0, 2**32), st.floats(-3, 3), st.floats(0.1, 10))
+def test_restriction_ignores_brightness_and_contrast_of_its_input(shape, seed, shift, contrast):
+    # Without EPS this holds exactly; with it, up to EPS relative to the smaller variance.
+    x, ref = images(shape, seed, scale=100.0)
+    target = block_statistics(ref / 100, shape[2])
+    smallest = float(block_statistics(x, shape[2])[1].min()) * min(1.0, contrast**2)
+    before, after = block_adain(x, *target), block_adain(contrast * x + shift, *target)
+    torch.testing.assert_close(after, before, atol=20 * EPS / smallest + 1e-9, rtol=0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(shapes, st.integers(0, 2**32))
+def test_split_parts(shape, seed):
+    x, vector = images(shape, seed)
+    blocks = shape[2]
+    mean, _ = block_statistics(images(shape, seed + 1)[0], blocks)
+    tangent, normal = split(x, vector, mean)
+    torch.testing.assert_close(tangent + normal, vector, atol=1e-12, rtol=0)
+    # Removing the radial component of a mean-free vector: orthogonal to x - mean whatever the mean of x is.
+    radius = to_blocks(x, blocks) - mean
+    inner = (to_blocks(tangent, blocks) * radius).sum(dim=(4, 5))
+    torch.testing.assert_close(inner, torch.zeros_like(inner), atol=1e-9, rtol=0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(shapes, st.integers(0, 2**32))
+def test_split_is_the_projection_on_the_tangent_space(shape, seed):
+    """At a point of the manifold, moving along the tangent keeps means, and variances to first order."""
+    x, vector = images(shape, seed)
+    blocks = shape[2]
+    mean, var = block_statistics(x, blocks)
+    tangent, normal = split(x, vector, mean)
+    again, rest = split(x, tangent, mean)
+    torch.testing.assert_close(again, tangent, atol=1e-9, rtol=0)
+    torch.testing.assert_close(rest, torch.zeros_like(rest), atol=1e-9, rtol=0)
+    nothing, all_of_it = split(x, normal, mean)
+    torch.testing.assert_close(nothing, torch.zeros_like(nothing), atol=1e-9, rtol=0)
+    torch.testing.assert_close(all_of_it, normal, atol=1e-9, rtol=0)
+    step = 1e-4
+    moved_mean, moved_var = block_statistics(x + step * tangent, blocks)
+    torch.testing.assert_close(moved_mean, mean, atol=1e-11, rtol=0)
+    second_order = block_statistics(tangent, blocks)[1] - EPS
+    torch.testing.assert_close(moved_var, var + step**2 * second_order, atol=1e-11, rtol=0)
+
+
+def test_split_is_linear_in_the_vector():
+    x, a = images((2, 3, 4, 3, 5), 0)
+    b, ref = images((2, 3, 4, 3, 5), 1)
+    mean, _ = block_statistics(ref, 4)
+    expected = 2 * split(x, a, mean)[0] - 3 * split(x, b, mean)[0]
+    torch.testing.assert_close(split(x, 2 * a - 3 * b, mean)[0], expected)
+
+
+def test_diffused_statistics_are_those_of_a_noised_reference():
+    generator = torch.Generator().manual_seed(0)
+    ref = torch.rand(1, 3, 512, 512, generator=generator) * 2 - 1
+    alpha_bar = 0.3
+    noised = alpha_bar**0.5 * ref + (1 - alpha_bar) ** 0.5 * torch.randn(ref.shape, generator=generator)
+    expected_mean, expected_var = diffuse_statistics(*block_statistics(ref, 2), alpha_bar)
+    mean, var = block_statistics(noised, 2)
+    torch.testing.assert_close(mean, expected_mean, atol=0.02, rtol=0)
+    torch.testing.assert_close(var, expected_var, atol=0, rtol=0.03)
+
+
+def test_diffused_statistics_at_both_ends():
+    mean, var = block_statistics(torch.randn(1, 3, 8, 8), 2)
+    for result, expected in zip(diffuse_statistics(mean, var, 1.0), (mean, var)):
+        assert torch.equal(result, expected)
+    for result, expected in zip(diffuse_statistics(mean, var, 0.0), (torch.zeros_like(mean), torch.ones_like(var))):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
+def test_constant_blocks(value):
+    constant = torch.full((2, 3, 8, 8), value)
+    mean, var = block_statistics(constant, 4)
+    torch.testing.assert_close(mean, torch.full_like(mean, value))
+    torch.testing.assert_close(var, torch.full_like(var, 1e-5), atol=0, rtol=1e-6)
+    # A constant block has no direction in which to grow: it gets the mean and stays constant.
+    target = diffuse_statistics(*block_statistics(torch.rand(2, 3, 8, 8), 4), 0.5)
+    restricted = block_adain(constant, *target)
+    torch.testing.assert_close(restricted, from_blocks(target[0].expand(-1, -1, -1, -1, 2, 2)))
+    # It loses only the mean of a vector.
+    vector = torch.randn(2, 3, 8, 8)
+    tangent, normal = split(constant, vector, mean)
+    block_mean = block_statistics(vector, 4)[0].expand(-1, -1, -1, -1, 2, 2)
+    torch.testing.assert_close(tangent, vector - from_blocks(block_mean))
+    torch.testing.assert_close(normal, from_blocks(block_mean))
+
+
+def test_split_of_nothing():
+    x = torch.randn(1, 3, 8, 8)
+    tangent, normal = split(x, torch.zeros_like(x), block_statistics(x, 4)[0])
+    assert not tangent.any() and not normal.any()
+
+
+@pytest.mark.parametrize(
+    "size, blocks", [((32, 32), 5), ((32, 30), 16), ((30, 32), 16), ((32, 32), 0), ((32, 32), -4), ((8, 8), 16)]
+)
+def test_blocks_that_do_not_divide(size, blocks):
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels cannot be cut into {blocks}x{blocks}"):
+        check_blocks(size, blocks)
+
+
+def test_blocks_of_one_pixel_have_no_variance():
+    with pytest.raises(ValueError, match="one pixel each"):
+        block_statistics(torch.randn(1, 3, 8, 8), 8)
+    check_blocks((8, 16), 8)
+
+
+def test_one_block_is_the_whole_image():
+    x = torch.randn(2, 3, 6, 10)
+    mean, var = block_statistics(x, 1)
+    torch.testing.assert_close(mean.flatten(1), x.mean(dim=(2, 3)))
+    torch.testing.assert_close(var.flatten(1), x.var(dim=(2, 3)) + EPS)

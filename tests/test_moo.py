@@ -1,0 +1,296 @@
+"""The minimum-norm point: golden numbers, an independent solver, and the properties that define it."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden, golden_names
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.optimize import nnls
+
+from guided_diffusion.moo import min_norm_point, min_norm_weights
+
+METHODS = ("exact", "frank_wolfe")
+EXACT_UP_TO = 6  # more vectors are solved by Frank-Wolfe, to about two per cent of the norm
+
+
+def length(point):
+    return point.double().flatten(-2).norm(dim=-1)
+
+
+def random_vectors(count, components=24, seed=0, common=1.0, spread=0.0, dtype=torch.float64):
+    """[K, components]: random vectors, the larger `common` the more alike, whose lengths span 10^spread."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(count, components, generator=generator, dtype=torch.float64)
+    vectors += common * torch.randn(components, generator=generator, dtype=torch.float64)
+    scales = 10 ** (spread * (torch.rand(count, 1, generator=generator, dtype=torch.float64) - 0.5))
+    return (vectors * scales).to(dtype)
+
+
+def reference_point(vectors):
+    """The minimum-norm point [D] of [K, D] by non-negative least squares.
+
+    min |V w|^2 + m^2 (sum w - 1)^2 over w >= 0 has, for every m > 0, a multiple of the wanted weights as its solution.
+    """
+    v = vectors.double().numpy()
+    weight = max(np.linalg.norm(v, axis=1).min(), 1e-12)
+    w, _ = nnls(np.vstack([v.T, np.full((1, len(v)), weight)]), np.append(np.zeros(v.shape[1]), weight))
+    return torch.from_numpy(w / w.sum() @ v)
+
+
+vector_sets = st.builds(
+    random_vectors,
+    st.integers(1, EXACT_UP_TO),
+    components=st.sampled_from([1, 2, 3, 24]),
+    seed=st.integers(0, 2**32),
+    common=st.sampled_from([0.0, 0.3, 1.0, 10.0]),
+    spread=st.sampled_from([0.0, 1.0, 3.0]),
+)
+
+
+@pytest.mark.parametrize("name", golden_names("frank_wolfe_"))
+def test_golden(name):
+    data = golden(name)
+    vectors, expected = data["vectors"], data["output"]
+    dim = vectors.ndim - 3
+    torch.testing.assert_close(min_norm_point(vectors, dim, "frank_wolfe"), expected, atol=1e-4, rtol=0)
+    exact = min_norm_point(vectors, dim, "exact")
+    assert (length(exact) <= length(expected) * (1 + 1e-6)).all()
+    if vectors.shape[dim] == 2:
+        torch.testing.assert_close(exact, expected, atol=1e-4, rtol=0)
+
+
+@settings(deadline=None, max_examples=150)
+@given(vector_sets)
+def test_agrees_with_non_negative_least_squares(vectors):
+    expected, largest = reference_point(vectors), float(vectors.norm(dim=1).max())
+    result = min_norm_point(vectors, 0)
+    assert result.norm() <= expected.norm() + 1e-6 * largest
+    # The point is unique, but its position is only as certain as the square root of its norm's rounding.
+    torch.testing.assert_close(result, expected, atol=1e-4 * largest, rtol=0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(vector_sets)
+def test_no_direction_is_harmed(vectors):
+    """<d, v_k> >= |d|^2 for every k: this is what makes d the minimum-norm point."""
+    result = min_norm_point(vectors, 0)
+    inner = vectors @ result
+    slack = 1e-6 * float(vectors.norm(dim=1).max()) ** 2
+    assert (inner >= result.square().sum() - slack).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(vector_sets, st.integers(0, 2**32))
+def test_no_convex_combination_is_shorter(vectors, seed):
+    result = min_norm_point(vectors, 0).norm()
+    tried = torch.distributions.Dirichlet(torch.full((len(vectors),), 0.5, dtype=torch.float64))
+    torch.manual_seed(seed)
+    weights = torch.cat([tried.sample((200,)), torch.eye(len(vectors), dtype=torch.float64)])
+    shortest = (weights @ vectors).norm(dim=1).min()
+    assert result <= shortest + 1e-6 * float(vectors.norm(dim=1).max())
+
+
+@settings(deadline=None, max_examples=100)
+@given(vector_sets, st.sampled_from(METHODS))
+def test_weights_are_convex(vectors, method):
+    weights = min_norm_weights(vectors, 0, method)
+    assert (weights >= 0).all()
+    assert float(weights.sum()) == pytest.approx(1, abs=1e-6)
+    torch.testing.assert_close(min_norm_point(vectors, 0, method), weights.to(vectors) @ vectors)
+
+
+@settings(deadline=None, max_examples=50)
+@given(vector_sets, st.randoms(use_true_random=False))
+def test_order_does_not_matter(vectors, random):
+    order = list(range(len(vectors)))
+    random.shuffle(order)
+    result, permuted = min_norm_point(vectors, 0), min_norm_point(vectors[order], 0)
+    torch.testing.assert_close(permuted, result, atol=1e-5 * float(vectors.abs().max()), rtol=0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(vector_sets, st.integers(0, EXACT_UP_TO - 1))
+def test_a_repeated_vector_changes_nothing(vectors, which):
+    assume(len(vectors) < EXACT_UP_TO)
+    repeated = torch.cat([vectors, vectors[which % len(vectors)][None]])
+    result = min_norm_point(vectors, 0)
+    torch.testing.assert_close(
+        min_norm_point(repeated, 0), result, atol=1e-4 * float(vectors.norm(dim=1).max()), rtol=0
+    )
+
+
+@settings(deadline=None, max_examples=50)
+@given(vector_sets, st.sampled_from([1e-6, 1e-3, 3.0, 1e3, 1e6]))
+def test_scaling_all_vectors_scales_the_point(vectors, factor):
+    result = min_norm_point(vectors, 0)
+    scaled = min_norm_point(factor * vectors, 0) / factor
+    torch.testing.assert_close(scaled, result, atol=1e-5 * float(vectors.abs().max()), rtol=0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(vector_sets, st.integers(0, 2**32))
+def test_rotating_all_vectors_rotates_the_point(vectors, seed):
+    generator = torch.Generator().manual_seed(seed)
+    size = vectors.shape[1]
+    rotation, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    rotated = min_norm_point(vectors @ rotation, 0)
+    torch.testing.assert_close(
+        rotated, min_norm_point(vectors, 0) @ rotation, atol=1e-4 * float(vectors.norm(dim=1).max()), rtol=0
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("count", range(1, 9))
+def test_never_longer_than_any_vector(count, method):
+    vectors = torch.stack([random_vectors(count, 16, seed, 1.0, 2.0, torch.float32) for seed in range(100)])
+    result = min_norm_point(vectors, 1, method).norm(dim=1)
+    shortest = vectors.norm(dim=2).min(dim=1).values
+    if method == "exact" and count <= EXACT_UP_TO or count <= 2:
+        assert (result <= shortest * (1 + 1e-5)).all()
+    else:
+        # Frank-Wolfe stops short of the minimum-norm point, and may end a little above the shortest vector.
+        assert (result <= vectors.norm(dim=2).mean(dim=1)).all()
+
+
+@pytest.mark.parametrize("count", [7, 8])
+def test_many_vectors_are_nearly_exact(count):
+    for seed in range(20):
+        vectors = random_vectors(count, 40, seed, common=0.5 * (seed % 3))
+        result = min_norm_point(vectors, 0)
+        assert result.norm() <= 1.02 * reference_point(vectors).norm()
+
+
+@pytest.mark.parametrize("count", range(3, 7))
+def test_exact_is_never_longer_than_frank_wolfe(count):
+    vectors = torch.stack([random_vectors(count, 16, seed, 1.0, 1.0, torch.float32) for seed in range(200)])
+    exact, approximate = (min_norm_point(vectors, 1, method).norm(dim=1) for method in METHODS)
+    assert (exact <= approximate * (1 + 1e-6)).all()
+    assert (exact < approximate * (1 - 1e-3)).any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("count", range(1, 9))
+def test_identical_vectors(count, method):
+    vector = torch.randn(2, 3, 1, 5, 4)
+    result = min_norm_point(vector.expand(-1, -1, count, -1, -1), 2, method)
+    torch.testing.assert_close(result, vector[:, :, 0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("count", range(1, 9))
+def test_all_zero_vectors(count, method):
+    assert torch.equal(min_norm_point(torch.zeros(2, count, 5), 1, method), torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize("count", range(2, 7))
+def test_a_zero_vector_is_the_minimum_norm_point(count):
+    vectors = torch.randn(4, count, 10)
+    vectors[torch.arange(4), torch.arange(4) % count] = 0
+    torch.testing.assert_close(min_norm_point(vectors, 1), torch.zeros(4, 10), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("ratio", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("method", METHODS)
+def test_opposite_vectors_cancel(method, ratio):
+    vector = torch.randn(3, 1, 10)
+    result = min_norm_point(torch.cat([vector, -ratio * vector], dim=1), 1, method)
+    torch.testing.assert_close(result, torch.zeros(3, 10), atol=1e-6 * max(1, ratio), rtol=0)
+
+
+@pytest.mark.parametrize("extra", range(1, 5))
+def test_opposite_vectors_cancel_among_others(extra):
+    vector = torch.randn(3, 1, 10)
+    vectors = torch.cat([vector, torch.randn(3, extra, 10), -0.5 * vector], dim=1)
+    torch.testing.assert_close(min_norm_point(vectors, 1), torch.zeros(3, 10), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_parallel_vectors_leave_the_shortest(count):
+    vector = torch.randn(3, 1, 10)
+    factors = torch.tensor([5.0, 0.2, 1.0, 40.0])[:count, None]
+    torch.testing.assert_close(min_norm_point(factors * vector, 1), 0.2 * vector[:, 0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("count", range(2, 7))
+@pytest.mark.parametrize("spread", [4.0, 8.0])
+def test_lengths_far_apart(count, spread):
+    for seed in range(10):
+        vectors = random_vectors(count, 24, seed, common=0.3, spread=spread)
+        result, expected = min_norm_point(vectors, 0), reference_point(vectors)
+        assert result.isfinite().all()
+        assert result.norm() <= vectors.norm(dim=1).min() * (1 + 1e-5)
+        assert result.norm() <= expected.norm() * 1.01 + 1e-7 * float(vectors.norm(dim=1).max())
+
+
+def test_orthogonal_vectors_have_a_closed_form():
+    # For orthogonal vectors the weights are proportional to 1 / |v|^2.
+    lengths = torch.tensor([1.0, 2.0, 4.0, 0.5])
+    weights = min_norm_weights(torch.diag(lengths), 0)
+    expected = lengths**-2 / (lengths**-2).sum()
+    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_one_vector_is_its_own_point():
+    vectors = torch.randn(2, 3, 1, 4, 4)
+    for method in METHODS:
+        torch.testing.assert_close(min_norm_point(vectors, 2, method), vectors[:, :, 0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("count", [2, 3])
+def test_problems_and_components_may_have_any_shape(count, method):
+    """`dim` may be first, last or between, counted from either end; the dimensions around it only change the view."""
+    torch.manual_seed(1)
+    vectors = torch.randn(6, count, 20)
+    weights, expected = min_norm_weights(vectors, 1, method), min_norm_point(vectors, 1, method)
+    for problems in [(6,), (2, 3), (1, 6, 1)]:
+        for components in [(20,), (4, 5), (2, 5, 2)]:
+            shaped = vectors.reshape(*problems, count, *components)
+            dim = len(problems)
+            for index in (dim, dim - shaped.ndim):
+                torch.testing.assert_close(min_norm_weights(shaped, index, method), weights.reshape(*problems, count))
+                torch.testing.assert_close(
+                    min_norm_point(shaped, index, method), expected.reshape(*problems, *components)
+                )
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_numbers_are_vectors_of_one_component(count):
+    numbers = torch.randn(50, count, dtype=torch.float64)
+    low, high = numbers.min(dim=1).values, numbers.max(dim=1).values
+    expected = torch.where(low > 0, low, torch.where(high < 0, high, 0.0))
+    for dim in (1, -1):
+        torch.testing.assert_close(min_norm_point(numbers, dim), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_problems_do_not_see_each_other(count):
+    vectors = torch.stack([random_vectors(count, 16, seed, 1.0, 1.0, torch.float32) for seed in range(8)])
+    together = min_norm_point(vectors, 1)
+    for i in range(8):
+        torch.testing.assert_close(min_norm_point(vectors[i : i + 1], 1)[0], together[i], atol=1e-6, rtol=1e-5)
+
+
+def test_frank_wolfe_stops_by_the_mean_over_all_problems():
+    """As in the release: a problem beside many that are done is left before it has converged."""
+    slow = random_vectors(3, 16, 0, 0.0, 0.0, torch.float32)
+    done = torch.eye(3, 16).expand(20_000, 3, 16)  # equal weights, from which it starts, are their solution
+    alone = min_norm_weights(slow[None], 1, "frank_wolfe")[0]
+    among = min_norm_weights(torch.cat([slow[None], done]), 1, "frank_wolfe")[0]
+    assert (alone @ slow).norm() < (among @ slow).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("count", range(1, 5))
+def test_other_precisions(count, dtype):
+    vectors = torch.stack([random_vectors(count, 16, seed) for seed in range(20)])
+    result = min_norm_point(vectors.to(dtype), 1).double()
+    expected = torch.stack([reference_point(v) for v in vectors])
+    error = (result - expected).norm(dim=1) / vectors.norm(dim=2).max(dim=1).values
+    assert (error < 4 * torch.finfo(dtype).eps ** 0.5 + 1e-6).all()
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match="'newton'; it can be exact or frank_wolfe"):
+        min_norm_point(torch.randn(2, 3), 0, "newton")

@@ -1,0 +1,288 @@
+"""Flags: guided-diffusion's names and defaults, their parsing, and the errors of those that fit nothing."""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
+from guided_diffusion.respace import SpacedDiffusion
+from guided_diffusion.script_util import (
+    add_dict_to_argparser,
+    args_to_dict,
+    attention_factors,
+    channel_multipliers,
+    classifier_defaults,
+    create_classifier,
+    create_diffusion,
+    create_gaussian_diffusion,
+    create_model,
+    create_model_and_diffusion,
+    diffusion_defaults,
+    model_and_diffusion_defaults,
+    str2bool,
+)
+from guided_diffusion.unet import EncoderUNetModel, UNetModel
+
+TINY = dict(image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8")
+
+
+def test_defaults_are_guided_diffusions():
+    assert model_and_diffusion_defaults() == {
+        "image_size": 64,
+        "num_channels": 128,
+        "num_res_blocks": 2,
+        "num_heads": 4,
+        "num_heads_upsample": -1,
+        "num_head_channels": -1,
+        "attention_resolutions": "16,8",
+        "channel_mult": "",
+        "dropout": 0.0,
+        "class_cond": False,
+        "use_checkpoint": False,
+        "use_scale_shift_norm": True,
+        "resblock_updown": False,
+        "use_fp16": False,
+        "use_new_attention_order": False,
+        "learn_sigma": False,
+        "diffusion_steps": 1000,
+        "noise_schedule": "linear",
+        "timestep_respacing": "",
+        "use_kl": False,
+        "predict_xstart": False,
+        "rescale_timesteps": False,
+        "rescale_learned_sigmas": False,
+    }
+    assert diffusion_defaults().items() <= model_and_diffusion_defaults().items()
+
+
+def test_every_default_set_is_fresh():
+    for defaults in (model_and_diffusion_defaults, diffusion_defaults, classifier_defaults):
+        defaults().clear()
+        assert defaults()
+
+
+def parse(*argv, defaults=None):
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_dict_to_argparser(parser, model_and_diffusion_defaults() if defaults is None else defaults)
+    return parser.parse_args(argv)
+
+
+def test_no_flags_give_the_defaults():
+    defaults = model_and_diffusion_defaults()
+    assert args_to_dict(parse(), defaults.keys()) == defaults
+
+
+def test_the_releases_command_line():
+    args = parse(
+        *"--attention_resolutions 16 --class_cond False --diffusion_steps 1000 --dropout 0.1 --image_size 256".split(),
+        *"--learn_sigma True --noise_schedule cosine --num_channels 128 --num_head_channels 64".split(),
+        *"--num_res_blocks 1 --resblock_updown True --use_fp16 False --use_scale_shift_norm True".split(),
+        *"--timestep_respacing 100 --channel_mult 1,2".split(),
+    )
+    changed = {
+        "attention_resolutions": "16",
+        "dropout": 0.1,
+        "image_size": 256,
+        "learn_sigma": True,
+        "noise_schedule": "cosine",
+        "num_head_channels": 64,
+        "num_res_blocks": 1,
+        "resblock_updown": True,
+        "timestep_respacing": "100",
+        "channel_mult": "1,2",
+    }
+    assert vars(args) == {**model_and_diffusion_defaults(), **changed}
+
+
+def test_types_come_from_the_defaults():
+    args = parse(
+        "--a", "7", "--b", "7", "--c", "7", "--d", "1", "--e", "7", defaults=dict(a=1, b=1.0, c="x", d=False, e=None)
+    )
+    assert [type(value) for value in vars(args).values()] == [int, float, str, bool, str]
+    assert args_to_dict(args, ["b", "d"]) == {"b": 7.0, "d": True}
+
+
+@pytest.mark.parametrize("flag, value", [("image_size", "big"), ("dropout", "none"), ("learn_sigma", "maybe")])
+def test_flags_of_the_wrong_type(flag, value):
+    with pytest.raises(argparse.ArgumentError, match=flag):
+        parse(f"--{flag}", value)
+
+
+@pytest.mark.parametrize("text", ["True", "true", "TRUE", "yes", "y", "t", "1", True])
+def test_true(text):
+    assert str2bool(text) is True
+
+
+@pytest.mark.parametrize("text", ["False", "false", "FALSE", "no", "n", "f", "0", False])
+def test_false(text):
+    assert str2bool(text) is False
+
+
+@pytest.mark.parametrize("text", ["", "maybe", "2", "None", " True"])
+def test_neither(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="neither True nor False"):
+        str2bool(text)
+
+
+@pytest.mark.parametrize(
+    "text, size, expected",
+    [
+        ("", 512, (0.5, 1, 1, 2, 2, 4, 4)),
+        ("", 256, (1, 1, 2, 2, 4, 4)),
+        ("", 128, (1, 1, 2, 3, 4)),
+        ("", 64, (1, 2, 3, 4)),
+        (None, 64, (1, 2, 3, 4)),
+        ("1,2,4", 48, (1, 2, 4)),
+        ("0.5,1,1.0", 48, (0.5, 1, 1)),
+        ("3", 256, (3,)),
+        (" 1, 2 ", 256, (1, 2)),
+    ],
+)
+def test_channel_multipliers(text, size, expected):
+    result = channel_multipliers(text, size)
+    assert result == expected
+    assert [type(m) for m in result] == [int if m == int(m) else float for m in expected]
+
+
+@pytest.mark.parametrize("text", ["1,2,", "1;2", "one", "1,,2", ","])
+def test_bad_channel_multipliers(text):
+    with pytest.raises(UserError, match=f"--channel_mult is '{text}'; it is a list of numbers like 1,2,4"):
+        channel_multipliers(text, 64)
+
+
+def test_image_sizes_without_usual_multipliers():
+    with pytest.raises(UserError, match="--image_size 96 has no usual --channel_mult.*64, 128, 256, 512"):
+        channel_multipliers("", 96)
+
+
+@pytest.mark.parametrize(
+    "text, size, expected",
+    [("16,8", 64, (4, 8)), ("16", 256, (16,)), ("32,16,8", 256, (8, 16, 32)), ("", 64, ()), (16, 64, (4,))],
+)
+def test_attention_factors(text, size, expected):
+    assert attention_factors(text, size) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "sixteen", "16;8", "8.5"])
+def test_bad_attention_resolutions(text):
+    with pytest.raises(UserError, match=f"--attention_resolutions is '{text}'"):
+        attention_factors(text, 64)
+
+
+def test_model_and_diffusion_from_few_flags():
+    model, diffusion = create_model_and_diffusion(**TINY, timestep_respacing="10", learn_sigma=True)
+    assert isinstance(model, UNetModel) and isinstance(diffusion, SpacedDiffusion)
+    assert diffusion.num_timesteps == 10
+    assert diffusion.original_num_steps == 1000
+    assert model.out_channels == 6
+    out = diffusion.p_mean_variance(model, torch.randn(2, 3, 16, 16), torch.tensor([0, 9]))
+    assert out["mean"].shape == (2, 3, 16, 16)
+
+
+def test_flags_reach_the_model():
+    plain = create_model(**TINY)
+    assert plain.out_channels == 3
+    assert plain.num_classes is None
+    assert create_model(**TINY, class_cond=True).num_classes == 1000
+    assert create_model(**TINY, use_fp16=True).dtype == torch.float16
+    dropouts = [m.p for m in create_model(**TINY, dropout=0.3).modules() if isinstance(m, torch.nn.Dropout)]
+    assert dropouts and set(dropouts) == {0.3}
+
+    def count(model):
+        return sum(p.numel() for p in model.parameters())
+
+    # Scale and shift double the embedding's projections; resampling in residual blocks replaces strided convolutions.
+    assert count(create_model(**TINY, use_scale_shift_norm=True)) > count(plain)
+    assert count(create_model(**TINY, resblock_updown=True)) > count(plain)
+    assert count(create_model(**{**TINY, "attention_resolutions": "16,8"})) > count(plain)
+    heads = {m.num_heads for m in create_model(**TINY, num_head_channels=16).modules() if hasattr(m, "num_heads")}
+    assert heads == {4}
+    heads = [
+        m.num_heads
+        for m in create_model(**TINY, num_heads=2, num_heads_upsample=4).modules()
+        if hasattr(m, "num_heads")
+    ]
+    assert heads == [2] * 2 + [4] * 2
+    orders = {
+        m.use_new_attention_order
+        for m in create_model(**TINY, use_new_attention_order=True).modules()
+        if hasattr(m, "num_heads")
+    }
+    assert orders == {True}
+
+
+@pytest.mark.parametrize(
+    "flags, attribute, expected",
+    [
+        ({}, "model_mean_type", ModelMeanType.EPSILON),
+        ({"predict_xstart": True}, "model_mean_type", ModelMeanType.START_X),
+        ({}, "model_var_type", ModelVarType.FIXED_SMALL),
+        ({"sigma_small": False}, "model_var_type", ModelVarType.FIXED_LARGE),
+        ({"learn_sigma": True}, "model_var_type", ModelVarType.LEARNED_RANGE),
+        ({"learn_sigma": True, "sigma_small": False}, "model_var_type", ModelVarType.LEARNED_RANGE),
+        ({}, "loss_type", LossType.MSE),
+        ({"rescale_learned_sigmas": True}, "loss_type", LossType.RESCALED_MSE),
+        ({"use_kl": True}, "loss_type", LossType.RESCALED_KL),
+        ({"use_kl": True, "rescale_learned_sigmas": True}, "loss_type", LossType.RESCALED_KL),
+        ({"rescale_timesteps": True}, "rescale_timesteps", True),
+        ({"steps": 400}, "num_timesteps", 400),
+        ({"steps": 400, "timestep_respacing": "20"}, "num_timesteps", 20),
+        ({"steps": 400, "timestep_respacing": "ddim20"}, "timestep_map", list(range(0, 400, 20))),
+    ],
+)
+def test_flags_reach_the_diffusion(flags, attribute, expected):
+    assert getattr(create_gaussian_diffusion(**flags), attribute) == expected
+    # The same by the names of the command line.
+    named = {"diffusion_steps" if name == "steps" else name: value for name, value in flags.items()}
+    assert getattr(create_diffusion(**named), attribute) == expected
+    _, diffusion = create_model_and_diffusion(**TINY, **named)
+    assert getattr(diffusion, attribute) == expected
+
+
+def test_classifier_and_extractor():
+    flags = dict(image_size=16, classifier_width=32, classifier_depth=1, channel_mult="1,2")
+    flags["classifier_attention_resolutions"] = "8"
+    model = create_classifier(**flags, num_class=2, head="I2Iout")
+    assert isinstance(model, EncoderUNetModel)
+    assert any(name.startswith("I2Iout.") for name in model.state_dict())
+    logits = model(torch.randn(3, 3, 16, 16), torch.tensor([0, 10, 999]))
+    assert logits.shape == (3, 2)
+    assert create_classifier(**flags)(torch.randn(1, 3, 16, 16), torch.tensor([5])).shape == (1, 1000)
+    assert create_classifier(**flags, classifier_use_fp16=True).dtype == torch.float16
+    with pytest.raises(ValueError, match="pool is 'max'"):
+        create_classifier(**flags, classifier_pool="max")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"noise_schedule": "sigmoid"}, "--noise_schedule is 'sigmoid'; it can be linear or cosine"),
+        ({"timestep_respacing": "many"}, "--timestep_respacing is 'many'"),
+        ({"timestep_respacing": "1001"}, "--timestep_respacing asks for 1001 steps out of 1000"),
+        ({"diffusion_steps": 0}, "--diffusion_steps is 0; it must be at least 1"),
+        ({"diffusion_steps": -5}, "--diffusion_steps is -5; it must be at least 1"),
+        ({"channel_mult": "a"}, "--channel_mult is 'a'"),
+        ({"attention_resolutions": "x"}, "--attention_resolutions is 'x'"),
+        ({"image_size": 48, "channel_mult": ""}, "--image_size 48 has no usual --channel_mult"),
+    ],
+)
+def test_errors_are_one_line_that_names_flag_and_value(flags, message):
+    with pytest.raises(UserError) as caught:
+        create_model_and_diffusion(**{**TINY, **flags})
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_importing_the_core_stays_light():
+    modules = "energy sddm script_util unet ddpm manifold moo respace losses".split()
+    code = (
+        f"import sys, {', '.join('guided_diffusion.' + name for name in modules)}, resizer\n"
+        "print(sorted({'scipy', 'torchvision', 'mpi4py', 'PIL', 'blobfile', 'matplotlib'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,389 @@
+"""Losses and gradients of training are those of the plain formulas, and draws depend on sample numbers only."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from guided_diffusion import train_files
+from guided_diffusion.checkpoint import load_model
+from guided_diffusion.dist_util import Ranks
+from guided_diffusion.errors import UserError
+from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler, create_named_schedule_sampler
+from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model_and_diffusion
+from guided_diffusion.train_data import (
+    TrainImages,
+    batch_numbers,
+    class_labels,
+    list_images,
+    load_data,
+    random_uniform,
+    sample_noise,
+)
+from guided_diffusion.train_losses import classifier_loss, diffusion_loss, evaluate, loss_weights, means_by_quarter
+from guided_diffusion.train_util import TrainConfig, TrainLoop, draw_samples, learning_rate
+
+FLAGS = dict(
+    image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="4", diffusion_steps=100
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Sixteen pictures of four squares each, in two folders."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        path = folder / ("first" if i < 8 else "second") / f"{i:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        squares = rng.integers(0, 255, (2, 2, 3), dtype=np.uint8)
+        Image.fromarray(squares).resize((8, 8), Image.Resampling.NEAREST).save(path)
+    return folder
+
+
+def make_loop(folder, save_dir, flags=FLAGS, weighting=None, images=None, nonzero=True, **config):
+    torch.manual_seed(0)
+    model, diffusion = create_model_and_diffusion(**flags)
+    for parameter in model.parameters() if nonzero else ():  # layers that start at zero would hide gradients
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.05)
+    config = TrainConfig(save_dir=str(save_dir), **config)
+    losses = diffusion_loss(diffusion, loss_weights(diffusion, **(weighting or {})))
+    sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion)
+    images = images or TrainImages(list_images(folder), 8)
+    return TrainLoop(model, losses, images, config, sampler, device="cpu", ranks=Ranks()), diffusion
+
+
+def gradients(loop, start=0):
+    numbers = next(batch_numbers(start, loop.config.batch_size))
+    x, y = next(loop.images.batches(iter([numbers]), "cpu"))
+    loop.backward(numbers, x, y)
+    return [p.grad.clone() for p in loop.params], numbers, x
+
+
+def assert_all_close(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+# ---- loss and gradient ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "weighting, formula",
+    [
+        ({}, lambda snr: 1.0),
+        ({"p2_gamma": 0.5, "p2_k": 1.0}, lambda snr: 1 / (1 + snr) ** 0.5),
+        ({"p2_gamma": 1.0, "p2_k": 2.0}, lambda snr: 1 / (2 + snr)),
+        ({"min_snr_gamma": 5.0}, lambda snr: min(snr, 5) / snr),
+    ],
+)
+def test_gradient_is_that_of_the_plain_formula(folder, tmp_path, weighting, formula):
+    loop, diffusion = make_loop(folder, tmp_path, weighting=weighting, batch_size=4)
+    actual, numbers, x = gradients(loop)
+
+    uniform = random_uniform(0, "timestep", numbers)
+    eps = sample_noise(0, numbers, (3, 8, 8), "cpu")
+    loss = 0
+    for i in range(4):
+        step = int(uniform[i] * 100)
+        alpha_bar = float(np.prod(1 - diffusion.betas[: step + 1]))
+        x_t = math.sqrt(alpha_bar) * x[i : i + 1] + math.sqrt(1 - alpha_bar) * eps[i : i + 1]
+        error = loop.model(x_t, torch.tensor([step])) - eps[i : i + 1]
+        loss = loss + formula(alpha_bar / (1 - alpha_bar)) * error.square().mean() / 4
+    assert_all_close(actual, torch.autograd.grad(loss, loop.params))
+
+
+def test_min_snr_weight_of_a_model_that_predicts_the_image():
+    diffusion = create_gaussian_diffusion(steps=50, predict_xstart=True)
+    snr = diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)
+    np.testing.assert_allclose(loss_weights(diffusion, min_snr_gamma=5.0).numpy(), np.minimum(snr, 5), rtol=1e-6)
+
+
+def test_weighting_leaves_the_variance_term_alone(folder, tmp_path):
+    flags = {**FLAGS, "learn_sigma": True}
+    loop, diffusion = make_loop(folder, tmp_path, flags=flags, weighting={"p2_gamma": 1.0}, batch_size=4)
+    x, t = torch.rand(4, 3, 8, 8), torch.tensor([0, 10, 50, 99])
+    noise = torch.randn(4, 3, 8, 8)
+    terms = loop.losses(loop.model, x, t, noise, None)
+    weights = loss_weights(diffusion, p2_gamma=1.0)[t]
+    assert (terms["vb"] != 0).all()
+    torch.testing.assert_close(terms["loss"], weights * terms["mse"] + terms["vb"])
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 8])
+def test_microbatches_give_the_gradient_of_the_batch(folder, tmp_path, microbatch):
+    whole = gradients(make_loop(folder, tmp_path, batch_size=8)[0])[0]
+    parts = gradients(make_loop(folder, tmp_path, batch_size=8, microbatch=microbatch)[0])[0]
+    assert_all_close(parts, whole)
+
+
+def test_classifier_gradient_is_that_of_cross_entropy(folder, tmp_path):
+    torch.manual_seed(0)
+    model = create_classifier(8, classifier_width=32, classifier_depth=1, channel_mult="1,2", num_class=2,
+                              classifier_attention_resolutions="4", head="I2Iout")  # fmt: skip
+    diffusion = create_gaussian_diffusion(steps=100)
+    x, y, t = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 1, 0]), torch.tensor([0, 30, 60, 99])
+    noise = torch.randn(4, 3, 8, 8)
+    terms = classifier_loss(diffusion)(model, x, t, noise, y)
+    logits = model(diffusion.q_sample(x, t, noise=noise), t)
+    plain = -torch.log(torch.exp(logits[range(4), y]) / torch.exp(logits).sum(dim=1))
+    torch.testing.assert_close(terms["loss"], plain)
+    assert torch.equal(terms["acc"], ((logits[:, 1] > logits[:, 0]).long() == y).float())
+
+
+def test_clipping_bounds_the_gradient_that_the_optimizer_sees(folder, tmp_path):
+    loop, _ = make_loop(folder, tmp_path, batch_size=4, grad_clip=1e-3)
+    unclipped = torch.cat([g.flatten() for g in gradients(loop)[0]])
+    loop.optimizer.zero_grad()
+    seen = []
+    loop.optimizer.register_step_pre_hook(lambda *_: seen.append(torch.cat([p.grad.flatten() for p in loop.params])))
+    numbers = np.arange(4)
+    loop.train_step(numbers, *next(loop.images.batches(iter([numbers]), "cpu")))
+    torch.testing.assert_close(seen[0], unclipped / unclipped.norm() * 1e-3, rtol=1e-3, atol=1e-9)
+
+
+def test_averages_follow_their_formula(folder, tmp_path):
+    loop, _ = make_loop(folder, tmp_path, batch_size=2, ema_rate="0.9,0.5", lr=1e-3)
+    expected = {rate: [p.detach().clone() for p in loop.params] for rate in (0.9, 0.5)}
+    for at in range(3):
+        numbers = np.arange(2 * at, 2 * at + 2)
+        loop.train_step(numbers, *next(loop.images.batches(iter([numbers]), "cpu")))
+        for rate, values in expected.items():
+            expected[rate] = [rate * value + (1 - rate) * p.detach() for value, p in zip(values, loop.params)]
+    assert not torch.equal(loop.ema["0.9"][0], loop.ema["0.5"][0])
+    assert_all_close(loop.ema["0.9"], expected[0.9])
+    assert_all_close(loop.ema["0.5"], expected[0.5])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_gradients_stay_close(folder, tmp_path, precision):
+    exact = torch.cat([g.flatten() for g in gradients(make_loop(folder, tmp_path, batch_size=4)[0])[0]])
+    loop, _ = make_loop(folder, tmp_path, batch_size=4, precision=precision)
+    rough = torch.cat([g.flatten() for g in gradients(loop)[0]]) / loop.scaler.get_scale()
+    assert all(p.dtype == torch.float32 for p in loop.params)
+    assert 0 < (rough - exact).norm() < 0.05 * exact.norm()
+
+
+def test_learning_rate_schedules():
+    constant = TrainConfig(lr=1e-3)
+    assert [learning_rate(constant, step) for step in (0, 10**6)] == [1e-3, 1e-3]
+    linear = TrainConfig(lr=1.0, lr_anneal_steps=100, lr_warmup_steps=10)
+    assert [learning_rate(linear, step) for step in (0, 50, 75, 100)] == pytest.approx([0.1, 0.5, 0.25, 0.0])
+    cosine = dataclasses.replace(linear, lr_schedule="cosine")
+    assert [learning_rate(cosine, step) for step in (25, 50, 100)] == pytest.approx(
+        [0.5 + 0.5 * math.cos(math.pi / 4), 0.5, 0.0]
+    )
+
+
+# ---- what is drawn --------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**40), start=st.integers(0, 10**9), count=st.integers(1, 12), cut=st.integers(1, 12))
+def test_draws_depend_on_the_sample_number_only(seed, start, count, cut):
+    numbers = np.arange(start, start + count)
+    for draw in (lambda n: random_uniform(seed, "flip", n), lambda n: sample_noise(seed, n, (2, 3), "cpu").numpy()):
+        whole = draw(numbers)
+        parts = [draw(numbers[at : at + cut]) for at in range(0, count, cut)]
+        assert np.array_equal(whole, np.concatenate(parts))
+
+
+def test_draws_are_uniform_normal_and_independent_between_purposes():
+    numbers = np.arange(20000)
+    flips, steps = random_uniform(1, "flip", numbers), random_uniform(1, "timestep", numbers)
+    for values in (flips, steps):
+        counts = np.histogram(values, bins=20, range=(0, 1))[0]
+        assert ((counts - 1000) ** 2 / 1000).sum() < 45  # chi-squared with 19 degrees of freedom, p < 0.001
+    assert abs(np.corrcoef(flips, steps)[0, 1]) < 0.03
+    noise = sample_noise(1, np.arange(500), (64,), "cpu")
+    assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
+    assert abs((noise[1:] * noise[:-1]).mean()) < 0.03
+
+
+@pytest.mark.parametrize("cache, workers", [("memory", 0), ("none", 0), ("none", 2)])
+def test_every_epoch_shows_every_image_once(folder, cache, workers):
+    images = TrainImages(list_images(folder), 8, cache=cache, num_workers=workers, seed=3)
+    numbers = [np.arange(at, at + 5) for at in range(0, 35, 5)]
+    shown = torch.cat([x for x, _ in images.batches(iter(numbers), "cpu")])
+    expected = torch.stack([images.read(i) for i in range(16)]).float() / 127.5 - 1
+    which = [int((x == expected).flatten(1).all(dim=1).nonzero()) for x in shown]
+    assert sorted(which[:16]) == sorted(which[16:32]) == list(range(16))
+    assert which[:16] != which[16:32]
+    assert which == images.indices(np.arange(35)).tolist()
+
+
+def test_ranks_share_the_sequence_of_samples():
+    alone = [next(batch_numbers(12, 6)).tolist()]
+    together = [next(batch_numbers(12, 2, rank, 3)).tolist() for rank in range(3)]
+    assert sum(together, []) == alone[0]
+
+
+def test_half_of_the_images_are_flipped_the_same_ones_whenever(folder):
+    images = TrainImages(list_images(folder), 8, random_flip=True)
+    plain = TrainImages(list_images(folder), 8)
+    numbers = np.arange(200)
+    flipped, straight = (next(data.batches(iter([numbers]), "cpu"))[0] for data in (images, plain))
+    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(flipped, straight)]
+    assert all(a or torch.equal(x, y) for a, x, y in zip(mirrored, flipped, straight))
+    assert 70 < sum(mirrored) < 130
+    again = next(images.batches(iter([numbers[50:60]]), "cpu"))[0]
+    assert torch.equal(again, flipped[50:60])
+
+
+def test_random_crops_are_windows_of_the_larger_image(folder):
+    images = TrainImages(list_images(folder), 8, random_crop=True)
+    crops, _ = next(images.batches(iter([np.arange(32)]), "cpu"))
+    places = set()
+    for crop, index in zip(crops, images.indices(np.arange(32))):
+        large = images.read(index).float() / 127.5 - 1
+        assert large.shape == (3, 10, 10)
+        windows = {(y, x): large[:, y : y + 8, x : x + 8] for y in range(3) for x in range(3)}
+        found = [place for place, window in windows.items() if torch.equal(window, crop)]
+        assert found
+        places.add(found[0])
+    assert len(places) > 3
+
+
+def test_load_data_gives_images_and_labels(folder):
+    x, kwargs = next(load_data(data_dir=str(folder), batch_size=16, image_size=8, class_cond=True, deterministic=True))
+    assert x.shape == (16, 3, 8, 8) and -1 <= x.min() < x.max() <= 1
+    assert kwargs["y"].tolist() == [0] * 8 + [1] * 8
+    assert next(load_data(data_dir=str(folder), batch_size=2, image_size=8))[1] == {}
+
+
+def test_classes_come_from_folders_or_from_file_names(tmp_path):
+    for name in ("dog_1.png", "cat_1.png", "cat_2.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    labels, names = class_labels(list_images(tmp_path))
+    assert names == ["cat", "dog"] and labels.tolist() == [0, 0, 1]
+    with pytest.raises(UserError, match=r"dog_1.png: its class 'dog' is not among"):
+        class_labels(list_images(tmp_path), ["cat"])
+
+
+def test_unreadable_image_is_named(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    images = TrainImages(list_images(tmp_path), 8)
+    with pytest.raises(UserError, match="broken.png: .*; repair it or take it out"):
+        next(images.batches(iter([np.arange(1)]), "cpu"))
+
+
+# ---- schedule samplers ----------------------------------------------------------------------------------------------
+
+
+def test_loss_second_moment_sampler_is_unbiased_and_prefers_large_losses():
+    sampler = LossSecondMomentResampler(4, history=2, uniform_prob=0.1)
+    assert sampler.weights().tolist() == [1, 1, 1, 1]
+    sampler.update_with_all_losses([0, 1, 2, 3] * 2, [1, 2, 3, 4, 1, 2, 3, 4])
+    sampler.update_with_all_losses([3, 3], [10, 10])  # the oldest losses of step 3 are forgotten
+    p = np.array([1, 2, 3, 10]) / 16 * 0.9 + 0.1 / 4
+    np.testing.assert_allclose(sampler.weights(), p)
+    uniform = (np.arange(100000) + 0.5) / 100000
+    t, weights = sampler.sample(len(uniform), "cpu", uniform)
+    np.testing.assert_allclose(np.bincount(t.numpy()) / len(t), p, atol=1e-4)
+    losses = torch.tensor([1.0, 2.0, 3.0, 10.0])
+    assert float((losses[t] * weights).mean()) == pytest.approx(4.0, rel=1e-3)
+    other = LossSecondMomentResampler(4, history=2, uniform_prob=0.1)
+    other.load_state_dict(sampler.state_dict())
+    np.testing.assert_array_equal(other.weights(), sampler.weights())
+
+
+def test_uniform_sampler_reaches_every_step():
+    t, weights = UniformSampler(1000).sample(1000, "cpu", (np.arange(1000) + 0.5) / 1000)
+    assert t.tolist() == list(range(1000))
+    torch.testing.assert_close(weights, torch.ones(1000))
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+
+def test_tiny_model_memorises_eight_images(folder, tmp_path):
+    references = list_images(folder)
+    known, unknown = TrainImages(references[:8], 8), TrainImages(references[8:], 8)
+    loop, diffusion = make_loop(
+        folder, tmp_path, images=known, nonzero=False, batch_size=16, lr=2e-3, lr_anneal_steps=300, lr_warmup_steps=10,
+        lr_schedule="cosine", ema_rate="0.95", log_interval=30,
+    )  # fmt: skip
+    assert loop.run()
+    losses = [float(row["loss"]) for row in train_files.ProgressLog(tmp_path, 300).rows]
+    assert len(losses) == 10 and losses[-1] < 0.2 * losses[0]
+
+    def error(images):
+        (_, x, _), t = next(images.ordered_batches(8, "cpu")), torch.full((8,), 10)
+        x_t = diffusion.q_sample(x, t, noise=sample_noise("test", np.arange(8), x.shape[1:], "cpu"))
+        with torch.no_grad():
+            return (diffusion.xstart_from_eps(x_t, t, loop.averaged_model()(x_t, t)) - x).square().mean()
+
+    assert error(known) < error(unknown) / 2
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("fp16", 2e-3), ("fp32", 0)])
+def test_exported_model_loads_without_flags_and_samples(folder, tmp_path, dtype, tolerance):
+    flags = {**FLAGS, "noise_schedule": "cosine", "channel_mult": "1,2", "num_heads": 2}
+    loop, _ = make_loop(folder, tmp_path, flags=flags, batch_size=2, ema_rate="0.5", lr=1e-3, export_dtype=dtype)
+    loop.metadata = {"model_type": "ADM", "flags": json.dumps(flags)}
+    numbers = np.arange(2)
+    loop.train_step(numbers, *next(loop.images.batches(iter([numbers]), "cpu")))
+    loop.save()
+    model, info = load_model(tmp_path / "model.safetensors")
+    assert info.model_type == "ADM" and info.assumed == ()
+    assert {name: info.flags[name] for name in flags} == flags
+    assert info.metadata["training"].startswith("1 steps, 2 images")
+    for value, average, trained in zip(model.parameters(), loop.ema["0.5"], loop.params):
+        torch.testing.assert_close(value, average, rtol=tolerance, atol=tolerance)
+    assert any(not torch.equal(value, trained) for value, trained in zip(model.parameters(), loop.params))
+    images = draw_samples(model, create_gaussian_diffusion(steps=100, timestep_respacing="4"), 3, 8, use_ddim=False)
+    assert images.shape == (3, 8, 8, 3) and images.dtype == np.uint8
+
+
+def test_diverged_run_ends_without_a_checkpoint(folder, tmp_path):
+    loop, _ = make_loop(folder, tmp_path, batch_size=2, lr=1e30, iterations=5, log_interval=100)
+    with pytest.raises(UserError, match="not finite any more at step 5: .* lower --lr"):
+        loop.run()
+    assert train_files.saved_steps(tmp_path) == []
+
+
+def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
+    loop, _ = make_loop(folder, tmp_path, batch_size=1, iterations=4, save_interval=1, keep=2, ema_rate="0.9")
+    loop.run()
+    names = {path.name for path in tmp_path.glob("*.pt")}
+    expected = [f"model00000{n}.pt opt00000{n}.pt ema_0.9_00000{n}.pt".split() for n in (3, 4)]
+    assert names == set(sum(expected, []))
+
+
+def test_held_out_accuracy_by_quarter_of_the_timesteps(folder):
+    references = list_images(folder)
+    labels = class_labels(references)[0]
+    images = TrainImages(references, 8, labels=labels)
+
+    def knows_early_steps(model, x, t, noise, y):
+        return {"loss": t / 100, "acc": (t < 50).float()}
+
+    parts = [
+        evaluate(None, knows_early_steps, images, 100, device="cpu", rank=r, world_size=2, batch_size=3) for r in (0, 1)
+    ]
+    totals = {name: parts[0][name] + parts[1][name] for name in parts[0]}
+    assert totals["acc"][:, 1].sum() == 16
+    means = means_by_quarter(totals, prefix="val_")
+    assert [means[f"val_acc_q{q}"] for q in range(4)] == [1, 1, 0, 0]
+    assert means["val_loss_q3"] > 0.75
+
+
+# ---- progress.csv ---------------------------------------------------------------------------------------------------
+
+
+def test_progress_log_drops_rows_after_the_resumed_step(tmp_path):
+    log = train_files.ProgressLog(tmp_path, 0)
+    for step in (10, 20, 30):
+        log.write({"step": step, "loss": 1 / step})
+    with open(tmp_path / "progress.csv", "a") as file:
+        file.write("40,0.0")  # cut off by a kill, or so it looks
+    again = train_files.ProgressLog(tmp_path, 20)
+    again.write({"step": 30, "loss": 0.5, "val_acc": 1.0})
+    assert (tmp_path / "progress.csv").read_text() == "step,loss,val_acc\n10,0.1,\n20,0.05,\n30,0.5,1\n"
