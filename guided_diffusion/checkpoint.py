@@ -414,11 +414,11 @@ def _agree(flag, value, found, image_size):
         base = found.get("num_channels") or found.get("classifier_width")
         try:
             widths, fitting = ([int(m * base) for m in channel_multipliers(v, image_size)] for v in (value, fits))
-        except (ValueError, OverflowError):  # "nan", "inf"
+        except OverflowError:  # 1e308 times the base
             return False
         return widths == fitting
     if flag.endswith("attention_resolutions"):
-        # Sides at which the network has no level, or sides that do not divide the image, never had an effect.
+        # Sides at which the network has no level never had an effect.
         reached = {2**level for level in range(found["channel_mult"].count(",") + 1)}
         return set(attention_factors(value, image_size)) & reached == set(attention_factors(fits, image_size))
     return value == fits

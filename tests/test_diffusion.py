@@ -66,10 +66,15 @@ def test_golden_posterior(name):
     with torch.no_grad():
         out = diffusion.p_mean_variance(model, data["input.x"], data["input.t"], config["clip_denoised"])
     assert set(out) == {"mean", "variance", "log_variance", "pred_xstart"}
-    for key, value in out.items():
+    for key in ("mean", "variance", "log_variance"):
         torch.testing.assert_close(
-            value, data[f"output.{key}"], atol=1e-4, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
+            out[key], data[f"output.{key}"], atol=1e-4, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
         )
+    # x_0 is the network's output times sqrt(1/alpha_bar - 1), which is 157 at the last step: there it differs between
+    # processors by their rounding errors (bit for bit equal on the kind of processor that made the file).
+    amplified = torch.from_numpy(diffusion.sqrt_recipm1_alphas_cumprod)[data["input.t"]]
+    error = (out["pred_xstart"] - data["output.pred_xstart"]).abs().flatten(1).amax(1)
+    assert (error <= 1e-4 + 2e-6 * amplified).all(), error
 
 
 @pytest.mark.parametrize("name", golden_names("ddim10"))

@@ -426,7 +426,8 @@ def test_images_of_a_batch_do_not_see_each_other_through_a_unet():
     _, _, ref, draws = setup(steps=6, n=3)
     together = run(model, diffusion, ref, draws, energies=[energies.dct(4), energies.low_pass(4)])[0]
     alone = run(model, diffusion, ref[:1], draws[:, :1], energies=[energies.dct(4), energies.low_pass(4)])[0]
-    torch.testing.assert_close(alone[0], together[0], atol=1e-5, rtol=0)
+    # Convolutions of one image and of three sum in another order, and the first steps amplify it.
+    torch.testing.assert_close(alone[0], together[0], atol=1e-4, rtol=0)
 
 
 REFERENCES = {
@@ -494,7 +495,7 @@ def test_a_zero_gradient_stops_the_move_along_the_manifold():
     mean, var = diffuse_statistics(*block_statistics(ref, 4), float(diffusion.alphas_cumprod[7]))
     twin = Twin(model, diffusion, ref.double(), 4, False, [Zero()])
     d, _, _ = twin.direction(twin.restrict(x.double().numpy(), diffusion.alphas_cumprod[7]), 7, x.double().numpy())
-    assert not d.any()
+    assert np.abs(d).max() < 1e-12
     without = run(model, diffusion, ref, draws)
     assert not torch.allclose(with_zero[7], without[7])
 

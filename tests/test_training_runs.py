@@ -238,7 +238,7 @@ def error_line(monkeypatch, capfd):
             "--data_dir {folder} --sample_interval 1 --sample_respacing ddim400",
             "--sample_respacing is ddim400; no integer stride",
         ),
-        ("--data_dir {folder} --diffusion_steps 8", "the model's flags do not go together: betas"),
+        ("--data_dir {folder} --diffusion_steps 8", "--diffusion_steps 8 is too few for the linear schedule, which needs more than 20"),
         ("--data_dir {folder} --num_channels 40", "the model's flags do not go together: "),
         ("--data_dir {folder} --no_such_flag 1", "unrecognized arguments: --no_such_flag 1"),
     ],
