@@ -1,0 +1,310 @@
+"""ae_sample.py as its users run it: processes, the release's command line, pictures, energies, errors."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden
+from PIL import Image
+
+from guided_diffusion import energy, sddm
+from guided_diffusion.checkpoint import load_model, save_model
+from guided_diffusion.engine import ImageNoise
+from guided_diffusion.image_datasets import list_references, load_image, to_tensor, to_uint8
+from guided_diffusion.script_util import create_classifier, create_diffusion, create_model
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = dict(
+    image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8",
+    num_head_channels=32, resblock_updown=True, use_scale_shift_norm=True, learn_sigma=False,
+)
+ENCODER = dict(
+    image_size=16, classifier_width=32, classifier_depth=1, classifier_attention_resolutions="8", channel_mult="1,2",
+    num_class=3, num_head_channels=32,
+)
+SMALL = ("--timestep_respacing", "6", "--range_t", "2", "--area", "4", "--seed", "3", "--device", "cpu")
+# The command line of the release's README, but for the numbers of steps, the model's file and the folders.
+RELEASE = (
+    "--attention_resolutions 16 --class_cond False --diffusion_steps 1000 --dropout 0.0 --image_size 256 "
+    "--learn_sigma False --noise_schedule linear --num_channels 128 --num_head_channels 64 --num_res_blocks 2 "
+    "--resblock_updown True --use_fp16 False --use_scale_shift_norm True --area 16 --detail_merge False"
+)
+# All other flags of the release, some of which do nothing here.
+REST_OF_RELEASE = (
+    "--num_heads 4 --num_heads_upsample -1 --use_checkpoint False --use_new_attention_order False --predict_xstart False "
+    "--rescale_timesteps False --rescale_learned_sigmas False --use_kl False --batch_size 4 --num_samples 1 "
+    "--clip_denoised True --use_ddim False --classifier_scale 1.0 --vggdepth 1 --affine True --losstype l2 "
+    "--init_with_blockadain True --diffusionmodel ADM"
+)
+
+
+def ae_sample(*flags, cwd, timeout=300):
+    """A process of its own, without PYTHONPATH."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(ROOT / "scripts" / "ae_sample.py"), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def random_state(network):
+    return {key: torch.randn_like(v) * 0.05 if v.ndim > 1 else v for key, v in network.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A tiny model, networks for the energies, and three references; no test writes here."""
+    root = tmp_path_factory.mktemp("data")
+    torch.manual_seed(0)
+    process = {"diffusion_steps": 1000, "noise_schedule": "linear"}
+    save_model(
+        root / "model.safetensors", random_state(create_model(**MODEL)), model_type="ADM", flags={**MODEL, **process}
+    )
+    for name, head in (("dse", "I2Iout"), ("classifier", None)):
+        network = create_classifier(**ENCODER, **({"head": head} if head else {}))
+        save_model(
+            root / f"{name}.safetensors", random_state(network), model_type="ENCODER", flags={**ENCODER, **process}
+        )
+    vgg = golden("energy_vgg_badain")
+    torch.save({k.removeprefix("encoder."): v for k, v in vgg.items() if k.startswith("encoder.")}, root / "vgg.pth")
+    rng = np.random.default_rng(0)
+    (root / "ref" / "more").mkdir(parents=True)
+    for name in ("a.png", "b.png", "more/c.png"):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(root / "ref" / name)
+    return root
+
+
+def translated(data, seed=3, **options):
+    """What the library itself makes of the references with the flags SMALL: uint8 images by output name."""
+    model, info = load_model(data / "model.safetensors")
+    diffusion = create_diffusion(**{**info.flags, "timestep_respacing": "6"})
+    images = {}
+    for reference in list_references(data / "ref"):
+        ref = to_tensor([load_image(reference, 16)])
+        noise = ImageNoise([f"{seed}/{reference.name}#0"], ref.device)
+        x = sddm.sample(model, diffusion, ref, blocks=4, range_t=2, noise=noise, **options)
+        images[reference.name] = to_uint8(x)[0]
+    return images
+
+
+def assert_pictures(folder, expected):
+    found = {str(p.relative_to(folder)) for p in Path(folder).rglob("*.png")} - {"grid.png"}
+    assert found == set(expected)
+    for name, image in expected.items():
+        made = np.asarray(Image.open(Path(folder) / name)).astype(int)
+        assert np.abs(made - image).max() <= 1, name
+
+
+def test_the_release_command_line_runs_unchanged(tmp_path):
+    """With random weights of the README's architecture (131.7 million parameters, 256 pixels) and four steps."""
+    flags = RELEASE.split()
+    given = dict(zip((flag.removeprefix("--") for flag in flags[::2]), flags[1::2]))
+    architecture = dict(
+        image_size=256, num_channels=128, num_res_blocks=2, attention_resolutions="16", num_head_channels=64,
+        resblock_updown=True, use_scale_shift_norm=True, learn_sigma=False,
+    )
+    assert all(str(value) == given[name] for name, value in architecture.items())
+    torch.manual_seed(0)
+    model = create_model(**architecture)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 131.7
+    (tmp_path / "models").mkdir()
+    torch.save(model.state_dict(), tmp_path / "models" / "afhq.pt")
+    del model
+    (tmp_path / "ref_imgs").mkdir()
+    for name in ("star.png", "heart.png"):
+        shutil.copy(ROOT / "ref_imgs" / name, tmp_path / "ref_imgs")
+    paths = "--model_path models/afhq.pt --base_samples ref_imgs --save_dir output".split()
+    steps = "--timestep_respacing 4 --range_t 1".split()
+    done = ae_sample(*flags, *steps, *paths, *REST_OF_RELEASE.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("classifier_scale 1.0", "affine True", "losstype l2", "init_with_blockadain True", "diffusionmodel ADM"):
+        assert f"--{name} has no effect" in done.stderr
+    assert "1 done, 0 skipped (were there), 0 failed" in done.stdout
+    assert sorted(os.listdir(tmp_path / "output")) == ["grid.png", "heart.png", "run.json"]
+    made = np.asarray(Image.open(tmp_path / "output" / "heart.png"))
+    assert made.shape == (256, 256, 3) and made.std() > 1
+    record = json.loads((tmp_path / "output" / "run.json").read_text())
+    assert record["model_evaluations"] == 4 and record["settings"]["num_channels"] == 128
+
+
+def test_pictures_grid_and_trajectories_from_another_folder(data, tmp_path):
+    shutil.copytree(data / "ref", tmp_path / "my pictures")
+    (tmp_path / "my pictures" / "Ärger.png").write_bytes((data / "ref" / "a.png").read_bytes())
+    done = ae_sample(
+        "--model_path", data / "model.safetensors", "--base_samples", "my pictures", *SMALL, "--energy", "dct",
+        "--save_trajectory", "--batch_size", "3", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "4 done, 0 skipped (were there), 0 failed" in done.stdout and "output/grid.png" in done.stdout.replace(os.sep, "/")
+    assert "100%, 4/4 images, step 24/24" in done.stderr
+    out = tmp_path / "output"
+    expected = translated(data, energies=[energy.dct(4)])
+    for name, image in expected.items():
+        assert np.abs(np.asarray(Image.open(out / name)).astype(int) - image).max() <= 1
+    with Image.open(out / "grid.png") as grid:
+        assert grid.size[0] > 2 * 128 and grid.size[1] > 4 * 128  # four pairs below each other
+    for name in ("a", "b", "more/c", "Ärger"):
+        with Image.open(out / "trajectory" / f"{name}.gif") as animation:
+            assert animation.n_frames >= 6 and animation.size == (16, 16)
+            animation.seek(animation.n_frames - 1)
+            last = np.asarray(animation.convert("RGB")).astype(int)
+        final = np.asarray(Image.open(out / f"{name}.png")).astype(int)
+        assert np.abs(last - final).mean() < 16  # a GIF has 256 colours
+
+
+ENERGIES = {
+    "vgg": (("--vgg_path", "{data}/vgg.pth"), lambda data: [energy.vgg(data / "vgg.pth", 4)]),
+    "none": ((), lambda data: []),
+    "low_pass": (("--down_N", "4"), lambda data: [energy.low_pass(4)]),
+    "dse,low_pass,dct": (
+        ("--down_N", "4", "--dsepath", "{data}/dse.safetensors"),
+        lambda data: [energy.dse(load_model(data / "dse.safetensors")[0]), energy.low_pass(4), energy.dct(4)],
+    ),
+    "classifier": (
+        ("--classifier_path", "{data}/classifier.safetensors", "--target_class", "2"),
+        lambda data: [energy.classifier(load_model(data / "classifier.safetensors")[0], 2)],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module; it takes signals for itself when it is imported."""
+    import importlib
+    import signal
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.path.insert(0, str(ROOT / "scripts"))
+    yield importlib.import_module("ae_sample")
+    sys.path.remove(str(ROOT / "scripts"))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run_here(script, data, out, *flags):
+    """The command in this process; returns its exit status."""
+    from guided_diffusion import dist_util
+
+    given = ["--model_path", data / "model.safetensors", "--base_samples", data / "ref", "--save_dir", out]
+    args = script.create_parser().parse_args(list(map(str, [*given, *SMALL, *flags])))
+    return script.translate(args, dist_util.connect(dist_util.Ranks()))
+
+
+@pytest.mark.parametrize("variant", ["manifold", "released"])
+@pytest.mark.parametrize("names", ENERGIES)
+def test_energies_of_the_command_are_the_librarys(script, data, tmp_path, names, variant):
+    flags, make = ENERGIES[names]
+    flags = [flag.format(data=data) for flag in flags]
+    assert run_here(script, data, tmp_path / "out", "--energy", names, "--variant", variant, "--batch_size", 1, *flags) == 0
+    assert_pictures(tmp_path / "out", translated(data, variant=variant, energies=make(data)))
+
+
+def test_other_flags_of_the_method_reach_the_sampler(script, data, tmp_path):
+    assert run_here(script, data, tmp_path / "out", "--energy", "dct", "--detail_merge", "True", "--batch_size", 1) == 0
+    merged = translated(data, energies=[energy.dct(4)], detail_merge=True)
+    assert_pictures(tmp_path / "out", merged)
+    assert any(np.abs(merged[n].astype(int) - image).max() > 1 for n, image in translated(data, energies=[energy.dct(4)]).items())
+
+
+def test_the_default_energy_is_said(script, data, tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert run_here(script, data, tmp_path / "a", "--vgg_path", tmp_path / "missing.pth") == 0
+    assert "energy: dct (there is no" in caplog.text and "missing.pth" in caplog.text
+    assert run_here(script, data, tmp_path / "b", "--vgg_path", data / "vgg.pth") == 0
+    energies = [json.loads((tmp_path / run / "run.json").read_text())["settings"]["energy"] for run in "ab"]
+    assert energies == [["dct"], ["vgg"]]
+
+
+ERRORS = {
+    "--area 5": "--area 5 does not suit --image_size 16",
+    "--area 16": "--area 16 does not suit --image_size 16",
+    "--range_t 6": "--range_t is 6; a schedule of 6 steps takes 0 to 5",
+    "--range_t -1": "--range_t is -1; a schedule of 6 steps takes 0 to 5",
+    "--timestep_respacing 0": "--timestep_respacing",
+    "--timestep_respacing ddim400": "no integer stride",
+    "--num_channels 64": "--num_channels 64 does not fit {data}/model.safetensors: it has num_channels=32",
+    "--learn_sigma True": "--learn_sigma True does not fit {data}/model.safetensors: it has learn_sigma=False",
+    "--image_size 15 --area 5": "it needs a multiple of 2",
+    "--noise_schedule cosine": "--noise_schedule cosine does not fit",
+    "--class_index 1": "is not class-conditional",
+    "--energy vgg,dct": "--vgg_path {data}/nothing.pth does not exist, and --energy vgg needs it",
+    "--energy wavelet": "--energy wavelet: 'wavelet' is none of vgg, dct, dse, low_pass, classifier",
+    "--energy dct,dct": "--energy dct,dct names an energy twice",
+    "--energy dse": "--energy dse needs --dsepath",
+    "--energy dse --dsepath {data}/model.safetensors": "is a diffusion model, not a classifier or extractor",
+    "--energy classifier --classifier_path {data}/classifier.safetensors": "--energy classifier needs --target_class",
+    "--energy classifier --classifier_path {data}/classifier.safetensors --target_class 3": "has classes 0 to 2",
+    "--energy low_pass --down_N 5": "--down_N 5 does not divide the image size 16x16",
+    "--model_path {data}/dse.safetensors": "is a classifier or extractor, not a diffusion model",
+    "--model_path {data}/nothing.pt": "{data}/nothing.pt does not exist",
+    "--base_samples {data}/nowhere": "--base_samples {data}/nowhere",
+    "--device cuda:55": "--device cuda:55 cannot be used",
+    "--use_fp16 True --precision bf16": "--use_fp16 True contradicts --precision bf16",
+    "--background chartreuse2": "--background",
+}
+
+
+@pytest.mark.parametrize("flags", ERRORS)
+def test_bad_flags_are_one_line_before_anything_is_written(script, data, tmp_path, flags):
+    from guided_diffusion.errors import UserError
+
+    vgg = () if "--vgg_path" in flags else ("--vgg_path", data / "nothing.pth")
+    with pytest.raises(UserError) as caught:
+        run_here(script, data, tmp_path / "out", *vgg, *flags.format(data=data).split())
+    message = str(caught.value)
+    assert ERRORS[flags].format(data=data) in message and "\n" not in message
+    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("", "the following arguments are required: --model_path, --base_samples"),
+        ("--model_path m --base_samples r --area 0", "argument --area: '0' is not a whole number above 0"),
+        ("--model_path m --base_samples r --batch_size big", "'big' is not a whole number above 0, nor auto"),
+        ("--model_path m --base_samples r --learn_sigma perhaps", "argument --learn_sigma"),
+        ("--model_path m --base_samples r --variant paper", "argument --variant: invalid choice: 'paper'"),
+        ("--model_path m --base_samples r --rangt 5", "unrecognized arguments: --rangt 5"),
+    ],
+)
+def test_flags_that_cannot_be_read_end_with_one_line(script, capsys, flags, message):
+    with pytest.raises(SystemExit) as caught:
+        script.create_parser().parse_args(flags.split())
+    assert caught.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and message in line and line.count("\n") == 1
+
+
+def test_errors_of_the_process_are_one_line(data, tmp_path):
+    done = ae_sample("--model_path", "m.pt", "--base_samples", data / "ref", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("error: m.pt does not exist")
+    assert "Traceback" not in done.stderr
+
+
+def test_help_groups_the_flags(script):
+    text = script.create_parser().format_help()
+    titles = [line.removesuffix(":") for line in text.splitlines() if line and line[0].isalpha() and line.endswith(":")]
+    wanted = ["model", "diffusion", "method", "energies", "input and output"]
+    assert [title for title in titles if title in wanted] == wanted
+    for flag in {*RELEASE.split()[::2], *REST_OF_RELEASE.split()[::2], "--seed", "--variant", "--energy"}:
+        assert f"{flag} " in text
+
+
+IMPORTS = """
+import sys, time, torch
+start = time.perf_counter()
+import guided_diffusion
+print(time.perf_counter() - start)
+print(*(name for name in ("mpi4py", "torchvision", "scipy") if name in sys.modules))
+"""
+
+
+def test_importing_the_package_is_light():
+    done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True, check=True)
+    _, loaded = done.stdout.split("\n")[:2]
+    assert loaded == ""
