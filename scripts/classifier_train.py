@@ -32,7 +32,7 @@ EPILOG = """examples:
   python scripts/classifier_train.py --domains data/emoji/twitter/train,data/emoji/fluent3d/train \\
       --val_domains data/emoji/twitter/test,data/emoji/fluent3d/test --image_size 64 --channel_mult 1,2,4,4 \\
       --classifier_width 32 --save_dir output/extractor
-  python scripts/ae_sample.py --energy dse --dse_path output/extractor/model.safetensors ...
+  python scripts/ae_sample.py --energy dse --dsepath output/extractor/model.safetensors ...
 
 Classes are the folders in --data_dir, or the parts of file names before the first underscore.
 """
