@@ -271,6 +271,23 @@ class Peers:
         """Whether a rank has ended the run."""
         return self._call("check", ["stopped"])
 
+    def interrupted(self, patience=1.0):
+        """End the run because a signal came; returns whether this rank is the one to say so.
+
+        Mostly the signal comes to all, and rank 0 speaks. Another rank waits `patience` seconds for that: rank 0 may be
+        what died, or may not have been meant. A launcher that ends the run because a rank has failed sends signals too;
+        then all is said.
+        """
+        until = time.monotonic() + (patience if self.rank else 0)
+        try:
+            while not self.stopped():
+                if time.monotonic() >= until:
+                    return self.stop("interrupted")
+                time.sleep(POLL)
+            return False
+        except UserError:  # the store is gone, and with it the rank or launcher that had it
+            return True
+
     def leave(self):
         """The last word to the others: what this rank had to share is shared."""
         if self.world_size == 1:

@@ -15,7 +15,7 @@ import warnings
 
 
 def _interrupted_early(number, frame):
-    os.write(2, b"interrupted before any image was made\n")
+    os.write(2, b"interrupted; run the same command again to go on\n")
     os._exit(130)
 
 
@@ -325,11 +325,11 @@ def run_sampling(job, sampler, steps, made=TRANSLATIONS):
             if progress is not None:
                 progress.close()
         job.finish()
-    except KeyboardInterrupt:
-        # A launcher that ends the run because another rank has failed interrupts too; then all is said.
-        if job.peers.rank == 0 and job.peers.stop("interrupted"):
+    except KeyboardInterrupt as error:
+        if job.peers.interrupted():
             command = "the same command without --overwrite" if job.options.overwrite else "the same command"
-            print(f"interrupted: {job.made()} of {wanted} images are done; run {command} again to go on", file=sys.stderr)
+            print(f"{_cause(error, job.peers)}: {job.made()} of {wanted} images are done; run {command} again to go on",
+                  file=sys.stderr)
         return 130
     if job.peers.rank:
         return 0  # rank 0 tells of all; a launcher would end it if another status came first
@@ -416,11 +416,18 @@ def _raise_once():
         nonlocal first
         if first is None:
             first = time.monotonic()
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(signal.Signals(number).name)
         if time.monotonic() - first > 2:
             os._exit(130)
 
     return handle
+
+
+def _cause(interrupt, me):
+    """What a KeyboardInterrupt of `_raise_once` was."""
+    if "SIGTERM" not in interrupt.args:
+        return "interrupted"
+    return "ended by SIGTERM" + ", as launchers do when another process has died" * (me.world_size > 1)
 
 
 def main(function, parser):
@@ -461,8 +468,8 @@ def _explain(error, me, peers):
     if isinstance(error, dist_util.Stopped):
         return 2
     if isinstance(error, KeyboardInterrupt):
-        if me.rank == 0 and (not connected or peers.stop("interrupted")):
-            print("interrupted before any image was made", file=sys.stderr)
+        if peers.interrupted() if connected else me.rank == 0:
+            print(f"{_cause(error, me)}; run the same command again to go on", file=sys.stderr)
         return 130
     if isinstance(error, Exception) and is_out_of_memory(error):
         error = UserError(f"out of memory: {str(error).splitlines()[0]}")
