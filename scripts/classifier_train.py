@@ -40,7 +40,7 @@ Classes are the folders in --data_dir, or the parts of file names before the fir
 
 def defaults():
     """The classifier's flags; classifier_use_fp16 is the loop's, since weights are kept in float32."""
-    names = {**classifier_defaults(), "channel_mult": "", **diffusion_defaults()}
+    names = {**classifier_defaults(), "channel_mult": "", "num_head_channels": 64, **diffusion_defaults()}
     left_out = ("classifier_use_fp16", "learn_sigma", "use_kl", "predict_xstart", "rescale_learned_sigmas")
     return {name: value for name, value in names.items() if name not in left_out}
 

@@ -171,6 +171,7 @@ def test_extractor_of_two_domains_trains_measures_and_loads(folder, tmp_path):
     encoder, info = load_model(tmp_path / "model.safetensors")
     assert info.model_type == "ENCODER" and encoder.head == "I2Iout"
     assert info.flags["num_class"] == 2 and info.flags["diffusion_steps"] == 100
+    assert not info.assumed  # the file states what its tensors do not tell
     assert json.loads(info.metadata["classes"]) == ["source", "target"]
     energy = dse(encoder)
     energy.prepare(torch.zeros(1, 3, 8, 8))
