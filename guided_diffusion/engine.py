@@ -11,6 +11,7 @@ import logging
 import os
 import posixpath
 import re
+import tempfile
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -138,7 +139,7 @@ class Job:
             return
         options = self.options
         if (lock := outputs.lock(options.save_dir)) is not None:
-            weakref.finalize(self, os.close, lock)
+            self._unlock = weakref.finalize(self, os.close, lock)  # in case that nobody comes to call it
         automatic = AUTO_BATCH.get(options.device.type, AUTO_BATCH["cpu"])
         batch_size = automatic if options.batch_size == "auto" else options.batch_size
         old = None
@@ -243,6 +244,7 @@ class Job:
             # What is finished is kept; the first error is the one to tell.
             with contextlib.suppress(BaseException):
                 self.writer.close()
+            self._unlock()
             raise
         self._gather()
         self.summary.seconds = time.monotonic() - started
@@ -337,6 +339,9 @@ class Job:
         """How many of the wanted outputs there are."""
         return sum(map(self._exists, self.items.values()))
 
+    def _unlock(self):
+        """Give the save folder free for other runs; replaced where this process holds a lock on it."""
+
     _steps_told, _untold, _told_at, _seen = 0, 0, 0.0, 0
 
     def _tell(self, image_steps):
@@ -386,6 +391,7 @@ class Job:
             "seconds": round(self.record["seconds"] + self.summary.seconds, 3),
         }
         self._write_record()
+        self._unlock()
 
     def _write_grid(self):
         options = self.options
@@ -396,10 +402,13 @@ class Job:
                 break
             if reference.name in self.summary.failed or not all(self._exists(item) for item in made):
                 continue
-            source = load_image(
-                reference, self.image_size, resize=options.resize, background=options.background
-            )
-            rows.append([source] + [load_image(self.path(item), self.image_size) for item in made])
+            try:
+                source = load_image(
+                    reference, self.image_size, resize=options.resize, background=options.background
+                )
+                rows.append([source] + [load_image(self.path(item), self.image_size) for item in made])
+            except ImageError:  # made earlier, and changed by somebody since
+                continue
         if rows:
             side = min(256, max(128, self.image_size))
             columns = max(1, round((len(rows) / (1 + options.samples_per_image)) ** 0.5))
@@ -451,10 +460,11 @@ def _check_folders(options):
             raise UserError(f"--save_dir {save_dir} lies in --base_samples, and outputs would become references; move it")
     try:
         os.makedirs(save_dir, exist_ok=True)
-        probe = os.path.join(save_dir, f".probe-{os.getpid()}{outputs.TEMPORARY}")
-        with open(probe, "wb"):
-            pass
-        os.remove(probe)
+        # Other ranks, on other machines perhaps, try at the same time, and rank 0 removes what looks left over.
+        descriptor, probe = tempfile.mkstemp(prefix=".probe-", suffix=outputs.TEMPORARY, dir=save_dir)
+        os.close(descriptor)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(probe)
     except OSError as error:
         raise UserError(f"--save_dir {save_dir} cannot be written: {error.strerror}") from None
 

@@ -1,0 +1,856 @@
+"""The sampling engine: what outputs depend on, going on after an end of any kind, the record, disks, memory, ranks."""
+
+import contextlib
+import errno
+import gc
+import hashlib
+import importlib
+import itertools
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from tiny import SCRIPT, SIZE, assert_within_one_level, command, files, make_model, make_references, pictures, record
+from torch.distributed import HashStore
+
+from guided_diffusion import dist_util, outputs
+from guided_diffusion.dist_util import Peers, Ranks, Stopped
+from guided_diffusion.engine import Job, Options
+from guided_diffusion.errors import UserError
+
+NAMES = ("a.png", "b.png", "c c.png", "d.png", "more/a.png", "more/é.png", "more/still/f.png", "g.png", "h.png")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A tiny model and nine references; no test writes here."""
+    root = tmp_path_factory.mktemp("data")
+    make_model(root / "model.safetensors")
+    make_references(root / "ref", NAMES)
+    return root
+
+
+@pytest.fixture(scope="module")
+def script():
+    """ae_sample.py as a module, beside `common`; it takes signals for itself when it is imported."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.path.insert(0, str(SCRIPT.parent))
+    yield importlib.import_module("ae_sample")
+    sys.path.remove(str(SCRIPT.parent))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+class Painter:
+    """A sampler that costs nothing: every step mixes in a draw. Keeps the sizes of its batches.
+
+    before(painter): called at the start of every batch, as something that goes wrong.
+    """
+
+    steps = 3
+
+    def __init__(self, before=None):
+        self.batches, self.before = [], before
+
+    def __call__(self, ref, noise, callback):
+        self.batches.append(len(ref))
+        x = noise(ref.shape)
+        for i in reversed(range(self.steps)):
+            if i == 1 and self.before:
+                self.before(self)
+            x = 0.5 * x + 0.3 * ref + 0.2 * noise(ref.shape)
+            callback(i, x)
+        return x
+
+
+def paint(base, out, before=None, settings=(), peers=None, **options):
+    """One run of the engine with a `Painter`; returns its summary, the painter, and what it told of progress."""
+    job = Job(Options(str(base), str(out), **options), peers or dist_util.connect(Ranks()))
+    job.prepare(SIZE, {"seed": 0, **dict(settings)})
+    painter, progress = Painter(before), []
+    job.run(painter, painter.steps, progress.append)
+    job.finish()
+    assert sum(progress) == (0 if job.peers.rank else job.image_steps(painter.steps))
+    return job.summary, painter, progress
+
+
+def error_of(function, *arguments, kind=UserError, **options):
+    """The message of the error that a call must end with; nothing of the call stays alive, as after a process's end."""
+    message = None
+    try:
+        function(*arguments, **options)
+    except kind as error:
+        message = str(error)
+    gc.collect()
+    assert message is not None, f"no {kind.__name__}"
+    assert "\n" not in message
+    return message
+
+
+# ---- what an output depends on --------------------------------------------------------------------------------------
+
+
+def translate(script, data, out, *flags, base=None):
+    """ae_sample.py in this process; returns its exit status."""
+    given = command(data / "model.safetensors", base or data / "ref", out, *flags)[2:]
+    return script.translate(script.create_parser().parse_args(given), dist_util.connect(Ranks()))
+
+
+@pytest.fixture(scope="module")
+def translated(script, data, tmp_path_factory):
+    """Folders of finished runs with the tiny model, by batch size; no test writes here."""
+    root = tmp_path_factory.mktemp("translated")
+    for size in (1, 3, 8):
+        assert translate(script, data, root / str(size), "--batch_size", size) == 0
+    return root
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_outputs_do_not_depend_on_the_batch_size(translated, size):
+    found, wanted = pictures(translated / str(size)), pictures(translated / "3")
+    assert list(wanted) == sorted(NAMES)
+    assert_within_one_level(found, wanted)
+    levels = np.stack(list(wanted.values()))
+    assert levels.std() > 20 and ((levels > 0) & (levels < 255)).mean() > 0.5  # pictures, of which equality says something
+    assert all(np.abs(a - b).mean() > 10 for n, a in enumerate(levels) for b in levels[:n])
+
+
+def test_two_runs_of_one_configuration_are_equal_byte_for_byte(script, data, translated, tmp_path):
+    assert translate(script, data, tmp_path / "out", "--batch_size", 3) == 0
+    assert files(tmp_path / "out") == files(translated / "3")
+
+
+def test_outputs_do_not_depend_on_the_other_references(script, data, translated, tmp_path):
+    """With fewer others in the folder, and as a single file."""
+    wanted = pictures(translated / "3")
+    for name in ("more/é.png", "c c.png"):
+        (tmp_path / "alone" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(data / "ref" / name, tmp_path / "alone" / name)
+    assert translate(script, data, tmp_path / "some", base=tmp_path / "alone") == 0
+    found = pictures(tmp_path / "some")
+    assert_within_one_level(found, {name: wanted[name] for name in ("more/é.png", "c c.png")})
+    assert translate(script, data, tmp_path / "one", base=data / "ref" / "d.png") == 0
+    assert_within_one_level(pictures(tmp_path / "one"), {"d.png": wanted["d.png"]})
+
+
+def test_seed_and_relative_path_determine_the_noise(script, data, translated, tmp_path):
+    wanted = pictures(translated / "3")
+    (tmp_path / "base" / "x").mkdir(parents=True)
+    for copy in ("a.png", "x/a.png", "z.png"):
+        shutil.copy(data / "ref" / "a.png", tmp_path / "base" / copy)
+    assert translate(script, data, tmp_path / "names", base=tmp_path / "base") == 0
+    found = pictures(tmp_path / "names")
+    assert_within_one_level({"a.png": found["a.png"]}, {"a.png": wanted["a.png"]})
+    assert min(np.abs(found[name] - found["a.png"]).mean() for name in ("x/a.png", "z.png")) > 5
+    assert translate(script, data, tmp_path / "seed", "--seed", 1, base=tmp_path / "base") == 0
+    assert np.abs(pictures(tmp_path / "seed")["a.png"] - found["a.png"]).mean() > 5
+
+
+def test_several_samples_of_a_reference_differ(script, data, translated, tmp_path):
+    assert translate(script, data, tmp_path / "out", "--samples_per_image", 3, base=data / "ref" / "more") == 0
+    found = pictures(tmp_path / "out")
+    names = ("a.png", "still/f.png", "é.png")
+    assert list(found) == [f"sample_{k}/{name}" for k in range(3) for name in names]
+    for name in names:
+        several = [found[f"sample_{k}/{name}"] for k in range(3)]
+        assert min(np.abs(several[k] - several[k - 1]).mean() for k in range(3)) > 5
+    assert translate(script, data, tmp_path / "one", base=data / "ref" / "more") == 0
+    first = {name.removeprefix("sample_0/"): image for name, image in found.items() if name.startswith("sample_0/")}
+    assert_within_one_level(first, pictures(tmp_path / "one"))
+
+
+# ---- going on -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def painted(data, tmp_path_factory):
+    """The folder of an unbroken run of the `Painter` in batches of two; no test writes here."""
+    out = tmp_path_factory.mktemp("painted") / "out"
+    paint(data / "ref", out, batch_size=2)
+    return out
+
+
+class Broken(Exception):
+    """Something that the engine knows nothing of."""
+
+
+def break_at(batch, error):
+    """What makes a Painter fail in the middle of its n-th batch."""
+
+    def before(painter):
+        if len(painter.batches) == batch:
+            raise error
+
+    return before
+
+
+@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
+@pytest.mark.parametrize("batch", [1, 3, 5])
+def test_a_broken_run_is_gone_on_with(data, painted, tmp_path, batch, error):
+    out = tmp_path / "out"
+    error_of(paint, data / "ref", out, break_at(batch, error), batch_size=2, kind=error)
+    made = files(out)
+    assert len(made) == 2 * (batch - 1) and all(files(painted)[name] == image for name, image in made.items())
+    assert record(out)["finished"] is None and "counts" not in record(out)
+    times = {name: (out / name).stat().st_mtime_ns for name in made}
+    summary, painter, progress = paint(data / "ref", out, batch_size=2)
+    assert painter.batches == [2, 2, 2, 2, 1][batch - 1 :]  # nothing that is there is made again
+    assert summary.skipped == len(made) and summary.done == len(NAMES) - len(made)
+    assert sum(progress) == Painter.steps * summary.done
+    assert files(out) == files(painted)
+    assert {name: (out / name).stat().st_mtime_ns for name in made} == times
+
+
+def test_lost_outputs_and_half_written_files(data, painted, tmp_path):
+    """Only batches of which an image is missing are sampled again, in the same company; what is there stays."""
+    out = tmp_path / "out"
+    shutil.copytree(painted, out)
+    for name in ("a.png", "more/a.png"):
+        (out / name).unlink()
+    (out / "b.png").write_bytes(b"as it was")
+    for name in (".a.png.12-34.writing", "more/.x.png.5-6.writing"):
+        (out / name).write_bytes(b"half")
+    (out / "mine.txt").write_bytes(b"not of the run")
+    summary, painter, _ = paint(data / "ref", out, batch_size=2)
+    assert painter.batches == [2, 2] and (summary.done, summary.skipped) == (2, 7)
+    found = files(out)
+    assert found.pop("mine.txt") == b"not of the run" and found.pop("b.png") == b"as it was"
+    assert found.pop("grid.png")  # of the file that another put there
+    assert found == {name: image for name, image in files(painted).items() if name not in ("b.png", "grid.png")}
+
+
+def test_a_finished_run_makes_nothing_again(data, painted, tmp_path):
+    shutil.copytree(painted, tmp_path / "out")
+    summary, painter, progress = paint(data / "ref", tmp_path / "out", batch_size=2)
+    assert painter.batches == [] and summary.skipped == len(NAMES) and sum(progress) == 0
+    assert files(tmp_path / "out") == files(painted)
+
+
+def test_references_may_come_and_go(data, painted, tmp_path):
+    base = tmp_path / "base"
+    make_references(base, NAMES)
+    first, out = base / "a.png", tmp_path / "out"
+    paint(base, out, num_samples=4, batch_size=2)
+    assert list(pictures(out)) == sorted(NAMES)[:4]
+    first.unlink()
+    summary, painter, _ = paint(base, out, batch_size=2)
+    assert painter.batches == [2, 2, 1] and summary.skipped == 3
+    found, wanted = pictures(out), pictures(painted)
+    assert_within_one_level(found, wanted)  # the output of the reference that is gone stays
+    assert record(out)["counts"] == {"references": 8, "outputs": 8, "failed": 0}
+    assert sorted(key for batch in record(out)["plan"] for key in batch) == sorted(f"{name}#0" for name in NAMES)
+
+
+def test_batch_size_may_change_when_going_on(data, painted, tmp_path):
+    out = tmp_path / "out"
+    error_of(paint, data / "ref", out, break_at(3, Broken), batch_size=2, kind=Broken)
+    _, painter, _ = paint(data / "ref", out, batch_size=3)
+    assert painter.batches == [3, 2]
+    assert_within_one_level(pictures(out), pictures(painted))
+    _, painter, _ = paint(data / "ref", out, batch_size=2)
+    assert painter.batches == []
+
+
+def test_two_runs_at_once_do_not_share_a_folder(data, tmp_path):
+    def another(painter):
+        message = error_of(paint, data / "ref", out)
+        assert message == f"--save_dir {out}: another run is writing there now; wait for it or give another folder"
+        tried.append(message)
+
+    out, tried = tmp_path / "out", []
+    paint(data / "ref", out, another)
+    assert tried
+
+
+# ---- the record -----------------------------------------------------------------------------------------------------
+
+
+def test_the_record_says_what_made_the_outputs(data, translated):
+    found = record(translated / "3")
+    settings = found["settings"]
+    digest = hashlib.sha256((data / "model.safetensors").read_bytes()).hexdigest()
+    assert settings["model_path"] == f"sha256 {digest}" and settings["seed"] == 0 and settings["method"] == "sddm"
+    assert settings["timestep_respacing"] == "6" and settings["range_t"] == 2 and settings["area"] == 4
+    assert settings["energy"] == ["dct"] and settings["variant"] == "manifold" and settings["precision"] == "fp32"
+    assert settings["num_channels"] == 32 and settings["image_size"] == SIZE and settings["samples_per_image"] == 1
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"] == torch.__version__
+    assert found["versions"].keys() == {"python", "torch", "numpy", "pillow"}
+    assert found["counts"] == {"references": 9, "outputs": 9, "failed": 0} and found["failed"] == {}
+    assert found["started"] <= found["finished"] and found["started"][:2] == "20" and 0 < found["seconds"] < 600
+    assert found["batch_size"] == 3 and found["processes"] == 1 and found["device"] == "cpu"
+    assert [len(batch) for batch in found["plan"]] == [3, 3, 3]
+
+
+def test_other_settings_are_refused_with_the_differences(script, data, translated, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(translated / "3", out)
+    before = {**files(out), "run.json": (out / "run.json").read_bytes()}
+    flags = ("--seed", 7, "--area", 2, "--samples_per_image", 2, "--energy", "none", "--resize", "pad")
+    message = error_of(translate, script, data, out, *flags)
+    for difference in (
+        "--seed was 0 and is 7", "--area was 4 and is 2", "--samples_per_image was 1 and is 2",
+        "--energy was ['dct'] and is []", "--resize was 'crop' and is 'pad'",
+    ):  # fmt: skip
+        assert difference in message
+    assert message.count(" was ") == 5 and "--overwrite True to start anew" in message
+    assert {**files(out), "run.json": (out / "run.json").read_bytes()} == before
+
+
+def test_another_checkpoint_is_refused(script, data, translated, tmp_path):
+    shutil.copytree(translated / "3", tmp_path / "out")
+    (tmp_path / "data").mkdir()
+    content = (data / "model.safetensors").read_bytes()
+    (tmp_path / "data" / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    message = error_of(translate, script, tmp_path / "data", tmp_path / "out", base=data / "ref")
+    assert "--model_path was 'sha256 " in message and message.count(" was ") == 1
+
+
+def test_circumstances_may_change(script, data, translated, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(translated / "3", out)
+    (out / "g.png").unlink()
+    shutil.move(shutil.copytree(data / "ref", tmp_path / "ref"), tmp_path / "moved")
+    flags = ("--batch_size", 2, "--grid", 3, "--strict", "True", "--num_samples", 9)
+    assert translate(script, data, out, *flags, base=tmp_path / "moved") == 0
+    assert_within_one_level(pictures(out), pictures(translated / "3"))
+
+
+def test_overwrite_starts_anew(script, data, translated, tmp_path):
+    """What the old run wrote goes, what others wrote stays."""
+    out = tmp_path / "out"
+    assert translate(script, data, out, "--samples_per_image", 2, "--seed", 5, "--save_trajectory") == 0
+    (out / "mine.txt").write_text("not of the run")
+    assert translate(script, data, out, "--overwrite", "--batch_size", 3) == 0
+    found = files(out)
+    assert found.pop("mine.txt") == b"not of the run"
+    assert found == files(translated / "3")
+    assert record(out)["settings"]["seed"] == 0
+
+
+@pytest.mark.parametrize("name", ["a.png", "grid.png", "more/é.png"])
+def test_files_of_others_are_not_overwritten(data, tmp_path, name):
+    (tmp_path / "out" / "more").mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("mine")
+    message = error_of(paint, data / "ref", tmp_path / "out")
+    assert f"has {name} already" in message and "--overwrite True" in message
+    assert files(tmp_path / "out") == {name: b"mine"}
+    paint(data / "ref", tmp_path / "out", overwrite=True)
+    assert len(pictures(tmp_path / "out")) == 9 and files(tmp_path / "out")[name] != b"mine"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"format": 99}', '{"format": 1, "settings": {}}', "\0\0\0", "[" * 100_000]
+)
+def test_a_damaged_record_is_refused(data, painted, tmp_path, content):
+    shutil.copytree(painted, tmp_path / "out")
+    (tmp_path / "out" / "run.json").write_text(content)
+    message = error_of(paint, data / "ref", tmp_path / "out", batch_size=2)
+    assert "run.json cannot be gone on with" in message and "--overwrite True starts anew" in message
+    paint(data / "ref", tmp_path / "out", batch_size=2, overwrite=True)
+    assert files(tmp_path / "out") == files(painted)
+
+
+# ---- images that fail -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(data, tmp_path):
+    """The references, two of which cannot be read, and one beside them that would be written to another's output."""
+    base = shutil.copytree(data / "ref", tmp_path / "damaged")
+    (base / "b.png").write_bytes(b"")
+    (base / "more" / "a.png").write_text("no picture")
+    shutil.copy(base / "g.png", base / "d.gif")
+    return base
+
+
+REASONS = {
+    "b.png": "the file is empty (0 bytes)",
+    "more/a.png": "not an image: begins with b'no picture', which is none of PNG, JPEG, WebP, BMP, TIFF, GIF",
+    "d.png": "its output d.png would overwrite that of d.gif",
+}
+
+
+def test_what_fails_is_named_and_the_rest_is_made(damaged, painted, tmp_path):
+    summary, painter, progress = paint(damaged, tmp_path / "out", batch_size=2)
+    assert summary.failed == REASONS == record(tmp_path / "out")["failed"]
+    assert summary.done == 7 and record(tmp_path / "out")["counts"] == {"references": 10, "outputs": 7, "failed": 3}
+    assert sum(progress) == 9 * Painter.steps  # what cannot be made leaves no gap
+    wanted = pictures(painted)
+    assert_within_one_level(
+        {n: i for n, i in pictures(tmp_path / "out").items() if n != "d.png"},
+        {n: wanted[n] for n in wanted if n not in REASONS},
+    )
+
+
+def test_going_on_tries_what_failed_and_makes_nothing_else(damaged, data, tmp_path):
+    paint(damaged, tmp_path / "out", batch_size=2)
+    made = files(tmp_path / "out")
+    summary, painter, _ = paint(damaged, tmp_path / "out", batch_size=2)
+    assert painter.batches == [] and summary.failed == REASONS and files(tmp_path / "out") == made
+    shutil.copy(data / "ref" / "b.png", damaged / "b.png")
+    summary, painter, _ = paint(damaged, tmp_path / "out", batch_size=2)
+    assert painter.batches == [2] and summary.done == 1
+    assert summary.failed == {name: REASONS[name] for name in ("d.png", "more/a.png")}
+
+
+def test_strict_stops_at_the_first(damaged, tmp_path):
+    message = error_of(paint, damaged, tmp_path / "out", strict=True)
+    assert message == f"d.png: {REASONS['d.png']}" and not files(tmp_path / "out")
+    (damaged / "d.gif").unlink()
+    message = error_of(paint, damaged, tmp_path / "out", strict=True, batch_size=1)
+    assert message == f"b.png: {REASONS['b.png']}"
+    assert list(pictures(tmp_path / "out")) == ["a.png"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_fail_their_image_only(data, painted, tmp_path, value):
+    class Faulty(Painter):
+        def __call__(self, ref, noise, callback):
+            x = super().__call__(ref, noise, callback)
+            if len(self.batches) == 1:
+                x[1, 2, 3, 4] = value
+            return x
+
+    job = Job(Options(str(data / "ref"), str(tmp_path / "out"), batch_size=4), dist_util.connect(Ranks()))
+    job.prepare(SIZE, {"seed": 0})
+    summary = job.run(Faulty(), Painter.steps, lambda n: None)
+    assert list(summary.failed) == ["b.png"] and "NaN or infinite" in summary.failed["b.png"] and summary.done == 8
+    wanted = pictures(painted)
+    del wanted["b.png"]
+    assert_within_one_level(pictures(tmp_path / "out"), wanted)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def memory_for(count, error):
+    """What makes a Painter fail for batches of more images than `count`."""
+
+    def before(painter):
+        if painter.batches[-1] > count:
+            raise type(error)(*error.args)
+
+    return before
+
+
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: not enough memory"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_automatic_batches_are_halved_until_they_fit(data, painted, tmp_path, caplog, error):
+    caplog.set_level(logging.INFO, logger="sddm")
+    summary, painter, progress = paint(data / "ref", tmp_path / "out", memory_for(3, error), batch_size="auto")
+    assert painter.batches == [8, 4, 2, 2, 2, 2, 1]
+    assert [entry.getMessage() for entry in caplog.records] == [
+        "out of memory at batch size 8 on cpu; going on with 4",
+        "out of memory at batch size 4 on cpu; going on with 2",
+    ]
+    assert sum(progress) == Painter.steps * len(NAMES)  # steps of failed attempts do not count
+    assert_within_one_level(pictures(tmp_path / "out"), pictures(painted))
+
+
+def test_a_given_batch_size_that_does_not_fit_is_an_error_that_says_what_may(data, tmp_path):
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    message = error_of(paint, data / "ref", tmp_path / "out", memory_for(3, error), batch_size=7)
+    assert message == "out of memory at batch size 7 on cpu; give --batch_size 4 or less, or auto"
+    message = error_of(paint, data / "ref", tmp_path / "out", memory_for(0, error), batch_size="auto")
+    assert message.startswith("out of memory at batch size 1 on cpu: one image does not fit")
+
+
+def test_memory_of_failed_attempts_is_free_before_the_next(data, tmp_path):
+    alive = []
+
+    class Tensor:
+        def __init__(self):
+            alive.append(1)
+
+        def __del__(self):
+            alive.pop()
+
+    def before(painter):
+        assert not alive
+        if painter.batches[-1] > 1:
+            held = Tensor()  # noqa: F841  a local of the frame that fails
+            raise torch.OutOfMemoryError("out of memory")
+
+    _, painter, _ = paint(data / "ref", tmp_path / "out", before, batch_size="auto")
+    assert painter.batches[:4] == [8, 4, 2, 1]
+
+
+def test_other_errors_of_a_sampler_are_not_taken_for_lack_of_memory(data, tmp_path):
+    def before(painter):
+        raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+
+    message = error_of(paint, data / "ref", tmp_path / "out", before, batch_size="auto", kind=RuntimeError)
+    assert message.startswith("The size of tensor a")
+
+
+# ---- disks and folders ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_disk(folder, monkeypatch):
+    """A file system at `folder` with room for some of the images, then for all; yields what makes more room.
+
+    A real one where the machine lets this process mount it; otherwise writing fails as on a full one.
+    """
+    folder.mkdir()
+    options = ["mount", "-t", "tmpfs", "-o"]
+    mounted = shutil.which("mount") and subprocess.run(
+        [*options, "size=32k,mode=777", "tmpfs", folder], capture_output=True
+    ).returncode == 0  # fmt: skip
+    if mounted:
+        try:
+            yield lambda: subprocess.run([*options, "remount,size=8m", "tmpfs", folder], check=True)
+        finally:
+            subprocess.run(["umount", "-l", folder], check=True)
+        return
+    written, fsync = itertools.count(), os.fsync
+
+    def full(descriptor):
+        if next(written) >= 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    yield monkeypatch.undo
+
+
+def test_a_full_disk_ends_the_run_which_can_be_gone_on_with(data, painted, tmp_path, monkeypatch):
+    with small_disk(tmp_path / "disk", monkeypatch) as make_room:
+        out = tmp_path / "disk" / "out"
+        message = error_of(paint, data / "ref", out, batch_size=2)
+        assert message.startswith("--save_dir: no room left to write ") and "(No space left on device)" in message
+        assert message.endswith("; make room and run the same command again")
+        made = files(out)
+        assert 0 < len(made) < len(NAMES)  # whole images and nothing else
+        assert all(files(painted)[name] == image for name, image in made.items())
+        make_room()
+        assert paint(data / "ref", out, batch_size=2)[0].skipped == len(made)
+        assert files(out) == files(painted)
+
+
+def test_a_disk_that_is_full_from_the_start_is_found_before_sampling(data, tmp_path, monkeypatch):
+    with small_disk(tmp_path / "disk", monkeypatch) as make_room:
+        with contextlib.suppress(OSError), open(tmp_path / "disk" / "filling", "wb") as file:
+            for _ in range(9):
+                file.write(bytes(4096))
+                file.flush()
+                os.fsync(file.fileno())
+        painter = Painter()
+        message = error_of(paint, data / "ref", tmp_path / "disk" / "out", painter.batches.append)
+        assert "no room left to write" in message and "run.json" in message and not painter.batches
+        make_room()
+
+
+def test_errors_of_writing_name_the_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    message = error_of(outputs.write_png, str(tmp_path / "file" / "a.png"), np.zeros((4, 4, 3), np.uint8))
+    assert message == f"--save_dir: cannot write {tmp_path}/file/a.png: File exists"
+    (tmp_path / "folder.png").mkdir()
+    message = error_of(outputs.write_png, str(tmp_path / "folder.png"), np.zeros((4, 4, 3), np.uint8))
+    assert message == f"--save_dir: cannot write {tmp_path}/folder.png: Is a directory"
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.png"]
+
+
+def test_what_fails_in_writing_leaves_the_old_file(tmp_path):
+    outputs.write_json(str(tmp_path / "run.json"), {"a": 1})
+
+    def write(file):
+        file.write(b"half")
+        raise Broken
+
+    error_of(outputs.write_atomically, str(tmp_path / "run.json"), write, kind=Broken)
+    assert outputs.remove_temporaries(tmp_path) is None and os.listdir(tmp_path) == ["run.json"]
+    assert (tmp_path / "run.json").read_text() == '{\n "a": 1\n}\n'
+
+
+SAVE_DIRS = {
+    "a file": (lambda root: (root / "f").write_bytes(b"") and None or root / "f", "is a file; give a folder"),
+    "below a file": (lambda root: (root / "f").write_bytes(b"") and None or root / "f" / "g", "cannot be written: Not a directory"),
+    "a link to nowhere": (lambda root: (root / "l").symlink_to("nowhere/x") or root / "l", "cannot be written: File exists"),
+    "in the references": (lambda root: root / "ref" / "out", "lies in --base_samples, and outputs would become references"),
+    "the references": (lambda root: root / "ref", "lies in --base_samples"),
+    "a bucket": (lambda root: "gs://bucket/out", "outputs are written to a local folder only"),
+    "a file system of the kernel": (lambda root: "/proc/out", "cannot be written: No such file or directory"),
+    "a name too long": (lambda root: root / ("x" * 300), "cannot be written: File name too long"),
+}
+
+
+@pytest.mark.parametrize("make, words", SAVE_DIRS.values(), ids=SAVE_DIRS)
+def test_a_save_folder_that_cannot_be_used_is_found_at_once(tmp_path, make, words):
+    make_references(tmp_path / "ref", ["a.png"])
+    save_dir = str(make(tmp_path))
+    before = sorted(os.listdir(tmp_path))
+    message = error_of(Job, Options(str(tmp_path / "ref"), save_dir), dist_util.connect(Ranks()))
+    assert message.startswith(f"--save_dir {save_dir}") and words in message
+    assert sorted(os.listdir(tmp_path)) == before and os.listdir(tmp_path / "ref") == ["a.png"]
+
+
+# ---- the writer -----------------------------------------------------------------------------------------------------
+
+
+def test_the_writer_keeps_no_more_waiting_than_its_depth():
+    gate, written = threading.Event(), []
+
+    def task(n):
+        gate.wait()
+        written.append(n)
+
+    writer = outputs.Writer(threads=1, depth=3)
+    for n in range(3):
+        writer.submit(task, n)
+    more = threading.Thread(target=writer.submit, args=(task, 3))
+    more.start()
+    more.join(0.2)
+    assert more.is_alive()  # a sampler that is faster than the disk waits instead of filling the memory
+    gate.set()
+    more.join()
+    writer.close()
+    assert written == [0, 1, 2, 3]
+
+
+def test_the_writer_tells_of_its_first_error_and_writes_no_more():
+    written = []
+
+    def fail(error):
+        raise error
+
+    writer = outputs.Writer(threads=1)
+    writer.submit(written.append, 1)
+    writer.submit(fail, Broken("first"))
+    writer.submit(fail, Broken("second"))
+    with contextlib.suppress(Broken):  # whether it is told of already is a matter of time
+        writer.submit(written.append, 2)
+    assert error_of(writer.close, kind=Broken) == "first" and written == [1]
+    assert error_of(writer.submit, written.append, 3, kind=Broken) == "first"
+
+
+# ---- ranks ----------------------------------------------------------------------------------------------------------
+
+
+def two(store=None, launcher="srun"):
+    """The `Peers` of two ranks in this process, with a real store between them."""
+    store = store or HashStore()
+    return [Peers(Ranks(rank, 2, rank, launcher), store) for rank in range(2)]
+
+
+def side_by_side(functions):
+    """Call functions in threads of their own; returns their results or errors."""
+    results = [None] * len(functions)
+
+    def call(n):
+        try:
+            results[n] = functions[n]()
+        except BaseException as error:
+            results[n] = error
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return results
+
+
+def slowly(painter):
+    time.sleep(0.05)
+
+
+def test_two_ranks_share_the_batches(damaged, tmp_path):
+    """Every batch is made once, by either; rank 0 has the sums, the reasons, and all of the progress."""
+    runs = [lambda p=p: paint(damaged, tmp_path / "out", slowly, peers=p, batch_size=1) for p in two()]
+    (summary, first, progress), (_, second, nothing) = side_by_side(runs)
+    assert len(first.batches) + len(second.batches) == 7 and min(len(first.batches), len(second.batches)) >= 2
+    assert summary.done == 7 and summary.failed == REASONS
+    assert sum(progress) == 9 * Painter.steps and nothing == []
+    assert record(tmp_path / "out")["processes"] == 2
+    paint(damaged, tmp_path / "alone", batch_size=1)
+    assert files(tmp_path / "out") == files(tmp_path / "alone")
+
+
+def test_a_slow_rank_delays_the_end_by_its_batch_only(data, tmp_path):
+    """The other takes the rest meanwhile."""
+    peers, begun = two(), threading.Event()
+
+    def slow_step(painter):
+        begun.set()
+        time.sleep(1)
+
+    def fast_step(painter):
+        begun.wait()
+
+    runs = [
+        lambda: paint(data / "ref", tmp_path / "out", fast_step, peers=peers[0], batch_size=1),
+        lambda: paint(data / "ref", tmp_path / "out", slow_step, peers=peers[1], batch_size=1),
+    ]
+    (summary, fast, _), (_, slow, _) = side_by_side(runs)
+    assert len(slow.batches) == 1 and len(fast.batches) == 8 and summary.done == 9
+
+
+def test_an_error_of_one_rank_ends_the_other(data, tmp_path):
+    peers = two()
+
+    def failing():
+        try:
+            paint(data / "ref", tmp_path / "out", break_at(1, Broken("no more")), peers=peers[1], batch_size=1)
+        except Broken as error:
+            return peers[1].stop(repr(error))
+
+    other, first = side_by_side(
+        [lambda: paint(data / "ref", tmp_path / "out", lambda p: time.sleep(0.6), peers=peers[0], batch_size=1), failing]
+    )
+    assert isinstance(other, Stopped) and first is True
+    assert len(pictures(tmp_path / "out")) < 9
+
+
+def test_a_rank_that_dies_silently_is_missed(data, tmp_path, monkeypatch):
+    """As under a plain srun, which leaves the others alone: rank 0 makes what it can, then says who is gone."""
+    monkeypatch.setattr(dist_util, "BEAT", 0.05)
+    monkeypatch.setattr(dist_util, "SILENCE", 0.5)
+    peers = two()
+    peers[1].count("claimed")  # it has taken the first batch, and gives no result
+    time.sleep(0.2)
+    peers[1]._leaving.set()  # the signs of life end
+    message = error_of(paint, data / "ref", tmp_path / "out", peers=peers[0], batch_size=2)
+    assert message.startswith("rank 1 of 2 has given no sign of life for ") and "run the same command again" in message
+    assert len(pictures(tmp_path / "out")) == 7
+    summary, painter, _ = paint(data / "ref", tmp_path / "out", batch_size=2)
+    assert painter.batches == [2] and summary.skipped == 7
+
+
+def test_a_rank_that_starts_late_is_waited_for(monkeypatch):
+    monkeypatch.setattr(dist_util, "SILENCE", 0.01)
+    peers = Peers(Ranks(0, 2, 0, "srun"), HashStore())  # nothing of rank 1 yet
+    for _ in range(5):
+        time.sleep(0.02)
+        peers.watch()
+
+
+def test_a_process_that_was_suspended_does_not_take_the_others_for_dead(monkeypatch):
+    monkeypatch.setattr(dist_util, "BEAT", 0.05)
+    monkeypatch.setattr(dist_util, "SILENCE", 1.0)
+    store = HashStore()
+    me = Peers(Ranks(0, 2, 0, "srun"), store)
+    store.add("beats/1", 1)
+    me.watch()
+    me._watched_at -= 3600  # an hour in which this process did not run
+    me.watch()
+
+
+def test_an_interruption_is_told_by_one_rank():
+    peers = two()
+    assert peers[0].interrupted() is True
+    assert peers[1].interrupted() is False
+    with pytest.raises(Stopped):
+        peers[1].watch()
+
+
+def test_a_rank_that_is_interrupted_alone_ends_the_run():
+    peers = two()
+    assert peers[1].interrupted(patience=0.2) is True
+    with pytest.raises(Stopped):
+        peers[0].watch()
+    assert peers[0].interrupted() is False  # by the launcher, now
+
+
+def test_an_interruption_after_an_error_is_not_told():
+    peers = two()
+    assert peers[1].stop("an error")
+    assert peers[0].interrupted() is False and peers[1].interrupted() is False
+
+
+class LostStore(HashStore):
+    def check(self, *arguments):
+        raise RuntimeError("Connection reset by peer")
+
+    set = add = get = check
+
+
+@pytest.mark.parametrize("launcher, owner", [("torchrun", "the launcher"), ("srun", "rank 0"), ("mpiexec", "rank 0")])
+def test_a_lost_store_is_one_line(launcher, owner):
+    peers = Peers(Ranks(1, 2, 1, launcher), LostStore())
+    for call in (peers.watch, lambda: peers.count("x"), lambda: peers.share("x", 1), lambda: peers.shared("x")):
+        message = error_of(call)
+        assert message.startswith(f"rank 1 of 2 lost contact with {owner}, which has ended or cannot be reached; run")
+    assert peers.interrupted() is True and peers.stop("x") is True
+    peers.leave()
+
+
+ENVIRONMENTS = {
+    "alone": ({}, Ranks()),
+    "torchrun": (
+        {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, Ranks(3, 4, 1, "torchrun"),
+    ),
+    "mpich": ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, Ranks(1, 2, 1, "mpiexec")),
+    "open mpi": (
+        {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+        Ranks(5, 8, 1, "mpiexec"),
+    ),
+    "srun": ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"}, Ranks(2, 4, 0, "srun")),
+    "srun that speaks PMI": (
+        {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0", "PMI_RANK": "2", "PMI_SIZE": "4"},
+        Ranks(2, 4, 0, "srun"),
+    ),
+    "plain python in a batch script": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, Ranks()),
+    "torchrun under srun": (
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1",
+         "MASTER_ADDR": "a", "MASTER_PORT": "1"}, Ranks(1, 2, 1, "torchrun"),
+    ),
+    "mpiexec under srun": (
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "PMI_RANK": "1", "PMI_SIZE": "2"}, Ranks(1, 2, 0, "mpiexec"),
+    ),
+    "left over": ({"RANK": "1", "WORLD_SIZE": "2"}, "no MASTER_ADDR and MASTER_PORT; started without torchrun, unset RANK"),
+    "no number": ({"PMI_RANK": "x", "PMI_SIZE": "2"}, "PMI_RANK, PMI_SIZE and MPI_LOCALRANKID must be numbers"),
+    "beyond": ({"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "4"}, "SLURM_PROCID=4, which is no rank of SLURM_STEP_NUM_TASKS=4"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    """An environment without any launcher's variables."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "PMI_", "OMPI_", "MPI_", "MASTER_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("variables, found", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
+def test_ranks_are_read_from_the_environment(no_launcher, variables, found):
+    for name, value in variables.items():
+        no_launcher.setenv(name, value)
+    if isinstance(found, str):
+        assert found in error_of(dist_util.ranks)
+    else:
+        assert dist_util.ranks() == found
+
+
+@pytest.mark.parametrize(
+    "hosts, first",
+    [
+        ("node7", "node7"), ("node1,node2", "node1"), ("node[003-010,012],gpu1", "node003"), ("n[7,9]", "n7"),
+        ("a-b,n[7,9]", "a-b"), ("gpu-[12-13]", "gpu-12"),
+    ],
+)  # fmt: skip
+def test_the_first_host_of_a_slurm_list(hosts, first):
+    assert dist_util._first_host(hosts) == first
+
+
+def test_mpiexec_without_mpi4py_is_one_line(no_launcher):
+    no_launcher.setitem(sys.modules, "mpi4py", None)  # an import of it fails
+    message = error_of(dist_util.open_store, Ranks(0, 2, 0, "mpiexec"))
+    assert message.startswith("mpiexec needs a working mpi4py (pip install mpi4py)") and "torchrun needs none" in message

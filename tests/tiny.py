@@ -1,0 +1,68 @@
+"""A model and references so small that whole runs take a fraction of a second; for tests of the engine."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from guided_diffusion.checkpoint import save_model
+from guided_diffusion.script_util import create_model
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "ae_sample.py"
+SIZE = 16
+MODEL = dict(
+    image_size=SIZE, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8",
+    num_head_channels=32, resblock_updown=True, use_scale_shift_norm=True, learn_sigma=False,
+)  # fmt: skip
+METHOD = ("--range_t", "2", "--area", "4", "--energy", "dct", "--device", "cpu")
+
+
+def make_model(path):
+    """A checkpoint of random weights."""
+    torch.manual_seed(0)
+    network = create_model(**MODEL)
+    state = {key: torch.randn_like(v) * 0.05 if v.ndim > 1 else v for key, v in network.state_dict().items()}
+    save_model(path, state, model_type="ADM", flags={**MODEL, "diffusion_steps": 1000, "noise_schedule": "linear"})
+    return path
+
+
+def make_references(folder, names):
+    """Pictures of random pixels below `folder`, each its own; returns the folder."""
+    for n, name in enumerate(names):
+        pixels = np.random.default_rng(n).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def command(model, base, out, *flags, steps=6):
+    """The command line of a run, as strings."""
+    folders = ("--model_path", model, "--base_samples", base, "--save_dir", out)
+    return list(map(str, [sys.executable, SCRIPT, *folders, "--timestep_respacing", steps, *METHOD, *flags]))
+
+
+def record(out):
+    """The content of a run's run.json."""
+    return json.loads((Path(out) / "run.json").read_text(encoding="utf-8", errors="surrogateescape"))
+
+
+def files(out):
+    """Every file of a run but run.json, by relative name, hidden and temporary ones included: its bytes."""
+    found = {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(Path(out).rglob("*")) if p.is_file()}
+    found.pop("run.json", None)
+    return found
+
+
+def pictures(out):
+    """The outputs of a run by relative name: int [H, W, 3]."""
+    names = [p for p in sorted(Path(out).rglob("*.png")) if p.name != "grid.png"]
+    return {p.relative_to(out).as_posix(): np.asarray(Image.open(p)).astype(int) for p in names}
+
+
+def assert_within_one_level(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, image in found.items():
+        assert np.abs(image - wanted[name]).max() <= 1, name
