@@ -67,8 +67,8 @@ class Series:
     def start(self, folder):
         flags = [
             *("--model_path", MODEL, "--base_samples", self.root / "ref", "--save_dir", folder, "--device", "cpu"),
-            *("--timestep_respacing", self.args.steps, "--range_t", self.args.steps // 3, "--area", 16, "--energy", "dct"),
-            *("--batch_size", self.args.batch_size),
+            *("--timestep_respacing", self.args.steps, "--range_t", self.args.steps // 3, "--area", 16),
+            *("--energy", "dct", "--batch_size", self.args.batch_size),
         ]
         command = [sys.executable]
         if self.processes > 1:
@@ -127,7 +127,9 @@ class Series:
     def count_kill(self, folder, batches, made, in_flight):
         figures = self.figures
         figures["kills"] += 1
-        moment = "after_the_last_image" if made == self.args.images else "while_sampling" if batches else "before_sampling"
+        moment = "while_sampling" if batches else "before_sampling"
+        if made == self.args.images:
+            moment = "after_the_last_image"
         figures[f"kills_{moment}"] += 1
         figures["in_flight_at_kills"] += len(in_flight)
         figures["temporary_files_at_kills"] += len(list(folder.glob(".*.writing")))
@@ -204,8 +206,8 @@ def report(machine, args, series):
     lines = [
         "# Kill and restart",
         "",
-        f"{args.images} references, batches of {args.batch_size}, {args.steps} steps of the demo model at 64 px; killed at "
-        f"moments uniform over the {', '.join(str(s['seconds_unbroken']) for s in series)} s that a run takes.",
+        f"{args.images} references, batches of {args.batch_size}, {args.steps} steps of the demo model at 64 px; "
+        f"killed at moments uniform over the {' or '.join(str(s['seconds_unbroken']) for s in series)} s of a run.",
         "",
         f"Machine: {sentence(machine)}.",
         "",

@@ -158,8 +158,10 @@ def _first_host(nodelist):
 def abort(me, status=1):
     """End all ranks of an MPI run: the others would wait for this one for ever. Other launchers do so themselves."""
     if me.launcher == "mpiexec" and me.world_size > 1:
-        from mpi4py import MPI
-
+        try:
+            from mpi4py import MPI
+        except ImportError:  # which is the reason for the end, and true of all ranks
+            return
         MPI.COMM_WORLD.Abort(status)
 
 

@@ -347,8 +347,9 @@ def run_sampling(job, sampler, steps, made=TRANSLATIONS):
 class Progress:
     """Shows images, steps and time left, which is the time per step so far times the steps to come.
 
-    On a terminal it is a bar. In a log file it is a line after each half minute in which the run got on by a
-    hundredth at least: a hundred lines at most. steps: of one image; total: image-steps of the run.
+    The first step is left out of it once there are others, because it takes the time that loading and compiling takes.
+    On a terminal it is a bar. In a log file it is a line after each half minute in which the run got on by a hundredth at
+    least: a hundred lines at most. steps: of one image; total: image-steps of the run.
     """
 
     interval, share = 30.0, 0.01
@@ -360,9 +361,10 @@ class Progress:
         self.file = file or sys.stderr
         self.started = self.told_at = time.monotonic()
         self.told = 0
+        self.first = None  # when the first steps were done, and how many
         self.bar = None
         if total and self.file.isatty():
-            layout = "{percentage:3.0f}%|{bar}| {desc}, step {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+            layout = "{percentage:3.0f}%|{bar}| {desc}, step {n_fmt}/{total_fmt} [{elapsed} gone{postfix}]"
             self.bar = tqdm(total=total, smoothing=0, bar_format=layout, desc=self._images(), file=self.file)
 
     def _images(self):
@@ -370,13 +372,19 @@ class Progress:
 
     def seconds_left(self):
         """The estimate; None before the first step."""
-        elapsed = time.monotonic() - self.started
-        return elapsed / self.done * (self.total - self.done) if self.done > 0 else None
+        if self.done <= 0:
+            return None
+        since, before = self.first if self.done > self.first[1] else (self.started, 0)
+        return (time.monotonic() - since) / (self.done - before) * (self.total - self.done)
 
     def __call__(self, image_steps):
         self.done += image_steps
+        if self.first is None and image_steps > 0:
+            self.first = (time.monotonic(), self.done)
         if self.bar is not None:
             self.bar.set_description_str(self._images(), refresh=False)
+            left = self.seconds_left()
+            self.bar.set_postfix_str("" if left is None else f"{self.bar.format_interval(left)} left", refresh=False)
             self.bar.update(image_steps)
         elif (
             time.monotonic() - self.told_at >= self.interval

@@ -1,0 +1,310 @@
+"""Sampling as processes: killed, interrupted, many of them, on folders and disks as they are.
+
+Every process runs without mpi4py where no mpiexec is involved: an import of it fails.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny import assert_within_one_level, command, files, make_model, make_references, pictures, record
+
+MPIEXEC = Path(sys.executable).parent / "mpiexec"
+NAMES = [f"{n}.png" for n in range(6)]
+LIMIT = 120  # seconds after which a process hangs
+STEPS = 40  # of runs that something happens to: an image takes a third of a second
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A tiny model, references, a package mpi4py that cannot be imported, and the folder of an unbroken run."""
+    root = tmp_path_factory.mktemp("data")
+    make_model(root / "model.safetensors")
+    make_references(root / "ref", NAMES)
+    (root / "without_mpi").mkdir()
+    (root / "without_mpi" / "mpi4py.py").write_text("raise ImportError('there is no MPI on this machine')")
+    done = finish(start(data=root, out=root / "out"))
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def start(*flags, data, out, base=None, launcher=(), mpi=False, variables=(), **options):
+    """A process group of its own."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {**inherited, "OMP_NUM_THREADS": "1", **dict(variables)}
+    if not mpi:
+        environment["PYTHONPATH"] = str(data / "without_mpi")
+    given = command(data / "model.safetensors", base or data / "ref", out, "--batch_size", 1, *flags, steps=STEPS)
+    if launcher[:1] == (sys.executable,):
+        given = given[1:]  # the launcher calls the interpreter
+    return subprocess.Popen(
+        [*map(str, launcher), *given], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, cwd=data, **options,
+    )  # fmt: skip
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+MPI = (MPIEXEC, "-n", "2")
+
+
+def finish(process):
+    """The finished process with what it said."""
+    try:
+        output, errors = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def wait_for(condition, process):
+    """Wait until condition() holds, which must be before the process ends."""
+    until = time.monotonic() + LIMIT
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def made(out):
+    return len(list(out.glob("[0-9].png")))
+
+
+def ranks_of(launcher):
+    """Process ids of the ranks that a launcher has started, by rank."""
+    parents, found = {}, {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    for pid in parents:
+        above = pid
+        while above in parents and above != launcher.pid:
+            above = parents[above]
+        with contextlib.suppress(OSError):
+            variables = (Path("/proc") / str(pid) / "environ").read_text().split("\0")
+            rank = [v.partition("=")[2] for v in variables if v.startswith(("RANK=", "PMI_RANK="))]
+            if above == launcher.pid and rank:
+                found[int(rank[0])] = pid
+    return found
+
+
+def alive(pid):
+    with contextlib.suppress(OSError):
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+# ---- one process ----------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_restarted_runs_end_as_an_unbroken_one(data, tmp_path):
+    """SIGKILL before the first image, while one is made, and when all are there but the rest is not."""
+    out = tmp_path / "out"
+    moments = [lambda: (out / "run.json").exists(), lambda: made(out) >= 2, lambda: made(out) >= 6]
+    for moment in moments:
+        process = start(data=data, out=out)
+        wait_for(moment, process)
+        process.kill()
+        assert finish(process).returncode == -signal.SIGKILL
+    done = finish(start(data=data, out=out))
+    assert done.returncode == 0, done.stderr
+    assert files(out) == files(data / "out")
+    found, wanted = record(out), record(data / "out")
+    for name in ("settings", "plan", "counts", "versions", "batch_size"):
+        assert found[name] == wanted[name]
+    # At most the images in flight at the kills were sampled again: one each.
+    assert wanted["monitor"]["images"] == 6 and 6 <= found["monitor"]["images"] <= 8
+    assert "6 skipped (were there)" in done.stdout
+
+
+def test_an_interrupted_run_says_how_to_go_on(data, tmp_path):
+    out = tmp_path / "out"
+    process = start(data=data, out=out)
+    wait_for(lambda: made(out) >= 1, process)
+    process.send_signal(signal.SIGINT)
+    done = finish(process)
+    assert done.returncode == 130 and done.stdout == "" and "Traceback" not in done.stderr
+    count = made(out)
+    last = done.stderr.splitlines()[-1]
+    assert last == f"interrupted: {count} of 6 images are done; run the same command again to go on" and 1 <= count < 6
+    assert all(files(data / "out")[name] == image for name, image in files(out).items() if name[0] != ".")
+    done = finish(start(data=data, out=out))
+    assert done.returncode == 0 and f"{6 - count} done, {count} skipped (were there), 0 failed" in done.stdout
+    assert files(out) == files(data / "out")
+
+
+def test_an_interruption_while_starting_is_one_line_too(data, tmp_path):
+    process = start(data=data, out=tmp_path / "out")
+    wait_for(lambda: b"torch" in (Path("/proc") / str(process.pid) / "maps").read_bytes(), process)
+    process.send_signal(signal.SIGINT)
+    done = finish(process)
+    assert done.returncode == 130 and done.stderr == "interrupted; run the same command again to go on\n"
+
+
+def without_privileges():
+    """In the child: give up what lets root read and write files whatever their permissions."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; without effect for others than root
+
+
+def test_a_messy_folder_is_translated_as_far_as_it_can_be(data, tmp_path):
+    base = tmp_path / "messy folder"
+    make_references(base, ["good 1.png", "sub/gut ö.png", "twice.png", "unreadable.png", "truncated.png"])
+    Image.open(base / "good 1.png").save(base / "twice.jpg")
+    (base / "truncated.png").write_bytes((base / "truncated.png").read_bytes()[:300])
+    (base / "unreadable.png").chmod(0)
+    (base / "empty.png").write_bytes(b"")
+    (base / "sub" / "text.png").write_text("hello\n")
+    (base / "dangling.png").symlink_to("nowhere.png")
+    Image.new("1", (20_000, 20_000)).save(base / "bomb.png")
+    (base / "notes.txt").write_text("no image and not meant to be")
+    done = finish(start(data=data, out=tmp_path / "out", base=base, preexec_fn=without_privileges))
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    patterns = [
+        r"bomb\.png: 400000000 pixels, more than the limit of 178956970 \(decompression bomb\?\): 20000 x 20000 PNG",
+        r"dangling\.png: broken link to nowhere\.png",
+        r"empty\.png: the file is empty \(0 bytes\)",
+        r"sub/text\.png: not an image: begins with b'hello\\n', which is none of PNG, JPEG, WebP, BMP, TIFF, GIF",
+        r"truncated\.png: truncated: the PNG file ends too early \(.*\)",
+        r"twice\.png: its output twice\.png would overwrite that of twice\.jpg",
+        r"unreadable\.png: permission denied",
+    ]
+    assert len(said) == len(patterns)
+    for line, pattern in zip(said, patterns):
+        assert re.fullmatch("failed: " + pattern, line)
+    assert done.stdout.splitlines()[0] == "3 done, 0 skipped (were there), 7 failed" and "Traceback" not in done.stderr
+    assert list(pictures(tmp_path / "out")) == ["good 1.png", "sub/gut ö.png", "twice.png"]
+    assert record(tmp_path / "out")["counts"] == {"references": 10, "outputs": 3, "failed": 7}
+
+
+def test_a_folder_without_permission_is_one_line(data, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    done = finish(start(data=data, out=tmp_path / "locked", preexec_fn=without_privileges))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: --save_dir {tmp_path / 'locked'} cannot be written: Permission denied\n"
+
+
+def limited_files():
+    """In the child: files cannot grow beyond 16 KB, which a write meets as it meets a full disk."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
+
+
+def test_a_file_that_cannot_be_written_whole_ends_the_run_in_one_line(data, tmp_path):
+    """The images have room, the overview has not."""
+    out = tmp_path / "out"
+    done = finish(start(data=data, out=out, preexec_fn=limited_files))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"error: --save_dir: no room left to write {out}/grid.png (File too large); "
+        "make room and run the same command again"
+    )
+    assert made(out) == 6 and not list(out.glob(".*.writing"))
+    done = finish(start(data=data, out=out))
+    assert done.returncode == 0 and "0 done, 6 skipped (were there), 0 failed" in done.stdout
+    assert files(out) == files(data / "out")
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+def as_slurm(rank, job=os.getpid()):
+    """What srun tells the processes of a step of two tasks on one machine."""
+    return {
+        "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2",
+    }  # fmt: skip
+
+
+def assert_finished(out, data, said):
+    assert_within_one_level(pictures(out), pictures(data / "out"))
+    assert record(out)["processes"] == 2 and record(out)["counts"]["outputs"] == 6 == record(out)["monitor"]["images"]
+    assert files(out).keys() == files(data / "out").keys()
+    assert said.count("6 done, 0 skipped (were there), 0 failed") == 1  # one rank speaks for all
+    assert said.count("100%, 6/6 images") == 1
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, MPI], ids=["torchrun", "mpiexec"])
+def test_two_processes_make_what_one_makes(data, tmp_path, launcher):
+    done = finish(start(data=data, out=tmp_path / "out", launcher=launcher, mpi=launcher is MPI))
+    assert done.returncode == 0, done.stderr
+    assert_finished(tmp_path / "out", data, done.stdout + done.stderr)
+
+
+def test_two_processes_of_slurm_make_what_one_makes(data, tmp_path):
+    both = [start(data=data, out=tmp_path / "out", variables=as_slurm(rank)) for rank in range(2)]
+    done = [finish(process) for process in both]
+    assert [process.returncode for process in done] == [0, 0], done
+    assert done[1].stdout == done[1].stderr == ""
+    assert_finished(tmp_path / "out", data, done[0].stdout + done[0].stderr)
+
+
+@pytest.mark.parametrize("launcher, rank", [(TORCHRUN, 1), (MPI, 0)], ids=["torchrun", "mpiexec"])
+def test_a_rank_that_dies_takes_the_run_down_and_a_restart_completes_it(data, tmp_path, launcher, rank):
+    out = tmp_path / "out"
+    options = dict(data=data, out=out, launcher=launcher, mpi=launcher is MPI)
+    process = start(**options)
+    wait_for(lambda: made(out) >= 1 and len(ranks_of(process)) == 2, process)
+    ranks = ranks_of(process)
+    os.kill(ranks[rank], signal.SIGKILL)
+    done = finish(process)
+    assert done.returncode not in (0, 130) and not any(map(alive, ranks.values()))
+    said = done.stdout + done.stderr
+    if launcher is MPI:
+        assert "BAD TERMINATION OF ONE OF YOUR APPLICATION PROCESSES" in said and f"PID {ranks[rank]} " in said
+    else:
+        assert f"Signal 9 (SIGKILL) received by PID {ranks[rank]}" in said
+        count = made(out)
+        assert (
+            f"ended by SIGTERM, as launchers do when another process has died: {count} of 6 images are done; "
+            "run the same command again to go on\n" in said
+        )
+    count = made(out)
+    assert count < 6
+    done = finish(start(**options))
+    assert done.returncode == 0 and f"{6 - count} done, {count} skipped (were there), 0 failed" in done.stdout
+    assert files(out).keys() == files(data / "out").keys()
+    assert_within_one_level(pictures(out), pictures(data / "out"))
+
+
+def test_without_a_launcher_that_watches_the_others_notice(data, tmp_path):
+    """Slurm's ranks where rank 0 dies; then with an interruption that reaches rank 1 alone."""
+    out = tmp_path / "out"
+    both = [start(data=data, out=out, variables=as_slurm(rank)) for rank in range(2)]
+    wait_for(lambda: made(out) >= 1, both[0])
+    both[0].kill()
+    done = finish(both[1])
+    assert done.returncode == 2 and done.stderr == (
+        "error: rank 1 of 2 lost contact with rank 0, which has ended or cannot be reached; "
+        "run the same command again to go on\n"
+    )
+    finish(both[0])
+    count = made(out)
+    both = [start(data=data, out=out, variables=as_slurm(rank)) for rank in range(2)]
+    wait_for(lambda: made(out) >= count + 1, both[0])
+    both[1].send_signal(signal.SIGINT)
+    first, second = (finish(process) for process in both)
+    assert (first.returncode, second.returncode) == (2, 130) and "interrupted" not in first.stderr
+    assert re.fullmatch(r"interrupted: \d of 6 images are done; run the same command again to go on\n", second.stderr)
+
+
+def test_mpiexec_without_mpi4py_is_one_line(data, tmp_path):
+    launcher = (MPIEXEC, "-n", "2", "-genv", "PYTHONPATH", data / "without_mpi")
+    done = finish(start(data=data, out=tmp_path / "out", launcher=launcher, mpi=True))
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: mpiexec needs a working mpi4py (pip install mpi4py)")
+    assert "Traceback" not in done.stderr
