@@ -275,7 +275,7 @@ def measure(args, rows, evaluator):
         results.append({
             "method": row.method,
             "setting": row.setting,
-            "command": shlex.join([row.script, *row.flags, *shlex.split(args.flags)]),
+            "command": shlex.join(map(shown, [row.script, *row.flags, *shlex.split(args.flags)])),
             "published": dict(zip(("fid", "source_ssim"), row.published)),
             "mean": mean,
             "std": std,
@@ -283,7 +283,7 @@ def measure(args, rows, evaluator):
             "images": runs[0][2]["counts"]["outputs"],
             "protocol": runs[0][2]["protocol"],
             "warnings": list(dict.fromkeys(warning for *_, result in runs for warning in result["warnings"])),
-            "folder": runs[0][0],
+            "folder": os.path.relpath(runs[0][0], args.save_dir),
             "curves": curves(runs[0][1]),
         })
     return results
@@ -305,7 +305,7 @@ def write_results(args, results):
     notes = make_notes(args, results)
     text = "\n".join(["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)])
     text += "".join("\n| " + " | ".join(line) + " |" for line in cells)
-    details = "\n".join(f"- {row['method']}, {row['setting']}: `{row['command']}`" for row in results)
+    details = "\n".join(f"- {report.name_of(row)}: `{row['command']}`" for row in results)
     listed = "\n".join(f"- {note}" for note in notes)
     markdown = f"# {args.name}\n\n{text}\n\n{listed}\n\nSampled with\n\n{details}\n"
     save = {
@@ -323,6 +323,8 @@ def write_results(args, results):
 def table(results, columns):
     """Headings and cells of the table that people read."""
     headings = ["method", "setting", *(heading for _, heading, *_ in columns)]
+    if not report.comparable(results):  # FID and KID are names of distances between Inception features only
+        headings = [heading.replace("FID", "Fréchet").replace("KID", "kernel") for heading in headings]
     published = {"fid": "published FID", "source_ssim": "published SSIM"}
     published = {key: heading for key, heading in published.items() if any(row["published"][key] for row in results)}
     cells = []
@@ -362,7 +364,7 @@ def make_notes(args, results):
     """What a reader needs to know beside the numbers."""
     notes = [
         f"model {os.path.basename(args.model_path)}, sha256 {str(run_record.sha256(args.model_path))[:12]}",
-        f"references {args.base_samples}: {results[0]['images']} outputs per seed",
+        f"references {shown(args.base_samples)}: {results[0]['images']} outputs per seed",
         f"seeds {', '.join(map(str, args.seeds))}" + ("; mean ± standard deviation" if len(args.seeds) > 1 else ""),
     ]
     notes += [f"{key}: {value}" for key, value in results[0]["protocol"].items()]
@@ -370,6 +372,11 @@ def make_notes(args, results):
         notes.append("published: as printed in the papers, with their model and FID of Inception features")
     warnings = dict.fromkeys(warning for row in results for warning in row["warnings"])
     return notes + [f"**warning**: {warning}" for warning in warnings]
+
+
+def shown(path):
+    """A path as the results name it: from the repository's folder on, if it lies there."""
+    return path.removeprefix(ROOT + os.sep)
 
 
 def read_json(path):

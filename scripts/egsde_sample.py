@@ -18,7 +18,7 @@ def create_parser():
         --t steps, then denoise it under two energies. Without --timestep_respacing, all steps that the model was
         trained with count; --ls and --li are made for these.
 
-        example: python scripts/egsde_sample.py --model_path models/afhqdog_4m.pt --dsepath models/cat2dog_dse.pt \\
+        example: python scripts/egsde_sample.py --model_path models/afhq_dog_4m.pt --dsepath models/cat2dog_dse.pt \\
                      --base_samples data/afhq/val/cat --t 500 --ls 500 --li 2 --save_dir output"""
     )
     common.add_model_flags(parser)

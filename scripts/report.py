@@ -21,11 +21,11 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 2rem auto; max-width: 76rem;
   padding: 0 1rem }
 .wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .4rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: bottom }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left }
-.pictures td, .pictures th { padding: 2px; border: 0; text-align: center; white-space: normal; font-size: 12px;
-  font-weight: normal; vertical-align: bottom }
+.pictures td, .pictures th { padding: 2px; border: 0; text-align: center; font-size: 12px; font-weight: normal;
+  max-width: 96px }
 .pictures img { display: block; width: 96px; height: 96px }
 .charts { display: flex; flex-wrap: wrap; gap: 1.5rem }
 figure { margin: 0 }
@@ -75,7 +75,8 @@ def html_table(headings, cells):
 
 def pictures(results, args):
     """A table of references and what every row made of them with its first seed."""
-    folders = [("source", args.base_samples)] + [(name_of(row), row["folder"]) for row in results]
+    folders = [("source", args.base_samples)]
+    folders += [(name_of(row), os.path.join(args.save_dir, row["folder"])) for row in results]
     if args.truth:
         folders.append(("truth", args.truth))
     made = [{r.stem: r for r in list_references(folder)} for _, folder in folders]
@@ -109,7 +110,7 @@ def trade_off(results):
 
     Published results are hollow; they stand beside FIDs of Inception features only, which alone can be compared.
     """
-    comparable = any("inception" in row["protocol"].get("features", "") for row in results)
+    with_published, distance = comparable(results), "FID" if comparable(results) else "Fréchet distance"
     methods = list(dict.fromkeys(row["method"] for row in results))
     points, series = [], []
     for colour, method in zip(cycle(), methods):
@@ -123,14 +124,20 @@ def trade_off(results):
                 deviation = row["std"]["source_ssim"] or 0, row["std"]["fid"] or 0
                 points.append({"xy": xy, "deviation": deviation, "colour": colour, "label": row["setting"]})
             xy = [leading_number(row["published"][key]) for key in ("source_ssim", "fid")]
-            if comparable and None not in xy:
+            if with_published and None not in xy:
                 label = f"{row['setting']} (published)"
                 points.append({"xy": xy, "deviation": (0, 0), "colour": colour, "label": label, "hollow": True})
         if line:
             series.append({"label": method, "points": sorted(line), "colour": colour})
     if not points:
         return ""
-    return chart("FID against SSIM (towards the lower right is better)", "SSIM to the source", "FID", series, points)
+    title = f"{distance} against SSIM (towards the lower right is better)"
+    return chart(title, "SSIM to the source", distance, series, points)
+
+
+def comparable(results):
+    """Whether the distances are FIDs, of Inception features, as the published ones are."""
+    return any(row["protocol"].get("features", "").startswith("inception") for row in results)
 
 
 PROGRESS = "step, as a share of the schedule: sampling goes from right to left"
@@ -206,7 +213,7 @@ def chart(title, x_label, y_label, series, points=(), logarithmic=False):
         across, bottom = at(x, y_low)
         parts.append(f'<path d="M{across:.1f} {TOP}V{bottom:.1f}" stroke="#e4e4e4"/>')
         parts.append(f'<text x="{across:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{x:g}</text>')
-    for y in ticks(y_low, y_high):
+    for y in powers(y_low, y_high) if logarithmic else ticks(y_low, y_high):
         left, down = at(x_low, y)
         text = f"{10**y:.3g}" if logarithmic else f"{y:g}"
         parts.append(f'<path d="M{left:.1f} {down:.1f}H{WIDTH - RIGHT}" stroke="#e4e4e4"/>')
@@ -220,8 +227,10 @@ def chart(title, x_label, y_label, series, points=(), logarithmic=False):
         path = "M" + "L".join("{:.1f} {:.1f}".format(*at(*xy)) for xy in line["points"])
         dash = f' stroke-dasharray="{line["dash"]}"' if line.get("dash") else ""
         parts.append(f'<path d="{path}" fill="none" stroke="{line["colour"]}" stroke-width="1.6"{dash}/>')
+    dots = [at(*point["xy"]) for point in points]
+    taken = [(across - 5, down - 5, across + 5, down + 5) for across, down in dots]
     for point in points:
-        parts += mark(point, at)
+        parts += mark(point, at, taken)
     key = "".join(
         f'<span style="color:{line["colour"]}">■</span> {html.escape(line["label"])} &nbsp; '
         for line in series
@@ -232,20 +241,32 @@ def chart(title, x_label, y_label, series, points=(), logarithmic=False):
     return f'<figure style="max-width:{WIDTH}px">{caption}{svg}<div>{key}</div></figure>'
 
 
-def mark(point, at):
-    """A dot with its deviations and its label."""
+def mark(point, at, taken):
+    """A dot with its deviations, and its label where none of `taken` is: boxes of dots and other labels."""
     (x, y), (dx, dy), colour = point["xy"], point["deviation"], point["colour"]
     across, down = at(x, y)
     (left, low), (right, high) = at(x - dx, y - dy), at(x + dx, y + dy)
     cross = f"M{left:.1f} {down:.1f}H{right:.1f}M{across:.1f} {low:.1f}V{high:.1f}"
     fill = "#fff" if point.get("hollow") else colour
-    beyond = across > WIDTH * 0.7
-    anchor = f'x="{across - 8:.1f}" text-anchor="end"' if beyond else f'x="{across + 8:.1f}"'
+    length = 6.5 * len(point["label"])
+    places = [(x, y) for y in (-6, 16, -20, 30, -34, 44) for x in (across + 8, across - 8 - length)]
+    boxes = [
+        (x, down + y - 10, x + length, down + y + 3)
+        for x, y in places
+        if LEFT <= x <= WIDTH - RIGHT - length and TOP < down + y < HEIGHT - BOTTOM
+    ] or [(LEFT, down - 16, LEFT + length, down - 3)]
+    box = next((box for box in boxes if not any(overlap(box, other) for other in taken)), boxes[0])
+    taken.append(box)
     return [
         f'<path d="{cross}" stroke="{colour}"/>',
         f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="1.6"/>',
-        f'<text {anchor} y="{down - 6:.1f}">{html.escape(point["label"])}</text>',
+        f'<text x="{box[0]:.1f}" y="{box[3] - 3:.1f}">{html.escape(point["label"])}</text>',
     ]
+
+
+def overlap(a, b):
+    """Whether two boxes (left, top, right, bottom) have points in common."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def padded(values):
@@ -262,3 +283,11 @@ def ticks(low, high, wanted=6):
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
     first = math.ceil(low / step)
     return [round(k * step, 12) for k in range(first, math.floor(high / step) + 1)]
+
+
+def powers(low, high):
+    """Logarithms of round numbers, for a range of logarithms to base 10."""
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    factors = (1,) if high - low > 3 else (1, 2, 5)
+    values = [decade + math.log10(factor) for decade in decades for factor in factors]
+    return [value for value in values if low <= value <= high] or ticks(low, high)

@@ -31,7 +31,7 @@ task() { # cat2dog, wild2dog, male2female or emoji
         SOURCES="${SOURCES:-$DATA/twitter/$SPLIT}"
         TARGETS="${TARGETS:-$DATA/fluent3d/$SPLIT}"
         MODEL="${MODEL:-$ROOT/models/fluent3d_64.safetensors}"
-        DSE="${DSE:-$ROOT/models/fluent3d_dse_64.safetensors}"
+        DSE="${DSE:-$ROOT/models/fluent3d_64_dse.safetensors}"
         VGG=none # the filter bank `dct` stands in, so that the result does not depend on a download
         PROTOCOL=(--truth "$TARGETS" --features "$MODEL" --image_size 64)
         need "$MODEL" "the demo model, which comes with the repository"
