@@ -4,6 +4,7 @@ Moving along the minimum-norm point of the hull of several descent directions ha
 work on the Gram matrix of the vectors, which is tiny, so that the pixels are read once.
 """
 
+import functools
 import itertools
 
 import torch
@@ -50,32 +51,53 @@ def _best_face(gram):
     """Exact for any K: try every face of the hull and keep the shortest of their points.
 
     The minimum-norm point lies inside one face with independent vertices; on it the weights solve gram w = 1 up to
-    scale. All 2^K - 1 faces are solved side by side in float64, and weights outside the face are cut off, which leaves
-    a valid (if longer) candidate.
+    scale. The 2^K - 1 faces are solved side by side in float64, and weights below zero are cut off, which leaves a valid
+    (if longer) candidate. Every operation runs over all problems, and the device never waits for the host.
     """
-    dtype, gram = gram.dtype, gram.double()
-    k = gram.shape[-1]
-    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-300)
-    gram = gram / scale
+    k, problems = gram.shape[-1], gram.shape[:-2]
+    matrix = gram.double().reshape(-1, k, k).permute(1, 2, 0)  # [K, K, P]: arithmetic along P is fast
+    matrix = matrix / matrix.diagonal().mean(-1).clamp(min=1e-300)
     best = best_length = None
-    for size in range(1, k + 1):
-        for face in itertools.combinations(range(k), size):
-            block = gram[..., face, :][..., face]
-            # The ridge makes faces with dependent vertices solvable; a smaller face holds their exact point.
-            ridge = torch.eye(size, dtype=gram.dtype, device=gram.device) * 1e-13
-            solution, _ = torch.linalg.solve_ex(block + ridge, torch.ones_like(block[..., 0]))
-            solution = solution.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0)
-            total = solution.sum(-1, keepdim=True)
-            solution = torch.where(total > 0, solution / torch.where(total > 0, total, 1), 1 / size)
-            weights = torch.zeros_like(gram[..., 0])
-            weights[..., face] = solution
-            length = (weights[..., None, :] @ gram @ weights[..., None])[..., 0, 0]
-            if best is None:
-                best, best_length = weights, length
-            else:
-                best = torch.where((length < best_length)[..., None], weights, best)
-                best_length = torch.minimum(length, best_length)
-    return best.to(dtype)
+    for faces in _faces(k, gram.device).split(16, dim=1):
+        weights = _solve_on_faces(matrix, faces)
+        length = ((matrix[:, :, None] * weights[None]).sum(1) * weights).sum(0)
+        length, face = length.min(0)
+        weights = weights.gather(1, face.expand(k, 1, -1))[:, 0]
+        if best is None:
+            best, best_length = weights, length
+        else:
+            best = torch.where(length < best_length, weights, best)
+            best_length = torch.minimum(length, best_length)
+    return best.T.reshape(*problems, k).to(gram.dtype)
+
+
+@functools.cache
+def _faces(k, device):
+    """The faces of the hull of k vectors, vertices first, as a mask [K, 2^K - 1] of their vertices."""
+    faces = sorted((face for face in itertools.product((0.0, 1.0), repeat=k) if any(face)), key=sum)
+    return torch.tensor(faces, dtype=torch.float64, device=device).T.contiguous()
+
+
+def _solve_on_faces(matrix, faces):
+    """Convex weights [K, F, P] that solve matrix [K, K, P] w = 1 on faces [K, F], up to scale and cut off at zero.
+
+    By Gaussian elimination without pivoting, since the matrix is positive definite: the ridge sees to faces with
+    dependent vertices, of which a smaller face holds the exact point. Rows outside a face become those of the identity.
+    """
+    k = len(matrix)
+    inside = faces[..., None]
+    a = matrix[:, :, None] * inside[:, None] * inside[None]
+    a.diagonal().add_((1 - faces[:, :, None] + 1e-13 * inside).permute(1, 2, 0))
+    b = inside.expand(a.shape[1:]).clone()
+    for j in range(k - 1):
+        factor = a[j + 1 :, j] / a[j, j]
+        a[j + 1 :, j + 1 :] -= factor[:, None] * a[j, j + 1 :]
+        b[j + 1 :] -= factor * b[j]
+    for j in reversed(range(k)):
+        b[j] = (b[j] - (a[j, j + 1 :] * b[j + 1 :]).sum(0)) / a[j, j]
+    b = b.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0)
+    total = b.sum(0)
+    return torch.where(total > 0, b / torch.where(total > 0, total, 1), inside / inside.sum(0))
 
 
 def _frank_wolfe(gram, iterations=20, tolerance=1e-4):

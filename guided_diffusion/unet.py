@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .nn import normalization, timestep_embedding, zero_module
+from .nn import norm_silu, normalization, timestep_embedding, zero_module
 
 
 class Upsample(nn.Module):
@@ -85,17 +85,15 @@ class ResBlock(nn.Module):
         return self._forward(x, emb)
 
     def _forward(self, x, emb):
-        norm_in, act_in, conv_in = self.in_layers
-        h = conv_in(self.resample(act_in(norm_in(x))))
-        emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
-        norm_out, *rest = self.out_layers
+        norm_in, _, conv_in = self.in_layers
+        h = conv_in(self.resample(norm_silu(norm_in, x)))
+        emb = self.emb_layers(emb)[:, :, None, None]
+        norm_out, _, dropout, conv_out = self.out_layers
         if self.use_scale_shift_norm:
-            scale, shift = emb.chunk(2, dim=1)
-            h = norm_out(h) * (1 + scale) + shift
+            h = norm_silu(norm_out, h, *emb.chunk(2, dim=1))
         else:
-            h = norm_out(h + emb)
-        for layer in rest:
-            h = layer(h)
+            h = norm_silu(norm_out, h + emb.to(h.dtype))
+        h = conv_out(dropout(h))
         return self.skip_connection(self.resample(x)) + h
 
 

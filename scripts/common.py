@@ -30,6 +30,7 @@ sys.path.insert(0, ROOT)
 
 from guided_diffusion import dist_util  # noqa: E402
 from guided_diffusion.errors import UserError  # noqa: E402
+from guided_diffusion.memory import keep_freed_memory  # noqa: E402
 from guided_diffusion.script_util import model_and_diffusion_defaults, str2bool  # noqa: E402
 
 log = logging.getLogger("sddm")
@@ -65,7 +66,7 @@ DIFFUSION_HELP = {
 OF_TRAINING = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
 # Flags that say how to run, not what to make: they may change between a run and its restart.
 CIRCUMSTANCES = (
-    *("base_samples", "batch_size", "device", "grid", "num_samples", "overwrite", "save_dir", "strict"),
+    *("base_samples", "batch_size", "compile", "device", "grid", "num_samples", "overwrite", "save_dir", "strict"),
     *("use_fp16", *OF_TRAINING),  # what use_fp16 means is in `precision`
 )
 TRANSLATIONS = ("translations", "side by side with their sources")
@@ -100,7 +101,13 @@ def add_model_flags(parser):
         _add(group, name, defaults[name], text)
     group.add_argument("--class_index", type=int, help="class to make, for a class-conditional model")
     group.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), help="arithmetic of the network (default fp32)"
+        "--precision",
+        choices=("fp32", "bf16", "fp16", "auto"),
+        help="arithmetic of the network; auto: bf16 where the device computes in it, else fp32 (default fp32)",
+    )
+    group.add_argument(
+        "--compile", type=str2bool, default=False, metavar="BOOL", nargs="?", const=True,
+        help="compile the network first, which takes a minute and pays over many batches on a GPU (default False)",
     )
 
 
@@ -226,22 +233,32 @@ def steps_of(args):
 
 
 def load_network(args, device):
-    """The model of --model_path on its device, in --precision, and what was found out about it."""
+    """The model of --model_path on its device, in --precision, and what was found out about it.
+
+    A precision left to the device is known from here on: args get it, since it counts when a run is gone on with.
+    """
     import torch
 
     from guided_diffusion.checkpoint import load_model
+    from guided_diffusion.compiled import Compiled
+    from guided_diffusion.precision import best_precision
 
+    if precision_of(args) == "auto":
+        args.precision = best_precision(device)
+        log.info("--precision auto is %s on %s", args.precision, device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision_of(args)]
     flags = {name: getattr(args, name) for name in (*MODEL_HELP, *DIFFUSION_HELP)}
     model, info = load_model(args.model_path, device=device, dtype=dtype, **flags)
     model.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPUs and GPUs
     if info.model_type == "ENCODER":
         raise UserError(f"--model_path {args.model_path} is a classifier or extractor, not a diffusion model")
+    classes = getattr(model, "num_classes", None)
+    if args.compile:
+        model = Compiled(model)
     if not info.flags["class_cond"]:
         if args.class_index is not None:
             raise UserError(f"--class_index {args.class_index}: {args.model_path} is not class-conditional")
         return model, info
-    classes = model.num_classes
     if args.class_index is None or not 0 <= args.class_index < classes:
         raise UserError(
             f"--class_index is {args.class_index}; {args.model_path} is class-conditional and needs 0 to {classes - 1}"
@@ -264,9 +281,12 @@ def create_job(args, peers, device):
 
 def load_encoder(flag, path, image_size, device):
     """The classifier or extractor that a flag names, for images of the model's size."""
+    import torch
+
     from guided_diffusion.checkpoint import load_model
 
     encoder, info = load_model(path, device=device)
+    encoder.to(memory_format=torch.channels_last)
     if info.model_type != "ENCODER":
         raise UserError(f"--{flag} {path} is a diffusion model, not a classifier or extractor")
     if info.flags["image_size"] != image_size:
@@ -445,6 +465,7 @@ def main(function, parser):
     """
     warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata, which does not concern the pixels
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    keep_freed_memory()
     args = parser.parse_args()
     peers = me = dist_util.Ranks()
     handler = _raise_once()
