@@ -16,6 +16,7 @@ import torch
 from conftest import GOLDEN_DIR, golden_index, golden_metrics
 from PIL import Image
 
+from guided_diffusion.checkpoint import load_model
 from guided_diffusion.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,6 +176,49 @@ def test_one_command_measures_everything(data, tmp_path):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "result.csv", "result.json", "result.md", "result_images.csv",
     ]
+
+
+def pytorch_fid(x, y):
+    """pytorch-fid's own computation; newer SciPy lacks the argument `disp` that it passes."""
+    from pytorch_fid import fid_score
+
+    sqrtm = fid_score.linalg.sqrtm
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fid_score.linalg, "sqrtm", lambda m, disp=True: sqrtm(m) if disp else (sqrtm(m), 0.0))
+        return fid_score.calculate_frechet_distance(
+            x.mean(axis=0), np.cov(x, rowvar=False), y.mean(axis=0), np.cov(y, rowvar=False)
+        )
+
+
+def test_fid_equals_pytorch_fid_on_the_same_features(monkeypatch, data, tmp_path):
+    result = measured(monkeypatch, data, tmp_path, "--outputs", "outputs", "--targets", "targets",
+                      "--features", "blocks.pt", "--image_size", "16")
+    x, y = block_means(data / "outputs"), block_means(data / "targets")
+    assert result["metrics"]["fid"] == pytest.approx(pytorch_fid(x, y), rel=1e-4)
+
+
+def test_features_of_the_projects_own_extractor(monkeypatch, data, tmp_path):
+    """The committed domain classifier: FID of its middle block's spatial means at t = 50, images at its 64 pixels."""
+    path = ROOT / "models" / "fluent3d_64_dse.safetensors"
+    result = measured(monkeypatch, data, tmp_path, "--outputs", "few", "--targets", "sources/", "--features", path)
+    encoder, _ = load_model(str(path))
+    features = []
+    for folder in ("few", "sources"):
+        images = []
+        for file in sorted((data / folder).rglob("*.png")):
+            with Image.open(file) as image:
+                pixels = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC), np.float32)
+            images.append(torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)
+        with torch.no_grad():
+            middle = encoder.eval().middle_features(torch.stack(images), torch.full((len(images),), 50))
+        features.append(middle.mean(dim=(2, 3)).double().numpy())
+    x, y = ((values - values.mean(axis=0)) / math.sqrt(len(values) - 1) for values in features)
+    # The singular covariances' overlap, in the small space of the images: the nuclear norm of X Yᵀ.
+    expected = np.sum((features[0].mean(axis=0) - features[1].mean(axis=0)) ** 2) + np.sum(x**2) + np.sum(y**2)
+    expected -= 2 * np.linalg.norm(x @ y.T, "nuc")
+    assert result["metrics"]["fid"] == pytest.approx(expected, rel=1e-4)
+    assert "at t = 50" in result["protocol"]["features"] and "64x64" in result["protocol"]["features"]
+    assert result["protocol"]["dimensions"] == features[0].shape[1] and result["sizes"]["outputs"] == ["16x16"]
 
 
 @pytest.mark.parametrize("name", golden_metrics())
