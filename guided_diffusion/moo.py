@@ -51,18 +51,21 @@ def _best_face(gram):
     """Exact for any K: try every face of the hull and keep the shortest of their points.
 
     The minimum-norm point lies inside one face with independent vertices; on it the weights solve gram w = 1 up to
-    scale. The 2^K - 1 faces are solved side by side in float64, and weights below zero are cut off, which leaves a valid
-    (if longer) candidate. Every operation runs over all problems, and the device never waits for the host.
+    scale. All faces with the same number of vertices are solved side by side in float64, and weights below zero are cut
+    off, which leaves a valid (if longer) candidate. The device never waits for the host.
     """
     k, problems = gram.shape[-1], gram.shape[:-2]
     matrix = gram.double().reshape(-1, k, k).permute(1, 2, 0)  # [K, K, P]: arithmetic along P is fast
     matrix = matrix / matrix.diagonal().mean(-1).clamp(min=1e-300)
     best = best_length = None
-    for faces in _faces(k, gram.device).split(16, dim=1):
-        weights = _solve_on_faces(matrix, faces)
-        length = ((matrix[:, :, None] * weights[None]).sum(1) * weights).sum(0)
+    for size in range(1, k + 1):
+        faces = _faces(k, size, gram.device)
+        blocks = matrix[faces[:, None], faces[None]]  # [size, size, F, P]
+        weights = _solve(blocks)
+        length = ((blocks * weights).sum(1) * weights).sum(0)
         length, face = length.min(0)
-        weights = weights.gather(1, face.expand(k, 1, -1))[:, 0]
+        weights = weights.gather(1, face.expand(size, 1, -1))[:, 0]
+        weights = torch.zeros_like(matrix[0]).scatter(0, faces[:, face], weights)
         if best is None:
             best, best_length = weights, length
         else:
@@ -72,23 +75,20 @@ def _best_face(gram):
 
 
 @functools.cache
-def _faces(k, device):
-    """The faces of the hull of k vectors, vertices first, as a mask [K, 2^K - 1] of their vertices."""
-    faces = sorted((face for face in itertools.product((0.0, 1.0), repeat=k) if any(face)), key=sum)
-    return torch.tensor(faces, dtype=torch.float64, device=device).T.contiguous()
+def _faces(k, size, device):
+    """The faces with `size` vertices of the hull of k vectors: the numbers of their vertices, [size, F]."""
+    return torch.tensor(list(itertools.combinations(range(k), size)), device=device).T
 
 
-def _solve_on_faces(matrix, faces):
-    """Convex weights [K, F, P] that solve matrix [K, K, P] w = 1 on faces [K, F], up to scale and cut off at zero.
+def _solve(a):
+    """Convex weights [K, F, P] that solve a [K, K, F, P] w = 1 up to scale, cut off at zero.
 
-    By Gaussian elimination without pivoting, since the matrix is positive definite: the ridge sees to faces with
-    dependent vertices, of which a smaller face holds the exact point. Rows outside a face become those of the identity.
+    By Gaussian elimination without pivoting, as the matrices are positive definite: the ridge sees to those of
+    dependent vectors, for which a smaller face holds the exact point.
     """
-    k = len(matrix)
-    inside = faces[..., None]
-    a = matrix[:, :, None] * inside[:, None] * inside[None]
-    a.diagonal().add_((1 - faces[:, :, None] + 1e-13 * inside).permute(1, 2, 0))
-    b = inside.expand(a.shape[1:]).clone()
+    k = len(a)
+    a, b = a.clone(), torch.ones_like(a[0])
+    a.diagonal().add_(1e-13)
     for j in range(k - 1):
         factor = a[j + 1 :, j] / a[j, j]
         a[j + 1 :, j + 1 :] -= factor[:, None] * a[j, j + 1 :]
@@ -97,7 +97,7 @@ def _solve_on_faces(matrix, faces):
         b[j] = (b[j] - (a[j, j + 1 :] * b[j + 1 :]).sum(0)) / a[j, j]
     b = b.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0)
     total = b.sum(0)
-    return torch.where(total > 0, b / torch.where(total > 0, total, 1), inside / inside.sum(0))
+    return torch.where(total > 0, b / torch.where(total > 0, total, 1), 1 / k)
 
 
 def _frank_wolfe(gram, iterations=20, tolerance=1e-4):
