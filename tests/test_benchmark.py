@@ -107,7 +107,8 @@ def test_results_are_those_of_the_folders(data, made):
     for row, evaluations in zip(results["rows"], (4, 3)):
         for seed in ("0", "1"):
             folder = made / row["folder"].replace("seed_0", f"seed_{seed}")
-            assert sorted(tiny.pictures(folder)) == sorted(NAMES) and tiny.record(folder)["settings"]["seed"] == int(seed)
+            assert sorted(tiny.pictures(folder)) == sorted(NAMES)
+            assert tiny.record(folder)["settings"]["seed"] == int(seed)
             direct, _ = evaluation.evaluate(
                 str(folder), sources=str(data / "sources"), targets=str(data / "truth"), truth=str(data / "truth"),
                 features=str(data / "model.safetensors"), image_size=tiny.SIZE, lpips=False,
@@ -267,7 +268,8 @@ def test_a_row_that_fails_ends_the_command_with_one_line(data, tmp_path):
 
 def test_published_results_are_drawn_beside_fids_of_inception_only():
     row = {
-        "method": "A", "setting": "b", "mean": {"fid": 60.0, "source_ssim": 0.4}, "std": {"fid": 1.0, "source_ssim": None},
+        "method": "A", "setting": "b",
+        "mean": {"fid": 60.0, "source_ssim": 0.4}, "std": {"fid": 1.0, "source_ssim": None},
         "published": {"fid": "62.29 ± 0.63", "source_ssim": "0.422"}, "curves": [],
         "protocol": {"features": "inception (pytorch-fid, 2048-d); images at 256x256"},
     }  # fmt: skip
@@ -279,7 +281,8 @@ def test_published_results_are_drawn_beside_fids_of_inception_only():
 
 
 def test_labels_of_a_chart_do_not_cover_each_other_nor_dots():
-    points = [{"xy": (1 + k / 50, 2 - k / 80), "deviation": (0, 0), "colour": "#000", "label": f"M={k}"} for k in range(5)]
+    look = {"deviation": (0, 0), "colour": "#000"}
+    points = [{"xy": (1 + k / 50, 2 - k / 80), "label": f"M={k}", **look} for k in range(5)]
     svg = re.search(r"<svg.*?</svg>", report.chart("t", "x", "y", [], points)).group()
     root = ElementTree.fromstring(svg)
     dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in root.iter("circle")]
@@ -340,7 +343,8 @@ def test_search_takes_training_pictures_without_skin_tones(tmp_path):
     sources, truth = search.prepare(tmp_path, tmp_path / "search", 5)
     taken = sorted(path.name for path in sources.iterdir())
     assert len(taken) == 5 and not any("1f3f" in name for name in taken)
-    assert taken == sorted(path.name for path in truth.iterdir()) == search.pick_sources(tmp_path / "twitter" / "train", 5)
+    assert taken == sorted(path.name for path in truth.iterdir())
+    assert taken == search.pick_sources(tmp_path / "twitter" / "train", 5)
     search.prepare(tmp_path, tmp_path / "search", 3)
     assert len(list(sources.iterdir())) == len(list(truth.iterdir())) == 3
 
@@ -360,6 +364,36 @@ def test_search_writes_the_table_that_the_benchmark_reads(tmp_path):
     record = json.loads((tmp_path / "search.json").read_text())
     assert [row["chosen"] for row in record["candidates"]].count(True) == len(search.METHODS)
     assert (tmp_path / "search.md").read_text().count("| chosen |") == len(search.METHODS)
+
+
+def test_search_from_pictures_to_table(data, monkeypatch, tmp_path, capfd):
+    """Real runs over a small grid: a piece chooses nothing, the whole chooses by the rule and keeps the piece."""
+    ilvr = "ilvr_sample.py --timestep_respacing 3 --range_t 0 --down_N {down_N}"
+    grids = {
+        "ILVR": ({"down_N": (2, 8)}, "N={down_N}", ilvr),
+        "SDEdit": ({"t": (900,)}, "M={t}", "sdedit_sample.py --timestep_respacing 3 --t 2"),
+    }
+    monkeypatch.setattr(search, "METHODS", grids)
+    for kind in ("twitter", "fluent3d"):
+        tiny.make_references(tmp_path / "emoji" / kind / "train", [f"{100 + i:x}.png" for i in range(4)])
+    command = ["search.py", "--data", tmp_path / "emoji", "--model_path", data / "model.safetensors", "--count", 3]
+    command += ["--image_size", tiny.SIZE, "--flags", "--device cpu"]
+    command += ["--save_dir", tmp_path / "save", "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--only", "N=8"])
+    assert search.main() == 0 and not (tmp_path / "table.txt").exists()
+    before = files(tmp_path / "save" / "runs")
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    assert search.main() == 0
+    after = files(tmp_path / "save" / "runs")
+    assert before and before.items() <= after.items()
+    rows = json.loads((tmp_path / "search.json").read_text())["candidates"]
+    assert [row["setting"] for row in rows] == ["N=2", "N=8", "M=900"] and rows[2]["chosen"]
+    winner, sums = search.choose([(row["truth_ssim"], row["fid"]) for row in rows[:2]])
+    assert [row["chosen"] for row in rows[:2]] == [winner == 0, winner == 1]
+    assert [row["rank_sum"] for row in rows[:2]] == sums
+    chosen = benchmark.parse_table((tmp_path / "table.txt").read_text())
+    assert [row.setting for row in chosen] == [rows[winner]["setting"], "M=900"]
+    assert (tmp_path / "search.md").read_text() in capfd.readouterr().out
 
 
 def test_the_committed_table_can_be_read():

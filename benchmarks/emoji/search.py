@@ -2,8 +2,8 @@
 
 The rule, the same for all methods: rank a method's candidates by SSIM to the true translation and by the Fréchet
 distance to the target domain's training pictures; the lowest sum of both ranks wins, a tie goes to the higher SSIM.
-Nothing of the test split is looked at. Sources are the first 40 training pictures without a skin tone, in the order of their names'
-SHA-256; one seed.
+Nothing of the test split is looked at. Sources are the first 40 training pictures without a skin tone, in the order of
+their names' SHA-256; one seed.
 
     python benchmarks/emoji/search.py                 # resumable: the same command goes on
     python benchmarks/emoji/search.py --only EGSDE    # one piece; the setting is chosen when all are there
@@ -132,7 +132,7 @@ def write(results, chosen, sums, args):
     return text
 
 
-def main():
+def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "emoji", help="the emoji set (default data/emoji)")
     parser.add_argument("--model_path", default=str(ROOT / "models" / "fluent3d_64.safetensors"))
@@ -144,7 +144,11 @@ def main():
     parser.add_argument("--batch_size", default="20")
     parser.add_argument("--save_dir", type=Path, default=ROOT / "output_emoji_search")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the results (default this file's)")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_flags()
     if not (args.data / "twitter" / "train").is_dir():
         print(f"error: --data {args.data} has no twitter/train; datasets/prepare_emoji.py makes it", file=sys.stderr)
         return 2
