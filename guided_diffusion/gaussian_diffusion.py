@@ -203,14 +203,18 @@ class GaussianDiffusion:
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}; it must be from 0 to 1")
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        eps = self.eps_from_xstart(x, t, out["pred_xstart"])
-        alpha_bar = self.extract("alphas_cumprod", t)
-        alpha_bar_prev = self.extract("alphas_cumprod_prev", t)
-        sigma = eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
-        mean = out["pred_xstart"] * alpha_bar_prev.sqrt() + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps
+        mean, sigma = self.ddim_mean_sigma(out["pred_xstart"], x, t, eta)
         noise = torch.randn_like(x) if noise is None else noise
         nonzero = (t != 0).to(x.dtype).reshape(-1, 1, 1, 1)
         return {"sample": mean + nonzero * sigma * noise, "pred_xstart": out["pred_xstart"]}
+
+    def ddim_mean_sigma(self, pred_xstart, x, t, eta):
+        """Mean [N, C, H, W] and standard deviation [N, 1, 1, 1] of a DDIM step from x with a prediction of x_0."""
+        eps = self.eps_from_xstart(x, t, pred_xstart)
+        alpha_bar = self.extract("alphas_cumprod", t)
+        alpha_bar_prev = self.extract("alphas_cumprod_prev", t)
+        sigma = eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
+        return pred_xstart * alpha_bar_prev.sqrt() + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps, sigma
 
     def p_sample_loop(self, model, shape, **options):
         """Ancestral sampling from noise to image; see `p_sample_loop_progressive` for the options."""

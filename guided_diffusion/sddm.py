@@ -9,6 +9,7 @@ import torch
 
 from .manifold import BlockManifold, LowPassManifold, check_blocks, from_blocks, to_blocks
 from .moo import min_norm_weights
+from .solvers import create_solver
 
 LAMBDA = 25.0  # length of an energy's direction, relative to the score's tangent part times beta / sqrt(alpha)
 REFINEMENTS = 4  # extra updates of the `released` variant before its last guided step
@@ -30,6 +31,8 @@ def sample(
     manifold="badain",
     down_n=32,
     clip_denoised=True,
+    sampler="ancestral",
+    eta=0.0,
     noise=None,
     callback=None,
     monitor=None,
@@ -41,6 +44,9 @@ def sample(
     `energy`. variant: `manifold`, the method as described by its authors, or `released`, the arithmetic of the public
     release. detail_merge: merge directions per block instead of per channel. noise(shape): every random draw in order,
     x_T first, then one per step. callback(i, x): the state after step i. Returns [N, C, H, W].
+
+    sampler: `ancestral` as in the paper; `ddim`, or `dpmpp_2m` for the plain steps and ddim for the guided ones, which
+    need fewer steps. Their posterior takes the place of the ancestral one; eta is DDIM's share of noise. See `solvers`.
 
     The paper's ablations: moo `linear` adds the directions up instead of taking their minimum-norm point; manifold
     `low_pass` is that of images with the reference's low frequencies (those that shrinking by down_n keeps).
@@ -56,11 +62,15 @@ def sample(
     check_blocks(ref.shape[2:], blocks)
     noise = noise or (lambda shape: torch.randn(shape, device=ref.device, dtype=ref.dtype))
     released = variant == "released"
-    solver = "linear" if moo == "linear" else "frank_wolfe" if released else "exact"
+    merging = "linear" if moo == "linear" else "frank_wolfe" if released else "exact"
     m = BlockManifold(ref, blocks) if manifold == "badain" else LowPassManifold(ref, down_n)
     for energy in energies:
         energy.prepare(ref)
+    solver = create_solver(sampler, diffusion, eta)
     alpha_bars = [float(alpha_bar) for alpha_bar in diffusion.alphas_cumprod]
+
+    def posterior(x, t):
+        return solver.posterior(diffusion.p_mean_variance(model, x, t, clip_denoised), x, t)
 
     def guided_parts(x, i, t, posterior_mean):
         """The move d along the manifold, and the rest of the step: the normal part of the score and the drift."""
@@ -71,7 +81,7 @@ def sample(
             _, grad = energy.energy_and_grad(x, diffusion.model_timesteps(t), alpha_bars[i])
             descent, _ = m.split(x, -grad, alpha_bars[i])
             directions.append(rescale(descent, grad, tangent, LAMBDA * float(diffusion.betas[i]) * stretch))
-        move, weights = merge(directions, blocks if detail_merge else None, solver)
+        move, weights = merge(directions, blocks if detail_merge else None, merging)
         if monitor is not None:
             monitor(i, _record(tangent, normal, move, weights))
         return move, normal + (stretch - 1) * x
@@ -81,12 +91,12 @@ def sample(
         x = m.restrict(x, alpha_bars[-1])
     for i in reversed(range(diffusion.num_timesteps)):
         t = torch.full((ref.shape[0],), i, device=ref.device, dtype=torch.long)
-        out = diffusion.p_mean_variance(model, x, t, clip_denoised)
+        out = posterior(x, t)
         if released and i == range_t + 1:
             # The step below then uses the posterior of the last refinement, found before x moved for the last time.
             for refinement in range(REFINEMENTS):
                 if refinement:
-                    out = diffusion.p_mean_variance(model, x, t, clip_denoised)
+                    out = posterior(x, t)
                 move, rest = guided_parts(x, i, t, out["mean"])
                 x = x + move + rest
         if i > range_t:
@@ -97,7 +107,7 @@ def sample(
             x = diffusion.add_noise({**out, "mean": moved + rest}, t, noise(ref.shape))
             x = m.restrict(x, alpha_bars[i - 1] if i else 1.0)
         else:
-            x = diffusion.add_noise(out, t, noise(ref.shape))
+            x = solver.step(out, x, i, t, noise(ref.shape))
         if callback is not None:
             callback(i, x)
     return x

@@ -10,6 +10,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import is_url
 from guided_diffusion.manifold import check_blocks
 from guided_diffusion.script_util import create_diffusion
+from guided_diffusion.solvers import SOLVERS
 
 ENERGIES = ("vgg", "dct", "dse", "low_pass", "classifier")
 WITHOUT_EFFECT = ("use_ddim", "classifier_scale", "affine", "losstype", "init_with_blockadain", "diffusionmodel")
@@ -57,6 +58,15 @@ def create_parser():
         choices=sddm.CHOICES["manifold"],
         default="badain",
         help="ablation: images with the reference's block statistics, or low frequencies (--down_N) (default badain)",
+    )
+    method.add_argument(
+        "--sampler",
+        choices=tuple(SOLVERS),
+        default="ancestral",
+        help="how steps are taken; ddim and dpmpp_2m (second order below T0, ddim above) need fewer (default ancestral)",
+    )
+    method.add_argument(
+        "--eta", type=float, default=0.0, help="noise of ddim's steps, 0 for none, 1 for as much as ancestral (default 0)"
     )
     method.add_argument(
         "--init_with_blockadain",
@@ -147,6 +157,8 @@ def translate(args, peers):
     names = chosen_energies(args)
     # What the flags alone tell to be wrong is said before anything is loaded.
     common.precision_of(args)
+    if not 0 <= args.eta <= 1:
+        raise UserError(f"--eta is {args.eta:g}; it can be 0 to 1")
     check_method(args, args.image_size, common.steps_of(args))
     device = common.pick_device(args.device, peers)
     job = common.create_job(args, peers, device)
@@ -163,7 +175,7 @@ def translate(args, peers):
         "%s UNet, %d px, %d steps on %s; SDDM %s, energy %s",
         *(info.model_type, size, steps, device, args.variant, "+".join(names) or "none"),
     )
-    unused = [*WITHOUT_EFFECT, *FILES_OF.values()]
+    unused = [*WITHOUT_EFFECT, *(["eta"] if args.sampler == "ancestral" else []), *FILES_OF.values()]
     used = {*names, args.manifold}
     unused += [flag for name, flags in FLAGS_OF.items() if name not in used for flag in flags]
     files = {"model_path": args.model_path, **{FILES_OF[n]: getattr(args, FILES_OF[n]) for n in names if n in FILES_OF}}
@@ -180,6 +192,8 @@ def translate(args, peers):
         manifold=args.manifold,
         down_n=args.down_N,
         clip_denoised=args.clip_denoised,
+        sampler=args.sampler,
+        eta=args.eta,
     )
     return common.run_method(job, size, settings, sampler, model, diffusion, steps, guided=True)
 

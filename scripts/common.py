@@ -281,12 +281,9 @@ def create_job(args, peers, device):
 
 def load_encoder(flag, path, image_size, device):
     """The classifier or extractor that a flag names, for images of the model's size."""
-    import torch
-
     from guided_diffusion.checkpoint import load_model
 
     encoder, info = load_model(path, device=device)
-    encoder.to(memory_format=torch.channels_last)
     if info.model_type != "ENCODER":
         raise UserError(f"--{flag} {path} is a diffusion model, not a classifier or extractor")
     if info.flags["image_size"] != image_size:
