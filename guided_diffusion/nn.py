@@ -42,11 +42,13 @@ def norm_silu(norm, x, scale=None, shift=None):
 
 
 def _normalizes_halves(norm, x):
-    """Whether reading x in half precision, with float32 sums inside, is the faster way.
+    """Whether the kernel that reads x in half precision, with float32 sums inside, is faster than a float32 copy of x.
 
-    It is on CPUs, but not with few channels a group.
+    It is on CPUs, but not with few channels a group, nor on small maps, which it does not share well among cores.
     """
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and norm.num_channels >= 4 * norm.num_groups
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return False
+    return norm.num_channels >= 4 * norm.num_groups and x.shape[2] * x.shape[3] >= 1024
 
 
 def zero_module(module):

@@ -1,0 +1,295 @@
+"""Every fast path gives what its plain twin gives, and the sampling loop never waits for the device."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LinearModel, golden, golden_index, golden_model_and_diffusion, golden_unet
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from guided_diffusion import compiled, ddpm, energy, moo, precision, unet
+from guided_diffusion.ddpm import Model
+from guided_diffusion.manifold import block_mean
+from guided_diffusion.nn import GroupNorm32, norm_silu
+from guided_diffusion.script_util import create_diffusion, create_model
+from guided_diffusion.sddm import sample
+from guided_diffusion.unet import multi_head_attention
+
+ROOT = Path(__file__).resolve().parent.parent
+UNET = "unet_updown_scaleshift_learnsigma"
+
+
+def tiny_network(**flags):
+    torch.manual_seed(0)
+    flags = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,4", "attention_resolutions": "8", **flags}
+    model = create_model(image_size=16, **flags)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+# --- networks
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("channels", [32, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalisation_in_one_buffer(dtype, channels, affine):
+    torch.manual_seed(0)
+    norm = GroupNorm32(32, channels)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(2, channels, 32, 32).to(dtype, memory_format=torch.channels_last)
+    scale, shift = torch.randn(2, 2, channels, 1, 1) if affine else (None, None)
+    exact = F.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double(), norm.eps)
+    exact = F.silu(exact * (1 + scale) + shift if affine else exact)
+    given = x.clone()
+    with torch.no_grad():
+        fast = norm_silu(norm, x, scale, shift)
+    plain = norm_silu(norm, x, scale, shift)
+    assert torch.equal(x, given)
+    assert fast.dtype == plain.dtype == dtype
+    if dtype == torch.float32:
+        assert torch.equal(fast, plain)
+    else:
+        # One rounding at the end, or a few on the way, of 2^-9 each.
+        assert (fast - exact).abs().mean() <= (plain - exact).abs().mean() * 1.05 < 0.02
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_networks_give_the_same_bits_with_it_and_without(scale_shift, monkeypatch):
+    def plain(*arguments):
+        with torch.enable_grad():
+            return norm_silu(*arguments).detach()
+
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    for model in (
+        tiny_network(use_scale_shift_norm=scale_shift),
+        Model(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), image_size=16).eval(),
+    ):
+        with torch.no_grad(), monkeypatch.context() as patch:
+            fast = model(x, t)
+            for module in (unet, ddpm):
+                patch.setattr(module, "norm_silu", plain)
+            assert torch.equal(model(x, t), fast)
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+def test_attention(new_order):
+    torch.manual_seed(0)
+    heads, width, length = 2, 8, 20
+    qkv = torch.randn(3, 3 * heads * width, length)
+    parts = qkv.reshape(3, 3, heads, width, length).unbind(1) if new_order else (
+        qkv.reshape(3, heads, 3, width, length).unbind(2)
+    )  # fmt: skip
+    q, k, v = (part.double() for part in parts)
+    weights = torch.einsum("nhcl,nhcm->nhlm", q, k).div(width**0.5).softmax(-1)
+    expected = torch.einsum("nhlm,nhcm->nhcl", weights, v).reshape(3, heads * width, length)
+    torch.testing.assert_close(multi_head_attention(qkv, heads, new_order).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_channels_last_changes_rounding_alone():
+    data, x = golden(UNET), golden(UNET)["input.x"]
+    try:
+        with torch.no_grad():
+            result = golden_unet(UNET).to(memory_format=torch.channels_last)(x, data["input.t"])
+    finally:
+        golden_unet.cache_clear()
+    torch.testing.assert_close(result, data["output"], atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_network_stays_close_and_leaves_other_shapes_alone():
+    model = tiny_network(channel_mult="1")  # compiling takes as long as there are layers
+    fast = compiled.Compiled(model)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x, t), model(x, t), atol=1e-4, rtol=1e-4)
+        assert fast.compiled is not None
+        assert torch.equal(fast(x[:1], t[:1]), model(x[:1], t[:1]))
+
+
+def test_network_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
+    def broken(model, **options):
+        def run(*arguments):
+            raise RuntimeError("no C++ compiler\nand more of it")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model = tiny_network()
+    fast = compiled.Compiled(model)
+    x, t = torch.randn(1, 3, 16, 16), torch.tensor([3])
+    for _ in range(2):
+        assert torch.equal(fast(x, t), model(x, t))
+    assert caplog.messages == ["--compile has no effect, the network runs as it is: no C++ compiler"]
+
+
+def test_out_of_memory_is_no_failure_to_compile(monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: full)
+    fast = compiled.Compiled(tiny_network())
+    with pytest.raises(torch.OutOfMemoryError):
+        fast(torch.randn(4, 3, 16, 16), torch.tensor([3] * 4))
+    # The next, smaller batch is tried anew.
+    assert fast.compiled is not None and fast.shape is None
+
+
+def test_automatic_precision_is_one_that_the_device_has(monkeypatch):
+    cpu = torch.device("cpu")
+    for native, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native, raising=False)
+        assert precision.best_precision(cpu) == expected
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert precision.best_precision(torch.device("cuda")) == expected
+    assert precision.best_precision(torch.device("mps")) == "fp32"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_leaves_the_manifold_in_float32(dtype):
+    diffusion = create_diffusion(timestep_respacing="6")
+    ref = torch.rand(1, 3, 16, 16) * 2 - 1
+    draws = torch.randn(7, *ref.shape)
+    images = []
+    for model in (tiny_network(), tiny_network().set_dtype(dtype)):
+        states, remaining = {}, list(draws)
+        images.append(
+            sample(model, diffusion, ref, blocks=4, range_t=2, energies=[energy.dct(4)],
+                   noise=lambda _: remaining.pop(0), callback=states.__setitem__)  # fmt: skip
+        )
+        assert images[-1].dtype == torch.float32
+        expected = float(diffusion.alphas_cumprod[2]) ** 0.5 * block_mean(ref, 4)
+        torch.testing.assert_close(block_mean(states[3], 4), expected, atol=1e-5, rtol=0)
+    assert (images[0] - images[1]).abs().mean() * 127.5 < 2
+
+
+# --- the method
+
+
+@pytest.mark.parametrize("k", [3, 4, 5])
+def test_faces_solved_side_by_side_are_those_solved_one_by_one(k):
+    generator = torch.Generator().manual_seed(k)
+    vectors = torch.randn(40, k, 6, generator=generator, dtype=torch.float64)
+    vectors[:10, 1] = vectors[:10, 0]  # dependent
+    vectors[10:15, 0] = 0
+    found = torch.einsum("pk,pkc->pc", moo._best_face(vectors @ vectors.transpose(1, 2)), vectors).norm(dim=1)
+    for v, length in zip(vectors, found):
+        candidates = []
+        for face in itertools.chain.from_iterable(itertools.combinations(range(k), s) for s in range(1, k + 1)):
+            w = torch.linalg.pinv(v[list(face)] @ v[list(face)].T) @ torch.ones(len(face), dtype=v.dtype)
+            if (w >= 0).all() and w.sum() > 0:
+                candidates.append((w / w.sum() @ v[list(face)]).norm())
+        assert length <= min(candidates) + 1e-6
+
+
+class OnDevice(TorchDispatchMode):
+    """Fails at operations that would copy from the host to the device: those with tensors of both."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        devices = {
+            a.device.type
+            for a in torch.utils._pytree.tree_leaves((args, kwargs or {}, result))
+            if isinstance(a, torch.Tensor) and a.ndim
+        }
+        assert len(devices) < 2, f"{function} has tensors on {devices}"
+        return result
+
+
+@pytest.mark.parametrize("detail_merge", [False, True])
+@pytest.mark.parametrize("variant", ["manifold", "released"])
+@pytest.mark.parametrize("sampler", ["ancestral", "dpmpp_2m"])
+def test_no_step_waits_for_the_device(variant, sampler, detail_merge):
+    """On the meta device, which has no values, everything that needs one on the host is an error."""
+    device = torch.device("meta")
+    diffusion = create_diffusion(timestep_respacing="6", learn_sigma=True)
+    ref = torch.empty(2, 3, 16, 16, device=device)
+    model = tiny_network(learn_sigma=True).to(device)
+    records = []
+
+    def run():
+        return sample(
+            model, diffusion, ref, blocks=4, range_t=2, variant=variant, sampler=sampler, detail_merge=detail_merge,
+            energies=[energy.dct(4), energy.low_pass(4)], noise=lambda shape: torch.empty(shape, device=device),
+            monitor=lambda i, record: records.append(record),
+        )  # fmt: skip
+
+    energies_ready = energy.LowPassEnergy.prepare  # its matrices are made on the host, once per batch
+    run()  # fills the tables of coefficients
+
+    with pytest.MonkeyPatch.context() as patch:
+        prepared = energy.low_pass(4), energy.dct(4)
+        for each in prepared:
+            each.prepare(ref)
+        patch.setattr(energy.LowPassEnergy, "prepare", lambda self, ref: self.__dict__.update(prepared[0].__dict__))
+        patch.setattr(
+            energy.BlockStatisticsEnergy, "prepare", lambda self, ref: self.__dict__.update(prepared[1].__dict__)
+        )
+        with OnDevice():
+            assert run().device == device
+    assert energy.LowPassEnergy.prepare is energies_ready
+    assert len(records) == 2 * (3 + (4 if variant == "released" else 0))
+
+
+def test_waiting_for_the_device_is_noticed():
+    """The test above can fail."""
+
+    class Impatient(LinearModel):
+        def forward(self, x, t):
+            return super().forward(x, t) * (1 if x.abs().max() > 0 else 2)
+
+    ref = torch.empty(1, 3, 16, 16, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        sample(Impatient().to("meta"), create_diffusion(timestep_respacing="3"), ref, blocks=4, range_t=1,
+               noise=lambda shape: torch.empty(shape, device="meta"))  # fmt: skip
+    with pytest.raises(AssertionError, match="copy"), OnDevice():
+        torch.tensor([1.0, 2.0]).to("meta")
+
+
+def test_everything_fast_gives_the_golden_run():
+    """Channels-last, kept memory and the loop without gradients, on a whole run of the release."""
+    name = "sddm_vgg_b4"
+    data, config = golden(name), golden_index()[name]
+    model, diffusion = golden_model_and_diffusion(config)
+    model.to(memory_format=torch.channels_last)
+    weights = {k: v for k, v in golden("energy_vgg_badain").items() if k.startswith("encoder.")}
+    draws, states = list(data["noise"]), {}
+    sample(
+        model, diffusion, data["ref"], blocks=config["blocks"], range_t=config["range_t"], variant="released",
+        energies=[energy.vgg(weights, config["blocks"])], detail_merge=config["detail_merge"],
+        noise=lambda _: draws.pop(0), callback=states.__setitem__,
+    )  # fmt: skip
+    for (i, state), expected in zip(states.items(), data["samples"], strict=True):
+        torch.testing.assert_close(state, expected, atol=1e-3, rtol=0, msg=lambda m, i=i: f"step {i}: {m}")
+
+
+# --- the command
+
+
+def test_importing_the_package_is_cheap():
+    code = "import sys, guided_diffusion; print(*{m.partition('.')[0] for m in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"mpi4py", "torchvision", "scipy", "torch"} & set(loaded.split())
+
+
+def test_sampling_imports_nothing_slow():
+    code = "import sys; sys.path[:0] = ['.', 'scripts']; import ae_sample; print(*{m.partition('.')[0] for m in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"mpi4py", "torchvision", "scipy"} & set(loaded.split())
+    assert "torch" in loaded.split()
+
+
+def test_memory_is_kept_where_the_c_library_can():
+    code = (
+        "import platform, torch; from guided_diffusion.memory import keep_freed_memory; kept = keep_freed_memory();"
+        "assert kept or platform.libc_ver()[0] != 'glibc';"
+        "first = torch.empty(64 << 20, dtype=torch.uint8).fill_(1).data_ptr();"
+        "print(not kept or torch.empty(64 << 20, dtype=torch.uint8).data_ptr() == first)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "True"
