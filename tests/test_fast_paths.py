@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from conftest import LinearModel, golden, golden_index, golden_model_and_diffusion, golden_unet
 from torch.nn import functional as F
@@ -282,6 +283,30 @@ def test_sampling_imports_nothing_slow():
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert not {"mpi4py", "torchvision", "scipy"} & set(loaded.split())
     assert "torch" in loaded.split()
+
+
+def test_precision_and_sampler_count_when_a_run_is_gone_on_with(tmp_path):
+    model = tiny.make_model(tmp_path / "tiny.safetensors")
+    base = tiny.make_references(tmp_path / "ref", ["a.png"])
+
+    def run(*flags):
+        return subprocess.run(tiny.command(model, base, tmp_path / "out", *flags), capture_output=True, text=True)
+
+    first = run("--precision", "auto", "--sampler", "dpmpp_2m", "--eta", "0.5")
+    assert first.returncode == 0, first.stderr
+    found = precision.best_precision(torch.device("cpu"))
+    assert f"--precision auto is {found} on cpu" in first.stderr
+    settings = tiny.record(tmp_path / "out")["settings"]
+    assert [settings[name] for name in ("precision", "sampler", "eta")] == [found, "dpmpp_2m", 0.5]
+    assert "compile" not in settings
+    # What auto stands for is the same setting.
+    assert run("--precision", found, "--sampler", "dpmpp_2m", "--eta", "0.5").returncode == 0
+    other = run("--precision", "fp16", "--eta", "1")
+    assert other.returncode == 2
+    for difference in (f"--precision was '{found}' and is 'fp16'", "--sampler was 'dpmpp_2m' and is 'ancestral'"):
+        assert difference in other.stderr
+    wrong = run("--sampler", "ddim", "--eta", "2")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: --eta is 2; it can be 0 to 1\n")
 
 
 def test_memory_is_kept_where_the_c_library_can():
