@@ -10,9 +10,9 @@ log = logging.getLogger("sddm")
 class Compiled:
     """A network that is compiled for the shape of its first input.
 
-    Compiling takes from half a minute to minutes, which pays over the steps of many batches. So inputs of another shape,
-    such as the last batch of a folder, go through the network as it is, and so do all where compiling fails: it needs a
-    C++ compiler on CPUs and Triton on GPUs. Outputs are those of the network up to rounding.
+    Compiling takes from seconds to minutes, which pays over the steps of many batches. So inputs of another shape, such
+    as the last batch of a folder, go through the network as it is, and so do all where compiling fails: it needs a C++
+    compiler on CPUs and Triton on GPUs. Outputs are those of the network up to rounding.
 
     model(x, t, ...): the network; x [N, C, H, W].
     """
