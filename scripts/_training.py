@@ -11,6 +11,7 @@ import torch
 from guided_diffusion import dist_util, train_files
 from guided_diffusion.checkpoint import FREE
 from guided_diffusion.errors import UserError
+from guided_diffusion.memory import keep_freed_memory
 from guided_diffusion.script_util import str2bool
 from guided_diffusion.train_data import CACHES
 from guided_diffusion.train_util import TrainConfig
@@ -122,6 +123,7 @@ def find_device(name, ranks):
 def run(train, parse_flags):
     """Run train(flags, ranks) and end the process: 0 done, 2 after an error line, 130 stopped by a signal."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    keep_freed_memory()
     ranks = dist_util.Ranks()
     try:
         ranks = dist_util.ranks()

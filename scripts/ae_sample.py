@@ -159,6 +159,8 @@ def translate(args, peers):
     common.precision_of(args)
     if not 0 <= args.eta <= 1:
         raise UserError(f"--eta is {args.eta:g}; it can be 0 to 1")
+    if args.eta and args.sampler == "ancestral":
+        raise UserError(f"--eta {args.eta:g} is for --sampler ddim or dpmpp_2m")
     check_method(args, args.image_size, common.steps_of(args))
     device = common.pick_device(args.device, peers)
     job = common.create_job(args, peers, device)

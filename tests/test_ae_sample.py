@@ -245,6 +245,8 @@ ERRORS = {
     "--device cuda:55": "--device cuda:55 cannot be used",
     "--use_fp16 True --precision bf16": "--use_fp16 True contradicts --precision bf16",
     "--background chartreuse2": "--background",
+    "--sampler ddim --eta 1.5": "--eta is 1.5; it can be 0 to 1",
+    "--eta 0.5": "--eta 0.5 is for --sampler ddim or dpmpp_2m",
 }
 
 
