@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import golden
 from PIL import Image
@@ -20,10 +21,6 @@ from guided_diffusion.image_datasets import list_references, load_image, to_tens
 from guided_diffusion.script_util import create_classifier, create_diffusion, create_model
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = dict(
-    image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8",
-    num_head_channels=32, resblock_updown=True, use_scale_shift_norm=True, learn_sigma=False,
-)
 ENCODER = dict(
     image_size=16, classifier_width=32, classifier_depth=1, classifier_attention_resolutions="8", channel_mult="1,2",
     num_class=3, num_head_channels=32,
@@ -59,11 +56,8 @@ def random_state(network):
 def data(tmp_path_factory):
     """A tiny model, networks for the energies, and three references; no test writes here."""
     root = tmp_path_factory.mktemp("data")
-    torch.manual_seed(0)
+    tiny.make_model(root / "model.safetensors")
     process = {"diffusion_steps": 1000, "noise_schedule": "linear"}
-    save_model(
-        root / "model.safetensors", random_state(create_model(**MODEL)), model_type="ADM", flags={**MODEL, **process}
-    )
     for name, head in (("dse", "I2Iout"), ("classifier", None)):
         network = create_classifier(**ENCODER, **({"head": head} if head else {}))
         save_model(
@@ -71,10 +65,7 @@ def data(tmp_path_factory):
         )
     vgg = golden("energy_vgg_badain")
     torch.save({k.removeprefix("encoder."): v for k, v in vgg.items() if k.startswith("encoder.")}, root / "vgg.pth")
-    rng = np.random.default_rng(0)
-    (root / "ref" / "more").mkdir(parents=True)
-    for name in ("a.png", "b.png", "more/c.png"):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(root / "ref" / name)
+    tiny.make_references(root / "ref", ("a.png", "b.png", "more/c.png"))
     return root
 
 
@@ -89,14 +80,6 @@ def translated(data, seed=3, **options):
         x = sddm.sample(model, diffusion, ref, blocks=4, range_t=2, noise=noise, **options)
         images[reference.name] = to_uint8(x)[0]
     return images
-
-
-def assert_pictures(folder, expected):
-    found = {str(p.relative_to(folder)) for p in Path(folder).rglob("*.png")} - {"grid.png"}
-    assert found == set(expected)
-    for name, image in expected.items():
-        made = np.asarray(Image.open(Path(folder) / name)).astype(int)
-        assert np.abs(made - image).max() <= 1, name
 
 
 def test_the_release_command_line_runs_unchanged(tmp_path):
@@ -200,13 +183,13 @@ def test_energies_of_the_command_are_the_librarys(script, data, tmp_path, names,
     flags, make = ENERGIES[names]
     flags = [flag.format(data=data) for flag in flags]
     assert run_here(script, data, tmp_path / "out", "--energy", names, "--variant", variant, "--batch_size", 1, *flags) == 0
-    assert_pictures(tmp_path / "out", translated(data, variant=variant, energies=make(data)))
+    tiny.assert_within_one_level(tiny.pictures(tmp_path / "out"), translated(data, variant=variant, energies=make(data)))
 
 
 def test_other_flags_of_the_method_reach_the_sampler(script, data, tmp_path):
     assert run_here(script, data, tmp_path / "out", "--energy", "dct", "--detail_merge", "True", "--batch_size", 1) == 0
     merged = translated(data, energies=[energy.dct(4)], detail_merge=True)
-    assert_pictures(tmp_path / "out", merged)
+    tiny.assert_within_one_level(tiny.pictures(tmp_path / "out"), merged)
     assert any(np.abs(merged[n].astype(int) - image).max() > 1 for n, image in translated(data, energies=[energy.dct(4)]).items())
 
 
