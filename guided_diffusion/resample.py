@@ -1,19 +1,24 @@
-"""Which timesteps to train on: uniformly, or more often where the loss is large (Nichol & Dhariwal 2021, sec. 3.3)."""
+"""Which timesteps to train on: uniformly, more often where the loss is large (Nichol & Dhariwal 2021, sec. 3.3), or
+around a noise level (Karras et al. 2022, table 1)."""
+
+import math
 
 import numpy as np
 import torch
 
 from .errors import UserError
 
-SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
+SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment", "lognormal")
 
 
-def create_named_schedule_sampler(name, diffusion):
-    """The sampler that --schedule_sampler names, for the steps of `diffusion`."""
+def create_named_schedule_sampler(name, diffusion, sigma_mean=-0.3, sigma_std=1.2):
+    """The sampler that --schedule_sampler names, for the steps of `diffusion`; sigma_*: see LogNormalSampler."""
     if name == "uniform":
         return UniformSampler(diffusion.num_timesteps)
     if name == "loss-second-moment":
         return LossSecondMomentResampler(diffusion.num_timesteps)
+    if name == "lognormal":
+        return LogNormalSampler(diffusion.alphas_cumprod, sigma_mean, sigma_std)
     raise UserError(f"--schedule_sampler is {name!r}; it can be {' or '.join(SCHEDULE_SAMPLERS)}")
 
 
@@ -82,3 +87,30 @@ class LossSecondMomentResampler(UniformSampler):
         if state:
             self.losses = state["losses"].numpy().copy()
             self.counts = state["counts"].numpy().copy()
+
+
+class LogNormalSampler(UniformSampler):
+    """ln sigma ~ N(sigma_mean, sigma_std^2), where sigma = sqrt((1 - alpha_bar) / alpha_bar) is the noise of a step.
+
+    p(t) is that density times the step in ln sigma. It is not divided out of the loss: training puts its effort, and
+    its weight, where the density lies. alphas_cumprod: [T], falling.
+    """
+
+    def __init__(self, alphas_cumprod, sigma_mean, sigma_std):
+        super().__init__(len(alphas_cumprod))
+        if not math.isfinite(sigma_mean):
+            raise UserError(f"--sigma_mean is {sigma_mean}; it must be a finite number, the mean of ln sigma")
+        if not (sigma_std > 0 and math.isfinite(sigma_std)):
+            raise UserError(f"--sigma_std is {sigma_std}; it must be positive")
+        log_sigma = 0.5 * np.log((1 - alphas_cumprod) / alphas_cumprod)
+        step = np.gradient(log_sigma) if len(log_sigma) > 1 else np.ones(1)
+        exponent = -0.5 * ((log_sigma - sigma_mean) / sigma_std) ** 2
+        # The largest exponent becomes 0, so that levels far from the schedule's do not make all weights vanish.
+        self._weights = np.exp(exponent - exponent.max()) * step
+
+    def weights(self):
+        return self._weights
+
+    def sample(self, batch_size, device, uniform=None):
+        t, importance = super().sample(batch_size, device, uniform)
+        return t, torch.ones_like(importance)

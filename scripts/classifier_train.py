@@ -170,7 +170,9 @@ def train(args, ranks):
             losses,
             images,
             config,
-            create_named_schedule_sampler(config.schedule_sampler, diffusion),
+            create_named_schedule_sampler(
+                config.schedule_sampler, diffusion, config.sigma_mean, config.sigma_std
+            ),
             device=device,
             ranks=ranks,
             checkpoint=start,

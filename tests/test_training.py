@@ -15,7 +15,12 @@ from guided_diffusion import train_files
 from guided_diffusion.checkpoint import load_model
 from guided_diffusion.dist_util import Ranks
 from guided_diffusion.errors import UserError
-from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler, create_named_schedule_sampler
+from guided_diffusion.resample import (
+    LogNormalSampler,
+    LossSecondMomentResampler,
+    UniformSampler,
+    create_named_schedule_sampler,
+)
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model_and_diffusion
 from guided_diffusion.train_data import (
     TrainImages,
@@ -292,6 +297,21 @@ def test_loss_second_moment_sampler_is_unbiased_and_prefers_large_losses():
     other = LossSecondMomentResampler(4, history=2, uniform_prob=0.1)
     other.load_state_dict(sampler.state_dict())
     np.testing.assert_array_equal(other.weights(), sampler.weights())
+
+
+def test_lognormal_sampler_draws_normal_log_noise_levels_with_weight_one():
+    alphas_cumprod = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))
+    log_sigma = 0.5 * np.log((1 - alphas_cumprod) / alphas_cumprod)
+    uniform = (np.arange(20000) + 0.5) / 20000
+    t, weights = LogNormalSampler(alphas_cumprod, 0.3, 0.7).sample(len(uniform), "cpu", uniform)
+    drawn = log_sigma[t.numpy()]
+    assert drawn.mean() == pytest.approx(0.3, abs=0.02)
+    assert drawn.std() == pytest.approx(0.7, abs=0.02)
+    assert np.mean(drawn < 0.3 - 0.7) == pytest.approx(0.1587, abs=0.01)
+    assert (weights == 1).all()
+    # a level far outside the schedule: the nearest steps are left, not nothing
+    far, _ = LogNormalSampler(alphas_cumprod, 1000.0, 0.5).sample(3, "cpu", np.array([0.0, 0.5, 0.999]))
+    assert far.min() > 950
 
 
 def test_uniform_sampler_reaches_every_step():

@@ -230,6 +230,8 @@ def error_line(monkeypatch, capfd):
             "--p2_gamma is defined for models that predict the noise",
         ),
         ("--data_dir {folder} --schedule_sampler often", "--schedule_sampler is 'often'; it can be uniform or"),
+        ("--data_dir {folder} --schedule_sampler lognormal --sigma_std 0", "--sigma_std is 0.0; it must be positive"),
+        ("--data_dir {folder} --schedule_sampler lognormal --sigma_mean nan", "--sigma_mean is nan; it must be a finite"),
         ("--data_dir {folder} --cache disk", "--cache is 'disk'; it can be auto, memory, device, none"),
         ("--data_dir {folder} --device cuda:77", "--device cuda:77: cannot be used here"),
         ("--data_dir {folder} --export model.pt", "--export model.pt: the name must end in .safetensors"),
