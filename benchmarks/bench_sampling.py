@@ -284,6 +284,16 @@ def write(result, out):
         file.write(report(result))
 
 
+def add(known, rows):
+    """Put rows into the list `known`, in place of those of the same case: whatever is neither measured nor counted."""
+
+    def case(row):
+        return {name: value for name, value in row.items() if isinstance(value, (str, bool)) or name in ("size", "batch")}
+
+    fresh = [case(row) for row in rows]
+    known[:] = [row for row in known if case(row) not in fresh] + rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -295,7 +305,7 @@ def main():
     parser.add_argument("--whole_run", action="store_true", help="also whole runs of the demo model")
     parser.add_argument("--profile", help="file for a profile of guided steps")
     parser.add_argument("--default_malloc", action="store_true", help="without keep_freed_memory, to see what that gives")
-    parser.add_argument("--add", action="store_true", help="add to the results that --out holds")
+    parser.add_argument("--add", action="store_true", help="keep what --out holds of other cases")
     parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results", "speed_cpu"), help="path without suffix")
     args = parser.parse_args()
     if not args.default_malloc:
@@ -314,11 +324,11 @@ def main():
     for case in filter(None, args.cases.split(",")):
         name, _, batch = case.partition(":")
         rows = measure_forward(name, int(batch), precisions, modes, args.rounds, device)
-        result["forward"] += rows
+        add(result["forward"], rows)
         print(*rows, sep="\n", flush=True)
         if args.energies and precisions[0] == "fp32":
             rows = measure_overhead(name, int(batch), args.energies.split(","), args.rounds, device, rows[0]["forward_s"])
-            result["overhead"] += rows
+            add(result["overhead"], rows)
             print(*rows, sep="\n", flush=True)
         write(result, args.out)
     if args.whole_run:

@@ -18,13 +18,9 @@ from guided_diffusion import energy, sddm
 from guided_diffusion.checkpoint import load_model, save_model
 from guided_diffusion.engine import ImageNoise
 from guided_diffusion.image_datasets import list_references, load_image, to_tensor, to_uint8
-from guided_diffusion.script_util import create_classifier, create_diffusion, create_model
+from guided_diffusion.script_util import create_diffusion, create_model
 
 ROOT = Path(__file__).resolve().parent.parent
-ENCODER = dict(
-    image_size=16, classifier_width=32, classifier_depth=1, classifier_attention_resolutions="8", channel_mult="1,2",
-    num_class=3, num_head_channels=32,
-)
 SMALL = ("--timestep_respacing", "6", "--range_t", "2", "--area", "4", "--seed", "3", "--device", "cpu")
 # The command line of the release's README, but for the numbers of steps, the model's file and the folders.
 RELEASE = (
@@ -48,21 +44,13 @@ def ae_sample(*flags, cwd, timeout=300):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-def random_state(network):
-    return {key: torch.randn_like(v) * 0.05 if v.ndim > 1 else v for key, v in network.state_dict().items()}
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A tiny model, networks for the energies, and three references; no test writes here."""
     root = tmp_path_factory.mktemp("data")
     tiny.make_model(root / "model.safetensors")
-    process = {"diffusion_steps": 1000, "noise_schedule": "linear"}
-    for name, head in (("dse", "I2Iout"), ("classifier", None)):
-        network = create_classifier(**ENCODER, **({"head": head} if head else {}))
-        save_model(
-            root / f"{name}.safetensors", random_state(network), model_type="ENCODER", flags={**ENCODER, **process}
-        )
+    tiny.make_encoder(root / "dse.safetensors", 3, head="I2Iout")
+    tiny.make_encoder(root / "classifier.safetensors", 3)
     vgg = golden("energy_vgg_badain")
     torch.save({k.removeprefix("encoder."): v for k, v in vgg.items() if k.startswith("encoder.")}, root / "vgg.pth")
     tiny.make_references(root / "ref", ("a.png", "b.png", "more/c.png"))

@@ -10,42 +10,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
 from guided_diffusion import baselines, dist_util
-from guided_diffusion.checkpoint import load_model, save_model
+from guided_diffusion.checkpoint import load_model
 from guided_diffusion.engine import ImageNoise
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import list_references, load_image, to_tensor, to_uint8
-from guided_diffusion.script_util import create_classifier, create_diffusion, create_model
+from guided_diffusion.script_util import create_diffusion
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-MODEL = dict(
-    image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8",
-    num_head_channels=32, resblock_updown=True, use_scale_shift_norm=True, learn_sigma=False,
-)
-ENCODER = dict(
-    image_size=16, classifier_width=32, classifier_depth=1, classifier_attention_resolutions="8", channel_mult="1,2",
-    num_class=2, num_head_channels=32,
-)
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A tiny model, an extractor and references, one of them in a folder below; no test writes here."""
     root = tmp_path_factory.mktemp("data")
-    torch.manual_seed(0)
-    for name, network, kind, flags in (
-        ("model", create_model(**MODEL), "ADM", {**MODEL, "diffusion_steps": 1000, "noise_schedule": "linear"}),
-        ("dse", create_classifier(**ENCODER, head="I2Iout"), "ENCODER", {**ENCODER, "diffusion_steps": 1000}),
-    ):
-        state = {key: torch.randn_like(v) * 0.05 if v.ndim > 1 else v for key, v in network.state_dict().items()}
-        save_model(root / f"{name}.safetensors", state, model_type=kind, flags=flags)
-    rng = np.random.default_rng(0)
-    (root / "ref" / "more").mkdir(parents=True)
-    for name in ("a.png", "b.png", "more/c.png"):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(root / "ref" / name)
+    tiny.make_model(root / "model.safetensors")
+    tiny.make_encoder(root / "dse.safetensors", 2, head="I2Iout")
+    tiny.make_references(root / "ref", ("a.png", "b.png", "more/c.png"))
     return root
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from guided_diffusion.checkpoint import save_model
-from guided_diffusion.script_util import create_model
+from guided_diffusion.script_util import create_classifier, create_model
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "ae_sample.py"
 SIZE = 16
@@ -17,15 +17,31 @@ MODEL = dict(
     image_size=SIZE, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8",
     num_head_channels=32, resblock_updown=True, use_scale_shift_norm=True, learn_sigma=False,
 )  # fmt: skip
+ENCODER = dict(
+    image_size=SIZE, classifier_width=32, classifier_depth=1, classifier_attention_resolutions="8", channel_mult="1,2",
+    num_head_channels=32,
+)  # fmt: skip
+PROCESS = {"diffusion_steps": 1000, "noise_schedule": "linear"}
 METHOD = ("--range_t", "2", "--area", "4", "--energy", "dct", "--device", "cpu")
+
+
+def random_state(network):
+    """A state dict of the network's shapes in which every weight matters; biases and scales stay as they are."""
+    return {key: torch.randn_like(v) * 0.05 if v.ndim > 1 else v for key, v in network.state_dict().items()}
 
 
 def make_model(path):
     """A checkpoint of random weights."""
     torch.manual_seed(0)
-    network = create_model(**MODEL)
-    state = {key: torch.randn_like(v) * 0.05 if v.ndim > 1 else v for key, v in network.state_dict().items()}
-    save_model(path, state, model_type="ADM", flags={**MODEL, "diffusion_steps": 1000, "noise_schedule": "linear"})
+    save_model(path, random_state(create_model(**MODEL)), model_type="ADM", flags={**MODEL, **PROCESS})
+    return path
+
+
+def make_encoder(path, classes, **head):
+    """A checkpoint of a noisy-image classifier, or with head="I2Iout" of an extractor, with random weights."""
+    flags = {**ENCODER, "num_class": classes}
+    state = random_state(create_classifier(**flags, **head))
+    save_model(path, state, model_type="ENCODER", flags={**flags, **PROCESS})
     return path
 
 
