@@ -15,7 +15,7 @@ from conftest import golden
 from PIL import Image
 
 from guided_diffusion import energy, sddm
-from guided_diffusion.checkpoint import load_model, save_model
+from guided_diffusion.checkpoint import load_model
 from guided_diffusion.engine import ImageNoise
 from guided_diffusion.image_datasets import list_references, load_image, to_tensor, to_uint8
 from guided_diffusion.script_util import create_diffusion, create_model

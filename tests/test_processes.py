@@ -6,7 +6,6 @@ Every process runs without mpi4py where no mpiexec is involved: an import of it 
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys

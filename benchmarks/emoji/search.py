@@ -34,7 +34,11 @@ RULE = (
 # Method, the values of its settings, and how a row of the table is made of them; `share` is T0 as a share of T.
 SDDM = "ae_sample.py --energy dct --timestep_respacing {steps} --area {area} --range_t {range_t}"
 METHODS = {
-    "SDEdit": ({"t": (300, 400, 500, 600, 700)}, "M={t}", "sdedit_sample.py --t {t}"),
+    "SDEdit": (
+        {"t": (20, 30, 40, 50, 60, 70)},
+        "M={t} of 100",
+        "sdedit_sample.py --timestep_respacing 100 --t {t}",
+    ),
     "ILVR": (
         {"down_N": (2, 4, 8), "range_t": (0, 20, 40)},
         "N={down_N}, until step {range_t} of 100",
@@ -43,12 +47,12 @@ METHODS = {
     # 500 is published for 256 px; the energy is a mean, so that it pulls at each of 16 times fewer pixels as 30 here
     "EGSDE": (
         {"t": (300, 400, 500), "ls": (30, 500)},
-        "M={t}, ls={ls}, li=2",
+        "M={t} of 1000, ls={ls}, li=2",
         "egsde_sample.py --t {t} --ls {ls} --li 2 --down_N 8 --dsepath {dse}",
     ),
-    "SDDM": ({"area": (4, 8, 16), "share": (0.1, 0.3, 0.5)}, "{steps} steps, {area}x{area}, T0={share}T", SDDM),
+    "SDDM": ({"area": (8, 16, 32), "share": (0.1, 0.3, 0.5)}, "{steps} steps, {area}x{area}, T0={share}T", SDDM),
     "SDDM, released": (
-        {"area": (4, 8, 16), "share": (0.1, 0.3, 0.5)},
+        {"area": (8, 16, 32), "share": (0.1, 0.3, 0.5)},
         "{steps} steps, {area}x{area}, T0={share}T",
         SDDM + " --variant released",
     ),
