@@ -86,7 +86,7 @@ def main():
     parser.add_argument("--steps", default="100,50,25,12")
     parser.add_argument("--samplers", default=",".join(SOLVERS))
     parser.add_argument("--eta", type=float, default=0.0)
-    parser.add_argument("--area", type=int, default=16)
+    parser.add_argument("--area", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=(*DTYPES, "auto"), default="auto")

@@ -25,7 +25,7 @@ def create_parser():
         Translate every image under --base_samples into the domain of --model_path (SDDM, ICML 2023).
 
         example: python scripts/ae_sample.py --model_path models/fluent3d_64.safetensors --base_samples ref_imgs \\
-                     --timestep_respacing 100 --range_t 30 --area 16 --save_dir output"""
+                     --timestep_respacing 100 --range_t 20 --area 32 --save_dir output"""
     )
     common.add_model_flags(parser)
     common.add_diffusion_flags(parser)

@@ -7,4 +7,4 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 exec "$PYTHON" "$ROOT/scripts/ae_sample.py" \
     --model_path "$ROOT/models/fluent3d_64.safetensors" --base_samples "$ROOT/ref_imgs" --save_dir "$ROOT/output_demo" \
-    --timestep_respacing 100 --area 16 --range_t 20 --batch_size 7 "$@"
+    --timestep_respacing 100 --area 32 --range_t 20 --batch_size 7 "$@"
