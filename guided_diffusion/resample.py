@@ -35,16 +35,19 @@ class UniformSampler:
         return np.ones(self.num_timesteps)
 
     def sample(self, batch_size, device, uniform=None):
-        """Timesteps t [N] and the importance weights [N] that keep the expected loss that of uniform timesteps.
+        """Timesteps t [N] and the weights [N] of their losses, which keep the expected loss that of uniform timesteps.
 
         uniform: numbers in [0, 1) [N] that decide; drawn by numpy if None.
         """
         uniform = np.random.random(batch_size) if uniform is None else uniform
-        p = self.weights() / self.weights().sum()
-        cumulative = np.cumsum(p)
+        weights = self.weights()
+        cumulative = np.cumsum(weights)
         t = np.searchsorted(cumulative / cumulative[-1], uniform, side="right")
-        importance = 1 / (self.num_timesteps * p[t])
-        return torch.from_numpy(t).to(device), torch.from_numpy(importance).to(device, torch.float32)
+        return torch.from_numpy(t).to(device), torch.from_numpy(self.importance(weights, t)).to(device, torch.float32)
+
+    def importance(self, weights, t):
+        """What the losses of timesteps t [N], drawn by `weights` [T], are multiplied with: float64 [N]."""
+        return weights.sum() / (self.num_timesteps * weights[t])
 
     def state_dict(self):
         """What a checkpoint keeps."""
@@ -111,6 +114,5 @@ class LogNormalSampler(UniformSampler):
     def weights(self):
         return self._weights
 
-    def sample(self, batch_size, device, uniform=None):
-        t, importance = super().sample(batch_size, device, uniform)
-        return t, torch.ones_like(importance)
+    def importance(self, weights, t):
+        return np.ones(len(t))
