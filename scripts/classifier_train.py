@@ -170,9 +170,7 @@ def train(args, ranks):
             losses,
             images,
             config,
-            create_named_schedule_sampler(
-                config.schedule_sampler, diffusion, config.sigma_mean, config.sigma_std
-            ),
+            create_named_schedule_sampler(config.schedule_sampler, diffusion, config.sigma_mean, config.sigma_std),
             device=device,
             ranks=ranks,
             checkpoint=start,

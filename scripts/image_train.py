@@ -128,9 +128,7 @@ def train(args, ranks):
             diffusion_loss(diffusion, weights),
             images,
             config,
-            create_named_schedule_sampler(
-                config.schedule_sampler, diffusion, config.sigma_mean, config.sigma_std
-            ),
+            create_named_schedule_sampler(config.schedule_sampler, diffusion, config.sigma_mean, config.sigma_std),
             device=device,
             ranks=ranks,
             checkpoint=start,

@@ -23,6 +23,7 @@ from guided_diffusion.script_util import create_diffusion
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A tiny model, an extractor and references, one of them in a folder below; no test writes here."""

@@ -33,6 +33,8 @@ RULE = (
 
 # Method, the values of its settings, and how a row of the table is made of them; `share` is T0 as a share of T.
 SDDM = "ae_sample.py --energy dct --timestep_respacing {steps} --area {area} --range_t {range_t}"
+SDDM_GRID = {"area": (8, 16, 32), "share": (0.1, 0.3, 0.5)}
+SDDM_SETTING = "{steps} steps, {area}x{area}, T0={share}T"
 METHODS = {
     "SDEdit": (
         {"t": (20, 30, 40, 50, 60, 70)},
@@ -50,12 +52,8 @@ METHODS = {
         "M={t} of 1000, ls={ls}, li=2",
         "egsde_sample.py --t {t} --ls {ls} --li 2 --down_N 8 --dsepath {dse}",
     ),
-    "SDDM": ({"area": (8, 16, 32), "share": (0.1, 0.3, 0.5)}, "{steps} steps, {area}x{area}, T0={share}T", SDDM),
-    "SDDM, released": (
-        {"area": (8, 16, 32), "share": (0.1, 0.3, 0.5)},
-        "{steps} steps, {area}x{area}, T0={share}T",
-        SDDM + " --variant released",
-    ),
+    "SDDM": (SDDM_GRID, SDDM_SETTING, SDDM),
+    "SDDM, released": (SDDM_GRID, SDDM_SETTING, SDDM + " --variant released"),
 }
 FEWER_STEPS = (50, 25)  # of SDDM's chosen setting, in the benchmark
 
