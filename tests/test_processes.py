@@ -101,6 +101,16 @@ def alive(pid):
     return False
 
 
+def joined(process):
+    """Whether a rank above 0 is connected to the store, by its sockets: before that, its death or rank 0's says less."""
+    with contextlib.suppress(OSError):
+        links = [os.readlink(entry) for entry in (Path("/proc") / str(process.pid) / "fd").iterdir()]
+        tables = "".join((Path("/proc/net") / name).read_text() for name in ("tcp", "tcp6"))
+        rows = [row.split() for row in tables.splitlines()]
+        return any(f"socket:[{row[9]}]" in links for row in rows if row[3] == "01")  # 01: established
+    return False
+
+
 # ---- one process ----------------------------------------------------------------------------------------------------
 
 
@@ -283,7 +293,7 @@ def test_without_a_launcher_that_watches_the_others_notice(data, tmp_path):
     """Slurm's ranks where rank 0 dies; then with an interruption that reaches rank 1 alone."""
     out = tmp_path / "out"
     both = [start(data=data, out=out, variables=as_slurm(rank)) for rank in range(2)]
-    wait_for(lambda: made(out) >= 1, both[0])
+    wait_for(lambda: made(out) >= 1 and joined(both[1]), both[0])
     both[0].kill()
     done = finish(both[1])
     assert done.returncode == 2 and done.stderr == (
@@ -293,7 +303,7 @@ def test_without_a_launcher_that_watches_the_others_notice(data, tmp_path):
     finish(both[0])
     count = made(out)
     both = [start(data=data, out=out, variables=as_slurm(rank)) for rank in range(2)]
-    wait_for(lambda: made(out) >= count + 1, both[0])
+    wait_for(lambda: made(out) >= count + 1 and joined(both[1]), both[0])
     both[1].send_signal(signal.SIGINT)
     first, second = (finish(process) for process in both)
     assert (first.returncode, second.returncode) == (2, 130) and "interrupted" not in first.stderr
