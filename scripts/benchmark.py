@@ -299,7 +299,7 @@ def summarise(values):
 
 
 def write_results(args, results):
-    """table.md, table.csv, results.json and report.html in the save folder."""
+    """table.md, table.csv, results.json, report.html and trade_off*.svg in the save folder."""
     columns = [column for column in COLUMNS if any(column[0] in row["mean"] for row in results)]
     headings, cells = table(results, columns)
     notes = make_notes(args, results)
@@ -313,6 +313,9 @@ def write_results(args, results):
         "table.csv": as_csv(results, columns),
         "report.html": report.page(args.name, headings, cells, notes, results, args),
     }
+    for key, where in (("source_ssim", ""), ("truth_ssim", "_truth")):
+        if chart := report.trade_off(results, key):
+            save[f"trade_off{where}.svg"] = chart.file()
     for name, content in save.items():
         data = content.encode("utf-8", "surrogateescape")
         write_atomically(os.path.join(args.save_dir, name), lambda file, data=data: file.write(data))

@@ -8,6 +8,7 @@ import html
 import io
 import math
 import os
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -40,7 +41,7 @@ def page(title, headings, cells, notes, results, args):
 
     headings, cells, notes: of the table, as text; results: what benchmark.measure returns; args: the benchmark's flags.
     """
-    charts = [trade_off(results)]
+    charts = trade_offs(results)
     guided = [row for row in results if row["curves"]]
     if guided:
         charts += [norms(guided), *weights(guided)]
@@ -52,7 +53,7 @@ def page(title, headings, cells, notes, results, args):
         "<h2>Side by side</h2>",
         '<div class="wide">' + pictures(results, args) + "</div>",
         "<h2>Charts</h2>",
-        '<div class="charts">' + "".join(filter(None, charts)) + "</div>",
+        '<div class="charts">' + "".join(chart.figure() for chart in charts) + "</div>",
         "<h2>How each row was sampled</h2>",
         "<ul>" + "".join(commands) + "</ul>",
     ]
@@ -105,12 +106,53 @@ def picture(reference):
 # ---- charts ---------------------------------------------------------------------------------------------------------
 
 
-def trade_off(results):
-    """FID against SSIM to the source: rows of one method are joined.
+@dataclass(frozen=True)
+class Chart:
+    """A chart: its title, its SVG elements, and what its colours mean, [(label, colour)]."""
 
-    Published results are hollow; they stand beside FIDs of Inception features only, which alone can be compared.
+    title: str
+    parts: list
+    key: list
+
+    def figure(self):
+        """For an HTML page: title and key are text beside it."""
+        svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img">{"".join(self.parts)}</svg>'
+        key = "".join(
+            f'<span style="color:{colour}">■</span> {html.escape(label)} &nbsp; ' for label, colour in self.key
+        )
+        caption = f"<figcaption>{html.escape(self.title)}</figcaption>"
+        return f'<figure style="max-width:{WIDTH}px">{caption}{svg}<div>{key}</div></figure>'
+
+    def file(self):
+        """An SVG file of its own: title and key are in it, and it is white behind."""
+        height = 30 + HEIGHT + 20 * len(self.key)
+        body = [f'<text x="{LEFT}" y="20" style="font-weight:600">{html.escape(self.title)}</text>']
+        body.append(f'<g transform="translate(0 30)">{"".join(self.parts)}</g>')
+        for k, (label, colour) in enumerate(self.key):
+            top = 30 + HEIGHT + 20 * k
+            body.append(f'<rect x="{LEFT}" y="{top}" width="10" height="10" fill="{colour}"/>')
+            body.append(f'<text x="{LEFT + 16}" y="{top + 10}">{html.escape(label)}</text>')
+        style = "<style>text { font: 12px system-ui, sans-serif; fill: #222 }</style>"
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">'
+            f'{style}<rect width="100%" height="100%" fill="#fff"/>{"".join(body)}</svg>\n'
+        )
+
+
+def trade_offs(results):
+    """The charts of distance against SSIM to the source and, where it was measured, to the truth."""
+    charts = [trade_off(results, "source_ssim"), trade_off(results, "truth_ssim")]
+    return [chart for chart in charts if chart]
+
+
+def trade_off(results, against="source_ssim"):
+    """FID against SSIM to the source or, with "truth_ssim", to the truth: rows of one method are joined.
+
+    Published results are hollow; they stand beside FIDs of Inception features only, which alone can be compared, and
+    are of SSIM to the source. None where nothing was measured.
     """
-    with_published, distance = comparable(results), "FID" if comparable(results) else "Fréchet distance"
+    distance = "FID" if comparable(results) else "Fréchet distance"
+    with_published = comparable(results) and against == "source_ssim"
     methods = list(dict.fromkeys(row["method"] for row in results))
     points, series = [], []
     for colour, method in zip(cycle(), methods):
@@ -118,10 +160,10 @@ def trade_off(results):
         for row in results:
             if row["method"] != method:
                 continue
-            if {"fid", "source_ssim"} <= row["mean"].keys():
-                xy = row["mean"]["source_ssim"], row["mean"]["fid"]
+            if {"fid", against} <= row["mean"].keys():
+                xy = row["mean"][against], row["mean"]["fid"]
                 line.append(xy)
-                deviation = row["std"]["source_ssim"] or 0, row["std"]["fid"] or 0
+                deviation = row["std"][against] or 0, row["std"]["fid"] or 0
                 points.append({"xy": xy, "deviation": deviation, "colour": colour, "label": row["setting"]})
             xy = [leading_number(row["published"][key]) for key in ("source_ssim", "fid")]
             if with_published and None not in xy:
@@ -130,9 +172,10 @@ def trade_off(results):
         if line:
             series.append({"label": method, "points": sorted(line), "colour": colour})
     if not points:
-        return ""
-    title = f"{distance} against SSIM (towards the lower right is better)"
-    return chart(title, "SSIM to the source", distance, series, points)
+        return None
+    where = {"source_ssim": "the source", "truth_ssim": "the true translation"}[against]
+    title = f"{distance} against SSIM to {where} (towards the lower right is better)"
+    return chart(title, f"SSIM to {where}", distance, series, points)
 
 
 def comparable(results):
@@ -192,7 +235,7 @@ def leading_number(text):
 
 
 def chart(title, x_label, y_label, series, points=(), logarithmic=False):
-    """A figure: lines [{label, points, colour, dash}] and marks [{xy, deviation, colour, label, hollow}] as SVG.
+    """A Chart of lines [{label, points, colour, dash}] and marks [{xy, deviation, colour, label, hollow}].
 
     logarithmic: y values are logarithms to base 10.
     """
@@ -231,14 +274,7 @@ def chart(title, x_label, y_label, series, points=(), logarithmic=False):
     taken = [(across - 5, down - 5, across + 5, down + 5) for across, down in dots]
     for point in points:
         parts += mark(point, at, taken)
-    key = "".join(
-        f'<span style="color:{line["colour"]}">■</span> {html.escape(line["label"])} &nbsp; '
-        for line in series
-        if line["label"]
-    )
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img">{"".join(parts)}</svg>'
-    caption = f"<figcaption>{html.escape(title)}</figcaption>"
-    return f'<figure style="max-width:{WIDTH}px">{caption}{svg}<div>{key}</div></figure>'
+    return Chart(title, parts, [(line["label"], line["colour"]) for line in series if line["label"]])
 
 
 def mark(point, at, taken):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from argparse import Namespace
 import pytest
 import tiny
 from conftest import ROOT
+from PIL import Image
 
 from guided_diffusion import evaluation
 from guided_diffusion.errors import UserError
@@ -23,6 +25,7 @@ from guided_diffusion.errors import UserError
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks" / "emoji")]
 
 import benchmark  # noqa: E402
+import publish  # noqa: E402
 import report  # noqa: E402
 import search  # noqa: E402
 
@@ -178,8 +181,16 @@ def test_report_is_one_page_with_pictures_and_charts(made):
     charts = re.findall(r"<svg.*?</svg>", text)
     for chart in charts:
         ElementTree.fromstring(chart)
-    assert len(charts) == 4  # trade-off, norms, weights of the score and of the energy
+    assert len(charts) == 5  # trade-off with source and with truth, norms, weights of the score and of the energy
     assert "Fréchet distance against SSIM" in page.text and "(published)" not in page.text
+
+
+def test_trade_offs_are_files_with_title_and_key(made):
+    for name, where in (("trade_off.svg", "the source"), ("trade_off_truth.svg", "the true translation")):
+        root = ElementTree.fromstring((made / name).read_bytes())
+        text = " ".join(element.text for element in root.iter("{http://www.w3.org/2000/svg}text"))
+        assert f"Fréchet distance against SSIM to {where}" in text and {"ILVR", "SDDM"} <= set(text.split())
+        assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 2
 
 
 def files(folder):
@@ -273,17 +284,18 @@ def test_published_results_are_drawn_beside_fids_of_inception_only():
         "published": {"fid": "62.29 ± 0.63", "source_ssim": "0.422"}, "curves": [],
         "protocol": {"features": "inception (pytorch-fid, 2048-d); images at 256x256"},
     }  # fmt: skip
-    chart = report.trade_off([row])
+    chart = report.trade_off([row]).figure()
     assert "b (published)" in chart and chart.count("<circle") == 2 and "FID against SSIM" in chart
-    other = report.trade_off([{**row, "protocol": {"features": "middle block of UNetModel"}}])
+    other = report.trade_off([{**row, "protocol": {"features": "middle block of UNetModel"}}]).figure()
     assert "(published)" not in other and other.count("<circle") == 1
-    assert report.trade_off([{**row, "mean": {}, "published": {"fid": "", "source_ssim": ""}}]) == ""
+    assert report.trade_off([{**row, "mean": {}, "published": {"fid": "", "source_ssim": ""}}]) is None
+    assert report.trade_offs([row]) == [report.trade_off([row])]  # no truth was measured
 
 
 def test_labels_of_a_chart_do_not_cover_each_other_nor_dots():
     look = {"deviation": (0, 0), "colour": "#000"}
     points = [{"xy": (1 + k / 50, 2 - k / 80), "label": f"M={k}", **look} for k in range(5)]
-    svg = re.search(r"<svg.*?</svg>", report.chart("t", "x", "y", [], points)).group()
+    svg = re.search(r"<svg.*?</svg>", report.chart("t", "x", "y", [], points).figure()).group()
     root = ElementTree.fromstring(svg)
     dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in root.iter("circle")]
     boxes = []
@@ -394,6 +406,63 @@ def test_search_from_pictures_to_table(data, monkeypatch, tmp_path, capfd):
     chosen = benchmark.parse_table((tmp_path / "table.txt").read_text())
     assert [row.setting for row in chosen] == [rows[winner]["setting"], "M=900"]
     assert (tmp_path / "search.md").read_text() in capfd.readouterr().out
+    ElementTree.fromstring((tmp_path / "search.svg").read_bytes())
+
+
+# What is published of the emoji benchmark
+
+
+@pytest.fixture(scope="module")
+def published(data, tmp_path_factory):
+    """publish.py on a benchmark whose truth is the target domain's test split; returns folders made and out."""
+    root = tmp_path_factory.mktemp("published")
+    for name, kind in (("sources", "twitter/test"), ("truth", "fluent3d/test"), ("truth", "fluent3d/train")):
+        (root / "emoji" / kind).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(data / name, root / "emoji" / kind)
+    tiny.make_encoder(root / "dse.safetensors", 2, head="I2Iout")
+    command = ["publish.py", "--save_dir", root / "made", "--data", root / "emoji", "--out", root, "--replicates", 20]
+    command += ["--model_path", data / "model.safetensors", "--dsepath", root / "dse.safetensors", "--pictures", 3]
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, flags(data, root / "made"))
+        patch.setattr(sys, "argv", list(map(str, command)))
+        assert publish.main() == 0
+    return root / "made", root
+
+
+def test_published_numbers_are_the_benchmark_s(published):
+    made, out = published
+    for name in publish.COPIES:
+        assert (out / name).read_bytes() == (made / name).read_bytes()
+    rows = json.loads((made / "results.json").read_text())["rows"]
+    record = json.loads((out / "comparison.json").read_text())
+    for row, again in zip(rows, record["rows"], strict=True):
+        assert again["model"] == pytest.approx(row["mean"]["fid"], rel=1e-6)
+        assert again["truth_ssim"] == pytest.approx(row["mean"]["truth_ssim"], rel=1e-6, abs=1e-6)
+        assert 0 <= again["called_3d"] <= 1 and again["extractor"] > 0
+    truth = record["anchors"]["4 true pictures of other emoji"]  # the same pictures here, so nothing is between them
+    assert truth["model"] < 1e-9 and truth["extractor"] < 1e-9 and "truth_ssim" not in truth
+
+
+def test_differences_are_of_the_same_pictures(published):
+    made, out = published
+    base, other = json.loads((out / "comparison.json").read_text())["rows"]
+    assert set(map(tuple, base["difference"].values())) == {(0.0, 0.0, 0.0)}
+    for key, (difference, low, high) in other["difference"].items():
+        assert difference == pytest.approx(other[key] - base[key]) and low <= difference <= high
+    text = (out / "comparison.md").read_text()
+    assert "Differences to SDDM, 4 steps" in text and "| sources as they are |" in text
+
+
+def test_sheet_of_pictures_has_a_row_each(published):
+    with Image.open(published[1] / "pictures.png") as image:
+        assert image.size == (publish.LABEL + 3 * publish.CELL, 2 * publish.CELL)
+
+
+def test_publishing_needs_a_benchmark(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["publish.py", "--save_dir", str(tmp_path)])
+    assert publish.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --save_dir {tmp_path}: no results.json")
 
 
 def test_the_committed_table_can_be_read():

@@ -8,7 +8,7 @@ their names' SHA-256; one seed.
     python benchmarks/emoji/search.py                 # resumable: the same command goes on
     python benchmarks/emoji/search.py --only EGSDE    # one piece; the setting is chosen when all are there
 
-It writes search.json, search.md and table.txt, which scripts/emoji.sh reads, beside this file.
+It writes search.json, search.md, search.svg and table.txt, which scripts/emoji.sh reads, beside this file.
 """
 
 import argparse
@@ -172,6 +172,7 @@ def main():
         winner, totals = choose([(mean["truth_ssim"], mean["fid"]) for _, mean in own])
         chosen.append(own[winner][0])
         sums += totals
+    shutil.copyfile(args.save_dir / "runs" / "trade_off_truth.svg", args.out / "search.svg")
     print(write(results, chosen, sums, args), end="")
     return 0
 
