@@ -416,9 +416,9 @@ def test_search_from_pictures_to_table(data, monkeypatch, tmp_path, capfd):
 def published(data, tmp_path_factory):
     """publish.py on a benchmark whose truth is the target domain's test split; returns folders made and out."""
     root = tmp_path_factory.mktemp("published")
-    for name, kind in (("sources", "twitter/test"), ("truth", "fluent3d/test"), ("truth", "fluent3d/train")):
-        (root / "emoji" / kind).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(data / name, root / "emoji" / kind)
+    shutil.copytree(data / "sources", root / "emoji" / "twitter" / "test")
+    shutil.copytree(data / "truth", root / "emoji" / "fluent3d" / "test")
+    tiny.make_references(root / "emoji" / "fluent3d" / "train", [f"{i}.png" for i in range(4)])  # the truth's pixels
     tiny.make_encoder(root / "dse.safetensors", 2, head="I2Iout")
     command = ["publish.py", "--save_dir", root / "made", "--data", root / "emoji", "--out", root, "--replicates", 20]
     command += ["--model_path", data / "model.safetensors", "--dsepath", root / "dse.safetensors", "--pictures", 3]
