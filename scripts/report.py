@@ -126,7 +126,7 @@ class Chart:
     def file(self):
         """An SVG file of its own: title and key are in it, and it is white behind."""
         height = 30 + HEIGHT + 20 * len(self.key)
-        body = [f'<text x="{LEFT}" y="20" style="font-weight:600">{html.escape(self.title)}</text>']
+        body = [f'<text x="{RIGHT}" y="20" style="font-weight:600">{html.escape(self.title)}</text>']
         body.append(f'<g transform="translate(0 30)">{"".join(self.parts)}</g>')
         for k, (label, colour) in enumerate(self.key):
             top = 30 + HEIGHT + 20 * k
@@ -174,7 +174,7 @@ def trade_off(results, against="source_ssim"):
     if not points:
         return None
     where = {"source_ssim": "the source", "truth_ssim": "the true translation"}[against]
-    title = f"{distance} against SSIM to {where} (towards the lower right is better)"
+    title = f"{distance} against SSIM to {where} (lower right is better)"
     return chart(title, f"SSIM to {where}", distance, series, points)
 
 
@@ -278,7 +278,10 @@ def chart(title, x_label, y_label, series, points=(), logarithmic=False):
 
 
 def mark(point, at, taken):
-    """A dot with its deviations, and its label where none of `taken` is: boxes of dots and other labels."""
+    """A dot with its deviations, and its label where none of `taken` is: boxes of dots and other labels.
+
+    Where there is no room, the label is seen only when the pointer is on the dot.
+    """
     (x, y), (dx, dy), colour = point["xy"], point["deviation"], point["colour"]
     across, down = at(x, y)
     (left, low), (right, high) = at(x - dx, y - dy), at(x + dx, y + dy)
@@ -290,14 +293,18 @@ def mark(point, at, taken):
         (x, down + y - 10, x + length, down + y + 3)
         for x, y in places
         if LEFT <= x <= WIDTH - RIGHT - length and TOP < down + y < HEIGHT - BOTTOM
-    ] or [(LEFT, down - 16, LEFT + length, down - 3)]
-    box = next((box for box in boxes if not any(overlap(box, other) for other in taken)), boxes[0])
-    taken.append(box)
-    return [
-        f'<path d="{cross}" stroke="{colour}"/>',
-        f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="1.6"/>',
-        f'<text x="{box[0]:.1f}" y="{box[3] - 3:.1f}">{html.escape(point["label"])}</text>',
     ]
+    label = html.escape(point["label"])
+    parts = [
+        f'<path d="{cross}" stroke="{colour}"/>',
+        f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="1.6">'
+        f"<title>{label}</title></circle>",
+    ]
+    box = next((box for box in boxes if not any(overlap(box, other) for other in taken)), None)
+    if box:
+        taken.append(box)
+        parts.append(f'<text x="{box[0]:.1f}" y="{box[3] - 3:.1f}">{label}</text>')
+    return parts
 
 
 def overlap(a, b):

@@ -292,9 +292,11 @@ def test_published_results_are_drawn_beside_fids_of_inception_only():
     assert report.trade_offs([row]) == [report.trade_off([row])]  # no truth was measured
 
 
-def test_labels_of_a_chart_do_not_cover_each_other_nor_dots():
+@pytest.mark.parametrize("count", [5, 300])
+def test_labels_of_a_chart_do_not_cover_each_other_nor_dots(count):
+    """Labels for which there is no room are left to the pointer."""
     look = {"deviation": (0, 0), "colour": "#000"}
-    points = [{"xy": (1 + k / 50, 2 - k / 80), "label": f"M={k}", **look} for k in range(5)]
+    points = [{"xy": (1 + k % 20 / 50, 2 - k // 20 / 80 - k % 20 / 400), "label": f"M={k}", **look} for k in range(count)]
     svg = re.search(r"<svg.*?</svg>", report.chart("t", "x", "y", [], points).figure()).group()
     root = ElementTree.fromstring(svg)
     dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in root.iter("circle")]
@@ -303,7 +305,8 @@ def test_labels_of_a_chart_do_not_cover_each_other_nor_dots():
         if text.text.startswith("M="):
             x, y = float(text.get("x")), float(text.get("y"))
             boxes.append((x, y - 7, x + 20, y))
-    assert len(dots) == len(boxes) == 5
+    assert len(dots) == count and (len(boxes) == 5 if count == 5 else 5 < len(boxes) < count)
+    assert [title.text for title in root.iter("title")] == [point["label"] for point in points]
     for k, box in enumerate(boxes):
         assert not any(report.overlap(box, other) for other in boxes[:k])
         assert not any(report.overlap(box, (x - 4, y - 4, x + 4, y + 4)) for x, y in dots)
