@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks" / "emoji")]
 import benchmark  # noqa: E402
 import publish  # noqa: E402
 import report  # noqa: E402
+import rescore  # noqa: E402
 import search  # noqa: E402
 
 NAMES = ["a.png", "b.png", "c/d.png", "e.png"]
@@ -410,6 +411,17 @@ def test_search_from_pictures_to_table(data, monkeypatch, tmp_path, capfd):
     assert [row.setting for row in chosen] == [rows[winner]["setting"], "M=900"]
     assert (tmp_path / "search.md").read_text() in capfd.readouterr().out
     ElementTree.fromstring((tmp_path / "search.svg").read_bytes())
+    tiny.make_encoder(tmp_path / "dse.safetensors", 2, head="I2Iout")
+    command = ["rescore.py", "--data", tmp_path / "emoji", "--model_path", data / "model.safetensors"]
+    command += ["--dsepath", tmp_path / "dse.safetensors", "--save_dir", tmp_path / "save", "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    assert rescore.main() == 0
+    ElementTree.fromstring((tmp_path / "search_extractor.svg").read_bytes())
+    lines = (tmp_path / "search_extractor.md").read_text().splitlines()[4:]
+    assert [line.split(" | ")[1] for line in lines] == ["N=2", "N=8", "M=900"]
+    assert [line.endswith("| would be chosen |") for line in lines].count(True) == 2
+    for line, row in zip(lines, rows):
+        assert line.split(" | ")[2] == f"{row['truth_ssim']:.4f}" and float(line.split(" | ")[3]) >= 0
 
 
 # What is published of the emoji benchmark
@@ -465,7 +477,7 @@ def test_publishing_needs_a_benchmark(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["publish.py", "--save_dir", str(tmp_path)])
     assert publish.main() == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: --save_dir {tmp_path}: no results.json")
+    assert line.startswith(f"error: --save_dir: {tmp_path} has no results.json that can be read (")
 
 
 def test_the_committed_table_can_be_read():

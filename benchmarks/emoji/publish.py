@@ -100,10 +100,10 @@ class Ruler:
             values["truth_ssim"] = paired_metrics(images, truth)["ssim"].numpy()
         return values
 
-    def score(self, sets, chosen=slice(None)):
+    def score(self, sets, chosen=slice(None), spaces=SPACES):
         """The numbers of MEASURES of the pictures, or of the `chosen` of them: means over the sets."""
         scores = {key: np.mean([v[key][chosen] for v in sets]) for key in ("called_3d", "truth_ssim") if key in sets[0]}
-        for space in SPACES:
+        for space in spaces:
             moments = [gaussian_of_features(values[space][chosen]) for values in sets]
             scores[space] = np.mean([frechet_of_roots(*each, *self.targets[space]) for each in moments])
         return {key: float(value) for key, value in scores.items()}
@@ -173,25 +173,35 @@ def sheet(rows, folders, stems):
     return image
 
 
-def parse_flags():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save_dir", type=Path, default=ROOT / "output_emoji", help="what scripts/emoji.sh wrote")
+def add_common_flags(parser):
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "emoji")
     parser.add_argument("--model_path", default=str(ROOT / "models" / "fluent3d_64.safetensors"))
     parser.add_argument("--dsepath", default=str(ROOT / search.DSE))
-    parser.add_argument("--replicates", type=int, default=500, help="resamples (default 500)")
-    parser.add_argument("--pictures", type=int, default=10, help="columns of pictures.png (default 10)")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the results (default this file's)")
+
+
+def parse_flags():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save_dir", type=Path, default=ROOT / "output_emoji", help="what scripts/emoji.sh wrote")
+    parser.add_argument("--replicates", type=int, default=200, help="resamples (default 200)")
+    parser.add_argument("--pictures", type=int, default=10, help="columns of pictures.png (default 10)")
+    add_common_flags(parser)
     return parser.parse_args()
+
+
+def read_rows(folder, made_by):
+    """The rows of a benchmark's results.json; None, and a message, where there is none."""
+    try:
+        return json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError) as error:
+        print(f"error: --save_dir: {folder} has no results.json that can be read ({error}); {made_by} makes it", file=sys.stderr)
+        return None
 
 
 def main():
     args = parse_flags()
-    try:
-        results = json.loads((args.save_dir / "results.json").read_text(encoding="utf-8"))["rows"]
-    except (OSError, ValueError) as error:
-        print(f"error: --save_dir {args.save_dir}: no results.json that can be read ({error}); scripts/emoji.sh makes "
-              "it", file=sys.stderr)  # fmt: skip
+    results = read_rows(args.save_dir, "scripts/emoji.sh")
+    if results is None:
         return 2
     ruler = Ruler(args.model_path, args.dsepath, args.data / "fluent3d" / "test")
     folders = [args.save_dir / result["folder"] for result in results]
