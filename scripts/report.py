@@ -149,7 +149,8 @@ def trade_off(results, against="source_ssim"):
     """FID against SSIM to the source or, with "truth_ssim", to the truth: rows of one method are joined.
 
     Published results are hollow; they stand beside FIDs of Inception features only, which alone can be compared, and
-    are of SSIM to the source. None where nothing was measured.
+    are of SSIM to the source. Distances that differ by more than ten times have a logarithmic axis. None where nothing
+    was measured.
     """
     distance = "FID" if comparable(results) else "Fréchet distance"
     with_published = comparable(results) and against == "source_ssim"
@@ -175,7 +176,18 @@ def trade_off(results, against="source_ssim"):
         return None
     where = {"source_ssim": "the source", "truth_ssim": "the true translation"}[against]
     title = f"{distance} against SSIM to {where} (lower right is better)"
-    return chart(title, f"SSIM to {where}", distance, series, points)
+    distances = [point["xy"][1] for point in points]
+    logarithmic = max(distances) > 10 * min(distances) > 0
+    if logarithmic:
+        series = [{**line, "points": [(x, math.log10(y)) for x, y in line["points"]]} for line in series]
+        points = [on_logarithmic_axis(point) for point in points]
+    return chart(title, f"SSIM to {where}", distance, series, points, logarithmic)
+
+
+def on_logarithmic_axis(point):
+    """A mark with y as a logarithm to base 10; its deviation to first order."""
+    (x, y), (dx, dy) = point["xy"], point["deviation"]
+    return {**point, "xy": (x, math.log10(y)), "deviation": (dx, dy / (y * math.log(10)))}
 
 
 def comparable(results):

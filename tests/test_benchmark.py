@@ -293,6 +293,17 @@ def test_published_results_are_drawn_beside_fids_of_inception_only():
     assert report.trade_offs([row]) == [report.trade_off([row])]  # no truth was measured
 
 
+def test_distances_of_several_magnitudes_have_a_logarithmic_axis():
+    row = {"method": "A", "std": {"fid": 1.0, "source_ssim": None}, "published": {"fid": "", "source_ssim": ""},
+           "curves": [], "protocol": {}}  # fmt: skip
+    rows = [{**row, "setting": str(fid), "mean": {"fid": fid, "source_ssim": 0.4}} for fid in (10.0, 100.0, 1000.0)]
+    root = ElementTree.fromstring(report.trade_off(rows).file())
+    heights = [float(dot.get("cy")) for dot in root.iter("{http://www.w3.org/2000/svg}circle")]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2) and heights[0] > heights[1]
+    root = ElementTree.fromstring(report.trade_off(rows[:1]).file())
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 1
+
+
 @pytest.mark.parametrize("count", [5, 300])
 def test_labels_of_a_chart_do_not_cover_each_other_nor_dots(count):
     """Labels for which there is no room are left to the pointer."""
