@@ -308,7 +308,8 @@ def test_distances_of_several_magnitudes_have_a_logarithmic_axis():
 def test_labels_of_a_chart_do_not_cover_each_other_nor_dots(count):
     """Labels for which there is no room are left to the pointer."""
     look = {"deviation": (0, 0), "colour": "#000"}
-    points = [{"xy": (1 + k % 20 / 50, 2 - k // 20 / 80 - k % 20 / 400), "label": f"M={k}", **look} for k in range(count)]
+    places = [(1 + k % 20 / 50, 2 - k // 20 / 80 - k % 20 / 400) for k in range(count)]
+    points = [{"xy": place, "label": f"M={k}", **look} for k, place in enumerate(places)]
     svg = re.search(r"<svg.*?</svg>", report.chart("t", "x", "y", [], points).figure()).group()
     root = ElementTree.fromstring(svg)
     dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in root.iter("circle")]

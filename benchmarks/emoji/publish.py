@@ -143,12 +143,14 @@ def compare(ruler, rows, replicates, seed=0):
 def text_of(rows, scores, differences, anchors, replicates):
     """comparison.md; anchors: scores by name."""
     base = base_of(rows)
-    head = ["", "| method, setting | " + " | ".join(heading for heading, _ in MEASURES.values()) + " |", "|---" * 5 + "|"]
+    headings = " | ".join(["method, setting", *(heading for heading, _ in MEASURES.values())])
+    head = ["", f"| {headings} |", "|---" * (len(MEASURES) + 1) + "|"]
     lines = ["# Flat to 3D emoji: a second look", *head]
     for name, score in [*((row.name, score) for row, score in zip(rows, scores)), *anchors.items()]:
         cells = [format(score[key], form) if key in score else "" for key, (_, form) in MEASURES.items()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", f"Differences to {base.name}, with 95 % bootstrap intervals over the pictures ({replicates} resamples):", *head]
+    how = f"95 % bootstrap intervals over the pictures ({replicates} resamples)"
+    lines += ["", f"Differences to {base.name}, with {how}:", *head]
     for row, difference in zip(rows, differences):
         if row is base:
             continue
@@ -194,7 +196,8 @@ def read_rows(folder, made_by):
     try:
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
     except (OSError, ValueError) as error:
-        print(f"error: --save_dir: {folder} has no results.json that can be read ({error}); {made_by} makes it", file=sys.stderr)
+        message = f"error: --save_dir: {folder} has no results.json that can be read ({error}); {made_by} makes it"
+        print(message, file=sys.stderr)
         return None
 
 
@@ -218,7 +221,10 @@ def main():
         ),
     }
     text = text_of(rows, scores, differences, anchors, args.replicates)
-    record = [{"method": r.method, "setting": r.setting, **s, "difference": d} for r, s, d in zip(rows, scores, differences)]
+    record = [
+        {"method": row.method, "setting": row.setting, **score, "difference": difference}
+        for row, score, difference in zip(rows, scores, differences)
+    ]
     (args.out / "comparison.md").write_text(text, encoding="utf-8")
     (args.out / "comparison.json").write_text(
         json.dumps({"rows": record, "anchors": anchors}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"

@@ -1,8 +1,8 @@
 """Score the search's candidates once more, in the domain-specific extractor's features.
 
 The demo model's own features, in which the search measures, tell what a picture shows better than how it is drawn. The
-extractor was trained to tell the two ways of drawing apart. It also guides EGSDE, which it therefore favours. Nothing is
-chosen by these numbers; they show every method's whole trade-off, not one setting of it.
+extractor was trained to tell the two ways of drawing apart. It also guides EGSDE, which it therefore favours. Nothing
+is chosen by these numbers; they show every method's whole trade-off, not one setting of it.
 
     python benchmarks/emoji/search.py && python benchmarks/emoji/rescore.py
 
