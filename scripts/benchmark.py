@@ -313,9 +313,7 @@ def write_results(args, results):
         "table.csv": as_csv(results, columns),
         "report.html": report.page(args.name, headings, cells, notes, results, args),
     }
-    for key, where in (("source_ssim", ""), ("truth_ssim", "_truth")):
-        if chart := report.trade_off(results, key):
-            save[f"trade_off{where}.svg"] = chart.file()
+    save |= {name: chart.file() for name, chart in report.trade_offs(results).items()}
     for name, content in save.items():
         data = content.encode("utf-8", "surrogateescape")
         write_atomically(os.path.join(args.save_dir, name), lambda file, data=data: file.write(data))

@@ -41,7 +41,7 @@ def page(title, headings, cells, notes, results, args):
 
     headings, cells, notes: of the table, as text; results: what benchmark.measure returns; args: the benchmark's flags.
     """
-    charts = trade_offs(results)
+    charts = list(trade_offs(results).values())
     guided = [row for row in results if row["curves"]]
     if guided:
         charts += [norms(guided), *weights(guided)]
@@ -140,9 +140,9 @@ class Chart:
 
 
 def trade_offs(results):
-    """The charts of distance against SSIM to the source and, where it was measured, to the truth."""
-    charts = [trade_off(results, "source_ssim"), trade_off(results, "truth_ssim")]
-    return [chart for chart in charts if chart]
+    """The charts of distance against SSIM to the source and to the truth, where they were measured, by file name."""
+    charts = {"trade_off.svg": trade_off(results, "source_ssim"), "trade_off_truth.svg": trade_off(results, "truth_ssim")}
+    return {name: chart for name, chart in charts.items() if chart}
 
 
 def trade_off(results, against="source_ssim"):

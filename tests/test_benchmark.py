@@ -290,7 +290,7 @@ def test_published_results_are_drawn_beside_fids_of_inception_only():
     other = report.trade_off([{**row, "protocol": {"features": "middle block of UNetModel"}}]).figure()
     assert "(published)" not in other and other.count("<circle") == 1
     assert report.trade_off([{**row, "mean": {}, "published": {"fid": "", "source_ssim": ""}}]) is None
-    assert report.trade_offs([row]) == [report.trade_off([row])]  # no truth was measured
+    assert report.trade_offs([row]) == {"trade_off.svg": report.trade_off([row])}  # no truth was measured
 
 
 def test_distances_of_several_magnitudes_have_a_logarithmic_axis():
@@ -424,8 +424,8 @@ def test_search_from_pictures_to_table(data, monkeypatch, tmp_path, capfd):
     assert (tmp_path / "search.md").read_text() in capfd.readouterr().out
     ElementTree.fromstring((tmp_path / "search.svg").read_bytes())
     tiny.make_encoder(tmp_path / "dse.safetensors", 2, head="I2Iout")
-    command = ["rescore.py", "--data", tmp_path / "emoji", "--model_path", data / "model.safetensors"]
-    command += ["--dsepath", tmp_path / "dse.safetensors", "--save_dir", tmp_path / "save", "--out", tmp_path]
+    command = ["rescore.py", "--data", tmp_path / "emoji", "--dsepath", tmp_path / "dse.safetensors"]
+    command += ["--save_dir", tmp_path / "save", "--out", tmp_path]
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     assert rescore.main() == 0
     ElementTree.fromstring((tmp_path / "search_extractor.svg").read_bytes())

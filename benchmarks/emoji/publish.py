@@ -34,7 +34,6 @@ import search  # noqa: E402
 from guided_diffusion.checkpoint import load_model  # noqa: E402
 from guided_diffusion.image_datasets import load_image, to_tensor  # noqa: E402
 from guided_diffusion.metrics import (  # noqa: E402
-    extract_features,
     feature_extractor,
     frechet_of_roots,
     gaussian_of_features,
@@ -44,13 +43,13 @@ from guided_diffusion.metrics import (  # noqa: E402
 
 COPIES = ("table.md", "table.csv", "results.json", "trade_off.svg", "trade_off_truth.svg")
 BASE = "SDDM"  # the first row of this method is what the others are compared with
-SPACES = ("model", "extractor")
 MEASURES = {  # key: heading, format
     "model": ("Fréchet, model's features ↓", ".3f"),
     "extractor": ("Fréchet, extractor's features ↓", ".1f"),
     "called_3d": ("called 3D ↑", ".3f"),
     "truth_ssim": ("SSIM to truth ↑", ".4f"),
 }
+BATCH = 16  # pictures that the networks see at once
 CELL, LABEL = 96, 260  # pixels of a picture and of the labels' column in pictures.png
 
 
@@ -68,31 +67,38 @@ class Row:
 
 
 class Ruler:
-    """Measures sets of pictures against the target domain's test split."""
+    """Measures sets of pictures against those in a folder, in the features of the extractor and of other networks.
 
-    def __init__(self, model_path, dsepath, target_folder):
-        self.extractors = {"model": feature_extractor(model_path), "extractor": feature_extractor(dsepath)}
+    dsepath: the extractor; others: files of networks, by the name of their feature space.
+    """
+
+    def __init__(self, target_folder, dsepath, **others):
+        self.extractors = {name: feature_extractor(path) for name, path in {"extractor": dsepath, **others}.items()}
         self.classifier, info = load_model(dsepath)
         self.classifier.eval()
         self.size = info.flags["image_size"]
-        targets = list_images(target_folder, "targets")
-        self.truth = {reference.stem: reference.path for reference in targets}
-        self.targets = {space: gaussian_of_features(self.features(space, targets)) for space in SPACES}
+        self.truth = {reference.stem: reference.path for reference in list_images(target_folder, "targets")}
+        features = self.features(self.images(self.truth.values()))
+        self.targets = {space: gaussian_of_features(x) for space, x in features.items()}
 
     def images(self, paths):
         """[N, 3, H, W] in [0, 1]."""
         return (to_tensor([load_image(path, self.size) for path in paths]) + 1) / 2
 
-    def features(self, space, references):
-        """[N, D] float64."""
-        return extract_features(references, self.extractors[space], lambda path: self.images([path])[0])
+    def features(self, images):
+        """Those of images [N, 3, H, W] in [0, 1] by space: [N, D] float64."""
+        with torch.no_grad():
+            return {
+                space: torch.cat([extractor.extract(part) for part in images.split(BATCH)]).double().numpy()
+                for space, extractor in self.extractors.items()
+            }
 
     def measure(self, folder, names=None, paired=True):
         """Features [N, D] by space, `called_3d` [N] and, if paired, `truth_ssim` [N] of a folder, or its `names`."""
         references = list_images(folder, "outputs", sampled=True)
         references = [r for r in references if names is None or r.name in names]
-        values = {space: self.features(space, references) for space in SPACES}
         images = self.images([r.path for r in references])
+        values = self.features(images)
         with torch.no_grad():  # logits of source and target, at noise level 0
             values["called_3d"] = self.classifier(images * 2 - 1, torch.zeros(len(images))).argmax(1).double().numpy()
         if paired:
@@ -100,12 +106,12 @@ class Ruler:
             values["truth_ssim"] = paired_metrics(images, truth)["ssim"].numpy()
         return values
 
-    def score(self, sets, chosen=slice(None), spaces=SPACES):
+    def score(self, sets, chosen=slice(None)):
         """The numbers of MEASURES of the pictures, or of the `chosen` of them: means over the sets."""
         scores = {key: np.mean([v[key][chosen] for v in sets]) for key in ("called_3d", "truth_ssim") if key in sets[0]}
-        for space in spaces:
+        for space, target in self.targets.items():
             moments = [gaussian_of_features(values[space][chosen]) for values in sets]
-            scores[space] = np.mean([frechet_of_roots(*each, *self.targets[space]) for each in moments])
+            scores[space] = np.mean([frechet_of_roots(*each, *target) for each in moments])
         return {key: float(value) for key, value in scores.items()}
 
 
@@ -170,14 +176,13 @@ def sheet(rows, folders, stems):
     for i, (row, folder) in enumerate(zip(rows, folders)):
         draw.multiline_text((8, i * CELL + 28), f"{row.method}\n{row.setting}", fill="black", font_size=16, spacing=6)
         for k, stem in enumerate(stems):
-            picture = Image.fromarray(load_image(f"{folder}/{stem}.png", 64))
-            image.paste(picture.resize((CELL, CELL), Image.Resampling.BICUBIC), (LABEL + k * CELL, i * CELL))
+            picture = Image.fromarray(load_image(f"{folder}/{stem}.png", CELL))
+            image.paste(picture, (LABEL + k * CELL, i * CELL))
     return image
 
 
 def add_common_flags(parser):
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "emoji")
-    parser.add_argument("--model_path", default=str(ROOT / "models" / "fluent3d_64.safetensors"))
     parser.add_argument("--dsepath", default=str(ROOT / search.DSE))
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the results (default this file's)")
 
@@ -185,6 +190,7 @@ def add_common_flags(parser):
 def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save_dir", type=Path, default=ROOT / "output_emoji", help="what scripts/emoji.sh wrote")
+    parser.add_argument("--model_path", default=str(ROOT / "models" / "fluent3d_64.safetensors"))
     parser.add_argument("--replicates", type=int, default=200, help="resamples (default 200)")
     parser.add_argument("--pictures", type=int, default=10, help="columns of pictures.png (default 10)")
     add_common_flags(parser)
@@ -206,7 +212,7 @@ def main():
     results = read_rows(args.save_dir, "scripts/emoji.sh")
     if results is None:
         return 2
-    ruler = Ruler(args.model_path, args.dsepath, args.data / "fluent3d" / "test")
+    ruler = Ruler(args.data / "fluent3d" / "test", args.dsepath, model=args.model_path)
     folders = [args.save_dir / result["folder"] for result in results]
     rows = []
     for result, folder in zip(results, folders):

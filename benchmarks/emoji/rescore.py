@@ -28,11 +28,10 @@ def text_of(rows):
     lines += ["| method | setting | SSIM to truth ↑ | Fréchet, extractor's features ↓ | called 3D ↑ | sum of ranks | |"]
     lines += ["|---" * 7 + "|"]
     for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row["mean"] for row in rows if row["method"] == method]
-        winner, sums = search.choose([(mean["truth_ssim"], mean["fid"]) for mean in own])
-        settings = [row["setting"] for row in rows if row["method"] == method]
-        for k, mean in enumerate(own):
-            cells = [method, settings[k], f"{mean['truth_ssim']:.4f}", f"{mean['fid']:.1f}", f"{mean['called_3d']:.3f}"]
+        own = [(row["setting"], row["mean"]) for row in rows if row["method"] == method]
+        winner, sums = search.choose([(mean["truth_ssim"], mean["fid"]) for _, mean in own])
+        for k, (setting, mean) in enumerate(own):
+            cells = [method, setting, f"{mean['truth_ssim']:.4f}", f"{mean['fid']:.1f}", f"{mean['called_3d']:.3f}"]
             lines.append("| " + " | ".join([*cells, str(sums[k]), "would be chosen" if k == winner else ""]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -46,9 +45,9 @@ def main():
     rows = publish.read_rows(runs, "search.py")
     if rows is None:
         return 2
-    ruler = publish.Ruler(args.model_path, args.dsepath, args.data / "fluent3d" / "train")
+    ruler = publish.Ruler(args.data / "fluent3d" / "train", args.dsepath)
     for row in rows:
-        score = ruler.score([ruler.measure(runs / row["folder"])], spaces=("extractor",))
+        score = ruler.score([ruler.measure(runs / row["folder"], paired=False)])
         row["mean"] |= {"fid": score["extractor"], "called_3d": score["called_3d"]}
     chart = report.trade_off(rows, "truth_ssim").file()
     (args.out / "search_extractor.svg").write_text(chart, encoding="utf-8")
