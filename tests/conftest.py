@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from guided_diffusion.unet import EncoderUNetModel
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or ROOT / "tests" / "golden")
 MODEL_FLAGS = sorted(model_and_diffusion_defaults().keys() - diffusion_defaults().keys() | {"learn_sigma"})
+
+# A shell starts background jobs deaf to Ctrl-C, and what tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The golden files in tests/golden. Their tests are collected whether the files are there or not, so that a lost
 # file fails; tests of other golden files are collected where GOLDEN_DIR has them.
