@@ -35,13 +35,13 @@ def data(tmp_path_factory):
     return root
 
 
-def start(*flags, data, out, base=None, launcher=(), mpi=False, variables=(), **options):
+def start(*flags, data, out, base=None, launcher=(), mpi=False, variables=(), steps=STEPS, **options):
     """A process group of its own."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment = {**inherited, "OMP_NUM_THREADS": "1", **dict(variables)}
     if not mpi:
         environment["PYTHONPATH"] = str(data / "without_mpi")
-    given = command(data / "model.safetensors", base or data / "ref", out, "--batch_size", 1, *flags, steps=STEPS)
+    given = command(data / "model.safetensors", base or data / "ref", out, "--batch_size", 1, *flags, steps=steps)
     if launcher[:1] == (sys.executable,):
         given = given[1:]  # the launcher calls the interpreter
     return subprocess.Popen(
@@ -98,16 +98,6 @@ def ranks_of(launcher):
 def alive(pid):
     with contextlib.suppress(OSError):
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-def joined(process):
-    """Whether a rank above 0 is connected to the store, by its sockets: before that, its death or rank 0's says less."""
-    with contextlib.suppress(OSError):
-        links = [os.readlink(entry) for entry in (Path("/proc") / str(process.pid) / "fd").iterdir()]
-        tables = "".join((Path("/proc/net") / name).read_text() for name in ("tcp", "tcp6"))
-        rows = [row.split() for row in tables.splitlines()]
-        return any(f"socket:[{row[9]}]" in links for row in rows if row[3] == "01")  # 01: established
     return False
 
 
@@ -289,11 +279,17 @@ def test_a_rank_that_dies_takes_the_run_down_and_a_restart_completes_it(data, tm
     assert_within_one_level(pictures(out), pictures(data / "out"))
 
 
+def start_two(data, out):
+    """Slurm's ranks 0 and 1, waited for until rank 1 has made an image, which its umask tells."""
+    slow = {"data": data, "out": out, "steps": 5 * STEPS}  # the first to start must not have done all before the other
+    both = [start(**slow, variables=as_slurm(rank), umask=umask) for rank, umask in enumerate((0o022, 0o077))]
+    wait_for(lambda: any(path.stat().st_mode & 0o077 == 0 for path in out.glob("[0-9].png")), both[0])
+    return both
+
+
 def test_without_a_launcher_that_watches_the_others_notice(data, tmp_path):
     """Slurm's ranks where rank 0 dies; then with an interruption that reaches rank 1 alone."""
-    out = tmp_path / "out"
-    both = [start(data=data, out=out, variables=as_slurm(rank)) for rank in range(2)]
-    wait_for(lambda: made(out) >= 1 and joined(both[1]), both[0])
+    both = start_two(data, tmp_path / "killed")
     both[0].kill()
     done = finish(both[1])
     assert done.returncode == 2 and done.stderr == (
@@ -301,9 +297,7 @@ def test_without_a_launcher_that_watches_the_others_notice(data, tmp_path):
         "run the same command again to go on\n"
     )
     finish(both[0])
-    count = made(out)
-    both = [start(data=data, out=out, variables=as_slurm(rank)) for rank in range(2)]
-    wait_for(lambda: made(out) >= count + 1 and joined(both[1]), both[0])
+    both = start_two(data, tmp_path / "interrupted")
     both[1].send_signal(signal.SIGINT)
     first, second = (finish(process) for process in both)
     assert (first.returncode, second.returncode) == (2, 130) and "interrupted" not in first.stderr
