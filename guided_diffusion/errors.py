@@ -1,8 +1,57 @@
-"""The one exception whose message is written for the person at the keyboard."""
+"""The one exception for bad input. It speaks of Python parameters; `cli.main` alone turns them into flags."""
+
+import re
+
+LONGEST = 200  # characters of a value or of another program's message that an error line shows
 
 
-class UserError(Exception):
-    """Bad input: the message is one line that names the file or flag, the value, and what would fit.
+class InputError(ValueError):
+    """A parameter, file or environment that cannot be used.
 
-    Scripts print it without a traceback and exit with status 2.
+    The message is one line: the parameter, its value, and what would fit. `parameter` is the name in Python, or None
+    where a file or the surroundings are at fault; `reason` is then a whole sentence. Names of parameters within a reason
+    stand in backticks, so that a command line can spell them as flags.
     """
+
+    def __init__(self, reason: str, *, parameter: str | None = None, value: object = None) -> None:
+        super().__init__(reason, parameter, value)
+        self.reason, self.parameter, self.value = reason, parameter, value
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, spell=str) -> str:
+        """The message, with `spell(name)` in place of each parameter's name."""
+        reason = one_line(re.sub(r"`(\w+)`", lambda match: spell(match[1]), self.reason), longest=4000)
+        if self.parameter is None:
+            return reason
+        if self.value is None:
+            return f"{spell(self.parameter)} is missing; {reason}"
+        return f"{spell(self.parameter)} is {shown(self.value)}; {reason}"
+
+
+def shown(value: object) -> str:
+    """A value for an error line: texts in quotes, control characters escaped, long ones cut."""
+    text = str(value) if isinstance(value, (bool, int, float)) else repr(str(value))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+
+
+def display_name(name: str) -> str:
+    """A file's name as it is, or quoted with escapes where it would break a line of output or cannot be encoded."""
+    return name if name.isprintable() else repr(name)
+
+
+def one_line(text: object, longest: int = LONGEST) -> str:
+    """A text on one line: white space folded, other control characters escaped, cut to a length."""
+    folded = " ".join(str(text).split())
+    folded = "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in folded)
+    return folded if len(folded) <= longest else f"{folded[: longest - 1]}…"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return one_line(lines[0]) if lines else type(error).__name__
+
+
+UserError = InputError

@@ -20,14 +20,15 @@ import time
 import numpy as np
 import torch
 
-from . import train_files as files
+from .training import files
 from .dist_util import open_store
 from .errors import UserError
 from .image_datasets import to_uint8
 from .nn import update_ema
-from .outputs import contact_sheet, remove_temporaries, write_png
-from .train_data import batch_numbers, random_bits, random_uniform, sample_noise
-from .train_losses import add_by_quarter, means_by_quarter
+from .run.files import remove_temporaries, write_png
+from .run.grid import contact_sheet
+from .training.data import batch_numbers, random_bits, random_uniform, sample_noise
+from .training.losses import add_by_quarter, means_by_quarter
 
 log = logging.getLogger(__name__)
 

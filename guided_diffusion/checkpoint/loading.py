@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import torch
 
 from .architecture import PUBLISHED, PUBLISHED_ENCODERS, UnknownArchitecture, detect, is_average, unwrap
-from .errors import UserError
-from .script_util import (
+from ..errors import UserError
+from ..script_util import (
     CHANNEL_MULT,
     attention_factors,
     channel_multipliers,

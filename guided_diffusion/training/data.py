@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from .errors import UserError
-from .image_datasets import ImageError, display_name, list_references, load_image
+from ..errors import UserError
+from ..image_datasets import ImageError, display_name, list_references, load_image
 
 CACHES = ("auto", "memory", "device", "none")
 AUTO_CACHE_BYTES = 2 << 30

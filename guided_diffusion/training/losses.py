@@ -7,9 +7,9 @@ of x's shape and labels y [N] or None; it returns a dict of per-image values [N]
 import torch
 from torch.nn import functional as F
 
-from .errors import UserError
-from .gaussian_diffusion import LossType, ModelMeanType
-from .train_data import random_uniform, sample_noise
+from ..errors import UserError
+from ..gaussian_diffusion import LossType, ModelMeanType
+from .data import random_uniform, sample_noise
 
 
 def loss_weights(diffusion, p2_gamma=0.0, p2_k=1.0, min_snr_gamma=0.0):

@@ -13,9 +13,9 @@ import time
 
 import torch
 
-from .errors import UserError
-from .outputs import write_atomically, write_json
-from .run_record import versions
+from ..errors import UserError
+from ..run.files import write_atomically, write_json
+from ..run.record import versions
 
 
 def write_bytes(path, data):

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import outputs, run_record
-from .errors import UserError
-from .image_datasets import (
+from . import files as outputs
+from . import record as run_record
+from ..errors import UserError
+from ..image_datasets import (
     ImageError,
     Reference,
     check_options,

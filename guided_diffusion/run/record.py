@@ -11,7 +11,7 @@ import os
 import platform
 from importlib import metadata
 
-from .errors import UserError
+from ..errors import UserError
 
 NAME = "run.json"
 FORMAT = 1

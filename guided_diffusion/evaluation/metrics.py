@@ -21,8 +21,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-from . import image_datasets, run_record
-from .errors import UserError
+from .. import image_datasets
+from ..run import record as run_record
+from ..errors import UserError
 
 PAIRED_METRICS = ("l2", "mse", "psnr", "ssim", "msssim", "lpips")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -269,7 +270,7 @@ def _torchscript(path, device):
 
 
 def _diffusion_features(path, device):
-    from .checkpoint import load_model
+    from ..checkpoint import load_model
 
     model, info = load_model(str(path), device=device, dtype=torch.float32)
     if not hasattr(model, "middle_features"):

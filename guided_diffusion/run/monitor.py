@@ -12,7 +12,8 @@ from collections import defaultdict
 
 import torch
 
-from . import outputs, run_record
+from . import files as outputs
+from . import record as run_record
 
 COLUMNS = ("count", "tangent", "normal", "negative")  # of a step's sums; the weights of the directions follow
 EMPTY = {"images": 0, "seconds": 0.0, "evaluations": 0, "steps": {}}

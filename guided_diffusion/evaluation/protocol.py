@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import run_record
-from .errors import UserError
-from .image_datasets import Reference
+from ..run import record as run_record
+from ..errors import UserError
+from ..image_datasets import Reference
 from .metrics import (
     MIN_MSSSIM_SIZE,
     MIN_SSIM_SIZE,

@@ -1,0 +1,203 @@
+"""Options as flags: the one parser of all commands, and the spelling of Python parameters on the command line."""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from ..errors import InputError, shown
+from ..options import check_value, field_types
+
+# Parameters whose flags have other names, mostly those of the public releases.
+SPELLING = {
+    "blocks": "area",
+    "down_n": "down_N",
+    "start": "t",
+    "weights": "vgg_path",
+    "level": "vggdepth",
+    "encoder": "dsepath",
+    "classifier": "classifier_path",
+}
+METAVARS = {bool: "BOOL", int: "N", float: "X", str: "TEXT"}
+NO_EFFECT = "flags of the public release that have no effect"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose flags come from options dataclasses. Errors are InputErrors; flags cannot be abbreviated."""
+
+    def __init__(self, description: str, *, usage: str = "[flags]", spelling: dict[str, str] | None = None) -> None:
+        super().__init__(
+            description=textwrap.dedent(description).strip(),
+            usage=f"python scripts/%(prog)s {usage}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.spelling = {**SPELLING, **(spelling or {})}
+        self.owners: dict[str, list[type]] = {}  # flag -> the options classes that have it
+        self.fields: dict[str, dataclasses.Field] = {}
+        self.without_effect: dict[str, Any] = {}  # flag -> the value of which nothing needs to be said
+
+    def spell(self, parameter: str) -> str:
+        """The flag of a Python parameter."""
+        return "--" + self.spelling.get(parameter, parameter)
+
+    def add(
+        self,
+        *classes: type,
+        title: str,
+        description: str | None = None,
+        without: Iterable[str] = (),
+        defaults: dict[str, Any] | None = None,
+    ) -> None:
+        """A group with a flag for every field of options dataclasses; a flag that several classes share is one flag.
+
+        without: fields that are no flags here. defaults: defaults by field name, in place of the fields' own.
+        """
+        group = self.add_argument_group(title, description)
+        for cls in classes:
+            for field in dataclasses.fields(cls):
+                if field.name in without:
+                    continue
+                flag = self.spelling.get(field.name, field.name)
+                self.owners.setdefault(flag, []).append(cls)
+                if flag not in self.fields:
+                    self.fields[flag] = field
+                    self._add_flag(group, flag, field, (defaults or {}).get(field.name, field.default))
+
+    def _add_flag(self, group: Any, flag: str, field: dataclasses.Field, default: Any) -> None:
+        kinds, meta = field_types(field), field.metadata
+        choices = meta.get("choices")
+        metavar = meta.get("metavar") or ("|".join(choices) if choices else METAVARS.get(kinds[0], "TEXT"))
+        text = meta.get("help", "")
+        if default is not None:
+            text = f"{text} (default {default if default != '' else 'empty'})".strip()
+        optional: dict[str, Any] = {"nargs": "?", "const": True} if bool in kinds else {}
+        group.add_argument(
+            f"--{flag}", type=_reader(kinds), default=default, metavar=metavar, help=text.replace("%", "%%"), **optional
+        )
+
+    def add_without_effect(self, **usual: Any) -> None:
+        """Flags of the public release that are accepted and do nothing; by name the value that goes without saying."""
+        group = self.add_argument_group(NO_EFFECT)
+        for name in usual:
+            group.add_argument(f"--{name}", metavar="VALUE", help=argparse.SUPPRESS if name in self.owners else None)
+        self.without_effect |= usual
+
+    def parse(self, arguments: Sequence[str] | None = None) -> "Given":
+        """The flags of a command line; raises InputError for those that cannot be read."""
+        return Given(self, self.parse_args(arguments))
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            close = difflib.get_close_matches(unknown[1], known, 1)
+            message += f"; did you mean {close[0]}?" if close else ""
+        raise InputError(f"{message} (see --help)")
+
+
+class Given:
+    """The flags of one command line, by name."""
+
+    def __init__(self, parser: Parser, values: argparse.Namespace) -> None:
+        self._parser, self._values = parser, vars(values)
+
+    def __getattr__(self, flag: str) -> Any:
+        try:
+            return self.__dict__["_values"][flag]
+        except KeyError:
+            raise AttributeError(flag) from None
+
+    def values(self, cls: type) -> dict[str, Any]:
+        """The values of an options class's fields that are flags here, by field name."""
+        spelling = self._parser.spelling
+        named = {field.name: spelling.get(field.name, field.name) for field in dataclasses.fields(cls)}
+        return {name: self._values[flag] for name, flag in named.items() if cls in self._parser.owners.get(flag, ())}
+
+    def options(self, cls: type, **values: Any) -> Any:
+        """An instance of an options class; values: fields by name, in place of flags. Raises InputError."""
+        return cls(**{**self.values(cls), **values})
+
+    def ignored(self) -> dict[str, str]:
+        """Flags without effect that are given with another value than the usual, with that value."""
+        given = {name: self._values[name] for name in self._parser.without_effect}
+        usual = self._parser.without_effect
+        return {name: value for name, value in given.items() if value is not None and value != str(usual[name])}
+
+    def settings(self, used: Iterable[Any], **found: Any) -> dict[str, Any]:
+        """All that determines the outputs, for run.json, by the names of flags.
+
+        used: the options that count. Files stand with their hashes; what is None, says how to run, or has no effect (by
+        the options' method `ignored`) is left out. found: values that were read from files or resolved, by flag.
+        """
+        from ..run.record import fingerprint
+
+        settings: dict[str, Any] = {}
+        for options in used:
+            left_out = options.ignored() if hasattr(options, "ignored") else ()
+            for field in dataclasses.fields(options):
+                value = getattr(options, field.name)
+                if field.name in left_out or field.metadata.get("runtime"):
+                    continue
+                if field.metadata.get("file") and value is not None:
+                    value = fingerprint(value)
+                settings[self._parser.spelling.get(field.name, field.name)] = value
+        settings |= found
+        return {name: value for name, value in settings.items() if value is not None}
+
+
+def _reader(kinds: tuple[type, ...]) -> Any:
+    """A function for argparse that reads a value of one of these types."""
+    if bool in kinds:
+        return read_bool
+    numbers = [kind for kind in (int, float) if kind in kinds]
+
+    def read(text: str) -> Any:
+        for kind in numbers:
+            try:
+                return read_int(text) if kind is int else read_float(text)
+            except argparse.ArgumentTypeError:
+                if kind is numbers[-1] and str not in kinds:
+                    raise
+        return text
+
+    return read
+
+
+def read_bool(text: str) -> bool:
+    """True or False, in the spellings that guided-diffusion takes."""
+    lowered = text.lower()
+    if lowered in ("yes", "true", "t", "y", "1"):
+        return True
+    if lowered in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{shown(text)} is neither True nor False")
+
+
+def read_int(text: str) -> int:
+    """A whole number of up to 18 digits."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number")
+    return int(text)
+
+
+def read_float(text: str) -> float:
+    """A number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number") from None
+
+
+def existing(path: str | os.PathLike, **wrong: Any) -> str:
+    """The path, checked to exist; raises InputError with the details `wrong` (parameter, value) where it does not."""
+    if not os.path.exists(path) and "://" not in os.fspath(path):
+        raise InputError("no such file or folder", **wrong)
+    return os.fspath(path)
+
+
+__all__ = ["NO_EFFECT", "SPELLING", "Given", "Parser", "check_value", "existing", "read_bool", "read_float", "read_int"]

@@ -1,0 +1,174 @@
+"""What surrounds a command: signals, ranks, messages, exit statuses. InputErrors become one line here."""
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from .flags import Given, Parser
+
+DONE, FAILED, REFUSED, DEFECT, INTERRUPTED = 0, 1, 2, 3, 130
+
+AGAIN = "run the same command again to resume"
+
+log = logging.getLogger("sddm")
+
+
+def start() -> None:
+    """What comes before a command imports torch, which takes seconds: an interrupt in them is one line, too."""
+    for descriptor in (0, 1, 2):  # a closed one would be given to the next file that is opened
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    signal.signal(signal.SIGINT, _interrupted_early)
+    signal.signal(signal.SIGTERM, _interrupted_early)
+    # Where a rank is lost, torch's store would write stack traces of its own to stderr.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+
+
+def _interrupted_early(number: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"interrupted; {AGAIN}\n".encode())
+    os._exit(INTERRUPTED)
+
+
+def run(function: Callable[["Given", Any], int | None], parser: "Parser", *, ranks: str = "peers") -> None:
+    """Parse flags, call function(given, ranks), and end the process with its status.
+
+    ranks: what the function gets: "peers", a connected `dist_util.Peers`; "ranks", the bare `dist_util.Ranks`; "none":
+    the function takes the flags alone. 0: done; 1: some images failed; 2: bad input; 3: a defect, with its traceback;
+    130: interrupted.
+    """
+    warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata, which does not concern the pixels
+    logging.raiseExceptions = False  # a full disk behind stderr is no reason to end
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    handler = _raise_once()
+    peers = me = None
+    try:
+        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGTERM, handler)
+        if ranks == "none":
+            status = function(parser.parse())  # type: ignore[call-arg]
+        else:
+            from .. import dist_util, runtime
+
+            runtime.keep_freed_memory()
+            peers = me = dist_util.Ranks()
+            me = dist_util.ranks()
+            if me.rank:
+                logging.getLogger().setLevel(logging.ERROR)
+            peers = me
+            given = parser.parse()
+            if ranks == "peers":
+                peers = dist_util.connect(me)
+            status = function(given, peers)
+    except BaseException as error:
+        status = explain(error, parser, me, peers)
+    if hasattr(peers, "leave"):
+        peers.leave()
+    if status not in (None, DONE, FAILED) and me is not None:
+        from ..dist_util import abort
+
+        abort(me, status)
+    settle()
+    sys.exit(status or DONE)
+
+
+def explain(error: BaseException, parser: "Parser", me: Any, peers: Any) -> int:
+    """Say what ended the command, once for all ranks; returns the exit status."""
+    connected = hasattr(peers, "stop")
+    first = me is None or me.rank == 0 or _in_process_group()
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else DONE
+    if type(error).__name__ == "Stopped":
+        return REFUSED
+    if isinstance(error, KeyboardInterrupt):
+        if peers.interrupted() if connected else first:
+            say(f"{cause(error, me)}; {AGAIN}")
+        return INTERRUPTED
+    if isinstance(error, Exception) and _out_of_memory(error):
+        error = InputError(f"out of memory: {first_line(error)}")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error = InputError(f"no room left on the disk: {first_line(error)}")
+    if isinstance(error, InputError):
+        # Ranks that are not connected have the same flags and environment: rank 0 speaks for them.
+        text = error.text(parser.spell)
+        if peers.stop(text) if connected else first:
+            say(f"error: {text}")
+        return REFUSED
+    if connected:
+        peers.stop(repr(error))
+    if me is not None and me.world_size > 1:
+        say(f"rank {me.rank} of {me.world_size} failed; {AGAIN}")
+    with contextlib.suppress(OSError):
+        traceback.print_exception(error)
+    return DEFECT
+
+
+def _in_process_group() -> bool:
+    """Whether the ranks of a training have gone separate ways, so that each may fail for reasons of its own."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from ..runtime import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
+def say(text: str, file: Any = None) -> None:
+    """Print a line to stderr or `file`; a reader that is gone or a full disk does not end the command."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=file or sys.stderr, flush=True)
+
+
+def settle() -> None:
+    """Flush what was printed. Where nobody can read it, the exit status alone tells what was done."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _raise_once() -> Callable[[int, FrameType | None], None]:
+    """A handler that turns the first signal into KeyboardInterrupt and leaves the clean-up alone for a while.
+
+    Ctrl-C under a launcher comes twice, from the terminal and from the launcher. Whoever insists ends the process.
+    """
+    first: float | None = None
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            raise KeyboardInterrupt(signal.Signals(number).name)
+        if time.monotonic() - first > 2:
+            os._exit(INTERRUPTED)
+
+    return handle
+
+
+def cause(interrupt: BaseException, me: Any) -> str:
+    """What a KeyboardInterrupt of a signal handler was."""
+    if "SIGTERM" not in interrupt.args:
+        return "interrupted"
+    many = me is not None and me.world_size > 1
+    return "ended by SIGTERM" + ", as launchers do when another process has died" * many

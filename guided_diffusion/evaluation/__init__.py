@@ -1,0 +1,1 @@
+"""Measuring folders of translated images and comparing methods."""

@@ -1,0 +1,1 @@
+"""One run: a folder of references in, a folder of outputs out, resumable and shared among ranks."""

@@ -1,0 +1,118 @@
+"""How a network is run: device, precision, compilation, and the memory of the process."""
+
+import ctypes
+import logging
+import re
+
+import torch
+
+from .errors import InputError, first_line
+from .options import fitting
+
+log = logging.getLogger("sddm")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = (*DTYPES, "auto")
+
+# Parameters of mallopt, from glibc's malloc.h.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+def default_device(local_rank: int = 0) -> torch.device:
+    """The device to run on: the GPU of this rank, else Apple's, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def pick_device(name: str | torch.device = "auto", local_rank: int = 0) -> torch.device:
+    """The device of that name, tried out: cpu, cuda, cuda:1, mps or auto. Raises InputError where it cannot be used."""
+    if name == "auto":
+        return default_device(local_rank)
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+            device = default_device(local_rank)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"it cannot be used: {first_line(error)}", parameter="device", value=name) from None
+    return device
+
+
+def pick_precision(name: str | None, device: torch.device) -> str:
+    """`fp32`, `bf16` or `fp16`: what `name` means on a device; `auto` is the fastest that the device computes in natively."""
+    if name not in (None, *PRECISIONS):
+        raise InputError(fitting(name, list(PRECISIONS)), parameter="precision", value=name)
+    if name == "auto":
+        return best_precision(device)
+    return name or "fp32"
+
+
+def best_precision(device: torch.device) -> str:
+    """`bf16` where the device multiplies matrices of bfloat16 natively, else `fp32`.
+
+    GPUs since Ampere do, and CPUs with AVX512-BF16; on others it is emulated, and slow.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return "bf16" if device.type == "cpu" and native is not None and native() else "fp32"
+
+
+class CompiledModel:
+    """A network compiled for the shape of its first input; it falls back to eager where compilation fails.
+
+    Compiling takes from seconds to minutes, which pays over the steps of many batches. Inputs of another shape, such as
+    the last batch of a folder, run eagerly, and so do all inputs where compilation fails: it needs a C++ compiler on
+    CPUs and Triton on GPUs. Outputs are those of the network up to rounding.
+
+    model(x, t, ...): the network; x [N, C, H, W].
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.shape = model, None
+        # CUDA graphs spare the GPU the wait for the next of hundreds of small kernels.
+        on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+        self.compiled = torch.compile(model, dynamic=False, mode="reduce-overhead" if on_gpu else None)
+        self.reuses_output = on_gpu
+
+    def __call__(self, x: torch.Tensor, *arguments: torch.Tensor) -> torch.Tensor:
+        self.shape = self.shape or x.shape
+        if self.compiled is None or x.shape != self.shape:
+            return self.model(x, *arguments)
+        try:
+            output = self.compiled(x, *arguments)
+            # The next evaluation's graph writes to the same memory.
+            return output.clone() if self.reuses_output else output
+        except torch.OutOfMemoryError:
+            self.shape = None  # a smaller batch comes next
+            raise
+        except Exception as error:
+            self.compiled = None
+            log.warning("compilation failed, the network runs eagerly: %s", first_line(error))
+            return self.model(x, *arguments)
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep freed memory instead of returning it to the system; whether that worked.
+
+    Activations of tens of megabytes come and go in every layer. By default glibc maps each afresh, and the system fills
+    it with zeros page by page, which on a CPU can take as long as the layer. The process then holds on to its peak.
+    Only glibc has this; elsewhere nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1) and mallopt(M_TOP_PAD, 64 << 20))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory did not suffice, in the words of any backend."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(
+        re.search("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", str(error), re.IGNORECASE)
+    )
