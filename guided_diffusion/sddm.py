@@ -2,129 +2,233 @@
 
 Steps count down from T'-1 to 0. Above range_t, a step splits the score at the manifold M_i, merges its tangent part with
 the energies' descent directions into one that harms none of them, and moves to M_{i-1}. At and below range_t, it is the
-plain ancestral step.
+plain step of the chosen solver.
 """
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
-from .manifold import BlockManifold, LowPassManifold, check_blocks, from_blocks, to_blocks
+from .energy import Energy
+from .errors import InputError
+from .gaussian_diffusion import GaussianDiffusion
+from .manifold import MANIFOLDS, from_blocks, to_blocks
 from .moo import min_norm_weights
-from .solvers import create_solver
+from .options import Registry, check, option
+from .solvers import (
+    SOLVERS,
+    Noise,
+    State,
+    at_step,
+    check_references,
+    create_solver,
+    gaussian_like,
+    resolve_step,
+    sampler,
+)
 
 LAMBDA = 25.0  # length of an energy's direction, relative to the score's tangent part times beta / sqrt(alpha)
 REFINEMENTS = 4  # extra updates of the `released` variant before its last guided step
-CHOICES = {"variant": ("manifold", "released"), "moo": ("min_norm", "linear"), "manifold": ("badain", "low_pass")}
+MERGES = ("min_norm", "linear")
+
+METHODS = Registry("method")
+"""What turns references into images, by name: an options dataclass like `SDDM`."""
+
+VARIANTS = Registry("variant")
+"""How guided steps move: a generator of states of (guide, ref, range_t, noise)."""
 
 
-@torch.no_grad()
-def sample(
-    model,
-    diffusion,
-    ref,
-    *,
-    blocks=16,
-    range_t,
-    energies=(),
-    variant="manifold",
-    detail_merge=False,
-    moo="min_norm",
-    manifold="badain",
-    down_n=32,
-    clip_denoised=True,
-    sampler="ancestral",
-    eta=0.0,
-    noise=None,
-    callback=None,
-    monitor=None,
-):
-    """Translate references into the domain of the model.
+class Guide:
+    """What a run of SDDM computes at a step: the model's posterior, the score's parts, and the merged move."""
 
-    model(x, t): the target domain's diffusion model; diffusion: its (respaced) process of T' steps. ref: [N, C, H, W] in
-    [-1, 1]. blocks: the image plane is cut into blocks x blocks. range_t: T0, guidance ends there. energies: see
-    `energy`. variant: `manifold`, the method as described by its authors, or `released`, the arithmetic of the public
-    release. detail_merge: merge directions per block instead of per channel. noise(shape): every random draw in order,
-    x_T first, then one per step. callback(i, x): the state after step i. Returns [N, C, H, W].
-
-    sampler: `ancestral` as in the paper; `ddim`, or `dpmpp_2m` for the plain steps and ddim for the guided ones, which
-    need fewer steps. Their posterior takes the place of the ancestral one; eta is DDIM's share of noise. See `solvers`.
-
-    The paper's ablations: moo `linear` adds the directions up instead of taking their minimum-norm point; manifold
-    `low_pass` is that of images with the reference's low frequencies (those that shrinking by down_n keeps).
-
-    monitor(i, record): what a guided step at i (a refinement of `released` too) did; record has, on the model's device,
-    `tangent` and `normal` [N], Euclidean norms of the score's parts, `weights` [N, 1 + energies], those of the merged
-    directions (mean over channels and blocks), and `negative` [N], whether the move has a negative inner product with
-    the score's tangent part.
-    """
-    for name, value in (("variant", variant), ("moo", moo), ("manifold", manifold)):
-        if value not in CHOICES[name]:
-            raise ValueError(f"{name} is {value!r}; it can be {' or '.join(CHOICES[name])}")
-    check_blocks(ref.shape[2:], blocks)
-    noise = noise or (lambda shape: torch.randn(shape, device=ref.device, dtype=ref.dtype))
-    released = variant == "released"
-    merging = "linear" if moo == "linear" else "frank_wolfe" if released else "exact"
-    m = BlockManifold(ref, blocks) if manifold == "badain" else LowPassManifold(ref, down_n)
-    for energy in energies:
-        energy.prepare(ref)
-    solver = create_solver(sampler, diffusion, eta)
-    alpha_bars = [float(alpha_bar) for alpha_bar in diffusion.alphas_cumprod]
-
-    def posterior(x, t):
-        return solver.posterior(diffusion.p_mean_variance(model, x, t, clip_denoised), x, t)
-
-    def guided_parts(x, i, t, posterior_mean):
-        """The move d along the manifold, and the rest of the step: the normal part of the score and the drift."""
-        stretch = float(diffusion.alphas[i]) ** -0.5
-        tangent, normal = m.split(x, posterior_mean - stretch * x, alpha_bars[i])
-        directions = [tangent]
+    def __init__(
+        self,
+        model: Callable,
+        diffusion: GaussianDiffusion,
+        ref: torch.Tensor,
+        energies: Sequence[Energy],
+        manifold: Any,
+        solver: Any,
+        merge: Callable,
+        clip_denoised: bool,
+    ) -> None:
+        self.model, self.diffusion, self.energies = model, diffusion, energies
+        self.manifold, self.solver, self.merge, self.clip_denoised = manifold, solver, merge, clip_denoised
+        self.alpha_bars = [float(alpha_bar) for alpha_bar in diffusion.alphas_cumprod]
+        self.device = ref.device
         for energy in energies:
-            _, grad = energy.energy_and_grad(x, diffusion.model_timesteps(t), alpha_bars[i])
-            descent, _ = m.split(x, -grad, alpha_bars[i])
-            directions.append(rescale(descent, grad, tangent, LAMBDA * float(diffusion.betas[i]) * stretch))
-        move, weights = merge(directions, blocks if detail_merge else None, merging)
-        if monitor is not None:
-            monitor(i, _record(tangent, normal, move, weights))
-        return move, normal + (stretch - 1) * x
+            energy.prepare(ref)
 
-    x = noise(ref.shape)
-    if not released:
-        x = m.restrict(x, alpha_bars[-1])
-    for i in reversed(range(diffusion.num_timesteps)):
-        t = torch.full((ref.shape[0],), i, device=ref.device, dtype=torch.long)
-        out = posterior(x, t)
-        if released and i == range_t + 1:
-            # The step below then uses the posterior of the last refinement, found before x moved for the last time.
-            for refinement in range(REFINEMENTS):
-                if refinement:
-                    out = posterior(x, t)
-                move, rest = guided_parts(x, i, t, out["mean"])
-                x = x + move + rest
+    def posterior(self, x: torch.Tensor, i: int) -> dict[str, torch.Tensor]:
+        """The solver's mean and log-variance of x_{i-1}, and the prediction of x_0."""
+        t = at_step(x, i)
+        return self.solver.posterior(self.diffusion.p_mean_variance(self.model, x, t, self.clip_denoised), x, t)
+
+    def parts(self, x: torch.Tensor, i: int, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """The move d along the manifold, the rest of the step (the score's normal part and the drift), and a record.
+
+        mean [N, C, H, W]: of the posterior. The record has tensors `tangent` and `normal`, the score's parts, `move`, and
+        `weights` [N, C, K] or [N, C, B, B, K] of the score and the energies.
+        """
+        stretch = float(self.diffusion.alphas[i]) ** -0.5
+        tangent, normal = self.manifold.split(x, mean - stretch * x, self.alpha_bars[i])
+        directions = [tangent]
+        for energy in self.energies:
+            t = self.diffusion.model_timesteps(at_step(x, i))
+            _, grad = energy.energy_and_grad(x, t, self.alpha_bars[i])
+            descent, _ = self.manifold.split(x, -grad, self.alpha_bars[i])
+            directions.append(rescale(descent, grad, tangent, LAMBDA * float(self.diffusion.betas[i]) * stretch))
+        move, weights = self.merge(directions)
+        record = {"tangent": tangent, "normal": normal, "move": move, "weights": weights}
+        return move, normal + (stretch - 1) * x, record
+
+    def restrict(self, x: torch.Tensor, i: int) -> torch.Tensor:
+        """x on the manifold M_i; index -1 is that of the clean reference."""
+        return self.manifold.restrict(x, self.alpha_bars[i] if i >= 0 else 1.0)
+
+    def add_noise(self, out: dict[str, torch.Tensor], mean: torch.Tensor, i: int, noise: torch.Tensor) -> torch.Tensor:
+        """mean + sigma_i noise with the posterior's sigma, without noise at i = 0."""
+        return self.diffusion.add_noise({**out, "mean": mean}, at_step(mean, i), noise)
+
+    def plain_step(self, out: dict[str, torch.Tensor], x: torch.Tensor, i: int, noise: torch.Tensor) -> torch.Tensor:
+        """The solver's step without guidance."""
+        return self.solver.step(out, x, i, at_step(x, i), noise)
+
+
+@VARIANTS.add("manifold")
+def manifold(guide: Guide, x: torch.Tensor, start: int, range_t: int, noise: Noise) -> Iterator[State]:
+    """The method as its authors describe it: x* = R_i(x + d), then x_{i-1} = R_{i-1}(x* + g_n + f + sigma_i z).
+
+    x: noise or the noised reference at index start - 1. Yields the state after each step.
+    """
+    x = guide.restrict(x, start - 1)
+    for i in reversed(range(start)):
+        out = guide.posterior(x, i)
+        guided = []
         if i > range_t:
-            move, rest = guided_parts(x, i, t, out["mean"])
-            moved = x + move
-            if not released:
-                moved = m.restrict(moved, alpha_bars[i])
-            x = diffusion.add_noise({**out, "mean": moved + rest}, t, noise(ref.shape))
-            x = m.restrict(x, alpha_bars[i - 1] if i else 1.0)
+            move, rest, record = guide.parts(x, i, out["mean"])
+            moved = guide.restrict(x + move, i)
+            x = guide.restrict(guide.add_noise(out, moved + rest, i, noise(x.shape)), i - 1)
+            guided.append(record)
         else:
-            x = solver.step(out, x, i, t, noise(ref.shape))
-        if callback is not None:
-            callback(i, x)
-    return x
+            x = guide.plain_step(out, x, i, noise(x.shape))
+        yield {"i": i, "x": x, "pred_xstart": out["pred_xstart"], "guided": guided}
 
 
-def rescale(direction, grad, tangent, factor):
+@VARIANTS.add("released")
+def released(guide: Guide, x: torch.Tensor, start: int, range_t: int, noise: Noise) -> Iterator[State]:
+    """The arithmetic of the public release: x_{i-1} = R_{i-1}(x + d + g_n + f + sigma_i z), x_T not restricted.
+
+    Four refinements x <- x + d + g_n + f precede the last guided step, which then uses the posterior of the last of
+    them, found before x moved for the last time. x and the states are those of `manifold`.
+    """
+    for i in reversed(range(start)):
+        out = guide.posterior(x, i)
+        guided = []
+        for refinement in range(REFINEMENTS if i == range_t + 1 else 0):
+            out = guide.posterior(x, i) if refinement else out
+            move, rest, record = guide.parts(x, i, out["mean"])
+            x = x + move + rest
+            guided.append(record)
+        if i > range_t:
+            move, rest, record = guide.parts(x, i, out["mean"])
+            x = guide.restrict(guide.add_noise(out, x + move + rest, i, noise(x.shape)), i - 1)
+            guided.append(record)
+        else:
+            x = guide.plain_step(out, x, i, noise(x.shape))
+        yield {"i": i, "x": x, "pred_xstart": out["pred_xstart"], "guided": guided}
+
+
+@sampler
+def sample(
+    model: Callable,
+    diffusion: GaussianDiffusion,
+    ref: torch.Tensor,
+    *,
+    blocks: int = 16,
+    range_t: int | float,
+    energies: Sequence[Energy] = (),
+    variant: str = "manifold",
+    detail_merge: bool = False,
+    moo: str = "min_norm",
+    manifold: str = "badain",
+    down_n: int = 32,
+    clip_denoised: bool = True,
+    sampler: str = "ancestral",
+    eta: float = 0.0,
+    start: int | float | None = None,
+    noise: Noise | None = None,
+) -> Iterator[State]:
+    """Translate references into the domain of the model; returns images [N, C, H, W].
+
+    Args:
+        model: model(x, t), the target domain's diffusion model; t are original timesteps.
+        diffusion: its (respaced) process of T' steps.
+        ref: references [N, C, H, W] in [-1, 1].
+        blocks: the image plane is cut into blocks x blocks.
+        range_t: T0, guidance ends there: a step of the respaced schedule, or a share of it below 1.
+        energies: see `energy`.
+        variant: `manifold`, the method as described by its authors, or `released`, the arithmetic of the public release.
+        detail_merge: merge directions per block instead of per channel.
+        moo: `min_norm`, or `linear`, which adds the directions up (the paper's ablation).
+        manifold: `badain`, block statistics, or `low_pass`, the reference's low frequencies (the paper's ablation).
+        down_n: the low-pass manifold keeps what shrinking by down_n keeps.
+        clip_denoised: clip the prediction of x_0 to [-1, 1].
+        sampler: a solver's name: `ancestral` as in the paper; `ddim`, or `dpmpp_2m` for the plain steps and ddim for the
+            guided ones, which need fewer steps. Their posterior takes the place of the ancestral one.
+        eta: DDIM's share of noise.
+        start: late start: begin at step start - 1 from the reference noised to it, instead of at T'-1 from noise.
+        noise: noise(shape), every random draw in order: x_T (or the noise of a late start) first, then one per step.
+        callback: sees every step; see `solvers.sampler`. `sample.steps(...)` is the generator of the steps.
+
+    Raises:
+        InputError: an option is unknown or does not suit the references, the schedule or an energy.
+    """
+    check_references(ref)
+    generator, steps = VARIANTS.pick(variant), diffusion.num_timesteps
+    first = steps if start is None else resolve_step(start, steps, "start", 1, steps)
+    last_guided = resolve_step(range_t, steps, "range_t")
+    if moo not in MERGES:
+        raise InputError(f"it can be {' or '.join(MERGES)}", parameter="moo", value=moo)
+    make_manifold = MANIFOLDS.pick(manifold)
+    make_manifold.check(ref.shape[2:], blocks, down_n)
+    for energy in energies:
+        own = getattr(energy, "blocks", blocks)
+        if own != blocks and manifold == "badain":
+            raise InputError(f"an energy has {own} blocks; they must agree", parameter="blocks", value=blocks)
+    merging = "linear" if moo == "linear" else "frank_wolfe" if variant == "released" else "exact"
+    guide = Guide(
+        model,
+        diffusion,
+        ref,
+        energies,
+        make_manifold(ref, blocks, down_n),
+        create_solver(sampler, diffusion, eta),
+        partial(merge, blocks=blocks if detail_merge else None, solver=merging),
+        clip_denoised,
+    )
+    noise = noise or gaussian_like(ref)
+    x = noise(ref.shape)
+    if start is not None:
+        x = diffusion.q_sample(ref, at_step(ref, first - 1), x)
+    yield from generator(guide, x, first, last_guided, noise)
+
+
+def rescale(direction: torch.Tensor, grad: torch.Tensor, tangent: torch.Tensor, factor: float) -> torch.Tensor:
     """Give the tangent part of a gradient the length factor * ||tangent||, per image and channel.
 
-    What is no longer than the rounding error of the split counts as zero, and stays so.
+    Directions shorter than the split's rounding error are set to zero.
     """
     length = direction.flatten(2).norm(dim=2)
-    audible = length > 1e-6 * grad.flatten(2).norm(dim=2)
-    ratio = tangent.flatten(2).norm(dim=2) / torch.where(audible, length, torch.inf)
+    significant = length > 1e-6 * grad.flatten(2).norm(dim=2)
+    ratio = tangent.flatten(2).norm(dim=2) / torch.where(significant, length, torch.inf)
     return direction * (factor * ratio)[:, :, None, None]
 
 
-def merge(directions, blocks, solver):
+def merge(directions: list[torch.Tensor], blocks: int | None, solver: str) -> tuple[torch.Tensor, torch.Tensor]:
     """One direction of several [N, C, H, W], per image and channel, or per block where `blocks` is given.
 
     solver: `exact` or `frank_wolfe` for the minimum-norm point, `linear` for the sum. Returns it with the weights
@@ -144,12 +248,47 @@ def merge(directions, blocks, solver):
     return (merged if blocks is None else from_blocks(merged)), weights
 
 
-def _record(tangent, normal, move, weights):
-    """What a monitor is told of a step."""
-    inner, square = (move * tangent).flatten(1).sum(1), tangent.square().flatten(1).sum(1)
-    return {
-        "tangent": square.sqrt(),
-        "normal": normal.flatten(1).norm(dim=1),
-        "weights": weights.flatten(1, -2).mean(1),
-        "negative": inner < -1e-4 * square,  # a move that cancels to rounding errors has either sign
-    }
+@METHODS.add("sddm")
+@dataclass(frozen=True)
+class SDDM:
+    """SDDM's options: guided above step T0, the plain diffusion model below it."""
+
+    range_t: int | float = option(0, "T0: guidance ends at this step of the respaced schedule, or share of it as 0.3", least=0)
+    blocks: int = option(16, "cut the image into so many blocks a side", least=1)
+    variant: str = option("manifold", "the method as described, or the arithmetic of the public release", choices=VARIANTS)
+    start: int | float | None = option(None, "late start: from the reference noised to this step, or share of the schedule")
+    detail_merge: bool = option(False, "merge directions per block instead of per channel")
+    moo: str = option("min_norm", "ablation: merge directions by their minimum-norm point, or add them up", choices=MERGES)
+    manifold: str = option("badain", "images with the reference's block statistics, or low frequencies", choices=MANIFOLDS)
+    down_n: int = option(32, "low_pass, energy or manifold, keeps 1/N of the resolution", least=1)
+    sampler: str = option("ancestral", "how steps are taken; ddim and dpmpp_2m need fewer", choices=SOLVERS)
+    eta: float = option(0.0, "noise of ddim's steps, 0 for none, 1 for as much as ancestral", least=0, most=1)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.eta and not getattr(SOLVERS.pick(self.sampler), "takes_eta", True):
+            raise InputError(f"`sampler` {self.sampler} has none", parameter="eta", value=self.eta)
+
+    def ignored(self) -> set[str]:
+        """Fields that have no effect with these values."""
+        unused = set() if getattr(SOLVERS.pick(self.sampler), "takes_eta", True) else {"eta"}
+        return unused | (set() if self.manifold == "low_pass" else {"down_n"})
+
+    def check_fit(self, image_size: int | None, steps: int | None) -> None:
+        """Raise InputError where the options do not suit an image size and a number of steps; None: not known yet."""
+        if image_size is not None:
+            MANIFOLDS.pick(self.manifold).check((image_size, image_size), self.blocks, self.down_n)
+        if steps is not None:
+            resolve_step(self.range_t, steps, "range_t")
+            self.steps(steps)
+
+    def steps(self, total: int) -> int:
+        """How many steps of a schedule of `total` steps are taken."""
+        return total if self.start is None else resolve_step(self.start, total, "start", 1, total)
+
+    def bind(self, *, energies: Sequence[Energy] = (), clip_denoised: bool = True) -> Callable[..., torch.Tensor]:
+        """`sample` with these options: a function of (model, diffusion, ref, noise=, callback=)."""
+        options = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        bound = partial(sample, **options, energies=energies, clip_denoised=clip_denoised)
+        bound.steps = partial(sample.steps, **options, energies=energies, clip_denoised=clip_denoised)  # type: ignore
+        return bound

@@ -1,0 +1,44 @@
+"""Random draws of a run: each image has a generator of its own, so that its draws depend on nothing else."""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+
+class ImageNoise:
+    """Random draws for a batch, on the CPU so that every device sees the same.
+
+    names: one string per image, which determines its draws. Calling with the batch's shape gives the next draw. On a
+    GPU the draw after it is prepared meanwhile.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.generators = [torch.Generator().manual_seed(seed_of(name)) for name in names]
+        self.device = device
+        self._pool = ThreadPoolExecutor(1) if device.type == "cuda" else None
+        self._next: Future | None = None
+
+    def __call__(self, shape: Sequence[int]) -> torch.Tensor:
+        if self._pool is None:
+            return self._draw(shape).to(self.device)
+        draw = self._next.result() if self._next is not None else self._draw(shape)
+        self._next = self._pool.submit(self._draw, shape)
+        return draw.to(self.device, non_blocking=True)
+
+    def _draw(self, shape: Sequence[int]) -> torch.Tensor:
+        draw = torch.empty(tuple(shape), pin_memory=self._pool is not None)
+        for row, generator in zip(draw, self.generators):
+            torch.randn(tuple(shape[1:]), generator=generator, out=row)
+        return draw
+
+
+def image_key(seed: int, name: str, sample: int = 0) -> str:
+    """What determines the draws of an image: the run's seed, the reference's relative path and the sample's number."""
+    return f"{seed}/{name}#{sample}"
+
+
+def seed_of(name: str) -> int:
+    """A 63-bit seed from a string, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") >> 1
