@@ -10,7 +10,7 @@ import math
 import numpy as np
 import torch
 
-from .errors import UserError
+from .errors import InputError
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
 
@@ -24,7 +24,7 @@ def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
         return np.linspace(scale * 0.0001, scale * 0.02, n, dtype=np.float64)
     if schedule_name == "cosine":
         return betas_for_alpha_bar(n, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
-    raise UserError(f"--noise_schedule is {schedule_name!r}; it can be linear or cosine")
+    raise InputError("it can be linear, cosine", parameter="noise_schedule", value=schedule_name)
 
 
 def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):

@@ -4,7 +4,7 @@ import argparse
 import inspect
 import math
 
-from .errors import UserError
+from .errors import InputError
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .respace import SpacedDiffusion, space_timesteps
 
@@ -92,14 +92,18 @@ def channel_multipliers(channel_mult, image_size):
     if channel_mult in ("", None):
         if image_size not in CHANNEL_MULT:
             known = ", ".join(str(size) for size in sorted(CHANNEL_MULT))
-            raise UserError(f"--image_size {image_size} has no usual --channel_mult (known for {known}): give one, as 1,2,4")
+            raise InputError(
+                f"it has no usual `channel_mult` (known for {known}): give one, as 1,2,4",
+                parameter="image_size",
+                value=image_size,
+            )
         return CHANNEL_MULT[image_size]
     try:
         numbers = [float(part) for part in str(channel_mult).split(",")]
     except ValueError:
         numbers = []
     if not numbers or not all(0 < number < math.inf for number in numbers):
-        raise UserError(f"--channel_mult is {channel_mult!r}; it is a list of numbers like 1,2,4")
+        raise InputError("it is a list of numbers like 1,2,4", parameter="channel_mult", value=channel_mult)
     return tuple(int(number) if number == int(number) else number for number in numbers)
 
 
@@ -107,8 +111,10 @@ def attention_factors(attention_resolutions, image_size):
     """--attention_resolutions ("16,8": sides of the feature map) as downsampling factors."""
     sides = [part.strip() for part in str(attention_resolutions).split(",") if part.strip()]
     if not all(side.isdigit() and int(side) for side in sides):
-        raise UserError(
-            f"--attention_resolutions is {attention_resolutions!r}; it is a list of sides of the feature map like 16,8"
+        raise InputError(
+            "it is a list of sides of the feature map like 16,8",
+            parameter="attention_resolutions",
+            value=attention_resolutions,
         )
     # As in guided-diffusion, a side that no level has gives a factor that is never reached, which does no harm.
     return tuple(image_size // int(side) for side in sides)
@@ -209,10 +215,10 @@ def create_gaussian_diffusion(
     sigma_small=False the larger one, beta (guided-diffusion's default).
     """
     if steps < 1:
-        raise UserError(f"--diffusion_steps is {steps}; it must be at least 1")
+        raise InputError("it must be at least 1", parameter="diffusion_steps", value=steps)
     betas = get_named_beta_schedule(noise_schedule, steps)
     if betas.max() >= 1:
-        raise UserError(f"--diffusion_steps {steps} is too few for the linear schedule, which needs more than 20")
+        raise InputError("the linear schedule needs more than 20", parameter="diffusion_steps", value=steps)
     if use_kl:
         loss_type = LossType.RESCALED_KL
     else:

@@ -170,7 +170,7 @@ class TimestepEmbedSequential(nn.Sequential):
         return x
 
 
-class _Torso(nn.Module):
+class _UNetEncoder(nn.Module):
     """The contracting half and the middle, which the UNet and the encoder have in common."""
 
     def __init__(
@@ -268,7 +268,7 @@ class _Torso(nn.Module):
         self.set_dtype(torch.float32)
 
 
-class UNetModel(_Torso):
+class UNetModel(_UNetEncoder):
     """The full UNet: attention, timestep embedding, optional class embedding.
 
     image_size: side of the images it is made for (it accepts any side that its downsampling divides).
@@ -359,7 +359,7 @@ class UNetModel(_Torso):
         return self.out(h.to(x.dtype)).contiguous()
 
 
-class EncoderUNetModel(_Torso):
+class EncoderUNetModel(_UNetEncoder):
     """The contracting half with a pooling head: noisy-image classifier and domain-specific extractor.
 
     pool: `adaptive` (global average), `attention` (CLIP's), `spatial` and `spatial_v2` (an MLP on the means of all
