@@ -55,6 +55,18 @@ def model_and_diffusion_defaults():
     )
 
 
+def extension_defaults():
+    """Flags that only models of diffusers have otherwise; they stand in no file and no record where they are usual."""
+    return {
+        "norm_groups": 32,
+        "norm_eps": 1e-5,
+        "sines_first": False,
+        "pad_end": False,
+        "middle_norm": True,
+        "predict_v": False,
+    }
+
+
 def classifier_defaults():
     """Flags of the noisy-image classifier and, with EGSDE's values, of the domain-specific extractor."""
     return dict(
@@ -138,6 +150,11 @@ def create_model(
     use_fp16=False,
     use_new_attention_order=False,
     num_classes=NUM_CLASSES,
+    norm_groups=32,
+    norm_eps=1e-5,
+    sines_first=False,
+    pad_end=False,
+    middle_norm=True,
 ):
     """The ADM UNet that the flags describe, for 3-channel images; num_classes counts only with class_cond."""
     from .unet import UNetModel
@@ -160,6 +177,11 @@ def create_model(
         use_scale_shift_norm=use_scale_shift_norm,
         resblock_updown=resblock_updown,
         use_new_attention_order=use_new_attention_order,
+        norm_groups=norm_groups,
+        norm_eps=norm_eps,
+        sines_first=sines_first,
+        pad_end=pad_end,
+        middle_norm=middle_norm,
     )
 
 
@@ -208,6 +230,7 @@ def create_gaussian_diffusion(
     rescale_timesteps=False,
     rescale_learned_sigmas=False,
     timestep_respacing="",
+    predict_v=False,
 ):
     """The diffusion process that the flags describe.
 
@@ -216,6 +239,8 @@ def create_gaussian_diffusion(
     """
     if steps < 1:
         raise InputError("it must be at least 1", parameter="diffusion_steps", value=steps)
+    if predict_xstart and predict_v:
+        raise InputError("a model predicts one of them; leave out `predict_xstart`", parameter="predict_v", value=predict_v)
     betas = get_named_beta_schedule(noise_schedule, steps)
     if betas.max() >= 1:
         raise InputError("the linear schedule needs more than 20", parameter="diffusion_steps", value=steps)
@@ -227,10 +252,14 @@ def create_gaussian_diffusion(
         model_var_type = ModelVarType.LEARNED_RANGE
     else:
         model_var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
+    if predict_v:
+        model_mean_type = ModelMeanType.VELOCITY
+    else:
+        model_mean_type = ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
         betas=betas,
-        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        model_mean_type=model_mean_type,
         model_var_type=model_var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,

@@ -4,6 +4,8 @@ Parameter names and shapes are those of the published checkpoints; the encoder s
 (head `out`) and as EGSDE's domain-specific extractor (head `I2Iout`).
 """
 
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -24,14 +26,19 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Downsampling by 2: a strided 3x3 convolution if `use_conv`, else average pooling."""
+    """Downsampling by 2: a strided 3x3 convolution if `use_conv`, else average pooling.
 
-    def __init__(self, channels, use_conv):
+    pad_end: the convolution's input is padded on the right and at the bottom only, as in the DDPM networks.
+    """
+
+    def __init__(self, channels, use_conv, pad_end=False):
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+        self.pad_end = use_conv and pad_end
+        padding = 0 if self.pad_end else 1
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=padding) if use_conv else nn.AvgPool2d(2)
 
     def forward(self, x):
-        return self.op(x)
+        return self.op(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x)
 
 
 class ResBlock(nn.Module):
@@ -51,14 +58,13 @@ class ResBlock(nn.Module):
         use_checkpoint=False,
         up=False,
         down=False,
+        norm=normalization,
     ):
         super().__init__()
         out_channels = out_channels or channels
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
-        self.in_layers = nn.Sequential(
-            normalization(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         if up:
             self.resample = Upsample(channels, use_conv=False)
         elif down:
@@ -69,7 +75,7 @@ class ResBlock(nn.Module):
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
         )
         self.out_layers = nn.Sequential(
-            normalization(out_channels),
+            norm(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -122,14 +128,16 @@ def multi_head_attention(qkv, num_heads, new_order):
 class AttentionBlock(nn.Module):
     """Self-attention over all pixels, residual."""
 
-    def __init__(self, channels, num_heads, num_head_channels, use_checkpoint, use_new_attention_order):
+    def __init__(
+        self, channels, num_heads, num_head_channels, use_checkpoint, use_new_attention_order, norm=normalization
+    ):
         super().__init__()
         self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
         if channels % self.num_heads:
             raise ValueError(f"{channels} channels cannot be split among {self.num_heads} attention heads")
         self.use_checkpoint = use_checkpoint
         self.use_new_attention_order = use_new_attention_order
-        self.norm = normalization(channels)
+        self.norm = norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
@@ -189,6 +197,11 @@ class _UNetEncoder(nn.Module):
         use_scale_shift_norm,
         resblock_updown,
         use_new_attention_order,
+        norm_groups=32,
+        norm_eps=1e-5,
+        sines_first=False,
+        pad_end=False,
+        middle_norm=True,
     ):
         super().__init__()
         self.image_size = image_size
@@ -196,17 +209,19 @@ class _UNetEncoder(nn.Module):
         self.model_channels = model_channels
         self.dtype = torch.float32
         self.embed_dim = 4 * model_channels
+        self.sines_first = sines_first
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, self.embed_dim), nn.SiLU(), nn.Linear(self.embed_dim, self.embed_dim)
         )
 
-        def res_block(channels, out_channels=None, **resampling):
-            return ResBlock(
-                channels, self.embed_dim, dropout, out_channels, use_scale_shift_norm, use_checkpoint, **resampling
-            )
+        norm = functools.partial(normalization, groups=norm_groups, eps=norm_eps)
 
-        def attention(channels, heads=num_heads):
-            return AttentionBlock(channels, heads, num_head_channels, use_checkpoint, use_new_attention_order)
+        def res_block(channels, out_channels=None, **resampling):
+            shape = channels, self.embed_dim, dropout, out_channels, use_scale_shift_norm, use_checkpoint
+            return ResBlock(*shape, norm=norm, **resampling)
+
+        def attention(channels, heads=num_heads, norm=norm):
+            return AttentionBlock(channels, heads, num_head_channels, use_checkpoint, use_new_attention_order, norm)
 
         channels = int(channel_mult[0] * model_channels)
         blocks = [TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))]
@@ -221,17 +236,22 @@ class _UNetEncoder(nn.Module):
                 blocks.append(TimestepEmbedSequential(*layers))
                 self._skip_channels.append(channels)
             if level < len(channel_mult) - 1:
-                down = res_block(channels, down=True) if resblock_updown else Downsample(channels, conv_resample)
+                if resblock_updown:
+                    down = res_block(channels, down=True)
+                else:
+                    down = Downsample(channels, conv_resample, pad_end)
                 blocks.append(TimestepEmbedSequential(down))
                 self._skip_channels.append(channels)
                 downsampling *= 2
         self.input_blocks = nn.ModuleList(blocks)
-        self.middle_block = TimestepEmbedSequential(res_block(channels), attention(channels), res_block(channels))
+        middle = attention(channels, norm=norm if middle_norm else nn.Identity)
+        self.middle_block = TimestepEmbedSequential(res_block(channels), middle, res_block(channels))
         self._channels, self._downsampling = channels, downsampling
-        self._res_block, self._attention = res_block, attention
+        self._res_block, self._attention, self._norm = res_block, attention, norm
 
     def _embed(self, timesteps):
-        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))
+        embedding = timestep_embedding(timesteps, self.model_channels, sines_first=self.sines_first)
+        return self.time_embed(embedding.to(self.time_embed[0].weight.dtype))
 
     def _encode(self, x, emb):
         """All skip tensors, the last of them the input of the middle block."""
@@ -275,6 +295,10 @@ class UNetModel(_UNetEncoder):
     model_channels: base width; channel_mult: its multiple at every level; num_res_blocks: blocks per level.
     attention_resolutions: downsampling factors (not sides) at which attention is used.
     num_head_channels: width of a head, or -1 for `num_heads` heads; num_heads_upsample: heads of the expanding half.
+
+    What only networks of diffusers have otherwise: norm_groups, norm_eps: of the normalisations; sines_first: DDPM's
+    time embedding; pad_end: strided convolutions are padded on the right and at the bottom only; middle_norm: whether
+    the middle block's attention normalises its input.
     """
 
     def __init__(
@@ -297,6 +321,11 @@ class UNetModel(_UNetEncoder):
         use_scale_shift_norm=False,
         resblock_updown=False,
         use_new_attention_order=False,
+        norm_groups=32,
+        norm_eps=1e-5,
+        sines_first=False,
+        pad_end=False,
+        middle_norm=True,
     ):
         super().__init__(
             image_size,
@@ -313,6 +342,11 @@ class UNetModel(_UNetEncoder):
             use_scale_shift_norm,
             resblock_updown,
             use_new_attention_order,
+            norm_groups,
+            norm_eps,
+            sines_first,
+            pad_end,
+            middle_norm,
         )
         self.out_channels = out_channels
         self.num_classes = num_classes
@@ -336,9 +370,9 @@ class UNetModel(_UNetEncoder):
                 blocks.append(TimestepEmbedSequential(*layers))
         self.output_blocks = nn.ModuleList(blocks)
         self.out = nn.Sequential(
-            normalization(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
+            self._norm(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
         )
-        del self._res_block, self._attention
+        del self._res_block, self._attention, self._norm
         if use_fp16:
             self.convert_to_fp16()
 
@@ -404,7 +438,7 @@ class EncoderUNetModel(_UNetEncoder):
             resblock_updown,
             use_new_attention_order,
         )
-        del self._res_block, self._attention
+        del self._res_block, self._attention, self._norm
         self.out_channels = out_channels
         self.pool = pool
         self.head = head

@@ -296,6 +296,8 @@ def plain_posterior(diffusion, output, x, i, clip):
         x_start = (x - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar**0.5
     elif diffusion.model_mean_type is ModelMeanType.START_X:
         x_start = prediction
+    elif diffusion.model_mean_type is ModelMeanType.VELOCITY:
+        x_start = alpha_bar**0.5 * x - (1 - alpha_bar) ** 0.5 * prediction
     else:
         x_start = (prediction - coef2 * x) / coef1
     x_start = x_start.clamp(-1, 1) if clip else x_start
@@ -540,6 +542,7 @@ def test_training_losses(mean, var, loss):
             target = {
                 ModelMeanType.EPSILON: noise[n].double(),
                 ModelMeanType.START_X: x_start[n].double(),
+                ModelMeanType.VELOCITY: (alpha_bar**0.5 * noise[n] - (1 - alpha_bar) ** 0.5 * x_start[n]).double(),
                 ModelMeanType.PREVIOUS_X: (
                     diffusion.betas[i] * previous**0.5 * arguments[1]
                     + (1 - previous) * diffusion.alphas[i] ** 0.5 * arguments[2]

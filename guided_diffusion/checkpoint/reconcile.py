@@ -21,6 +21,7 @@ from ..script_util import (
     channel_multipliers,
     classifier_defaults,
     diffusion_defaults,
+    extension_defaults,
     model_and_diffusion_defaults,
     str2bool,
 )
@@ -32,15 +33,11 @@ MODEL_TYPES = ("ADM", "DDPM", "ENCODER")
 
 # Flags that shape the network but leave no trace in its tensors.
 UNDETECTABLE_FLAGS = (
-    "image_size",
-    "num_heads",
-    "num_heads_upsample",
-    "num_head_channels",
-    "use_new_attention_order",
-    "dropout",
+    *("image_size", "num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order", "dropout"),
+    *("norm_groups", "norm_eps", "sines_first", "pad_end", "middle_norm"),
 )
 # Flags that describe how the network was trained, and so how it must be used.
-TRAINING_FLAGS = ("diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps")
+TRAINING_FLAGS = ("diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps", "predict_v")
 # Flags that concern one use of a model only, so that any value fits any file.
 RUNTIME_FLAGS = (
     "use_checkpoint",
@@ -52,7 +49,19 @@ RUNTIME_FLAGS = (
     "sigma_small",
 )
 
-FLAGS = {*model_and_diffusion_defaults(), *classifier_defaults(), *RUNTIME_FLAGS, "num_classes", "num_class", "head"}
+EXTENSIONS = extension_defaults()
+# What these are in every DDPM UNet.
+DDPM_EXTENSIONS = {"norm_groups": 32, "norm_eps": 1e-6, "sines_first": True, "pad_end": True, "middle_norm": True}
+
+FLAGS = {
+    *model_and_diffusion_defaults(),
+    *classifier_defaults(),
+    *EXTENSIONS,
+    *RUNTIME_FLAGS,
+    "num_classes",
+    "num_class",
+    "head",
+}
 
 
 @dataclass(frozen=True)
@@ -82,12 +91,23 @@ class ModelFlags:
     use_new_attention_order: bool | None = option(None, "order in which the file packs queries, keys and values")
     learn_sigma: bool | None = option(None, "whether the model predicts variances")
     diffusion_steps: int | None = option(None, "steps that the model was trained with", least=1, most=1_000_000)
-    noise_schedule: str | None = option(None, "linear or cosine")
-    timestep_respacing: str | None = option(None, "steps to sample with, as 100, 10,10,5 or ddim25; empty for all")
+    noise_schedule: str | None = option(
+        None,
+        "linear or cosine; or as in diffusers linear:A,B, scaled_linear:A,B, sigmoid:A,B, laplace, betas:B0,B1,...",
+    )
+    timestep_respacing: str | None = option(
+        None, "steps to sample with, as 100, 10,10,5, ddim25, linspace25, leading25 or trailing25; empty for all"
+    )
     use_kl: bool | None = option(None, "the training loss; has no effect when sampling", runtime=True)
     predict_xstart: bool | None = option(None, "the model predicts x_0 instead of the noise")
+    predict_v: bool | None = option(None, "the model predicts the velocity instead of the noise")
     rescale_timesteps: bool | None = option(None, "the model was trained with timesteps scaled to 1000")
     rescale_learned_sigmas: bool | None = option(None, "the training loss; has no effect when sampling", runtime=True)
+    norm_groups: int | None = option(None, "groups of the normalisations (usually 32)", least=1, most=1 << 16)
+    norm_eps: float | None = option(None, "eps of the normalisations (usually 1e-5)", above=0, most=1)
+    sines_first: bool | None = option(None, "DDPM's time embedding in an ADM network (usually False)")
+    pad_end: bool | None = option(None, "pad strided convolutions on the right and at the bottom only (usually False)")
+    middle_norm: bool | None = option(None, "normalise in the middle block's attention (usually True)")
 
     def __post_init__(self) -> None:
         check(self)
@@ -105,7 +125,9 @@ class ModelInfo:
     """What was found out about a checkpoint.
 
     model_type: "ADM", "DDPM" or "ENCODER". flags: the architecture with the flag names of `script_util`, and the
-    diffusion flags that it was trained with. metadata: texts of the file. assumed: the flags that nothing told.
+    diffusion flags that it was trained with; those of `extension_defaults` only where they differ. metadata: texts of
+    the file. assumed: the flags that nothing told. scheduler: what a diffusers folder's scheduler file says of
+    `sigma_small` and `clip_denoised`.
     """
 
     path: str
@@ -113,6 +135,11 @@ class ModelInfo:
     flags: dict[str, Any]
     metadata: dict[str, str] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
+    scheduler: dict[str, Any] = field(default_factory=dict)
+
+    def choose(self, name: str, given: Any = None) -> Any:
+        """The value of `sigma_small` or `clip_denoised`: the given one, else the scheduler file's, else True."""
+        return given if given is not None else self.scheduler.get(name, True)
 
 
 @dataclass(frozen=True)
@@ -163,7 +190,7 @@ def reconcile(
     defaults = (
         {**classifier_defaults(), "num_head_channels": 64, **diffusion_defaults()}
         if encoder
-        else model_and_diffusion_defaults()
+        else {**model_and_diffusion_defaults(), **EXTENSIONS}
     )
     sides = "classifier_attention_resolutions" if encoder else "attention_resolutions"
     row = published(kind, found)
@@ -187,6 +214,10 @@ def reconcile(
     found[sides] = ",".join(str(image_size // factor) for factor in factors)
 
     untold = {flag: value for flag, value in said.items() if flag in UNDETECTABLE_FLAGS + TRAINING_FLAGS}
+    if kind == "DDPM":
+        untold |= DDPM_EXTENSIONS
+    elif stated and stated.complete and not encoder:
+        untold = {**EXTENSIONS, **untold}
     for flag, value in given.items():
         if flag not in RUNTIME_FLAGS and value != untold.get(flag, value):
             raise _misfit(flag, value, f"{file} was trained with {flag}={_brief(untold[flag])}")
@@ -210,6 +241,8 @@ def reconcile(
             raise InputError(f"{where} has {flag}={_brief(value)}, but its tensors have {fits}")
     flags = {**defaults, **known, **untold, **{k: v for k, v in given.items() if k in defaults}, **found}
     flags["image_size"] = image_size
+    left_out = DDPM_EXTENSIONS if kind == "DDPM" else {}
+    flags = {k: v for k, v in flags.items() if k not in EXTENSIONS or k not in left_out and v != EXTENSIONS[k]}
     if "num_heads" in given and "num_head_channels" not in {*given, *untold}:
         # Who says how many heads there are does not want the published width of a head.
         flags["num_head_channels"] = -1
@@ -247,7 +280,7 @@ def _report(info: ModelInfo, sources: tuple[Mapping[str, Any], ...], files: str 
     assumed = [] if info.model_type == "DDPM" or {"num_heads", "num_head_channels"} & told else list(heads)
     if not (stated and stated.complete):
         others = ["image_size", *(["use_new_attention_order"] if info.model_type == "ADM" else []), *TRAINING_FLAGS]
-        assumed += [flag for flag in others if flag not in told]
+        assumed += [flag for flag in others if flag not in told and flag in info.flags]
     info.assumed = tuple(assumed)
     if assumed:
         shorter = [flag for flag in assumed if info.flags[flag] != -1]

@@ -40,7 +40,9 @@ def loss_weights(diffusion, p2_gamma=0.0, p2_k=1.0, min_snr_gamma=0.0):
             raise UserError(f"--p2_k is {p2_k}; it must be positive")
         return (1 / (p2_k + snr) ** p2_gamma).float()
     capped = snr.clamp(max=min_snr_gamma)
-    return (capped if diffusion.model_mean_type is ModelMeanType.START_X else capped / snr).float()
+    # The error of what the model predicts, per error of x_0: 1, SNR, or SNR + 1 for the velocity.
+    ratio = {ModelMeanType.START_X: 1.0, ModelMeanType.VELOCITY: snr + 1}.get(diffusion.model_mean_type, snr)
+    return (capped / ratio).float()
 
 
 def diffusion_loss(diffusion, weights=None):
