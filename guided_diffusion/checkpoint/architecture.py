@@ -110,8 +110,9 @@ def _size(state, *places, among=None):
     """
     votes = Counter()
     for name, axis, *times in places:
-        shape = tuple(state[name].shape) if name in state else ()
-        size, rest = divmod(shape[axis], times[0] if times else 1) if axis < len(shape) else (0, 0)
+        shape: tuple[int, ...] = tuple(state[name].shape) if name in state else ()
+        per: int = times[0] if times else 1
+        size, rest = (shape[axis] // per, shape[axis] % per) if axis < len(shape) else (0, 0)
         if size and not rest and (among is None or size in among):
             votes[size] += 1
     if not votes:

@@ -1,5 +1,6 @@
 """Build the network that a checkpoint holds and fill it, and save one that describes itself."""
 
+import hashlib
 import inspect
 import json
 import logging
@@ -11,7 +12,9 @@ import torch
 
 from ..errors import InputError, display_name, first_line, one_line
 from ..script_util import attention_factors, channel_multipliers, create_classifier, create_model
+from . import diffusers_format, hub
 from .architecture import UnknownArchitecture, detect, unwrap
+from .diffusers_tensors import to_ours
 from .reading import read
 from .reconcile import FLAGS, MODEL_TYPES, ModelInfo, Stated, reconcile, stated_in_metadata
 
@@ -36,12 +39,11 @@ def load_model(
     for half-precision inference, default float32 (or float16 with use_fp16=True). Raises InputError with one line for a
     file that cannot be used and for a flag that contradicts it. The file is not needed any more afterwards.
     """
-    path = os.fspath(path)
-    state, metadata = read(path)
-    state, info = identify(path, state, metadata, **flags)
+    path = hub.resolve(os.fspath(path))
+    state, info, names = _load(path, flags)
     model = build(info)
     wanted = model.state_dict()
-    _check_tensors(path, state, wanted)
+    _check_tensors(path, state, wanted, names)
     model.load_state_dict(_prepared(path, state, wanted, device), assign=True)
     if dtype is None and (info.flags.get("use_fp16") or info.flags.get("classifier_use_fp16")):
         dtype = torch.float16
@@ -51,8 +53,78 @@ def load_model(
 
 
 def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint file by name, as they are in it but for nesting (`ema`, `model`, …)."""
-    return read(path)[0]
+    """The tensors of a checkpoint file by name, as they are in it but for nesting (`ema`, `model`, …).
+
+    Those of a diffusers model have our names.
+    """
+    path = hub.resolve(os.fspath(path))
+    source = diffusers_format.locate(path)
+    if source is None:
+        return read(path)[0]
+    description = diffusers_format.describe(source)
+    return to_ours(diffusers_format.read_weights(source), description.kind, description.found)[0]
+
+
+def _load(path: str, flags: Mapping[str, Any]) -> tuple[State, ModelInfo, dict[str, str]]:
+    """(tensors under our names, what they are, the file's name of a tensor where it differs)."""
+    source = diffusers_format.locate(path)
+    if source is None:
+        state, metadata = read(path)
+        source = _renamed_source(path, state)
+    if source is None:
+        state, info = identify(path, state, metadata, **flags)
+        return state, info, {}
+    given = _given(flags)
+    description = diffusers_format.describe(source)
+    info = reconcile(path, description.kind, description.found, given, stated=description.stated)
+    info.scheduler = description.scheduler
+    state, names = to_ours(diffusers_format.read_weights(source), description.kind, description.found)
+    diffusers_format.report(source, description)
+    return state, info, names
+
+
+def _renamed_source(path: str, state: State) -> diffusers_format.Source | None:
+    """The diffusers model that a weights file of any name is part of."""
+    if "time_embedding.linear_1.weight" not in state:
+        return None
+    file, folder = display_name(path), os.path.dirname(path)
+    if "://" in path or not os.path.isfile(os.path.join(folder, diffusers_format.CONFIG)):
+        needed = f"its {diffusers_format.CONFIG} is needed beside it"
+        raise InputError(f"{file} has the tensors of a diffusers model; {needed}")
+    return diffusers_format.from_weights(path)
+
+
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = flags.keys() - FLAGS
+    if unknown:
+        raise TypeError(f"there is no flag {min(unknown)}")
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """What tells one checkpoint from another in a run's record.
+
+    "sha256 …" of a file's bytes, or of a diffusers model's files (names and contents); owner/name@commit for a model of
+    the Hugging Face hub; any other path as it is.
+    """
+    path = os.fspath(path)
+    if hub.is_id(path):
+        return hub.identity(path)
+    source = diffusers_format.locate(path) if os.path.exists(path) else None
+    if source is not None:
+        digest = hashlib.sha256()
+        for file in diffusers_format.files(source):
+            digest.update(f"{source.relative(file)}\0{_sha256(file)}\n".encode("utf-8", "surrogateescape"))
+        return f"sha256 {digest.hexdigest()}"
+    return f"sha256 {_sha256(path)}" if os.path.isfile(path) else path
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def save_model(
@@ -119,10 +191,7 @@ def identify(
     stated: flags that stand elsewhere than in the metadata, in a diffusers folder's configuration for example.
     """
     path = os.fspath(path)
-    unknown = flags.keys() - FLAGS
-    if unknown:
-        raise TypeError(f"there is no flag {min(unknown)}")
-    given = {name: value for name, value in flags.items() if value is not None}
+    given = _given(flags)
     stated = stated or stated_in_metadata(path, metadata)
     depth = given.get("classifier_depth", stated.flags.get("classifier_depth") if stated else None)
     try:
@@ -165,13 +234,17 @@ def _create(info: ModelInfo) -> torch.nn.Module:
     )
 
 
-def _check_tensors(path: str, state: State, wanted: State) -> None:
-    """Raise InputError unless the tensors are those that the architecture needs."""
+def _check_tensors(path: str, state: State, wanted: State, names: Mapping[str, str]) -> None:
+    """Raise InputError unless the tensors are those that the architecture needs.
+
+    names: what the file calls a tensor, where that is something else.
+    """
     file = display_name(path)
     missing = [key for key in wanted if key not in state]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{file} lacks the tensor {missing[0]}{more}, which its architecture needs")
+        name = names.get(missing[0], missing[0])
+        raise InputError(f"{file} lacks the tensor {name}{more}, which its architecture needs")
     # Counters that training code keeps beside the weights are no part of any network.
     extra = [k for k, value in state.items() if k not in wanted and value.is_floating_point() and value.numel() != 1]
     if extra:
@@ -180,10 +253,11 @@ def _check_tensors(path: str, state: State, wanted: State) -> None:
     for key, like in wanted.items():
         value = state[key]
         if value.shape != like.shape:
+            key = names.get(key, key)
             raise InputError(f"{file}: {key} has shape {list(value.shape)}, its architecture needs {list(like.shape)}")
         if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
             what = "meta, without values" if value.is_meta else f"{value.dtype}, {value.layout}".replace("torch.", "")
-            raise InputError(f"{file}: {key} is {what}; a plain floating-point tensor is needed")
+            raise InputError(f"{file}: {names.get(key, key)} is {what}; a plain floating-point tensor is needed")
 
 
 def _prepared(path: str, state: State, wanted: State, device: str | torch.device) -> dict[str, torch.Tensor]:
@@ -230,4 +304,4 @@ def refuse_not_finite(path: str, state: State) -> None:
                 )
 
 
-__all__ = ["build", "identify", "load_model", "load_state_dict", "save_model"]
+__all__ = ["build", "fingerprint", "identify", "load_model", "load_state_dict", "save_model"]

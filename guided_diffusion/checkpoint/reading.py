@@ -23,6 +23,10 @@ from ..errors import InputError, display_name, first_line, one_line
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net", "module")
 
 
+LARGEST_JSON = 64 << 20
+"""Bytes of a JSON file beyond which it is no configuration."""
+
+
 class Placeholder:
     """What stands for harmless objects beside the weights (numpy scalars, parsed flags): it keeps and does nothing."""
 
@@ -75,6 +79,25 @@ def read_content(path: str | os.PathLike) -> Any:
     path = os.fspath(path)
     source, head = _open(path)
     return _read_pickle(path, source, head)
+
+
+def read_json_object(path: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError, naming the file, for what is none."""
+    shown = display_name(path)
+    try:
+        if not os.path.isfile(path):
+            raise InputError(f"{shown} is missing or not a regular file")
+        if os.path.getsize(path) > LARGEST_JSON:
+            raise InputError(f"{shown} has {os.path.getsize(path)} bytes, too many for its kind")
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{shown} cannot be read: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{shown} cannot be read: it is not a JSON object")
+    return content
 
 
 def _read_pickle(path: str, source: str | io.BytesIO, head: bytes) -> Any:

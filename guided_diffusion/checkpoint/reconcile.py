@@ -242,7 +242,7 @@ def reconcile(
     flags = {**defaults, **known, **untold, **{k: v for k, v in given.items() if k in defaults}, **found}
     flags["image_size"] = image_size
     left_out = DDPM_EXTENSIONS if kind == "DDPM" else {}
-    flags = {k: v for k, v in flags.items() if k not in EXTENSIONS or k not in left_out and v != EXTENSIONS[k]}
+    flags = {k: v for k, v in flags.items() if k not in EXTENSIONS or (k not in left_out and v != EXTENSIONS[k])}
     if "num_heads" in given and "num_head_channels" not in {*given, *untold}:
         # Who says how many heads there are does not want the published width of a head.
         flags["num_head_channels"] = -1
