@@ -103,16 +103,17 @@ def _count(state, prefix):
     return len(numbers)
 
 
-def _size(state, *places, among=None):
+def _size(state: State, *places: tuple[Any, ...], among: tuple[int, ...] | None = None) -> int:
     """The size that most tensors have at their place: (name, axis) or (name, axis, multiple of the size that is there).
 
     among: the sizes that are possible. The first place wins a tie; KeyError where no place has a possible size.
     """
     votes = Counter()
     for name, axis, *times in places:
-        shape: tuple[int, ...] = tuple(state[name].shape) if name in state else ()
+        shape: list[int] = list(state[name].shape) if name in state else []
         per: int = times[0] if times else 1
-        size, rest = (shape[axis] // per, shape[axis] % per) if axis < len(shape) else (0, 0)
+        length = shape[axis] if axis < len(shape) else 0
+        size, rest = length // per, length % per
         if size and not rest and (among is None or size in among):
             votes[size] += 1
     if not votes:

@@ -336,12 +336,13 @@ def _refuse_other_kinds(source: Source) -> None:
     """Raise InputError, saying what it is, for what is no model of pixels in DDPM's process."""
     name, index = source.name, source.index or {}
     network = one_line(_class(source.config, "UNet2DModel"), 60)
-    if network == "UNet2DConditionModel" or "text_encoder" in index:
+    parts = {part for part, kind in index.items() if not isinstance(kind, list) or any(kind)}  # [null, null] is no part
+    if network == "UNet2DConditionModel" or "text_encoder" in parts:
         raise InputError(f"{name} is a text-conditional model (its network is a {network}), which is not supported")
     above = os.path.dirname(os.path.abspath(source.folder))
     inside = os.path.basename(os.path.abspath(source.folder)) == "unet"
     for part in ("vqvae", "vae", "movq"):
-        if part in index or (inside and os.path.isdir(os.path.join(above, part))):
+        if part in parts or (inside and os.path.isdir(os.path.join(above, part))):
             raise InputError(
                 f"{name} is a latent diffusion model (it has {part}), and one of pixels is needed; "
                 "in Python, SDDMPipeline takes it"

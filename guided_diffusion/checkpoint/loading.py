@@ -16,7 +16,7 @@ from . import diffusers_format, hub
 from .architecture import UnknownArchitecture, detect, unwrap
 from .diffusers_tensors import to_ours
 from .reading import read
-from .reconcile import FLAGS, MODEL_TYPES, ModelInfo, Stated, reconcile, stated_in_metadata
+from .reconcile import FLAGS, MODEL_TYPES, ModelInfo, Stated, reconcile, scheduler_in_metadata, stated_in_metadata
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,10 @@ def write_safetensors(path: str, state: dict[str, torch.Tensor], metadata: dict[
 
     partial = os.path.join(os.path.dirname(path), f".{os.path.basename(path)[:40]}.{os.getpid()}.partial")
     try:
+        with open(partial, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
         save_file(state, partial, metadata=metadata)
+        os.chmod(partial, mode)  # the library's file is for its owner alone
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -199,7 +202,9 @@ def identify(
         found = detect(kind, state, depth)
     except UnknownArchitecture as error:
         raise InputError(f"{display_name(path)} {error}") from None
-    return state, reconcile(path, kind, found, given, metadata=metadata, stated=stated)
+    info = reconcile(path, kind, found, given, metadata=metadata, stated=stated)
+    info.scheduler = scheduler_in_metadata(path, metadata)
+    return state, info
 
 
 def build(info: ModelInfo) -> torch.nn.Module:

@@ -166,6 +166,21 @@ def stated_in_metadata(path: str, metadata: Mapping[str, str]) -> Stated | None:
     )
 
 
+def scheduler_in_metadata(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a converted model's scheduler file said of `sigma_small` and `clip_denoised`; {} where there was none."""
+    try:
+        entries = json.loads(metadata.get("scheduler", "{}"))
+    except (ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, dict):
+        raise InputError(f"{display_name(path)}: the entry `scheduler` of its metadata is not a JSON object")
+    clip = entries.get("clip_denoised")
+    said = {"sigma_small": entries.get("sigma_small")} if isinstance(entries.get("sigma_small"), bool) else {}
+    if isinstance(clip, bool) or (isinstance(clip, (int, float)) and 0 < clip < math.inf):
+        said["clip_denoised"] = clip
+    return said
+
+
 def reconcile(
     path: str,
     kind: str,
