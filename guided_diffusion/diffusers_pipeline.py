@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 
 try:
-    from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DModel, VQModel
-    from diffusers.image_processor import VaeImageProcessor
-    from diffusers.schedulers import KarrasDiffusionSchedulers
-    from diffusers.utils.torch_utils import randn_tensor
+    from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DModel, VQModel  # type: ignore[import-not-found]
+    from diffusers.image_processor import VaeImageProcessor  # type: ignore[import-not-found]
+    from diffusers.schedulers import KarrasDiffusionSchedulers  # type: ignore[import-not-found]
+    from diffusers.utils.torch_utils import randn_tensor  # type: ignore[import-not-found]
 except ImportError as error:
     raise ImportError(f"SDDMPipeline needs the package diffusers: pip install diffusers ({error})") from error
 
@@ -140,7 +140,7 @@ class SDDMPipeline(DiffusionPipeline):
                     range_t=min(round(t0 * steps), steps - 1),
                     energies=self._energies(energy, area, ref.shape[1]),
                     variant=variant,
-                    clip_denoised=clip,
+                    clip_denoised=clip,  # type: ignore[arg-type] - a range counts too
                     sampler=sampler,
                     eta=eta,
                     noise=lambda shape: randn_tensor(shape, generator=generator, device=device, dtype=torch.float32),
@@ -171,7 +171,7 @@ class SDDMPipeline(DiffusionPipeline):
 
     def _references(self, image: Pictures) -> torch.Tensor:
         """References of any kind as float32 [N, 3, H, W] in [-1, 1]."""
-        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        images: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
         if not images:
             raise InputError("give at least one", parameter="image", value="[]")
         if isinstance(images[0], Image.Image):

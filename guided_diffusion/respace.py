@@ -1,14 +1,15 @@
 """Fewer steps than the model was trained with: a process over a subset of the original timesteps."""
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from .errors import InputError
-from .gaussian_diffusion import GaussianDiffusion
+from .errors import InputError, one_line
+from .gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
 
 SPACING_HELP = "a number like 100, a list like 10,10,5, ddim25, linspace25, leading25, leading25+1 or trailing25"
 
@@ -72,6 +73,42 @@ def _named_timesteps(total: int, name: str, count: int, offset: int, text: str) 
     else:
         steps = np.round(np.arange(total, 0, -total / count)[:count]) - 1
     return [int(step) for step in steps]
+
+
+def matching_timestep(
+    model: Mapping[str, Any], encoder: Mapping[str, Any], *, assumed: Iterable[str] = (), name: str = "the encoder"
+) -> Callable[[float], float] | None:
+    """How a classifier or extractor is asked at a noise level of a model that was trained on another schedule.
+
+    model, encoder: their flags (`diffusion_steps`, `noise_schedule`, `rescale_timesteps`). Returns a function from
+    alpha_bar to the encoder's own timestep of that noise level, possibly fractional, exact where its schedule has it;
+    None where both schedules are one, and the model's timesteps are the encoder's. assumed: flags of the encoder that
+    nothing told; name: its file. Raises InputError, with both schedules, where the encoder's is not known and differs.
+    """
+    flags = model, encoder
+    betas = [get_named_beta_schedule(each["noise_schedule"], each["diffusion_steps"]) for each in flags]
+    scales = [1000 / len(b) if each["rescale_timesteps"] else 1.0 for b, each in zip(betas, flags)]
+    if np.array_equal(betas[0], betas[1]) and scales[0] == scales[1]:
+        return None
+    unknown = {"diffusion_steps", "noise_schedule", "rescale_timesteps"} & set(assumed)
+    if unknown:
+        ours, theirs = (f"{one_line(f['noise_schedule'], 60)}, {f['diffusion_steps']} steps" for f in flags)
+        raise InputError(
+            f"{name} does not tell which schedule it was trained on ({theirs} is assumed), and the model has another "
+            f"({ours}); save it as .safetensors with `noise_schedule` and `diffusion_steps` in its flags"
+        )
+    alpha_bars = np.cumprod(1 - betas[1])
+    log_snr = np.log(alpha_bars) - np.log1p(-alpha_bars)
+
+    def timestep(alpha_bar: float) -> float:
+        nearest = int(np.abs(alpha_bars - alpha_bar).argmin())
+        if math.isclose(alpha_bars[nearest], alpha_bar, rel_tol=1e-9):
+            return nearest * scales[1]
+        wanted = math.log(alpha_bar) - math.log1p(-alpha_bar)
+        # It falls with the timestep; interpolation wants it rising. Beyond the schedule's ends, the end counts.
+        return float(np.interp(-wanted, -log_snr, np.arange(len(alpha_bars)))) * scales[1]
+
+    return timestep
 
 
 class SpacedDiffusion(GaussianDiffusion):

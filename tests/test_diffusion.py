@@ -20,7 +20,7 @@ from guided_diffusion.gaussian_diffusion import (
     get_named_beta_schedule,
 )
 from guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
-from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.respace import SpacedDiffusion, matching_timestep, space_timesteps
 from guided_diffusion.script_util import create_diffusion
 
 STEPS = 40
@@ -577,3 +577,44 @@ def test_a_perfect_model_has_no_loss():
     diffusion = process()
     losses = diffusion.training_losses(lambda x, t: noise, x_start, t, noise=noise)
     assert torch.equal(losses["loss"], torch.zeros(4))
+
+
+# ---- the timesteps of an encoder -------------------------------------------------------------------------------------
+
+LINEAR = {"noise_schedule": "linear", "diffusion_steps": 1000, "rescale_timesteps": False}
+
+
+def test_one_schedule_needs_no_other_timesteps():
+    assert matching_timestep(LINEAR, LINEAR, assumed=("noise_schedule",)) is None
+    assert matching_timestep(LINEAR, {**LINEAR, "noise_schedule": "linear:0.0001,0.02"}) is None
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        {**LINEAR, "noise_schedule": "cosine"},
+        {**LINEAR, "diffusion_steps": 4000, "noise_schedule": "cosine"},
+        {**LINEAR, "diffusion_steps": 250},
+        {**LINEAR, "diffusion_steps": 250, "rescale_timesteps": True},
+    ],
+    ids=str,
+)
+def test_encoders_are_asked_at_their_own_timestep_of_the_noise_level(encoder):
+    timestep = matching_timestep(LINEAR, encoder)
+    scale = 1000 / encoder["diffusion_steps"] if encoder["rescale_timesteps"] else 1
+    own = create_diffusion(**encoder).alphas_cumprod
+    # Exact where its schedule has the level.
+    assert [timestep(own[i]) for i in (0, 17, len(own) - 1)] == [i * scale for i in (0, 17, len(own) - 1)]
+    # Between its levels otherwise, in the right order.
+    between = timestep((own[100] * own[101]) ** 0.5)
+    assert 100 * scale < between < 101 * scale
+    assert (timestep(1 - 1e-12), timestep(1e-300)) == (0, (len(own) - 1) * scale)
+    for alpha_bar in create_diffusion(**LINEAR).alphas_cumprod[::50]:
+        assert 0 <= timestep(alpha_bar) <= (len(own) - 1) * scale
+
+
+def test_unknown_schedule_of_an_encoder_is_an_error_that_names_both():
+    with pytest.raises(InputError) as caught:
+        matching_timestep({**LINEAR, "noise_schedule": "cosine"}, LINEAR, assumed=("noise_schedule",), name="dse.pt")
+    for text in ("dse.pt", "linear, 1000 steps", "cosine, 1000 steps"):
+        assert text in str(caught.value)

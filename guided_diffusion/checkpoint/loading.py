@@ -16,7 +16,17 @@ from . import diffusers_format, hub
 from .architecture import UnknownArchitecture, detect, unwrap
 from .diffusers_tensors import to_ours
 from .reading import read
-from .reconcile import FLAGS, MODEL_TYPES, ModelInfo, Stated, reconcile, scheduler_in_metadata, stated_in_metadata
+from .reconcile import (
+    FLAGS,
+    MODEL_TYPES,
+    ModelInfo,
+    Stated,
+    belongs,
+    reconcile,
+    scheduler_in_metadata,
+    stated_in_metadata,
+    stated_in_run,
+)
 
 log = logging.getLogger(__name__)
 
@@ -196,12 +206,17 @@ def identify(
     path = os.fspath(path)
     given = _given(flags)
     stated = stated or stated_in_metadata(path, metadata)
+    run = stated_in_run(path) if stated is None else None
+    stated = stated or run
     depth = given.get("classifier_depth", stated.flags.get("classifier_depth") if stated else None)
     try:
         kind, state = unwrap(state)
         found = detect(kind, state, depth)
     except UnknownArchitecture as error:
         raise InputError(f"{display_name(path)} {error}") from None
+    if run is not None and not belongs(run, found):
+        log.warning("%s is not the network that %s describes, which is not used", display_name(path), run.where)
+        stated = None
     info = reconcile(path, kind, found, given, metadata=metadata, stated=stated)
     info.scheduler = scheduler_in_metadata(path, metadata)
     return state, info

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from ..script_util import (
     str2bool,
 )
 from .published import published
+from .reading import read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +166,27 @@ def stated_in_metadata(path: str, metadata: Mapping[str, str]) -> Stated | None:
     return Stated(
         {flag: value for flag, value in flags.items() if value is not None}, f"{display_name(path)}: its metadata"
     )
+
+
+def stated_in_run(path: str) -> Stated | None:
+    """The flags of the training run that a file without metadata belongs to: train.json beside it; None without one."""
+    record = os.path.join(os.path.dirname(path), "train.json")
+    if "://" in path or not os.path.isfile(record):
+        return None
+    try:
+        flags = read_json_object(record).get("model")
+    except InputError as error:
+        log.warning("%s; it is not used for %s", error, display_name(path))
+        return None
+    if not isinstance(flags, dict):
+        return None  # another program's file of that name
+    return Stated({flag: value for flag, value in flags.items() if value is not None}, display_name(record))
+
+
+def belongs(stated: Stated, found: Mapping[str, Any]) -> bool:
+    """Whether a run's flags are those of a network with the sizes that its tensors tell."""
+    sizes = ("num_channels", "num_res_blocks", "classifier_width", "classifier_depth", "class_cond", "learn_sigma")
+    return all(stated.flags.get(name, found.get(name)) == found.get(name) for name in sizes)
 
 
 def scheduler_in_metadata(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
