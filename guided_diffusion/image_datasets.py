@@ -111,8 +111,10 @@ def list_references(base: str, *, flag: str = "--base_samples") -> list[Referenc
     if is_url(base):
         found = _list_remote(base, where)
     elif re.match(r"[a-z][a-z0-9+.-]+://", base):
-        raise UserError(f"{where}: not an address that can be read; give a folder, an image, or a URL that starts "
-                        "with gs://, az:// or https://ACCOUNT.blob.core.windows.net/")
+        raise UserError(
+            f"{where}: not an address that can be read; give a folder, an image, or a URL that starts "
+            "with gs://, az:// or https://ACCOUNT.blob.core.windows.net/"
+        )
     else:
         found = _list_local(base, where)
     return sorted(found, key=lambda reference: reference.name)
@@ -184,8 +186,10 @@ def _walk(base: str, where: str, scan, identity) -> list[Reference]:
                 others += 1
     if not found:
         seen = "found no file at all" if others == 0 else f"found {others} other file{'s' * (others > 1)}"
-        raise UserError(f"{where}: no image in this folder; searched it and its subfolders for "
-                        f"{' '.join(IMAGE_SUFFIXES)} and {seen}")
+        raise UserError(
+            f"{where}: no image in this folder; searched it and its subfolders for "
+            f"{' '.join(IMAGE_SUFFIXES)} and {seen}"
+        )
     return found
 
 
@@ -217,11 +221,13 @@ def find_collisions(references, suffix: str = ".png", reserved=()) -> dict[str, 
         elif key in files:
             reasons[reference.name] = f"its output {shown} would overwrite that of {display_name(files[key])}"
         elif key in folders:
-            reasons[reference.name] = (f"its output {shown} has the name of the folder for the output of "
-                                       f"{display_name(folders[key])}")
+            reasons[reference.name] = (
+                f"its output {shown} has the name of the folder for the output of {display_name(folders[key])}"
+            )
         elif in_the_way is not None:
-            reasons[reference.name] = (f"its output {shown} needs a folder where the output of "
-                                       f"{display_name(in_the_way)} lies")
+            reasons[reference.name] = (
+                f"its output {shown} needs a folder where the output of {display_name(in_the_way)} lies"
+            )
         else:
             files[key] = reference.name
             for parent in parents:
@@ -315,8 +321,10 @@ def _decode(file, colour: tuple[int, int, int]) -> Image.Image:
         image = decoder(file)
         size = image.size
         if size[0] * size[1] > MAX_PIXELS:
-            raise ImageError(f"{size[0] * size[1]} pixels, more than the limit of {MAX_PIXELS} "
-                             f"(decompression bomb?): {size[0]} x {size[1]} {name}")
+            raise ImageError(
+                f"{size[0] * size[1]} pixels, more than the limit of {MAX_PIXELS} "
+                f"(decompression bomb?): {size[0]} x {size[1]} {name}"
+            )
         _scale_transparent_colour(image)
         image.load()
         return _flatten(_turn_upright(image), colour)

@@ -124,7 +124,7 @@ class TensorBoardOutputFormat(KVWriter):
     The file is written here, as its format needs no more than this; tensorboard is needed to look at it only.
     """
 
-    def __init__(self, dir: str) -> None:  # noqa: A002 - guided-diffusion's name
+    def __init__(self, dir: str) -> None:
         os.makedirs(dir, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self.file = open(os.path.join(dir, name), "ab")  # noqa: SIM115 - closed by `close`
@@ -210,7 +210,7 @@ FORMATS: dict[str, Callable[[str, str], Any]] = {
 }
 
 
-def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Any:  # noqa: A002 - guided-diffusion's name
+def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Any:
     """The writer of that name in a folder; raises InputError for an unknown one."""
     if format not in FORMATS:
         raise InputError(fitting(format, list(FORMATS)), parameter="format_strs", value=format)
@@ -230,7 +230,7 @@ class Logger:
     DEFAULT: "Logger | None" = None
     CURRENT: "Logger | None" = None
 
-    def __init__(self, dir: str | None, output_formats: list[Any], comm: Any = None) -> None:  # noqa: A002
+    def __init__(self, dir: str | None, output_formats: list[Any], comm: Any = None) -> None:
         self.name2val: dict[str, Any] = defaultdict(float)
         self.name2cnt: dict[str, int] = defaultdict(int)
         self.level = INFO
@@ -294,7 +294,7 @@ def mpi_weighted_mean(comm: Any, local_name2valcount: dict[str, tuple[Any, int]]
 
 
 def configure(
-    dir: str | None = None,  # noqa: A002 - guided-diffusion's name
+    dir: str | None = None,
     format_strs: Iterable[str] | None = None,
     comm: Any = None,
     log_suffix: str = "",
@@ -341,7 +341,7 @@ def reset() -> None:
 
 @contextlib.contextmanager
 def scoped_configure(
-    dir: str | None = None,  # noqa: A002 - guided-diffusion's name
+    dir: str | None = None,
     format_strs: Iterable[str] | None = None,
     comm: Any = None,
 ) -> Iterator[None]:

@@ -85,7 +85,7 @@ def classifier_and_diffusion_defaults() -> dict[str, Any]:
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
     """Flags of a super-resolution model and of its diffusion process."""
     flags = {**model_and_diffusion_defaults(), "large_size": 256, "small_size": 64}
-    names = inspect.signature(sr_create_model_and_diffusion).parameters
+    names = inspect.getfullargspec(sr_create_model_and_diffusion).args
     return {name: value for name, value in flags.items() if name in names}
 
 

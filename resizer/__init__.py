@@ -29,7 +29,7 @@ def _lanczos(order):
 
 
 def _box(x):
-    return np.where((-0.5 <= x) & (x < 0.5), 1.0, 0.0)
+    return np.where((x >= -0.5) & (x < 0.5), 1.0, 0.0)
 
 
 def _linear(x):
@@ -80,11 +80,12 @@ def resize_matrix(
 class Resizer(nn.Module):
     """Resize a tensor, with PyTorch-Resizer's interface.
 
-    in_shape: shape of the tensors to come, at least the axes that are resized. scale_factor: one number for the last two
-    axes, or a list for as many last axes as it has entries. output_shape: the resized shape, or its last entries. Of
-    both, output_shape gives the lengths and scale_factor the positions. kernel: cubic (the default, also for None), lanczos2, lanczos3, box or linear.
-    antialiasing: stretch the kernel when shrinking. Called on [..., H, W], it returns [..., H', W'] in the same dtype.
-    Raises ValueError for arguments that do not fit. `.to(device)` moves its matrices; tensors on other devices work too.
+    in_shape: shape of the tensors to come, at least the axes that are resized. scale_factor: one number for the last
+    two axes, or a list for as many last axes as it has entries. output_shape: the resized shape, or its last entries.
+    Of both, output_shape gives the lengths and scale_factor the positions. kernel: cubic (the default, also for None),
+    lanczos2, lanczos3, box or linear. antialiasing: stretch the kernel when shrinking. Called on [..., H, W], it returns
+    [..., H', W'] in the same dtype. Raises ValueError for arguments that do not fit. Its matrices follow the tensors to
+    their device.
     """
 
     def __init__(
@@ -161,9 +162,7 @@ def _scales_and_sizes(in_shape, scale_factor, output_shape):
     return scales, sizes or [None if scale != 1 else length for scale, length in zip(scales, in_shape)]
 
 
-def low_pass_filter(
-    size: tuple[int, int], down_n: int, kernel: str
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def low_pass_filter(size: tuple[int, int], down_n: int, kernel: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """ILVR's filter phi for images of size (H, W): a function that shrinks by down_n and enlarges again.
 
     Raises ValueError unless down_n divides the size.

@@ -10,7 +10,7 @@ from conftest import LinearModel, golden, golden_index, golden_model_and_diffusi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
     LossType,
@@ -109,8 +109,9 @@ def test_betas_of_any_alpha_bar():
 
 
 def test_unknown_schedule():
-    with pytest.raises(UserError, match="--noise_schedule is 'sqrt'; it can be linear or cosine"):
+    with pytest.raises(InputError, match="linear or cosine") as caught:
         get_named_beta_schedule("sqrt", 10)
+    assert (caught.value.parameter, caught.value.value) == ("noise_schedule", "sqrt")
 
 
 @pytest.mark.parametrize("betas", [[0.1, 0.0], [0.1, -0.1], [0.5, 1.1], [0.1, float("nan")], [[0.1], [0.2]]])
@@ -163,20 +164,23 @@ def test_sections_get_their_numbers_of_steps(steps, counts):
 
 @pytest.mark.parametrize("text", ["", "many", "10,", ",", "10;5", "ddim", "ddimx", "1e2", "10.5", "ddim10,5"])
 def test_spacing_that_is_no_list_of_numbers(text):
-    with pytest.raises(UserError, match="--timestep_respacing is .*; it can be a number like 100"):
+    with pytest.raises(InputError, match="it can be a number like 100") as caught:
         space_timesteps(1000, text)
+    assert (caught.value.parameter, caught.value.value) == ("timestep_respacing", text)
 
 
 @pytest.mark.parametrize("text, count", [("0", 0), ("-5", -5), ("1001", 1001), ("10,0", 0), ("600,10", 600)])
 def test_spacing_with_impossible_counts(text, count):
-    with pytest.raises(UserError, match=f"--timestep_respacing asks for {count} steps out of"):
+    with pytest.raises(InputError, match=f"{count} steps out of") as caught:
         space_timesteps(1000, text)
+    assert (caught.value.parameter, caught.value.value) == ("timestep_respacing", text)
 
 
 @pytest.mark.parametrize("text", ["ddim0", "ddim999", "ddim2000", "ddim-3"])
 def test_ddim_spacing_without_a_stride(text):
-    with pytest.raises(UserError, match=f"--timestep_respacing is {text}; no integer stride"):
+    with pytest.raises(InputError, match="no integer stride") as caught:
         space_timesteps(1000, text)
+    assert (caught.value.parameter, caught.value.value) == ("timestep_respacing", text)
 
 
 def test_respacing_keeps_alpha_bar():
@@ -267,7 +271,7 @@ def test_posterior_is_bayes_rule():
         precision = alpha / beta + 1 / (1 - previous)
         expected = (alpha**0.5 / beta * x_t[n] + previous**0.5 / (1 - previous) * x_start[n]) / precision
         torch.testing.assert_close(mean[n], expected, atol=1e-5, rtol=1e-5)
-        assert float(variance[n]) == pytest.approx(1 / precision, rel=1e-5)
+        assert float(variance[n].flatten()[0]) == pytest.approx(1 / precision, rel=1e-5)
     # At step 0 it is x_0 itself.
     mean, variance, _ = diffusion.q_posterior_mean_variance(x_start, x_t, torch.zeros(3, dtype=torch.long))
     torch.testing.assert_close(mean, x_start)
