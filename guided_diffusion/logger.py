@@ -95,12 +95,13 @@ class CSVOutputFormat(KVWriter):
 
     def __init__(self, filename: str) -> None:
         self.filename = filename
+        with _open(self.filename, "a"):  # a run without rows has a file, too
+            pass
         self.keys: list[str] = next(self._rows(), [])
 
     def _rows(self) -> Iterator[list[str]]:
-        if os.path.exists(self.filename):
-            with _open(self.filename, "r") as file:
-                yield from csv.reader(file)
+        with _open(self.filename, "r") as file:
+            yield from csv.reader(file)
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
         new = sorted(key for key in kvs if key not in self.keys)
