@@ -6,7 +6,6 @@ on; a wrong flag raises `UserError`. Nothing here changes Pillow's global state,
 
 import errno
 import io
-import itertools
 import math
 import os
 import posixpath
@@ -523,27 +522,29 @@ def load_data(
 
 
 def _batches(paths, labels, batch_size, image_size, deterministic, random_crop, random_flip):
-    def passes():
-        while True:
-            generator = random.Random(int(torch.empty((), dtype=torch.int64).random_()))
-            order = range(len(paths))
-            if not deterministic:
-                seed = int(torch.empty((), dtype=torch.int64).random_())
-                order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
-            yield from ((index, generator) for index in order)
-
     def read(batch):
         arrays = [_augmented(paths[i], image_size, random_crop, random_flip, generator) for i, generator in batch]
         images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
         return images, {} if labels is None else {"y": torch.tensor([labels[i] for i, _ in batch])}
 
-    samples = passes()
-    # One thread, as it draws from the generators in the order of the samples; it is a few batches ahead.
+    samples = []  # (index, generator) of what is left of a pass
+    # One thread, as it draws from the generators in the order of the samples; it is a batch ahead.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = deque(pool.submit(read, list(itertools.islice(samples, batch_size))) for _ in range(2))
         while True:
-            yield pending.popleft().result()
-            pending.append(pool.submit(read, list(itertools.islice(samples, batch_size))))
+            # Drawn when the pass begins and not ahead of it, as training draws from the same generator.
+            generator = random.Random(int(torch.empty((), dtype=torch.int64).random_()))
+            order = range(len(paths))
+            if not deterministic:
+                seed = int(torch.empty((), dtype=torch.int64).random_())
+                order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
+            samples += [(index, generator) for index in order]
+            full = len(samples) // batch_size * batch_size
+            batches, samples = [samples[i : i + batch_size] for i in range(0, full, batch_size)], samples[full:]
+            pending = deque(pool.submit(read, batch) for batch in batches[:2])
+            for batch in [*batches[2:], None, None][: len(batches)]:
+                yield pending.popleft().result()
+                if batch is not None:
+                    pending.append(pool.submit(read, batch))
 
 
 def _augmented(path, image_size, random_crop, random_flip, generator):
