@@ -57,20 +57,12 @@ def train(given: Given, ranks: Ranks) -> int:
         if ranks.rank == 0:
             describe(start, images, device, config)
             write_run(config.save_dir, start.flags, [data, loss, grid, run, config], start.classes)
+        sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion, config.sigma_mean, config.sigma_std)
         with process_group(ranks, device):
             trainer = Trainer(
-                start.model,
-                losses,
-                images,
-                config,
-                create_named_schedule_sampler(config.schedule_sampler, diffusion, config.sigma_mean, config.sigma_std),
-                device=device,
-                ranks=ranks,
-                checkpoint=start.checkpoint,
-                metadata=start.metadata(),
-                sample=sample,
-                progress=sys.stderr.isatty(),
-            )
+                start.model, losses, images, config, sampler, device=device, ranks=ranks, checkpoint=start.checkpoint,
+                metadata=start.metadata(), sample=sample, progress=sys.stderr.isatty(),
+            )  # fmt: skip
             finished = trainer.run()
     use = "python scripts/ae_sample.py --model_path {path} --base_samples FOLDER --save_dir output/translated"
     return loop_flags.end(finished, config, ranks, use)

@@ -420,37 +420,3 @@ class _Samples:
 def _ignore_interrupts(worker: int) -> None:
     # Ctrl-C reaches the whole process group; the loop wants to finish its step, for which the loader must live on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def load_data(
-    *,
-    data_dir: str,
-    batch_size: int,
-    image_size: int,
-    class_cond: bool = False,
-    deterministic: bool = False,
-    random_crop: bool = False,
-    random_flip: bool = True,
-    seed: int = 0,
-    start: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    device: str | torch.device = "cpu",
-    **options: Any,
-) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """guided-diffusion's endless generator of (images, kwargs).
-
-    images: float32 [batch_size, 3, H, W] in [-1, 1]; kwargs: {"y": labels [batch_size]} with class_cond, see
-    `class_labels`, else {}. deterministic: in the order of names instead of shuffled. start: the first sample number.
-    options go to `TrainImages`.
-    """
-    references = list_images(data_dir)
-    labels = class_labels(references)[0] if class_cond else None
-    images = TrainImages(
-        references, image_size, labels=labels, random_flip=random_flip, random_crop=random_crop, seed=seed, **options
-    )
-    if deterministic:
-        images.indices = lambda numbers: np.asarray(numbers) % len(images)
-    numbers = batch_numbers(start, batch_size, rank, world_size)
-    for x, y in images.batches(numbers, device):
-        yield x, {} if y is None else {"y": y}

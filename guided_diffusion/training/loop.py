@@ -256,7 +256,7 @@ class Trainer:
                 self.scaler.scale(loss).backward()
             add_by_quarter(self.totals, terms, t[part], steps)
             observed.append(terms["loss"].detach())
-        if self.schedule_sampler.needs_losses:
+        if hasattr(self.schedule_sampler, "update_with_all_losses"):
             self.schedule_sampler.update_with_all_losses(
                 *self._gather(t.cpu().numpy(), torch.cat(observed).cpu().numpy())
             )
