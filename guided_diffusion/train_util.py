@@ -217,7 +217,7 @@ def parse_resume_step_from_filename(filename: str) -> int:
 
 def get_blob_logdir() -> str:
     """The folder of a run's files."""
-    return logger.get_dir()
+    return logger.get_dir() or "."
 
 
 def find_resume_checkpoint() -> str | None:

@@ -3,8 +3,7 @@
 examples:
   python scripts/classifier_train.py --data_dir data/train --val_data_dir data/val --image_size 128 --lr 3e-4
   python scripts/classifier_train.py --domains data/emoji/twitter/train,data/emoji/fluent3d/train \\
-      --val_domains data/emoji/twitter/test,data/emoji/fluent3d/test --image_size 64 --channel_mult 1,2,4,4 \\
-      --classifier_width 32 --save_dir output/extractor
+      --image_size 64 --channel_mult 1,2,4,4 --classifier_width 32 --save_dir output/extractor
   python scripts/classifier_train.py --domains cat,wild,dog ...     # several sources, the target last
   python scripts/ae_sample.py --energy dse --dsepath output/extractor/model.safetensors ...
 

@@ -209,7 +209,7 @@ def precision(run: RunOptions, given: str) -> str:
 # The largest image size, and the bounds of the others. Beyond them a network cannot be trained on any machine, and
 # merely building it could take hours.
 LARGEST_SIDE = 8192
-BOUNDS: dict[str, dict[str, float]] = {
+BOUNDS: dict[str, dict[str, Any]] = {
     "image_size": {"least": 1, "most": LARGEST_SIDE},
     "num_channels": {"least": 1, "most": 1 << 14},
     "classifier_width": {"least": 1, "most": 1 << 14},

@@ -222,9 +222,8 @@ def list_images(folder: str | None, parameter: str = "data_dir") -> list[Referen
     try:
         return list_references(folder)
     except InputError as error:
-        if error.parameter is not None:
-            raise InputError(error.reason, parameter=parameter, value=error.value) from error
-        raise
+        reason = error.reason if error.parameter else error.reason.rpartition(": ")[2]
+        raise InputError(reason, parameter=parameter, value=folder) from error
 
 
 def is_inside(path: str, folder: str) -> bool:
@@ -348,7 +347,7 @@ class TrainImages:
             workers = {"num_workers": self.num_workers, "prefetch_factor": 4, "worker_init_fn": _ignore_interrupts}
         return iter(
             torch.utils.data.DataLoader(
-                _Samples(self),
+                _Samples(self),  # type: ignore[arg-type]
                 sampler=numbers,
                 batch_size=None,
                 pin_memory=torch.device(device).type == "cuda",

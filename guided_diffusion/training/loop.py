@@ -27,7 +27,7 @@ from ..errors import InputError, display_name, first_line
 from ..gaussian_diffusion import GaussianDiffusion
 from ..image_datasets import to_uint8
 from ..nn import update_ema
-from ..resample import UniformSampler
+from ..resample import LossAwareSampler, ScheduleSampler
 from ..run.files import remove_temporaries, write_png
 from ..run.grid import contact_sheet
 from ..runtime import DTYPES, is_out_of_memory
@@ -107,7 +107,7 @@ class Trainer:
         losses: Loss,
         images: TrainImages,
         config: TrainConfig,
-        schedule_sampler: UniformSampler,
+        schedule_sampler: ScheduleSampler,
         *,
         device: str | torch.device,
         ranks: Ranks,
@@ -139,17 +139,23 @@ class Trainer:
         self.totals: Terms = {}  # of the loss terms since the last logged step
         self.failure: InputError | None = None  # why a log or a grid could not be written
         self._resume(checkpoint)
-        self.ddp: Any = None
         self.forward: Any = self.model
-        if ranks.world_size > 1:
-            self.ddp = self.forward = torch.nn.parallel.DistributedDataParallel(
-                self.model,
-                device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-            )
+        self.ddp: Any = self._distributed()
+        if self.ddp is not None:
+            self.forward = self.ddp
         if config.compile:
             self.forward = torch.compile(self.forward)
         self._averaged: torch.nn.Module | None = None
+
+    def _distributed(self) -> Any:
+        """The model with gradients exchanged between processes; None for a single one."""
+        if self.ranks.world_size == 1:
+            return None
+        return torch.nn.parallel.DistributedDataParallel(
+            self.model,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
 
     # -- resuming --
 
@@ -248,18 +254,18 @@ class Trainer:
         parts = [slice(at, at + size) for at in range(0, len(x), size)]
         observed = []
         for part in parts:
-            waiting = self.ddp is not None and part is not parts[-1]
-            with self.ddp.no_sync() if waiting else contextlib.nullcontext():
+            # Gradients are exchanged once, with the last part.
+            alone = self.ddp is None or part is parts[-1]
+            with contextlib.nullcontext() if alone else self.ddp.no_sync():  # type: ignore[union-attr]
                 with self.autocast():  # which covers the forward pass alone
                     terms = self.losses(self.forward, x[part], t[part], noise[part], None if y is None else y[part])
                 loss = (terms["loss"] * importance[part]).sum() / len(x)
                 self.scaler.scale(loss).backward()
             add_by_quarter(self.totals, terms, t[part], steps)
             observed.append(terms["loss"].detach())
-        if hasattr(self.schedule_sampler, "update_with_all_losses"):
-            self.schedule_sampler.update_with_all_losses(
-                *self._gather(t.cpu().numpy(), torch.cat(observed).cpu().numpy())
-            )
+        if isinstance(self.schedule_sampler, LossAwareSampler):
+            steps_drawn, values = self._gather(t.cpu().numpy(), torch.cat(observed).cpu().numpy())
+            self.schedule_sampler.update_with_all_losses(steps_drawn.tolist(), values.tolist())
 
     def _gather(self, *arrays: np.ndarray) -> list[np.ndarray]:
         """Arrays of all processes joined in the order of ranks, as sample numbers go."""
@@ -455,12 +461,13 @@ class Trainer:
 
     def averaged_model(self) -> torch.nn.Module:
         """A copy of the model, in eval mode, with the weights that are exported."""
-        if self._averaged is None:
-            self._averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
+        averaged = self._averaged
+        if averaged is None:
+            averaged = self._averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         with torch.no_grad():
-            for target, value in zip(self._averaged.parameters(), self._exported()):
+            for target, value in zip(averaged.parameters(), self._exported()):
                 target.copy_(value)
-        return self._averaged
+        return averaged
 
     def save(self) -> None:
         """Write a checkpoint and the exported model; all processes must call it."""

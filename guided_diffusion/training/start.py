@@ -158,7 +158,7 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
 
 
 def _label(start: Start, label: Label, known: list[str] | None, number: int, exactly: bool) -> None:
-    """Set the labels and classes of a run that starts from a checkpoint with `number` classes, maybe with `known` names."""
+    """Set the labels and classes of a run that starts from a checkpoint with `number` classes, of `known` names or not."""
     start.labels, start.classes = label(None)
     where = display_name(start.checkpoint)
     if known is not None and known != start.classes:
