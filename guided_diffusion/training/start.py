@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ..checkpoint import load_model
-from ..checkpoint.loading import FREE
-from ..errors import InputError, display_name, first_line
+from ..checkpoint.loading import FLAGS, FREE
+from ..errors import InputError, display_name, first_line, shown
 from ..script_util import (
     attention_factors,
     channel_multipliers,
@@ -140,6 +140,9 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
         return Start(_create(kind, flags), kind.types[0], flags, "", labels, classes)
 
     record = files.read_run(os.path.dirname(checkpoint))
+    if unknown := sorted(set(record.model) - FLAGS):
+        where = display_name(os.path.join(os.path.dirname(checkpoint), files.NAME))
+        raise InputError(f"{where} has {shown(unknown[0])} among the model's options, which this version does not know")
     check_given(kind, given, record.model, checkpoint)
     # What the run has stands in its record; how a flag is spelt there is how it was first given.
     model, info = load_model(checkpoint, dtype=torch.float32, **{**given, **record.model, **_free(given)})
@@ -158,7 +161,7 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
 
 
 def _label(start: Start, label: Label, known: list[str] | None, number: int, exactly: bool) -> None:
-    """Set the labels and classes of a run that starts from a checkpoint with `number` classes, of `known` names or not."""
+    """Set labels and classes of a run that starts from a checkpoint with `number` classes, names `known` or not."""
     start.labels, start.classes = label(None)
     where = display_name(start.checkpoint)
     if known is not None and known != start.classes:
