@@ -58,7 +58,8 @@ class ScheduleSampler(ABC):
         weights = self.weights()
         cumulative = np.cumsum(weights)
         t = np.searchsorted(cumulative / cumulative[-1], uniform, side="right")
-        return torch.from_numpy(t).to(device), torch.from_numpy(self.importance(weights, t)).to(device, torch.float32)
+        importance = self.importance(weights, t).astype(np.float32)  # not every device has float64
+        return torch.from_numpy(t).to(device), torch.from_numpy(importance).to(device)
 
     def importance(self, weights: np.ndarray, t: np.ndarray) -> np.ndarray:
         """What the losses of timesteps t [N], drawn by `weights` [T], are multiplied with: float64 [N]."""
