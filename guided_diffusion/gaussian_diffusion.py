@@ -19,8 +19,16 @@ Model = Callable[..., torch.Tensor]
 Step = dict[str, torch.Tensor]
 
 
-def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
-    """The noise schedule `linear` (Ho et al.) or `cosine` (Nichol & Dhariwal) as betas, float64 [T]."""
+SCHEDULES = "linear, cosine, linear:A,B, scaled_linear:A,B, sigmoid:A,B, laplace or betas:B0,B1,…"
+
+
+def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
+    """A noise schedule as betas, float64 [T].
+
+    `linear` (Ho et al.) and `cosine` (Nichol & Dhariwal) as in guided-diffusion; as in diffusers `linear:A,B`,
+    `scaled_linear:A,B` and `sigmoid:A,B`, from A to B whatever T is, and `laplace`; `betas:b0,b1,…` are T betas.
+    Raises InputError for `noise_schedule`.
+    """
     n = num_diffusion_timesteps
     if schedule_name == "linear":
         # The published end points are for 1000 steps; other lengths keep the same amount of noise in all.
@@ -28,7 +36,39 @@ def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
         return np.linspace(scale * 0.0001, scale * 0.02, n, dtype=np.float64)
     if schedule_name == "cosine":
         return betas_for_alpha_bar(n, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
-    raise InputError("it can be linear or cosine", parameter="noise_schedule", value=schedule_name)
+    if schedule_name == "laplace":
+        return betas_for_alpha_bar(n, _laplace)
+    name, _, text = str(schedule_name).partition(":")
+    numbers = _betas(text)
+    wrong: dict = {"parameter": "noise_schedule", "value": schedule_name}
+    if name not in ("linear", "scaled_linear", "sigmoid", "betas") or not numbers or name != "betas" and len(numbers) != 2:
+        raise InputError(f"it can be {SCHEDULES}, with betas above 0 and below 1", **wrong)
+    if name == "betas":
+        if len(numbers) != n:
+            raise InputError(f"it has {len(numbers)} betas, and `diffusion_steps` is {n}", **wrong)
+        return np.array(numbers, dtype=np.float64)
+    low, high = numbers
+    if name == "linear":
+        return np.linspace(low, high, n, dtype=np.float64)
+    if name == "scaled_linear":
+        return np.linspace(low**0.5, high**0.5, n, dtype=np.float64) ** 2
+    return 1 / (1 + np.exp(-np.linspace(-6, 6, n, dtype=np.float64))) * (high - low) + low
+
+
+def _betas(text: str) -> list[float]:
+    """Numbers above 0 and below 1 that are separated by commas; [] where a text is no list of such."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        return []
+    return numbers if all(0 < number < 1 for number in numbers) else []
+
+
+def _laplace(u: float) -> float:
+    """sqrt(SNR / (1 + SNR)) of the Laplace schedule at time u: what diffusers feeds to the formula of the cosine."""
+    log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
+    snr = math.exp(log_snr)
+    return math.sqrt(snr / (1 + snr))
 
 
 def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
@@ -43,6 +83,8 @@ class ModelMeanType(enum.Enum):
     PREVIOUS_X = enum.auto()
     START_X = enum.auto()
     EPSILON = enum.auto()
+    VELOCITY = enum.auto()
+    """sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022)."""
 
 
 class ModelVarType(enum.Enum):
@@ -172,8 +214,8 @@ class GaussianDiffusion:
         pred_xstart = self._pred_xstart(prediction, x, t)
         if denoised_fn is not None:
             pred_xstart = denoised_fn(pred_xstart)
-        if clip_denoised:
-            pred_xstart = pred_xstart.clamp(-1, 1)
+        if clip_denoised:  # True is the range 1
+            pred_xstart = pred_xstart.clamp(-float(clip_denoised), float(clip_denoised))
         if self.model_mean_type is ModelMeanType.PREVIOUS_X:
             mean = prediction
         else:
@@ -216,6 +258,10 @@ class GaussianDiffusion:
             return prediction
         if self.model_mean_type is ModelMeanType.EPSILON:
             return self.xstart_from_eps(x, t, prediction)
+        if self.model_mean_type is ModelMeanType.VELOCITY:
+            # Not through the noise: alpha_bar gets close to 0, and its root stands in a denominator there.
+            signal, noise = (self.extract(name, t, x.ndim) for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"))
+            return signal * x - noise * prediction
         # x_{t-1} = coef1 x_0 + coef2 x_t, solved for x_0.
         coef1 = self.extract("posterior_mean_coef1", t, x.ndim)
         return (prediction - self.extract("posterior_mean_coef2", t, x.ndim) * x) / coef1
@@ -474,6 +520,11 @@ class GaussianDiffusion:
             return noise
         if self.model_mean_type is ModelMeanType.START_X:
             return x_start
+        if self.model_mean_type is ModelMeanType.VELOCITY:
+            signal, noise_part = (
+                self.extract(name, t, x_t.ndim) for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+            )
+            return signal * noise - noise_part * x_start
         return self.q_posterior_mean_variance(x_start, x_t, t)[0]
 
     def variational_bound(

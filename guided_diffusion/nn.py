@@ -17,9 +17,9 @@ class GroupNorm32(nn.GroupNorm):
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
-def normalization(channels):
-    """The normalisation of the ADM networks: 32 groups, eps 1e-5."""
-    return GroupNorm32(32, channels)
+def normalization(channels: int, groups: int = 32, eps: float = 1e-5) -> GroupNorm32:
+    """The normalisation of the ADM networks: 32 groups, eps 1e-5; networks of diffusers may have others."""
+    return GroupNorm32(groups, channels, eps=eps)
 
 
 def hooked(*modules: nn.Module | None) -> bool:
@@ -75,12 +75,20 @@ def zero_module(module):
     return module
 
 
-def timestep_embedding(timesteps, dim, max_period=10000):
+def timestep_embedding(
+    timesteps: torch.Tensor, dim: int, max_period: float = 10000, sines_first: bool = False
+) -> torch.Tensor:
     """Sinusoidal embedding of (possibly fractional) timesteps, cosines first.
 
-    timesteps: [N]; returns float32 [N, dim]. Frequencies fall geometrically from 1 to 1 / max_period.
+    timesteps: [N]; returns float32 [N, dim]. Frequencies fall geometrically from 1 towards 1 / max_period. sines_first:
+    DDPM's embedding instead, sines first and the last frequency exactly 1 / max_period.
     """
     half = dim // 2
+    if sines_first:
+        steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+        frequencies = torch.exp(steps * (-math.log(max_period) / max(half - 1, 1)))
+        angles = timesteps.float()[:, None] * frequencies
+        return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, dim % 2))
     frequencies = torch.exp(
         torch.arange(half, dtype=torch.float32, device=timesteps.device) * (-math.log(max_period) / half)
     )

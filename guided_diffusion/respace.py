@@ -1,6 +1,7 @@
 """Fewer steps than the model was trained with: a process over a subset of the original timesteps."""
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,35 +10,32 @@ import torch
 from .errors import InputError
 from .gaussian_diffusion import GaussianDiffusion
 
+SPACING_HELP = "a number like 100, a list like 10,10,5, ddim25, linspace25, leading25, leading25+1 or trailing25"
+
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
     """The original timesteps that a respaced process keeps.
 
     section_counts: "100" (evenly spaced), "10,10,5" (that many in each equal section) or "ddim25" (the fixed stride of
-    the DDIM paper); a list of counts works too. Returns a set of integers.
+    the DDIM paper); "linspace25", "leading25" (or "leading25+1", shifted by 1) and "trailing25" are the lists of
+    diffusers' schedulers; a sequence of counts works too. Raises InputError for `timestep_respacing`.
     """
-    given = section_counts if isinstance(section_counts, str) else ",".join(map(str, section_counts))
+    given = section_counts
     if isinstance(section_counts, str):
-        try:
-            if given.startswith("ddim"):
-                stride_steps = int(given.removeprefix("ddim"))
-            else:
-                section_counts = [int(part) for part in given.split(",")]
-        except ValueError:
-            raise InputError(
-                "it can be a number like 100, a list like 10,10,5 or ddim25",
-                parameter="timestep_respacing",
-                value=given,
-            ) from None
-        if given.startswith("ddim"):
-            return _ddim_timesteps(num_timesteps, stride_steps)
+        match = re.fullmatch(r"(ddim|linspace|leading|trailing)(-?\d{1,9})(?:\+(\d{1,9}))?", section_counts)
+        if match and (match[3] is None or match[1] == "leading"):
+            return set(_named_timesteps(num_timesteps, match[1], int(match[2]), int(match[3] or 0), section_counts))
+        parts = section_counts.split(",")
+        if not all(re.fullmatch(r"\s*-?\d{1,9}\s*", part) for part in parts):
+            raise InputError(f"it can be {SPACING_HELP}", parameter="timestep_respacing", value=given)
+        section_counts = [int(part) for part in parts]
     size, extra = divmod(num_timesteps, len(section_counts))
     steps, start = [], 0
     for i, count in enumerate(section_counts):
         length = size + (1 if i < extra else 0)
         if not 1 <= count <= length:
             raise InputError(
-                f"{count} steps out of {length} are not possible, 1 to {length} are",
+                f"it asks for {count} steps out of {length}; 1 to {length} are available",
                 parameter="timestep_respacing",
                 value=given,
             )
@@ -51,15 +49,29 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     return set(steps)
 
 
-def _ddim_timesteps(num_timesteps, count):
-    for stride in range(1, num_timesteps):
-        if len(range(0, num_timesteps, stride)) == count:
-            return set(range(0, num_timesteps, stride))
-    raise InputError(
-        f"no integer stride gives {count} steps out of {num_timesteps}",
-        parameter="timestep_respacing",
-        value=f"ddim{count}",
-    )
+def _named_timesteps(total: int, name: str, count: int, offset: int, text: str) -> list[int]:
+    """The timesteps of a spacing that has a name, out of `total`; text: how it was asked for."""
+    wrong: dict[str, Any] = {"parameter": "timestep_respacing", "value": text}
+    if name == "ddim":
+        for stride in range(1, total):
+            if len(range(0, total, stride)) == count:
+                return list(range(0, total, stride))
+        raise InputError(f"no integer stride gives {count} steps out of {total}", **wrong)
+    if not 1 <= count <= total:
+        raise InputError(f"it asks for {count} steps out of {total}; 1 to {total} are available", **wrong)
+    # These very numpy calls: their rounding decides ties, as it does in diffusers.
+    if name == "linspace":
+        steps = np.linspace(0, total - 1, count).round()
+    elif name == "leading":
+        steps = np.arange(count) * (total // count) + offset
+        if steps[-1] >= total:
+            most = offset - (int(steps[-1]) - (total - 1))
+            raise InputError(
+                f"it asks for step {steps[-1]} out of 0 to {total - 1}; an offset up to {most} fits", **wrong
+            )
+    else:
+        steps = np.round(np.arange(total, 0, -total / count)[:count]) - 1
+    return [int(step) for step in steps]
 
 
 class SpacedDiffusion(GaussianDiffusion):
@@ -69,7 +81,7 @@ class SpacedDiffusion(GaussianDiffusion):
     ascending; `original_num_steps` is T. The model always sees original timesteps.
     """
 
-    def __init__(self, use_timesteps: Collection[int], *, betas: Sequence[float] | np.ndarray, **kwargs: Any) -> None:
+    def __init__(self, use_timesteps: Iterable[int], *, betas: Any, **kwargs: Any) -> None:
         self.original_num_steps = len(betas)
         self.timestep_map = sorted(use_timesteps)
         alphas_cumprod = np.cumprod(1.0 - np.array(betas, dtype=np.float64))

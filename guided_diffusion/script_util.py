@@ -63,6 +63,20 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
     )
 
 
+def extension_defaults() -> dict[str, Any]:
+    """Flags beyond guided-diffusion's, which stand in no file and no record where they are usual: the conventions of
+    diffusers' models, and whether a model is one of super-resolution."""
+    return {
+        "super_res": False,
+        "norm_groups": 32,
+        "norm_eps": 1e-5,
+        "sines_first": False,
+        "pad_end": False,
+        "middle_norm": True,
+        "predict_v": False,
+    }
+
+
 def classifier_defaults() -> dict[str, Any]:
     """Flags of the noisy-image classifier and, with EGSDE's values, of the domain-specific extractor."""
     return dict(
@@ -116,8 +130,17 @@ def create_model_and_diffusion(
     *,
     sigma_small: bool = False,
     num_classes: int = NUM_CLASSES,
+    norm_groups: int = 32,
+    norm_eps: float = 1e-5,
+    sines_first: bool = False,
+    pad_end: bool = False,
+    middle_norm: bool = True,
+    predict_v: bool = False,
 ) -> "tuple[UNetModel, SpacedDiffusion]":
-    """The UNet and its diffusion process; the defaults are those of `model_and_diffusion_defaults`."""
+    """The UNet and its diffusion process; the defaults are those of `model_and_diffusion_defaults`.
+
+    What follows the asterisk is this project's own: see `extension_defaults`.
+    """
     flags = dict(locals())
     model = create_model(**_arguments(create_model, flags))
     return model, create_gaussian_diffusion(**_diffusion_arguments(flags))
@@ -145,7 +168,7 @@ def channel_multipliers(channel_mult: str | None, image_size: int) -> tuple[floa
         if image_size not in CHANNEL_MULT:
             known = ", ".join(str(size) for size in sorted(CHANNEL_MULT))
             raise InputError(
-                f"this size has no usual `channel_mult` (known for {known}): give one, as 1,2,4",
+                f"it has no usual `channel_mult` (known for {known}): give one, as 1,2,4",
                 parameter="image_size",
                 value=image_size,
             )
@@ -155,7 +178,7 @@ def channel_multipliers(channel_mult: str | None, image_size: int) -> tuple[floa
     except ValueError:
         numbers = []
     if not numbers or not all(0 < number < math.inf for number in numbers):
-        raise InputError("it must be a list of numbers like 1,2,4", parameter="channel_mult", value=channel_mult)
+        raise InputError("it is a list of numbers like 1,2,4", parameter="channel_mult", value=channel_mult)
     return tuple(int(number) if number == int(number) else number for number in numbers)
 
 
@@ -164,7 +187,7 @@ def attention_factors(attention_resolutions: str, image_size: int) -> tuple[int,
     sides = [part.strip() for part in str(attention_resolutions).split(",") if part.strip()]
     if not all(side.isdigit() and int(side) for side in sides):
         raise InputError(
-            "it must be a list of sides of the feature map like 16,8",
+            "it is a list of sides of the feature map like 16,8",
             parameter="attention_resolutions",
             value=attention_resolutions,
         )
@@ -190,11 +213,22 @@ def create_model(
     use_fp16=False,
     use_new_attention_order=False,
     num_classes=NUM_CLASSES,
+    norm_groups=32,
+    norm_eps=1e-5,
+    sines_first=False,
+    pad_end=False,
+    middle_norm=True,
+    super_res=False,
 ):
-    """The ADM UNet that the flags describe, for 3-channel images; num_classes counts only with class_cond."""
-    from .unet import UNetModel
+    """The ADM UNet that the flags describe, for 3-channel images; num_classes counts only with class_cond.
 
-    return UNetModel(
+    super_res: the `SuperResModel` that makes images of image_size of smaller ones.
+    """
+    from .unet import SuperResModel, UNetModel
+
+    if super_res and channel_mult in ("", None) and image_size in SR_CHANNEL_MULT:
+        channel_mult = ",".join(map(str, SR_CHANNEL_MULT[image_size]))
+    return (SuperResModel if super_res else UNetModel)(
         image_size=image_size,
         in_channels=3,
         model_channels=num_channels,
@@ -212,6 +246,11 @@ def create_model(
         use_scale_shift_norm=use_scale_shift_norm,
         resblock_updown=resblock_updown,
         use_new_attention_order=use_new_attention_order,
+        norm_groups=norm_groups,
+        norm_eps=norm_eps,
+        sines_first=sines_first,
+        pad_end=pad_end,
+        middle_norm=middle_norm,
     )
 
 
@@ -331,33 +370,15 @@ def sr_create_model(
 
     channel_mult: multipliers other than the published ones of large_size 64, 256 and 512.
     """
-    from .unet import SuperResModel
-
     if not channel_mult and large_size not in SR_CHANNEL_MULT:
         known = ", ".join(map(str, sorted(SR_CHANNEL_MULT)))
         raise InputError(
-            f"this size has no usual `channel_mult` (known for {known}): give one, as 1,2,4",
+            f"it has no usual `channel_mult` (known for {known}): give one, as 1,2,4",
             parameter="large_size",
             value=large_size,
         )
-    return SuperResModel(
-        image_size=large_size,
-        in_channels=3,
-        model_channels=num_channels,
-        out_channels=6 if learn_sigma else 3,
-        num_res_blocks=num_res_blocks,
-        attention_resolutions=attention_factors(attention_resolutions, large_size),
-        dropout=dropout,
-        channel_mult=channel_multipliers(channel_mult, large_size) if channel_mult else SR_CHANNEL_MULT[large_size],
-        num_classes=num_classes if class_cond else None,
-        use_checkpoint=use_checkpoint,
-        use_fp16=use_fp16,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        resblock_updown=resblock_updown,
-    )
+    flags = dict(locals(), image_size=large_size, super_res=True)
+    return create_model(**_arguments(create_model, flags))  # type: ignore[return-value]
 
 
 def create_gaussian_diffusion(
@@ -371,6 +392,7 @@ def create_gaussian_diffusion(
     rescale_timesteps=False,
     rescale_learned_sigmas=False,
     timestep_respacing="",
+    predict_v=False,
 ):
     """The diffusion process that the flags describe.
 
@@ -379,6 +401,10 @@ def create_gaussian_diffusion(
     """
     if steps < 1:
         raise InputError("it must be at least 1", parameter="diffusion_steps", value=steps)
+    if predict_xstart and predict_v:
+        raise InputError(
+            "a model predicts one of them; leave out `predict_xstart`", parameter="predict_v", value=predict_v
+        )
     betas = get_named_beta_schedule(noise_schedule, steps)
     if betas.max() >= 1:
         raise InputError("the linear schedule needs more than 20", parameter="diffusion_steps", value=steps)
@@ -390,10 +416,14 @@ def create_gaussian_diffusion(
         model_var_type = ModelVarType.LEARNED_RANGE
     else:
         model_var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
+    if predict_v:
+        model_mean_type = ModelMeanType.VELOCITY
+    else:
+        model_mean_type = ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
         betas=betas,
-        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        model_mean_type=model_mean_type,
         model_var_type=model_var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,

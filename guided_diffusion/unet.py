@@ -4,6 +4,7 @@ Parameter names and shapes are those of the published checkpoints; the encoder s
 (head `out`) and as EGSDE's domain-specific extractor (head `I2Iout`).
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .errors import InputError
 from .nn import hooked, norm_silu, normalization, timestep_embedding, zero_module
 
 
@@ -26,14 +28,19 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Downsampling by 2: a strided 3x3 convolution if `use_conv`, else average pooling."""
+    """Downsampling by 2: a strided 3x3 convolution if `use_conv`, else average pooling.
 
-    def __init__(self, channels, use_conv):
+    pad_end: the convolution's input is padded on the right and at the bottom only, as in the DDPM networks.
+    """
+
+    def __init__(self, channels, use_conv, pad_end=False):
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+        self.pad_end = use_conv and pad_end
+        padding = 0 if self.pad_end else 1
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=padding) if use_conv else nn.AvgPool2d(2)
 
     def forward(self, x):
-        return self.op(x)
+        return self.op(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x)
 
 
 class ResBlock(nn.Module):
@@ -53,14 +60,13 @@ class ResBlock(nn.Module):
         use_checkpoint=False,
         up=False,
         down=False,
+        norm=normalization,
     ):
         super().__init__()
         out_channels = out_channels or channels
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
-        self.in_layers = nn.Sequential(
-            normalization(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         if up:
             self.resample = Upsample(channels, use_conv=False)
         elif down:
@@ -71,7 +77,7 @@ class ResBlock(nn.Module):
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
         )
         self.out_layers = nn.Sequential(
-            normalization(out_channels),
+            norm(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -129,14 +135,16 @@ def multi_head_attention(qkv, num_heads, new_order):
 class AttentionBlock(nn.Module):
     """Self-attention over all pixels, residual."""
 
-    def __init__(self, channels, num_heads, num_head_channels, use_checkpoint, use_new_attention_order):
+    def __init__(
+        self, channels, num_heads, num_head_channels, use_checkpoint, use_new_attention_order, norm=normalization
+    ):
         super().__init__()
         self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
         if channels % self.num_heads:
             raise ValueError(f"{channels} channels cannot be split among {self.num_heads} attention heads")
         self.use_checkpoint = use_checkpoint
         self.use_new_attention_order = use_new_attention_order
-        self.norm = normalization(channels)
+        self.norm = norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
@@ -177,7 +185,7 @@ class TimestepEmbedSequential(nn.Sequential):
         return x
 
 
-class _Torso(nn.Module):
+class _UNetEncoder(nn.Module):
     """The contracting half and the middle, which the UNet and the encoder have in common."""
 
     def __init__(
@@ -196,6 +204,11 @@ class _Torso(nn.Module):
         use_scale_shift_norm,
         resblock_updown,
         use_new_attention_order,
+        norm_groups=32,
+        norm_eps=1e-5,
+        sines_first=False,
+        pad_end=False,
+        middle_norm=True,
     ):
         super().__init__()
         self.image_size = image_size
@@ -203,17 +216,19 @@ class _Torso(nn.Module):
         self.model_channels = model_channels
         self.dtype = torch.float32
         self.embed_dim = 4 * model_channels
+        self.sines_first = sines_first
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, self.embed_dim), nn.SiLU(), nn.Linear(self.embed_dim, self.embed_dim)
         )
 
-        def res_block(channels, out_channels=None, **resampling):
-            return ResBlock(
-                channels, self.embed_dim, dropout, out_channels, use_scale_shift_norm, use_checkpoint, **resampling
-            )
+        norm = functools.partial(normalization, groups=norm_groups, eps=norm_eps)
 
-        def attention(channels, heads=num_heads):
-            return AttentionBlock(channels, heads, num_head_channels, use_checkpoint, use_new_attention_order)
+        def res_block(channels, out_channels=None, **resampling):
+            shape = channels, self.embed_dim, dropout, out_channels, use_scale_shift_norm, use_checkpoint
+            return ResBlock(*shape, norm=norm, **resampling)
+
+        def attention(channels, heads=num_heads, norm=norm):
+            return AttentionBlock(channels, heads, num_head_channels, use_checkpoint, use_new_attention_order, norm)
 
         channels = int(channel_mult[0] * model_channels)
         blocks = [TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))]
@@ -228,17 +243,22 @@ class _Torso(nn.Module):
                 blocks.append(TimestepEmbedSequential(*layers))
                 self._skip_channels.append(channels)
             if level < len(channel_mult) - 1:
-                down = res_block(channels, down=True) if resblock_updown else Downsample(channels, conv_resample)
+                if resblock_updown:
+                    down = res_block(channels, down=True)
+                else:
+                    down = Downsample(channels, conv_resample, pad_end)
                 blocks.append(TimestepEmbedSequential(down))
                 self._skip_channels.append(channels)
                 downsampling *= 2
         self.input_blocks = nn.ModuleList(blocks)
-        self.middle_block = TimestepEmbedSequential(res_block(channels), attention(channels), res_block(channels))
+        middle = attention(channels, norm=norm if middle_norm else nn.Identity)
+        self.middle_block = TimestepEmbedSequential(res_block(channels), middle, res_block(channels))
         self._channels, self._downsampling = channels, downsampling
-        self._res_block, self._attention = res_block, attention
+        self._res_block, self._attention, self._norm = res_block, attention, norm
 
     def _embed(self, timesteps):
-        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))
+        embedding = timestep_embedding(timesteps, self.model_channels, sines_first=self.sines_first)
+        return self.time_embed(embedding.to(self.time_embed[0].weight.dtype))
 
     def _encode(self, x, emb):
         """All skip tensors, the last of them the input of the middle block."""
@@ -275,13 +295,17 @@ class _Torso(nn.Module):
         self.set_dtype(torch.float32)
 
 
-class UNetModel(_Torso):
+class UNetModel(_UNetEncoder):
     """The full UNet: attention, timestep embedding, optional class embedding.
 
     image_size: side of the images it is made for (it accepts any side that its downsampling divides).
     model_channels: base width; channel_mult: its multiple at every level; num_res_blocks: blocks per level.
     attention_resolutions: downsampling factors (not sides) at which attention is used.
     num_head_channels: width of a head, or -1 for `num_heads` heads; num_heads_upsample: heads of the expanding half.
+
+    What only networks of diffusers have otherwise: norm_groups, norm_eps: of the normalisations; sines_first: DDPM's
+    time embedding; pad_end: strided convolutions are padded on the right and at the bottom only; middle_norm: whether
+    the middle block's attention normalises its input.
     """
 
     def __init__(
@@ -304,6 +328,11 @@ class UNetModel(_Torso):
         use_scale_shift_norm=False,
         resblock_updown=False,
         use_new_attention_order=False,
+        norm_groups=32,
+        norm_eps=1e-5,
+        sines_first=False,
+        pad_end=False,
+        middle_norm=True,
     ):
         super().__init__(
             image_size,
@@ -320,6 +349,11 @@ class UNetModel(_Torso):
             use_scale_shift_norm,
             resblock_updown,
             use_new_attention_order,
+            norm_groups,
+            norm_eps,
+            sines_first,
+            pad_end,
+            middle_norm,
         )
         self.out_channels = out_channels
         self.num_classes = num_classes
@@ -343,9 +377,9 @@ class UNetModel(_Torso):
                 blocks.append(TimestepEmbedSequential(*layers))
         self.output_blocks = nn.ModuleList(blocks)
         self.out = nn.Sequential(
-            normalization(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
+            self._norm(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
         )
-        del self._res_block, self._attention
+        del self._res_block, self._attention, self._norm
         if use_fp16:
             self.convert_to_fp16()
 
@@ -376,14 +410,20 @@ class SuperResModel(UNetModel):
         super().__init__(image_size, 2 * in_channels, *args, **kwargs)
 
     def forward(
-        self, x: torch.Tensor, timesteps: torch.Tensor, low_res: torch.Tensor, y: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        low_res: torch.Tensor | None = None,
+        y: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x: [N, C, H, W]; low_res: [N, C, h, w] in [-1, 1], of any size; the others and the output as UNetModel's."""
+        if low_res is None:
+            raise InputError("the network is one of super-resolution: give the images to enlarge", parameter="low_res")
         upsampled = F.interpolate(low_res.to(x.dtype), x.shape[2:], mode="bilinear")
         return super().forward(torch.cat([x, upsampled], dim=1), timesteps, y)
 
 
-class EncoderUNetModel(_Torso):
+class EncoderUNetModel(_UNetEncoder):
     """The contracting half with a pooling head: noisy-image classifier and domain-specific extractor.
 
     pool: `adaptive` (global average), `attention` (CLIP's), `spatial` and `spatial_v2` (an MLP on the means of all
@@ -428,7 +468,7 @@ class EncoderUNetModel(_Torso):
             resblock_updown,
             use_new_attention_order,
         )
-        del self._res_block, self._attention
+        del self._res_block, self._attention, self._norm
         self.out_channels = out_channels
         self.pool = pool
         self.head = head

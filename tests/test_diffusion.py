@@ -109,7 +109,7 @@ def test_betas_of_any_alpha_bar():
 
 
 def test_unknown_schedule():
-    with pytest.raises(InputError, match="linear or cosine") as caught:
+    with pytest.raises(InputError, match="it can be linear, cosine") as caught:
         get_named_beta_schedule("sqrt", 10)
     assert (caught.value.parameter, caught.value.value) == ("noise_schedule", "sqrt")
 
@@ -171,7 +171,7 @@ def test_spacing_that_is_no_list_of_numbers(text):
 
 @pytest.mark.parametrize("text, count", [("0", 0), ("-5", -5), ("1001", 1001), ("10,0", 0), ("600,10", 600)])
 def test_spacing_with_impossible_counts(text, count):
-    with pytest.raises(InputError, match=f"{count} steps out of") as caught:
+    with pytest.raises(InputError, match=f"it asks for {count} steps out of") as caught:
         space_timesteps(1000, text)
     assert (caught.value.parameter, caught.value.value) == ("timestep_respacing", text)
 
@@ -296,6 +296,8 @@ def plain_posterior(diffusion, output, x, i, clip):
         x_start = (x - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar**0.5
     elif diffusion.model_mean_type is ModelMeanType.START_X:
         x_start = prediction
+    elif diffusion.model_mean_type is ModelMeanType.VELOCITY:
+        x_start = alpha_bar**0.5 * x - (1 - alpha_bar) ** 0.5 * prediction
     else:
         x_start = (prediction - coef2 * x) / coef1
     x_start = x_start.clamp(-1, 1) if clip else x_start
@@ -543,6 +545,7 @@ def test_training_losses(mean, var, loss):
             target = {
                 ModelMeanType.EPSILON: noise[n].double(),
                 ModelMeanType.START_X: x_start[n].double(),
+                ModelMeanType.VELOCITY: (alpha_bar**0.5 * noise[n] - (1 - alpha_bar) ** 0.5 * x_start[n]).double(),
                 ModelMeanType.PREVIOUS_X: (
                     diffusion.betas[i] * previous**0.5 * arguments[1]
                     + (1 - previous) * diffusion.alphas[i] ** 0.5 * arguments[2]

@@ -114,6 +114,14 @@ def test_min_snr_weight_of_a_model_that_predicts_the_image():
     np.testing.assert_allclose(loss_weights(diffusion, min_snr_gamma=5.0).numpy(), np.minimum(snr, 5), rtol=1e-6)
 
 
+def test_min_snr_weight_of_a_model_that_predicts_the_velocity():
+    # v - v' = (x_0' - x_0) (snr + 1)^(1/2), where both belong to the same x_t.
+    diffusion = create_gaussian_diffusion(steps=50, predict_v=True)
+    snr = diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)
+    expected = np.minimum(snr, 5) / (snr + 1)
+    np.testing.assert_allclose(loss_weights(diffusion, min_snr_gamma=5.0).numpy(), expected, rtol=1e-6)
+
+
 def test_weighting_leaves_the_variance_term_alone(folder, tmp_path):
     flags = {**FLAGS, "learn_sigma": True}
     loop, diffusion = make_loop(folder, tmp_path, flags=flags, weighting={"p2_gamma": 1.0}, batch_size=4)

@@ -165,6 +165,23 @@ class LossOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class SuperResOptions:
+    """What a super-resolution model enlarges."""
+
+    small_size: int = option(64, "side of the images to enlarge", least=1, most=1 << 14)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def check_large(self, large_size: int) -> None:
+        """Raise InputError unless images of side large_size are larger."""
+        if self.small_size >= large_size:
+            raise InputError(
+                f"it must be below that of the images to make, {large_size}", parameter="small_size", value=self.small_size
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class GridOptions:
     """Sample grids, drawn while training."""
 
@@ -257,6 +274,11 @@ HELP = {
 def unet_defaults() -> dict[str, Any]:
     """Defaults of the diffusion model; use_fp16 is the loop's, since weights are kept in float32."""
     return {name: value for name, value in model_and_diffusion_defaults().items() if name != "use_fp16"}
+
+
+def super_res_defaults() -> dict[str, Any]:
+    """Defaults of the super-resolution model; image_size is the side of what it makes."""
+    return {**unet_defaults(), "image_size": 256}
 
 
 def encoder_defaults() -> dict[str, Any]:

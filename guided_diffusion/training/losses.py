@@ -90,6 +90,17 @@ def diffusion_loss(diffusion: GaussianDiffusion, weights: torch.Tensor | None = 
     return losses
 
 
+def super_res_loss(diffusion: GaussianDiffusion, small_size: int) -> Loss:
+    """The loss of a model that enlarges images of side small_size, which area averaging makes of the training images."""
+    plain = diffusion_loss(diffusion)
+
+    def losses(model, x, t, noise, y):
+        low_res = F.interpolate(x, small_size, mode="area")
+        return plain(lambda *args, **kwargs: model(*args, low_res=low_res, **kwargs), x, t, noise, y)
+
+    return losses
+
+
 def classifier_loss(diffusion: GaussianDiffusion, noised: bool = True) -> Loss:
     """Cross-entropy of a classifier of noised images (of clean ones at t = 0 if not `noised`), with its accuracy."""
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from ..checkpoint import load_model
-from ..checkpoint.loading import FLAGS, FREE
+from ..checkpoint.reconcile import FLAGS
+from ..checkpoint.reconcile import RUNTIME_FLAGS as FREE
 from ..errors import InputError, display_name, first_line, shown
 from ..script_util import (
     attention_factors,
@@ -21,7 +22,7 @@ from ..script_util import (
     create_model,
 )
 from . import files
-from .config import TrainConfig, encoder_defaults, unet_defaults
+from .config import TrainConfig, encoder_defaults, super_res_defaults, unet_defaults
 from .data import TrainImages, listed
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,15 @@ DIFFUSION = Kind(
     "num_classes",
     create_model,
     unet_defaults,
+)
+SUPER_RES = Kind(
+    "super-resolution model",
+    ("ADM",),
+    "num_channels",
+    "attention_resolutions",
+    "num_classes",
+    create_model,
+    super_res_defaults,
 )
 ENCODER = Kind(
     "classifier", ("ENCODER",), "classifier_width", "classifier_attention_resolutions", "num_class", create_classifier,
@@ -149,6 +159,9 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
     if info.model_type not in kind.types:
         other = ENCODER if kind is DIFFUSION else DIFFUSION
         raise InputError(f"{display_name(checkpoint)} is a {other.word}, and a {kind.word} is to be trained")
+    if kind is not ENCODER and bool(info.flags.get("super_res")) != (kind is SUPER_RES):
+        found = SUPER_RES if kind is DIFFUSION else DIFFUSION
+        raise InputError(f"{display_name(checkpoint)} is a {found.word}, and a {kind.word} is to be trained")
     known = {**info.flags, **record.model, **_free(given)}
     flags = in_order(kind, {name: value for name, value in known.items() if not name.endswith("use_fp16")})
     for name, value in fixed.items():
@@ -272,6 +285,8 @@ def check_network(kind: Kind, flags: Mapping[str, Any]) -> None:
             parameters = sum(p.numel() for p in model.parameters())
             x = torch.empty(1, 3, size, size)
             labels = {"y": torch.zeros(1, dtype=torch.long)} if flags.get("class_cond") else {}
+            if flags.get("super_res"):
+                labels["low_res"] = x
             model.eval()(x, torch.zeros(1, dtype=torch.long), **labels)
     except InputError:
         raise
