@@ -541,25 +541,31 @@ class GaussianDiffusion:
         return torch.where(t == 0, nll, kl) / math.log(2.0)
 
     def calc_bpd_loop(
-        self, model: Model, x_start: torch.Tensor, clip_denoised: bool = True, model_kwargs: dict | None = None
+        self,
+        model: Model,
+        x_start: torch.Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: dict | None = None,
+        *,
+        noise: Callable[[torch.Size], torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """The variational bound of images x_0 [N, C, H, W] on the 8-bit grid, in bits per dimension, term by term.
 
-        Noise is drawn for every step, from the last to the first. Returns a dict: `total_bpd` and `prior_bpd` [N], the
+        Noise is drawn for every step, from the last to the first, by noise(shape) where that is given. Returns a dict: `total_bpd` and `prior_bpd` [N], the
         bound and its term that no model changes; `vb`, `xstart_mse` and `mse` [N, T], from the last step to the first:
         the bound's terms and the mean squared errors of the predictions of x_0 and of the noise.
         """
         terms = {"vb": [], "xstart_mse": [], "mse": []}
         for i in reversed(range(self.num_timesteps)):
             t = torch.full((x_start.shape[0],), i, device=x_start.device, dtype=torch.long)
-            noise = torch.randn_like(x_start)
-            x_t = self.q_sample(x_start, t, noise=noise)
+            drawn = torch.randn_like(x_start) if noise is None else noise(x_start.shape)
+            x_t = self.q_sample(x_start, t, noise=drawn)
             with torch.no_grad():
                 out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
             terms["vb"].append(out["output"])
             terms["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))
             eps = self.eps_from_xstart(x_t, t, out["pred_xstart"])
-            terms["mse"].append(mean_flat((eps - noise) ** 2))
+            terms["mse"].append(mean_flat((eps - drawn) ** 2))
         columns = {name: torch.stack(values, dim=1) for name, values in terms.items()}
         prior = self._prior_bpd(x_start)
         return {"total_bpd": columns["vb"].sum(dim=1) + prior, "prior_bpd": prior, **columns}

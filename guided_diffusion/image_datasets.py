@@ -14,7 +14,7 @@ import re
 import stat
 import unicodedata
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -509,7 +509,7 @@ def load_data(
     references = _by_folder(list_references(data_dir))
     labels = None
     if class_cond:
-        names = _class_names(references)
+        names = class_names(references)
         numbers = {name: number for number, name in enumerate(sorted(set(names)))}
         labels = [numbers[name] for name in names]
     me = ranks()
@@ -565,7 +565,9 @@ def _augmented(path, image_size, random_crop, random_flip, generator):
     return array[:, ::-1] if random_flip and generator.random() < 0.5 else array
 
 
-def _class_names(references):
+def class_names(references: Sequence[Reference]) -> list[str]:
+    """The class of each image: the first folder of its relative path where all images lie in folders, otherwise what
+    comes before the first underscore of its name."""
     if all("/" in reference.name for reference in references):
         return [reference.name.split("/")[0] for reference in references]
     return [posixpath.basename(reference.name).split("_")[0] for reference in references]
