@@ -1,8 +1,8 @@
 """guided-diffusion's other jobs as functions of tensors: sampling guided by a classifier, and super-resolution.
 
-model(x, t, ...): the diffusion model, t original timesteps; diffusion: its (respaced) process. noise(shape): every random
-draw in order, x_T first, then one per step. callback: gets a dict after every step: `i`, `x` (the state), `pred_xstart`
-and `guided` (empty, as no step is SDDM's). Both return [N, 3, H, W].
+model(x, t, ...): the diffusion model, t original timesteps; diffusion: its (respaced) process. noise(shape): every
+random draw in order, x_T first, then one per step. callback: gets a dict after every step: `i`, `x` (the state),
+`pred_xstart` and `guided` (empty, as no step is SDDM's). Both return [N, 3, H, W].
 """
 
 from collections.abc import Callable

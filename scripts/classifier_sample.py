@@ -2,8 +2,8 @@
 
 000000.png, 000001.png, ... in --save_dir; an image depends on the flags, --seed and its number alone.
 
-example: python scripts/classifier_sample.py --model_path 256x256_diffusion.pt --classifier_path 256x256_classifier.pt \\
-             --classifier_scale 1.0 --num_samples 64 --timestep_respacing 250 --save_dir output
+example: python scripts/classifier_sample.py --model_path 256x256_diffusion.pt \\
+             --classifier_path 256x256_classifier.pt --classifier_scale 1.0 --num_samples 64 --timestep_respacing 250 --save_dir output
 """
 
 import os
@@ -14,6 +14,7 @@ from guided_diffusion.cli import main as command
 
 command.start()
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -46,10 +47,12 @@ def generate(given: Given, peers: Peers) -> int:
         drawn = draw_labels(noise, count, classes, device)
         return drawn if guidance.class_index is None else torch.full_like(drawn, guidance.class_index)
 
+    def sample(ref: torch.Tensor, noise: ImageNoise, callback: Callable) -> torch.Tensor:
+        return run(ref, labels=labels(noise, len(ref)), noise=noise, callback=callback)
+
     job = Job(output, peers, device, Numbers(guidance.num_samples))
     settings |= {**given.settings([guidance, output]), "method": "classifier"}
-    status = make(job, info.flags["image_size"], settings, lambda ref, noise, callback: run(
-        ref, labels=labels(noise, len(ref)), noise=noise, callback=callback), diffusion.num_timesteps, peers.rank)  # fmt: skip
+    status = make(job, info.flags["image_size"], settings, sample, diffusion.num_timesteps, peers.rank)
     if guidance.npz and status == 0 and peers.rank == 0:
         keys = [image_key(output.seed, item.reference.name, item.sample) for item in job.items.values()]
         write_npz(job, labels(ImageNoise(keys, torch.device("cpu")), len(keys)).tolist())

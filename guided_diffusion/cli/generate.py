@@ -27,7 +27,7 @@ class NetworkOptions:
 
     model_path: str | None = option(None, "checkpoint of the diffusion model", file=True, metavar="FILE")
     sigma_small: bool = option(False, "the posterior's variance where the model has none of its own")
-    precision: str | None = option(None, "precision of the network (default fp32)", choices=(*PRECISIONS, None))
+    precision: str | None = option(None, "precision of the network (default fp32)", choices=PRECISIONS)
     device: str = option("auto", "cpu, cuda, cuda:1, mps or auto", runtime=True)
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ def progress_bar(total: int, rank: int) -> Any:
 
 
 def write_npz(job: Job, labels: list[int] | None) -> None:
-    """All images of a job as arr_0, uint8 [N, H, W, 3], and their classes, if any, as arr_1: guided-diffusion's file."""
+    """guided-diffusion's file: all images as arr_0, uint8 [N, H, W, 3], and their classes, if any, as arr_1 [N]."""
     from ..image_datasets import load_image
 
     images = np.stack([load_image(job.path(item), job.image_size) for item in job.items.values()])

@@ -1,4 +1,4 @@
-"""Small images to enlarge, for `job.Job`: a folder of images, or the .npz file that guided-diffusion's scripts write."""
+"""Small images to enlarge, for `job.Job`: a folder of images, or an .npz file as guided-diffusion writes it."""
 
 import io
 import zipfile
