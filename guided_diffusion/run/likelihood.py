@@ -110,7 +110,7 @@ class Likelihood:
         batches = [self.missing[i : i + size] for i in range(0, len(self.missing), size)]
         while (index := self.peers.count("claimed") - 1) < len(batches):
             self._evaluate(batches[index], model, diffusion, image_size, device, labels)
-            progress(self.peers.count("images", len(batches[index])))
+            progress(self.peers.count("evaluated", len(batches[index])))
             self.peers.watch()
         if self.peers.rank:
             self.peers.publish(f"failed/{self.peers.rank}", self.failed)
