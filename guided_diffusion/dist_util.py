@@ -143,7 +143,7 @@ def _leftovers(me):
 
 
 def _torchrun_store(me, timeout):
-    from torch.distributed import PrefixStore, rendezvous
+    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
     store, _, _ = next(rendezvous("env://", timeout=timeout))
     # The launcher keeps entries of its own in the same store.
@@ -172,8 +172,8 @@ def _mpi_store(me, timeout):
     ranks = MPI.COMM_WORLD
     if ranks.Get_size() != me.world_size:
         raise InputError(
-            f"mpiexec started {me.world_size} processes and mpi4py sees {ranks.Get_size()}: mpi4py was built for another "
-            "MPI than this mpiexec (reinstall it, or use torchrun), or the environment is left over from another run"
+            f"mpiexec started {me.world_size} processes and mpi4py sees {ranks.Get_size()}: mpi4py was built for "
+            "another MPI than this mpiexec (reinstall it, or use torchrun), or the environment is left over from another run"
         )
     hosts = ranks.allgather(socket.gethostname())
     host = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
@@ -184,7 +184,7 @@ def _mpi_store(me, timeout):
 
 
 def _tcp_store(host, port, me, timeout):
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     return TCPStore(host, port, me.world_size, is_master=me.rank == 0, wait_for_workers=False, timeout=timeout)
 
@@ -207,7 +207,7 @@ def abort(me: Ranks, status: int = 1) -> None:
         MPI.COMM_WORLD.Abort(status)
 
 
-# ---- messages between ranks -------------------------------------------------------------------------------------------
+# ---- messages between ranks -----------------------------------------------------------------------------------------
 
 
 class Stopped(Exception):
@@ -247,7 +247,7 @@ class Peers:
         self._store = LocalStore() if store is None else store
         self._leaving = threading.Event()
         self._watched_at = time.monotonic()
-        self._beats = {rank: 0 for rank in range(1, me.world_size)} if me.rank == 0 else {}
+        self._beats = dict.fromkeys(range(1, me.world_size), 0) if me.rank == 0 else {}
         self._silence = dict.fromkeys(self._beats, 0.0)
         if me.rank:
             threading.Thread(target=self._beat, daemon=True).start()
@@ -258,8 +258,8 @@ class Peers:
         except RuntimeError as error:
             owner = "the launcher" if self.launcher == "torchrun" else "rank 0"
             raise InputError(
-                f"rank {self.rank} of {self.world_size} lost contact with {owner}, which has ended or cannot be reached; "
-                "run the same command again to resume"
+                f"rank {self.rank} of {self.world_size} lost contact with {owner}, which has ended or cannot be "
+                "reached; run the same command again to resume"
             ) from error
 
     def _beat(self):
@@ -301,8 +301,8 @@ class Peers:
                 "check", [f"left/{rank}"]
             ):
                 raise InputError(
-                    f"rank {rank} of {self.world_size} has given no sign of life for {self._silence[rank]:.0f} seconds; "
-                    "run the same command again to resume"
+                    f"rank {rank} of {self.world_size} has given no sign of life for {self._silence[rank]:.0f} "
+                    "seconds; run the same command again to resume"
                 )
 
     def stop(self, reason: str) -> bool:
@@ -364,6 +364,7 @@ def setup_dist() -> None:
     """Join the ranks that torchrun, mpiexec or Slurm started in torch's default process group; a process started by
     hand makes a group of one. Nothing happens where the group exists. NCCL serves tensors on GPUs, gloo those on CPUs."""
     import torch.distributed as dist
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
 
     if dist.is_initialized():
         return
@@ -372,7 +373,7 @@ def setup_dist() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(me.local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=open_store(me) or dist.HashStore(), rank=me.rank, world_size=me.world_size)
+    dist.init_process_group(backend, store=open_store(me) or HashStore(), rank=me.rank, world_size=me.world_size)
 
 
 def dev() -> torch.device:

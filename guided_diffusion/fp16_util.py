@@ -61,7 +61,7 @@ class MixedPrecisionTrainer:
         )
         if use_fp16:
             if hasattr(model, "convert_to_fp32"):
-                model.convert_to_fp32()
+                model.convert_to_fp32()  # type: ignore[operator]
             model.forward = torch.autocast(device, torch.float16)(model.forward)
 
     @property

@@ -24,7 +24,7 @@ def normalization(channels: int, groups: int = 32, eps: float = 1e-5) -> GroupNo
 
 def hooked(*modules: nn.Module | None) -> bool:
     """Whether calling one of the modules would run a hook, which a fast path around that call would leave out."""
-    return _has_any_global_hook() or any(
+    return bool(_has_any_global_hook()) or any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         for module in modules
         if module is not None

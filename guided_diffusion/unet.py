@@ -251,8 +251,13 @@ class _UNetEncoder(nn.Module):
                 self._skip_channels.append(channels)
                 downsampling *= 2
         self.input_blocks = nn.ModuleList(blocks)
-        middle = attention(channels, norm=norm if middle_norm else nn.Identity)
-        self.middle_block = TimestepEmbedSequential(res_block(channels), middle, res_block(channels))
+        # In this order, in which they draw their initial weights.
+        middle = [
+            res_block(channels),
+            attention(channels, norm=norm if middle_norm else nn.Identity),
+            res_block(channels),
+        ]
+        self.middle_block = TimestepEmbedSequential(*middle)
         self._channels, self._downsampling = channels, downsampling
         self._res_block, self._attention, self._norm = res_block, attention, norm
 

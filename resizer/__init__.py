@@ -141,19 +141,22 @@ class Resizer(nn.Module):
         return rows @ x @ columns.T
 
 
-def _scales_and_sizes(in_shape, scale_factor, output_shape):
+def _scales_and_sizes(
+    in_shape: tuple[int, ...], scale_factor: float | Sequence[float] | None, output_shape: Sequence[int] | None
+) -> tuple[list[float], list[int | None]]:
     """Scale and new length of every axis of in_shape."""
     n = len(in_shape)
     if n < 2:
         raise ValueError(f"in_shape is {tuple(in_shape)}; it must have at least two entries")
     if scale_factor is None and output_shape is None:
         raise ValueError("scale_factor is missing; give it, or output_shape")
-    sizes = scales = None
+    scales: list[float] = []
+    sizes: list[int | None] = []
     if output_shape is not None:
         if not 2 <= len(output_shape) <= n or not all(int(side) == side and side >= 1 for side in output_shape):
             raise ValueError(f"output_shape is {tuple(output_shape)}; it must be 2 to {n} positive whole numbers")
         sizes = [*in_shape[: n - len(output_shape)], *(int(side) for side in output_shape)]
-        scales = [size / length for size, length in zip(sizes, in_shape)]
+        scales = [size / length for size, length in zip(sizes, in_shape) if size]
     if scale_factor is not None:
         given = [scale_factor] * 2 if isinstance(scale_factor, (int, float)) else [float(s) for s in scale_factor]
         if not 2 <= len(given) <= n:

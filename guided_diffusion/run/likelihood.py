@@ -172,7 +172,7 @@ class Likelihood:
 
 def _listed(options: LikelihoodOptions) -> list[Reference]:
     try:
-        return list_references(options.data_dir)[: options.num_samples]
+        return list_references(str(options.data_dir))[: options.num_samples]
     except InputError as error:
         reason = error.reason if error.parameter else str(error)
         raise InputError(reason, parameter="data_dir", value=options.data_dir) from None

@@ -56,7 +56,7 @@ def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     except (OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
         raise InputError(f"{display_name(path)} cannot be read: {first_line(error)}") from None
     images = arrays[0] if arrays else np.empty(0)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
         raise InputError(
             f"{display_name(path)} does not hold images: its first array is {images.dtype} {list(images.shape)}, uint8 "
             "[N, H, W, 3] is needed"
@@ -70,5 +70,5 @@ def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None]:
 def npz_bytes(*arrays: np.ndarray, **named: np.ndarray) -> bytes:
     """Arrays as the content of an .npz file, those without a name as arr_0, arr_1, …"""
     buffer = io.BytesIO()
-    np.savez(buffer, *arrays, **named)
+    np.savez(buffer, *arrays, **named)  # type: ignore[arg-type]
     return buffer.getvalue()
