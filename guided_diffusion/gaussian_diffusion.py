@@ -41,7 +41,8 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     name, _, text = str(schedule_name).partition(":")
     numbers = _betas(text)
     wrong: dict = {"parameter": "noise_schedule", "value": schedule_name}
-    if name not in ("linear", "scaled_linear", "sigmoid", "betas") or not numbers or name != "betas" and len(numbers) != 2:
+    known = name in ("linear", "scaled_linear", "sigmoid", "betas")
+    if not known or not numbers or (name != "betas" and len(numbers) != 2):
         raise InputError(f"it can be {SCHEDULES}, with betas above 0 and below 1", **wrong)
     if name == "betas":
         if len(numbers) != n:
@@ -260,7 +261,8 @@ class GaussianDiffusion:
             return self.xstart_from_eps(x, t, prediction)
         if self.model_mean_type is ModelMeanType.VELOCITY:
             # Not through the noise: alpha_bar gets close to 0, and its root stands in a denominator there.
-            signal, noise = (self.extract(name, t, x.ndim) for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"))
+            names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+            signal, noise = (self.extract(name, t, x.ndim) for name in names)
             return signal * x - noise * prediction
         # x_{t-1} = coef1 x_0 + coef2 x_t, solved for x_0.
         coef1 = self.extract("posterior_mean_coef1", t, x.ndim)
@@ -530,7 +532,7 @@ class GaussianDiffusion:
     def variational_bound(
         self, model_output: torch.Tensor, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
-        """The bound's term of step t in bits per dimension, [N]: a KL divergence, at t = 0 the negative log-likelihood."""
+        """The bound's term of step t in bits per dimension, [N]: a KL divergence; at t = 0 the negative likelihood."""
         return self._bound(self.p_mean_variance_from(model_output, x_t, t, clip_denoised=False), x_start, x_t, t)
 
     def _bound(self, out, x_start, x_t, t):
@@ -551,9 +553,10 @@ class GaussianDiffusion:
     ) -> dict[str, torch.Tensor]:
         """The variational bound of images x_0 [N, C, H, W] on the 8-bit grid, in bits per dimension, term by term.
 
-        Noise is drawn for every step, from the last to the first, by noise(shape) where that is given. Returns a dict: `total_bpd` and `prior_bpd` [N], the
-        bound and its term that no model changes; `vb`, `xstart_mse` and `mse` [N, T], from the last step to the first:
-        the bound's terms and the mean squared errors of the predictions of x_0 and of the noise.
+        Noise is drawn for every step, from the last to the first, by noise(shape) where that is given. Returns a dict:
+        `total_bpd` and `prior_bpd` [N], the bound and its term that no model changes; `vb`, `xstart_mse` and `mse`
+        [N, T], from the last step to the first: the bound's terms and the mean squared errors of the predictions of x_0
+        and of the noise.
         """
         terms = {"vb": [], "xstart_mse": [], "mse": []}
         for i in reversed(range(self.num_timesteps)):
@@ -604,6 +607,7 @@ def _extract_into_tensor(arr, timesteps, broadcast_shape):
 
 
 def _last(iterator):
-    for item in iterator:
+    item = None
+    for item in iterator:  # noqa: B007 - the last one is wanted
         pass
     return item

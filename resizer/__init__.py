@@ -83,8 +83,8 @@ class Resizer(nn.Module):
     in_shape: shape of the tensors to come, at least the axes that are resized. scale_factor: one number for the last
     two axes, or a list for as many last axes as it has entries. output_shape: the resized shape, or its last entries.
     Of both, output_shape gives the lengths and scale_factor the positions. kernel: cubic (the default, also for None),
-    lanczos2, lanczos3, box or linear. antialiasing: stretch the kernel when shrinking. Called on [..., H, W], it returns
-    [..., H', W'] in the same dtype. Raises ValueError for arguments that do not fit. Its matrices follow the tensors to
+    lanczos2, lanczos3, box or linear. antialiasing: stretch the kernel when shrinking. Called on [..., H, W], it
+    returns [..., H', W'] in the same dtype. Raises ValueError for arguments that do not fit. Its matrices follow the tensors to
     their device.
     """
 
@@ -158,7 +158,7 @@ def _scales_and_sizes(
         sizes = [*in_shape[: n - len(output_shape)], *(int(side) for side in output_shape)]
         scales = [size / length for size, length in zip(sizes, in_shape) if size]
     if scale_factor is not None:
-        given = [scale_factor] * 2 if isinstance(scale_factor, (int, float)) else [float(s) for s in scale_factor]
+        given = [float(s) for s in ([scale_factor] * 2 if isinstance(scale_factor, (int, float)) else scale_factor)]
         if not 2 <= len(given) <= n:
             raise ValueError(f"scale_factor is {scale_factor}; it must be one number, or 2 to {n}")
         scales = [1.0] * (n - len(given)) + given

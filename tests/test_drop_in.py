@@ -160,6 +160,18 @@ def test_golden_super_resolution():
     close(found, data["output"], atol=2e-5)
 
 
+def test_seeded_initial_weights():
+    """They are drawn in the published package's order: sums of magnitudes that it gave."""
+    torch.manual_seed(0)
+    flags = dict(channel_mult="1,2", attention_resolutions="8", num_heads=4, use_scale_shift_norm=True)
+    weights = dict(create_model(16, 32, 1, **flags).named_parameters())
+    for name, expected in (
+        ("input_blocks.0.0.weight", 84.19082832632921), ("middle_block.0.in_layers.2.weight", 769.0769744870915),
+        ("middle_block.2.in_layers.2.weight", 769.1935277791156), ("output_blocks.3.0.in_layers.2.weight", 382.9597644585858),
+    ):  # fmt: skip
+        assert float(weights[name].double().abs().sum()) == pytest.approx(expected, rel=1e-9), name
+
+
 def test_golden_file_is_small():
     assert (GOLDEN_DIR / "drop_in.safetensors").stat().st_size < 1 << 20
 
