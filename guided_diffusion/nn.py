@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -21,22 +22,38 @@ def normalization(channels: int, groups: int = 32, eps: float = 1e-5) -> GroupNo
     return GroupNorm32(groups, channels, eps=eps)
 
 
-def norm_silu(norm, x, scale=None, shift=None):
+def hooked(*modules: nn.Module | None) -> bool:
+    """Whether calling one of the modules would run a hook, which a fast path around that call would leave out."""
+    return bool(_has_any_global_hook()) or any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+        if module is not None
+    )
+
+
+def norm_silu(
+    norm: nn.GroupNorm,
+    x: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    silu: nn.Module | None = None,
+) -> torch.Tensor:
     """SiLU(norm(x) (1 + scale) + shift) in x's dtype, without the affine part where scale is None.
 
-    x: [N, C, H, W]; scale, shift: [N, C, 1, 1]. Where no gradient is wanted, it all happens in one buffer, and for half
-    precision in float32 with one rounding at the end. In float32 both ways give the same bits.
+    x: [N, C, H, W]; scale, shift: [N, C, 1, 1]. silu: the module to call for it, if the network has one. Where no
+    gradient is wanted and no hook is set on a module, it all happens in one buffer, and for half precision in float32
+    with one rounding at the end. In float32 both ways give the same bits.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or hooked(norm, silu):
         h = norm(x)
-        if scale is not None:
+        if scale is not None and shift is not None:
             h = h * (1 + scale.to(x.dtype)) + shift.to(x.dtype)
-        return F.silu(h)
+        return F.silu(h) if silu is None else silu(h)
     if _normalizes_halves(norm, x):
         h = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     else:
         h = F.group_norm(x.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps)
-    if scale is not None:
+    if scale is not None and shift is not None:
         h.mul_((1 + scale).to(h.dtype)).add_(shift.to(h.dtype))
     return F.silu(h, inplace=True).to(x.dtype)
 

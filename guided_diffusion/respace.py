@@ -132,3 +132,7 @@ class SpacedDiffusion(GaussianDiffusion):
             self._maps[t.device] = torch.tensor(self.timestep_map, device=t.device)
         original = self._maps[t.device][t]
         return original.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else original
+
+    def _scale_timesteps(self, t):
+        # As in guided-diffusion, where the model that a respaced process gets is wrapped to do it.
+        return t

@@ -5,13 +5,15 @@ Parameter names and shapes are those of the published checkpoints; the encoder s
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .nn import norm_silu, normalization, timestep_embedding, zero_module
+from .errors import InputError
+from .nn import hooked, norm_silu, normalization, timestep_embedding, zero_module
 
 
 class Upsample(nn.Module):
@@ -91,15 +93,20 @@ class ResBlock(nn.Module):
         return self._forward(x, emb)
 
     def _forward(self, x, emb):
-        norm_in, _, conv_in = self.in_layers
-        h = conv_in(self.resample(norm_silu(norm_in, x)))
-        emb = self.emb_layers(emb)[:, :, None, None]
-        norm_out, _, dropout, conv_out = self.out_layers
-        if self.use_scale_shift_norm:
-            h = norm_silu(norm_out, h, *emb.chunk(2, dim=1))
+        norm_in, silu_in, conv_in = self.in_layers
+        if hooked(self.in_layers) and isinstance(self.resample, nn.Identity):
+            h = self.in_layers(x)
         else:
-            h = norm_silu(norm_out, h + emb.to(h.dtype))
-        h = conv_out(dropout(h))
+            h = conv_in(self.resample(norm_silu(norm_in, x, silu=silu_in)))
+        emb = self.emb_layers(emb)[:, :, None, None]
+        norm_out, silu_out, dropout, conv_out = self.out_layers
+        if self.use_scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = conv_out(dropout(norm_silu(norm_out, h, scale, shift, silu_out)))
+        elif hooked(self.out_layers):
+            h = self.out_layers(h + emb.to(h.dtype))
+        else:
+            h = conv_out(dropout(norm_silu(norm_out, h + emb.to(h.dtype), silu=silu_out)))
         return self.skip_connection(self.resample(x)) + h
 
 
@@ -244,8 +251,13 @@ class _UNetEncoder(nn.Module):
                 self._skip_channels.append(channels)
                 downsampling *= 2
         self.input_blocks = nn.ModuleList(blocks)
-        middle = attention(channels, norm=norm if middle_norm else nn.Identity)
-        self.middle_block = TimestepEmbedSequential(res_block(channels), middle, res_block(channels))
+        # In this order, in which they draw their initial weights.
+        middle = [
+            res_block(channels),
+            attention(channels, norm=norm if middle_norm else nn.Identity),
+            res_block(channels),
+        ]
+        self.middle_block = TimestepEmbedSequential(*middle)
         self._channels, self._downsampling = channels, downsampling
         self._res_block, self._attention, self._norm = res_block, attention, norm
 
@@ -391,6 +403,29 @@ class UNetModel(_UNetEncoder):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return self.out(h.to(x.dtype)).contiguous()
+
+
+class SuperResModel(UNetModel):
+    """The UNet that makes a large image of a small one: it sees the small one, enlarged, beside x.
+
+    Arguments are UNetModel's; in_channels: those of the images, the network takes twice as many.
+    """
+
+    def __init__(self, image_size: int, in_channels: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(image_size, 2 * in_channels, *args, **kwargs)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        low_res: torch.Tensor | None = None,
+        y: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x: [N, C, H, W]; low_res: [N, C, h, w] in [-1, 1], of any size; the others and the output as UNetModel's."""
+        if low_res is None:
+            raise InputError("the network is one of super-resolution: give the images to enlarge", parameter="low_res")
+        upsampled = F.interpolate(low_res.to(x.dtype), x.shape[2:], mode="bilinear")
+        return super().forward(torch.cat([x, upsampled], dim=1), timesteps, y)
 
 
 class EncoderUNetModel(_UNetEncoder):

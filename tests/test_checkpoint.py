@@ -1298,9 +1298,9 @@ def test_latent_diffusion_models_are_told_so(tmp_path):
 
 
 def test_networks_for_other_channels_are_told_so(tmp_path):
-    shapes = {**network_shapes("updown"), "input_blocks.0.0.weight": (32, 6, 3, 3)}
+    shapes = {**network_shapes("updown"), "input_blocks.0.0.weight": (32, 4, 3, 3)}
     message = refusal(saved(tmp_path / "m.pt", zeros(shapes)), **network_flags("updown"))
-    assert "input_blocks.0.0.weight has shape [32, 6, 3, 3]" in message
+    assert "input_blocks.0.0.weight has shape [32, 4, 3, 3]" in message
 
 
 def test_architectures_that_cannot_be_built(tmp_path):

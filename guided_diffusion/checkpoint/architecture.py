@@ -199,6 +199,9 @@ def _adm_flags(state):
         flags["resblock_updown"] = not any(name.endswith(".0.op") for name in modules)
     if flags["class_cond"]:
         flags["num_classes"] = _size(state, ("label_emb.weight", 0))
+    first = state["input_blocks.0.0.weight"]
+    if first.ndim == 4 and first.shape[1] == 6:  # the image, and the small one beside it
+        flags["super_res"] = True
     return flags
 
 

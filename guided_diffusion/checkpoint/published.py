@@ -95,6 +95,14 @@ PUBLISHED = (
         {"image_size": 64, "use_new_attention_order": True, "dropout": 0.1, **COSINE},
         class_cond=True,
     ),
+    # Both upsamplers have the same levels; where their attention is tells them apart.
+    _adm(
+        *("64_256_upsampler.pt", 192, 2, SIX, (8, 16, 32)),
+        {"image_size": 256, "num_head_channels": -1, **LINEAR},
+        class_cond=True,
+        super_res=True,
+    ),
+    _adm("128_512_upsampler.pt", 192, 2, SIX, (16, 32), {"image_size": 512, **LINEAR}, class_cond=True, super_res=True),
     # improved-diffusion; what its README does not say has that project's defaults, rescaled timesteps among them.
     _improved(
         *("imagenet64_uncond_*.pt", 128, 3, FOUR, (4, 8)),

@@ -255,7 +255,7 @@ def reconcile(
     if kind == "DDPM":
         untold |= DDPM_EXTENSIONS
     elif stated and stated.complete and not encoder:
-        untold = {**EXTENSIONS, **untold}
+        untold = {**{name: value for name, value in EXTENSIONS.items() if name not in found}, **untold}
     for flag, value in given.items():
         if flag not in RUNTIME_FLAGS and value != untold.get(flag, value):
             raise _misfit(flag, value, f"{file} was trained with {flag}={_brief(untold[flag])}")
