@@ -53,6 +53,7 @@ def pictures(folder):
 
 def test_classifier_sample(data, tmp_path):
     flags = ["--model_path", data / "model.safetensors", "--classifier_path", data / "classifier.safetensors"]
+    flags += ["--classifier_width", "32", "--classifier_pool", "attention"]
     flags += ["--timestep_respacing", "4", "--num_samples", "3", "--classifier_scale", "5", "--save_dir"]
     run("classifier_sample", *flags, tmp_path / "a", "--batch_size", "2")
     made = pictures(tmp_path / "a")
