@@ -6,7 +6,7 @@ random draw in order, x_T first, then one per step. callback: gets a dict after 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -35,6 +35,26 @@ class GuidanceOptions:
         check(self)
         if self.classifier is None:
             raise InputError("give the checkpoint of a classifier", parameter="classifier")
+
+
+@dataclass(frozen=True)
+class ClassifierFlags:
+    """The classifier's network; what is None is read from its checkpoint."""
+
+    classifier_use_fp16: bool | None = option(None, "compute in half precision")
+    classifier_width: int | None = option(None, "base width of the network", least=1, most=1 << 14)
+    classifier_depth: int | None = option(None, "residual blocks per level", least=1, most=64)
+    classifier_attention_resolutions: str | None = option(None, "sides of the feature maps with attention")
+    classifier_use_scale_shift_norm: bool | None = option(None, "scale and shift by the time embedding")
+    classifier_resblock_updown: bool | None = option(None, "resample inside residual blocks")
+    classifier_pool: str | None = option(None, "how features become one vector, as attention or adaptive")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def given(self) -> dict[str, Any]:
+        """The flags that are not None, for `load_model`."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

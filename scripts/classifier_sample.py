@@ -25,15 +25,16 @@ from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.cli.generate import add_network, load_network, make, write_npz
 from guided_diffusion.dist_util import Peers
 from guided_diffusion.errors import InputError
-from guided_diffusion.generation import GuidanceOptions, classifier_guided, draw_labels
+from guided_diffusion.generation import ClassifierFlags, GuidanceOptions, classifier_guided, draw_labels
 from guided_diffusion.run.job import Job, Numbers, OutputOptions
 from guided_diffusion.script_util import create_diffusion
 
 
 def generate(given: Given, peers: Peers) -> int:
     guidance, output = given.options(GuidanceOptions), given.options(OutputOptions)
+    network = given.options(ClassifierFlags)
     model, info, device, settings = load_network(given, peers.local_rank)
-    classifier, found = load_model(guidance.classifier, device=device, image_size=info.flags["image_size"])
+    classifier, found = load_model(guidance.classifier, device=device, **network.given())
     classes = found.flags.get("num_class", 0)
     if found.model_type != "ENCODER" or not (guidance.class_index or 0) < classes:
         raise InputError(f"it must be a classifier that has the classes asked for; this one has {classes}",
@@ -51,7 +52,7 @@ def generate(given: Given, peers: Peers) -> int:
         return run(ref, labels=labels(noise, len(ref)), noise=noise, callback=callback)
 
     job = Job(output, peers, device, Numbers(guidance.num_samples))
-    settings |= {**given.settings([guidance, output]), "method": "classifier"}
+    settings |= {**given.settings([guidance, network, output]), "method": "classifier"}
     status = make(job, info.flags["image_size"], settings, sample, diffusion.num_timesteps, peers.rank)
     if guidance.npz and status == 0 and peers.rank == 0:
         keys = [image_key(output.seed, item.reference.name, item.sample) for item in job.items.values()]
@@ -62,6 +63,7 @@ def generate(given: Given, peers: Peers) -> int:
 def create_parser() -> Parser:
     parser = Parser(__doc__, usage="--model_path FILE --classifier_path FILE [flags]")
     parser.add(GuidanceOptions, title="guidance")
+    parser.add(ClassifierFlags, title="classifier", description="read from its checkpoint where they are not given")
     parser.add(OutputOptions, title="output and run", defaults={"batch_size": 16})
     add_network(parser)
     return parser

@@ -164,7 +164,7 @@ def test_seeded_initial_weights():
     """They are drawn in the published package's order: sums of magnitudes that it gave."""
     torch.manual_seed(0)
     flags = dict(channel_mult="1,2", attention_resolutions="8", num_heads=4, use_scale_shift_norm=True)
-    weights = dict(create_model(16, 32, 1, **flags).named_parameters())
+    weights = create_model(16, 32, 1, **flags).state_dict()
     for name, expected in (
         ("input_blocks.0.0.weight", 84.19082832632921), ("middle_block.0.in_layers.2.weight", 769.0769744870915),
         ("middle_block.2.in_layers.2.weight", 769.1935277791156), ("output_blocks.3.0.in_layers.2.weight", 382.9597644585858),
@@ -473,7 +473,7 @@ def test_leftover_variables_end_in_an_error(monkeypatch, caplog, rank):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("SDDM_STARTUP_TIMEOUT", "2")
     monkeypatch.setattr(dist_util, "PATIENCE", 0.3)
-    with pytest.raises(InputError, match="cannot reach the others.*unset RANK and WORLD_SIZE"):
+    with pytest.raises(InputError, match=r"cannot reach the others.*unset RANK and WORLD_SIZE"):
         dist_util.open_store(dist_util.ranks())
     assert f"rank {rank} of 2 has been waiting for" in caplog.text and str(port) in caplog.text
 

@@ -76,7 +76,7 @@ class Likelihood:
     def prepare(self, settings: dict[str, Any]) -> None:
         """Check the save folder against run.json and write the record; settings: all that determines the results."""
         if self.peers.rank:
-            self.missing = [Reference(*entry) for entry in self.peers.wait_for("missing")]
+            self.missing = set(self.peers.wait_for("missing"))
             return
         folder = self.options.save_dir
         self._lock = files.lock(folder)
@@ -89,8 +89,8 @@ class Likelihood:
             record.check_same(folder, files.read_json(path).get("settings", {}), settings)
         self.record = {"format": record.FORMAT, "settings": settings, "versions": record.versions(), "finished": None}
         files.write_json(path, self.record)
-        self.missing = [reference for reference in self.references if not os.path.exists(self._path(reference))]
-        self.peers.publish("missing", [(reference.path, reference.name) for reference in self.missing])
+        self.missing = {reference.name for reference in self.references if not os.path.exists(self._path(reference))}
+        self.peers.publish("missing", sorted(self.missing))
 
     def run(
         self,
@@ -107,10 +107,13 @@ class Likelihood:
         progress(images): called on rank 0 with the images done in this run, over all ranks. None on other ranks.
         """
         size = self.options.batch_size
-        batches = [self.missing[i : i + size] for i in range(0, len(self.missing), size)]
+        batches = [self.references[i : i + size] for i in range(0, len(self.references), size)]
+        # Where one image of a batch is missing, the batch is evaluated as before: its size decides the rounding.
+        batches = [batch for batch in batches if any(reference.name in self.missing for reference in batch)]
         while (index := self.peers.count("claimed") - 1) < len(batches):
             self._evaluate(batches[index], model, diffusion, image_size, device, labels)
-            progress(self.peers.count("evaluated", len(batches[index])))
+            wanted = sum(reference.name in self.missing for reference in batches[index])
+            progress(self.peers.count("evaluated", wanted))
             self.peers.watch()
         if self.peers.rank:
             self.peers.publish(f"failed/{self.peers.rank}", self.failed)
@@ -139,6 +142,8 @@ class Likelihood:
         terms = diffusion.calc_bpd_loop(model, x, self.options.clip_denoised, kwargs, noise=noise)
         arrays = {name: values.double().cpu().numpy() for name, values in terms.items()}
         for n, (reference, _) in enumerate(readable):
+            if reference.name not in self.missing:
+                continue
             path = self._path(reference)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             files.write_bytes(path, npz_bytes(**{name: values[n] for name, values in arrays.items()}))
