@@ -5,6 +5,7 @@ Parameter names and shapes are those of the published checkpoints; the encoder s
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from .nn import hooked, norm_silu, normalization, timestep_embedding, zero_modul
 class Upsample(nn.Module):
     """Nearest-neighbour upsampling by 2, followed by a 3x3 convolution if `use_conv`."""
 
-    def __init__(self, channels, use_conv):
+    def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
@@ -33,13 +34,13 @@ class Downsample(nn.Module):
     pad_end: the convolution's input is padded on the right and at the bottom only, as in the DDPM networks.
     """
 
-    def __init__(self, channels, use_conv, pad_end=False):
+    def __init__(self, channels: int, use_conv: bool, pad_end: bool = False) -> None:
         super().__init__()
         self.pad_end = use_conv and pad_end
         padding = 0 if self.pad_end else 1
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=padding) if use_conv else nn.AvgPool2d(2)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.op(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x)
 
 
@@ -87,12 +88,14 @@ class ResBlock(nn.Module):
         else:
             self.skip_connection = nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x, emb):
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, emb, use_reentrant=False)
         return self._forward(x, emb)
 
     def _forward(self, x, emb):
+        norm_in: Any
+        norm_out: Any
         norm_in, silu_in, conv_in = self.in_layers
         if hooked(self.in_layers) and isinstance(self.resample, nn.Identity):
             h = self.in_layers(x)
@@ -110,7 +113,7 @@ class ResBlock(nn.Module):
         return self.skip_connection(self.resample(x)) + h
 
 
-def multi_head_attention(qkv, num_heads, new_order):
+def multi_head_attention(qkv: torch.Tensor, num_heads: int, new_order: bool) -> torch.Tensor:
     """Scaled dot-product attention over packed projections.
 
     qkv: [N, 3 * C, L]. The published checkpoints pack it in two ways: the new order is q, k, v each with all heads;
@@ -126,7 +129,7 @@ def multi_head_attention(qkv, num_heads, new_order):
     q, k, v = (tensor.transpose(2, 3) for tensor in (q, k, v))
     if qkv.dtype != torch.float32 and not qkv.requires_grad:
         # On CPUs the fused kernel wants rows in memory order; its backward pass is slower than that of the plain one.
-        # In float32 it would differ from the published numbers by rounding, which the last steps' x_0 amplify past 1e-4.
+        # In float32 it would differ from the published numbers by rounding, which the last steps amplify past 1e-4.
         q, k, v = (tensor.contiguous() for tensor in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(2, 3).reshape(n, width // 3, length)
@@ -148,7 +151,7 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, use_reentrant=False)
         return self._forward(x)
@@ -162,14 +165,14 @@ class AttentionBlock(nn.Module):
 class AttentionPool2d(nn.Module):
     """Pool a [N, C, H, W] map to [N, out] by attention from its mean (CLIP's pooling)."""
 
-    def __init__(self, side, channels, num_head_channels, out_channels):
+    def __init__(self, side: int, channels: int, num_head_channels: int, out_channels: int) -> None:
         super().__init__()
         self.positional_embedding = nn.Parameter(torch.randn(channels, side * side + 1) / channels**0.5)
         self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
         self.c_proj = nn.Conv1d(channels, out_channels, 1)
         self.num_heads = channels // num_head_channels
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(2)
         x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding.to(x.dtype)
         x = multi_head_attention(self.qkv_proj(x), self.num_heads, new_order=True)
@@ -179,7 +182,7 @@ class AttentionPool2d(nn.Module):
 class TimestepEmbedSequential(nn.Sequential):
     """A sequence whose residual blocks also get the time embedding."""
 
-    def forward(self, x, emb):
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
@@ -223,11 +226,11 @@ class _UNetEncoder(nn.Module):
 
         norm = functools.partial(normalization, groups=norm_groups, eps=norm_eps)
 
-        def res_block(channels, out_channels=None, **resampling):
+        def res_block(channels: int, out_channels: int | None = None, **resampling: bool) -> ResBlock:
             shape = channels, self.embed_dim, dropout, out_channels, use_scale_shift_norm, use_checkpoint
             return ResBlock(*shape, norm=norm, **resampling)
 
-        def attention(channels, heads=num_heads, norm=norm):
+        def attention(channels: int, heads: int = num_heads, norm: Callable[[int], nn.Module] = norm) -> AttentionBlock:
             return AttentionBlock(channels, heads, num_head_channels, use_checkpoint, use_new_attention_order, norm)
 
         channels = int(channel_mult[0] * model_channels)
@@ -236,7 +239,7 @@ class _UNetEncoder(nn.Module):
         downsampling = 1
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                layers = [res_block(channels, int(mult * model_channels))]
+                layers: list[nn.Module] = [res_block(channels, int(mult * model_channels))]
                 channels = int(mult * model_channels)
                 if downsampling in attention_resolutions:
                     layers.append(attention(channels))
@@ -263,7 +266,7 @@ class _UNetEncoder(nn.Module):
 
     def _embed(self, timesteps):
         embedding = timestep_embedding(timesteps, self.model_channels, sines_first=self.sines_first)
-        return self.time_embed(embedding.to(self.time_embed[0].weight.dtype))
+        return self.time_embed(embedding.to(self.time_embed[0].weight.dtype))  # type: ignore[arg-type, call-overload]
 
     def _encode(self, x, emb):
         """All skip tensors, the last of them the input of the middle block."""
@@ -274,12 +277,12 @@ class _UNetEncoder(nn.Module):
             skips.append(h)
         return skips
 
-    def middle_features(self, x, timesteps):
+    def middle_features(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Features of the middle block: x [N, C, H, W] in [-1, 1], original timesteps [N] -> [N, C', H', W']."""
         emb = self._embed(timesteps)
         return self.middle_block(self._encode(x, emb)[-1], emb)
 
-    def set_dtype(self, dtype):
+    def set_dtype(self, dtype: torch.dtype) -> "_UNetEncoder":
         """Compute in `dtype`: convolution weights between the first and the last layer are stored in it.
 
         Normalisations, the time embedding and the head stay in float32, as in the published half-precision models.
@@ -291,11 +294,11 @@ class _UNetEncoder(nn.Module):
         self.dtype = dtype
         return self
 
-    def convert_to_fp16(self):
+    def convert_to_fp16(self) -> None:
         """guided-diffusion's name for `set_dtype(torch.float16)`."""
         self.set_dtype(torch.float16)
 
-    def convert_to_fp32(self):
+    def convert_to_fp32(self) -> None:
         """guided-diffusion's name for `set_dtype(torch.float32)`."""
         self.set_dtype(torch.float32)
 
@@ -371,7 +374,7 @@ class UNetModel(_UNetEncoder):
         blocks = []
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
-                layers = [self._res_block(channels + skip_channels.pop(), int(mult * model_channels))]
+                layers: list[nn.Module] = [self._res_block(channels + skip_channels.pop(), int(mult * model_channels))]
                 channels = int(mult * model_channels)
                 if downsampling in attention_resolutions:
                     layers.append(self._attention(channels, heads_up))
@@ -432,8 +435,8 @@ class EncoderUNetModel(_UNetEncoder):
     """The contracting half with a pooling head: noisy-image classifier and domain-specific extractor.
 
     pool: `adaptive` (global average), `attention` (CLIP's), `spatial` and `spatial_v2` (an MLP on the means of all
-    levels). head: name of the head's parameters, `out` in guided-diffusion's classifiers, `I2Iout` in EGSDE's extractors.
-    The other arguments are UNetModel's.
+    levels). head: name of the head's parameters, `out` in guided-diffusion's classifiers, `I2Iout` in EGSDE's
+    extractors. The other arguments are UNetModel's.
     """
 
     def __init__(
@@ -505,7 +508,7 @@ class EncoderUNetModel(_UNetEncoder):
         if use_fp16:
             self.convert_to_fp16()
 
-    def forward(self, x, timesteps):
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x: [N, C, H, W]; timesteps: [N] -> logits [N, out_channels]."""
         emb = self._embed(timesteps)
         skips = self._encode(x, emb)

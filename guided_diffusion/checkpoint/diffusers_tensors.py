@@ -117,6 +117,8 @@ def to_diffusers(
     flags, kind, file = info.flags, info.model_type, display_name(info.path)
     if kind == "ENCODER":
         raise InputError(f"{file} is a classifier or extractor, for which diffusers has no class")
+    if flags.get("super_res"):
+        raise InputError(f"{file} is a super-resolution model, for which diffusers has no pipeline")
     size = flags["image_size"]
     mults = channel_multipliers(flags["channel_mult"], size)
     base = flags["num_channels"]
