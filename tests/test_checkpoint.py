@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from guided_diffusion import checkpoint
 from guided_diffusion.checkpoint import load_model, load_state_dict, read, save_model
 from guided_diffusion.checkpoint.architecture import detect, unwrap
+from guided_diffusion.checkpoint.export import convert
 from guided_diffusion.checkpoint.loading import build
 from guided_diffusion.checkpoint.reading import read_content
 from guided_diffusion.ddpm import Model
@@ -526,7 +527,23 @@ def test_heads_of_encoders_are_assumed_where_the_network_is_not_a_published_one(
     narrow = create_classifier(**{**TINY_ENCODER, "channel_mult": "1,1"})
     path = saved(tmp_path / "narrow.pt", zeros(shapes_of(narrow)))
     message = refusal(path, classifier_depth=1)
-    assert "num_head_channels=64, which its tensors do not tell" in message and "give num_head_channels" in message
+    assert (
+        "num_head_channels=64, which its tensors do not tell" in message
+        and "convert it to .safetensors with num_head_channels" in message
+    )
+
+
+def test_an_extractor_without_metadata_is_converted_with_what_it_does_not_tell(tmp_path, caplog):
+    encoder = randomise(create_classifier(**{**TINY_ENCODER, "num_head_channels": 16}, head="I2Iout"))
+    path = saved(tmp_path / "dse.pt", encoder.state_dict())
+    load_model(path)
+    assert "Convert it to .safetensors" in caplog.text
+    given = {"num_head_channels": 16, "noise_schedule": "cosine", "diffusion_steps": 500}
+    convert(path, tmp_path / "dse.safetensors", **given)
+    caplog.clear()
+    loaded, info = load_model(tmp_path / "dse.safetensors")
+    assert {flag: info.flags[flag] for flag in given} == given and not info.assumed and not caplog.messages
+    torch.testing.assert_close(output_of(loaded), output_of(encoder), rtol=0, atol=0)
 
 
 def metadata_file(path, flags, **entries):

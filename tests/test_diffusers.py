@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN_DIR, golden, golden_index
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from guided_diffusion.checkpoint import fingerprint, hub, load_model, load_state_dict, save_model
@@ -420,6 +422,49 @@ def test_fields_of_the_process_that_cannot_be(field, value, folder):
 def test_damaged_configurations(file, text, folder):
     (folder / file).write_bytes(text.encode("utf-8", "surrogatepass"))
     assert os.path.basename(file) in str(refused(folder))
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["conv", "resnet", 0.5]),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=4), values, max_size=2),
+    max_leaves=6,
+)
+OF_SCHEDULERS = (
+    *(
+        "_class_name",
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "variance_type",
+    ),
+    *("prediction_type", "clip_sample", "clip_sample_range", "thresholding", "rescale_betas_zero_snr", "timesteps"),
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(
+    unet=st.dictionaries(st.sampled_from(["_class_name", "mystery", *sorted(FIELDS)]), JSON, max_size=2),
+    scheduler=st.dictionaries(st.sampled_from(OF_SCHEDULERS), JSON, max_size=2),
+    index=st.dictionaries(st.sampled_from(["vqvae", "vae", "text_encoder", "unet", "_class_name"]), JSON, max_size=1),
+)
+def test_any_values_load_or_are_refused_in_one_line(unet, scheduler, index, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "any" / "model"
+    if not path.exists():
+        shutil.copytree(FOLDER / "ddpm_eps", path)
+    for name, changes in (("model_index", index), ("unet/config", unet), ("scheduler/scheduler_config", scheduler)):
+        shutil.copy(FOLDER / "ddpm_eps" / f"{name}.json", path / f"{name}.json")
+        edit(path / f"{name}.json", **changes)
+    try:
+        load_model(path)
+    except InputError as error:
+        assert str(error).isprintable() and len(str(error)) < 1500
 
 
 def test_folders_that_are_no_model(tmp_path):

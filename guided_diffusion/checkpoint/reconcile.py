@@ -321,12 +321,10 @@ def _report(info: ModelInfo, sources: tuple[Mapping[str, Any], ...], files: str 
         assumed += [flag for flag in others if flag not in told and flag in info.flags]
     info.assumed = tuple(assumed)
     if assumed:
-        shorter = [flag for flag in assumed if info.flags[flag] != -1]
-        log.warning(
-            "%s does not tell everything; assumed: %s. Give what differs",
-            display_name(info.path),
-            ", ".join(f"{flag}={info.flags[flag]}" for flag in shorter),
-        )
+        named = ", ".join(f"{flag}={info.flags[flag]}" for flag in assumed if info.flags[flag] != -1)
+        # A command line has flags for its model only.
+        advice = "Convert it to .safetensors with" if info.model_type == "ENCODER" else "Give"
+        log.warning("%s does not tell everything; assumed: %s. %s what differs", display_name(info.path), named, advice)
 
 
 def _typed(flags: Mapping[str, Any], likes: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:
@@ -412,8 +410,9 @@ def _check_heads(info: ModelInfo, factors: tuple[int, ...], given: Mapping[str, 
             needs = f"attention layers of {channels} channels, so it must divide {shared}"
             if flag in given:
                 raise _misfit(flag, value, f"{file} has {needs}")
+            give = f"convert it to .safetensors with `{flag}`" if info.model_type == "ENCODER" else f"give `{flag}`"
             raise InputError(
-                f"{file}: {flag}={value}, which its tensors do not tell, does not fit: it has {needs}; give `{flag}`"
+                f"{file}: {flag}={value}, which its tensors do not tell, does not fit: it has {needs}; {give}"
             )
 
 
