@@ -26,7 +26,7 @@ from guided_diffusion.script_util import create_diffusion, create_model
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = GOLDEN_DIR / "diffusers"
 INDEX = json.loads((FOLDER / "index.json").read_text())
-COMMITTED = {"ddpm_eps", "v_cosine", "old_layout"}
+COMMITTED = {"ddpm_eps", "v_cosine"}
 MODELS = sorted(COMMITTED | {name for name in INDEX["models"] if (FOLDER / name).is_dir()})
 TOLERANCE = 2e-5
 
@@ -117,6 +117,31 @@ def test_weights_as_a_pickle(folder):
     torch.save(load_file(file), folder / "unet" / "diffusion_pytorch_model.bin")
     file.unlink()
     assert_golden(folder, "ddpm_eps")
+
+
+def test_the_layout_of_2022(folder, tmp_path):
+    root = tmp_path / "old"
+    root.mkdir()
+    renamed = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    for new, old in renamed.items():
+        state = {name.replace(f".{new}.", f".{old}."): value for name, value in state.items()}
+    torch.save(state, root / "diffusion_pytorch_model.bin")
+    newer = ("add_attention", "downsample_type", "upsample_type", "dropout", "attn_norm_num_groups", "class_embed_type")
+    newer += (
+        "num_class_embeds",
+        "num_train_timesteps",
+        "resnet_time_scale_shift",
+        "time_embedding_dim",
+        "mid_block_type",
+    )
+    edit(folder / "unet" / "config.json", drop=newer)
+    newer = ("prediction_type", "thresholding", "timestep_spacing", "steps_offset", "clip_sample_range")
+    edit(folder / "scheduler" / "scheduler_config.json", drop=newer)
+    for name in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
+        shutil.copy(folder / name, root / os.path.basename(name))
+    _, info = assert_golden(root, "ddpm_eps")
+    assert info.model_type == "DDPM" and info.scheduler == {"clip_denoised": True, "sigma_small": True}
 
 
 def test_weights_in_shards(folder):
