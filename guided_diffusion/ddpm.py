@@ -4,6 +4,8 @@
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 from .nn import norm_silu
 
 
-def timestep_embedding(timesteps, dim):
+def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
     """DDPM's sinusoidal embedding: sines first, the last frequency is exactly 1/10000. [N] -> float32 [N, dim]."""
     half = dim // 2
     frequencies = torch.exp(
@@ -25,32 +27,32 @@ def timestep_embedding(timesteps, dim):
 class Norm(nn.GroupNorm):
     """Group normalisation with 32 groups and eps 1e-6, computed in float32."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__(32, channels, eps=1e-6)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
 
 
 class Upsample(nn.Module):
     """Nearest-neighbour upsampling by 2, then a 3x3 convolution if `with_conv`."""
 
-    def __init__(self, channels, with_conv):
+    def __init__(self, channels: int, with_conv: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Downsample(nn.Module):
     """Downsampling by 2; the strided convolution is padded on the right and at the bottom only, as TensorFlow does."""
 
-    def __init__(self, channels, with_conv):
+    def __init__(self, channels: int, with_conv: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2) if with_conv else None
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.conv is None:
             return F.avg_pool2d(x, 2)
         return self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -59,7 +61,7 @@ class Downsample(nn.Module):
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions with the time embedding added between them, and a skip connection."""
 
-    def __init__(self, in_channels, out_channels, temb_channels, dropout):
+    def __init__(self, in_channels: int, out_channels: int, temb_channels: int, dropout: float) -> None:
         super().__init__()
         self.norm1 = Norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -70,7 +72,7 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x, temb):
+    def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         h = self.conv1(norm_silu(self.norm1, x))
         h = h + self.temb_proj(F.silu(temb)).to(h.dtype)[:, :, None, None]
         h = self.conv2(self.dropout(norm_silu(self.norm2, h)))
@@ -80,7 +82,7 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over all pixels, residual."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = Norm(channels)
         self.q = nn.Conv2d(channels, channels, 1)
@@ -88,7 +90,7 @@ class AttnBlock(nn.Module):
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)[:, 0]
@@ -98,7 +100,7 @@ class AttnBlock(nn.Module):
 class _Level(nn.Module):
     """One resolution: blocks, the attention of each (or none) and the step to the next resolution."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.block = nn.ModuleList()
         self.attn = nn.ModuleList()
@@ -111,18 +113,23 @@ class Model(nn.Module):
     pixels of the feature map, for images of `image_size`) at which attention is used.
     """
 
+    temb: Any
+    mid: Any
+    down: Any
+    up: Any
+
     def __init__(
         self,
-        ch=128,
-        out_ch=3,
-        ch_mult=(1, 1, 2, 2, 4, 4),
-        num_res_blocks=2,
-        attn_resolutions=(16,),
-        in_channels=3,
-        image_size=256,
-        dropout=0.0,
-        resamp_with_conv=True,
-    ):
+        ch: int = 128,
+        out_ch: int = 3,
+        ch_mult: Sequence[float] = (1, 1, 2, 2, 4, 4),
+        num_res_blocks: int = 2,
+        attn_resolutions: Sequence[int] = (16,),
+        in_channels: int = 3,
+        image_size: int = 256,
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+    ) -> None:
         super().__init__()
         self.image_size = image_size
         self.in_channels = in_channels
@@ -140,8 +147,8 @@ class Model(nn.Module):
         for i, mult in enumerate(ch_mult):
             level = _Level()
             for _ in range(num_res_blocks):
-                level.block.append(ResnetBlock(channels, ch * mult, temb_ch, dropout))
-                channels = ch * mult
+                level.block.append(ResnetBlock(channels, int(ch * mult), temb_ch, dropout))
+                channels = int(ch * mult)
                 skip_channels.append(channels)
                 if side in attn_resolutions:
                     level.attn.append(AttnBlock(channels))
@@ -160,8 +167,8 @@ class Model(nn.Module):
         for i, mult in reversed(list(enumerate(ch_mult))):
             level = _Level()
             for _ in range(num_res_blocks + 1):
-                level.block.append(ResnetBlock(channels + skip_channels.pop(), ch * mult, temb_ch, dropout))
-                channels = ch * mult
+                level.block.append(ResnetBlock(channels + skip_channels.pop(), int(ch * mult), temb_ch, dropout))
+                channels = int(ch * mult)
                 if side in attn_resolutions:
                     level.attn.append(AttnBlock(channels))
             if i != 0:
@@ -172,7 +179,7 @@ class Model(nn.Module):
         self.norm_out = Norm(channels)
         self.conv_out = nn.Conv2d(channels, out_ch, 3, padding=1)
 
-    def set_dtype(self, dtype):
+    def set_dtype(self, dtype: torch.dtype) -> "Model":
         """Compute in `dtype`: all convolutions but the last are stored in it; the rest stays in float32."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module is not self.conv_out:
@@ -180,7 +187,7 @@ class Model(nn.Module):
         self.dtype = dtype
         return self
 
-    def forward(self, x, timesteps):
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x: [N, C, H, W]; timesteps: [N] -> predicted noise [N, out_ch, H, W] in x's dtype."""
         temb = timestep_embedding(timesteps, self.ch).to(self.temb.dense[0].weight.dtype)
         temb = self.temb.dense[1](F.silu(self.temb.dense[0](temb)))

@@ -6,17 +6,29 @@ are tensors [N, C, H, W] in [-1, 1]; t is a tensor [N] of step indices of *this*
 
 import enum
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
-from .errors import UserError
+from .errors import InputError
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
 
+Model = Callable[..., torch.Tensor]
+Step = dict[str, torch.Tensor]
 
-def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
-    """The noise schedule `linear` (Ho et al.) or `cosine` (Nichol & Dhariwal) as betas, float64 [T]."""
+
+SCHEDULES = "linear, cosine, linear:A,B, scaled_linear:A,B, sigmoid:A,B, laplace or betas:B0,B1,…"
+
+
+def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
+    """A noise schedule as betas, float64 [T].
+
+    `linear` (Ho et al.) and `cosine` (Nichol & Dhariwal) as in guided-diffusion; as in diffusers `linear:A,B`,
+    `scaled_linear:A,B` and `sigmoid:A,B`, from A to B whatever T is, and `laplace`; `betas:b0,b1,…` are T betas.
+    Raises InputError for `noise_schedule`.
+    """
     n = num_diffusion_timesteps
     if schedule_name == "linear":
         # The published end points are for 1000 steps; other lengths keep the same amount of noise in all.
@@ -24,7 +36,40 @@ def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
         return np.linspace(scale * 0.0001, scale * 0.02, n, dtype=np.float64)
     if schedule_name == "cosine":
         return betas_for_alpha_bar(n, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
-    raise UserError(f"--noise_schedule is {schedule_name!r}; it can be linear or cosine")
+    if schedule_name == "laplace":
+        return betas_for_alpha_bar(n, _laplace)
+    name, _, text = str(schedule_name).partition(":")
+    numbers = _betas(text)
+    wrong: dict = {"parameter": "noise_schedule", "value": schedule_name}
+    known = name in ("linear", "scaled_linear", "sigmoid", "betas")
+    if not known or not numbers or (name != "betas" and len(numbers) != 2):
+        raise InputError(f"it can be {SCHEDULES}, with betas above 0 and below 1", **wrong)
+    if name == "betas":
+        if len(numbers) != n:
+            raise InputError(f"it has {len(numbers)} betas, and `diffusion_steps` is {n}", **wrong)
+        return np.array(numbers, dtype=np.float64)
+    low, high = numbers
+    if name == "linear":
+        return np.linspace(low, high, n, dtype=np.float64)
+    if name == "scaled_linear":
+        return np.linspace(low**0.5, high**0.5, n, dtype=np.float64) ** 2
+    return 1 / (1 + np.exp(-np.linspace(-6, 6, n, dtype=np.float64))) * (high - low) + low
+
+
+def _betas(text: str) -> list[float]:
+    """Numbers above 0 and below 1 that are separated by commas; [] where a text is no list of such."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        return []
+    return numbers if all(0 < number < 1 for number in numbers) else []
+
+
+def _laplace(u: float) -> float:
+    """sqrt(SNR / (1 + SNR)) of the Laplace schedule at time u: what diffusers feeds to the formula of the cosine."""
+    log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
+    snr = math.exp(log_snr)
+    return math.sqrt(snr / (1 + snr))
 
 
 def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
@@ -39,6 +84,8 @@ class ModelMeanType(enum.Enum):
     PREVIOUS_X = enum.auto()
     START_X = enum.auto()
     EPSILON = enum.auto()
+    VELOCITY = enum.auto()
+    """sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022)."""
 
 
 class ModelVarType(enum.Enum):
@@ -82,6 +129,8 @@ class GaussianDiffusion:
         self.alphas_cumprod = np.cumprod(alphas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
+        self.one_minus_alphas_cumprod = 1.0 - self.alphas_cumprod
+        self.log_one_minus_alphas_cumprod = np.log(self.one_minus_alphas_cumprod)
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
         self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
@@ -96,59 +145,96 @@ class GaussianDiffusion:
         self.fixed_large_variance = np.append(second, betas[1:])
         self._tables = {}
 
-    def extract(self, name, t, ndim=4):
-        """Entries of the coefficient array `name` at t [N], float32, shaped to broadcast over an image batch."""
+    def extract(self, name: str, t: torch.Tensor, ndim: int = 4) -> torch.Tensor:
+        """Entries of the coefficient array `name` at t [N], float32, shaped to broadcast over data of `ndim` axes."""
         key = name, t.device
         if key not in self._tables:
-            values = getattr(self, name.removeprefix("log_"))
-            values = np.log(values) if name.startswith("log_") else values
+            values = getattr(self, name, None)
+            values = np.log(getattr(self, name.removeprefix("log_"))) if values is None else values
             self._tables[key] = torch.from_numpy(values).to(t.device, torch.float32)
         return self._tables[key][t].reshape(-1, *[1] * (ndim - 1))
 
-    def model_timesteps(self, t):
+    def model_timesteps(self, t: torch.Tensor) -> torch.Tensor:
         """Indices t [N] of this process as the timesteps that the model was trained with."""
         return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
 
-    def q_sample(self, x_start, t, noise=None):
+    # ---- the forward process: data of any rank, [N, ...] ----
+
+    def q_mean_variance(
+        self, x_start: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean, variance and log-variance of q(x_t | x_0), each of x_start's shape."""
+        signal, n = self.extract("sqrt_alphas_cumprod", t, x_start.ndim), x_start.ndim
+        log_variance = self.extract("log_one_minus_alphas_cumprod", t, n).expand_as(x_start)
+        return signal * x_start, self.extract("one_minus_alphas_cumprod", t, n).expand_as(x_start), log_variance
+
+    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """x_t given x_0: sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise."""
         noise = torch.randn_like(x_start) if noise is None else noise
         signal = self.extract("sqrt_alphas_cumprod", t, x_start.ndim)
         return signal * x_start + self.extract("sqrt_one_minus_alphas_cumprod", t, x_start.ndim) * noise
 
-    def q_posterior_mean_variance(self, x_start, x_t, t):
-        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0)."""
-        mean = self.extract("posterior_mean_coef1", t) * x_start + self.extract("posterior_mean_coef2", t) * x_t
-        return mean, self.extract("posterior_variance", t), self.extract("posterior_log_variance_clipped", t)
+    def q_posterior_mean_variance(
+        self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0), each of x_t's shape."""
+        n = x_t.ndim
+        mean = self.extract("posterior_mean_coef1", t, n) * x_start + self.extract("posterior_mean_coef2", t, n) * x_t
+        log_variance = self.extract("posterior_log_variance_clipped", t, n).expand_as(x_t)
+        return mean, self.extract("posterior_variance", t, n).expand_as(x_t), log_variance
 
-    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+    # ---- one step of the reversal ----
+
+    def p_mean_variance(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+    ) -> Step:
         """The model's p(x_{t-1} | x_t) and its prediction of x_0.
 
-        Returns a dict with `mean`, `variance`, `log_variance` and `pred_xstart`, all [N, C, H, W].
+        denoised_fn: applied to the prediction before it is clipped. model_kwargs: further arguments of the model.
+        Returns a dict with `mean`, `variance`, `log_variance` and `pred_xstart`, all of x's shape.
         """
         model_output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
         return self.p_mean_variance_from(model_output, x, t, clip_denoised, denoised_fn)
 
-    def p_mean_variance_from(self, model_output, x, t, clip_denoised=True, denoised_fn=None):
+    def p_mean_variance_from(
+        self,
+        model_output: torch.Tensor,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable | None = None,
+    ) -> Step:
         """`p_mean_variance` for an output that the model already gave."""
-        prediction, log_variance = self._log_variance(model_output, x, t)
+        prediction, variance, log_variance = self._variance(model_output, x, t)
         pred_xstart = self._pred_xstart(prediction, x, t)
         if denoised_fn is not None:
             pred_xstart = denoised_fn(pred_xstart)
-        if clip_denoised:
-            pred_xstart = pred_xstart.clamp(-1, 1)
+        if clip_denoised:  # True is the range 1
+            pred_xstart = pred_xstart.clamp(-float(clip_denoised), float(clip_denoised))
         if self.model_mean_type is ModelMeanType.PREVIOUS_X:
             mean = prediction
         else:
             mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
         return {
             "mean": mean,
-            "variance": log_variance.exp().expand_as(x),
+            "variance": variance.expand_as(x),
             "log_variance": log_variance.expand_as(x),
             "pred_xstart": pred_xstart,
         }
 
-    def _log_variance(self, model_output, x, t):
-        """Split the model output into its prediction and the log-variance of the reverse step."""
+    def _variance(
+        self, model_output: torch.Tensor, x: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Split the model output into its prediction and the variance of the reverse step; also its logarithm.
+
+        FIXED_SMALL is the true posterior's variance, 0 at t = 0; only its logarithm is clipped there.
+        """
         channels = x.shape[1]
         learned = self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
         if model_output.shape[1] != (2 * channels if learned else channels):
@@ -156,88 +242,232 @@ class GaussianDiffusion:
                 f"the model gives {model_output.shape[1]} channels for {channels} image channels; "
                 f"learn_sigma={learned} needs {2 * channels if learned else channels}"
             )
+        low = self.extract("posterior_log_variance_clipped", t, x.ndim)
         if self.model_var_type is ModelVarType.FIXED_SMALL:
-            return model_output, self.extract("posterior_log_variance_clipped", t)
+            return model_output, self.extract("posterior_variance", t, x.ndim), low
         if self.model_var_type is ModelVarType.FIXED_LARGE:
-            return model_output, self.extract("log_fixed_large_variance", t)
+            variance = self.extract("fixed_large_variance", t, x.ndim)
+            return model_output, variance, self.extract("log_fixed_large_variance", t, x.ndim)
         prediction, values = model_output.split(channels, dim=1)
-        if self.model_var_type is ModelVarType.LEARNED:
-            return prediction, values
-        low = self.extract("posterior_log_variance_clipped", t)
-        fraction = (values + 1) / 2
-        return prediction, fraction * self.extract("log_betas", t) + (1 - fraction) * low
+        if self.model_var_type is ModelVarType.LEARNED_RANGE:
+            fraction = (values + 1) / 2
+            values = fraction * self.extract("log_betas", t, x.ndim) + (1 - fraction) * low
+        return prediction, values.exp(), values
 
     def _pred_xstart(self, prediction, x, t):
         if self.model_mean_type is ModelMeanType.START_X:
             return prediction
         if self.model_mean_type is ModelMeanType.EPSILON:
             return self.xstart_from_eps(x, t, prediction)
+        if self.model_mean_type is ModelMeanType.VELOCITY:
+            # Not through the noise: alpha_bar gets close to 0, and its root stands in a denominator there.
+            names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+            signal, noise = (self.extract(name, t, x.ndim) for name in names)
+            return signal * x - noise * prediction
         # x_{t-1} = coef1 x_0 + coef2 x_t, solved for x_0.
-        coef1, coef2 = self.extract("posterior_mean_coef1", t), self.extract("posterior_mean_coef2", t)
-        return (prediction - coef2 * x) / coef1
+        coef1 = self.extract("posterior_mean_coef1", t, x.ndim)
+        return (prediction - self.extract("posterior_mean_coef2", t, x.ndim) * x) / coef1
 
-    def xstart_from_eps(self, x, t, eps):
+    def xstart_from_eps(self, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         """x_0 that x_t and the noise eps imply."""
-        return self.extract("sqrt_recip_alphas_cumprod", t) * x - self.extract("sqrt_recipm1_alphas_cumprod", t) * eps
+        signal = self.extract("sqrt_recip_alphas_cumprod", t, x.ndim)
+        return signal * x - self.extract("sqrt_recipm1_alphas_cumprod", t, x.ndim) * eps
 
-    def eps_from_xstart(self, x, t, pred_xstart):
+    def eps_from_xstart(self, x: torch.Tensor, t: torch.Tensor, pred_xstart: torch.Tensor) -> torch.Tensor:
         """The noise that x_t and x_0 imply."""
-        signal, noise = self.extract("sqrt_recip_alphas_cumprod", t), self.extract("sqrt_recipm1_alphas_cumprod", t)
-        return (signal * x - pred_xstart) / noise
+        signal = self.extract("sqrt_recip_alphas_cumprod", t, x.ndim)
+        return (signal * x - pred_xstart) / self.extract("sqrt_recipm1_alphas_cumprod", t, x.ndim)
 
-    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, noise=None):
-        """One ancestral step x_t -> x_{t-1}; no noise is added where t = 0. Returns {"sample", "pred_xstart"}."""
+    def condition_mean(
+        self, cond_fn: Callable, p_mean_var: Step, x: torch.Tensor, t: torch.Tensor, model_kwargs: dict | None = None
+    ) -> torch.Tensor:
+        """The mean of an ancestral step towards a condition y: mean + variance grad log p(y | x_t).
+
+        cond_fn(x, t, **model_kwargs) gives that gradient; its t are the model's timesteps. Sohl-Dickstein et al. 2015;
+        Dhariwal & Nichol 2021, algorithm 1.
+        """
+        gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
+        return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient.float()
+
+    def condition_score(
+        self, cond_fn: Callable, p_mean_var: Step, x: torch.Tensor, t: torch.Tensor, model_kwargs: dict | None = None
+    ) -> Step:
+        """`p_mean_var` for the score moved towards a condition y: eps - sqrt(1 - alpha_bar) grad log p(y | x_t).
+
+        cond_fn: as in `condition_mean`. Song et al. 2020; Dhariwal & Nichol 2021, algorithm 2. The prediction of x_0
+        is not clipped again.
+        """
+        alpha_bar = self.extract("alphas_cumprod", t, x.ndim)
+        eps = self.eps_from_xstart(x, t, p_mean_var["pred_xstart"])
+        eps = eps - (1 - alpha_bar).sqrt() * cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
+        pred_xstart = self.xstart_from_eps(x, t, eps)
+        mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
+        return {**p_mean_var, "pred_xstart": pred_xstart, "mean": mean}
+
+    def p_sample(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable | None = None,
+        cond_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+        *,
+        noise: torch.Tensor | None = None,
+    ) -> Step:
+        """One ancestral step x_t -> x_{t-1}; no noise is added where t = 0. Returns {"sample", "pred_xstart"}.
+
+        cond_fn: guides the step, see `condition_mean`. noise: drawn after the model was evaluated if None.
+        """
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         noise = torch.randn_like(x) if noise is None else noise
+        if cond_fn is not None:
+            out["mean"] = self.condition_mean(cond_fn, out, x, t, model_kwargs)
         return {"sample": self.add_noise(out, t, noise), "pred_xstart": out["pred_xstart"]}
 
-    def add_noise(self, out, t, noise):
+    def add_noise(self, out: Step, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """mean + sigma noise for a posterior `out`, without noise where t = 0."""
-        nonzero = (t != 0).to(noise.dtype).reshape(-1, 1, 1, 1)
+        nonzero = (t != 0).to(noise.dtype).reshape(-1, *[1] * (noise.ndim - 1))
         return out["mean"] + nonzero * torch.exp(0.5 * out["log_variance"]) * noise
 
     def ddim_sample(
-        self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0, noise=None
-    ):
-        """One DDIM step (Song et al. 2021, equation 12); eta = 0 is deterministic, eta = 1 the ancestral variance."""
+        self,
+        model: Model,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable | None = None,
+        cond_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+        eta: float = 0.0,
+        *,
+        noise: torch.Tensor | None = None,
+    ) -> Step:
+        """One DDIM step (Song et al. 2021, equation 12); eta = 0 is deterministic, eta = 1 the ancestral variance.
+
+        cond_fn: guides the step, see `condition_score`. Returns {"sample", "pred_xstart"}.
+        """
         if not 0 <= eta <= 1:
-            raise ValueError(f"eta is {eta}; it must be from 0 to 1")
+            raise InputError("it must be from 0 to 1", parameter="eta", value=eta)
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        if cond_fn is not None:
+            out = self.condition_score(cond_fn, out, x, t, model_kwargs)
         mean, sigma = self.ddim_mean_sigma(out["pred_xstart"], x, t, eta)
         noise = torch.randn_like(x) if noise is None else noise
-        nonzero = (t != 0).to(x.dtype).reshape(-1, 1, 1, 1)
+        nonzero = (t != 0).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
         return {"sample": mean + nonzero * sigma * noise, "pred_xstart": out["pred_xstart"]}
 
-    def ddim_mean_sigma(self, pred_xstart, x, t, eta):
+    def ddim_mean_sigma(
+        self, pred_xstart: torch.Tensor, x: torch.Tensor, t: torch.Tensor, eta: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean [N, C, H, W] and standard deviation [N, 1, 1, 1] of a DDIM step from x with a prediction of x_0."""
         eps = self.eps_from_xstart(x, t, pred_xstart)
-        alpha_bar = self.extract("alphas_cumprod", t)
-        alpha_bar_prev = self.extract("alphas_cumprod_prev", t)
+        alpha_bar = self.extract("alphas_cumprod", t, x.ndim)
+        alpha_bar_prev = self.extract("alphas_cumprod_prev", t, x.ndim)
         sigma = eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
         return pred_xstart * alpha_bar_prev.sqrt() + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps, sigma
 
-    def p_sample_loop(self, model, shape, **options):
-        """Ancestral sampling from noise to image; see `p_sample_loop_progressive` for the options."""
-        return _last(self.p_sample_loop_progressive(model, shape, **options))["sample"]
+    def ddim_reverse_sample(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+        eta: float = 0.0,
+    ) -> Step:
+        """One step x_t -> x_{t+1} of DDIM's deterministic path, backwards: it encodes an image as noise.
 
-    def p_sample_loop_progressive(self, model, shape, **options):
-        """Like `p_sample_loop`, a generator of the dicts of all steps."""
-        return self._loop(self.p_sample, model, shape, **options)
-
-    def ddim_sample_loop(self, model, shape, **options):
-        """DDIM sampling from noise to image; takes `eta` besides the options of `p_sample_loop`."""
-        return _last(self.ddim_sample_loop_progressive(model, shape, **options))["sample"]
-
-    def ddim_sample_loop_progressive(self, model, shape, **options):
-        """Like `ddim_sample_loop`, a generator of the dicts of all steps."""
-        return self._loop(self.ddim_sample, model, shape, **options)
-
-    def _loop(self, step, model, shape, noise=None, device=None, progress=False, **options):
-        """Run `step` from the last index to 0.
-
-        noise: x_T, drawn if None. device: where to sample, that of noise or model if None. progress: show a bar. options go to
-        the step: clip_denoised, denoised_fn, model_kwargs (and eta for DDIM).
+        Returns {"sample", "pred_xstart"}. Only eta = 0 has such a path.
         """
+        if eta != 0:
+            raise InputError("only the deterministic path, 0, can be reversed", parameter="eta", value=eta)
+        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        eps = self.eps_from_xstart(x, t, out["pred_xstart"])
+        alpha_bar_next = self.extract("alphas_cumprod_next", t, x.ndim)
+        sample = out["pred_xstart"] * alpha_bar_next.sqrt() + torch.sqrt(1 - alpha_bar_next) * eps
+        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+
+    # ---- from noise to image ----
+
+    def p_sample_loop(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: torch.Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable | None = None,
+        cond_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+    ) -> torch.Tensor:
+        """Ancestral sampling from noise to image; see `p_sample_loop_progressive`."""
+        steps = self.p_sample_loop_progressive(
+            model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress
+        )
+        return _last(steps)["sample"]
+
+    def p_sample_loop_progressive(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: torch.Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable | None = None,
+        cond_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+    ) -> Iterator[Step]:
+        """Ancestral sampling, a generator of the dicts of all steps, from the last index to 0.
+
+        noise: x_T, drawn if None. device: where to sample, that of noise or model if None. progress: show a bar. The
+        others go to `p_sample`.
+        """
+        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        return self._loop(self.p_sample, model, shape, noise, device, progress, options)
+
+    def ddim_sample_loop(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: torch.Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable | None = None,
+        cond_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+    ) -> torch.Tensor:
+        """DDIM sampling from noise to image; see `ddim_sample_loop_progressive`."""
+        steps = self.ddim_sample_loop_progressive(
+            model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta
+        )
+        return _last(steps)["sample"]
+
+    def ddim_sample_loop_progressive(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: torch.Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable | None = None,
+        cond_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+    ) -> Iterator[Step]:
+        """DDIM sampling as a generator; arguments as for `p_sample_loop_progressive`, and `ddim_sample`'s eta."""
+        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
+        return self._loop(self.ddim_sample, model, shape, noise, device, progress, options)
+
+    def _loop(self, step, model, shape, noise, device, progress, options):
+        """Run `step`, with its positional `options`, from the last index to 0."""
         if device is None:
             parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
             source = noise if noise is not None else parameter
@@ -251,11 +481,20 @@ class GaussianDiffusion:
         for i in indices:
             t = torch.full((shape[0],), i, device=device, dtype=torch.long)
             with torch.no_grad():
-                out = step(model, x, t, **options)
+                out = step(model, x, t, *options)
             yield out
             x = out["sample"]
 
-    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+    # ---- training and likelihood ----
+
+    def training_losses(
+        self,
+        model: Model,
+        x_start: torch.Tensor,
+        t: torch.Tensor,
+        model_kwargs: dict | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Training loss per image, a dict with `loss` [N] and, where it applies, its terms `mse` and `vb`."""
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise=noise)
@@ -283,19 +522,92 @@ class GaussianDiffusion:
             return noise
         if self.model_mean_type is ModelMeanType.START_X:
             return x_start
+        if self.model_mean_type is ModelMeanType.VELOCITY:
+            signal, noise_part = (
+                self.extract(name, t, x_t.ndim) for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+            )
+            return signal * noise - noise_part * x_start
         return self.q_posterior_mean_variance(x_start, x_t, t)[0]
 
-    def variational_bound(self, model_output, x_start, x_t, t):
-        """The bound's term of step t in bits per dimension, [N]: a KL divergence, at t = 0 the negative log-likelihood."""
+    def variational_bound(
+        self, model_output: torch.Tensor, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """The bound's term of step t in bits per dimension, [N]: a KL divergence; at t = 0 the negative likelihood."""
+        return self._bound(self.p_mean_variance_from(model_output, x_t, t, clip_denoised=False), x_start, x_t, t)
+
+    def _bound(self, out, x_start, x_t, t):
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
-        out = self.p_mean_variance_from(model_output, x_t, t, clip_denoised=False)
         kl = mean_flat(normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"]))
         log_scales = 0.5 * out["log_variance"]
         nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, means=out["mean"], log_scales=log_scales))
         return torch.where(t == 0, nll, kl) / math.log(2.0)
 
+    def calc_bpd_loop(
+        self,
+        model: Model,
+        x_start: torch.Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: dict | None = None,
+        *,
+        noise: Callable[[torch.Size], torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The variational bound of images x_0 [N, C, H, W] on the 8-bit grid, in bits per dimension, term by term.
+
+        Noise is drawn for every step, from the last to the first, by noise(shape) where that is given. Returns a dict:
+        `total_bpd` and `prior_bpd` [N], the bound and its term that no model changes; `vb`, `xstart_mse` and `mse`
+        [N, T], from the last step to the first: the bound's terms and the mean squared errors of the predictions of x_0
+        and of the noise.
+        """
+        terms = {"vb": [], "xstart_mse": [], "mse": []}
+        for i in reversed(range(self.num_timesteps)):
+            t = torch.full((x_start.shape[0],), i, device=x_start.device, dtype=torch.long)
+            drawn = torch.randn_like(x_start) if noise is None else noise(x_start.shape)
+            x_t = self.q_sample(x_start, t, noise=drawn)
+            with torch.no_grad():
+                out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
+            terms["vb"].append(out["output"])
+            terms["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))
+            eps = self.eps_from_xstart(x_t, t, out["pred_xstart"])
+            terms["mse"].append(mean_flat((eps - drawn) ** 2))
+        columns = {name: torch.stack(values, dim=1) for name, values in terms.items()}
+        prior = self._prior_bpd(x_start)
+        return {"total_bpd": columns["vb"].sum(dim=1) + prior, "prior_bpd": prior, **columns}
+
+    # ---- guided-diffusion's names for parts of the above, which published code calls ----
+
+    def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
+        """The bound's terms `output` [N] in bits per dimension and the prediction `pred_xstart`."""
+        out = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
+        return {"output": self._bound(out, x_start, x_t, t), "pred_xstart": out["pred_xstart"]}
+
+    def _prior_bpd(self, x_start):
+        """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension, [N]."""
+        t = torch.full((x_start.shape[0],), self.num_timesteps - 1, device=x_start.device, dtype=torch.long)
+        mean, _, log_variance = self.q_mean_variance(x_start, t)
+        return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
+
+    def _predict_xstart_from_eps(self, x_t, t, eps):
+        return self.xstart_from_eps(x_t, t, eps)
+
+    def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
+        return self.eps_from_xstart(x_t, t, pred_xstart)
+
+    def _predict_xstart_from_xprev(self, x_t, t, xprev):
+        coef1 = self.extract("posterior_mean_coef1", t, x_t.ndim)
+        return (xprev - self.extract("posterior_mean_coef2", t, x_t.ndim) * x_t) / coef1
+
+    def _scale_timesteps(self, t):
+        return GaussianDiffusion.model_timesteps(self, t)
+
+
+def _extract_into_tensor(arr, timesteps, broadcast_shape):
+    """Entries of the array `arr` [T] at timesteps [N], float32, expanded to a shape."""
+    values = torch.from_numpy(arr).to(timesteps.device)[timesteps].float()
+    return values.reshape(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)
+
 
 def _last(iterator):
-    for item in iterator:
+    item = None
+    for item in iterator:  # noqa: B007 - the last one is wanted
         pass
     return item

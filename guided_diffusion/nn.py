@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -16,27 +17,43 @@ class GroupNorm32(nn.GroupNorm):
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
-def normalization(channels):
-    """The normalisation of the ADM networks: 32 groups, eps 1e-5."""
-    return GroupNorm32(32, channels)
+def normalization(channels: int, groups: int = 32, eps: float = 1e-5) -> GroupNorm32:
+    """The normalisation of the ADM networks: 32 groups, eps 1e-5; networks of diffusers may have others."""
+    return GroupNorm32(groups, channels, eps=eps)
 
 
-def norm_silu(norm, x, scale=None, shift=None):
+def hooked(*modules: nn.Module | None) -> bool:
+    """Whether calling one of the modules would run a hook, which a fast path around that call would leave out."""
+    return bool(_has_any_global_hook()) or any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+        if module is not None
+    )
+
+
+def norm_silu(
+    norm: nn.GroupNorm,
+    x: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    silu: nn.Module | None = None,
+) -> torch.Tensor:
     """SiLU(norm(x) (1 + scale) + shift) in x's dtype, without the affine part where scale is None.
 
-    x: [N, C, H, W]; scale, shift: [N, C, 1, 1]. Where no gradient is wanted, it all happens in one buffer, and for half
-    precision in float32 with one rounding at the end. In float32 both ways give the same bits.
+    x: [N, C, H, W]; scale, shift: [N, C, 1, 1]. silu: the module to call for it, if the network has one. Where no
+    gradient is wanted and no hook is set on a module, it all happens in one buffer, and for half precision in float32
+    with one rounding at the end. In float32 both ways give the same bits.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or hooked(norm, silu):
         h = norm(x)
-        if scale is not None:
+        if scale is not None and shift is not None:
             h = h * (1 + scale.to(x.dtype)) + shift.to(x.dtype)
-        return F.silu(h)
+        return F.silu(h) if silu is None else silu(h)
     if _normalizes_halves(norm, x):
         h = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     else:
         h = F.group_norm(x.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps)
-    if scale is not None:
+    if scale is not None and shift is not None:
         h.mul_((1 + scale).to(h.dtype)).add_(shift.to(h.dtype))
     return F.silu(h, inplace=True).to(x.dtype)
 
@@ -58,12 +75,20 @@ def zero_module(module):
     return module
 
 
-def timestep_embedding(timesteps, dim, max_period=10000):
+def timestep_embedding(
+    timesteps: torch.Tensor, dim: int, max_period: float = 10000, sines_first: bool = False
+) -> torch.Tensor:
     """Sinusoidal embedding of (possibly fractional) timesteps, cosines first.
 
-    timesteps: [N]; returns float32 [N, dim]. Frequencies fall geometrically from 1 to 1 / max_period.
+    timesteps: [N]; returns float32 [N, dim]. Frequencies fall geometrically from 1 towards 1 / max_period. sines_first:
+    DDPM's embedding instead, sines first and the last frequency exactly 1 / max_period.
     """
     half = dim // 2
+    if sines_first:
+        steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+        frequencies = torch.exp(steps * (-math.log(max_period) / max(half - 1, 1)))
+        angles = timesteps.float()[:, None] * frequencies
+        return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, dim % 2))
     frequencies = torch.exp(
         torch.arange(half, dtype=torch.float32, device=timesteps.device) * (-math.log(max_period) / half)
     )

@@ -1,35 +1,44 @@
 """Fewer steps than the model was trained with: a process over a subset of the original timesteps."""
 
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 
-from .errors import UserError
-from .gaussian_diffusion import GaussianDiffusion
+from .errors import InputError, one_line
+from .gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
+
+SPACING_HELP = "a number like 100, a list like 10,10,5, ddim25, linspace25, leading25, leading25+1 or trailing25"
 
 
-def space_timesteps(num_timesteps, section_counts):
+def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
     """The original timesteps that a respaced process keeps.
 
     section_counts: "100" (evenly spaced), "10,10,5" (that many in each equal section) or "ddim25" (the fixed stride of
-    the DDIM paper); a list of counts works too. Returns a set of integers.
+    the DDIM paper); "linspace25", "leading25" (or "leading25+1", shifted by 1) and "trailing25" are the lists of
+    diffusers' schedulers; a sequence of counts works too. Raises InputError for `timestep_respacing`.
     """
+    given = section_counts
     if isinstance(section_counts, str):
-        text = section_counts
-        try:
-            if text.startswith("ddim"):
-                return _ddim_timesteps(num_timesteps, int(text.removeprefix("ddim")))
-            section_counts = [int(part) for part in text.split(",")]
-        except ValueError:
-            raise UserError(
-                f"--timestep_respacing is {text!r}; it can be a number like 100, a list like 10,10,5 or ddim25"
-            ) from None
+        match = re.fullmatch(r"(ddim|linspace|leading|trailing)(-?\d{1,9})(?:\+(\d{1,9}))?", section_counts)
+        if match and (match[3] is None or match[1] == "leading"):
+            return set(_named_timesteps(num_timesteps, match[1], int(match[2]), int(match[3] or 0), section_counts))
+        parts = section_counts.split(",")
+        if not all(re.fullmatch(r"\s*-?\d{1,9}\s*", part) for part in parts):
+            raise InputError(f"it can be {SPACING_HELP}", parameter="timestep_respacing", value=given)
+        section_counts = [int(part) for part in parts]
     size, extra = divmod(num_timesteps, len(section_counts))
     steps, start = [], 0
     for i, count in enumerate(section_counts):
         length = size + (1 if i < extra else 0)
         if not 1 <= count <= length:
-            raise UserError(
-                f"--timestep_respacing asks for {count} steps out of {length}; between 1 and {length} can be had"
+            raise InputError(
+                f"it asks for {count} steps out of {length}; 1 to {length} are available",
+                parameter="timestep_respacing",
+                value=given,
             )
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
         # The stride is accumulated, not multiplied: published runs were made with the rounding that this gives.
@@ -41,11 +50,65 @@ def space_timesteps(num_timesteps, section_counts):
     return set(steps)
 
 
-def _ddim_timesteps(num_timesteps, count):
-    for stride in range(1, num_timesteps):
-        if len(range(0, num_timesteps, stride)) == count:
-            return set(range(0, num_timesteps, stride))
-    raise UserError(f"--timestep_respacing is ddim{count}; no integer stride gives {count} steps out of {num_timesteps}")
+def _named_timesteps(total: int, name: str, count: int, offset: int, text: str) -> list[int]:
+    """The timesteps of a spacing that has a name, out of `total`; text: how it was asked for."""
+    wrong: dict[str, Any] = {"parameter": "timestep_respacing", "value": text}
+    if name == "ddim":
+        for stride in range(1, total):
+            if len(range(0, total, stride)) == count:
+                return list(range(0, total, stride))
+        raise InputError(f"no integer stride gives {count} steps out of {total}", **wrong)
+    if not 1 <= count <= total:
+        raise InputError(f"it asks for {count} steps out of {total}; 1 to {total} are available", **wrong)
+    # These very numpy calls: their rounding decides ties, as it does in diffusers.
+    if name == "linspace":
+        steps = np.linspace(0, total - 1, count).round()
+    elif name == "leading":
+        steps = np.arange(count) * (total // count) + offset
+        if steps[-1] >= total:
+            most = offset - (int(steps[-1]) - (total - 1))
+            raise InputError(
+                f"it asks for step {steps[-1]} out of 0 to {total - 1}; an offset up to {most} fits", **wrong
+            )
+    else:
+        steps = np.round(np.arange(total, 0, -total / count)[:count]) - 1
+    return [int(step) for step in steps]
+
+
+def matching_timestep(
+    model: Mapping[str, Any], encoder: Mapping[str, Any], *, assumed: Iterable[str] = (), name: str = "the encoder"
+) -> Callable[[float], float] | None:
+    """How a classifier or extractor is asked at a noise level of a model that was trained on another schedule.
+
+    model, encoder: their flags (`diffusion_steps`, `noise_schedule`, `rescale_timesteps`). Returns a function from
+    alpha_bar to the encoder's own timestep of that noise level, possibly fractional, exact where its schedule has it;
+    None where both schedules are one, and the model's timesteps are the encoder's. assumed: flags of the encoder that
+    nothing told; name: its file. Raises InputError, with both schedules, where the encoder's is not known and differs.
+    """
+    flags = model, encoder
+    betas = [get_named_beta_schedule(each["noise_schedule"], each["diffusion_steps"]) for each in flags]
+    scales = [1000 / len(b) if each["rescale_timesteps"] else 1.0 for b, each in zip(betas, flags)]
+    if np.array_equal(betas[0], betas[1]) and scales[0] == scales[1]:
+        return None
+    unknown = {"diffusion_steps", "noise_schedule", "rescale_timesteps"} & set(assumed)
+    if unknown:
+        ours, theirs = (f"{one_line(f['noise_schedule'], 60)}, {f['diffusion_steps']} steps" for f in flags)
+        raise InputError(
+            f"{name} does not tell which schedule it was trained on ({theirs} is assumed), and the model has another "
+            f"({ours}); save it as .safetensors with `noise_schedule` and `diffusion_steps` in its flags"
+        )
+    alpha_bars = np.cumprod(1 - betas[1])
+    log_snr = np.log(alpha_bars) - np.log1p(-alpha_bars)
+
+    def timestep(alpha_bar: float) -> float:
+        nearest = int(np.abs(alpha_bars - alpha_bar).argmin())
+        if math.isclose(alpha_bars[nearest], alpha_bar, rel_tol=1e-9):
+            return nearest * scales[1]
+        wanted = math.log(alpha_bar) - math.log1p(-alpha_bar)
+        # It falls with the timestep; interpolation wants it rising. Beyond the schedule's ends, the end counts.
+        return float(np.interp(-wanted, -log_snr, np.arange(len(alpha_bars)))) * scales[1]
+
+    return timestep
 
 
 class SpacedDiffusion(GaussianDiffusion):
@@ -55,7 +118,7 @@ class SpacedDiffusion(GaussianDiffusion):
     ascending; `original_num_steps` is T. The model always sees original timesteps.
     """
 
-    def __init__(self, use_timesteps, *, betas, **kwargs):
+    def __init__(self, use_timesteps: Iterable[int], *, betas: Any, **kwargs: Any) -> None:
         self.original_num_steps = len(betas)
         self.timestep_map = sorted(use_timesteps)
         alphas_cumprod = np.cumprod(1.0 - np.array(betas, dtype=np.float64))
@@ -63,9 +126,13 @@ class SpacedDiffusion(GaussianDiffusion):
         super().__init__(betas=1 - kept / np.append(1.0, kept[:-1]), **kwargs)
         self._maps = {}
 
-    def model_timesteps(self, t):
+    def model_timesteps(self, t: torch.Tensor) -> torch.Tensor:
         """Step indices t [N] as original timesteps, long, or float and rescaled with `rescale_timesteps`."""
         if t.device not in self._maps:
             self._maps[t.device] = torch.tensor(self.timestep_map, device=t.device)
         original = self._maps[t.device][t]
         return original.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else original
+
+    def _scale_timesteps(self, t):
+        # As in guided-diffusion, where the model that a respaced process gets is wrapped to do it.
+        return t

@@ -3,14 +3,22 @@
 import argparse
 import inspect
 import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from .errors import InputError
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .respace import SpacedDiffusion, space_timesteps
 
+if TYPE_CHECKING:
+    from .unet import EncoderUNetModel, SuperResModel, UNetModel
+
 NUM_CLASSES = 1000
 
-# Channel multipliers where --channel_mult is empty, by image size.
+# Channel multipliers of super-resolution models, by the side of what they make.
+SR_CHANNEL_MULT = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4)}
+
+# Channel multipliers where channel_mult is empty, by image size.
 CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
     256: (1, 1, 2, 2, 4, 4),
@@ -19,7 +27,7 @@ CHANNEL_MULT = {
 }
 
 
-def diffusion_defaults():
+def diffusion_defaults() -> dict[str, Any]:
     """Flags of the diffusion process."""
     return dict(
         learn_sigma=False,
@@ -33,7 +41,7 @@ def diffusion_defaults():
     )
 
 
-def model_and_diffusion_defaults():
+def model_and_diffusion_defaults() -> dict[str, Any]:
     """Flags of the UNet and of the diffusion process."""
     return dict(
         image_size=64,
@@ -55,7 +63,21 @@ def model_and_diffusion_defaults():
     )
 
 
-def classifier_defaults():
+def extension_defaults() -> dict[str, Any]:
+    """Flags beyond guided-diffusion's, which stand in no file and no record where they are usual: the conventions of
+    diffusers' models, and whether a model is one of super-resolution."""
+    return {
+        "super_res": False,
+        "norm_groups": 32,
+        "norm_eps": 1e-5,
+        "sines_first": False,
+        "pad_end": False,
+        "middle_norm": True,
+        "predict_v": False,
+    }
+
+
+def classifier_defaults() -> dict[str, Any]:
     """Flags of the noisy-image classifier and, with EGSDE's values, of the domain-specific extractor."""
     return dict(
         image_size=64,
@@ -69,46 +91,105 @@ def classifier_defaults():
     )
 
 
-def create_model_and_diffusion(**flags):
-    """The UNet and its diffusion process from the flags of `model_and_diffusion_defaults`; missing ones take defaults."""
-    flags = {**model_and_diffusion_defaults(), **flags}
-    model = create_model(**{name: flags[name] for name in inspect.signature(create_model).parameters if name in flags})
-    diffusion = create_gaussian_diffusion(**_diffusion_arguments(flags))
-    return model, diffusion
+def classifier_and_diffusion_defaults() -> dict[str, Any]:
+    """Flags of the noisy-image classifier and of the diffusion process."""
+    return {**classifier_defaults(), **diffusion_defaults()}
 
 
-def create_diffusion(**flags):
-    """The diffusion process alone, from any set of flags that has its own among them."""
-    return create_gaussian_diffusion(**_diffusion_arguments({**diffusion_defaults(), **flags}))
+def sr_model_and_diffusion_defaults() -> dict[str, Any]:
+    """Flags of a super-resolution model and of its diffusion process."""
+    flags = {**model_and_diffusion_defaults(), "large_size": 256, "small_size": 64}
+    names = inspect.getfullargspec(sr_create_model_and_diffusion).args
+    return {name: value for name, value in flags.items() if name in names}
+
+
+def create_model_and_diffusion(
+    image_size: int = 64,
+    class_cond: bool = False,
+    learn_sigma: bool = False,
+    num_channels: int = 128,
+    num_res_blocks: int = 2,
+    channel_mult: str = "",
+    num_heads: int = 4,
+    num_head_channels: int = -1,
+    num_heads_upsample: int = -1,
+    attention_resolutions: str = "16,8",
+    dropout: float = 0.0,
+    diffusion_steps: int = 1000,
+    noise_schedule: str = "linear",
+    timestep_respacing: str = "",
+    use_kl: bool = False,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False,
+    use_checkpoint: bool = False,
+    use_scale_shift_norm: bool = True,
+    resblock_updown: bool = False,
+    use_fp16: bool = False,
+    use_new_attention_order: bool = False,
+    *,
+    sigma_small: bool = False,
+    num_classes: int = NUM_CLASSES,
+    norm_groups: int = 32,
+    norm_eps: float = 1e-5,
+    sines_first: bool = False,
+    pad_end: bool = False,
+    middle_norm: bool = True,
+    predict_v: bool = False,
+) -> "tuple[UNetModel, SpacedDiffusion]":
+    """The UNet and its diffusion process; the defaults are those of `model_and_diffusion_defaults`.
+
+    What follows the asterisk is this project's own: see `extension_defaults`.
+    """
+    flags = dict(locals())
+    model = create_model(**_arguments(create_model, flags))
+    return model, create_gaussian_diffusion(**_diffusion_arguments(flags))
+
+
+def create_diffusion(**flags: Any) -> SpacedDiffusion:
+    """The diffusion process alone, from any set of flags that has its own among them.
+
+    sigma_small is True unless given, as in this project's commands; `create_gaussian_diffusion` has guided-diffusion's.
+    """
+    return create_gaussian_diffusion(**_diffusion_arguments({**diffusion_defaults(), "sigma_small": True, **flags}))
 
 
 def _diffusion_arguments(flags):
-    names = inspect.signature(create_gaussian_diffusion).parameters
-    return {"steps": flags["diffusion_steps"], **{name: flags[name] for name in names if name in flags}}
+    return {"steps": flags["diffusion_steps"], **_arguments(create_gaussian_diffusion, flags)}
 
 
-def channel_multipliers(channel_mult, image_size):
-    """--channel_mult ("1,2,4" or "" for the image size's usual ones) as a tuple."""
+def _arguments(function, flags):
+    return {name: flags[name] for name in inspect.signature(function).parameters if name in flags}
+
+
+def channel_multipliers(channel_mult: str | None, image_size: int) -> tuple[float, ...]:
+    """`channel_mult` ("1,2,4" or "" for the image size's usual ones) as a tuple."""
     if channel_mult in ("", None):
         if image_size not in CHANNEL_MULT:
             known = ", ".join(str(size) for size in sorted(CHANNEL_MULT))
-            raise UserError(f"--image_size {image_size} has no usual --channel_mult (known for {known}): give one, as 1,2,4")
+            raise InputError(
+                f"it has no usual `channel_mult` (known for {known}): give one, as 1,2,4",
+                parameter="image_size",
+                value=image_size,
+            )
         return CHANNEL_MULT[image_size]
     try:
         numbers = [float(part) for part in str(channel_mult).split(",")]
     except ValueError:
         numbers = []
     if not numbers or not all(0 < number < math.inf for number in numbers):
-        raise UserError(f"--channel_mult is {channel_mult!r}; it is a list of numbers like 1,2,4")
+        raise InputError("it is a list of numbers like 1,2,4", parameter="channel_mult", value=channel_mult)
     return tuple(int(number) if number == int(number) else number for number in numbers)
 
 
-def attention_factors(attention_resolutions, image_size):
-    """--attention_resolutions ("16,8": sides of the feature map) as downsampling factors."""
+def attention_factors(attention_resolutions: str, image_size: int) -> tuple[int, ...]:
+    """`attention_resolutions` ("16,8": sides of the feature map) as downsampling factors."""
     sides = [part.strip() for part in str(attention_resolutions).split(",") if part.strip()]
     if not all(side.isdigit() and int(side) for side in sides):
-        raise UserError(
-            f"--attention_resolutions is {attention_resolutions!r}; it is a list of sides of the feature map like 16,8"
+        raise InputError(
+            "it is a list of sides of the feature map like 16,8",
+            parameter="attention_resolutions",
+            value=attention_resolutions,
         )
     # As in guided-diffusion, a side that no level has gives a factor that is never reached, which does no harm.
     return tuple(image_size // int(side) for side in sides)
@@ -132,11 +213,22 @@ def create_model(
     use_fp16=False,
     use_new_attention_order=False,
     num_classes=NUM_CLASSES,
+    norm_groups=32,
+    norm_eps=1e-5,
+    sines_first=False,
+    pad_end=False,
+    middle_norm=True,
+    super_res=False,
 ):
-    """The ADM UNet that the flags describe, for 3-channel images; num_classes counts only with class_cond."""
-    from .unet import UNetModel
+    """The ADM UNet that the flags describe, for 3-channel images; num_classes counts only with class_cond.
 
-    return UNetModel(
+    super_res: the `SuperResModel` that makes images of image_size of smaller ones.
+    """
+    from .unet import SuperResModel, UNetModel
+
+    if super_res and channel_mult in ("", None) and image_size in SR_CHANNEL_MULT:
+        channel_mult = ",".join(map(str, SR_CHANNEL_MULT[image_size]))
+    return (SuperResModel if super_res else UNetModel)(
         image_size=image_size,
         in_channels=3,
         model_channels=num_channels,
@@ -154,6 +246,11 @@ def create_model(
         use_scale_shift_norm=use_scale_shift_norm,
         resblock_updown=resblock_updown,
         use_new_attention_order=use_new_attention_order,
+        norm_groups=norm_groups,
+        norm_eps=norm_eps,
+        sines_first=sines_first,
+        pad_end=pad_end,
+        middle_norm=middle_norm,
     )
 
 
@@ -191,28 +288,126 @@ def create_classifier(
     )
 
 
+def create_classifier_and_diffusion(
+    image_size: int = 64,
+    classifier_use_fp16: bool = False,
+    classifier_width: int = 128,
+    classifier_depth: int = 2,
+    classifier_attention_resolutions: str = "32,16,8",
+    classifier_use_scale_shift_norm: bool = True,
+    classifier_resblock_updown: bool = True,
+    classifier_pool: str = "attention",
+    learn_sigma: bool = False,
+    diffusion_steps: int = 1000,
+    noise_schedule: str = "linear",
+    timestep_respacing: str = "",
+    use_kl: bool = False,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False,
+) -> "tuple[EncoderUNetModel, SpacedDiffusion]":
+    """The noisy-image classifier of 1000 classes and the diffusion process that makes the noise."""
+    flags = dict(locals())
+    classifier = create_classifier(**_arguments(create_classifier, flags))
+    return classifier, create_gaussian_diffusion(**_diffusion_arguments(flags))
+
+
+def sr_create_model_and_diffusion(
+    large_size: int = 256,
+    small_size: int = 64,
+    class_cond: bool = False,
+    learn_sigma: bool = False,
+    num_channels: int = 128,
+    num_res_blocks: int = 2,
+    num_heads: int = 4,
+    num_head_channels: int = -1,
+    num_heads_upsample: int = -1,
+    attention_resolutions: str = "16,8",
+    dropout: float = 0.0,
+    diffusion_steps: int = 1000,
+    noise_schedule: str = "linear",
+    timestep_respacing: str = "",
+    use_kl: bool = False,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False,
+    use_checkpoint: bool = False,
+    use_scale_shift_norm: bool = True,
+    resblock_updown: bool = False,
+    use_fp16: bool = False,
+    *,
+    channel_mult: str = "",
+    num_classes: int = NUM_CLASSES,
+) -> "tuple[SuperResModel, SpacedDiffusion]":
+    """The super-resolution model and its diffusion process; see `sr_create_model`."""
+    flags = dict(locals())
+    return sr_create_model(**_arguments(sr_create_model, flags)), create_gaussian_diffusion(
+        **_diffusion_arguments(flags)
+    )
+
+
+def sr_create_model(
+    large_size: int,
+    small_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    learn_sigma: bool,
+    class_cond: bool,
+    use_checkpoint: bool,
+    attention_resolutions: str,
+    num_heads: int,
+    num_head_channels: int,
+    num_heads_upsample: int,
+    use_scale_shift_norm: bool,
+    dropout: float,
+    resblock_updown: bool,
+    use_fp16: bool,
+    *,
+    channel_mult: str = "",
+    num_classes: int = NUM_CLASSES,
+) -> "SuperResModel":
+    """The UNet that makes images of side large_size of given ones; it takes those of any side, small_size is not used.
+
+    channel_mult: multipliers other than the published ones of large_size 64, 256 and 512.
+    """
+    if not channel_mult and large_size not in SR_CHANNEL_MULT:
+        known = ", ".join(map(str, sorted(SR_CHANNEL_MULT)))
+        raise InputError(
+            f"it has no usual `channel_mult` (known for {known}): give one, as 1,2,4",
+            parameter="large_size",
+            value=large_size,
+        )
+    flags = dict(locals(), image_size=large_size, super_res=True)
+    return create_model(**_arguments(create_model, flags))  # type: ignore[return-value]
+
+
 def create_gaussian_diffusion(
     *,
     steps=1000,
     learn_sigma=False,
-    sigma_small=True,
+    sigma_small=False,
     noise_schedule="linear",
     use_kl=False,
     predict_xstart=False,
     rescale_timesteps=False,
     rescale_learned_sigmas=False,
     timestep_respacing="",
+    predict_v=False,
 ):
     """The diffusion process that the flags describe.
 
-    Without learned variance, sigma_small chooses the posterior's variance (the release's choice, better with few steps),
-    sigma_small=False the larger one, beta (guided-diffusion's default).
+    Without learned variance, sigma_small=False chooses the larger one, beta (guided-diffusion's default), True
+    the posterior's (this project's commands, better with few steps).
     """
     if steps < 1:
-        raise UserError(f"--diffusion_steps is {steps}; it must be at least 1")
+        raise InputError("it must be at least 1", parameter="diffusion_steps", value=steps)
+    if predict_xstart and predict_v:
+        raise InputError(
+            "a model predicts one of them; leave out `predict_xstart`", parameter="predict_v", value=predict_v
+        )
     betas = get_named_beta_schedule(noise_schedule, steps)
     if betas.max() >= 1:
-        raise UserError(f"--diffusion_steps {steps} is too few for the linear schedule, which needs more than 20")
+        raise InputError("the linear schedule needs more than 20", parameter="diffusion_steps", value=steps)
     if use_kl:
         loss_type = LossType.RESCALED_KL
     else:
@@ -221,29 +416,33 @@ def create_gaussian_diffusion(
         model_var_type = ModelVarType.LEARNED_RANGE
     else:
         model_var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
+    if predict_v:
+        model_mean_type = ModelMeanType.VELOCITY
+    else:
+        model_mean_type = ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
         betas=betas,
-        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        model_mean_type=model_mean_type,
         model_var_type=model_var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
     )
 
 
-def add_dict_to_argparser(parser, default_dict):
+def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any]) -> None:
     """One flag per entry; its type is the default's, booleans are written True or False."""
     for name, default in default_dict.items():
         kind = str if default is None else str2bool if isinstance(default, bool) else type(default)
         parser.add_argument(f"--{name}", default=default, type=kind)
 
 
-def args_to_dict(args, keys):
+def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
     """The named attributes of parsed arguments as a dict."""
     return {key: getattr(args, key) for key in keys}
 
 
-def str2bool(value):
+def str2bool(value: str | bool) -> bool:
     """True/False, yes/no, 1/0 in any case as a boolean, for argparse."""
     if isinstance(value, bool):
         return value

@@ -4,34 +4,44 @@ Parameter names and shapes are those of the published checkpoints; the encoder s
 (head `out`) and as EGSDE's domain-specific extractor (head `I2Iout`).
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .nn import norm_silu, normalization, timestep_embedding, zero_module
+from .errors import InputError
+from .nn import hooked, norm_silu, normalization, timestep_embedding, zero_module
 
 
 class Upsample(nn.Module):
     """Nearest-neighbour upsampling by 2, followed by a 3x3 convolution if `use_conv`."""
 
-    def __init__(self, channels, use_conv):
+    def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class Downsample(nn.Module):
-    """Downsampling by 2: a strided 3x3 convolution if `use_conv`, else average pooling."""
+    """Downsampling by 2: a strided 3x3 convolution if `use_conv`, else average pooling.
 
-    def __init__(self, channels, use_conv):
+    pad_end: the convolution's input is padded on the right and at the bottom only, as in the DDPM networks.
+    """
+
+    def __init__(self, channels: int, use_conv: bool, pad_end: bool = False) -> None:
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+        self.pad_end = use_conv and pad_end
+        padding = 0 if self.pad_end else 1
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=padding) if use_conv else nn.AvgPool2d(2)
 
-    def forward(self, x):
-        return self.op(x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.op(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x)
 
 
 class ResBlock(nn.Module):
@@ -51,14 +61,13 @@ class ResBlock(nn.Module):
         use_checkpoint=False,
         up=False,
         down=False,
+        norm=normalization,
     ):
         super().__init__()
         out_channels = out_channels or channels
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
-        self.in_layers = nn.Sequential(
-            normalization(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         if up:
             self.resample = Upsample(channels, use_conv=False)
         elif down:
@@ -69,7 +78,7 @@ class ResBlock(nn.Module):
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
         )
         self.out_layers = nn.Sequential(
-            normalization(out_channels),
+            norm(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -79,25 +88,32 @@ class ResBlock(nn.Module):
         else:
             self.skip_connection = nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x, emb):
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, emb, use_reentrant=False)
         return self._forward(x, emb)
 
     def _forward(self, x, emb):
-        norm_in, _, conv_in = self.in_layers
-        h = conv_in(self.resample(norm_silu(norm_in, x)))
-        emb = self.emb_layers(emb)[:, :, None, None]
-        norm_out, _, dropout, conv_out = self.out_layers
-        if self.use_scale_shift_norm:
-            h = norm_silu(norm_out, h, *emb.chunk(2, dim=1))
+        norm_in: Any
+        norm_out: Any
+        norm_in, silu_in, conv_in = self.in_layers
+        if hooked(self.in_layers) and isinstance(self.resample, nn.Identity):
+            h = self.in_layers(x)
         else:
-            h = norm_silu(norm_out, h + emb.to(h.dtype))
-        h = conv_out(dropout(h))
+            h = conv_in(self.resample(norm_silu(norm_in, x, silu=silu_in)))
+        emb = self.emb_layers(emb)[:, :, None, None]
+        norm_out, silu_out, dropout, conv_out = self.out_layers
+        if self.use_scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = conv_out(dropout(norm_silu(norm_out, h, scale, shift, silu_out)))
+        elif hooked(self.out_layers):
+            h = self.out_layers(h + emb.to(h.dtype))
+        else:
+            h = conv_out(dropout(norm_silu(norm_out, h + emb.to(h.dtype), silu=silu_out)))
         return self.skip_connection(self.resample(x)) + h
 
 
-def multi_head_attention(qkv, num_heads, new_order):
+def multi_head_attention(qkv: torch.Tensor, num_heads: int, new_order: bool) -> torch.Tensor:
     """Scaled dot-product attention over packed projections.
 
     qkv: [N, 3 * C, L]. The published checkpoints pack it in two ways: the new order is q, k, v each with all heads;
@@ -113,7 +129,7 @@ def multi_head_attention(qkv, num_heads, new_order):
     q, k, v = (tensor.transpose(2, 3) for tensor in (q, k, v))
     if qkv.dtype != torch.float32 and not qkv.requires_grad:
         # On CPUs the fused kernel wants rows in memory order; its backward pass is slower than that of the plain one.
-        # In float32 it would differ from the published numbers by rounding, which the last steps' x_0 amplify past 1e-4.
+        # In float32 it would differ from the published numbers by rounding, which the last steps amplify past 1e-4.
         q, k, v = (tensor.contiguous() for tensor in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(2, 3).reshape(n, width // 3, length)
@@ -122,18 +138,20 @@ def multi_head_attention(qkv, num_heads, new_order):
 class AttentionBlock(nn.Module):
     """Self-attention over all pixels, residual."""
 
-    def __init__(self, channels, num_heads, num_head_channels, use_checkpoint, use_new_attention_order):
+    def __init__(
+        self, channels, num_heads, num_head_channels, use_checkpoint, use_new_attention_order, norm=normalization
+    ):
         super().__init__()
         self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
         if channels % self.num_heads:
             raise ValueError(f"{channels} channels cannot be split among {self.num_heads} attention heads")
         self.use_checkpoint = use_checkpoint
         self.use_new_attention_order = use_new_attention_order
-        self.norm = normalization(channels)
+        self.norm = norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, use_reentrant=False)
         return self._forward(x)
@@ -147,14 +165,14 @@ class AttentionBlock(nn.Module):
 class AttentionPool2d(nn.Module):
     """Pool a [N, C, H, W] map to [N, out] by attention from its mean (CLIP's pooling)."""
 
-    def __init__(self, side, channels, num_head_channels, out_channels):
+    def __init__(self, side: int, channels: int, num_head_channels: int, out_channels: int) -> None:
         super().__init__()
         self.positional_embedding = nn.Parameter(torch.randn(channels, side * side + 1) / channels**0.5)
         self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
         self.c_proj = nn.Conv1d(channels, out_channels, 1)
         self.num_heads = channels // num_head_channels
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(2)
         x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding.to(x.dtype)
         x = multi_head_attention(self.qkv_proj(x), self.num_heads, new_order=True)
@@ -164,13 +182,13 @@ class AttentionPool2d(nn.Module):
 class TimestepEmbedSequential(nn.Sequential):
     """A sequence whose residual blocks also get the time embedding."""
 
-    def forward(self, x, emb):
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
 
 
-class _Torso(nn.Module):
+class _UNetEncoder(nn.Module):
     """The contracting half and the middle, which the UNet and the encoder have in common."""
 
     def __init__(
@@ -189,6 +207,11 @@ class _Torso(nn.Module):
         use_scale_shift_norm,
         resblock_updown,
         use_new_attention_order,
+        norm_groups=32,
+        norm_eps=1e-5,
+        sines_first=False,
+        pad_end=False,
+        middle_norm=True,
     ):
         super().__init__()
         self.image_size = image_size
@@ -196,17 +219,19 @@ class _Torso(nn.Module):
         self.model_channels = model_channels
         self.dtype = torch.float32
         self.embed_dim = 4 * model_channels
+        self.sines_first = sines_first
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, self.embed_dim), nn.SiLU(), nn.Linear(self.embed_dim, self.embed_dim)
         )
 
-        def res_block(channels, out_channels=None, **resampling):
-            return ResBlock(
-                channels, self.embed_dim, dropout, out_channels, use_scale_shift_norm, use_checkpoint, **resampling
-            )
+        norm = functools.partial(normalization, groups=norm_groups, eps=norm_eps)
 
-        def attention(channels, heads=num_heads):
-            return AttentionBlock(channels, heads, num_head_channels, use_checkpoint, use_new_attention_order)
+        def res_block(channels: int, out_channels: int | None = None, **resampling: bool) -> ResBlock:
+            shape = channels, self.embed_dim, dropout, out_channels, use_scale_shift_norm, use_checkpoint
+            return ResBlock(*shape, norm=norm, **resampling)
+
+        def attention(channels: int, heads: int = num_heads, norm: Callable[[int], nn.Module] = norm) -> AttentionBlock:
+            return AttentionBlock(channels, heads, num_head_channels, use_checkpoint, use_new_attention_order, norm)
 
         channels = int(channel_mult[0] * model_channels)
         blocks = [TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))]
@@ -214,24 +239,34 @@ class _Torso(nn.Module):
         downsampling = 1
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                layers = [res_block(channels, int(mult * model_channels))]
+                layers: list[nn.Module] = [res_block(channels, int(mult * model_channels))]
                 channels = int(mult * model_channels)
                 if downsampling in attention_resolutions:
                     layers.append(attention(channels))
                 blocks.append(TimestepEmbedSequential(*layers))
                 self._skip_channels.append(channels)
             if level < len(channel_mult) - 1:
-                down = res_block(channels, down=True) if resblock_updown else Downsample(channels, conv_resample)
+                if resblock_updown:
+                    down = res_block(channels, down=True)
+                else:
+                    down = Downsample(channels, conv_resample, pad_end)
                 blocks.append(TimestepEmbedSequential(down))
                 self._skip_channels.append(channels)
                 downsampling *= 2
         self.input_blocks = nn.ModuleList(blocks)
-        self.middle_block = TimestepEmbedSequential(res_block(channels), attention(channels), res_block(channels))
+        # In this order, in which they draw their initial weights.
+        middle = [
+            res_block(channels),
+            attention(channels, norm=norm if middle_norm else nn.Identity),
+            res_block(channels),
+        ]
+        self.middle_block = TimestepEmbedSequential(*middle)
         self._channels, self._downsampling = channels, downsampling
-        self._res_block, self._attention = res_block, attention
+        self._res_block, self._attention, self._norm = res_block, attention, norm
 
     def _embed(self, timesteps):
-        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))
+        embedding = timestep_embedding(timesteps, self.model_channels, sines_first=self.sines_first)
+        return self.time_embed(embedding.to(self.time_embed[0].weight.dtype))  # type: ignore[arg-type, call-overload]
 
     def _encode(self, x, emb):
         """All skip tensors, the last of them the input of the middle block."""
@@ -242,12 +277,12 @@ class _Torso(nn.Module):
             skips.append(h)
         return skips
 
-    def middle_features(self, x, timesteps):
+    def middle_features(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Features of the middle block: x [N, C, H, W] in [-1, 1], original timesteps [N] -> [N, C', H', W']."""
         emb = self._embed(timesteps)
         return self.middle_block(self._encode(x, emb)[-1], emb)
 
-    def set_dtype(self, dtype):
+    def set_dtype(self, dtype: torch.dtype) -> "_UNetEncoder":
         """Compute in `dtype`: convolution weights between the first and the last layer are stored in it.
 
         Normalisations, the time embedding and the head stay in float32, as in the published half-precision models.
@@ -259,22 +294,26 @@ class _Torso(nn.Module):
         self.dtype = dtype
         return self
 
-    def convert_to_fp16(self):
+    def convert_to_fp16(self) -> None:
         """guided-diffusion's name for `set_dtype(torch.float16)`."""
         self.set_dtype(torch.float16)
 
-    def convert_to_fp32(self):
+    def convert_to_fp32(self) -> None:
         """guided-diffusion's name for `set_dtype(torch.float32)`."""
         self.set_dtype(torch.float32)
 
 
-class UNetModel(_Torso):
+class UNetModel(_UNetEncoder):
     """The full UNet: attention, timestep embedding, optional class embedding.
 
     image_size: side of the images it is made for (it accepts any side that its downsampling divides).
     model_channels: base width; channel_mult: its multiple at every level; num_res_blocks: blocks per level.
     attention_resolutions: downsampling factors (not sides) at which attention is used.
     num_head_channels: width of a head, or -1 for `num_heads` heads; num_heads_upsample: heads of the expanding half.
+
+    What only networks of diffusers have otherwise: norm_groups, norm_eps: of the normalisations; sines_first: DDPM's
+    time embedding; pad_end: strided convolutions are padded on the right and at the bottom only; middle_norm: whether
+    the middle block's attention normalises its input.
     """
 
     def __init__(
@@ -297,6 +336,11 @@ class UNetModel(_Torso):
         use_scale_shift_norm=False,
         resblock_updown=False,
         use_new_attention_order=False,
+        norm_groups=32,
+        norm_eps=1e-5,
+        sines_first=False,
+        pad_end=False,
+        middle_norm=True,
     ):
         super().__init__(
             image_size,
@@ -313,6 +357,11 @@ class UNetModel(_Torso):
             use_scale_shift_norm,
             resblock_updown,
             use_new_attention_order,
+            norm_groups,
+            norm_eps,
+            sines_first,
+            pad_end,
+            middle_norm,
         )
         self.out_channels = out_channels
         self.num_classes = num_classes
@@ -325,7 +374,7 @@ class UNetModel(_Torso):
         blocks = []
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
-                layers = [self._res_block(channels + skip_channels.pop(), int(mult * model_channels))]
+                layers: list[nn.Module] = [self._res_block(channels + skip_channels.pop(), int(mult * model_channels))]
                 channels = int(mult * model_channels)
                 if downsampling in attention_resolutions:
                     layers.append(self._attention(channels, heads_up))
@@ -336,9 +385,9 @@ class UNetModel(_Torso):
                 blocks.append(TimestepEmbedSequential(*layers))
         self.output_blocks = nn.ModuleList(blocks)
         self.out = nn.Sequential(
-            normalization(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
+            self._norm(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
         )
-        del self._res_block, self._attention
+        del self._res_block, self._attention, self._norm
         if use_fp16:
             self.convert_to_fp16()
 
@@ -359,12 +408,35 @@ class UNetModel(_Torso):
         return self.out(h.to(x.dtype)).contiguous()
 
 
-class EncoderUNetModel(_Torso):
+class SuperResModel(UNetModel):
+    """The UNet that makes a large image of a small one: it sees the small one, enlarged, beside x.
+
+    Arguments are UNetModel's; in_channels: those of the images, the network takes twice as many.
+    """
+
+    def __init__(self, image_size: int, in_channels: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(image_size, 2 * in_channels, *args, **kwargs)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        low_res: torch.Tensor | None = None,
+        y: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x: [N, C, H, W]; low_res: [N, C, h, w] in [-1, 1], of any size; the others and the output as UNetModel's."""
+        if low_res is None:
+            raise InputError("the network is one of super-resolution: give the images to enlarge", parameter="low_res")
+        upsampled = F.interpolate(low_res.to(x.dtype), x.shape[2:], mode="bilinear")
+        return super().forward(torch.cat([x, upsampled], dim=1), timesteps, y)
+
+
+class EncoderUNetModel(_UNetEncoder):
     """The contracting half with a pooling head: noisy-image classifier and domain-specific extractor.
 
     pool: `adaptive` (global average), `attention` (CLIP's), `spatial` and `spatial_v2` (an MLP on the means of all
-    levels). head: name of the head's parameters, `out` in guided-diffusion's classifiers, `I2Iout` in EGSDE's extractors.
-    The other arguments are UNetModel's.
+    levels). head: name of the head's parameters, `out` in guided-diffusion's classifiers, `I2Iout` in EGSDE's
+    extractors. The other arguments are UNetModel's.
     """
 
     def __init__(
@@ -404,7 +476,7 @@ class EncoderUNetModel(_Torso):
             resblock_updown,
             use_new_attention_order,
         )
-        del self._res_block, self._attention
+        del self._res_block, self._attention, self._norm
         self.out_channels = out_channels
         self.pool = pool
         self.head = head
@@ -436,7 +508,7 @@ class EncoderUNetModel(_Torso):
         if use_fp16:
             self.convert_to_fp16()
 
-    def forward(self, x, timesteps):
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x: [N, C, H, W]; timesteps: [N] -> logits [N, out_channels]."""
         emb = self._embed(timesteps)
         skips = self._encode(x, emb)

@@ -6,9 +6,11 @@ resizing is y = A x B^T with two small matrices, and so are its gradient and any
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 
 def _cubic(x):
@@ -27,7 +29,7 @@ def _lanczos(order):
 
 
 def _box(x):
-    return np.where((-0.5 <= x) & (x < 0.5), 1.0, 0.0)
+    return np.where((x >= -0.5) & (x < 0.5), 1.0, 0.0)
 
 
 def _linear(x):
@@ -44,16 +46,21 @@ KERNELS = {
 }
 
 
-def resize_matrix(in_length, scale, kernel="linear"):
-    """The matrix [out_length, in_length] (float64) that resizes one axis by `scale`; out_length = ceil(in * scale)."""
+def resize_matrix(
+    in_length: int, scale: float, kernel: str = "cubic", out_length: int | None = None, antialiasing: bool = True
+) -> np.ndarray:
+    """The matrix [out_length, in_length] (float64) that resizes one axis by `scale`; out_length: ceil(in * scale).
+
+    antialiasing: stretch the kernel when shrinking, so that it averages what the smaller image cannot hold.
+    """
     if kernel not in KERNELS:
         raise ValueError(f"kernel is {kernel!r}; it can be {', '.join(KERNELS)}")
     if not scale > 0:
         raise ValueError(f"scale_factor is {scale}; it must be positive")
     function, width = KERNELS[kernel]
-    stretch = min(scale, 1.0)
+    stretch = min(scale, 1.0) if antialiasing else 1.0
     width = width / stretch
-    out_length = math.ceil(in_length * scale * (1 - 1e-12))
+    out_length = out_length or math.ceil(in_length * scale * (1 - 1e-12))
     # Positions of the output samples in input coordinates; where out_length was rounded up, both grids share a centre.
     out = np.arange(1, out_length + 1) - (out_length - in_length * scale) / 2
     position = out / scale + 0.5 * (1 - 1 / scale)
@@ -70,35 +77,95 @@ def resize_matrix(in_length, scale, kernel="linear"):
     return matrix
 
 
-class Resizer:
-    """Resize the last two axes of a tensor.
+class Resizer(nn.Module):
+    """Resize a tensor, with PyTorch-Resizer's interface.
 
-    in_shape: shape of the tensors to come, at least their last two entries. scale_factor: one number for both axes.
-    kernel: cubic, lanczos2, lanczos3, box or linear. Called on [..., H, W] it returns [..., H', W'] in the same dtype.
+    in_shape: shape of the tensors to come, at least the axes that are resized. scale_factor: one number for the last
+    two axes, or a list for as many last axes as it has entries. output_shape: the resized shape, or its last entries.
+    Of both, output_shape gives the lengths and scale_factor the positions. kernel: cubic (the default, also for None),
+    lanczos2, lanczos3, box or linear. antialiasing: stretch the kernel when shrinking. Called on [..., H, W], it
+    returns [..., H', W'] in the same dtype. Raises ValueError for arguments that do not fit. Its matrices follow the tensors to
+    their device.
     """
 
-    def __init__(self, in_shape, scale_factor, kernel="linear"):
-        height, width = in_shape[-2:]
-        self.in_size = (height, width)
-        self.rows = torch.from_numpy(resize_matrix(height, scale_factor, kernel))
-        self.columns = torch.from_numpy(resize_matrix(width, scale_factor, kernel))
-        self._cast = {}
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        scale_factor: float | Sequence[float] | None = None,
+        output_shape: Sequence[int] | None = None,
+        kernel: str | None = None,
+        antialiasing: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_size = tuple(int(side) for side in in_shape)
+        scales, sizes = _scales_and_sizes(self.in_size, scale_factor, output_shape)
+        self.axes: dict[int, torch.Tensor] = {}
+        for axis, (scale, size) in enumerate(zip(scales, sizes)):
+            length = self.in_size[axis]
+            always = axis >= len(self.in_size) - 2  # of the last two axes, callers want the matrices
+            if always or scale != 1 or size != length:
+                matrix = resize_matrix(length, scale, kernel or "cubic", size, antialiasing)
+                self.axes[axis - len(self.in_size)] = torch.from_numpy(matrix)
+        self._cast: dict[tuple[int, torch.dtype, torch.device], torch.Tensor] = {}
 
-    def matrices(self, like):
-        """The two matrices (rows [H', H], columns [W', W]) in the dtype and on the device of a tensor."""
-        key = like.dtype, like.device
+    @property
+    def rows(self) -> torch.Tensor:
+        """The matrix [H', H] of the last axis but one, float64."""
+        return self.axes[-2]
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """The matrix [W', W] of the last axis, float64."""
+        return self.axes[-1]
+
+    def matrix(self, axis: int, like: torch.Tensor) -> torch.Tensor:
+        """The matrix of an axis (negative) in the dtype and on the device of a tensor."""
+        key = axis, like.dtype, like.device
         if key not in self._cast:
-            self._cast[key] = self.rows.to(like), self.columns.to(like)
+            self._cast[key] = self.axes[axis].to(like)
         return self._cast[key]
 
-    def __call__(self, x):
-        if tuple(x.shape[-2:]) != self.in_size:
-            raise ValueError(f"the resizer was made for {self.in_size} pixels and got {tuple(x.shape[-2:])}")
+    def matrices(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two matrices (rows [H', H], columns [W', W]) in the dtype and on the device of a tensor."""
+        return self.matrix(-2, like), self.matrix(-1, like)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for axis in (*self.axes, -1, -2):
+            if x.ndim < -axis or x.shape[axis] != self.in_size[axis]:
+                expected, found = self.in_size[-2:], tuple(x.shape[-2:])
+                raise ValueError(f"the resizer was made for {expected} pixels and got {found}")
         rows, columns = self.matrices(x)
+        for axis in self.axes:
+            if axis < -2:
+                x = (x.transpose(axis, -1) @ self.matrix(axis, x).T).transpose(axis, -1)
         return rows @ x @ columns.T
 
 
-def low_pass_filter(size, down_n, kernel):
+def _scales_and_sizes(
+    in_shape: tuple[int, ...], scale_factor: float | Sequence[float] | None, output_shape: Sequence[int] | None
+) -> tuple[list[float], list[int | None]]:
+    """Scale and new length of every axis of in_shape."""
+    n = len(in_shape)
+    if n < 2:
+        raise ValueError(f"in_shape is {tuple(in_shape)}; it must have at least two entries")
+    if scale_factor is None and output_shape is None:
+        raise ValueError("scale_factor is missing; give it, or output_shape")
+    scales: list[float] = []
+    sizes: list[int | None] = []
+    if output_shape is not None:
+        if not 2 <= len(output_shape) <= n or not all(int(side) == side and side >= 1 for side in output_shape):
+            raise ValueError(f"output_shape is {tuple(output_shape)}; it must be 2 to {n} positive whole numbers")
+        sizes = [*in_shape[: n - len(output_shape)], *(int(side) for side in output_shape)]
+        scales = [size / length for size, length in zip(sizes, in_shape) if size]
+    if scale_factor is not None:
+        given = [float(s) for s in ([scale_factor] * 2 if isinstance(scale_factor, (int, float)) else scale_factor)]
+        if not 2 <= len(given) <= n:
+            raise ValueError(f"scale_factor is {scale_factor}; it must be one number, or 2 to {n}")
+        scales = [1.0] * (n - len(given)) + given
+    return scales, sizes or [None if scale != 1 else length for scale, length in zip(scales, in_shape)]
+
+
+def low_pass_filter(size: tuple[int, int], down_n: int, kernel: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """ILVR's filter phi for images of size (H, W): a function that shrinks by down_n and enlarges again.
 
     Raises ValueError unless down_n divides the size.
@@ -106,6 +173,6 @@ def low_pass_filter(size, down_n, kernel):
     height, width = size
     if down_n < 1 or height % down_n or width % down_n:
         raise ValueError(f"down_n is {down_n}; it must be at least 1 and divide the image size {height}x{width}")
-    down = Resizer((height, width), 1 / down_n, kernel)
-    up = Resizer((height // down_n, width // down_n), down_n, kernel)
+    down = Resizer((height, width), 1 / down_n, kernel=kernel)
+    up = Resizer((height // down_n, width // down_n), down_n, kernel=kernel)
     return lambda x: up(down(x))

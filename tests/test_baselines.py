@@ -233,8 +233,8 @@ def test_ilvr_keeps_the_low_frequencies_of_the_reference():
     """Guided to i = 1, whose alpha_bar is near 1; the last step, not guided, changes little."""
     torch.manual_seed(0)
     colours = torch.rand(4, 3, 4, 4) * 1.6 - 0.8
-    ref = Resizer((4, 4), 8, "cubic")(colours)
-    down = Resizer((32, 32), 1 / 8, "cubic")
+    ref = Resizer((4, 4), 8, kernel="cubic")(colours)
+    down = Resizer((32, 32), 1 / 8, kernel="cubic")
     run = {"diffusion": create_diffusion(timestep_respacing="50"), "ref": ref, "down_n": 8}
     guided, free = (ilvr(GaussianModel(), range_t=range_t, **run) for range_t in (0, 50))
     kept, lost = ((down(output) - down(ref)).square().mean().sqrt() for output in (guided, free))
@@ -329,7 +329,7 @@ def test_an_energy_without_weight_is_not_needed():
 def test_energies_pull_where_they_should():
     """More weight on the low-pass energy brings phi(x) nearer to the reference's; dse lowers the cosine of features."""
     ref, encoder = references(4), PatchEncoder()
-    down = Resizer((16, 16), 1 / 4, "linear")
+    down = Resizer((16, 16), 1 / 4, kernel="linear")
 
     def translate(ls, li):
         options = {"start": 200, "ls": ls, "li": li, "encoder": encoder, "down_n": 4, "noise": seeded(9)}

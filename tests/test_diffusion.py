@@ -10,7 +10,7 @@ from conftest import LinearModel, golden, golden_index, golden_model_and_diffusi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
     LossType,
@@ -20,7 +20,7 @@ from guided_diffusion.gaussian_diffusion import (
     get_named_beta_schedule,
 )
 from guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
-from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.respace import SpacedDiffusion, matching_timestep, space_timesteps
 from guided_diffusion.script_util import create_diffusion
 
 STEPS = 40
@@ -109,8 +109,9 @@ def test_betas_of_any_alpha_bar():
 
 
 def test_unknown_schedule():
-    with pytest.raises(UserError, match="--noise_schedule is 'sqrt'; it can be linear or cosine"):
+    with pytest.raises(InputError, match="it can be linear, cosine") as caught:
         get_named_beta_schedule("sqrt", 10)
+    assert (caught.value.parameter, caught.value.value) == ("noise_schedule", "sqrt")
 
 
 @pytest.mark.parametrize("betas", [[0.1, 0.0], [0.1, -0.1], [0.5, 1.1], [0.1, float("nan")], [[0.1], [0.2]]])
@@ -163,20 +164,23 @@ def test_sections_get_their_numbers_of_steps(steps, counts):
 
 @pytest.mark.parametrize("text", ["", "many", "10,", ",", "10;5", "ddim", "ddimx", "1e2", "10.5", "ddim10,5"])
 def test_spacing_that_is_no_list_of_numbers(text):
-    with pytest.raises(UserError, match="--timestep_respacing is .*; it can be a number like 100"):
+    with pytest.raises(InputError, match="it can be a number like 100") as caught:
         space_timesteps(1000, text)
+    assert (caught.value.parameter, caught.value.value) == ("timestep_respacing", text)
 
 
 @pytest.mark.parametrize("text, count", [("0", 0), ("-5", -5), ("1001", 1001), ("10,0", 0), ("600,10", 600)])
 def test_spacing_with_impossible_counts(text, count):
-    with pytest.raises(UserError, match=f"--timestep_respacing asks for {count} steps out of"):
+    with pytest.raises(InputError, match=f"it asks for {count} steps out of") as caught:
         space_timesteps(1000, text)
+    assert (caught.value.parameter, caught.value.value) == ("timestep_respacing", text)
 
 
 @pytest.mark.parametrize("text", ["ddim0", "ddim999", "ddim2000", "ddim-3"])
 def test_ddim_spacing_without_a_stride(text):
-    with pytest.raises(UserError, match=f"--timestep_respacing is {text}; no integer stride"):
+    with pytest.raises(InputError, match="no integer stride") as caught:
         space_timesteps(1000, text)
+    assert (caught.value.parameter, caught.value.value) == ("timestep_respacing", text)
 
 
 def test_respacing_keeps_alpha_bar():
@@ -267,7 +271,7 @@ def test_posterior_is_bayes_rule():
         precision = alpha / beta + 1 / (1 - previous)
         expected = (alpha**0.5 / beta * x_t[n] + previous**0.5 / (1 - previous) * x_start[n]) / precision
         torch.testing.assert_close(mean[n], expected, atol=1e-5, rtol=1e-5)
-        assert float(variance[n]) == pytest.approx(1 / precision, rel=1e-5)
+        assert float(variance[n].flatten()[0]) == pytest.approx(1 / precision, rel=1e-5)
     # At step 0 it is x_0 itself.
     mean, variance, _ = diffusion.q_posterior_mean_variance(x_start, x_t, torch.zeros(3, dtype=torch.long))
     torch.testing.assert_close(mean, x_start)
@@ -292,6 +296,8 @@ def plain_posterior(diffusion, output, x, i, clip):
         x_start = (x - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar**0.5
     elif diffusion.model_mean_type is ModelMeanType.START_X:
         x_start = prediction
+    elif diffusion.model_mean_type is ModelMeanType.VELOCITY:
+        x_start = alpha_bar**0.5 * x - (1 - alpha_bar) ** 0.5 * prediction
     else:
         x_start = (prediction - coef2 * x) / coef1
     x_start = x_start.clamp(-1, 1) if clip else x_start
@@ -334,7 +340,10 @@ def test_posterior_of_every_model_type(mean, var, clip):
             torch.testing.assert_close(
                 out[key][n].double(), value, atol=1e-5, rtol=1e-4, msg=lambda m: f"{key}, {i}: {m}"
             )
-    torch.testing.assert_close(out["variance"], out["log_variance"].exp())
+    # The fixed small variance is that of the true posterior, 0 at t = 0, where its logarithm is clipped.
+    exact = var is ModelVarType.FIXED_SMALL
+    torch.testing.assert_close(out["variance"][exact:], out["log_variance"][exact:].exp())
+    assert not exact or (t[0] == 0 and (out["variance"][0] == 0).all())
     assert all(value.shape == x.shape for value in out.values())
 
 
@@ -536,6 +545,7 @@ def test_training_losses(mean, var, loss):
             target = {
                 ModelMeanType.EPSILON: noise[n].double(),
                 ModelMeanType.START_X: x_start[n].double(),
+                ModelMeanType.VELOCITY: (alpha_bar**0.5 * noise[n] - (1 - alpha_bar) ** 0.5 * x_start[n]).double(),
                 ModelMeanType.PREVIOUS_X: (
                     diffusion.betas[i] * previous**0.5 * arguments[1]
                     + (1 - previous) * diffusion.alphas[i] ** 0.5 * arguments[2]
@@ -570,3 +580,44 @@ def test_a_perfect_model_has_no_loss():
     diffusion = process()
     losses = diffusion.training_losses(lambda x, t: noise, x_start, t, noise=noise)
     assert torch.equal(losses["loss"], torch.zeros(4))
+
+
+# ---- the timesteps of an encoder -------------------------------------------------------------------------------------
+
+LINEAR = {"noise_schedule": "linear", "diffusion_steps": 1000, "rescale_timesteps": False}
+
+
+def test_one_schedule_needs_no_other_timesteps():
+    assert matching_timestep(LINEAR, LINEAR, assumed=("noise_schedule",)) is None
+    assert matching_timestep(LINEAR, {**LINEAR, "noise_schedule": "linear:0.0001,0.02"}) is None
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        {**LINEAR, "noise_schedule": "cosine"},
+        {**LINEAR, "diffusion_steps": 4000, "noise_schedule": "cosine"},
+        {**LINEAR, "diffusion_steps": 250},
+        {**LINEAR, "diffusion_steps": 250, "rescale_timesteps": True},
+    ],
+    ids=str,
+)
+def test_encoders_are_asked_at_their_own_timestep_of_the_noise_level(encoder):
+    timestep = matching_timestep(LINEAR, encoder)
+    scale = 1000 / encoder["diffusion_steps"] if encoder["rescale_timesteps"] else 1
+    own = create_diffusion(**encoder).alphas_cumprod
+    # Exact where its schedule has the level.
+    assert [timestep(own[i]) for i in (0, 17, len(own) - 1)] == [i * scale for i in (0, 17, len(own) - 1)]
+    # Between its levels otherwise, in the right order.
+    between = timestep((own[100] * own[101]) ** 0.5)
+    assert 100 * scale < between < 101 * scale
+    assert (timestep(1 - 1e-12), timestep(1e-300)) == (0, (len(own) - 1) * scale)
+    for alpha_bar in create_diffusion(**LINEAR).alphas_cumprod[::50]:
+        assert 0 <= timestep(alpha_bar) <= (len(own) - 1) * scale
+
+
+def test_unknown_schedule_of_an_encoder_is_an_error_that_names_both():
+    with pytest.raises(InputError) as caught:
+        matching_timestep({**LINEAR, "noise_schedule": "cosine"}, LINEAR, assumed=("noise_schedule",), name="dse.pt")
+    for text in ("dse.pt", "linear, 1000 steps", "cosine, 1000 steps"):
+        assert text in str(caught.value)

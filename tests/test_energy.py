@@ -174,8 +174,8 @@ def test_low_pass_equals_the_plain_formula(down_n):
     alpha_bar = 0.37
 
     def smooth(x):
-        small = Resizer(x.shape, 1 / down_n)(x)
-        return Resizer(small.shape, down_n)(small)
+        small = Resizer(x.shape, 1 / down_n, kernel="linear")(x)
+        return Resizer(small.shape, down_n, kernel="linear")(small)
 
     value, grad = evaluate(energies.low_pass(down_n), ref, x, None, alpha_bar)
     target = smooth(alpha_bar**0.5 * ref)
@@ -205,8 +205,8 @@ def test_low_pass_of_a_rectangle():
     x, ref = torch.randn(2, 1, 3, 8, 24).unbind()
     value, grad = evaluate(energies.low_pass(4), ref, x)
     assert value.shape == (1,) and grad.shape == x.shape
-    small = Resizer(x.shape, 1 / 4)(ref - x)
-    assert_relative(value, Resizer(small.shape, 4)(small).square().sum(dim=(1, 2, 3)))
+    small = Resizer(x.shape, 1 / 4, kernel="linear")(ref - x)
+    assert_relative(value, Resizer(small.shape, 4, kernel="linear")(small).square().sum(dim=(1, 2, 3)))
 
 
 @pytest.mark.parametrize("alpha_bar", [1.0, 0.5, 0.01])

@@ -22,7 +22,7 @@ def test_golden(name):
     for case in cases:
         kernel, _, scale = case.split("/")
         x = data[f"{case}/in"]
-        result = Resizer(x.shape, float(scale), kernel)(x)
+        result = Resizer(x.shape, float(scale), kernel=kernel)(x)
         torch.testing.assert_close(
             result, data[f"{case}/out"], atol=1e-5, rtol=0, msg=lambda m, case=case: f"{case}: {m}"
         )
@@ -62,7 +62,7 @@ def test_equals_the_definition(kernel, length, scale):
 @given(kernels, lengths, lengths, scales, st.floats(-2, 2))
 def test_constants_are_kept(kernel, height, width, scale, value):
     x = torch.full((1, 3, height, width), value, dtype=torch.float64)
-    result = Resizer(x.shape, scale, kernel)(x)
+    result = Resizer(x.shape, scale, kernel=kernel)(x)
     assert result.shape == (1, 3, int(np.ceil(height * scale)), int(np.ceil(width * scale)))
     torch.testing.assert_close(result, torch.full_like(result, value), atol=1e-12, rtol=0)
 
@@ -72,7 +72,7 @@ def test_constants_are_kept(kernel, height, width, scale, value):
 def test_linear(kernel, size, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(2, 1, 2, size, size + 3, generator=generator, dtype=torch.float64)
-    resize = Resizer(x.shape, scale, kernel)
+    resize = Resizer(x.shape, scale, kernel=kernel)
     torch.testing.assert_close(resize(2 * x - 3 * y), 2 * resize(x) - 3 * resize(y), atol=1e-12, rtol=1e-12)
 
 
@@ -82,7 +82,7 @@ def test_gradient_is_the_transposed_matrices(kernel, height, width, scale, seed)
     """<R x, y> = <x, R* y> with R* y = A^T y B, and autograd gives the same."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(height, width, generator=generator, dtype=torch.float64, requires_grad=True)
-    resize = Resizer(x.shape, scale, kernel)
+    resize = Resizer(x.shape, scale, kernel=kernel)
     result = resize(x)
     y = torch.randn(result.shape, generator=generator, dtype=torch.float64)
     rows, columns = resize.matrices(x)
@@ -96,7 +96,7 @@ def test_gradient_is_the_transposed_matrices(kernel, height, width, scale, seed)
 @pytest.mark.parametrize("kernel", sorted(KERNELS))
 def test_scale_one_is_the_identity(kernel):
     x = torch.randn(2, 3, 11, 8, dtype=torch.float64)
-    torch.testing.assert_close(Resizer(x.shape, 1, kernel)(x), x, atol=1e-12, rtol=0)
+    torch.testing.assert_close(Resizer(x.shape, 1, kernel=kernel)(x), x, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("kernel", ["linear", "cubic", "lanczos2", "lanczos3"])
@@ -110,7 +110,7 @@ def test_mirror_images_stay_mirror_images(kernel, scale):
 @pytest.mark.parametrize("kernel", ["linear", "cubic", "lanczos2", "lanczos3"])
 def test_shrinking_removes_what_the_smaller_image_cannot_hold(kernel):
     stripes = torch.tensor([1.0, -1.0]).repeat(32).expand(1, 1, 64, 64)
-    assert Resizer(stripes.shape, 1 / 8, kernel)(stripes).abs().max() < 0.1
+    assert Resizer(stripes.shape, 1 / 8, kernel=kernel)(stripes).abs().max() < 0.1
 
 
 def test_enlarging_linearly_is_pytorchs_bilinear_interpolation():
@@ -118,7 +118,7 @@ def test_enlarging_linearly_is_pytorchs_bilinear_interpolation():
     for scale in (2, 3, 4):
         # PyTorch repeats the border where this mirrors it; with a linear kernel both read the border pixel.
         expected = torch.nn.functional.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
-        torch.testing.assert_close(Resizer(x.shape, scale, "linear")(x), expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(Resizer(x.shape, scale, kernel="linear")(x), expected, atol=1e-12, rtol=0)
 
 
 def test_any_leading_dimensions_and_dtypes():
@@ -149,7 +149,7 @@ def test_bad_scale(scale):
 
 def test_bad_kernel():
     with pytest.raises(ValueError, match="'sinc'; it can be cubic, lanczos2, lanczos3, box, linear"):
-        Resizer((8, 8), 0.5, "sinc")
+        Resizer((8, 8), 0.5, kernel="sinc")
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 9), (1, 3, 9, 8), (1, 3, 4, 4)])

@@ -1,6 +1,7 @@
 """Flags: guided-diffusion's names and defaults, their parsing, and the errors of those that fit nothing."""
 
 import argparse
+import inspect
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.script_util import (
@@ -16,14 +17,18 @@ from guided_diffusion.script_util import (
     args_to_dict,
     attention_factors,
     channel_multipliers,
+    classifier_and_diffusion_defaults,
     classifier_defaults,
     create_classifier,
+    create_classifier_and_diffusion,
     create_diffusion,
     create_gaussian_diffusion,
     create_model,
     create_model_and_diffusion,
     diffusion_defaults,
     model_and_diffusion_defaults,
+    sr_create_model_and_diffusion,
+    sr_model_and_diffusion_defaults,
     str2bool,
 )
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
@@ -79,10 +84,30 @@ def test_no_flags_give_the_defaults():
 
 def test_the_releases_command_line():
     args = parse(
-        *"--attention_resolutions 16 --class_cond False --diffusion_steps 1000 --dropout 0.1 --image_size 256".split(),
-        *"--learn_sigma True --noise_schedule cosine --num_channels 128 --num_head_channels 64".split(),
-        *"--num_res_blocks 1 --resblock_updown True --use_fp16 False --use_scale_shift_norm True".split(),
-        *"--timestep_respacing 100 --channel_mult 1,2".split(),
+        *[
+            "--attention_resolutions",
+            "16",
+            "--class_cond",
+            "False",
+            "--diffusion_steps",
+            "1000",
+            "--dropout",
+            "0.1",
+            "--image_size",
+            "256",
+        ],
+        *["--learn_sigma", "True", "--noise_schedule", "cosine", "--num_channels", "128", "--num_head_channels", "64"],
+        *[
+            "--num_res_blocks",
+            "1",
+            "--resblock_updown",
+            "True",
+            "--use_fp16",
+            "False",
+            "--use_scale_shift_norm",
+            "True",
+        ],
+        *["--timestep_respacing", "100", "--channel_mult", "1,2"],
     )
     changed = {
         "attention_resolutions": "16",
@@ -151,13 +176,15 @@ def test_channel_multipliers(text, size, expected):
 
 @pytest.mark.parametrize("text", ["1,2,", "1;2", "one", "1,,2", ","])
 def test_bad_channel_multipliers(text):
-    with pytest.raises(UserError, match=f"--channel_mult is '{text}'; it is a list of numbers like 1,2,4"):
+    with pytest.raises(InputError, match="a list of numbers like 1,2,4") as caught:
         channel_multipliers(text, 64)
+    assert (caught.value.parameter, caught.value.value) == ("channel_mult", text)
 
 
 def test_image_sizes_without_usual_multipliers():
-    with pytest.raises(UserError, match="--image_size 96 has no usual --channel_mult.*64, 128, 256, 512"):
+    with pytest.raises(InputError, match=r"no usual channel_mult.*64, 128, 256, 512") as caught:
         channel_multipliers("", 96)
+    assert (caught.value.parameter, caught.value.value) == ("image_size", 96)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +197,9 @@ def test_attention_factors(text, size, expected):
 
 @pytest.mark.parametrize("text", ["0", "sixteen", "16;8", "8.5"])
 def test_bad_attention_resolutions(text):
-    with pytest.raises(UserError, match=f"--attention_resolutions is '{text}'"):
+    with pytest.raises(InputError, match="a list of sides") as caught:
         attention_factors(text, 64)
+    assert (caught.value.parameter, caught.value.value) == ("attention_resolutions", text)
 
 
 def test_model_and_diffusion_from_few_flags():
@@ -221,7 +249,7 @@ def test_flags_reach_the_model():
     [
         ({}, "model_mean_type", ModelMeanType.EPSILON),
         ({"predict_xstart": True}, "model_mean_type", ModelMeanType.START_X),
-        ({}, "model_var_type", ModelVarType.FIXED_SMALL),
+        ({"sigma_small": True}, "model_var_type", ModelVarType.FIXED_SMALL),
         ({"sigma_small": False}, "model_var_type", ModelVarType.FIXED_LARGE),
         ({"learn_sigma": True}, "model_var_type", ModelVarType.LEARNED_RANGE),
         ({"learn_sigma": True, "sigma_small": False}, "model_var_type", ModelVarType.LEARNED_RANGE),
@@ -259,27 +287,52 @@ def test_classifier_and_extractor():
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "flags",
     [
-        ({"noise_schedule": "sigmoid"}, "--noise_schedule is 'sigmoid'; it can be linear or cosine"),
-        ({"timestep_respacing": "many"}, "--timestep_respacing is 'many'"),
-        ({"timestep_respacing": "1001"}, "--timestep_respacing asks for 1001 steps out of 1000"),
-        ({"diffusion_steps": 0}, "--diffusion_steps is 0; it must be at least 1"),
-        ({"diffusion_steps": -5}, "--diffusion_steps is -5; it must be at least 1"),
-        ({"channel_mult": "a"}, "--channel_mult is 'a'"),
-        ({"attention_resolutions": "x"}, "--attention_resolutions is 'x'"),
-        ({"image_size": 48, "channel_mult": ""}, "--image_size 48 has no usual --channel_mult"),
+        {"noise_schedule": "sigmoid"},
+        {"timestep_respacing": "many"},
+        {"timestep_respacing": "1001"},
+        {"diffusion_steps": 0},
+        {"diffusion_steps": -5},
+        {"channel_mult": "a"},
+        {"attention_resolutions": "x"},
+        {"image_size": 48, "channel_mult": ""},
     ],
 )
-def test_errors_are_one_line_that_names_flag_and_value(flags, message):
-    with pytest.raises(UserError) as caught:
+def test_errors_are_one_line_that_names_parameter_and_value(flags):
+    with pytest.raises(InputError) as caught:
         create_model_and_diffusion(**{**TINY, **flags})
-    assert str(caught.value).startswith(message)
+    name, value = next(iter(flags.items()))
+    assert (caught.value.parameter, caught.value.value) == (name, value)
     assert "\n" not in str(caught.value)
 
 
+def test_variance_defaults():
+    """Without learned variance: guided-diffusion's default is the larger one, our commands take the smaller."""
+    assert create_gaussian_diffusion().model_var_type is ModelVarType.FIXED_LARGE
+    assert create_model_and_diffusion(**TINY)[1].model_var_type is ModelVarType.FIXED_LARGE
+    assert create_diffusion().model_var_type is ModelVarType.FIXED_SMALL
+
+
+@pytest.mark.parametrize(
+    "create, defaults, count",
+    [
+        (create_model_and_diffusion, model_and_diffusion_defaults, 23),
+        (create_classifier_and_diffusion, classifier_and_diffusion_defaults, 16),
+        (sr_create_model_and_diffusion, sr_model_and_diffusion_defaults, 22),
+    ],
+)
+def test_signatures_list_the_flags_and_their_defaults(create, defaults, count):
+    names = inspect.getfullargspec(create).args
+    assert len(names) == count and set(names) == set(defaults())
+    signature = inspect.signature(create).parameters
+    assert {name: signature[name].default for name in names} == defaults()
+    with pytest.raises(TypeError, match="unknown_flag"):
+        create(unknown_flag=1)
+
+
 def test_importing_the_core_stays_light():
-    modules = "energy sddm script_util unet ddpm manifold moo respace losses".split()
+    modules = ["energy", "sddm", "script_util", "unet", "ddpm", "manifold", "moo", "respace", "losses"]
     code = (
         f"import sys, {', '.join('guided_diffusion.' + name for name in modules)}, resizer\n"
         "print(sorted({'scipy', 'torchvision', 'mpi4py', 'PIL', 'blobfile', 'matplotlib'} & set(sys.modules)))"

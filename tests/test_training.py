@@ -1,8 +1,10 @@
 """Losses and gradients of training are those of the plain formulas, and draws depend on sample numbers only."""
 
 import dataclasses
+import itertools
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -11,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from guided_diffusion import train_files
 from guided_diffusion.checkpoint import load_model
 from guided_diffusion.dist_util import Ranks
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import InputError
 from guided_diffusion.resample import (
     LogNormalSampler,
     LossSecondMomentResampler,
@@ -22,21 +23,23 @@ from guided_diffusion.resample import (
     create_named_schedule_sampler,
 )
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model_and_diffusion
-from guided_diffusion.train_data import (
+from guided_diffusion.training import files
+from guided_diffusion.training.config import TrainConfig, learning_rate
+from guided_diffusion.training.data import (
     TrainImages,
     batch_numbers,
     class_labels,
     list_images,
-    load_data,
     random_uniform,
     sample_noise,
 )
-from guided_diffusion.train_losses import classifier_loss, diffusion_loss, evaluate, loss_weights, means_by_quarter
-from guided_diffusion.train_util import TrainConfig, TrainLoop, draw_samples, learning_rate
+from guided_diffusion.training.loop import Trainer, draw_samples
+from guided_diffusion.training.losses import classifier_loss, diffusion_loss, evaluate, loss_weights, means_by_quarter
 
-FLAGS = dict(
-    image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="4", diffusion_steps=100
-)
+FLAGS = {
+    "image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": "4",
+    "diffusion_steps": 100,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def make_loop(folder, save_dir, flags=FLAGS, weighting=None, images=None, nonzer
     losses = diffusion_loss(diffusion, loss_weights(diffusion, **(weighting or {})))
     sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion)
     images = images or TrainImages(list_images(folder), 8)
-    return TrainLoop(model, losses, images, config, sampler, device="cpu", ranks=Ranks()), diffusion
+    return Trainer(model, losses, images, config, sampler, device="cpu", ranks=Ranks()), diffusion
 
 
 def gradients(loop, start=0):
@@ -109,6 +112,14 @@ def test_min_snr_weight_of_a_model_that_predicts_the_image():
     diffusion = create_gaussian_diffusion(steps=50, predict_xstart=True)
     snr = diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)
     np.testing.assert_allclose(loss_weights(diffusion, min_snr_gamma=5.0).numpy(), np.minimum(snr, 5), rtol=1e-6)
+
+
+def test_min_snr_weight_of_a_model_that_predicts_the_velocity():
+    # v - v' = (x_0' - x_0) (snr + 1)^(1/2), where both belong to the same x_t.
+    diffusion = create_gaussian_diffusion(steps=50, predict_v=True)
+    snr = diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)
+    expected = np.minimum(snr, 5) / (snr + 1)
+    np.testing.assert_allclose(loss_weights(diffusion, min_snr_gamma=5.0).numpy(), expected, rtol=1e-6)
 
 
 def test_weighting_leaves_the_variance_term_alone(folder, tmp_path):
@@ -227,7 +238,7 @@ def test_every_epoch_shows_every_image_once(folder, cache, workers):
 def test_ranks_share_the_sequence_of_samples():
     alone = [next(batch_numbers(12, 6)).tolist()]
     together = [next(batch_numbers(12, 2, rank, 3)).tolist() for rank in range(3)]
-    assert sum(together, []) == alone[0]
+    assert list(itertools.chain(*together)) == alone[0]
 
 
 def test_half_of_the_images_are_flipped_the_same_ones_whenever(folder):
@@ -256,34 +267,32 @@ def test_random_crops_are_windows_of_the_larger_image(folder):
     assert len(places) > 3
 
 
-def test_load_data_gives_images_and_labels(folder):
-    x, kwargs = next(load_data(data_dir=str(folder), batch_size=16, image_size=8, class_cond=True, deterministic=True))
-    assert x.shape == (16, 3, 8, 8) and -1 <= x.min() < x.max() <= 1
-    assert kwargs["y"].tolist() == [0] * 8 + [1] * 8
-    assert next(load_data(data_dir=str(folder), batch_size=2, image_size=8))[1] == {}
-
-
 def test_classes_come_from_folders_or_from_file_names(tmp_path):
     for name in ("dog_1.png", "cat_1.png", "cat_2.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     labels, names = class_labels(list_images(tmp_path))
     assert names == ["cat", "dog"] and labels.tolist() == [0, 0, 1]
-    with pytest.raises(UserError, match=r"dog_1.png: its class 'dog' is not among"):
+    with pytest.raises(InputError, match=r"dog_1.png: its class 'dog' is not among"):
         class_labels(list_images(tmp_path), ["cat"])
 
 
 def test_unreadable_image_is_named(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     images = TrainImages(list_images(tmp_path), 8)
-    with pytest.raises(UserError, match="broken.png: .*; repair it or take it out"):
+    with pytest.raises(InputError, match=r"broken.png: .*; repair it or take it out"):
         next(images.batches(iter([np.arange(1)]), "cpu"))
 
 
 # ---- schedule samplers ----------------------------------------------------------------------------------------------
 
 
+def steps(number, alphas_cumprod=None):
+    """As much of a diffusion process as schedule samplers need."""
+    return types.SimpleNamespace(num_timesteps=number, alphas_cumprod=alphas_cumprod)
+
+
 def test_loss_second_moment_sampler_is_unbiased_and_prefers_large_losses():
-    sampler = LossSecondMomentResampler(4, history=2, uniform_prob=0.1)
+    sampler = LossSecondMomentResampler(steps(4), history_per_term=2, uniform_prob=0.1)
     assert sampler.weights().tolist() == [1, 1, 1, 1]
     sampler.update_with_all_losses([0, 1, 2, 3] * 2, [1, 2, 3, 4, 1, 2, 3, 4])
     sampler.update_with_all_losses([3, 3], [10, 10])  # the oldest losses of step 3 are forgotten
@@ -294,7 +303,7 @@ def test_loss_second_moment_sampler_is_unbiased_and_prefers_large_losses():
     np.testing.assert_allclose(np.bincount(t.numpy()) / len(t), p, atol=1e-4)
     losses = torch.tensor([1.0, 2.0, 3.0, 10.0])
     assert float((losses[t] * weights).mean()) == pytest.approx(4.0, rel=1e-3)
-    other = LossSecondMomentResampler(4, history=2, uniform_prob=0.1)
+    other = LossSecondMomentResampler(steps(4), history_per_term=2, uniform_prob=0.1)
     other.load_state_dict(sampler.state_dict())
     np.testing.assert_array_equal(other.weights(), sampler.weights())
 
@@ -303,19 +312,19 @@ def test_lognormal_sampler_draws_normal_log_noise_levels_with_weight_one():
     alphas_cumprod = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))
     log_sigma = 0.5 * np.log((1 - alphas_cumprod) / alphas_cumprod)
     uniform = (np.arange(20000) + 0.5) / 20000
-    t, weights = LogNormalSampler(alphas_cumprod, 0.3, 0.7).sample(len(uniform), "cpu", uniform)
+    t, weights = LogNormalSampler(steps(1000, alphas_cumprod), 0.3, 0.7).sample(len(uniform), "cpu", uniform)
     drawn = log_sigma[t.numpy()]
     assert drawn.mean() == pytest.approx(0.3, abs=0.02)
     assert drawn.std() == pytest.approx(0.7, abs=0.02)
     assert np.mean(drawn < 0.3 - 0.7) == pytest.approx(0.1587, abs=0.01)
     assert (weights == 1).all()
     # a level far outside the schedule: the nearest steps are left, not nothing
-    far, _ = LogNormalSampler(alphas_cumprod, 1000.0, 0.5).sample(3, "cpu", np.array([0.0, 0.5, 0.999]))
+    far, _ = LogNormalSampler(steps(1000, alphas_cumprod), 1000.0, 0.5).sample(3, "cpu", np.array([0.0, 0.5, 0.999]))
     assert far.min() > 950
 
 
 def test_uniform_sampler_reaches_every_step():
-    t, weights = UniformSampler(1000).sample(1000, "cpu", (np.arange(1000) + 0.5) / 1000)
+    t, weights = UniformSampler(steps(1000)).sample(1000, "cpu", (np.arange(1000) + 0.5) / 1000)
     assert t.tolist() == list(range(1000))
     torch.testing.assert_close(weights, torch.ones(1000))
 
@@ -331,7 +340,7 @@ def test_tiny_model_memorises_eight_images(folder, tmp_path):
         lr_schedule="cosine", ema_rate="0.95", log_interval=30,
     )  # fmt: skip
     assert loop.run()
-    losses = [float(row["loss"]) for row in train_files.ProgressLog(tmp_path, 300).rows]
+    losses = [float(row["loss"]) for row in files.ProgressLog(tmp_path, 300).rows]
     assert len(losses) == 10 and losses[-1] < 0.2 * losses[0]
 
     def error(images):
@@ -355,7 +364,7 @@ def test_exported_model_loads_without_flags_and_samples(folder, tmp_path, dtype,
     assert info.model_type == "ADM" and info.assumed == ()
     assert {name: info.flags[name] for name in flags} == flags
     assert info.metadata["training"].startswith("1 steps, 2 images")
-    for value, average, trained in zip(model.parameters(), loop.ema["0.5"], loop.params):
+    for value, average in zip(model.parameters(), loop.ema["0.5"]):
         torch.testing.assert_close(value, average, rtol=tolerance, atol=tolerance)
     assert any(not torch.equal(value, trained) for value, trained in zip(model.parameters(), loop.params))
     images = draw_samples(model, create_gaussian_diffusion(steps=100, timestep_respacing="4"), 3, 8, use_ddim=False)
@@ -364,9 +373,10 @@ def test_exported_model_loads_without_flags_and_samples(folder, tmp_path, dtype,
 
 def test_diverged_run_ends_without_a_checkpoint(folder, tmp_path):
     loop, _ = make_loop(folder, tmp_path, batch_size=2, lr=1e30, iterations=5, log_interval=100)
-    with pytest.raises(UserError, match="not finite any more at step 5: .* lower --lr"):
+    with pytest.raises(InputError, match="not finite any more at step 5") as error:
         loop.run()
-    assert train_files.saved_steps(tmp_path) == []
+    assert error.value.parameter == "lr"
+    assert files.saved_steps(tmp_path) == []
 
 
 def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
@@ -374,7 +384,7 @@ def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
     loop.run()
     names = {path.name for path in tmp_path.glob("*.pt")}
     expected = [f"model00000{n}.pt opt00000{n}.pt ema_0.9_00000{n}.pt".split() for n in (3, 4)]
-    assert names == set(sum(expected, []))
+    assert names == set(itertools.chain(*expected))
 
 
 def test_held_out_accuracy_by_quarter_of_the_timesteps(folder):
@@ -399,11 +409,11 @@ def test_held_out_accuracy_by_quarter_of_the_timesteps(folder):
 
 
 def test_progress_log_drops_rows_after_the_resumed_step(tmp_path):
-    log = train_files.ProgressLog(tmp_path, 0)
+    log = files.ProgressLog(tmp_path, 0)
     for step in (10, 20, 30):
         log.write({"step": step, "loss": 1 / step})
     with open(tmp_path / "progress.csv", "a") as file:
         file.write("40,0.0")  # cut off by a kill, or so it looks
-    again = train_files.ProgressLog(tmp_path, 20)
+    again = files.ProgressLog(tmp_path, 20)
     again.write({"step": 30, "loss": 0.5, "val_acc": 1.0})
     assert (tmp_path / "progress.csv").read_text() == "step,loss,val_acc\n10,0.1,\n20,0.05,\n30,0.5,1\n"

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,17 +18,28 @@ from conftest import ROOT
 from PIL import Image
 
 from guided_diffusion.checkpoint import load_model, read
+from guided_diffusion.dist_util import Ranks
 from guided_diffusion.energy import dse
+from guided_diffusion.errors import InputError
 
-MODEL = "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 4".split()
+
+def words(text):
+    return text.split()
+
+
+MODEL = words("--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 4")
 # Everything that keeps a state of its own: two averages, dropout, loss-aware timesteps, loader processes, annealing.
 RUN = [
     *MODEL,
-    *"--dropout 0.2 --diffusion_steps 4 --noise_schedule cosine --schedule_sampler loss-second-moment".split(),
-    *"--batch_size 6 --microbatch 4 --cache none --num_workers 2 --lr_anneal_steps 30 --lr_warmup_steps 3".split(),
-    *"--lr 1e-3 --save_interval 4 --log_interval 3 --grad_clip 1 --weight_decay 0.01 --ema_rate 0.9,0.5".split(),
-    *"--learn_sigma True --sample_interval 10 --sample_respacing 2 --device cpu".split(),
+    *words("--dropout 0.2 --diffusion_steps 4 --noise_schedule cosine --schedule_sampler loss-second-moment"),
+    *words("--batch_size 6 --microbatch 4 --cache none --num_workers 2 --lr_anneal_steps 30 --lr_warmup_steps 3"),
+    *words("--lr 1e-3 --save_interval 4 --log_interval 3 --grad_clip 1 --weight_decay 0.01 --ema_rate 0.9,0.5"),
+    *words("--learn_sigma True --sample_interval 10 --sample_respacing 2 --device cpu"),
 ]
+EXTRACTOR = words(
+    "--image_size 8 --classifier_width 32 --classifier_depth 1 --channel_mult 1,2 --device cpu --diffusion_steps 100"
+    " --classifier_attention_resolutions 4 --batch_size 8"
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +85,27 @@ def undisturbed(folder, tmp_path_factory):
     return save_dir
 
 
+@pytest.fixture
+def command(monkeypatch):
+    """Calls a script's function in this process: command(script, *flags), as the script itself would."""
+    return load_command(monkeypatch)
+
+
+def load_command(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+    def run(script, *flags):
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            module = importlib.import_module(script)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return module.train(module.create_parser().parse([str(flag) for flag in flags]), Ranks())
+
+    return run
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(folder, undisturbed, tmp_path, number, status):
     process = train(folder, tmp_path)
@@ -83,7 +116,7 @@ def test_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(folder, und
     stopped_at = max(int(path.stem[5:]) for path in tmp_path.glob("model*.pt"))
     assert 8 <= stopped_at < 30
     if number == signal.SIGINT:
-        assert f"stopped after step {stopped_at}; the same command with --resume auto goes on" in text
+        assert f"stopped after step {stopped_at}, which is saved" in text and "with --resume auto" in text
     finish(train(folder, tmp_path, "--resume", "auto"))
 
     for name in ("model000030.pt", "ema_0.9_000030.pt", "ema_0.5_000030.pt", "model.safetensors"):
@@ -93,6 +126,7 @@ def test_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(folder, und
     expected, actual = (torch.load(path / "opt000030.pt", weights_only=True) for path in (undisturbed, tmp_path))
     for i, state in expected["state"].items():
         assert all(torch.equal(value, actual["state"][i][key]) for key, value in state.items())
+    assert (tmp_path / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
     assert losses_by_step(tmp_path) == losses_by_step(undisturbed)
     assert len(losses_by_step(tmp_path)) == 10
     for name in ("000010.png", "000020.png", "000030.png"):
@@ -106,11 +140,13 @@ def test_two_ranks_give_the_gradient_of_one(folder, tmp_path, monkeypatch):
 import sys
 import numpy as np, torch
 sys.path[:0] = [{str(ROOT)!r}]
-from guided_diffusion import dist_util, train_util
+from guided_diffusion import dist_util
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion
-from guided_diffusion.train_data import TrainImages, batch_numbers, list_images
-from guided_diffusion.train_losses import diffusion_loss
+from guided_diffusion.training.config import TrainConfig
+from guided_diffusion.training.data import TrainImages, batch_numbers, list_images
+from guided_diffusion.training.loop import Trainer, process_group
+from guided_diffusion.training.losses import diffusion_loss
 
 ranks, device = dist_util.ranks(), torch.device("cpu")
 torch.manual_seed(0)
@@ -119,11 +155,11 @@ model, diffusion = create_model_and_diffusion(
 )
 for p in model.parameters():
     torch.nn.init.normal_(p, std=0.05)
-config = train_util.TrainConfig(
+config = TrainConfig(
     batch_size=6 // ranks.world_size, microbatch=2, save_dir={str(tmp_path)!r}, schedule_sampler="loss-second-moment"
 )
-with train_util.process_group(ranks, device):
-    loop = train_util.TrainLoop(
+with process_group(ranks, device):
+    loop = Trainer(
         model, diffusion_loss(diffusion), TrainImages(list_images({str(folder)!r}), 8, random_flip=True), config,
         create_named_schedule_sampler(config.schedule_sampler, diffusion), device=device, ranks=ranks,
     )
@@ -149,11 +185,7 @@ with train_util.process_group(ranks, device):
 
 def test_extractor_of_two_domains_trains_measures_and_loads(folder, tmp_path):
     domains = f"{folder}/dark,{folder}/bright"
-    flags = (
-        "--image_size 8 --classifier_width 32 --classifier_depth 1 --channel_mult 1,2"
-        " --classifier_attention_resolutions 4 --diffusion_steps 100 --device cpu"
-        " --batch_size 8 --iterations 40 --eval_interval 20 --log_interval 20 --lr 1e-3"
-    ).split()
+    flags = [*EXTRACTOR, *words("--iterations 40 --eval_interval 20 --log_interval 20 --lr 1e-3")]
     finish(
         start(
             "scripts/classifier_train.py",
@@ -179,105 +211,125 @@ def test_extractor_of_two_domains_trains_measures_and_loads(folder, tmp_path):
     assert value.isfinite().all() and gradient.abs().max() > 0
 
 
+def test_extractor_of_three_domains(folder, tmp_path, command):
+    third = tmp_path / "third"
+    shutil.copytree(folder / "dark", third)
+    flags = [*EXTRACTOR, *words("--iterations 2 --eval_interval 2 --log_interval 1")]
+    domains = f"{folder}/dark,{third},{folder}/bright"
+    out = tmp_path / "out"
+    command("classifier_train", "--domains", domains, "--val_domains", domains, "--save_dir", out, *flags)
+    encoder, info = load_model(out / "model.safetensors")
+    assert encoder.head == "I2Iout" and info.flags["num_class"] == 3
+    assert json.loads(info.metadata["classes"]) == ["dark", "third", "bright"]
+    with pytest.raises(InputError, match="dark, third, bright"):
+        other = f"{third},{folder}/dark,{folder}/bright"  # the same domains in another order
+        command("classifier_train", "--domains", other, "--save_dir", out, "--resume", "auto", *flags)
+
+
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def error_line(monkeypatch, capfd):
-    """Runs a script's main in this process and returns its error line."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+def refused(command):
+    """Calls a script's function with flags that it must refuse; returns its InputError."""
 
     def run(script, *flags):
-        module = importlib.import_module(script)
-        training = importlib.import_module("_training")
-        monkeypatch.setattr(sys, "argv", [script, "--iterations", "1", *map(str, flags)])
-        with pytest.raises(SystemExit) as end:
-            training.run(module.train, module.parse_flags)
-        lines = capfd.readouterr().err.splitlines()
-        errors = [line for line in lines if line.startswith("error: ")]
-        assert end.value.code == 2 and len(errors) == 1 and lines[-1] == errors[0]
-        return errors[0]
+        with pytest.raises(InputError) as error:
+            command(script, "--iterations", "1", *flags)
+        return error.value
 
     return run
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "flags, parameter, text",
     [
-        ("", "--data_dir is needed"),
-        ("--data_dir nowhere", "--data_dir nowhere: no such file or folder"),
-        ("--data_dir {folder} --batch_size 0", "--batch_size is 0; it must be at least 1"),
-        ("--data_dir {folder} --batch_size many", "--batch_size: invalid int value: 'many'"),
-        ("--data_dir {folder} --microbatch 0", "--microbatch is 0; it must be at least 1, or -1"),
-        ("--data_dir {folder} --lr -1", "--lr is -1.0; it must be positive"),
-        ("--data_dir {folder} --lr nan", "--lr is nan; it must be positive"),
-        (
-            "--data_dir {folder} --ema_rate 0.9,1.5",
-            "--ema_rate is '0.9,1.5'; it is a list of numbers from 0 to below 1",
-        ),
-        ("--data_dir {folder} --precision fp8", "--precision is 'fp8'; it can be fp32 or bf16 or fp16"),
-        ("--data_dir {folder} --use_fp16 True --precision bf16", "--use_fp16 True contradicts --precision bf16"),
-        (
-            "--data_dir {folder} --p2_gamma 1 --min_snr_gamma 5",
-            "--p2_gamma 1.0 and --min_snr_gamma 5.0 exclude each other",
-        ),
-        (
-            "--data_dir {folder} --p2_gamma 1 --use_kl True",
-            "--p2_gamma weights a squared error, and --use_kl True has none",
-        ),
-        (
-            "--data_dir {folder} --p2_gamma 1 --predict_xstart True",
-            "--p2_gamma is defined for models that predict the noise",
-        ),
-        ("--data_dir {folder} --schedule_sampler often", "--schedule_sampler is 'often'; it can be uniform or"),
-        ("--data_dir {folder} --schedule_sampler lognormal --sigma_std 0", "--sigma_std is 0.0; it must be positive"),
-        ("--data_dir {folder} --schedule_sampler lognormal --sigma_mean nan", "--sigma_mean is nan; it must be a finite"),
-        ("--data_dir {folder} --cache disk", "--cache is 'disk'; it can be auto, memory, device, none"),
-        ("--data_dir {folder} --device cuda:77", "--device cuda:77: cannot be used here"),
-        ("--data_dir {folder} --export model.pt", "--export model.pt: the name must end in .safetensors"),
-        ("--data_dir {folder} --resume maybe", "--resume is 'maybe'; it can be empty or auto"),
-        ("--data_dir {folder} --resume_checkpoint missing.pt", "missing.pt does not exist"),
-        (
-            "--data_dir {folder} --sample_interval 1 --sample_respacing ddim400",
-            "--sample_respacing is ddim400; no integer stride",
-        ),
-        ("--data_dir {folder} --diffusion_steps 8", "--diffusion_steps 8 is too few for the linear schedule, which needs more than 20"),
-        ("--data_dir {folder} --num_channels 40", "the model's flags do not go together: "),
-        ("--data_dir {folder} --no_such_flag 1", "unrecognized arguments: --no_such_flag 1"),
+        ("", "data_dir", "folder of training images"),
+        ("--data_dir nowhere", "data_dir", "no such file"),
+        ("--data_dir {folder} --batch_size 0", "batch_size", "from 1 to"),
+        ("--data_dir {folder} --microbatch 0", "microbatch", "-1 for the whole batch"),
+        ("--data_dir {folder} --lr -1", "lr", "above 0"),
+        ("--data_dir {folder} --lr nan", "lr", "finite"),
+        ("--data_dir {folder} --ema_rate 0.9,1.5", "ema_rate", "below 1"),
+        ("--data_dir {folder} --ema_rate 0.99999999999999999999", "ema_rate", "below 1"),
+        ("--data_dir {folder} --precision fp8", "precision", "fp32, bf16 or fp16"),
+        ("--data_dir {folder} --use_fp16 True --precision bf16", "precision", "use_fp16"),
+        ("--data_dir {folder} --p2_gamma 1 --min_snr_gamma 5", "p2_gamma", "min_snr_gamma"),
+        ("--data_dir {folder} --p2_gamma inf", "p2_gamma", "finite"),
+        ("--data_dir {folder} --p2_gamma 1 --use_kl True", "p2_gamma", "use_kl"),
+        ("--data_dir {folder} --p2_gamma 1 --predict_xstart True", "p2_gamma", "predict_xstart"),
+        ("--data_dir {folder} --schedule_sampler often", "schedule_sampler", "uniform"),
+        ("--data_dir {folder} --sigma_std 0", "sigma_std", "above 0"),
+        ("--data_dir {folder} --sigma_mean nan", "sigma_mean", "finite"),
+        ("--data_dir {folder} --cache disk", "cache", "memory"),
+        ("--data_dir {folder} --device cuda:77", "device", "cannot be used"),
+        ("--data_dir {folder} --export model.pt", "export", ".safetensors"),
+        ("--data_dir {folder} --resume maybe", "resume", "auto"),
+        ("--data_dir {folder} --resume_checkpoint missing.pt", None, "missing.pt does not exist"),
+        ("--data_dir {folder} --sample_interval 1 --sample_respacing ddim400", "sample_respacing", "stride"),
+        ("--data_dir {folder} --num_channels 40", None, "do not go together"),
+        ("--data_dir {folder} --image_size -8", "image_size", "from 1 to"),
+        ("--data_dir {folder} --image_size 9 --channel_mult 1,2,2", "image_size", "a multiple of 4, like 8 or 12"),
+        ("--data_dir {folder} --num_channels 1000000", "num_channels", "from 1 to"),
+        ("--data_dir {folder} --channel_mult 1e300", "channel_mult", "fit"),
+        ("--data_dir {folder} --num_samples 100000000", "num_samples", "from 1 to"),
+        ("--data_dir {folder} --save_dir {folder}/out", "save_dir", "training images"),
     ],
 )
-def test_wrong_flags_get_one_line(error_line, folder, tmp_path, flags, message):
-    line = error_line("image_train", *MODEL, *flags.format(folder=folder).split(), "--save_dir", tmp_path / "out")
-    assert message in line
+def test_flags_that_do_not_fit(refused, folder, tmp_path, flags, parameter, text):
+    given = flags.format(folder=folder).split()
+    save_dir = [] if "--save_dir" in given else ["--save_dir", tmp_path / "out"]
+    error = refused("image_train", *MODEL, *given, *save_dir)
+    assert error.parameter == parameter and text in str(error)
 
 
-def test_another_run_is_not_overwritten_and_its_flags_are_kept(error_line, folder, undisturbed):
+def test_a_refused_command_prints_one_line_in_flags(folder, tmp_path):
+    process = start(
+        "scripts/image_train.py", "--data_dir", folder, "--save_dir", tmp_path, "--image_size", "100",
+        "--channel_mult", "1,2,2,2", "--device", "cpu",
+    )  # fmt: skip
+    lines = finish(process, 2).splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: --image_size is 100; ") and "--channel_mult" in lines[0]
+
+
+def test_another_run_is_not_overwritten_and_its_flags_are_kept(refused, folder, undisturbed):
     base = ["--data_dir", folder, "--save_dir", undisturbed]
-    assert "has checkpoints already, the newest of step 30: give --resume auto" in error_line("image_train", *base)
-    line = error_line("image_train", *base, "--resume", "auto", "--noise_schedule", "linear")
-    assert "--noise_schedule linear does not fit" in line and "noise_schedule=cosine" in line
-    line = error_line("image_train", *base, "--resume", "auto", "--num_channels", "64")
-    assert "--num_channels 64 does not fit" in line
+    error = refused("image_train", *base)
+    assert error.parameter == "save_dir" and "newest of step 30" in str(error)
+    error = refused("image_train", *base, "--resume", "auto", "--noise_schedule", "linear")
+    assert error.parameter == "noise_schedule" and "noise_schedule=cosine" in str(error)
+    assert refused("image_train", *base, "--resume", "auto", "--num_channels", "64").parameter == "num_channels"
+    exported = ["--resume_checkpoint", undisturbed / "model.safetensors"]
+    assert refused("image_train", *base, *exported).parameter == "save_dir"
 
 
-def test_kinds_of_models_are_not_mixed_up(error_line, folder, undisturbed, tmp_path):
+def test_kinds_of_models_are_not_mixed_up(refused, folder, undisturbed, tmp_path):
     domains = ["--domains", f"{folder}/dark,{folder}/bright", "--save_dir", tmp_path]
-    line = error_line("classifier_train", *domains, "--resume_checkpoint", undisturbed / "model.safetensors")
-    assert "is a diffusion model; scripts/image_train.py trains these" in line
+    error = refused("classifier_train", *domains, "--resume_checkpoint", undisturbed / "model.safetensors")
+    assert "is a diffusion model, and a classifier is to be trained" in str(error)
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "flags, parameter, text",
     [
-        ("", "--data_dir (a folder per class) or --domains (source,target) is needed"),
-        ("--data_dir {folder} --domains a,b", "and only one of them"),
-        ("--domains {folder}/dark", "it is two folders, source,target"),
-        ("--domains {folder}/dark,{folder}/gone", "--domains {folder}/gone: no such file or folder"),
-        ("--data_dir {folder} --val_domains a,b", "--val_domains a,b does not go with --data_dir"),
-        ("--data_dir {folder}/dark/0.png", "has one class only"),
-        ("--data_dir {folder} --classifier_pool max", "the model's flags do not go together: pool is 'max'"),
+        ("", "data_dir", "folder per class"),
+        ("--data_dir {folder} --domains a,b", "data_dir", "domains"),
+        ("--domains {folder}/dark", "domains", "two folders or more"),
+        ("--domains {folder}/dark,{folder}/gone", "domains", "no such file or folder"),
+        ("--domains {folder}/dark,{folder}/dark", "domains", "belong to both"),
+        ("--domains {folder}/dark,{folder}", "domains", "belong to both"),
+        ("--data_dir {folder} --val_domains a,b", "val_domains", "data_dir"),
+        ("--domains {folder}/dark,{folder}/bright --val_data_dir a", "val_data_dir", "domains"),
+        (
+            "--domains {folder}/dark,{folder}/bright --val_domains {folder}/dark,{folder}/bright,x",
+            "val_domains",
+            "2 folders",
+        ),
+        ("--data_dir {folder}/dark", None, "no underscore"),
+        ("--data_dir {folder} --image_size 100 --channel_mult 1,2,2,2", "image_size", "multiple of 8"),
+        ("--data_dir {folder} --classifier_pool max", None, "pool is 'max'"),
     ],
 )
-def test_wrong_flags_of_the_classifier_get_one_line(error_line, folder, tmp_path, flags, message):
-    line = error_line("classifier_train", *flags.format(folder=folder).split(), "--save_dir", tmp_path / "out")
-    assert message.format(folder=folder) in line
+def test_flags_of_the_classifier_that_do_not_fit(refused, folder, tmp_path, flags, parameter, text):
+    error = refused("classifier_train", *flags.format(folder=folder).split(), "--save_dir", tmp_path / "out")
+    assert error.parameter == parameter and text in str(error)

@@ -9,7 +9,15 @@ shape leaves the architecture known, so that an error can name that tensor.
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from itertools import islice
+from typing import Any
+
+import torch
+
+from ..errors import one_line
+
+State = Mapping[str, torch.Tensor]
 
 # The time embedding, which every network of a kind has; what precedes it in a name is a wrapper's prefix ("module.").
 EMBEDDINGS = {
@@ -17,27 +25,12 @@ EMBEDDINGS = {
     "DDPM": re.compile(r"(.*\.)?temb\.dense\.[01]\.(weight|bias)", re.DOTALL),
 }
 
-# What tensors cannot tell, for the published models: (num_channels, num_res_blocks, channel_mult) -> flags.
-PUBLISHED = {
-    (128, 2, "1,1,2,2,4,4"): dict(image_size=256, num_head_channels=64),
-    (128, 1, "1,1,2,2,4,4"): dict(image_size=256, num_head_channels=64),
-    (256, 2, "1,1,2,2,4,4"): dict(image_size=256, num_head_channels=64),
-    (256, 2, "0.5,1,1,2,2,4,4"): dict(image_size=512, num_head_channels=64),
-    (256, 2, "1,1,2,3,4"): dict(image_size=128, num_heads=4, num_head_channels=-1),
-    (192, 3, "1,2,3,4"): dict(
-        image_size=64, num_head_channels=64, use_new_attention_order=True, noise_schedule="cosine", dropout=0.1
-    ),
-}
-
-# The same for encoders: classifier_width -> flags. All classifiers and extractors that were published are 128 wide.
-PUBLISHED_ENCODERS = {128: dict(num_head_channels=64)}
-
 
 class UnknownArchitecture(Exception):
     """The tensors are those of no known network; the message says what is missing or what was found."""
 
 
-def unwrap(state):
+def unwrap(state: State) -> tuple[str, State]:
     """(kind, tensors without the prefixes of wrappers around the network); kind is "ADM", "DDPM" or "ENCODER".
 
     Averaged weights are taken where a file has both.
@@ -53,23 +46,25 @@ def unwrap(state):
             return kind, state
     raise UnknownArchitecture(
         f"is no network that is known here (ADM UNet, its encoder, DDPM UNet): its tensors begin with "
-        f"{', '.join(key[:60] for key in list(state)[:3])}"
+        f"{', '.join(one_line(key, 60) for key in list(state)[:3])}"
     )
 
 
-def is_average(name):
+def is_average(name: str) -> bool:
     """Whether a name, like "ema_0.9999" or "model_ema.", is one of averaged weights."""
     return re.search(r"(?<![a-z])ema(?![a-z])", name, re.IGNORECASE) is not None
 
 
-def _refuse_latent(state, prefix):
+def _refuse_latent(state: State, prefix: str) -> None:
     """Latent diffusion models share the UNet's names, but neither its input nor its conditioning."""
     for key in state:
-        if key.startswith("first_stage_model.") or key.startswith(prefix) and ".transformer_blocks." in key:
-            raise UnknownArchitecture(f"is a latent diffusion model (it has {key}); a model of pixels is needed")
+        if key.startswith("first_stage_model.") or (key.startswith(prefix) and ".transformer_blocks." in key):
+            raise UnknownArchitecture(
+                f"is a latent diffusion model (it has {one_line(key, 100)}); a model of pixels is needed"
+            )
 
 
-def detect(kind, state, depth=None):
+def detect(kind: str, state: State, depth: int | None = None) -> dict[str, Any]:
     """The architecture of a network of a kind that `unwrap` found, as a dict of flags.
 
     depth: the supposed classifier_depth, which counts where an encoder's tensors allow several. Flags that leave no
@@ -87,7 +82,7 @@ def detect(kind, state, depth=None):
         raise UnknownArchitecture(f"lacks the tensor {name}, which its architecture needs") from None
 
 
-def multiple(width, base):
+def multiple(width: int, base: int) -> str:
     """A short channel multiplier that gives a width: int(multiplier * base) == width."""
     texts = (f"{width / base:.{digits}g}" for digits in range(3, 18))
     return next((text for text in texts if int(float(text) * base) == width), f"{(width + 0.5) / base:g}")
@@ -108,15 +103,17 @@ def _count(state, prefix):
     return len(numbers)
 
 
-def _size(state, *places, among=None):
+def _size(state: State, *places: tuple[Any, ...], among: tuple[int, ...] | None = None) -> int:
     """The size that most tensors have at their place: (name, axis) or (name, axis, multiple of the size that is there).
 
     among: the sizes that are possible. The first place wins a tie; KeyError where no place has a possible size.
     """
     votes = Counter()
     for name, axis, *times in places:
-        shape = state[name].shape if name in state else ()
-        size, rest = divmod(shape[axis], times[0] if times else 1) if axis < len(shape) else (0, 0)
+        shape: list[int] = list(state[name].shape) if name in state else []
+        per: int = times[0] if times else 1
+        length = shape[axis] if axis < len(shape) else 0
+        size, rest = length // per, length % per
         if size and not rest and (among is None or size in among):
             votes[size] += 1
     if not votes:
@@ -189,19 +186,22 @@ def _adm_flags(state):
         widths.insert(0, _width(state, f"{first}.0"))
         if f"{first}.1.qkv" in modules or f"{first}.1.proj_out" in modules:
             factors.insert(0, 2**level)
-    flags = dict(
-        num_channels=base,
-        num_res_blocks=per_level - 1,
-        channel_mult=",".join(multiple(width, base) for width in widths),
-        attention_factors=tuple(factors),
-        learn_sigma=_has_six_channels(state, "out.2"),
-        class_cond="label_emb.weight" in state,
-        use_scale_shift_norm=_shifts_and_scales(state),
-    )
+    flags = {
+        "num_channels": base,
+        "num_res_blocks": per_level - 1,
+        "channel_mult": ",".join(multiple(width, base) for width in widths),
+        "attention_factors": tuple(factors),
+        "learn_sigma": _has_six_channels(state, "out.2"),
+        "class_cond": "label_emb.weight" in state,
+        "use_scale_shift_norm": _shifts_and_scales(state),
+    }
     if levels > 1:
         flags["resblock_updown"] = not any(name.endswith(".0.op") for name in modules)
     if flags["class_cond"]:
         flags["num_classes"] = _size(state, ("label_emb.weight", 0))
+    first = state["input_blocks.0.0.weight"]
+    if first.ndim == 4 and first.shape[1] == 6:  # the image, and the small one beside it
+        flags["super_res"] = True
     return flags
 
 
@@ -211,14 +211,14 @@ def _ddpm_flags(state):
     base = _embedding_base(state, "temb.dense.0", "temb.dense.1")
     levels = range(_count(state, "down."))
     widths = [_width(state, f"down.{i}.block.0", "conv1", "norm2", "conv2") for i in levels]
-    return dict(
-        num_channels=base,
-        num_res_blocks=_count(state, "down.0.block."),
-        channel_mult=",".join(multiple(width, base) for width in widths),
-        attention_factors=tuple(2**i for i in levels if f"down.{i}.attn" in modules),
-        learn_sigma=_has_six_channels(state, "conv_out"),
-        class_cond=False,
-    )
+    return {
+        "num_channels": base,
+        "num_res_blocks": _count(state, "down.0.block."),
+        "channel_mult": ",".join(multiple(width, base) for width in widths),
+        "attention_factors": tuple(2**i for i in levels if f"down.{i}.attn" in modules),
+        "learn_sigma": _has_six_channels(state, "conv_out"),
+        "class_cond": False,
+    }
 
 
 def _encoder_flags(state, depth):
@@ -233,14 +233,14 @@ def _encoder_flags(state, depth):
     per_level = convolved[0] if convolved else _level_length(modules, blocks, depth)
     starts = range(1, blocks, per_level)
     widths = [_width(state, f"input_blocks.{i}.0") for i in starts]
-    flags = dict(
-        classifier_width=base,
-        classifier_depth=per_level - 1,
-        channel_mult=",".join(multiple(width, base) for width in widths),
-        attention_factors=tuple(2**level for level, i in enumerate(starts) if _attends(modules, i)),
-        classifier_use_scale_shift_norm=_shifts_and_scales(state),
-        head=head,
-    )
+    flags = {
+        "classifier_width": base,
+        "classifier_depth": per_level - 1,
+        "channel_mult": ",".join(multiple(width, base) for width in widths),
+        "attention_factors": tuple(2**level for level, i in enumerate(starts) if _attends(modules, i)),
+        "classifier_use_scale_shift_norm": _shifts_and_scales(state),
+        "head": head,
+    }
     if len(widths) > 1:
         flags["classifier_resblock_updown"] = not convolved
     if f"{head}.2.qkv_proj" in modules:
@@ -274,7 +274,7 @@ def _level_length(modules, blocks, depth):
             first = i - i % length + 1
             # Only the first block of a level changes the width; a level attends in all of its blocks or in none, and
             # a downsampling block never does.
-            if i % length == 0 and (_attends(modules, i) or widens) or i % length > 1 and widens:
+            if (i % length == 0 and (_attends(modules, i) or widens)) or (i % length > 1 and widens):
                 return False
             if i % length and _attends(modules, i) != _attends(modules, first):
                 return False

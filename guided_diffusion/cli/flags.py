@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
         kinds, meta = field_types(field), field.metadata
         choices = meta.get("choices")
         metavar = meta.get("metavar") or ("|".join(choices) if choices else METAVARS.get(kinds[0], "TEXT"))
-        text = meta.get("help", "")
+        text = re.sub(r"`(\w+)`", lambda match: self.spell(match[1]), meta.get("help", ""))
         if default is not None:
             text = f"{text} (default {default if default != '' else 'empty'})".strip()
         optional: dict[str, Any] = {"nargs": "?", "const": True} if bool in kinds else {}

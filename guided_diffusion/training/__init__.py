@@ -1,1 +1,1 @@
-"""Training: configuration, data, losses and files of a run. The loop is `train_util.TrainLoop`."""
+"""Training: options, data, losses, what a run starts from, the loop, and the files that it leaves."""

@@ -2,21 +2,26 @@
 
 Every random choice of a training run is a function of the seed and of a *sample number*: sample n is the n-th image
 that the run has seen, over all processes. Batch size, microbatches, loader workers and processes only cut this one
-sequence into pieces, and a run that goes on from a checkpoint needs nothing but the number of its next sample.
+sequence into pieces, and a run that resumes needs nothing but the number of its next sample.
 """
 
 import functools
 import hashlib
 import itertools
+import os
 import posixpath
 import signal
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import UserError
-from ..image_datasets import ImageError, display_name, list_references, load_image
+from ..errors import InputError, display_name, shown
+from ..image_datasets import ImageError, Reference, list_references, load_image
+from ..options import fitting
 
 CACHES = ("auto", "memory", "device", "none")
 AUTO_CACHE_BYTES = 2 << 30
@@ -26,7 +31,7 @@ AUTO_CACHE_BYTES = 2 << 30
 # ---- numbers instead of a generator's state -------------------------------------------------------------------------
 
 
-def random_bits(seed, purpose, numbers):
+def random_bits(seed: object, purpose: str, numbers: Any) -> np.ndarray:
     """Uniform 64-bit integers, uint64, one for every sample number: a SplitMix64 sequence of (seed, purpose).
 
     seed: integer; purpose: text, different purposes are independent; numbers: array of integers.
@@ -39,12 +44,12 @@ def random_bits(seed, purpose, numbers):
     return x ^ (x >> np.uint64(31))
 
 
-def random_uniform(seed, purpose, numbers):
+def random_uniform(seed: object, purpose: str, numbers: Any) -> np.ndarray:
     """`random_bits` as float64 in [0, 1)."""
     return (random_bits(seed, purpose, numbers) >> np.uint64(11)) * 2.0**-53
 
 
-def sample_noise(seed, numbers, shape, device):
+def sample_noise(seed: object, numbers: Any, shape: Sequence[int], device: str | torch.device) -> torch.Tensor:
     """Standard normal noise [N, *shape], float32; row i depends on the seed and numbers[i] alone."""
     noise = torch.empty(len(numbers), *shape, device=device)
     generator = torch.Generator(device)
@@ -53,7 +58,7 @@ def sample_noise(seed, numbers, shape, device):
     return noise
 
 
-def batch_numbers(start, batch_size, rank=0, world_size=1):
+def batch_numbers(start: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[np.ndarray]:
     """Endless iterator over the sample numbers [batch_size] of this rank's batches, the first joint one at `start`."""
     while True:
         first = start + rank * batch_size
@@ -64,34 +69,182 @@ def batch_numbers(start, batch_size, rank=0, world_size=1):
 # ---- labels ---------------------------------------------------------------------------------------------------------
 
 
-def class_labels(references, names=None):
+def class_labels(references: Sequence[Reference], names: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
     """Classes of a labelled folder: (labels [len(references)], names of the classes, sorted unless given).
 
     The class is the first folder of an image's relative path where all images lie in folders, otherwise the part of
-    the file name before the first underscore (guided-diffusion's convention). Raises UserError for an image whose
-    class is not among given names.
+    the file name before the first underscore (guided-diffusion's convention). Raises InputError for an image whose
+    class is not among given names; and, where no names are given, for a file name without a class and for classes of
+    which most have one image only: those are numbers, and no classes.
     """
-    if all("/" in reference.name for reference in references):
+    in_folders = all("/" in reference.name for reference in references)
+    if in_folders:
         classes = [reference.name.split("/")[0] for reference in references]
     else:
-        classes = [posixpath.basename(reference.name).split("_")[0] for reference in references]
-    names = sorted(set(classes)) if names is None else names
+        files = [posixpath.basename(reference.name) for reference in references]
+        if names is None:
+            _refuse_names_without_class(references, files)
+        classes = [name.split("_")[0] for name in files]
+    if names is None:
+        counts = Counter(classes)
+        alone = [name for name, count in counts.items() if count == 1]
+        if len(counts) > 1 and len(alone) > len(references) / 2:
+            where = "folders" if in_folders else "parts of the file names before the first underscore"
+            raise InputError(
+                f"{len(alone)} of its {len(references)} images would be classes of their own, by their {where}, like "
+                f"{shown(alone[0])}; put the images of each class into a folder"
+            )
+        names = sorted(counts)
     index = {name: i for i, name in enumerate(names)}
     for reference, name in zip(references, classes):
         if name not in index:
-            raise UserError(
-                f"{display_name(reference.path)}: its class {name!r} is not among the training data's {len(names)}: "
-                f"{', '.join(names[:8])}{' …' * (len(names) > 8)}"
+            raise InputError(
+                f"{display_name(reference.path)}: its class {shown(name)} is not among the training data's "
+                f"{len(names)}: {listed(names)}"
             )
-    return np.array([index[name] for name in classes]), names
+    return np.array([index[name] for name in classes]), list(names)
 
 
-def list_images(folder, flag="--data_dir"):
-    """`image_datasets.list_references` whose errors name `flag`."""
+def _refuse_names_without_class(references: Sequence[Reference], files: Sequence[str]) -> None:
+    for reference, name in zip(references, files):
+        if "_" not in name:
+            raise InputError(
+                f"{display_name(reference.path)} belongs to no class: not all images lie in folders, and its name "
+                "has no underscore after a class; put the images of each class into a folder"
+            )
+
+
+def listed(names: Sequence[str], longest: int = 8) -> str:
+    """Names for a message, not all of them where there are many."""
+    return ", ".join(display_name(name) for name in names[:longest]) + (
+        f", … ({len(names)} in all)" if len(names) > longest else ""
+    )
+
+
+def list_domains(
+    folders: str, parameter: str = "domains", classes: Sequence[str] | None = None
+) -> tuple[list[Reference], np.ndarray, list[str]]:
+    """Images of several domains: (references, labels, names of the domains) of comma-separated folders.
+
+    The last folder is the target. Two domains are called source and target, more by their folders. classes: the
+    names that the training data have, for held-out data, whose folders stand in the same order. Raises InputError for
+    the parameter.
+    """
+    parts = [part.strip() for part in folders.split(",") if part.strip()]
+    wrong: dict[str, Any] = {"parameter": parameter, "value": folders}
+    if len(parts) < 2:
+        raise InputError("it is two folders or more, the target last, like cats,dogs", **wrong)
+    if classes is not None and len(classes) != len(parts):
+        raise InputError(f"it must be {len(classes)} folders, as in `domains`", **wrong)
+    places = [os.path.realpath(part) for part in parts]
+    for i, place in enumerate(places):
+        for j, other in enumerate(places):
+            if i != j and is_inside(place, other):
+                same = "the same folder" if place == other else f"inside {display_name(parts[j])}"
+                raise InputError(f"{display_name(parts[i])} is {same}: its images would belong to both", **wrong)
+    names = list(classes) if classes is not None else ["source", "target"] if len(parts) == 2 else folder_names(places)
+    found = [list_images(part, parameter) for part in parts]
+    references = [
+        Reference(image.path, f"{name}/{image.name}") for name, images in zip(names, found) for image in images
+    ]
+    return references, np.repeat(np.arange(len(parts)), [len(images) for images in found]), names
+
+
+def labelled_images(
+    data_dir: str | None, domains: str | None
+) -> tuple[list[Reference], Callable[[Sequence[str] | None], tuple[np.ndarray, list[str]]]]:
+    """Images for a classifier, of a folder or of several domains, and the function that labels them.
+
+    The function takes the names that number the classes, or None for those of the data, and gives the labels and the
+    names. Raises InputError unless there are two classes.
+    """
+    if not data_dir and not domains:
+        raise InputError("give a folder per class below it, or `domains`", parameter="data_dir")
+    if data_dir and domains:
+        raise InputError("it excludes `domains`; give one of them", parameter="data_dir", value=data_dir)
+    if domains:
+        references, labels, names = list_domains(domains)
+
+        def label_domains(known: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
+            if known is not None and list(known) != names:
+                raise InputError(
+                    f"the checkpoint has the domains {listed(known)}, in this order", parameter="domains", value=domains
+                )
+            return labels, names
+
+        return references, label_domains
+    references = list_images(data_dir)
+    found = class_labels(references)
+    if len(found[1]) < 2:
+        raise InputError(
+            f"it has one class only, {shown(found[1][0])}; it needs a folder per class",
+            parameter="data_dir",
+            value=data_dir,
+        )
+    return references, lambda known: found if known is None else class_labels(references, known)
+
+
+def held_out_images(
+    data_dir: str | None, domains: str | None, trained_on: str | None, classes: Sequence[str] | None
+) -> tuple[list[Reference], np.ndarray] | None:
+    """Held-out images and their labels, None where none are named; trained_on: the domains of the training images."""
+    wrong, value, right = ("val_data_dir", data_dir, "domains") if trained_on else ("val_domains", domains, "data_dir")
+    if value:
+        raise InputError(f"it does not go with `{right}`", parameter=wrong, value=value)
+    if domains:
+        references, labels, _ = list_domains(domains, "val_domains", classes)
+        return references, labels
+    if data_dir:
+        references = list_images(data_dir, "val_data_dir")
+        return references, class_labels(references, classes)[0]
+    return None
+
+
+def folder_names(folders: Sequence[str]) -> list[str]:
+    """Short names that tell folders apart: the last part of their paths in which all differ, or as many as it takes."""
+    paths = [folder.strip("/").split("/") for folder in folders]
+    depth = min(len(path) for path in paths)
+    for place in range(1, depth + 1):
+        column = [path[-place] for path in paths]
+        if len(set(column)) == len(paths):
+            return column
+    for length in range(2, max(len(path) for path in paths) + 1):
+        tails = ["-".join(path[-length:]) for path in paths]
+        if len(set(tails)) == len(paths):
+            return tails
+    return [f"{i}-{path[-1]}" for i, path in enumerate(paths)]
+
+
+def list_images(folder: str | None, parameter: str = "data_dir") -> list[Reference]:
+    """`image_datasets.list_references`, whose errors name the parameter."""
+    if not folder:
+        raise InputError("give the folder of training images", parameter=parameter, value=folder)
     try:
         return list_references(folder)
-    except UserError as error:
-        raise UserError(str(error).replace("--base_samples", flag, 1)) from error
+    except InputError as error:
+        reason = error.reason if error.parameter else error.reason.rpartition(": ")[2]
+        raise InputError(reason, parameter=parameter, value=folder) from error
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a path is a folder or lies in it; links are followed."""
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def refuse_own_outputs(save_dir: str, folder: str, references: Sequence[Reference]) -> None:
+    """Raise InputError where a run would train on the sample grids that it writes itself."""
+    wrong: dict[str, Any] = {"parameter": "save_dir", "value": save_dir}
+    if os.path.isdir(folder) and is_inside(save_dir, folder):
+        raise InputError(
+            "it lies in `data_dir`, so that the run's sample grids would become training images; "
+            "give a folder outside of it", **wrong,
+        )  # fmt: skip
+    samples = os.path.join(save_dir, "samples")
+    # Links may lead there as well. There are few folders, and many images.
+    for place in {os.path.dirname(reference.path) for reference in references}:
+        if is_inside(place, samples):
+            raise InputError(f"its sample grids are among the training images, in {display_name(place)}", **wrong)
 
 
 # ---- the set --------------------------------------------------------------------------------------------------------
@@ -108,22 +261,22 @@ class TrainImages:
 
     def __init__(
         self,
-        references,
-        image_size,
+        references: Sequence[Reference],
+        image_size: int,
         *,
-        labels=None,
-        random_flip=False,
-        random_crop=False,
-        seed=0,
-        cache="auto",
-        num_workers=2,
-        resize="crop",
-        background="white",
-    ):
+        labels: Any = None,
+        random_flip: bool = False,
+        random_crop: bool = False,
+        seed: int = 0,
+        cache: str = "auto",
+        num_workers: int = 2,
+        resize: str = "crop",
+        background: str = "white",
+    ) -> None:
         if cache not in CACHES:
-            raise UserError(f"--cache is {cache!r}; it can be {', '.join(CACHES)}")
+            raise InputError(fitting(cache, list(CACHES)), parameter="cache", value=cache)
         if num_workers < 0:
-            raise UserError(f"--num_workers is {num_workers}; it must be 0 or more")
+            raise InputError("it must be at least 0", parameter="num_workers", value=num_workers)
         self.references = references
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
         self.image_size = image_size
@@ -135,24 +288,24 @@ class TrainImages:
         if cache == "auto":
             cache = "device" if len(references) * 3 * self.stored_size**2 <= AUTO_CACHE_BYTES else "none"
         self.cache = cache
-        self._cached = None
-        self._permutations = {}
+        self._cached: torch.Tensor | None = None
+        self._permutations: dict[int, np.ndarray] = {}
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.references)
 
-    def digest(self):
+    def digest(self) -> str:
         """A short hash of the relative paths and labels: whether a resumed run sees the same set."""
         labels = [] if self.labels is None else self.labels.tolist()
         text = "\n".join(reference.name for reference in self.references) + f"\n{labels}"
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
-    def indices(self, numbers):
+    def indices(self, numbers: Any) -> np.ndarray:
         """Which image each sample number stands for, [N]: every epoch is a permutation of its own."""
         epochs, positions = np.divmod(numbers, len(self))
         return np.array([self._permutation(int(epoch))[at] for epoch, at in zip(epochs, positions)])
 
-    def _permutation(self, epoch):
+    def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:
             while len(self._permutations) > 1:
                 del self._permutations[min(self._permutations)]
@@ -160,13 +313,19 @@ class TrainImages:
             self._permutations[epoch] = np.argsort(bits, kind="stable")
         return self._permutations[epoch]
 
-    def batches(self, numbers, device):
+    def batches(
+        self, numbers: Iterator[np.ndarray], device: str | torch.device
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Batches for an iterator over arrays of sample numbers: images [N, 3, H, W] in [-1, 1], labels [N] or None."""
         numbers, ahead = itertools.tee(numbers)  # a loader fetches numbers ahead of its batches
         for raw, current in zip(self._raw_batches(ahead, device), numbers):
+            if isinstance(raw, str):
+                raise InputError(raw)
             yield self._augment(raw.to(device, non_blocking=True), current), self._labels(current, device)
 
-    def ordered_batches(self, batch_size, device, rank=0, world_size=1):
+    def ordered_batches(
+        self, batch_size: int, device: str | torch.device, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]]:
         """One pass in order, unaugmented, shared among ranks: yields (positions [N], images, labels)."""
         mine = np.arange(len(self))[rank::world_size]
         for at in range(0, len(mine), batch_size):
@@ -183,12 +342,12 @@ class TrainImages:
         if self.cache != "none":
             images = self._decoded(device if self.cache == "device" else "cpu")
             return (images[torch.from_numpy(self.indices(current)).to(images.device)] for current in numbers)
-        workers = {}
+        workers: dict[str, Any] = {}
         if self.num_workers:
-            workers = dict(num_workers=self.num_workers, prefetch_factor=4, worker_init_fn=_ignore_interrupts)
+            workers = {"num_workers": self.num_workers, "prefetch_factor": 4, "worker_init_fn": _ignore_interrupts}
         return iter(
             torch.utils.data.DataLoader(
-                _Samples(self),
+                _Samples(self),  # type: ignore[arg-type]
                 sampler=numbers,
                 batch_size=None,
                 pin_memory=torch.device(device).type == "cuda",
@@ -206,13 +365,13 @@ class TrainImages:
             self._cached = images.to(device)
         return self._cached
 
-    def read(self, index):
-        """Image `index` decoded from its file, uint8 [3, S, S]. Raises UserError, naming the file."""
+    def read(self, index: int) -> torch.Tensor:
+        """Image `index` decoded from its file, uint8 [3, S, S]. Raises InputError, naming the file."""
         reference = self.references[index]
         try:
             return torch.from_numpy(self._load(reference)).permute(2, 0, 1)
         except ImageError as error:
-            raise UserError(
+            raise InputError(
                 f"{display_name(reference.path)}: {error}; repair it or take it out of the folder"
             ) from error
 
@@ -242,49 +401,21 @@ class TrainImages:
 
 
 class _Samples:
-    """What a loader process runs: an array of sample numbers in, their undistorted images out."""
+    """What a loader process runs: an array of sample numbers in, their undistorted images out.
 
-    def __init__(self, images):
+    Where an image cannot be read, the reason comes out instead: raised here, it would arrive with two tracebacks in it.
+    """
+
+    def __init__(self, images: TrainImages) -> None:
         self.images = images
 
-    def __getitem__(self, numbers):
-        return torch.stack([self.images.read(i) for i in self.images.indices(numbers)])
+    def __getitem__(self, numbers: np.ndarray) -> torch.Tensor | str:
+        try:
+            return torch.stack([self.images.read(i) for i in self.images.indices(numbers)])
+        except InputError as error:
+            return str(error)
 
 
-def _ignore_interrupts(worker):
+def _ignore_interrupts(worker: int) -> None:
     # Ctrl-C reaches the whole process group; the loop wants to finish its step, for which the loader must live on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def load_data(
-    *,
-    data_dir,
-    batch_size,
-    image_size,
-    class_cond=False,
-    deterministic=False,
-    random_crop=False,
-    random_flip=True,
-    seed=0,
-    start=0,
-    rank=0,
-    world_size=1,
-    device="cpu",
-    **options,
-):
-    """guided-diffusion's endless generator of (images, kwargs).
-
-    images: float32 [batch_size, 3, H, W] in [-1, 1]; kwargs: {"y": labels [batch_size]} with class_cond, see
-    `class_labels`, else {}. deterministic: in the order of names instead of shuffled. start: the first sample number.
-    options go to `TrainImages`.
-    """
-    references = list_images(data_dir)
-    labels = class_labels(references)[0] if class_cond else None
-    images = TrainImages(
-        references, image_size, labels=labels, random_flip=random_flip, random_crop=random_crop, seed=seed, **options
-    )
-    if deterministic:
-        images.indices = lambda numbers: np.asarray(numbers) % len(images)
-    numbers = batch_numbers(start, batch_size, rank, world_size)
-    for x, y in images.batches(numbers, device):
-        yield x, {} if y is None else {"y": y}

@@ -4,46 +4,77 @@ A loss is a function (model, x, t, noise, y) of clean images x [N, 3, H, W], ste
 of x's shape and labels y [N] or None; it returns a dict of per-image values [N], of which `loss` is to be minimised.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn import functional as F
 
-from ..errors import UserError
-from ..gaussian_diffusion import LossType, ModelMeanType
+from ..errors import InputError
+from ..gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType
 from .data import random_uniform, sample_noise
 
+if TYPE_CHECKING:
+    from .data import TrainImages
 
-def loss_weights(diffusion, p2_gamma=0.0, p2_k=1.0, min_snr_gamma=0.0):
+Terms = dict[str, torch.Tensor]
+Loss = Callable[..., Terms]
+
+
+def loss_weights(
+    diffusion: GaussianDiffusion, p2_gamma: float = 0.0, p2_k: float = 1.0, min_snr_gamma: float = 0.0
+) -> torch.Tensor | None:
     """Weight of the squared error at every step, float32 [T], or None where all are 1.
 
     SNR = alpha_bar / (1 - alpha_bar).
-    p2_gamma > 0: 1 / (p2_k + SNR)^p2_gamma (P2 weighting, Choi et al. 2022).
-    min_snr_gamma > 0: min(SNR, min_snr_gamma) in terms of the error of x_0, that is divided by SNR for a model that
-    predicts the noise (Hang et al. 2023).
+    p2_gamma > 0: 1 / (p2_k + SNR)^p2_gamma on the error of the noise (P2 weighting, Choi et al. 2022).
+    min_snr_gamma > 0: min(SNR, min_snr_gamma) on the error of x_0 (Hang et al. 2023).
+    For a network that predicts something else the weight is converted: squared errors of the noise, of x_0 and of the
+    velocity are to each other as SNR : 1 : SNR + 1. Raises InputError for weights that do not go together.
     """
-    for flag, value in (("p2_gamma", p2_gamma), ("min_snr_gamma", min_snr_gamma)):
-        if not value >= 0:
-            raise UserError(f"--{flag} is {value}; it must be positive, or 0 for no weighting")
+    for parameter, value in (("p2_gamma", p2_gamma), ("min_snr_gamma", min_snr_gamma)):
+        if not 0 <= value < float("inf"):
+            raise InputError("it must be positive, or 0 for no weighting", parameter=parameter, value=value)
     if not p2_gamma and not min_snr_gamma:
         return None
     if p2_gamma and min_snr_gamma:
-        raise UserError(
-            f"--p2_gamma {p2_gamma} and --min_snr_gamma {min_snr_gamma} exclude each other; give one of them"
+        raise InputError(
+            f"it excludes `min_snr_gamma` {min_snr_gamma}; give one of them", parameter="p2_gamma", value=p2_gamma
         )
-    given = "--p2_gamma" if p2_gamma else "--min_snr_gamma"
+    given = (
+        {"parameter": "p2_gamma", "value": p2_gamma}
+        if p2_gamma
+        else {"parameter": "min_snr_gamma", "value": min_snr_gamma}
+    )
     if diffusion.loss_type in (LossType.KL, LossType.RESCALED_KL):
-        raise UserError(f"{given} weights a squared error, and --use_kl True has none; leave one of them out")
+        raise InputError("it weights a squared error, and `use_kl` True has none; leave one of them out", **given)
+    predicted = diffusion.model_mean_type
+    if predicted is ModelMeanType.PREVIOUS_X:
+        raise InputError("it is not defined for networks that predict the mean of the previous step", **given)
     snr = torch.from_numpy(diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod))
     if p2_gamma:
-        if diffusion.model_mean_type is not ModelMeanType.EPSILON:
-            raise UserError("--p2_gamma is defined for models that predict the noise; leave out --predict_xstart True")
-        if not p2_k > 0:
-            raise UserError(f"--p2_k is {p2_k}; it must be positive")
-        return (1 / (p2_k + snr) ** p2_gamma).float()
-    capped = snr.clamp(max=min_snr_gamma)
-    return (capped if diffusion.model_mean_type is ModelMeanType.START_X else capped / snr).float()
+        if predicted is ModelMeanType.START_X:
+            raise InputError(
+                "it is defined for networks that predict the noise; leave out `predict_xstart` True", **given
+            )
+        if not 0 < p2_k < float("inf"):
+            raise InputError("it must be positive", parameter="p2_k", value=p2_k)
+        weights = 1 / (p2_k + snr) ** p2_gamma
+        if predicted is not ModelMeanType.EPSILON:
+            weights = weights * snr / (snr + 1)
+    else:
+        capped = snr.clamp(max=min_snr_gamma)
+        if predicted is ModelMeanType.START_X:
+            weights = capped
+        else:
+            weights = capped / (snr if predicted is ModelMeanType.EPSILON else snr + 1)
+    weights = weights.float()
+    if not (weights > 0).any():
+        raise InputError("all weights of the loss are 0, so that nothing would be trained", **given)
+    return weights
 
 
-def diffusion_loss(diffusion, weights=None):
+def diffusion_loss(diffusion: GaussianDiffusion, weights: torch.Tensor | None = None) -> Loss:
     """The diffusion model's loss: `GaussianDiffusion.training_losses`, its squared error weighted by weights[t]."""
 
     def losses(model, x, t, noise, y):
@@ -59,7 +90,18 @@ def diffusion_loss(diffusion, weights=None):
     return losses
 
 
-def classifier_loss(diffusion, noised=True):
+def super_res_loss(diffusion: GaussianDiffusion, small_size: int) -> Loss:
+    """The loss of a model that enlarges images of side small_size, which area averaging makes of the training images."""
+    plain = diffusion_loss(diffusion)
+
+    def losses(model, x, t, noise, y):
+        low_res = F.interpolate(x, small_size, mode="area")
+        return plain(lambda *args, **kwargs: model(*args, low_res=low_res, **kwargs), x, t, noise, y)
+
+    return losses
+
+
+def classifier_loss(diffusion: GaussianDiffusion, noised: bool = True) -> Loss:
     """Cross-entropy of a classifier of noised images (of clean ones at t = 0 if not `noised`), with its accuracy."""
 
     def losses(model, x, t, noise, y):
@@ -73,13 +115,24 @@ def classifier_loss(diffusion, noised=True):
 
 
 @torch.no_grad()
-def evaluate(model, losses, images, num_timesteps, *, device, batch_size=64, seed=0, rank=0, world_size=1):
+def evaluate(
+    model: torch.nn.Module,
+    losses: Loss,
+    images: "TrainImages",
+    num_timesteps: int,
+    *,
+    device: str | torch.device,
+    batch_size: int = 64,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Terms:
     """Sums of the loss terms over a held-out set by quarter of the timesteps: dict of [4, 2], (sum, count).
 
     The timestep and noise of an image depend on the seed and its place in the set only, so that figures compare
     between evaluations. Each rank takes its share of the images; the sums are to be added up over ranks.
     """
-    totals = {}
+    totals: Terms = {}
     for positions, x, y in images.ordered_batches(batch_size, device, rank, world_size):
         t = torch.from_numpy((random_uniform(seed, "held-out timestep", positions) * num_timesteps).astype(int)).to(
             device
@@ -90,7 +143,7 @@ def evaluate(model, losses, images, num_timesteps, *, device, batch_size=64, see
     return totals
 
 
-def add_by_quarter(totals, terms, t, num_timesteps):
+def add_by_quarter(totals: Terms, terms: Terms, t: torch.Tensor, num_timesteps: int) -> None:
     """Add per-image terms [N] to totals[name] [4, 2]: the sum and the number of finite values in each quarter of t."""
     quarter = (4 * t // num_timesteps == torch.arange(4, device=t.device)[:, None]).float()
     for name, values in terms.items():
@@ -100,11 +153,12 @@ def add_by_quarter(totals, terms, t, num_timesteps):
         totals[name] = totals[name] + table if name in totals else table
 
 
-def means_by_quarter(totals, prefix=""):
+def means_by_quarter(totals: Terms, prefix: str = "") -> dict[str, float]:
     """The totals of `add_by_quarter` as means: {name: over all, name_q0: ..., name_q3: ...}, without empty quarters."""
     means = {}
+    # Not every device has float64 (Apple's has not): sums go to the CPU first.
     for name, table in totals.items():
-        sums, counts = table.double().cpu().unbind(1)
+        sums, counts = table.cpu().double().unbind(1)
         if counts.sum() > 0:
             means[prefix + name] = (sums.sum() / counts.sum()).item()
         for q in range(4):

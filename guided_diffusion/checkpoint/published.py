@@ -1,0 +1,136 @@
+"""What tensors cannot tell of the published models.
+
+A row applies only to a network that has all that the row says in `tensors`; `flags` is what it then adds. Sources: the
+README files of guided-diffusion, improved-diffusion, ILVR, P2-weighting, EGSDE and the DDPM ports.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published layout: its files' names, what its tensors have, and the flags that leave no trace in them."""
+
+    files: str
+    model_type: str
+    tensors: dict[str, Any]
+    flags: dict[str, Any]
+
+
+LINEAR: dict[str, Any] = {
+    "noise_schedule": "linear",
+    "diffusion_steps": 1000,
+    "predict_xstart": False,
+    "rescale_timesteps": False,
+}
+COSINE: dict[str, Any] = {**LINEAR, "noise_schedule": "cosine"}
+COSINE_4000: dict[str, Any] = {**COSINE, "diffusion_steps": 4000}
+
+SIX, SEVEN, FIVE, FOUR = "1,1,2,2,4,4", "0.5,1,1,2,2,4,4", "1,1,2,3,4", "1,2,3,4"
+
+
+def _adm(
+    files: str, width: int, blocks: int, mult: str, factors: tuple[int, ...], flags: dict[str, Any], **tensors: Any
+) -> Published:
+    """A network of guided-diffusion: blocks that resample, scale and shift, learned variance by default."""
+    usual = {"learn_sigma": True, "class_cond": False, "use_scale_shift_norm": True, "resblock_updown": True}
+    told = {"num_channels": width, "num_res_blocks": blocks, "channel_mult": mult, "attention_factors": factors}
+    tensors = {**told, **usual, **tensors}
+    if tensors["class_cond"]:
+        tensors["num_classes"] = 1000
+    return Published(
+        files, "ADM", tensors, {"num_heads": 4, "num_head_channels": 64, "use_new_attention_order": False, **flags}
+    )
+
+
+def _improved(
+    files: str, width: int, blocks: int, mult: str, factors: tuple[int, ...], flags: dict[str, Any], **tensors: Any
+) -> Published:
+    """A network of improved-diffusion: convolutions that resample, four heads of any width."""
+    flags = {"num_head_channels": -1, **flags}
+    return _adm(files, width, blocks, mult, factors, flags, **{"resblock_updown": False, **tensors})
+
+
+def _ddpm(files: str, size: int, mult: str, factor: int) -> Published:
+    told = {
+        "num_channels": 128,
+        "num_res_blocks": 2,
+        "channel_mult": mult,
+        "attention_factors": (factor,),
+        "learn_sigma": False,
+    }
+    return Published(files, "DDPM", told, {"image_size": size, **LINEAR})
+
+
+def _encoder(files: str, size: int, depth: int, mult: str, classes: int, head: str = "out", **flags: Any) -> Published:
+    told = {
+        "classifier_width": 128,
+        "classifier_depth": depth,
+        "channel_mult": mult,
+        "attention_factors": tuple(size // side for side in (32, 16, 8)),
+        "classifier_use_scale_shift_norm": True,
+        "classifier_resblock_updown": True,
+        "classifier_pool": "attention",
+        "image_size": size,
+        "num_class": classes,
+        "head": head,
+    }
+    return Published(files, "ENCODER", told, {"num_head_channels": 64, **LINEAR, **flags})
+
+
+PUBLISHED = (
+    _adm("ILVR's and P2's models of AFHQ", 128, 2, SIX, (16,), {"image_size": 256, **LINEAR}, learn_sigma=False),
+    _adm("ILVR's and P2's models", 128, 1, SIX, (16,), {"image_size": 256, **LINEAR}),
+    _adm("256x256_diffusion_uncond.pt, lsun_*.pt", 256, 2, SIX, (8, 16, 32), {"image_size": 256, **LINEAR}),
+    _adm("256x256_diffusion.pt", 256, 2, SIX, (8, 16, 32), {"image_size": 256, **LINEAR}, class_cond=True),
+    _adm("512x512_diffusion.pt", 256, 2, SEVEN, (16, 32, 64), {"image_size": 512, **LINEAR}, class_cond=True),
+    _adm(
+        *("128x128_diffusion.pt", 256, 2, FIVE, (4, 8, 16)),
+        {"image_size": 128, "num_head_channels": -1, **LINEAR},
+        class_cond=True,
+    ),
+    _adm(
+        *("64x64_diffusion.pt", 192, 3, FOUR, (2, 4, 8)),
+        {"image_size": 64, "use_new_attention_order": True, "dropout": 0.1, **COSINE},
+        class_cond=True,
+    ),
+    # Both upsamplers have the same levels; where their attention is tells them apart.
+    _adm(
+        *("64_256_upsampler.pt", 192, 2, SIX, (8, 16, 32)),
+        {"image_size": 256, "num_head_channels": -1, **LINEAR},
+        class_cond=True,
+        super_res=True,
+    ),
+    _adm("128_512_upsampler.pt", 192, 2, SIX, (16, 32), {"image_size": 512, **LINEAR}, class_cond=True, super_res=True),
+    # improved-diffusion; what its README does not say has that project's defaults, rescaled timesteps among them.
+    _improved(
+        *("imagenet64_uncond_*.pt", 128, 3, FOUR, (4, 8)),
+        {"image_size": 64, **COSINE_4000, "rescale_timesteps": True},
+    ),
+    _improved(
+        *("cifar10_uncond_*.pt", 128, 3, "1,2,2,2", (2, 4)),
+        {"image_size": 32, "dropout": 0.3, **COSINE_4000, "rescale_timesteps": True},
+    ),
+    _improved("imagenet64_cond_270M_250K.pt", 192, 3, FOUR, (4, 8), {"image_size": 64, **COSINE_4000}, class_cond=True),
+    _improved(
+        *("lsun_uncond_100M_*.pt", 128, 2, SIX, (16,)),
+        {"image_size": 256, "num_heads": 1, **LINEAR},
+        use_scale_shift_norm=False,
+    ),
+    _ddpm("celebahq_female_ddpm.pth and the DDPM models of 256 pixels", 256, SIX, 16),
+    _ddpm("DDPM's model of CIFAR-10", 32, "1,2,2,2", 2),
+    _encoder("64x64_classifier.pt", 64, 4, FOUR, 1000, noise_schedule="cosine"),
+    _encoder("128x128_classifier.pt", 128, 2, FIVE, 1000),
+    _encoder("256x256_classifier.pt", 256, 2, SIX, 1000),
+    _encoder("512x512_classifier.pt", 512, 2, SEVEN, 1000),
+    _encoder("EGSDE's extractors", 256, 2, SIX, 2, "I2Iout"),
+)
+
+
+def published(model_type: str, found: dict[str, Any]) -> Published | None:
+    """The row that has all that the tensors tell (`architecture.detect`'s dict), or None."""
+    for row in PUBLISHED:
+        if row.model_type == model_type and all(found.get(name) == value for name, value in row.tensors.items()):
+            return row
+    return None

@@ -1,0 +1,453 @@
+"""Key-value logging with guided-diffusion's interface: rows of numbers as tables, CSV, JSON lines and TensorBoard.
+
+`configure` says where to; without it, the first use writes to OPENAI_LOGDIR, else to a new temporary folder.
+`logkv("loss", x)` notes a value, `dumpkvs()` writes the row. Formats: `stdout` and `log` (log.txt) for people, `csv`
+(progress.csv), `json` (progress.json, one object a line) and `tensorboard` (the folder tb). They are chosen by
+`format_strs` or OPENAI_LOG_FORMAT, comma-separated; ranks above 0 write what OPENAI_LOG_FORMAT_MPI says, log.txt by
+default, with "-rankNNN" in the names.
+"""
+
+import contextlib
+import csv
+import datetime
+import functools
+import json
+import os
+import socket
+import struct
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TextIO
+
+from .errors import InputError
+from .options import fitting
+
+DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
+
+
+# ---- formats --------------------------------------------------------------------------------------------------------
+
+
+class KVWriter:
+    """A format that takes rows."""
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        """Write a row of values by name."""
+        raise NotImplementedError
+
+
+class SeqWriter:
+    """A format that takes messages."""
+
+    def writeseq(self, seq: Iterable[str]) -> None:
+        """Write the parts of a message as one line."""
+        raise NotImplementedError
+
+
+class HumanOutputFormat(KVWriter, SeqWriter):
+    """Messages and rows as tables, in a file (a path) or on a stream."""
+
+    def __init__(self, filename_or_file: str | TextIO) -> None:
+        self.own_file = isinstance(filename_or_file, str)
+        self.file: Any = _open(filename_or_file, "a") if isinstance(filename_or_file, str) else filename_or_file
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        cells = {_cut(key): _cut(f"{value:<8.3g}" if _is_number(value) else str(value)) for key, value in kvs.items()}
+        if not cells:
+            return
+        width, value_width = max(map(len, cells)), max(map(len, cells.values()))
+        rule = "-" * (width + value_width + 7)
+        rows = [f"| {key:<{width}} | {cells[key]:<{value_width}} |" for key in sorted(cells, key=str.lower)]
+        self.file.write("\n".join([rule, *rows, rule]) + "\n")
+        self.file.flush()
+
+    def writeseq(self, seq: Iterable[str]) -> None:
+        self.file.write(" ".join(seq) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        if self.own_file:
+            self.file.close()
+
+
+class JSONOutputFormat(KVWriter):
+    """A row as one JSON object a line."""
+
+    def __init__(self, filename: str) -> None:
+        self.file = _open(filename, "a")
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps({key: _plain(value) for key, value in kvs.items()}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class CSVOutputFormat(KVWriter):
+    """Rows as CSV; a name that comes up later adds a column, which is empty in the rows above.
+
+    Rows that the file already has are kept, so the table of a resumed run continues.
+    """
+
+    def __init__(self, filename: str) -> None:
+        self.filename = filename
+        with _open(self.filename, "a"):  # a run without rows has a file, too
+            pass
+        self.keys: list[str] = next(self._rows(), [])
+
+    def _rows(self) -> Iterator[list[str]]:
+        with _open(self.filename, "r") as file:
+            yield from csv.reader(file)
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        new = sorted(key for key in kvs if key not in self.keys)
+        if new:
+            rows = list(self._rows())[1:]
+            self.keys += new
+            with _open(f"{self.filename}.tmp", "w") as file:
+                csv.writer(file, lineterminator="\n").writerows([self.keys, *(row + [""] * len(new) for row in rows)])
+            os.replace(f"{self.filename}.tmp", self.filename)
+        with _open(self.filename, "a") as file:
+            row = ["" if kvs.get(key) is None else _plain(kvs[key]) for key in self.keys]
+            csv.writer(file, lineterminator="\n").writerow(row)
+
+    def close(self) -> None:
+        """Nothing is left open."""
+
+
+class TensorBoardOutputFormat(KVWriter):
+    """Numbers as TensorBoard's scalars; the step is the row's number, as in guided-diffusion.
+
+    The file is written here, as its format needs no more than this; tensorboard is needed to look at it only.
+    """
+
+    def __init__(self, dir: str) -> None:
+        os.makedirs(dir, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self.file = open(os.path.join(dir, name), "ab")  # noqa: SIM115 - closed by `close`
+        self.step = 1
+        self._write(_field(3, b"brain.Event:2"))
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        values = b"".join(
+            _field(1, _field(1, key.encode()) + b"\x15" + struct.pack("<f", value))
+            for key, value in ((key, _plain(value)) for key, value in kvs.items())
+            if isinstance(value, (int, float))
+        )
+        self._write(b"\x10" + _varint(self.step) + _field(5, values))
+        self.step += 1
+
+    def _write(self, event: bytes) -> None:
+        event = b"\x09" + struct.pack("<d", time.time()) + event
+        length = struct.pack("<Q", len(event))
+        self.file.write(length + _masked_crc(length) + event + _masked_crc(event))
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _varint(number: int) -> bytes:
+    parts = []
+    while number > 127:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*parts, number])
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A length-delimited protobuf field."""
+    return bytes([number << 3 | 2]) + _varint(len(content)) + content
+
+
+def _masked_crc(data: bytes) -> bytes:
+    """The checksum of TensorFlow's records: CRC-32C, rotated and offset."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ _crc_table()[(crc ^ byte) & 255]
+    crc ^= 0xFFFFFFFF
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+@functools.cache
+def _crc_table() -> list[int]:
+    table = []
+    for number in range(256):
+        for _ in range(8):
+            number = number >> 1 ^ (0x82F63B78 if number & 1 else 0)
+        table.append(number)
+    return table
+
+
+def _open(path: str, mode: str) -> Any:
+    return open(path, mode, encoding="utf-8", errors="backslashreplace", newline="")
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__float__")
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's; others, unless they are a plain value, as text."""
+    if hasattr(value, "dtype"):
+        return float(value)
+    return value if isinstance(value, (int, float, str)) or value is None else str(value)
+
+
+def _cut(text: str) -> str:
+    return text[:27] + "..." if len(text) > 30 else text
+
+
+FORMATS: dict[str, Callable[[str, str], Any]] = {
+    "stdout": lambda folder, suffix: HumanOutputFormat(sys.stdout),
+    "log": lambda folder, suffix: HumanOutputFormat(os.path.join(folder, f"log{suffix}.txt")),
+    "json": lambda folder, suffix: JSONOutputFormat(os.path.join(folder, f"progress{suffix}.json")),
+    "csv": lambda folder, suffix: CSVOutputFormat(os.path.join(folder, f"progress{suffix}.csv")),
+    "tensorboard": lambda folder, suffix: TensorBoardOutputFormat(os.path.join(folder, f"tb{suffix}")),
+}
+
+
+def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Any:
+    """The writer of that name in a folder; raises InputError for an unknown one."""
+    if format not in FORMATS:
+        raise InputError(fitting(format, list(FORMATS)), parameter="format_strs", value=format)
+    os.makedirs(ev_dir, exist_ok=True)
+    return FORMATS[format](ev_dir, log_suffix)
+
+
+# ---- the logger -----------------------------------------------------------------------------------------------------
+
+
+class Logger:
+    """Collects values and writes them to formats; CURRENT is the one that the module's functions use.
+
+    comm: an mpi4py communicator over which rows are averaged, or None.
+    """
+
+    DEFAULT: "Logger | None" = None
+    CURRENT: "Logger | None" = None
+
+    def __init__(self, dir: str | None, output_formats: list[Any], comm: Any = None) -> None:
+        self.name2val: dict[str, Any] = defaultdict(float)
+        self.name2cnt: dict[str, int] = defaultdict(int)
+        self.level = INFO
+        self.dir = dir
+        self.output_formats = output_formats
+        self.comm = comm
+
+    def logkv(self, key: str, val: Any) -> None:
+        self.name2val[key] = val
+
+    def logkv_mean(self, key: str, val: Any) -> None:
+        mean, count = self.name2val[key], self.name2cnt[key]
+        self.name2val[key] = mean * count / (count + 1) + val / (count + 1)
+        self.name2cnt[key] = count + 1
+
+    def dumpkvs(self) -> dict[str, Any]:
+        row = dict(self.name2val) if self.comm is None else mpi_weighted_mean(self.comm, self._weighted())
+        for output in self.output_formats if row else ():
+            if isinstance(output, KVWriter):
+                output.writekvs(row)
+        self.name2val.clear()
+        self.name2cnt.clear()
+        return row
+
+    def _weighted(self) -> dict[str, tuple[Any, int]]:
+        return {name: (value, self.name2cnt.get(name, 1)) for name, value in self.name2val.items()}
+
+    def log(self, *args: Any, level: int = INFO) -> None:
+        if self.level <= level:
+            for output in self.output_formats:
+                if isinstance(output, SeqWriter):
+                    output.writeseq(map(str, args))
+
+    def set_level(self, level: int) -> None:
+        self.level = level
+
+    def set_comm(self, comm: Any) -> None:
+        self.comm = comm
+
+    def get_dir(self) -> str | None:
+        return self.dir
+
+    def close(self) -> None:
+        for output in self.output_formats:
+            output.close()
+
+
+def mpi_weighted_mean(comm: Any, local_name2valcount: dict[str, tuple[Any, int]]) -> dict[str, float]:
+    """Means of {name: (value, count)} over the ranks of an mpi4py communicator, on rank 0; elsewhere nothing."""
+    gathered = comm.gather(local_name2valcount)
+    if comm.rank != 0:
+        return {}
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, float] = defaultdict(float)
+    for row in gathered:
+        for name, (value, count) in row.items():
+            with contextlib.suppress(TypeError, ValueError):  # a text has no mean
+                sums[name] += float(value) * count
+                counts[name] += count
+    return {name: sums[name] / counts[name] for name in counts}
+
+
+def configure(
+    dir: str | None = None,
+    format_strs: Iterable[str] | None = None,
+    comm: Any = None,
+    log_suffix: str = "",
+) -> None:
+    """Write to the folder `dir` from now on; see the module. Ranks are those of torchrun, mpiexec or Slurm."""
+    from .dist_util import ranks
+
+    dir = dir or os.getenv("OPENAI_LOGDIR")
+    if dir is None:
+        dir = os.path.join(tempfile.gettempdir(), datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f"))
+    dir = os.path.expanduser(dir)
+    rank = ranks().rank
+    if rank:
+        log_suffix += f"-rank{rank:03d}"
+    if format_strs is None:
+        variable, default = ("OPENAI_LOG_FORMAT_MPI", "log") if rank else ("OPENAI_LOG_FORMAT", "stdout,log,csv")
+        format_strs = os.getenv(variable, default).split(",")
+    try:
+        os.makedirs(dir, exist_ok=True)
+        outputs = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
+    except OSError as error:
+        raise InputError(f"it cannot be written: {error.strerror or error}", parameter="dir", value=dir) from None
+    Logger.CURRENT = Logger(dir, outputs, comm)
+    if outputs:
+        log(f"Logging to {dir}")
+
+
+def get_current() -> Logger:
+    """The logger in use; the first call configures one."""
+    if Logger.CURRENT is None:
+        configure()
+        Logger.DEFAULT = Logger.CURRENT
+    assert Logger.CURRENT is not None
+    return Logger.CURRENT
+
+
+def reset() -> None:
+    """Close the logger in use and go back to the default one."""
+    if Logger.CURRENT is not None and Logger.CURRENT is not Logger.DEFAULT:
+        Logger.CURRENT.close()
+        Logger.CURRENT = Logger.DEFAULT
+        log("Reset logger")
+
+
+@contextlib.contextmanager
+def scoped_configure(
+    dir: str | None = None,
+    format_strs: Iterable[str] | None = None,
+    comm: Any = None,
+) -> Iterator[None]:
+    """`configure` for the length of a with-block."""
+    previous = Logger.CURRENT
+    configure(dir, format_strs, comm)
+    try:
+        yield
+    finally:
+        get_current().close()
+        Logger.CURRENT = previous
+
+
+# ---- the interface --------------------------------------------------------------------------------------------------
+
+
+def logkv(key: str, val: Any) -> None:
+    """Note a value for the next row; of several, the last counts."""
+    get_current().logkv(key, val)
+
+
+def logkv_mean(key: str, val: Any) -> None:
+    """Note a value for the next row; of several, the mean counts."""
+    get_current().logkv_mean(key, val)
+
+
+def logkvs(d: Mapping[str, Any]) -> None:
+    """Note several values for the next row."""
+    for key, value in d.items():
+        logkv(key, value)
+
+
+def dumpkvs() -> dict[str, Any]:
+    """Write the row, forget its values and return them."""
+    return get_current().dumpkvs()
+
+
+def getkvs() -> dict[str, Any]:
+    """The values of the next row."""
+    return get_current().name2val
+
+
+def log(*args: Any, level: int = INFO) -> None:
+    """Write a message, its parts separated by spaces, to the formats for people."""
+    get_current().log(*args, level=level)
+
+
+def debug(*args: Any) -> None:
+    """`log` at level DEBUG."""
+    log(*args, level=DEBUG)
+
+
+def info(*args: Any) -> None:
+    """`log` at level INFO."""
+    log(*args, level=INFO)
+
+
+def warn(*args: Any) -> None:
+    """`log` at level WARN."""
+    log(*args, level=WARN)
+
+
+def error(*args: Any) -> None:
+    """`log` at level ERROR."""
+    log(*args, level=ERROR)
+
+
+def set_level(level: int) -> None:
+    """Leave out messages below a level."""
+    get_current().set_level(level)
+
+
+def set_comm(comm: Any) -> None:
+    """Average rows over an mpi4py communicator."""
+    get_current().set_comm(comm)
+
+
+def get_dir() -> str | None:
+    """The folder that is written to."""
+    return get_current().get_dir()
+
+
+record_tabular = logkv
+dump_tabular = dumpkvs
+
+
+@contextlib.contextmanager
+def profile_kv(scopename: str) -> Iterator[None]:
+    """Add the seconds that a with-block takes to the value `wait_NAME` of the next row."""
+    start = time.time()
+    try:
+        yield
+    finally:
+        get_current().name2val[f"wait_{scopename}"] += time.time() - start
+
+
+def profile(n: str) -> Callable[[Callable], Callable]:
+    """A decorator: `profile_kv(n)` around every call."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with profile_kv(n):
+                return function(*args, **kwargs)
+
+        return timed
+
+    return decorate

@@ -1,0 +1,594 @@
+"""The training loop that the diffusion model and the classifiers share.
+
+A run is a function of its options: what a step draws depends on the seed and the sample numbers alone (`data`), and a
+checkpoint holds everything else. A run that was killed and resumes therefore ends with the weights of one never killed,
+bit for bit on a CPU (on a GPU with deterministic=True, as far as its kernels are).
+"""
+
+import contextlib
+import copy
+import itertools
+import logging
+import math
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..checkpoint import load_state_dict
+from ..dist_util import Ranks, Stopped, open_store
+from ..errors import InputError, display_name, first_line
+from ..gaussian_diffusion import GaussianDiffusion
+from ..image_datasets import to_uint8
+from ..nn import update_ema
+from ..resample import LossAwareSampler, ScheduleSampler
+from ..run.files import remove_temporaries, write_png
+from ..run.grid import contact_sheet
+from ..runtime import DTYPES, is_out_of_memory
+from ..script_util import create_diffusion
+from . import files
+from .config import GridOptions, TrainConfig, learning_rate
+from .data import TrainImages, batch_numbers, random_bits, random_uniform, sample_noise
+from .losses import Loss, Terms, add_by_quarter, means_by_quarter
+from .start import Start
+
+log = logging.getLogger(__name__)
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Connect the processes of a run: NCCL on GPUs, gloo on CPUs. Nothing happens for a single process."""
+    if ranks.world_size == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=open_store(ranks),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    yield
+    # Reached only if all went well: after an error the others may never come to a common end.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT (Ctrl-C) or SIGTERM (a scheduler) sets; a second signal of the kind ends the program."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous: dict[int, Any] = {}
+
+    def handle(number, frame):
+        stop.set()
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """Trains `model`; `run` is the loop, `train_step` one step of it.
+
+    losses: see the module `losses`. metadata: texts for the exported file. ranks: the process group being connected,
+    see `process_group`. checkpoint: the file that the model's weights come from, if any; with a name like
+    model010000.pt the run resumes at that step, with the averages and the optimizer's state that lie beside it.
+    evaluate(model) -> totals (see `losses.evaluate`) and sample(model) -> uint8 images [N, H, W, 3] get a copy of the
+    model with the weights that are exported. progress: show a bar. Raises InputError for files that do not fit.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        losses: Loss,
+        images: TrainImages,
+        config: TrainConfig,
+        schedule_sampler: ScheduleSampler,
+        *,
+        device: str | torch.device,
+        ranks: Ranks,
+        checkpoint: str = "",
+        metadata: Mapping[str, str] | None = None,
+        evaluate: Callable[[torch.nn.Module], Terms] | None = None,
+        sample: Callable[[torch.nn.Module], np.ndarray] | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.ranks = ranks
+        self.is_main = ranks.rank == 0
+        self.losses = losses
+        self.images = images
+        self.schedule_sampler = schedule_sampler
+        self.metadata = dict(metadata or {})
+        self.evaluate, self.sample, self.progress = evaluate, sample, progress
+
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=self.memory_format).train().requires_grad_(True)  # type: ignore[call-overload]
+        self.params = list(self.model.parameters())
+        self.ema = {rate: [p.detach().clone() for p in self.params] for rate in config.ema_rates()}
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(self.params, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.step = 0  # optimizer steps done
+        self.samples = 0  # images seen, over all processes
+        self.totals: Terms = {}  # of the loss terms since the last logged step
+        self.failure: InputError | None = None  # why a log or a grid could not be written
+        self._resume(checkpoint)
+        self.forward: Any = self.model
+        self.ddp: Any = self._distributed()
+        if self.ddp is not None:
+            self.forward = self.ddp
+        if config.compile:
+            self.forward = torch.compile(self.forward)
+        self._averaged: torch.nn.Module | None = None
+
+    def _distributed(self) -> Any:
+        """The model with gradients exchanged between processes; None for a single one."""
+        if self.ranks.world_size == 1:
+            return None
+        return torch.nn.parallel.DistributedDataParallel(
+            self.model,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+
+    # -- resuming --
+
+    def _resume(self, path: str) -> None:
+        step = files.step_of_checkpoint(path)
+        if step is None:
+            return
+        self.step = step
+        self.samples = step * self.config.batch_size * self.ranks.world_size
+        folder = os.path.dirname(path)
+        for rate, averaged in self.ema.items():
+            ema_path = files.find_ema(folder, rate, step)
+            if ema_path is not None:
+                self._load_ema(ema_path, averaged)
+            elif self.is_main:
+                missing = files.checkpoint_path(folder, f"ema_{rate}_", step)
+                log.warning("%s does not exist: the average starts from the model's weights", display_name(missing))
+        opt_path = files.checkpoint_path(folder, "opt", step)
+        if os.path.lexists(opt_path):
+            self._load_optimizer(opt_path)
+        elif self.is_main:
+            log.warning("%s does not exist: the optimizer starts from scratch", display_name(opt_path))
+
+    def _load_ema(self, path: str, averaged: list[torch.Tensor]) -> None:
+        state = load_state_dict(path)
+        for (name, _), target in zip(self.model.named_parameters(), averaged):
+            value = state.get(name)
+            if value is None or value.shape != target.shape or not value.is_floating_point():
+                raise InputError(f"{display_name(path)} does not fit the model: {name} is missing or of another kind")
+            if not value.isfinite().all():
+                raise InputError(f"{display_name(path)} is damaged: {name} has values that are NaN or infinite")
+            target.copy_(value)
+
+    def _load_optimizer(self, path: str) -> None:
+        moments, state = files.load_optimizer_file(path, self.params)
+        # The options of this run count, not those in the file: all of them are options or PyTorch's defaults.
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        samples = state.get("samples", self.samples)
+        files.check_same_kind(path, "samples", samples, self.samples)
+        self.samples = int(samples)
+        if state.get("scaler") and self.scaler.is_enabled():
+            files.check_same_kind(path, "scaler", state["scaler"], self.scaler.state_dict())
+            self.scaler.load_state_dict(state["scaler"])
+        saved, current = state.get("schedule_sampler"), self.schedule_sampler.state_dict()
+        if saved and current:
+            files.check_same_kind(path, "schedule_sampler", saved, current)
+            self.schedule_sampler.load_state_dict(saved)
+        if self.is_main:
+            totals = state.get("totals", {})
+            files.check_same_kind(path, "totals", totals, dict.fromkeys(totals, torch.zeros(4, 2)))
+            self.totals = {name: table.to(self.device) for name, table in totals.items()}
+            for name, now in (("seed", self.config.seed), ("data", self.images.digest())):
+                if state.get(name, now) != now:
+                    log.warning("the run has another %s than before: it resumes, but not as it would have", name)
+
+    # -- one step --
+
+    def autocast(self) -> Any:
+        """The context in which the model computes."""
+        dtype = DTYPES[self.config.precision]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not torch.float32)
+
+    def train_step(self, numbers: np.ndarray, x: torch.Tensor, y: torch.Tensor | None) -> None:
+        """One optimizer step on images x [N, 3, H, W] with labels y [N] or None and sample numbers [N]."""
+        config = self.config
+        self.backward(numbers, x, y)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.params if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if config.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.params, config.grad_clip, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        for rate, averaged in zip(config.ema_rates().values(), self.ema.values()):
+            update_ema(averaged, self.params, rate=rate)
+        if self.is_main:
+            add_by_quarter(
+                self.totals, {"grad_norm": norm.reshape(1)}, torch.zeros(1, dtype=torch.long, device=self.device), 1
+            )
+        self.step += 1
+        self.samples += len(numbers) * self.ranks.world_size
+
+    def backward(self, numbers: np.ndarray, x: torch.Tensor, y: torch.Tensor | None) -> None:
+        """Add the gradient of the mean loss over the joint batch of all processes; the loss's terms are recorded."""
+        seed, steps = self.config.seed, self.schedule_sampler.num_timesteps
+        # Dropout is all that draws from PyTorch's own generator.
+        torch.manual_seed(int(random_bits(seed, "dropout", numbers[:1])[0]))
+        uniform = random_uniform(seed, "timestep", numbers)
+        t, importance = self.schedule_sampler.sample(len(x), self.device, uniform)
+        noise = sample_noise(seed, numbers, x.shape[1:], self.device)
+        x, noise = (tensor.contiguous(memory_format=self.memory_format) for tensor in (x, noise))
+        size = len(x) if self.config.microbatch == -1 else self.config.microbatch
+        parts = [slice(at, at + size) for at in range(0, len(x), size)]
+        observed = []
+        for part in parts:
+            # Gradients are exchanged once, with the last part.
+            alone = self.ddp is None or part is parts[-1]
+            with contextlib.nullcontext() if alone else self.ddp.no_sync():  # type: ignore[union-attr]
+                with self.autocast():  # which covers the forward pass alone
+                    terms = self.losses(self.forward, x[part], t[part], noise[part], None if y is None else y[part])
+                loss = (terms["loss"] * importance[part]).sum() / len(x)
+                self.scaler.scale(loss).backward()
+            add_by_quarter(self.totals, terms, t[part], steps)
+            observed.append(terms["loss"].detach())
+        if isinstance(self.schedule_sampler, LossAwareSampler):
+            steps_drawn, values = self._gather(t.cpu().numpy(), torch.cat(observed).cpu().numpy())
+            self.schedule_sampler.update_with_all_losses(steps_drawn.tolist(), values.tolist())
+
+    def _gather(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """Arrays of all processes joined in the order of ranks, as sample numbers go."""
+        return [np.concatenate(parts) for parts in zip(*self._all(arrays))]
+
+    def _all(self, item: Any) -> list[Any]:
+        """What every process has for `item`, a list in the order of ranks."""
+        if self.ranks.world_size == 1:
+            return [item]
+        import torch.distributed as dist
+
+        gathered: list[Any] = [None] * self.ranks.world_size
+        dist.all_gather_object(gathered, item)
+        return gathered
+
+    def _any(self, *flags: bool) -> list[bool]:
+        """Whether each of the flags is set in any process."""
+        if self.ranks.world_size == 1:
+            return list(flags)
+        import torch.distributed as dist
+
+        votes = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(votes)
+        return [bool(vote) for vote in votes]
+
+    def _sum_over_ranks(self, totals: Terms) -> Terms:
+        result: Terms = {}
+        for part in self._all({name: table.cpu() for name, table in totals.items()}):
+            for name, table in part.items():
+                result[name] = result[name] + table if name in result else table
+        return result
+
+    # -- the run --
+
+    def run(self) -> bool:
+        """Train to the end: True, or False if a signal stopped the run. Either way the last step is saved.
+
+        Raises InputError where the loss is not finite any more, memory does not suffice, an image cannot be read, or
+        the disk is full; in the last case the last step is saved first, where there is room.
+        """
+        config = self.config
+        last = config.last_step()
+        if last is not None and self.step >= last:
+            self._complete(last)
+            return True
+        if self.is_main:
+            remove_temporaries(config.save_dir)
+            tensorboard = files.find_tensorboard()
+            if tensorboard is None:
+                log.info("tensorboard is not installed: progress goes to progress.csv only")
+            self.progress_log = files.ProgressLog(config.save_dir, self.step, tensorboard)
+        numbers, ahead = itertools.tee(
+            batch_numbers(self.samples, config.batch_size, self.ranks.rank, self.ranks.world_size)
+        )
+        bar = self._bar(last)
+        self._clock, self._logged_samples = time.perf_counter(), self.samples
+        self._started, self._first_step = self._clock, self.step
+        finished = False
+        with stop_on_signals() as stop, bar, deterministic_kernels(config.deterministic), self._in_one_line():
+            for current, (x, y) in zip(numbers, self.images.batches(ahead, self.device)):
+                self.train_step(current, x, y)
+                bar.update(1)
+                finished = self.step == last
+                # What belongs to a step is written before its checkpoint: a resumed run does not look back.
+                self._report(bar, finished)
+                if self.sample and config.sample_interval and (finished or self.step % config.sample_interval == 0):
+                    self._save_samples()
+                stopped, failed = self._any(stop.is_set(), self.failure is not None)
+                if finished or stopped or failed or self.step % config.save_interval == 0:
+                    self._written(self.save)
+                    (failed,) = self._any(self.failure is not None)
+                if failed:
+                    raise self.failure or Stopped
+                if finished or stopped:
+                    break
+        if self.is_main:
+            self.progress_log.close()
+            if not finished:
+                log.info("stopped after step %d, which is saved", self.step)
+        return finished
+
+    def _complete(self, last: int) -> None:
+        """Make up for what a run lacks that was killed between its last checkpoint and its end."""
+        if not self.is_main:
+            return
+        remove_temporaries(self.config.save_dir)
+        log.info("nothing to train: the run has its %d steps", self.step)
+        if self.step == last:
+            self._export()
+        files.remove_old_checkpoints(self.config.save_dir, self.config.keep)
+
+    @contextlib.contextmanager
+    def _in_one_line(self) -> Iterator[None]:
+        """Turn what PyTorch raises for a lack of memory, of a compiler or of a loader process into InputErrors."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise InputError(
+                    f"out of memory on {self.device}; give a smaller `microbatch`, or `use_checkpoint` True",
+                    parameter="batch_size",
+                    value=self.config.batch_size,
+                ) from error
+            if "DataLoader worker" in str(error):
+                raise InputError(
+                    f"a loader process has died ({first_line(error)}); with `num_workers` 0 there is none"
+                ) from error
+            if self.ranks.world_size > 1 and re.search(
+                "gloo|nccl|closed by peer|reset by peer", str(error), re.IGNORECASE
+            ):
+                raise InputError(f"contact with the other processes is lost: {first_line(error)}") from error
+            # Dynamo's errors are RuntimeErrors; their module is imported only where something was compiled.
+            if not self.config.compile or "torch._" not in type(error).__module__:
+                raise
+            raise InputError(
+                f"torch.compile does not work here ({first_line(error)}); leave it out", parameter="compile", value=True
+            ) from error
+
+    def _written(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Call a function that writes files; a failure ends the run, in all processes, after the step is saved."""
+        try:
+            write(*arguments)
+        except InputError as error:
+            self.failure = self.failure or error
+
+    def _bar(self, last: int | None) -> Any:
+        from tqdm.auto import tqdm
+
+        return tqdm(
+            total=last, initial=self.step, unit="step", dynamic_ncols=True, disable=not (self.progress and self.is_main)
+        )
+
+    def _report(self, bar: Any, finished: bool) -> None:
+        """Write a row of progress.csv where one is due."""
+        config = self.config
+        row: dict[str, Any] = {}
+        if self.step % config.log_interval == 0:
+            totals = self._sum_over_ranks(self.totals)
+            self.totals = {}
+            row = means_by_quarter(totals)
+            self._check_finite(totals)
+            row.pop("grad_norm_q0", None)
+            seconds = time.perf_counter() - self._clock
+            speed = (self.samples - self._logged_samples) / seconds
+            self._clock, self._logged_samples = time.perf_counter(), self.samples
+            row |= {"samples": self.samples, "lr": learning_rate(config, self.step - 1), "images_per_second": speed}
+            if self.scaler.is_enabled():
+                row["loss_scale"] = self.scaler.get_scale()
+            bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.1f} images/s")
+        if self.evaluate and (finished or self.step % config.eval_interval == 0):
+            with self.autocast():
+                totals = self.evaluate(self.averaged_model())
+            row |= means_by_quarter(self._sum_over_ranks(totals), prefix="val_")
+        if row and self.is_main:
+            self._written(self.progress_log.write, {"step": self.step, **row})
+            if not self.progress:
+                shown = [f"{name} {row[name]:.4g}" for name in ("loss", "acc", "val_loss", "val_acc") if name in row]
+                log.info("%s: %s%s", self._position(), ", ".join(shown), self._time_left())
+
+    def _position(self) -> str:
+        last = self.config.last_step()
+        return f"step {self.step}" if last is None else f"step {self.step} of {last}"
+
+    def _time_left(self) -> str:
+        """How long the run still takes at its speed so far, for a log that has no bar."""
+        last, done = self.config.last_step(), self.step - self._first_step
+        if last is None or not done or self.step == last:
+            return ""
+        return f", {duration((last - self.step) * (time.perf_counter() - self._started) / done)} left"
+
+    def _check_finite(self, totals: Terms) -> None:
+        """End a run that has diverged, before it is saved. fp16's occasional overflows are skipped steps."""
+        lost = "loss" in totals and totals["loss"][:, 1].sum() == 0
+        if lost or not torch.stack([p.isfinite().all() for p in self.params]).all():
+            raise InputError(
+                f"the loss is not finite any more at step {self.step}: start from an older checkpoint with a lower "
+                "one, or with `grad_clip` 1",
+                parameter="lr",
+                value=self.config.lr,
+            )
+
+    # -- files --
+
+    def _state(self, params: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """State dict of the model with other values of its parameters, on the CPU."""
+        state = self.model.state_dict()
+        state.update((name, value) for (name, _), value in zip(self.model.named_parameters(), params))
+        return {name: value.detach().cpu() for name, value in state.items()}
+
+    def _exported(self) -> list[torch.Tensor]:
+        """The parameters to sample with: the first average, or the model's own where there is none."""
+        return next(iter(self.ema.values()), self.params)
+
+    def averaged_model(self) -> torch.nn.Module:
+        """A copy of the model, in eval mode, with the weights that are exported."""
+        averaged = self._averaged
+        if averaged is None:
+            averaged = self._averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
+        with torch.no_grad():
+            for target, value in zip(averaged.parameters(), self._exported()):
+                target.copy_(value)
+        return averaged
+
+    def save(self) -> None:
+        """Write a checkpoint and the exported model; all processes must call it."""
+        config = self.config
+        totals = self._sum_over_ranks(self.totals)
+        self._check_finite(totals)
+        if not self.is_main:
+            return
+        train_state = {
+            "samples": self.samples,
+            "seed": config.seed,
+            "data": self.images.digest(),
+            "scaler": self.scaler.state_dict(),
+            "schedule_sampler": self.schedule_sampler.state_dict(),
+            "totals": totals,
+        }
+        files.save_checkpoint(
+            config.save_dir,
+            self.step,
+            self._state(self.params),
+            {rate: self._state(averaged) for rate, averaged in self.ema.items()},
+            {**self.optimizer.state_dict(), "train": train_state},
+        )
+        self._export()
+        files.remove_old_checkpoints(config.save_dir, config.keep)
+
+    def _export(self) -> None:
+        """Write the file to sample with, where it is not up to date."""
+        config = self.config
+        average = f"EMA {next(iter(self.ema))}" if self.ema else "no EMA"
+        metadata = {
+            **self.metadata,
+            "training": f"{self.step} steps, {self.samples} images, AdamW {config.lr:g}, {average}, {config.precision}",
+        }
+        dtype = DTYPES[config.export_dtype]
+        files.export_model(config.export_path(), self._state(self._exported()), metadata, dtype)
+
+    def _save_samples(self) -> None:
+        if not self.is_main or self.sample is None:
+            return
+        with self.autocast():
+            images = self.sample(self.averaged_model())
+        sheet = contact_sheet([[image] for image in images], images.shape[1], math.ceil(math.sqrt(len(images))))
+        self._written(write_png, os.path.join(self.config.save_dir, "samples", f"{self.step:06d}.png"), sheet)
+
+
+def duration(seconds: float) -> str:
+    """A time in words: 40 s, 12 min, 3 h 5 min, 2 d 4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+@contextlib.contextmanager
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """Ask PyTorch for deterministic kernels within the context; where it has none, it warns."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = not wanted
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=True)
+        torch.backends.cudnn.benchmark = before[1]
+
+
+# ---- sample grids ---------------------------------------------------------------------------------------------------
+
+
+def grid_sampler(start: Start, grid: GridOptions, seed: int) -> Callable[[torch.nn.Module], np.ndarray]:
+    """The function that draws the images of a sample grid with a given model."""
+    try:
+        diffusion = create_diffusion(**{**start.flags, "timestep_respacing": grid.sample_respacing})
+    except InputError as error:
+        raise InputError(error.reason, parameter="sample_respacing", value=grid.sample_respacing) from error
+
+    def sample(model: torch.nn.Module) -> np.ndarray:
+        return draw_samples(
+            model,
+            diffusion,
+            grid.num_samples,
+            start.flags["image_size"],
+            use_ddim=grid.sample_respacing.startswith("ddim"),
+            seed=seed,
+            num_classes=len(start.classes) if start.classes else None,
+        )
+
+    return sample
+
+
+def draw_samples(
+    model: torch.nn.Module,
+    diffusion: GaussianDiffusion,
+    number: int,
+    image_size: int,
+    *,
+    use_ddim: bool,
+    seed: int = 0,
+    num_classes: int | None = None,
+    batch_size: int = 16,
+) -> np.ndarray:
+    """Unconditional samples (classes in turn with num_classes) as uint8 [number, H, W, 3], from fixed noise."""
+    device = next(model.parameters()).device
+    loop = diffusion.ddim_sample_loop if use_ddim else diffusion.p_sample_loop
+    torch.manual_seed(seed)
+    images = []
+    for at in range(0, number, batch_size):
+        numbers = np.arange(at, min(at + batch_size, number))
+        noise = sample_noise(f"{seed}/samples", numbers, (3, image_size, image_size), device)
+        labels = {"y": torch.from_numpy(numbers % num_classes).to(device)} if num_classes else {}
+
+        def in_float32(x, t, **kwargs):
+            return model(x, t, **kwargs).float()
+
+        # An average over the first steps can still be far off: what is not a number is shown as grey.
+        x = loop(in_float32, noise.shape, noise=noise, model_kwargs=labels).nan_to_num(0.0)
+        images.append(to_uint8(x))
+    return np.concatenate(images)

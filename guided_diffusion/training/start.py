@@ -1,0 +1,331 @@
+"""What a run starts from: a new network, a checkpoint of its own, or any file that the sampling scripts read."""
+
+import inspect
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..checkpoint import load_model
+from ..checkpoint.reconcile import FLAGS
+from ..checkpoint.reconcile import RUNTIME_FLAGS as FREE
+from ..errors import InputError, display_name, first_line, shown
+from ..script_util import (
+    attention_factors,
+    channel_multipliers,
+    create_classifier,
+    create_model,
+)
+from . import files
+from .config import TrainConfig, encoder_defaults, super_res_defaults, unet_defaults
+from .data import TrainImages, listed
+
+log = logging.getLogger(__name__)
+
+# Flags of a use of the model, which an exported file does not state.
+OF_USE = ("use_checkpoint", "timestep_respacing", "use_kl", "rescale_learned_sigmas")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of network that is trained.
+
+    types: model types of its checkpoints. size, attention, classes: its flags for the width of the first level, the
+    sides with attention, and the number of classes.
+    """
+
+    word: str
+    types: tuple[str, ...]
+    size: str
+    attention: str
+    classes: str
+    create: Callable[..., torch.nn.Module]
+    defaults: Callable[[], dict[str, Any]]
+
+
+DIFFUSION = Kind(
+    "diffusion model",
+    ("ADM", "DDPM"),
+    "num_channels",
+    "attention_resolutions",
+    "num_classes",
+    create_model,
+    unet_defaults,
+)
+SUPER_RES = Kind(
+    "super-resolution model",
+    ("ADM",),
+    "num_channels",
+    "attention_resolutions",
+    "num_classes",
+    create_model,
+    super_res_defaults,
+)
+ENCODER = Kind(
+    "classifier", ("ENCODER",), "classifier_width", "classifier_attention_resolutions", "num_class", create_classifier,
+    encoder_defaults,
+)  # fmt: skip
+
+
+Label = Callable[[Sequence[str] | None], tuple[Any, list[str]]]
+"""Labels [N] of the training images and the names of their classes; names: those to number the classes by."""
+
+
+@dataclass
+class Start:
+    """The network that a run starts with.
+
+    checkpoint: the file that its weights come from, "" for none. flags: all of the model's and the process's. labels,
+    classes: of the training images, None for a network without classes.
+    """
+
+    model: torch.nn.Module
+    model_type: str
+    flags: dict[str, Any]
+    checkpoint: str = ""
+    labels: Any = None
+    classes: list[str] | None = None
+
+    def metadata(self) -> dict[str, str]:
+        """What the exported file says of itself."""
+        stated = {name: value for name, value in self.flags.items() if name not in OF_USE}
+        texts = {"model_type": self.model_type, "flags": json.dumps(stated)}
+        return texts if self.classes is None else {**texts, "classes": json.dumps(self.classes)}
+
+
+def resume_path(config: TrainConfig) -> str:
+    """The model that a run starts from: with resume="auto" the newest in save_dir, else resume_checkpoint, or "".
+
+    Raises InputError where a run would silently overwrite another's checkpoints, or the file that it starts from.
+    """
+    start, steps = config.resume_checkpoint, files.saved_steps(config.save_dir)
+    if steps and config.resume == "auto":
+        return files.checkpoint_path(config.save_dir, "model", steps[-1])
+    same_run = start and os.path.realpath(os.path.dirname(start)) == os.path.realpath(config.save_dir)
+    at = files.step_of_checkpoint(start)
+    if steps and not (same_run and at is not None):
+        raise InputError(
+            f"it has checkpoints already, the newest of step {steps[-1]}: give `resume` auto, or another folder",
+            parameter="save_dir",
+            value=config.save_dir,
+        )
+    if start and os.path.realpath(start) == os.path.realpath(config.export_path()):
+        raise InputError(
+            "the export would overwrite it; give another `export` or another folder", parameter="resume_checkpoint",
+            value=start,
+        )  # fmt: skip
+    later = [step for step in steps if at is not None and step > at]
+    if later:
+        log.warning(
+            "%s has later checkpoints, of %s: they stay until this run reaches their steps; move them away, or "
+            "an automatic resumption takes them for its own",
+            display_name(config.save_dir),
+            ", ".join(f"step {step}" for step in later[:4]) + " …" * (len(later) > 4),
+        )
+    return start
+
+
+def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Label, **fixed: Any) -> Start:
+    """The network of a run, in float32 on the CPU, with its flags and the labels of the images.
+
+    given: the model's flags that are given; the others come from the checkpoint that the run starts from, or are the
+    defaults. label: called where the network has classes. fixed: flags that follow from the data and must be the
+    checkpoint's. Raises InputError for flags, files and classes that do not fit.
+    """
+    checkpoint = resume_path(config)
+    if not checkpoint:
+        flags = {**kind.defaults(), **fixed, **given}
+        labels, classes = label(None) if kind is ENCODER or flags["class_cond"] else (None, None)
+        if classes is not None:
+            flags[kind.classes] = len(classes)
+        flags = in_order(kind, flags)
+        check_network(kind, flags)
+        _mention_missing_levels(kind, flags, given)
+        torch.manual_seed(config.seed)
+        return Start(_create(kind, flags), kind.types[0], flags, "", labels, classes)
+
+    record = files.read_run(os.path.dirname(checkpoint))
+    if unknown := sorted(set(record.model) - FLAGS):
+        where = display_name(os.path.join(os.path.dirname(checkpoint), files.NAME))
+        raise InputError(f"{where} has {shown(unknown[0])} among the model's options, which this version does not know")
+    check_given(kind, given, record.model, checkpoint)
+    # What the run has stands in its record; how a flag is spelt there is how it was first given.
+    model, info = load_model(checkpoint, dtype=torch.float32, **{**given, **record.model, **_free(given)})
+    if info.model_type not in kind.types:
+        other = ENCODER if kind is DIFFUSION else DIFFUSION
+        raise InputError(f"{display_name(checkpoint)} is a {other.word}, and a {kind.word} is to be trained")
+    if kind is not ENCODER and bool(info.flags.get("super_res")) != (kind is SUPER_RES):
+        found = SUPER_RES if kind is DIFFUSION else DIFFUSION
+        raise InputError(f"{display_name(checkpoint)} is a {found.word}, and a {kind.word} is to be trained")
+    known = {**info.flags, **record.model, **_free(given)}
+    flags = in_order(kind, {name: value for name, value in known.items() if not name.endswith("use_fp16")})
+    for name, value in fixed.items():
+        if flags.get(name) != value:
+            raise InputError(f"{display_name(checkpoint)} has {name}={flags.get(name)}, these data need {name}={value}")
+    start = Start(model, info.model_type, flags, checkpoint)
+    if kind is ENCODER or flags["class_cond"]:
+        _label(start, label, record.classes or _classes_of(info.metadata), flags[kind.classes], exactly=kind is ENCODER)
+    return start
+
+
+def _label(start: Start, label: Label, known: list[str] | None, number: int, exactly: bool) -> None:
+    """Set labels and classes of a run that starts from a checkpoint with `number` classes, names `known` or not."""
+    start.labels, start.classes = label(None)
+    where = display_name(start.checkpoint)
+    if known is not None and known != start.classes:
+        if files.step_of_checkpoint(start.checkpoint) is not None:
+            raise InputError(
+                f"the classes of the images are {listed(start.classes)}; "
+                f"the run of {where} was trained with {listed(known)}"
+            )
+        if set(start.classes) <= set(known):
+            start.labels, start.classes = label(known)
+        else:
+            log.warning("the classes %s take the places of %s in %s", listed(start.classes), listed(known), where)
+    if len(start.classes) > number or (exactly and len(start.classes) != number):
+        raise InputError(f"the images have {len(start.classes)} classes, the model of {where} has {number}")
+
+
+def _free(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the flags that concern one use of a model only, so that they may change when a run is resumed."""
+    return {name: value for name, value in given.items() if name in FREE}
+
+
+def _classes_of(metadata: Mapping[str, str]) -> list[str] | None:
+    try:
+        names = json.loads(metadata.get("classes", "null"))
+    except (ValueError, RecursionError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def in_order(kind: Kind, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags in the order of the defaults, others after them: a resumed run exports the same bytes."""
+    names = [*kind.defaults(), *sorted(set(flags) - set(kind.defaults()))]
+    return {name: flags[name] for name in names if name in flags}
+
+
+# ---- flags that do not fit ------------------------------------------------------------------------------------------
+
+
+def check_given(kind: Kind, given: Mapping[str, Any], stored: Mapping[str, Any], checkpoint: str) -> None:
+    """Raise InputError for a flag that means something else than the run's; how it is spelt does not matter."""
+    for name, value in given.items():
+        if name not in stored or name in FREE:
+            continue
+        known = {**kind.defaults(), **stored}
+        if meaning(kind, name, value, known) != meaning(kind, name, stored[name], known):
+            raise InputError(
+                f"it does not fit {display_name(checkpoint)}: that run has {name}={stored[name]}",
+                parameter=name,
+                value=value,
+            )
+
+
+def meaning(kind: Kind, name: str, value: Any, flags: Mapping[str, Any]) -> Any:
+    """A flag's value such that two texts for the same network are equal; flags: the others.
+
+    Multipliers are the same where they give the same widths; of the sides with attention those count that the network
+    has.
+    """
+    if name == "channel_mult":
+        return [int(float(mult) * flags[kind.size]) for mult in channel_multipliers(value, flags["image_size"])]
+    if name == kind.attention:
+        levels = len(channel_multipliers(flags["channel_mult"], flags["image_size"]))
+        return {2**level for level in range(levels)} & set(attention_factors(value, flags["image_size"]))
+    return value
+
+
+def _mention_missing_levels(kind: Kind, flags: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    if kind.attention not in given:
+        return
+    levels = len(channel_multipliers(flags["channel_mult"], flags["image_size"]))
+    sides = [flags["image_size"] >> level for level in range(levels)]
+    asked = [int(part) for part in str(given[kind.attention]).split(",") if part.strip()]
+    missing = [str(side) for side in asked if side not in sides]
+    if missing:
+        log.warning(
+            "no attention at %s: the network's feature maps have the sides %s",
+            " and ".join(missing),
+            ", ".join(map(str, sides)),
+        )
+
+
+def check_network(kind: Kind, flags: Mapping[str, Any]) -> None:
+    """Raise InputError for flags of a network that cannot be trained, before anything is built or written.
+
+    The network is built without memory, and evaluated once without numbers: what does not go together shows there.
+    """
+    mults, size = channel_multipliers(flags["channel_mult"], flags["image_size"]), flags["image_size"]
+    multiple = 2 ** (len(mults) - 1)
+    if size % multiple:
+        raise InputError(
+            f"the network's {len(mults)} levels halve it {len(mults) - 1} times: it must be a multiple of {multiple}, "
+            f"like {max(1, size // multiple) * multiple} or {(size // multiple + 1) * multiple}; "
+            "or give fewer `channel_mult`",
+            parameter="image_size",
+            value=size,
+        )
+    widths = [mult * flags[kind.size] for mult in mults]
+    if not all(1 <= width < 1 << 17 for width in widths):
+        raise InputError(
+            f"with `{kind.size}` {flags[kind.size]} its levels have {listed([f'{w:g}' for w in widths])} channels; "
+            "from 1 to 131071 fit",
+            parameter="channel_mult",
+            value=flags["channel_mult"] or listed([f"{mult:g}" for mult in mults]),
+        )
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = _create(kind, flags)
+            parameters = sum(p.numel() for p in model.parameters())
+            x = torch.empty(1, 3, size, size)
+            labels = {"y": torch.zeros(1, dtype=torch.long)} if flags.get("class_cond") else {}
+            if flags.get("super_res"):
+                labels["low_res"] = x
+            model.eval()(x, torch.zeros(1, dtype=torch.long), **labels)
+    except InputError:
+        raise
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+        AssertionError,
+        OverflowError,
+        ZeroDivisionError,
+        MemoryError,
+    ) as error:
+        raise InputError(f"the model's options do not go together: {first_line(error)}") from error
+    room = _memory()
+    if room and 4 * parameters > room:
+        raise InputError(
+            f"the model's options describe a network of {parameters / 1e9:.1f} billion parameters, for which this "
+            f"machine's memory of {room >> 30} GiB does not suffice"
+        )
+
+
+def _create(kind: Kind, flags: Mapping[str, Any]) -> torch.nn.Module:
+    names = set(inspect.signature(kind.create).parameters) - {"use_fp16", "classifier_use_fp16"}
+    return kind.create(**{name: flags[name] for name in names if name in flags})
+
+
+def _memory() -> int | None:
+    """Bytes of this machine's memory."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def describe(start: Start, images: TrainImages, device: torch.device, config: TrainConfig) -> None:
+    """Log what is trained on what."""
+    parameters = sum(p.numel() for p in start.model.parameters())
+    where = f"{device}, {config.precision}"
+    log.info("%d images, %.2f M parameters, %s", len(images), parameters / 1e6, where)
+    if start.classes is not None:
+        counts = np.bincount(start.labels, minlength=len(start.classes))
+        log.info("classes: %s", listed([f"{name} ({count})" for name, count in zip(start.classes, counts)]))

@@ -1,0 +1,73 @@
+"""Make images of random or one chosen class, guided by a classifier of noisy images, as guided-diffusion does.
+
+000000.png, 000001.png, ... in --save_dir; an image depends on the flags, --seed and its number alone.
+
+example: python scripts/classifier_sample.py --model_path 256x256_diffusion.pt \\
+             --classifier_path 256x256_classifier.pt --classifier_scale 1.0 --num_samples 64 --timestep_respacing 250 --save_dir output
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # found from any working directory
+from guided_diffusion.cli import main as command
+
+command.start()
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from guided_diffusion.run.noise import ImageNoise, image_key
+
+from guided_diffusion.checkpoint import load_model
+from guided_diffusion.cli.flags import Given, Parser
+from guided_diffusion.cli.generate import add_network, load_network, make, write_npz
+from guided_diffusion.dist_util import Peers
+from guided_diffusion.errors import InputError
+from guided_diffusion.generation import ClassifierFlags, GuidanceOptions, classifier_guided, draw_labels
+from guided_diffusion.run.job import Job, Numbers, OutputOptions
+from guided_diffusion.script_util import create_diffusion
+
+
+def generate(given: Given, peers: Peers) -> int:
+    guidance, output = given.options(GuidanceOptions), given.options(OutputOptions)
+    network = given.options(ClassifierFlags)
+    model, info, device, settings = load_network(given, peers.local_rank)
+    classifier, found = load_model(guidance.classifier, device=device, **network.given())
+    classes = found.flags.get("num_class", 0)
+    if found.model_type != "ENCODER" or not (guidance.class_index or 0) < classes:
+        raise InputError(f"it must be a classifier that has the classes asked for; this one has {classes}",
+                         parameter="classifier", value=guidance.classifier)  # fmt: skip
+    diffusion = create_diffusion(**{**info.flags, "sigma_small": given.sigma_small})
+    options = {"scale": guidance.classifier_scale, "use_ddim": guidance.use_ddim}
+    run = partial(classifier_guided, model, diffusion, classifier=classifier, class_cond=info.flags["class_cond"],
+                  clip_denoised=guidance.clip_denoised, **options)  # fmt: skip
+
+    def labels(noise: ImageNoise, count: int) -> torch.Tensor:
+        drawn = draw_labels(noise, count, classes, device)
+        return drawn if guidance.class_index is None else torch.full_like(drawn, guidance.class_index)
+
+    def sample(ref: torch.Tensor, noise: ImageNoise, callback: Callable) -> torch.Tensor:
+        return run(ref, labels=labels(noise, len(ref)), noise=noise, callback=callback)
+
+    job = Job(output, peers, device, Numbers(guidance.num_samples))
+    settings |= {**given.settings([guidance, network, output]), "method": "classifier"}
+    status = make(job, info.flags["image_size"], settings, sample, diffusion.num_timesteps, peers.rank)
+    if guidance.npz and status == 0 and peers.rank == 0:
+        keys = [image_key(output.seed, item.reference.name, item.sample) for item in job.items.values()]
+        write_npz(job, labels(ImageNoise(keys, torch.device("cpu")), len(keys)).tolist())
+    return status
+
+
+def create_parser() -> Parser:
+    parser = Parser(__doc__, usage="--model_path FILE --classifier_path FILE [flags]")
+    parser.add(GuidanceOptions, title="guidance")
+    parser.add(ClassifierFlags, title="classifier", description="read from its checkpoint where they are not given")
+    parser.add(OutputOptions, title="output and run", defaults={"batch_size": 16})
+    add_network(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    command.run(generate, create_parser())

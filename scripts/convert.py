@@ -1,0 +1,58 @@
+"""Write a checkpoint as a model of diffusers, or as a .safetensors file that needs no flags."""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # found from any working directory
+
+from guided_diffusion.cli import main as command
+
+command.start()
+
+from dataclasses import dataclass
+
+from guided_diffusion.checkpoint import ModelFlags
+from guided_diffusion.checkpoint.export import convert
+from guided_diffusion.cli.flags import Given, Parser
+from guided_diffusion.options import check, option
+
+DESCRIPTION = """
+Write any checkpoint that this project reads (.pt, .pth, .safetensors, a folder or Hub id of diffusers) as a folder that
+diffusers reads, or, where --save_dir ends with .safetensors, as a file of this project. What is written is read back
+and compared before it appears.
+
+examples:
+  python scripts/convert.py --model_path models/afhq_dog_4m.pt --save_dir afhq-dog
+  python scripts/convert.py --model_path google/ddpm-cat-256 --save_dir models/cat.safetensors
+"""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to convert to what."""
+
+    model_path: str = option(None, "checkpoint, folder or Hub id to read", file=True)
+    save_dir: str = option(None, "folder, or file that ends with .safetensors, to write; it must not exist")
+    drop_variance: bool = option(False, "keep the mean alone where variances were learned: few schedulers take both")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def create_parser() -> Parser:
+    parser = Parser(DESCRIPTION, usage="--model_path MODEL --save_dir FOLDER [flags]")
+    parser.add(Conversion, title="conversion")
+    parser.add(ModelFlags, title="model", description="What the checkpoint does not tell.")
+    return parser
+
+
+def main(given: Given) -> int:
+    options = given.options(Conversion)
+    flags = given.options(ModelFlags).given()
+    convert(options.model_path, options.save_dir, drop_variance=options.drop_variance, **flags)
+    print(f"{options.save_dir} is written")
+    return command.DONE
+
+
+if __name__ == "__main__":
+    command.run(main, create_parser(), ranks="none")

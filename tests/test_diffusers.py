@@ -1,0 +1,866 @@
+"""Models of diffusers load as our networks and are written back; the process is the library's. Without the library."""
+
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN_DIR, golden, golden_index
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from guided_diffusion.checkpoint import fingerprint, hub, load_model, load_state_dict, save_model
+from guided_diffusion.checkpoint.diffusers_format import FIELDS, describe, locate
+from guided_diffusion.checkpoint.export import convert
+from guided_diffusion.errors import InputError
+from guided_diffusion.gaussian_diffusion import ModelMeanType, get_named_beta_schedule
+from guided_diffusion.respace import space_timesteps
+from guided_diffusion.script_util import create_diffusion, create_model
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = GOLDEN_DIR / "diffusers"
+INDEX = json.loads((FOLDER / "index.json").read_text())
+COMMITTED = {"ddpm_eps", "v_cosine"}
+MODELS = sorted(COMMITTED | {name for name in INDEX["models"] if (FOLDER / name).is_dir()})
+TOLERANCE = 2e-5
+
+pytestmark = pytest.mark.golden
+
+
+def data_of(name):
+    return load_file(FOLDER / name / "io.safetensors")
+
+
+def output_of(model, data):
+    labels = {"y": data["class_labels"]} if "class_labels" in data else {}
+    with torch.no_grad():
+        return model(data["x"], data["t"], **labels)
+
+
+def assert_golden(path, name, **flags):
+    """The path is that golden model."""
+    model, info = load_model(path, **flags)
+    data = data_of(name)
+    assert (output_of(model, data) - data["output"]).abs().max() <= TOLERANCE
+    return model, info
+
+
+def refused(path, **flags):
+    """The InputError for a path: one line that names it."""
+    with pytest.raises(InputError) as caught:
+        load_model(path, **flags)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+    assert str(path) in str(caught.value)
+    return caught.value
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of `ddpm_eps` that a test may change."""
+    shutil.copytree(FOLDER / "ddpm_eps", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(path, *, drop=(), **changes):
+    """Change fields of a JSON file."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in content.items() if name not in drop}))
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_golden_models_give_golden_outputs(name, caplog):
+    with caplog.at_level(logging.WARNING):
+        _, info = assert_golden(FOLDER / name, name)
+    assert info.model_type == INDEX["models"][name]["ours"].split(",")[0]
+    assert info.flags["image_size"] == 16
+    assert (info.assumed, caplog.messages) == ((), [])
+
+
+def test_what_the_network_is_stands_in_the_flags():
+    flags = load_model(FOLDER / "v_cosine")[1].flags
+    expected = {
+        "norm_groups": 8,
+        "predict_v": True,
+        "noise_schedule": "cosine",
+        "diffusion_steps": 200,
+        "num_head_channels": 8,
+    }
+    assert {name: flags[name] for name in expected} == expected
+    assert flags["use_new_attention_order"] and not flags["resblock_updown"]
+    # Records of runs with usual networks do not change.
+    assert not {"norm_groups", "norm_eps", "sines_first", "pad_end", "middle_norm", "predict_v"} & set(
+        load_model(FOLDER / "ddpm_eps")[1].flags
+    )
+
+
+def test_every_layout_of_a_folder(folder):
+    unet = folder / "unet"
+    assert_golden(unet, "ddpm_eps")
+    assert load_model(unet)[1].scheduler == {"clip_denoised": True, "sigma_small": True}
+    assert_golden(unet / "diffusion_pytorch_model.safetensors", "ddpm_eps")
+    (unet / "diffusion_pytorch_model.safetensors").rename(unet / "renamed.pt")
+    assert_golden(unet / "renamed.pt", "ddpm_eps")
+    assert "renamed.pt" not in str(refused(folder)) and "diffusion_pytorch_model" in str(refused(folder))
+
+
+def test_weights_as_a_pickle(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), folder / "unet" / "diffusion_pytorch_model.bin")
+    file.unlink()
+    assert_golden(folder, "ddpm_eps")
+
+
+def test_the_layout_of_2022(folder, tmp_path):
+    root = tmp_path / "old"
+    root.mkdir()
+    renamed = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    for new, old in renamed.items():
+        state = {name.replace(f".{new}.", f".{old}."): value for name, value in state.items()}
+    torch.save(state, root / "diffusion_pytorch_model.bin")
+    newer = ("add_attention", "downsample_type", "upsample_type", "dropout", "attn_norm_num_groups", "class_embed_type")
+    newer += (
+        "num_class_embeds",
+        "num_train_timesteps",
+        "resnet_time_scale_shift",
+        "time_embedding_dim",
+        "mid_block_type",
+    )
+    edit(folder / "unet" / "config.json", drop=newer)
+    newer = ("prediction_type", "thresholding", "timestep_spacing", "steps_offset", "clip_sample_range")
+    edit(folder / "scheduler" / "scheduler_config.json", drop=newer)
+    for name in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
+        shutil.copy(folder / name, root / os.path.basename(name))
+    _, info = assert_golden(root, "ddpm_eps")
+    assert info.model_type == "DDPM" and info.scheduler == {"clip_denoised": True, "sigma_small": True}
+
+
+def test_weights_in_shards(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    names = sorted(state)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, part in halves.items():
+        save_file({name: state[name] for name in part}, folder / "unet" / shard)
+    weight_map = {name: shard for shard, part in halves.items() for name in part}
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    file.unlink()
+    assert_golden(folder, "ddpm_eps")
+    (folder / "unet" / "b.safetensors").unlink()
+    assert "b.safetensors" in str(refused(folder))
+    for name in ("../b.safetensors", "/etc/passwd", "", "..", "x\\y", "a\0b", 3):
+        index.write_text(json.dumps({"weight_map": {names[0]: name}}))
+        assert "index.json" in str(refused(folder))
+
+
+def test_half_precision_only_where_nothing_else_is_available(folder, caplog):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    half = folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    save_file({name: torch.zeros_like(value) for name, value in load_file(file).items()}, half)
+    assert_golden(folder, "ddpm_eps")
+    shutil.move(file, half)
+    with caplog.at_level(logging.INFO):
+        model, _ = assert_golden(folder, "ddpm_eps")
+    assert "half-precision" in caplog.text
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+
+
+def test_checkpoint_of_a_training_takes_the_averages(folder, tmp_path, caplog):
+    checkpoint = tmp_path / "run" / "checkpoint-500"
+    checkpoint.mkdir(parents=True)
+    shutil.copytree(folder / "scheduler", tmp_path / "run" / "scheduler")
+    shutil.copytree(folder / "unet", checkpoint / "unet")
+    assert_golden(checkpoint, "ddpm_eps")
+    shutil.copytree(folder / "unet", checkpoint / "unet_ema")
+    edit(checkpoint / "unet_ema" / "config.json", decay=0.999, optimization_step=10, use_ema_warmup=True, power=0.75)
+    state = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    wrong = {name: torch.zeros_like(value) for name, value in state.items()}
+    save_file(wrong, checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+    with caplog.at_level(logging.INFO):
+        _, info = assert_golden(checkpoint, "ddpm_eps")
+    assert "unet_ema" in caplog.text and info.scheduler["sigma_small"] is True
+
+
+def test_files_behind_links(folder, tmp_path):
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for n, path in enumerate(sorted(p for p in folder.rglob("*") if p.is_file())):
+        path.rename(blobs / str(n))
+        path.symlink_to(os.path.relpath(blobs / str(n), path.parent))
+    assert_golden(folder, "ddpm_eps")
+
+
+def test_short_configuration_has_the_librarys_defaults(folder):
+    config = json.loads((FOLDER / "ddpm_eps" / "unet" / "config.json").read_text())
+    kept = {name: value for name, value in config.items() if name in FIELDS and value != FIELDS[name]}
+    (folder / "unet" / "config.json").write_text(json.dumps({**kept, "_name_or_path": "x/y", "mystery": None}))
+    assert_golden(folder, "ddpm_eps")
+
+
+def test_tensors_are_checked_under_the_librarys_names(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    key = "mid_block.attentions.0.to_q.weight"
+    for changed, says in (
+        ({name: value for name, value in state.items() if name != key}, f"lacks the tensor {key}"),
+        ({**state, "extra.weight": torch.zeros(3)}, "has the tensor extra.weight"),
+        ({**state, key: torch.zeros(3, 3)}, f"{key} has shape"),
+        ({**state, key: torch.full_like(state[key], float("nan"))}, "NaN or infinite"),
+    ):
+        save_file(changed, file)
+        assert says in str(refused(folder))
+
+
+def test_tensors_that_ours_packs_are_checked_too(tmp_path):
+    shutil.copytree(FOLDER / "v_cosine", tmp_path / "model")
+    file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    stem = "mid_block.attentions.0"
+    for changed, says in (
+        (
+            {name: value for name, value in state.items() if name != f"{stem}.to_k.bias"},
+            f"lacks the tensor {stem}.to_k.bias",
+        ),
+        ({**state, f"{stem}.to_v.weight": torch.zeros(3, 3)}, f"{stem}.to_q.weight has shape"),
+    ):
+        save_file(changed, file)
+        assert says in str(refused(tmp_path / "model"))
+
+
+def test_state_dict_has_our_names():
+    assert "temb.dense.0.weight" in load_state_dict(FOLDER / "ddpm_eps")
+    assert "time_embed.0.weight" in load_state_dict(FOLDER / "v_cosine")
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("image_size", 64),
+        ("num_channels", 64),
+        ("noise_schedule", "cosine"),
+        ("diffusion_steps", 500),
+        ("predict_v", True),
+        ("norm_groups", 8),
+        ("class_cond", True),
+    ],
+)
+def test_flags_that_contradict_the_configuration(flag, value):
+    error = refused(FOLDER / "ddpm_eps", **{flag: value})
+    assert (error.parameter, error.value) == (flag, value)
+
+
+def test_flags_that_agree():
+    flags = {
+        "image_size": 16,
+        "num_channels": 32,
+        "noise_schedule": "linear",
+        "diffusion_steps": 1000,
+        "norm_eps": 1e-6,
+    }
+    assert_golden(FOLDER / "ddpm_eps", "ddpm_eps", **flags, timestep_respacing="leading10")
+
+
+def test_size_that_the_configuration_does_not_tell(folder):
+    edit(folder / "unet" / "config.json", sample_size=None)
+    assert refused(folder).parameter == "image_size"
+    assert_golden(folder, "ddpm_eps", image_size=16)
+    edit(folder / "unet" / "config.json", sample_size=[16, 16])
+    assert_golden(folder, "ddpm_eps")
+
+
+def test_scheduler_file_decides_unless_flags_do(folder):
+    edit(folder / "scheduler" / "scheduler_config.json", variance_type="fixed_large", clip_sample_range=2.0)
+    _, info = load_model(folder)
+    assert (info.choose("sigma_small"), info.choose("clip_denoised")) == (False, 2.0)
+    assert (info.choose("sigma_small", True), info.choose("clip_denoised", False)) == (True, False)
+    edit(folder / "scheduler" / "scheduler_config.json", clip_sample=False)
+    assert load_model(folder)[1].choose("clip_denoised") is False
+    edit(
+        folder / "scheduler" / "scheduler_config.json",
+        _class_name="PNDMScheduler",
+        drop=("clip_sample", "variance_type"),
+    )
+    assert load_model(folder)[1].scheduler == {}
+    assert load_model(folder)[1].choose("clip_denoised") is True
+
+
+def test_folder_without_a_scheduler_says_what_is_assumed(folder, caplog):
+    shutil.rmtree(folder / "scheduler")
+    _, info = load_model(folder, noise_schedule="cosine", diffusion_steps=500)
+    assert (info.flags["noise_schedule"], info.flags["diffusion_steps"]) == ("cosine", 500)
+    assert "no scheduler file" in caplog.text and "noise_schedule=linear" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "fields, schedule",
+    [
+        ({}, "linear"),
+        ({"num_train_timesteps": 200}, "linear:0.0001,0.02"),
+        ({"num_train_timesteps": 200, "beta_start": 0.0005, "beta_end": 0.1}, "linear"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "cosine"),
+        ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, "scaled_linear:0.00085,0.012"),
+        ({"beta_schedule": "sigmoid"}, "sigmoid:0.0001,0.02"),
+        ({"beta_schedule": "laplace"}, "laplace"),
+        ({"trained_betas": [0.1, 0.25], "beta_schedule": "linear"}, "betas:0.1,0.25"),
+    ],
+)
+def test_schedules_of_a_scheduler_file(fields, schedule, folder, tmp_path):
+    edit(folder / "scheduler" / "scheduler_config.json", **fields)
+    model, info = load_model(folder)
+    assert info.flags["noise_schedule"] == schedule
+    assert info.flags["diffusion_steps"] == (
+        2 if "trained_betas" in fields else fields.get("num_train_timesteps", 1000)
+    )
+    save_model(tmp_path / "m.safetensors", model, model_type="DDPM", flags=info.flags)
+    assert load_model(tmp_path / "m.safetensors")[1].flags == info.flags
+
+
+def test_configurations_of_2022(folder):
+    edit(folder / "scheduler" / "scheduler_config.json", drop=("num_train_timesteps", "prediction_type"), timesteps=500)
+    edit(folder / "scheduler" / "scheduler_config.json", predict_epsilon=False)
+    flags = load_model(folder)[1].flags
+    assert (flags["diffusion_steps"], flags["predict_xstart"]) == (500, True)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("latent", "latent diffusion model (it has vqvae)"),
+        ("text_conditional", "text-conditional"),
+        ("variance_exploding", "variance-exploding"),
+        ("consistency", "consistency model"),
+        ("grey", "in_channels=1"),
+        ("zero_snr_epsilon", "rescale_betas_zero_snr"),
+        ("learned_variance", 'variance_type="learned"'),
+        ("class_from_embedding", "class_embed_type"),
+        ("unknown_block", "KDownBlock2D"),
+        ("no_weights", "diffusion_pytorch_model"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_weights_are_read(name, says):
+    assert says in str(refused(FOLDER / "refused" / name))
+    assert sorted(INDEX["refused"]) == sorted(p.name for p in (FOLDER / "refused").iterdir())
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("down_block_types", ["SkipDownBlock2D", "AttnDownBlock2D"]),
+        ("down_block_types", ["AttnDownBlock2D", "AttnDownBlock2D"]),
+        ("down_block_types", ["DownBlock2D"]),
+        ("up_block_types", ["AttnUpBlock2D", "AttnUpBlock2D"]),
+        ("down_block_types", ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]),
+        ("up_block_types", 3),
+        ("time_embedding_type", "fourier"),
+        ("time_embedding_dim", 64),
+        ("freq_shift", 0),
+        ("act_fn", "gelu"),
+        ("mid_block_type", "UNetMidBlock2DCrossAttn"),
+        ("add_attention", False),
+        ("mid_block_scale_factor", 1.414),
+        ("center_input_sample", True),
+        ("class_embed_type", "identity"),
+        ("attention_head_dim", 48),
+        ("attention_head_dim", -1),
+        ("norm_num_groups", 24),
+        ("norm_num_groups", None),
+        ("norm_num_groups", 0),
+        ("attn_norm_num_groups", 8),
+        ("norm_eps", 0),
+        ("in_channels", 4),
+        ("out_channels", 6),
+        ("out_channels", 1),
+        ("layers_per_block", 10**9),
+        ("layers_per_block", "2"),
+        ("block_out_channels", []),
+        ("block_out_channels", [32, "64"]),
+        ("block_out_channels", [32, 10**12]),
+        ("downsample_padding", 2),
+        ("dropout", 2),
+        ("num_class_embeds", 0),
+        ("sample_size", [16, 32]),
+        ("sample_size", "large"),
+        ("resnet_time_scale_shift", "spatial"),
+        ("attention_legacy_order", True),
+        ("mystery\x1b[31m" + "x" * 10000, "\x1b[31m" * 10000),
+    ],
+)
+def test_fields_of_the_network_that_cannot_be(field, value, folder):
+    edit(folder / "unet" / "config.json", **{field: value})
+    shutil.rmtree(folder / "scheduler")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()  # never opened
+    message = str(refused(folder))
+    # How the levels resample is told by several fields, and where they disagree any of them is named.
+    names = (field[:7], "up_block_types", "upsample_type") if field == "down_block_types" else (field[:7],)
+    assert any(name in message for name in names) and "SDDMPipeline" in message
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("_class_name", "FlowMatchEulerDiscreteScheduler"),
+        ("_class_name", "EDMEulerScheduler"),
+        ("_class_name", "KarrasVeScheduler"),
+        ("_class_name", "SomeOtherScheduler"),
+        ("_class_name", ["DDPMScheduler"]),
+        ("prediction_type", "flow_prediction"),
+        ("thresholding", True),
+        ("beta_schedule", "exponential"),
+        ("beta_start", 0),
+        ("beta_end", "big"),
+        ("num_train_timesteps", 0),
+        ("num_train_timesteps", 10**12),
+        ("trained_betas", [0.1, 2]),
+        ("trained_betas", []),
+        ("trained_betas", "0.1"),
+        ("clip_sample_range", -1),
+        ("clip_sample_range", "1"),
+        ("variance_type", "learned"),
+        ("variance_type", "learned_range"),  # with 3 channels
+    ],
+)
+def test_fields_of_the_process_that_cannot_be(field, value, folder):
+    edit(folder / "scheduler" / "scheduler_config.json", **{field: value})
+    message = str(refused(folder))
+    wanted = {"_class_name": "scheduler", "variance_type": ""}.get(field, field)
+    assert wanted in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100000, '"\ud800"', "\0"])
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_damaged_configurations(file, text, folder):
+    (folder / file).write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert os.path.basename(file) in str(refused(folder))
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["conv", "resnet", 0.5]),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=4), values, max_size=2),
+    max_leaves=6,
+)
+OF_SCHEDULERS = (
+    *(
+        "_class_name",
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "variance_type",
+    ),
+    *("prediction_type", "clip_sample", "clip_sample_range", "thresholding", "rescale_betas_zero_snr", "timesteps"),
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(
+    unet=st.dictionaries(st.sampled_from(["_class_name", "mystery", *sorted(FIELDS)]), JSON, max_size=2),
+    scheduler=st.dictionaries(st.sampled_from(OF_SCHEDULERS), JSON, max_size=2),
+    index=st.dictionaries(st.sampled_from(["vqvae", "vae", "text_encoder", "unet", "_class_name"]), JSON, max_size=1),
+)
+def test_any_values_load_or_are_refused_in_one_line(unet, scheduler, index, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "any" / "model"
+    if not path.exists():
+        shutil.copytree(FOLDER / "ddpm_eps", path)
+    for name, changes in (("model_index", index), ("unet/config", unet), ("scheduler/scheduler_config", scheduler)):
+        shutil.copy(FOLDER / "ddpm_eps" / f"{name}.json", path / f"{name}.json")
+        edit(path / f"{name}.json", **changes)
+    try:
+        load_model(path)
+    except InputError as error:
+        assert str(error).isprintable() and len(str(error)) < 1500
+
+
+def test_folders_that_are_no_model(tmp_path):
+    message = str(refused(tmp_path))
+    assert "is a folder" in message
+    (tmp_path / "x.pt").write_bytes(b"x")
+    assert "x.pt" in str(refused(tmp_path))
+    (tmp_path / "model_index.json").write_text("{}")
+    assert "config.json is missing" in str(refused(tmp_path))
+
+
+def test_latent_models_are_known_by_the_folder_beside(folder):
+    (folder / "vae").mkdir()
+    assert "latent" in str(refused(folder / "unet"))
+
+
+# ---- the process -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(INDEX["schedules"]))
+def test_schedules_are_the_librarys(name):
+    data = load_file(FOLDER / "schedules.safetensors")
+    fields = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, **INDEX["schedules"][name]}
+    if fields.pop("rescale_betas_zero_snr", False):
+        return
+    steps, kind = fields.get("num_train_timesteps", 1000), fields["beta_schedule"]
+    text = {"squaredcos_cap_v2": "cosine", "laplace": "laplace"}.get(
+        kind, f"{kind}:{fields['beta_start']},{fields['beta_end']}"
+    )
+    if "trained_betas" in fields:
+        text = "betas:" + ",".join(map(str, fields["trained_betas"]))
+    betas = get_named_beta_schedule(text, steps)
+    assert betas.dtype == np.float64
+    np.testing.assert_allclose(np.cumprod(1 - betas), data[f"{name}.alphas_cumprod"].double(), rtol=3e-5, atol=1e-6)
+
+
+def test_linear_with_another_number_of_steps_is_not_ours():
+    assert (
+        np.abs(get_named_beta_schedule("linear", 200) - get_named_beta_schedule("linear:0.0001,0.02", 200)).max() > 0.01
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("linear:", "linear:0.1", "linear:0.1,0.2,0.3", "linear:0,0.1", "sigmoid:0.1,1", "betas:", "betas:0.1,x"),
+        *("laplace:1,2", "cosine:1", "linear:nan,0.1", "betas:0.1,0.2,0.3", "Linear"),
+    ],
+)
+def test_schedules_that_are_none(text):
+    with pytest.raises(InputError) as caught:
+        get_named_beta_schedule(text, 2)
+    assert (caught.value.parameter, caught.value.value) == ("noise_schedule", text)
+
+
+def test_timesteps_are_the_librarys():
+    lists = json.loads((FOLDER / "timesteps.json").read_text())
+    for name, expected in lists.items():
+        total, count, spacing, *shifted = name.split("_")
+        total, count = int(total[1:]), int(count[1:])
+        text = f"{spacing}{count}" + ("+1" if shifted and spacing == "leading" else "")
+        if name in INDEX["timesteps"]["wrong"]:
+            expected = expected[:count]
+        if expected[0] >= total:  # as the library's: leading, shifted by 1, with a stride of 1
+            with pytest.raises(InputError, match="an offset up to 0 fits"):
+                space_timesteps(total, text)
+            continue
+        assert sorted(space_timesteps(total, text), reverse=True) == expected, name
+
+
+@pytest.mark.parametrize("total", [200, 500, 1000])
+def test_named_spacings_always_have_their_number_of_steps(total):
+    for count in range(1, total + 1):
+        for name in ("linspace", "leading", "trailing"):
+            steps = space_timesteps(total, f"{name}{count}")
+            assert len(steps) == count and min(steps) >= 0 and max(steps) < total
+
+
+@pytest.mark.parametrize(
+    "text", ["linspace0", "leading201", "trailing-1", "leading200+1", "linspace10+1", "leading10+", "lead10"]
+)
+def test_spacings_that_are_none(text):
+    with pytest.raises(InputError) as caught:
+        space_timesteps(200, text)
+    assert (caught.value.parameter, caught.value.value) == ("timestep_respacing", text)
+
+
+def test_noising_and_velocity_are_the_librarys():
+    data = load_file(FOLDER / "forward.safetensors")
+    diffusion = create_diffusion(predict_v=True)
+    noised = diffusion.q_sample(data["x0"], data["t"], data["noise"])
+    # The library's own tables are float32: one value differs by 1.13e-6, and by 1.2e-7 from the float64 formula.
+    torch.testing.assert_close(noised, data["noised"], rtol=0, atol=1.2e-6)
+    velocity = diffusion._mse_target(data["x0"], noised, data["t"], data["noise"])
+    torch.testing.assert_close(velocity, data["velocity"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(diffusion._pred_xstart(velocity, noised, data["t"]), data["x0"], rtol=0, atol=1e-5)
+
+
+def test_a_model_predicts_one_thing():
+    assert create_diffusion(predict_v=True).model_mean_type is ModelMeanType.VELOCITY
+    with pytest.raises(InputError, match="predict_v"):
+        create_diffusion(predict_v=True, predict_xstart=True)
+
+
+RUNS = INDEX["runs"] if (FOLDER / "runs.safetensors").exists() else {}
+
+
+# `ddim_eta0` is the library's own DDIM, which keeps the network's noise where x_0 is clipped; ours computes it again.
+@pytest.mark.parametrize("name", sorted(set(RUNS) - {"ddim_eta0"}))
+def test_runs_are_the_librarys(name, tmp_path):
+    run, data = RUNS[name], load_file(FOLDER / "runs.safetensors")
+    shutil.copytree(FOLDER / run["model"], tmp_path / "m")
+    (tmp_path / "m" / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({"_class_name": run["scheduler"], **run["config"]})
+    )
+    model, info = load_model(tmp_path / "m")
+    labels = None if run["class_labels"] is None else torch.tensor(run["class_labels"])
+
+    def network(x, t):
+        return model(x, t) if labels is None else model(x, t, labels)
+
+    diffusion = create_diffusion(**{**info.flags, "sigma_small": info.choose("sigma_small")})
+    timesteps = set(run["timesteps"])
+    spaced = type(diffusion)(
+        timesteps,
+        betas=get_named_beta_schedule(info.flags["noise_schedule"], info.flags["diffusion_steps"]),
+        model_mean_type=diffusion.model_mean_type,
+        model_var_type=diffusion.model_var_type,
+    )
+    clip = info.choose("clip_denoised")
+    states, noise = data[f"{name}.states"], data[f"{name}.noise"]
+    x = states[0]
+    for k in range(len(timesteps)):
+        i = len(timesteps) - 1 - k
+        t = torch.full((len(x),), i)
+        for start, tolerance in ((states[k], run["atol_step"]), (x, run["atol_run"])):
+            with torch.no_grad():
+                if run["eta"] is None:
+                    out = spaced.p_sample(network, start, t, clip_denoised=clip, noise=noise[k])
+                else:
+                    out = spaced.ddim_sample(network, start, t, clip_denoised=clip, eta=run["eta"], noise=noise[k])
+            if k + 1 < len(timesteps) or min(timesteps) == 0 or run["eta"] == 0:
+                assert (out["sample"] - states[k + 1]).abs().max() <= tolerance, (k, tolerance)
+        torch.testing.assert_close(out["pred_xstart"], data[f"{name}.pred_original"][k], rtol=0, atol=run["atol_run"])
+        x = out["sample"]
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def assert_same_model(path, other):
+    (model, info), (again, info_again) = load_model(path), load_model(other)
+    assert (info.model_type, info.flags, info.scheduler) == (
+        info_again.model_type,
+        info_again.flags,
+        info_again.scheduler,
+    )
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back_are_the_same_bits(name, tmp_path):
+    ours, theirs = tmp_path / "m.safetensors", tmp_path / "folder"
+    convert(FOLDER / name, ours)
+    assert_same_model(FOLDER / name, ours)
+    convert(ours, theirs)
+    (model, info), (again, other) = load_model(ours), load_model(theirs)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+    assert {**other.flags, "num_heads": info.flags["num_heads"]} == info.flags
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "m.safetensors"]
+    assert sorted(p.relative_to(theirs).as_posix() for p in theirs.rglob("*") if p.is_file()) == [
+        "README.md",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]
+
+
+def legacy_file(path):
+    """The golden ADM model with the legacy order of q, k, v and a learned variance, as a file; and its data."""
+    name = "unet_updown_scaleshift_learnsigma"
+    data, flags = golden(name), golden_index()[name]["flags"]
+    state = {key.removeprefix("model."): value for key, value in data.items() if key.startswith("model.")}
+    save_model(path, state, model_type="ADM", flags=flags, metadata={"licence": "MIT"})
+    return data
+
+
+def test_legacy_order_becomes_the_new_one(tmp_path):
+    data = legacy_file(tmp_path / "m.safetensors")
+    info = convert(tmp_path / "m.safetensors", tmp_path / "folder")
+    assert not info.flags["use_new_attention_order"]
+    model, again = load_model(tmp_path / "folder")
+    assert again.flags["use_new_attention_order"] and again.flags["learn_sigma"]
+    with torch.no_grad():
+        output = model(data["input.x"], data["input.t"])
+    assert (output - data["output"]).abs().max() <= TOLERANCE * max(1, data["output"].abs().max())
+    assert 'license: "MIT"' in (tmp_path / "folder" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("target", ["folder", "m3.safetensors"])
+def test_learned_variance_can_be_dropped(target, tmp_path):
+    data = legacy_file(tmp_path / "m.safetensors")
+    convert(tmp_path / "m.safetensors", tmp_path / target, drop_variance=True)
+    model, info = load_model(tmp_path / target)
+    assert not info.flags["learn_sigma"]
+    with torch.no_grad():
+        assert (model(data["input.x"], data["input.t"]) - data["output"][:, :3]).abs().max() <= 1e-4
+
+
+TINY = {
+    "image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "16,8",
+    "num_head_channels": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ({"num_head_channels": -1, "num_heads": 4}, "num_heads=4 in layers of 32, 64 channels"),
+        ({"num_head_channels": -1, "num_heads": 2, "num_heads_upsample": 4}, "num_heads_upsample"),
+        ({"rescale_timesteps": True, "diffusion_steps": 4000}, "rescale_timesteps"),
+        ({"num_channels": 64, "channel_mult": "0.5,1"}, "in diffusers both are one"),
+    ],
+)
+def test_models_that_the_library_cannot_express(flags, says, tmp_path):
+    flags = {**TINY, **flags}
+    network = {name: value for name, value in flags.items() if name not in ("rescale_timesteps", "diffusion_steps")}
+    save_model(tmp_path / "m.safetensors", create_model(**network), model_type="ADM", flags=flags)
+    with pytest.raises(InputError, match=says):
+        convert(tmp_path / "m.safetensors", tmp_path / "folder")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "there").mkdir()
+    for target in (tmp_path / "there", tmp_path / "no" / "folder"):
+        with pytest.raises(InputError) as caught:
+            convert(FOLDER / "ddpm_eps", target)
+        assert (caught.value.parameter, caught.value.value) == ("save_dir", str(target))
+
+
+def test_what_would_differ_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("guided_diffusion.checkpoint.export.TOLERANCE", -1.0)
+    with pytest.raises(InputError, match="would differ"):
+        convert(FOLDER / "ddpm_eps", tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_extractors_are_no_diffusion_models(tmp_path):
+    with pytest.raises(InputError, match="classifier or extractor"):
+        convert(ROOT / "models" / "fluent3d_64_dse.safetensors", tmp_path / "folder")
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
+
+
+def test_fingerprints_tell_models_apart(folder, tmp_path):
+    first = fingerprint(folder)
+    assert first.startswith("sha256 ") and len(first) == 71
+    assert first == fingerprint(FOLDER / "ddpm_eps")  # where it lies does not matter
+    (folder / "unet" / "notes.txt").write_text("x")
+    assert fingerprint(folder) == first
+    edit(folder / "scheduler" / "scheduler_config.json", variance_type="fixed_large")
+    second = fingerprint(folder)
+    state = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {**state, "conv_out.bias": state["conv_out.bias"] + 1}, folder / "unet" / "diffusion_pytorch_model.safetensors"
+    )
+    assert len({first, second, fingerprint(folder)}) == 3
+    (tmp_path / "x.pt").write_bytes(b"abc")
+    assert fingerprint(tmp_path / "x.pt") == "sha256 ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert fingerprint("gs://bucket/x.pt") == "gs://bucket/x.pt"
+
+
+# ---- the hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path, known",
+    [
+        ("google/ddpm-cat-256", True),
+        ("hf://google/ddpm-cat-256@main", True),
+        ("google/ddpm-cat-256@0123abc", True),
+        ("models/afhq.pt", False),
+        ("nowhere/afhq.safetensors", False),
+        ("models/afhq", False),  # the folder models exists
+        ("/tmp/x", False),
+        ("a/b/c", False),
+        ("gs://a/b", False),
+        ("x", False),
+    ],
+)
+def test_which_paths_name_a_model_of_the_hub(path, known, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert hub.is_id(path) == known
+
+
+def test_existing_paths_win(tmp_path, monkeypatch):
+    shutil.copytree(FOLDER / "ddpm_eps", tmp_path / "owner" / "name")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert_golden("owner/name", "ddpm_eps")
+
+
+def test_hub_without_the_client(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match=r"google/x does not exist here; .* pip install huggingface_hub"):
+        load_model("google/x")
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache that holds owner/name, and no network."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    repository = tmp_path / "hub" / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "blobs").mkdir()
+    snapshot = repository / "snapshots" / COMMIT
+    for n, path in enumerate(sorted(p for p in (FOLDER / "ddpm_eps").rglob("*") if p.is_file())):
+        link = snapshot / path.relative_to(FOLDER / "ddpm_eps")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, repository / "blobs" / str(n))
+        link.symlink_to(os.path.relpath(repository / "blobs" / str(n), link.parent))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return repository
+
+
+def test_models_of_the_hub_load_from_the_cache(cache, caplog):
+    with caplog.at_level(logging.INFO):
+        assert_golden("owner/name", "ddpm_eps")
+    assert COMMIT in caplog.text and "cached in" in caplog.text
+    assert_golden(f"hf://owner/name@{COMMIT}", "ddpm_eps")
+    assert fingerprint("owner/name") == f"owner/name@{COMMIT}"
+
+
+@pytest.mark.parametrize("path", ["owner/other", "hf://owner/name@v2", "hf://owner", "hf://../x", "hf://owner/na me"])
+def test_models_that_are_not_in_the_cache(path, cache):
+    with pytest.raises(InputError) as caught:
+        load_model(path)
+    assert (str(caught.value).isprintable() and "owner" in str(caught.value)) or ".." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError", "OSError", "KeyError"]
+)
+def test_errors_of_the_client_are_one_line(name, tmp_path, monkeypatch):
+    kind = {"OSError": OSError, "KeyError": KeyError}.get(name) or type(name, (OSError,), {})
+
+    def fail(*args, **options):
+        raise kind("first line\nsecond line")
+
+    module = type(sys)("huggingface_hub")
+    module.snapshot_download = fail
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        load_model("owner/name@v1")
+    assert str(caught.value).startswith("owner/name@v1 ") and str(caught.value).isprintable()
+
+
+def test_description_needs_no_weights(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    description = describe(locate(str(folder)))
+    assert (description.kind, description.found["num_channels"]) == ("DDPM", 32)

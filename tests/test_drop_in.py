@@ -1,0 +1,488 @@
+"""Code written for guided-diffusion finds what it expects, and golden numbers of the published package hold.
+
+The golden file was computed once with openai/guided-diffusion on random weights; see docs/drop_in.md.
+"""
+
+import importlib
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN_DIR, golden
+from PIL import Image
+
+from guided_diffusion import dist_util
+from guided_diffusion.errors import InputError
+from guided_diffusion.fp16_util import MixedPrecisionTrainer
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType
+from guided_diffusion.image_datasets import _list_image_files_recursively, load_data, load_image
+from guided_diffusion.nn import norm_silu
+from guided_diffusion.resample import LossAwareSampler, LossSecondMomentResampler, create_named_schedule_sampler
+from guided_diffusion.script_util import create_gaussian_diffusion, create_model, sr_create_model_and_diffusion
+from guided_diffusion.unet import SuperResModel
+from resizer import Resizer
+
+NAMES = """
+dist_util: load_state_dict dev setup_dist sync_params
+logger: configure log get_dir dumpkvs logkv logkv_mean logkvs getkvs warn info debug error scoped_configure profile_kv
+train_util: TrainLoop log_loss_dict parse_resume_step_from_filename
+fp16_util: MixedPrecisionTrainer convert_module_to_f16 convert_module_to_f32 make_master_params
+script_util: classifier_and_diffusion_defaults sr_create_model_and_diffusion sr_model_and_diffusion_defaults NUM_CLASSES
+script_util: create_classifier_and_diffusion create_model add_dict_to_argparser args_to_dict create_classifier
+script_util: model_and_diffusion_defaults create_model_and_diffusion classifier_defaults create_gaussian_diffusion
+image_datasets: load_data _list_image_files_recursively
+resample: create_named_schedule_sampler UniformSampler LossAwareSampler LossSecondMomentResampler ScheduleSampler
+respace: SpacedDiffusion space_timesteps
+unet: UNetModel SuperResModel EncoderUNetModel
+"""
+METHODS = """
+calc_bpd_loop _scale_timesteps q_sample q_mean_variance p_sample p_sample_loop ddim_sample ddim_sample_loop
+p_sample_loop_progressive ddim_sample_loop_progressive p_mean_variance condition_mean condition_score
+ddim_reverse_sample training_losses _vb_terms_bpd _prior_bpd _predict_xstart_from_eps _predict_eps_from_xstart
+"""
+
+
+@pytest.mark.parametrize("line", NAMES.split("\n")[1:-1])
+def test_names(line):
+    module, names = line.split(": ")
+    found = importlib.import_module(f"guided_diffusion.{module}")
+    assert not [name for name in names.split() if not hasattr(found, name)]
+
+
+def test_names_of_the_process():
+    assert not [name for name in METHODS.split() if not hasattr(GaussianDiffusion, name)]
+    diffusion = create_gaussian_diffusion(timestep_respacing="5")
+    for name in ("betas", "num_timesteps", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"):
+        assert hasattr(diffusion, name)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("p_sample", "model x t clip_denoised denoised_fn cond_fn model_kwargs"),
+        ("ddim_sample", "model x t clip_denoised denoised_fn cond_fn model_kwargs eta"),
+        ("ddim_reverse_sample", "model x t clip_denoised denoised_fn model_kwargs eta"),
+        ("p_sample_loop", "model shape noise clip_denoised denoised_fn cond_fn model_kwargs device progress"),
+        ("ddim_sample_loop", "model shape noise clip_denoised denoised_fn cond_fn model_kwargs device progress eta"),
+        ("calc_bpd_loop", "model x_start clip_denoised model_kwargs"),
+        ("training_losses", "model x_start t model_kwargs noise"),
+    ],
+)
+def test_order_of_arguments(name, expected):
+    spec = inspect.getfullargspec(getattr(GaussianDiffusion, name))
+    assert spec.args[1:] == expected.split()
+    progressive = getattr(GaussianDiffusion, f"{name}_progressive", None)
+    assert progressive is None or inspect.getfullargspec(progressive).args == spec.args
+
+
+# ---- golden numbers -------------------------------------------------------------------------------------------------
+
+
+def cond_fn(x, t, y=None):
+    slope = (1 + t.float() / 1000) * y.float()
+    return (0.5 - x) * slope[:, None, None, None]
+
+
+@pytest.fixture(params=[False, True], ids=["fixed variance", "learned variance"])
+def published(request):
+    """The golden numbers of a process, with the model and the process that gave them."""
+    data = golden("drop_in")
+    numbers = {
+        key.split("/", 1)[1]: value for key, value in data.items() if key.startswith(f"learned={request.param}/")
+    }
+    weight = data["model.weight"][: 6 if request.param else 3]
+
+    def model(x, t, y=None):
+        h = torch.nn.functional.conv2d(x, weight, padding=1)
+        return (h * (1 + t.to(x.dtype) / 2000)[:, None, None, None]).tanh()
+
+    return numbers, model, create_gaussian_diffusion(learn_sigma=request.param, timestep_respacing="20")
+
+
+def close(found, expected, atol=1e-5):
+    torch.testing.assert_close(found, expected, atol=atol, rtol=1e-5)
+
+
+def test_golden_guidance(published):
+    numbers, model, diffusion = published
+    x, t, kwargs = numbers["x"], numbers["t"], {"y": numbers["y"]}
+    out = diffusion.p_mean_variance(model, x, t, model_kwargs=kwargs)
+    for key, value in out.items():
+        close(value, numbers[f"p_mean_variance/{key}"])
+    close(diffusion.condition_mean(cond_fn, out, x, t, kwargs), numbers["condition_mean"])
+    conditioned = diffusion.condition_score(cond_fn, out, x, t, kwargs)
+    # x_0 is the noise times sqrt(1 / alpha_bar - 1), which is large at the last step.
+    close(conditioned["pred_xstart"], numbers["condition_score/pred_xstart"], atol=1e-3)
+    close(conditioned["mean"], numbers["condition_score/mean"], atol=1e-4)
+    assert set(conditioned) == set(out) and conditioned["pred_xstart"] is not out["pred_xstart"]
+    close(diffusion.ddim_reverse_sample(model, x, t, model_kwargs=kwargs)["sample"], numbers["ddim_reverse_sample"])
+
+
+@pytest.mark.parametrize("name", ["p_sample_loop", "ddim_sample_loop"])
+def test_golden_guided_loops(published, name):
+    numbers, model, diffusion = published
+    kwargs = {"y": numbers["y"][:2]}
+    torch.manual_seed(5)
+    found = getattr(diffusion, name)(model, (2, 3, 8, 8), cond_fn=cond_fn, model_kwargs=kwargs, device="cpu")
+    close(found, numbers[name], atol=1e-4)
+    # The same by position.
+    torch.manual_seed(5)
+    noise = torch.randn(2, 3, 8, 8)
+    again = getattr(diffusion, name)(model, (2, 3, 8, 8), noise, True, None, cond_fn, kwargs, "cpu", False)
+    assert torch.equal(again, found)
+
+
+def test_golden_likelihood(published):
+    numbers, model, diffusion = published
+    torch.manual_seed(6)
+    found = diffusion.calc_bpd_loop(model, numbers["x0"])
+    assert set(found) == {"total_bpd", "prior_bpd", "vb", "xstart_mse", "mse"}
+    for name in ("prior_bpd", "xstart_mse", "mse"):
+        close(found[name], numbers[f"calc_bpd_loop/{name}"], atol=1e-4)
+    expected = numbers["calc_bpd_loop/vb"]
+    close(found["vb"][:, :-1], expected[:, :-1], atol=1e-4)
+    close(found["total_bpd"], found["vb"].sum(1) + found["prior_bpd"])
+    # The first step's likelihood is an integral of a Gaussian: exact here, approximated by a tanh there.
+    torch.testing.assert_close(found["vb"][:, -1], expected[:, -1], atol=0, rtol=0.02)
+
+
+def test_golden_super_resolution():
+    data = {key[3:]: value for key, value in golden("drop_in").items() if key.startswith("sr/")}
+    model = SuperResModel(
+        16, 3, 32, 6, 1, (2,), channel_mult=(1, 1), num_heads=2, use_scale_shift_norm=True, resblock_updown=True,
+        num_classes=4,
+    )  # fmt: skip
+    model.load_state_dict({key[6:]: value.float() for key, value in data.items() if key.startswith("model/")})
+    with torch.no_grad():
+        found = model.eval()(data["x"], data["t"], low_res=data["low_res"], y=data["y"])
+    close(found, data["output"], atol=2e-5)
+
+
+def test_seeded_initial_weights():
+    """They are drawn in the published package's order: sums of magnitudes that it gave."""
+    torch.manual_seed(0)
+    flags = dict(channel_mult="1,2", attention_resolutions="8", num_heads=4, use_scale_shift_norm=True)
+    weights = create_model(16, 32, 1, **flags).state_dict()
+    for name, expected in (
+        ("input_blocks.0.0.weight", 84.19082832632921), ("middle_block.0.in_layers.2.weight", 769.0769744870915),
+        ("middle_block.2.in_layers.2.weight", 769.1935277791156), ("output_blocks.3.0.in_layers.2.weight", 382.9597644585858),
+    ):  # fmt: skip
+        assert float(weights[name].double().abs().sum()) == pytest.approx(expected, rel=1e-9), name
+
+
+def test_golden_file_is_small():
+    assert (GOLDEN_DIR / "drop_in.safetensors").stat().st_size < 1 << 20
+
+
+# ---- guidance and likelihood ----------------------------------------------------------------------------------------
+
+
+class Gaussian(torch.nn.Module):
+    """The exact noise predictor of data N(0, 1): eps = sqrt(1 - alpha_bar) x."""
+
+    def __init__(self, diffusion):
+        super().__init__()
+        self.scale = torch.from_numpy(np.sqrt(1 - np.cumprod(1 - np.asarray(diffusion.betas)))).float()
+
+    def forward(self, x, t, y=None):
+        return self.scale[t][:, None, None, None] * x
+
+
+@pytest.mark.parametrize("name", ["p_sample_loop", "ddim_sample_loop"])
+def test_guidance_samples_the_posterior(name):
+    """Data N(0, 1) and a likelihood N(y; x_0, s^2): samples have the posterior's mean, y / (1 + s^2)."""
+    diffusion = create_gaussian_diffusion(sigma_small=True)
+    y, s2 = 1.0, 3.0
+    alpha_bar = torch.from_numpy(diffusion.alphas_cumprod).float()
+
+    def gradient(x, t):
+        # p(y | x_t) is N(sqrt(alpha_bar) x_t, 1 - alpha_bar + s^2).
+        a = alpha_bar[t][:, None, None, None]
+        return a.sqrt() * (y - a.sqrt() * x) / (1 - a + s2)
+
+    torch.manual_seed(0)
+    shape = (64, 1, 8, 8)
+    x = getattr(diffusion, name)(Gaussian(diffusion), shape, clip_denoised=False, cond_fn=gradient, device="cpu")
+    assert float(x.mean()) == pytest.approx(y / (1 + s2), abs=0.05)
+    assert float(x.std()) == pytest.approx(math.sqrt(s2 / (1 + s2)), abs=0.05)
+
+
+def test_the_path_runs_backwards():
+    """Encoding and decoding along DDIM's path give the data back, up to the size of the steps."""
+    diffusion = create_gaussian_diffusion(steps=1000)
+    model = Gaussian(diffusion)
+    torch.manual_seed(0)
+    start = x = torch.randn(2, 3, 4, 4)
+    for i in range(diffusion.num_timesteps):
+        x = diffusion.ddim_reverse_sample(model, x, torch.full((2,), i), clip_denoised=False)["sample"]
+    back = diffusion.ddim_sample_loop(model, x.shape, x, clip_denoised=False)
+    torch.testing.assert_close(back, start, atol=0.02, rtol=0.02)
+    with pytest.raises(InputError) as caught:
+        diffusion.ddim_reverse_sample(model, x, torch.zeros(2, dtype=torch.long), eta=0.5)
+    assert caught.value.parameter == "eta"
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 5), (2, 3, 4, 5, 6)])
+@pytest.mark.parametrize("mean", list(ModelMeanType)[:3])
+def test_data_of_any_rank(shape, mean):
+    diffusion = GaussianDiffusion(
+        betas=np.linspace(0.01, 0.2, 10), model_mean_type=mean, model_var_type=ModelVarType.LEARNED_RANGE
+    )
+    x, t = torch.randn(shape), torch.randint(0, 10, shape[:1])
+
+    def model(x, t):
+        return torch.cat([x, x], 1)
+
+    for values in (diffusion.q_posterior_mean_variance(x, x, t), diffusion.q_mean_variance(x, t)):
+        assert [value.shape for value in values] == [x.shape] * 3
+    assert diffusion.p_sample_loop(model, shape).shape == shape
+    assert diffusion.ddim_sample_loop(model, shape, eta=0.5).shape == shape
+    assert diffusion.training_losses(model, x, t)["loss"].shape == shape[:1]
+    assert diffusion.calc_bpd_loop(model, x)["vb"].shape == (shape[0], 10)
+
+
+# ---- networks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_hooks_fire_without_gradients(scale_shift):
+    model = create_model(16, 32, 1, channel_mult="1,2", attention_resolutions="8", use_scale_shift_norm=scale_shift)
+    x, t = torch.randn(1, 3, 16, 16), torch.tensor([5])
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    with torch.no_grad():
+        plain = model.eval()(x, t)
+    # guided-diffusion calls a block's second sequence piece by piece, too, where the embedding scales and shifts.
+    silent = {id(b.out_layers) for b in model.modules() if scale_shift and hasattr(b, "out_layers")}
+    wanted = {
+        name for name, module in model.named_modules()
+        if not isinstance(module, torch.nn.ModuleList) and id(module) not in silent
+    }  # fmt: skip
+    for grad in (False, True):
+        seen = set()
+        handles = [
+            module.register_forward_hook(lambda module, inputs, output, name=name: seen.add(name))
+            for name, module in model.named_modules()
+        ]
+        with torch.set_grad_enabled(grad):
+            hooked = model(x, t)
+        assert seen == wanted
+        assert torch.equal(hooked, plain)
+        for handle in handles:
+            handle.remove()
+
+
+def test_a_hook_changes_the_output():
+    norm, x = torch.nn.GroupNorm(2, 4), torch.randn(1, 4, 3, 3)
+    with torch.no_grad():
+        plain = norm_silu(norm, x)
+        norm.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+        assert plain.any() and not norm_silu(norm, x).any()
+
+
+def test_super_resolution_model_and_process():
+    flags = dict(large_size=64, small_size=16, num_channels=32, num_res_blocks=1, attention_resolutions="8")
+    model, diffusion = sr_create_model_and_diffusion(**flags, learn_sigma=True, timestep_respacing="2")
+    low_res = torch.rand(2, 3, 16, 16)
+    sample = diffusion.p_sample_loop(model, (2, 3, 64, 64), model_kwargs={"low_res": low_res})
+    assert sample.shape == (2, 3, 64, 64)
+    assert model.input_blocks[0][0].in_channels == 6
+    with pytest.raises(InputError) as caught:
+        sr_create_model_and_diffusion(large_size=96)
+    assert (caught.value.parameter, caught.value.value) == ("large_size", 96)
+
+
+def test_resizer_interface():
+    x = torch.rand(2, 3, 12, 8)
+    resizer = Resizer(x.shape, 0.5).to("cpu")
+    assert isinstance(resizer, torch.nn.Module)
+    cubic = Resizer(x.shape, 0.5, None, "cubic")
+    assert torch.equal(resizer(x), cubic(x))
+    assert Resizer(x.shape, output_shape=(6, 4))(x).equal(resizer(x))
+    assert Resizer(x.shape, output_shape=(2, 3, 5, 9))(x).shape == (2, 3, 5, 9)
+    assert Resizer(x.shape, [2, 0.5])(x).shape == (2, 3, 24, 4)
+    assert Resizer(x.shape, [2, 1, 1])(x).shape == (2, 6, 12, 8)
+    # Without antialiasing, shrinking by 2 with the box kernel picks samples instead of averaging them.
+    picked = Resizer(x.shape, 0.5, kernel="box", antialiasing=False)(x)
+    assert torch.isin(picked, x).all() and not torch.isin(Resizer(x.shape, 0.5, kernel="box")(x), x).all()
+    for arguments in ({}, {"output_shape": (3,)}, {"scale_factor": [1, 2, 3, 4, 5]}, {"output_shape": (0, 3)}):
+        with pytest.raises(ValueError):
+            Resizer(x.shape, **arguments)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def test_schedule_samplers():
+    diffusion = create_gaussian_diffusion(timestep_respacing="5")
+    sampler = create_named_schedule_sampler("uniform", diffusion)
+    np.random.seed(0)
+    t, weights = sampler.sample(100, "cpu")
+    np.random.seed(0)
+    assert t.tolist() == np.random.choice(5, size=100, p=np.full(5, 0.2)).tolist()
+    assert weights.tolist() == [1.0] * 100 and not isinstance(sampler, LossAwareSampler)
+    sampler = create_named_schedule_sampler("loss-second-moment", diffusion)
+    assert isinstance(sampler, LossSecondMomentResampler) and isinstance(sampler, LossAwareSampler)
+    for _ in range(10):
+        sampler.update_with_local_losses(torch.arange(5), torch.tensor([1.0, 1, 1, 1, 6]))
+    assert sampler.weights()[4] == pytest.approx(0.6, abs=1e-3)
+
+
+@pytest.mark.parametrize("use_fp16", [False, True])
+def test_mixed_precision_trainer(use_fp16, tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.SiLU(), torch.nn.Conv2d(8, 1, 3))
+    trainer = MixedPrecisionTrainer(model=model, use_fp16=use_fp16, initial_lg_loss_scale=10.0)
+    optimizer = torch.optim.AdamW(trainer.master_params, lr=1e-2)
+    x, losses = torch.randn(4, 3, 8, 8), []
+    for _ in range(40):
+        trainer.zero_grad()
+        loss = (model(x).float() - 1).square().mean()
+        trainer.backward(loss)
+        assert trainer.optimize(optimizer)
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+    assert all(p.dtype == torch.float32 for p in trainer.master_params)
+    state = trainer.master_params_to_state_dict([p + 1 for p in trainer.master_params])
+    assert all(torch.equal(state[name], p + 1) for name, p in model.named_parameters())
+    assert len(trainer.state_dict_to_master_params(state)) == len(trainer.master_params)
+    if use_fp16:
+        assert trainer.lg_loss_scale == pytest.approx(10 + 40 * 1e-3, abs=1e-3)
+        before = [p.clone() for p in trainer.master_params]
+        trainer.backward(model(x).sum() * float("inf"))
+        assert not trainer.optimize(optimizer)
+        assert all(torch.equal(a, b) for a, b in zip(before, trainer.master_params))
+        assert trainer.lg_loss_scale < 10
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for number, name in enumerate(("dog_1.png", "cat_2.png", "b/ant_3.png", "a.png", "a/bee_4.jpg")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 17, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name)
+    return tmp_path
+
+
+def test_load_data_in_order(pictures):
+    paths = _list_image_files_recursively(str(pictures))
+    assert [path[len(str(pictures)) + 1 :] for path in paths] == [
+        "a/bee_4.jpg", "a.png", "b/ant_3.png", "cat_2.png", "dog_1.png"
+    ]  # fmt: skip
+    data = load_data(
+        data_dir=str(pictures), batch_size=2, image_size=8, class_cond=True, deterministic=True, random_flip=False
+    )
+    batches = [next(data) for _ in range(5)]
+    assert all(x.shape == (2, 3, 8, 8) and x.dtype == torch.float32 for x, _ in batches)
+    # Two passes of five images in batches of two: none is left out.
+    assert [label for _, kwargs in batches for label in kwargs["y"].tolist()] == [2, 0, 1, 3, 4] * 2
+    expected = [load_image(path, 8) for path in paths] * 2
+    images = torch.cat([x for x, _ in batches])
+    found = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(found, np.stack(expected))
+
+
+def test_load_data_follows_the_default_generator(pictures):
+    flags = dict(data_dir=str(pictures), batch_size=3, image_size=8, random_crop=True)
+
+    def batches():
+        torch.manual_seed(1)
+        data = load_data(**flags)
+        return torch.stack([next(data)[0] for _ in range(4)])
+
+    first = batches()
+    assert torch.equal(first, batches())
+    assert not torch.equal(first[0], first[2])
+
+
+def test_classes_are_folders_where_there_are_only_folders(pictures):
+    (pictures / "a.png").unlink()
+    for name in ("dog_1.png", "cat_2.png"):
+        (pictures / name).rename(pictures / "a" / name)
+    data = load_data(data_dir=str(pictures), batch_size=4, image_size=8, class_cond=True, deterministic=True)
+    assert next(data)[1]["y"].tolist() == [0, 0, 0, 1]
+
+
+def test_load_data_says_what_is_wrong(pictures, tmp_path):
+    with pytest.raises(InputError) as caught:
+        load_data(data_dir="", batch_size=1, image_size=8)
+    assert caught.value.parameter == "data_dir"
+    (pictures / "a.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"a\.png cannot be used"):
+        next(load_data(data_dir=str(pictures), batch_size=5, image_size=8))
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+
+def test_state_dicts_are_loaded_safely(tmp_path):
+    from safetensors.torch import save_file
+
+    state = {"a": torch.arange(3.0)}
+    torch.save(state, tmp_path / "a.pt")
+    save_file(state, tmp_path / "a.safetensors")
+    for name in ("a.pt", "a.safetensors"):
+        loaded = dist_util.load_state_dict(str(tmp_path / name), map_location="cpu")
+        assert torch.equal(loaded["a"], state["a"])
+
+    class Evil:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('executed')",))
+
+    torch.save(Evil(), tmp_path / "evil.pt")
+    with pytest.raises(InputError, match="without running code"):
+        dist_util.load_state_dict(str(tmp_path / "evil.pt"), weights_only=False)
+    with pytest.raises(InputError, match="cannot be read"):
+        dist_util.load_state_dict(str(tmp_path / "missing.pt"))
+
+
+def test_process_group_of_one(monkeypatch):
+    import torch.distributed as dist
+
+    for names in dist_util.LAUNCHERS:
+        for variable in names[1:]:
+            monkeypatch.delenv(variable, raising=False)
+    dist_util.setup_dist()
+    try:
+        dist_util.setup_dist()
+        assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
+        gathered = [torch.zeros(2)]
+        dist.all_gather(gathered, torch.ones(2))
+        assert gathered[0].tolist() == [1, 1]
+        dist_util.sync_params([torch.nn.Parameter(torch.ones(2))])
+        assert dist_util.dev().type in ("cpu", "cuda")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_leftover_variables_end_in_an_error(monkeypatch, caplog, rank):
+    """RANK and the others of a run that is no more: a line after a while, then an error, not a day of silence."""
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    leftover = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in leftover.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("SDDM_STARTUP_TIMEOUT", "2")
+    monkeypatch.setattr(dist_util, "PATIENCE", 0.3)
+    with pytest.raises(InputError, match=r"cannot reach the others.*unset RANK and WORLD_SIZE"):
+        dist_util.open_store(dist_util.ranks())
+    assert f"rank {rank} of 2 has been waiting for" in caplog.text and str(port) in caplog.text
+
+
+def test_startup_timeout(monkeypatch):
+    monkeypatch.delenv("SDDM_STARTUP_TIMEOUT", raising=False)
+    assert dist_util.startup_timeout() == 900
+    monkeypatch.setenv("SDDM_STARTUP_TIMEOUT", "7.5")
+    assert dist_util.startup_timeout() == 7.5
+    monkeypatch.setenv("SDDM_STARTUP_TIMEOUT", "soon")
+    with pytest.raises(InputError, match="SDDM_STARTUP_TIMEOUT is 'soon'"):
+        dist_util.startup_timeout()

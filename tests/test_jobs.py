@@ -1,0 +1,170 @@
+"""guided-diffusion's other jobs as commands: classifier guidance, likelihood, super-resolution."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from guided_diffusion.run.noise import ImageNoise
+from PIL import Image
+from tiny import make_encoder, make_model, make_references, random_state
+
+from guided_diffusion.checkpoint import load_model, save_model
+from guided_diffusion.generation import draw_labels
+from guided_diffusion.image_datasets import load_image, to_tensor
+from guided_diffusion.script_util import create_diffusion, create_model
+
+SIZE = 16
+CPU = torch.device("cpu")
+
+
+def run(script, *flags, status=0):
+    command = [sys.executable, ROOT / "scripts" / f"{script}.py", *flags, "--device", "cpu"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == status, result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A model of 16 pixels, a classifier and an upsampler from 4 pixels, both of three classes, and images."""
+    folder = tmp_path_factory.mktemp("jobs")
+    make_model(folder / "model.safetensors")
+    make_encoder(folder / "classifier.safetensors", 3)
+    flags = dict(
+        image_size=SIZE, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8",
+        num_head_channels=32, learn_sigma=True, class_cond=True, num_classes=3, super_res=True,
+        diffusion_steps=1000, noise_schedule="linear",
+    )  # fmt: skip
+    names = set(create_model.__code__.co_varnames)
+    model = create_model(**{name: value for name, value in flags.items() if name in names})
+    save_model(folder / "upsampler.safetensors", random_state(model), model_type="ADM", flags=flags)
+    make_references(folder / "images", ["a.png", "b/c.png", "b/d.png", "e.png"])
+    return folder
+
+
+def pictures(folder):
+    return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))}
+
+
+def test_classifier_sample(data, tmp_path):
+    flags = ["--model_path", data / "model.safetensors", "--classifier_path", data / "classifier.safetensors"]
+    flags += ["--classifier_width", "32", "--classifier_pool", "attention"]
+    flags += ["--timestep_respacing", "4", "--num_samples", "3", "--classifier_scale", "5", "--save_dir"]
+    run("classifier_sample", *flags, tmp_path / "a", "--batch_size", "2")
+    made = pictures(tmp_path / "a")
+    with np.load(tmp_path / "a" / "samples_3x16x16x3.npz") as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert np.array_equal(images, np.stack(list(made.values()))) and len(made) == 3
+    noise = ImageNoise([f"0/{n:06d}.png#0" for n in range(3)], CPU)
+    assert labels.tolist() == draw_labels(noise, 3, 3, CPU).tolist()
+    # Batches do not matter, and what is missing is made again.
+    run("classifier_sample", *flags, tmp_path / "b", "--batch_size", "3")
+    (tmp_path / "b" / "000001.png").unlink()
+    assert "1 done, 2 already present" in run("classifier_sample", *flags, tmp_path / "b", "--batch_size", "3")
+    for name, image in pictures(tmp_path / "b").items():
+        assert np.abs(image.astype(int) - made[name]).max() <= 1
+    # The classifier matters, and so does the class.
+    run("classifier_sample", *flags, tmp_path / "c", "--class_index", "2")
+    with np.load(tmp_path / "c" / "samples_3x16x16x3.npz") as file:
+        assert file["arr_1"].tolist() == [2, 2, 2]
+    assert any(not np.array_equal(image, made[name]) for name, image in pictures(tmp_path / "c").items())
+    error = run("classifier_sample", *flags, tmp_path / "d", "--class_index", "3", status=2)
+    assert "has the classes asked for" in error
+
+
+def test_image_nll(data, tmp_path):
+    flags = ["--model_path", data / "model.safetensors", "--data_dir", data / "images", "--timestep_respacing", "5"]
+    run("image_nll", *flags, "--save_dir", tmp_path / "a", "--batch_size", "3")
+    with open(tmp_path / "a" / "bpd.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["a.png", "b/c.png", "b/d.png", "e.png"]
+    model, info = load_model(data / "model.safetensors")
+    diffusion = create_diffusion(**{**info.flags, "timestep_respacing": "5", "sigma_small": False})
+    x = to_tensor([load_image(str(data / "images" / "b" / "c.png"), SIZE)])
+    expected = diffusion.calc_bpd_loop(model, x, noise=ImageNoise(["0/b/c.png#0"], CPU))
+    assert float(rows[1]["total_bpd"]) == pytest.approx(float(expected["total_bpd"]), rel=1e-5)
+    with np.load(tmp_path / "a" / "vb_terms.npz") as file:
+        vb = file["arr_0"]
+    mean = np.mean([float(row["total_bpd"]) - float(row["prior_bpd"]) for row in rows])
+    assert vb.shape == (5,) and vb.sum() == pytest.approx(mean, rel=1e-5)
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert record["bits_per_dimension"] == pytest.approx(mean + float(rows[0]["prior_bpd"]), rel=1e-4)
+    # Resumed: the same bytes.
+    before = (tmp_path / "a" / "bpd.csv").read_bytes()
+    (tmp_path / "a" / "terms" / "b" / "c.png.npz").unlink()
+    run("image_nll", *flags, "--save_dir", tmp_path / "a", "--batch_size", "3")
+    assert before == (tmp_path / "a" / "bpd.csv").read_bytes()
+    error = run("image_nll", *flags, "--save_dir", tmp_path / "a", "--seed", "1", status=2)
+    assert "--seed was 0 and is 1" in error
+
+
+def test_unreadable_image_of_a_likelihood(data, tmp_path):
+    make_references(tmp_path / "images", ["a.png", "b.png"])
+    (tmp_path / "images" / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    flags = ["--model_path", data / "model.safetensors", "--data_dir", tmp_path / "images"]
+    text = run("image_nll", *flags, "--timestep_respacing", "2", "--save_dir", tmp_path / "out", status=1)
+    assert "failed: b.png" in text and "1 images" in text
+
+
+def test_super_res_sample(data, tmp_path):
+    small = np.random.default_rng(0).integers(0, 256, (4, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "small.npz", small, np.array([0, 1, 2, 0]))
+    flags = ["--model_path", data / "upsampler.safetensors", "--timestep_respacing", "3"]
+    run("super_res_sample", *flags, "--base_samples", tmp_path / "small.npz", "--save_dir", tmp_path / "a")
+    made = pictures(tmp_path / "a")
+    assert [image.shape for image in made.values()] == [(SIZE, SIZE, 3)] * 4
+    with np.load(tmp_path / "a" / "samples_4x16x16x3.npz") as file:
+        assert np.array_equal(file["arr_0"], np.stack(list(made.values())))
+    # The class of an image counts, not its place in a batch.
+    run("super_res_sample", *flags, "--base_samples", tmp_path / "small.npz", "--save_dir", tmp_path / "b",
+        "--class_index", "0", "--batch_size", "3")  # fmt: skip
+    for name, image in pictures(tmp_path / "b").items():
+        same = np.abs(image.astype(int) - made[name]).max() <= 1
+        assert same == (name in ("000000.png", "000003.png"))
+    # A folder of images: names stay.
+    run("super_res_sample", *flags, "--base_samples", data / "images", "--small_size", "4", "--class_index", "1",
+        "--save_dir", tmp_path / "c", "--npz", "False")  # fmt: skip
+    assert Image.open(tmp_path / "c" / "b" / "d.png").size == (SIZE, SIZE)
+    error = run("super_res_sample", *flags, "--base_samples", data / "images", "--save_dir", tmp_path / "d", status=2)
+    assert "--class_index" in error
+    flags[1] = data / "model.safetensors"
+    error = run("super_res_sample", *flags, "--base_samples", data / "images", "--save_dir", tmp_path / "d", status=2)
+    assert "no super-resolution model" in error
+
+
+def test_super_res_train(data, tmp_path):
+    flags = "--large_size 16 --small_size 4 --num_channels 32 --num_res_blocks 1 --channel_mult 1,2 --save_interval 2"
+    flags = [*flags.split(), "--data_dir", data / "images", "--save_dir", tmp_path / "run", "--batch_size", "2"]
+    run("super_res_train", *flags, "--lr_anneal_steps", "4", "--attention_resolutions", "8")
+    model, info = load_model(tmp_path / "run" / "model.safetensors")
+    assert info.flags["super_res"] and info.flags["image_size"] == 16
+    run("super_res_train", *flags, "--lr_anneal_steps", "6", "--resume", "auto")
+    run("super_res_sample", "--model_path", tmp_path / "run" / "model.safetensors", "--base_samples", data / "images",
+        "--small_size", "4", "--timestep_respacing", "2", "--save_dir", tmp_path / "out")  # fmt: skip
+    assert (tmp_path / "out" / "a.png").exists()
+    flags[3] = "16"
+    error = run("super_res_train", *flags, "--resume", "auto", status=2)
+    assert "error: --small_size is 16; it must be below" in error
+
+
+@pytest.mark.parametrize("size, attention, factors", [(256, "32,16,8", (8, 16, 32)), (512, "32,16", (16, 32))])
+def test_published_upsamplers_are_recognised(tmp_path, size, attention, factors):
+    """From shapes alone: tensors of zeros that take no room, in the layout of the published files."""
+    from guided_diffusion.checkpoint.architecture import detect
+    from guided_diffusion.checkpoint.published import published
+
+    with torch.device("meta"):
+        model = create_model(
+            size, 192, 2, attention_resolutions=attention, num_heads=4, num_head_channels=64 if size == 512 else -1,
+            class_cond=True, learn_sigma=True, resblock_updown=True, use_scale_shift_norm=True, super_res=True,
+        )  # fmt: skip
+    found = detect("ADM", model.state_dict())
+    assert found["super_res"] and found["attention_factors"] == factors
+    row = published("ADM", found)
+    assert row is not None and row.flags["image_size"] == size
+    assert row.flags["num_head_channels"] == (64 if size == 512 else -1)

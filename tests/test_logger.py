@@ -1,0 +1,172 @@
+"""The logger: what guided-diffusion's wrote, in its files."""
+
+import csv
+import json
+import struct
+
+import pytest
+import torch
+
+from guided_diffusion import dist_util, logger
+from guided_diffusion.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No launcher, and no logger of another test."""
+    for names in dist_util.LAUNCHERS:
+        for variable in names[1:]:
+            monkeypatch.delenv(variable, raising=False)
+    for variable in ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(logger.Logger, "CURRENT", None)
+    monkeypatch.setattr(logger.Logger, "DEFAULT", None)
+
+
+def rows(folder):
+    with open(folder / "progress.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run(tmp_path, capsys):
+    logger.configure(str(tmp_path), ["stdout", "log", "csv", "json"])
+    logger.log("hello", 1)
+    logger.logkv("step", 0)
+    logger.logkv_mean("loss", 1.0)
+    logger.logkv_mean("loss", torch.tensor(3.0))
+    assert logger.getkvs()["loss"] == 2
+    assert logger.dumpkvs() == {"step": 0, "loss": 2}
+    logger.logkvs({"step": 1, "loss": 5.0, "extra, new": 2})
+    logger.dumpkvs()
+    logger.dumpkvs()  # nothing was noted: no row
+    assert rows(tmp_path) == [
+        {"loss": "2.0", "step": "0", "extra, new": ""}, {"loss": "5.0", "step": "1", "extra, new": "2"}
+    ]  # fmt: skip
+    records = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
+    assert records == [{"step": 0, "loss": 2.0}, {"step": 1, "loss": 5.0, "extra, new": 2}]
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "log.txt").read_text()
+    assert f"Logging to {tmp_path}\nhello 1\n" in printed
+    assert "-------------------\n| loss | 2        |\n| step | 0        |\n-------------------\n" in printed
+    assert logger.get_dir() == str(tmp_path)
+
+
+def test_a_resumed_run_continues_the_table(tmp_path):
+    for step, key in ((1, "a"), (2, "b")):
+        logger.configure(str(tmp_path), ["csv"])
+        logger.logkvs({"step": step, key: 1})
+        logger.dumpkvs()
+    assert rows(tmp_path) == [{"a": "1", "step": "1", "b": ""}, {"a": "", "step": "2", "b": "1"}]
+
+
+def test_levels(tmp_path):
+    logger.configure(str(tmp_path), ["log"])
+    logger.set_level(logger.WARN)
+    logger.info("quiet")
+    logger.debug("quiet")
+    logger.warn("loud")
+    logger.error("louder")
+    text = (tmp_path / "log.txt").read_text()
+    assert "loud\nlouder\n" in text and "quiet" not in text
+
+
+def test_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "new"))
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "csv")
+    logger.logkv("x", 1)  # the first use configures
+    logger.dumpkvs()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["progress.csv"]
+
+
+def test_files_of_other_ranks(tmp_path, monkeypatch):
+    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    logger.configure(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["log-rank003.txt"]
+
+
+def test_scope_profile_and_reset(tmp_path):
+    logger.configure(str(tmp_path / "a"), ["csv"])
+    with logger.scoped_configure(str(tmp_path / "b"), ["csv"]):
+        with logger.profile_kv("x"):
+            pass
+        assert logger.dumpkvs()["wait_x"] >= 0
+        assert logger.get_dir() == str(tmp_path / "b")
+    assert logger.get_dir() == str(tmp_path / "a")
+
+    @logger.profile("y")
+    def work():
+        """Docs."""
+        return 7
+
+    assert work() == 7 and work.__doc__ == "Docs." and "wait_y" in logger.getkvs()
+    logger.reset()
+
+
+def test_unknown_format(tmp_path):
+    with pytest.raises(InputError) as caught:
+        logger.configure(str(tmp_path), ["xml"])
+    assert (caught.value.parameter, caught.value.value) == ("format_strs", "xml")
+
+
+def fields(data):
+    """A protobuf message as [(number, value)]."""
+
+    def varint(at):
+        value = shift = 0
+        while True:
+            value |= (data[at] & 127) << shift
+            shift += 7
+            at += 1
+            if data[at - 1] < 128:
+                return value, at
+
+    at, found = 0, []
+    while at < len(data):
+        key, at = varint(at)
+        if key & 7 == 0:
+            value, at = varint(at)
+        else:
+            size, at = varint(at) if key & 7 == 2 else (8 if key & 7 == 1 else 4, at)
+            value, at = data[at : at + size], at + size
+        found.append((key >> 3, value))
+    return found
+
+
+def test_tensorboard_events(tmp_path):
+    logger.configure(str(tmp_path), ["tensorboard"])
+    for step in (1, 2):
+        logger.logkvs({"loss": 0.5 * step, "step": torch.tensor(step), "note": "text"})
+        logger.dumpkvs()
+    (path,) = (tmp_path / "tb").iterdir()
+    assert path.name.startswith("events.out.tfevents.")
+    data, events = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        assert data[8:12] == logger._masked_crc(data[:8])
+        assert data[12 + length : 16 + length] == logger._masked_crc(data[12 : 12 + length])
+        events.append(dict(fields(data[12 : 12 + length])))
+        data = data[16 + length :]
+    assert events[0][3] == b"brain.Event:2"
+    found = []
+    for event in events[1:]:
+        scalars = [dict(fields(value)) for _, value in fields(event[5])]
+        found.append((event[2], {s[1].decode(): struct.unpack("<f", s[2])[0] for s in scalars}))
+    assert found == [(1, {"loss": 0.5, "step": 1.0}), (2, {"loss": 1.0, "step": 2.0})]
+
+
+def test_checksum():
+    # CRC-32C of "123456789" is 0xE3069283, masked as TensorFlow's records are.
+    assert logger._masked_crc(b"123456789") == struct.pack(
+        "<I", ((0xE3069283 >> 15 | 0xE3069283 << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    )
+
+
+def test_means_over_ranks():
+    class Comm:
+        rank = 0
+
+        def gather(self, row):
+            return [row, {"a": (4.0, 3), "b": ("text", 1)}]
+
+    assert logger.mpi_weighted_mean(Comm(), {"a": (0.0, 1)}) == {"a": 3.0}

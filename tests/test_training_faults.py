@@ -1,0 +1,635 @@
+"""Training with inputs that do not fit, damaged files, full disks and kills: one line, and nothing lost or mixed up."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_training import make_loop
+from test_training_runs import MODEL, load_command, start, words
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from guided_diffusion.checkpoint import load_model
+from guided_diffusion.errors import InputError
+from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType
+from guided_diffusion.options import field_types
+from guided_diffusion.run.files import lock
+from guided_diffusion.script_util import create_gaussian_diffusion
+from guided_diffusion.training import config as options
+from guided_diffusion.training import files
+from guided_diffusion.training.config import TrainConfig
+from guided_diffusion.training.data import class_labels, folder_names, list_domains, list_images
+from guided_diffusion.training.files import ProgressLog
+from guided_diffusion.training.losses import loss_weights, means_by_quarter
+from guided_diffusion.training.start import DIFFUSION, ENCODER, check_network
+
+SMALL = [
+    *MODEL,
+    *words("--diffusion_steps 30 --batch_size 2 --device cpu --ema_rate 0.9 --save_interval 1 --log_interval 1"),
+]
+
+
+def draw(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four pictures in each of two folders."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(8):
+        draw(folder / ("cat" if i < 4 else "dog") / f"{i}.png", i)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield load_command(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished(folder, command, tmp_path_factory):
+    """A run of two steps."""
+    save_dir = tmp_path_factory.mktemp("finished")
+    assert command("image_train", "--data_dir", folder, "--save_dir", save_dir, *SMALL, "--iterations", 2) == 0
+    return save_dir
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of that run, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def resume(command, folder, run):
+    """Resumes that run for one more step: resume(*flags)."""
+
+    def again(*flags):
+        base = ["--data_dir", folder, "--save_dir", run, "--resume", "auto", "--iterations", 3]
+        return command("image_train", *base, *SMALL, *flags)
+
+    return again
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+CLASSES = [
+    TrainConfig,
+    *(getattr(options, f"{name}Options") for name in ("Data", "Class", "Loss", "Grid", "Run", "Model", "Encoder")),
+]
+ANY = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.lists(st.integers(), max_size=2),
+    st.sampled_from([-1, 0, 10**12, float("inf"), "0.9,0.9,1", "\0", "../..", "x" * 10**5]),
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_value_of_any_option_is_taken_or_refused_by_name(data):
+    cls = data.draw(st.sampled_from(CLASSES))
+    field = data.draw(st.sampled_from(dataclasses.fields(cls)))
+    value = data.draw(ANY)
+    try:
+        made = cls(**{field.name: value})
+    except InputError as error:
+        assert error.parameter == field.name and len(str(error)) < 1000 and "\n" not in str(error)
+    else:
+        kinds = field_types(field)
+        assert isinstance(getattr(made, field.name), (*kinds, int) if float in kinds else kinds)
+
+
+@pytest.mark.parametrize(
+    "rate", ["1", "0.99999999999999999999", "1e-3", "-0.1", "0.9,1", "nan", "٠.٩", "0." + "9" * 300]
+)
+def test_rates_of_averages_are_below_one_in_floating_point(rate):
+    with pytest.raises(InputError) as error:
+        TrainConfig(ema_rate=rate)
+    assert error.value.parameter == "ema_rate"
+
+
+# ---- the loss's weights ---------------------------------------------------------------------------------------------
+
+
+def test_weights_of_velocity_are_those_of_the_same_objective():
+    """Squared errors of noise, x_0 and velocity are to each other as SNR : 1 : SNR + 1."""
+    diffusion = create_gaussian_diffusion(steps=50)
+    snr = diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)
+    velocity = types.SimpleNamespace(
+        model_mean_type="velocity", loss_type=LossType.MSE, alphas_cumprod=diffusion.alphas_cumprod
+    )
+    weights = loss_weights(velocity, min_snr_gamma=5.0).numpy()
+    np.testing.assert_allclose(weights, np.minimum(snr, 5) / (snr + 1), rtol=1e-6)
+    p2 = loss_weights(velocity, p2_gamma=1.0).numpy()
+    np.testing.assert_allclose(p2, loss_weights(diffusion, p2_gamma=1.0).numpy() * snr / (snr + 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "weighting",
+    [{"p2_gamma": float("inf")}, {"p2_gamma": 50, "p2_k": 1e10}, {"min_snr_gamma": 1e-60}, {"p2_gamma": 1, "p2_k": -1}],
+)
+def test_weights_that_train_nothing_are_refused(weighting):
+    with pytest.raises(InputError) as error:
+        loss_weights(create_gaussian_diffusion(steps=50, noise_schedule="cosine"), **weighting)
+    assert error.value.parameter in weighting
+
+
+def test_weights_need_something_to_weight():
+    diffusion = create_gaussian_diffusion(steps=50)
+    diffusion.model_mean_type = ModelMeanType.PREVIOUS_X
+    with pytest.raises(InputError):
+        loss_weights(diffusion, min_snr_gamma=5.0)
+
+
+# ---- networks that cannot be ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    kind=st.sampled_from([DIFFUSION, ENCODER]),
+    size=st.integers(1, 70),
+    mult=st.lists(st.sampled_from(["1", "2", "0.5", "3", "0.01", "1e9", "1e-9"]), min_size=1, max_size=5).map(",".join),
+    width=st.integers(1, 100),
+    heads=st.integers(-1, 40),
+    sides=st.sampled_from(["", "4", "8,4", "999", "1"]),
+)
+@example(kind=ENCODER, size=100, mult="1,2,2,2", width=32, heads=32, sides="8")
+def test_a_network_is_refused_before_anything_is_trained(kind, size, mult, width, heads, sides):
+    flags = {
+        **kind.defaults(), "image_size": size, "channel_mult": mult, kind.size: width, "num_head_channels": heads,
+        kind.attention: sides,
+    }  # fmt: skip
+    flags |= {"num_res_blocks": 1, "classifier_depth": 1, "num_class": 3}
+    levels = mult.count(",") + 1
+    try:
+        check_network(kind, flags)
+    except InputError as error:
+        assert "\n" not in str(error)
+        if size % 2 ** (levels - 1):
+            assert error.parameter == "image_size"
+    else:
+        assert size % 2 ** (levels - 1) == 0
+
+
+def test_a_network_beyond_the_memory_is_refused(monkeypatch):
+    from guided_diffusion.training import start
+
+    monkeypatch.setattr(start, "_memory", lambda: 1 << 20)
+    with pytest.raises(InputError, match="memory"):
+        check_network(DIFFUSION, DIFFUSION.defaults())
+
+
+# ---- classes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{i:04d}.png" for i in range(6)],
+        [f"{i:04d}_small.png" for i in range(6)],
+        [f"video{i}/frame.png" for i in range(6)],
+        ["cat_1.png", "cat_2.png", "dog.png"],
+    ],
+)
+def test_pictures_that_would_be_classes_of_their_own_are_refused(tmp_path, names):
+    for name in names:
+        draw(tmp_path / name)
+    with pytest.raises(InputError, match="into a folder"):
+        class_labels(list_images(str(tmp_path)))
+
+
+def test_classes_are_recorded_compared_and_keep_their_numbers(command, folder, tmp_path, caplog):
+    base = ["--save_dir", tmp_path / "run", *SMALL, "--class_cond", "True"]
+    with caplog.at_level(logging.INFO):
+        command("image_train", "--data_dir", folder, *base, "--iterations", 1)
+    assert "classes: cat (4), dog (4)" in caplog.text
+    assert files.read_run(str(tmp_path / "run")).classes == ["cat", "dog"]
+    exported = tmp_path / "run" / "model.safetensors"
+    assert json.loads(load_model(exported)[1].metadata["classes"]) == ["cat", "dog"]
+
+    renamed = shutil.copytree(folder, tmp_path / "renamed")
+    (renamed / "dog").rename(renamed / "ape")
+    with pytest.raises(InputError, match=r"are ape, cat; the run of .* was trained with cat, dog"):
+        command("image_train", "--data_dir", renamed, *base, "--iterations", 2, "--resume", "auto")
+
+    # Fine-tuned on one of its classes, a model keeps that class's number.
+    (renamed / "ape").rename(renamed / "dog")
+    shutil.rmtree(renamed / "cat")
+    other = ["--data_dir", renamed, "--save_dir", tmp_path / "other", "--resume_checkpoint", exported]
+    command("image_train", *other, *words("--iterations 1 --device cpu --log_interval 1"))
+    assert files.read_run(str(tmp_path / "other")).classes == ["cat", "dog"]
+
+
+def test_classes_of_version_0_1_are_read(tmp_path):
+    record = {"model": {"num_class": 2}, "flags": {"classes": ["a", "b"]}}
+    (tmp_path / "train.json").write_text(json.dumps(record))
+    assert files.read_run(str(tmp_path)).classes == ["a", "b"]
+
+
+def test_domains_are_called_by_what_tells_their_folders_apart(folder, tmp_path):
+    assert folder_names(["/a/cat", "/b/dog"]) == ["cat", "dog"]
+    assert folder_names(["/e/cat/train", "/e/dog/train", "/e/fox/train"]) == ["cat", "dog", "fox"]
+    assert folder_names(["/a/x", "/a/y", "/b/x"]) == ["a-x", "a-y", "b-x"]
+    assert list_domains(f"{folder}/cat,{folder}/dog")[2] == ["source", "target"]
+    shutil.copytree(folder / "cat", tmp_path / "wild")
+    references, labels, names = list_domains(f"{folder}/cat,{tmp_path}/wild,{folder}/dog")
+    assert names == ["cat", "wild", "dog"] and labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert [reference.name.split("/")[0] for reference in references] == [names[label] for label in labels]
+    link = tmp_path / "link"
+    link.symlink_to(folder / "cat")
+    with pytest.raises(InputError) as error:
+        list_domains(f"{folder}/cat,{link}")
+    assert error.value.parameter == "domains"
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_does_not_train_on_its_own_sample_grids(command, folder, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "inside").symlink_to(data)
+    for inside in (data, data / "out", linked / "inside" / "out"):
+        with pytest.raises(InputError) as error:
+            command("image_train", "--data_dir", data, "--save_dir", inside, *SMALL, "--iterations", 1)
+        assert error.value.parameter == "save_dir"
+    draw(tmp_path / "run" / "samples" / "000001.png")
+    (data / "shots").symlink_to(tmp_path / "run" / "samples")
+    with pytest.raises(InputError, match="sample grids are among"):
+        command("image_train", "--data_dir", data, "--save_dir", tmp_path / "run", *SMALL, "--iterations", 1)
+
+
+def test_an_export_does_not_overwrite_what_training_starts_from(command, folder, run, tmp_path):
+    published = tmp_path / "model.safetensors"
+    shutil.copy(run / "model.safetensors", published)
+    base = ["--data_dir", folder, "--resume_checkpoint", published, "--iterations", 1, "--device", "cpu"]
+    with pytest.raises(InputError) as error:
+        command("image_train", *base, "--save_dir", tmp_path)
+    assert error.value.parameter == "resume_checkpoint"
+    with pytest.raises(InputError):
+        command("image_train", *base, "--save_dir", tmp_path / "new", "--export", published)
+    assert published.read_bytes() == (run / "model.safetensors").read_bytes()
+
+
+def test_two_trainings_do_not_share_a_folder(resume, run):
+    handle = lock(str(run))
+    with pytest.raises(InputError) as error:
+        resume()
+    assert error.value.parameter == "save_dir"
+    os.close(handle)
+    assert resume() == 0
+
+
+@pytest.mark.slow
+def test_a_killed_run_does_not_keep_its_folder_locked_by_its_loaders(folder, tmp_path):
+    flags = [*SMALL, *words("--iterations 2000 --cache none --num_workers 2")]
+    process = start("scripts/image_train.py", "--data_dir", folder, "--save_dir", tmp_path, *flags)
+    while not (tmp_path / "model000002.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    with pytest.raises(InputError):
+        lock(str(tmp_path))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    os.close(lock(str(tmp_path)))
+    process.communicate()
+
+
+def test_rolling_back_mentions_the_checkpoints_that_stay(command, folder, run, caplog):
+    base = ["--data_dir", folder, "--save_dir", run, "--iterations", 2, *SMALL]
+    command("image_train", *base, "--resume_checkpoint", run / "model000001.pt")
+    assert "later checkpoints, of step 2" in caplog.text
+
+
+# ---- killed, and resumed --------------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_before_its_export_exports_when_resumed(command, folder, run):
+    exported = (run / "model.safetensors").read_bytes()
+    again = ["--data_dir", folder, "--save_dir", run, *SMALL, "--iterations", 2, "--resume", "auto"]
+    for left in (None, exported[:1000], b""):
+        if left is None:
+            (run / "model.safetensors").unlink()
+        else:
+            (run / "model.safetensors").write_bytes(left)
+        assert command("image_train", *again) == 0
+        assert (run / "model.safetensors").read_bytes() == exported
+
+
+def test_the_same_model_exports_the_same_bytes():
+    state = {"b": torch.ones(3), "a": torch.arange(4.0)}
+    texts = {name: name for name in ("flags", "classes", "training", "model_type")}
+    first = files.exported_bytes(state, texts, torch.float16)
+    assert all(files.exported_bytes(state, dict(texts), torch.float16) == first for _ in range(5))
+    from safetensors.torch import load
+
+    assert {name: value.tolist() for name, value in load(first).items()} == {"a": [0, 1, 2, 3], "b": [1, 1, 1]}
+
+
+@pytest.mark.parametrize("sides", ["4", "4,2", "2, 4"])
+def test_a_flag_spelt_in_another_way_is_the_same_flag(command, folder, tmp_path, caplog, sides):
+    """The network of 8 pixels and two levels has no map of 2 pixels; 32,64 channels are those of 1,2."""
+    flags = words("--image_size 8 --num_channels 32 --num_res_blocks 1 --num_heads 1 --ema_rate 0.9 --batch_size 1")
+    flags += words("--device cpu --log_interval 1 --data_dir")
+    base = [*flags, folder, "--save_dir", tmp_path, "--resume", "auto"]
+    for iteration, mult in enumerate(("1,2", "1.0,2.0", "1, 2", ""), 1):
+        spelt = ["--channel_mult", mult, "--attention_resolutions", sides] if mult else []
+        caplog.clear()
+        command("image_train", *base, *spelt, "--iterations", iteration)
+        assert ("no attention at 2: " in caplog.text) == (iteration == 1 and "2" in sides)
+    with pytest.raises(InputError) as error:
+        command("image_train", *base, "--attention_resolutions", "8", "--iterations", 9)
+    assert error.value.parameter == "attention_resolutions"
+
+
+def test_an_average_is_found_however_its_rate_is_spelt(resume, run, caplog):
+    expected = torch.load(run / "ema_0.9_000002.pt")
+    assert files.find_ema(str(run), "0.900", 2) == str(run / "ema_0.9_000002.pt")
+    assert resume("--ema_rate", "0.900") == 0
+    assert "does not exist" not in caplog.text
+    moved = torch.load(run / "ema_0.900_000003.pt")
+    assert all((moved[name] - value).abs().max() < 0.01 for name, value in expected.items())
+
+
+def test_time_left_is_logged_without_a_terminal(resume, caplog):
+    with caplog.at_level(logging.INFO):
+        resume("--iterations", 20)
+    assert "step 3 of 20: loss" in caplog.text and " s left" in caplog.text
+
+
+# ---- damaged files --------------------------------------------------------------------------------------------------
+
+
+NESTED = "[" * 100_000
+DAMAGED = [
+    ("train.json", b""), ("train.json", b"[]"), ("train.json", b"\xff\xfe"), ("train.json", b'{"model": 3}'),
+    ("train.json", b'{"model": {"image_size": [8]}}'), ("train.json", NESTED.encode()),
+    ("train.json", b'{"model": {}, "classes": [1, 2]}'), ("train.json", b'{"model": {"no_such_flag": 1}}'),
+    ("train.json", b'{"model": {"image_size": "eight"}}'), ("train.json", b'{"model": {"diffusion_steps": -1}}'),
+    ("train.json", b'{"model": {"channel_mult": {}}}'), ("train.json", b'{"model": {"image_size": 1e308}}'),
+    ("progress.csv", b"\xff\xfe\0\0"), ("progress.csv", b"a,b\n1,2\n"), ("progress.csv", b"step,step\n1,2\n"),
+    ("progress.csv", b'step,loss\n"' + b"x" * 200_000), ("progress.csv", b"<html>"),
+    *((name, data) for name in ("model000002.pt", "opt000002.pt", "ema_0.9_000002.pt")
+      for data in (b"", b"PK\3\4", b"\x80\2}q.", b"\x80\2" + b"]" * 5000 + b".", NESTED.encode(), b"PK" + b"\0" * 999)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, data", DAMAGED, ids=[f"{name}-{data[:12]!r}" for name, data in DAMAGED])
+def test_a_damaged_file_is_named_in_one_line(resume, run, name, data):
+    (run / name).write_bytes(data)
+    with pytest.raises(InputError) as error:
+        resume()
+    text = str(error.value)
+    assert name in text or error.value.parameter, text
+    assert "\n" not in text and len(text) < 1500
+    assert not (run / "model000003.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["train.json", "progress.csv", "opt000002.pt", "model000002.pt", "ema_0.9_000002.pt"])
+@pytest.mark.parametrize("put", [os.mkdir, os.mkfifo], ids=["folder", "fifo"])
+def test_something_else_in_the_place_of_a_file(resume, run, name, put):
+    (run / name).unlink()
+    put(run / name)
+    with pytest.raises(InputError):
+        resume()
+
+
+@pytest.mark.parametrize("rows", ["3,1\n", "2\n", "2,1,5\n", "x,1\n", "-1,1\n", "9" * 5000 + ",1\n", "2,1\n2,"])
+def test_rows_that_a_kill_or_an_editor_left_are_dropped(tmp_path, rows):
+    (tmp_path / "progress.csv").write_text("step,loss\n1,0.5\n" + rows)
+    ProgressLog(str(tmp_path), 2).write({"step": 3, "loss": 0.25})
+    text = (tmp_path / "progress.csv").read_text()
+    assert text.startswith("step,loss\n1,0.5\n") and text.endswith("\n3,0.25\n") and len(text) < 100
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_flipped_bit_in_an_optimizer_file_is_found(finished, tmp_path, data):
+    loop, _ = make_loop(None, tmp_path, images=[0])
+    blob = bytearray((finished / "opt000002.pt").read_bytes())
+    place = data.draw(st.integers(0, len(blob) - 1))
+    blob[place] ^= 1 << data.draw(st.integers(0, 7))
+    path = tmp_path / "opt000002.pt"
+    path.write_bytes(blob)
+    expected, _ = files.load_optimizer_file(str(finished / "opt000002.pt"), loop.params)
+    try:
+        found, _ = files.load_optimizer_file(str(path), loop.params)
+    except InputError as error:
+        assert path.name in str(error)
+    else:  # in the archive's padding, or in a time of writing
+        for number, entries in expected.items():
+            assert all(torch.equal(value, found[number][name]) for name, value in entries.items())
+
+
+def change(content, *keys, value):
+    content = copy.deepcopy(content)
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    return content
+
+
+OTHERS = {
+    "moments of another shape": (("state", 0, "exp_avg"), torch.zeros(1)),
+    "moments of more values": (("state", 0, "exp_avg_sq"), torch.zeros(999, 999)),
+    "moments in half": (("state", 1, "exp_avg"), "half"),
+    "a sparse moment": (("state", 0, "exp_avg"), torch.zeros(3, 3).to_sparse()),
+    "no moment": (("state", 0), {"step": torch.tensor(1.0)}),
+    "a text as state": (("state", 0), "x"),
+    "a parameter too many": (("state", 999), {}),
+    "NaN": (("state", 0, "exp_avg"), "nan"),
+    "a negative square": (("state", 0, "exp_avg_sq"), "negative"),
+    "a negative step": (("state", 0, "step"), torch.tensor(-5.0)),
+    "a step of NaN": (("state", 0, "step"), float("nan")),
+    "a text as step": (("state", 0, "step"), "2"),
+    "state as list": (("state",), [1]),
+    "no groups": (("param_groups",), []),
+    "other parameters": (("param_groups", 0, "params"), [0, 1]),
+    "parameters in another order": (("param_groups", 0, "params"), "reversed"),
+    "groups of texts": (("param_groups",), ["x"]),
+    "train as text": (("train",), "x"),
+    "negative samples": (("train", "samples"), -3),
+    "samples as text": (("train", "samples"), "many"),
+    "totals of another shape": (("train", "totals"), {"loss": torch.zeros(2)}),
+    "totals as list": (("train", "totals"), [1]),
+}
+
+
+@pytest.mark.parametrize("keys, value", OTHERS.values(), ids=OTHERS)
+def test_an_optimizer_file_of_another_network_is_refused(resume, run, keys, value):
+    path = run / "opt000002.pt"
+    content = torch.load(path, weights_only=True)
+    first = content["state"][0]["exp_avg"]
+    value = {
+        "half": content["state"][1]["exp_avg"].half() if value == "half" else None,
+        "nan": torch.full_like(first, float("nan")),
+        "negative": torch.full_like(first, -1.0),
+        "reversed": content["param_groups"][0]["params"][::-1],
+    }.get(value, value) if isinstance(value, str) and keys[-1] != "step" else value  # fmt: skip
+    torch.save(change(content, *keys, value=value), path)
+    with pytest.raises(InputError, match=r"opt000002\.pt"):
+        resume()
+
+
+def test_state_of_a_schedule_sampler_of_another_process_is_refused(command, folder, tmp_path):
+    flags = [*MODEL, *words("--batch_size 2 --device cpu --schedule_sampler loss-second-moment --ema_rate 0.9")]
+    base = ["--data_dir", folder, "--save_dir", tmp_path, "--diffusion_steps", 30, *flags]
+    command("image_train", *base, "--iterations", 1)
+    path = tmp_path / "opt000001.pt"
+    content = torch.load(path, weights_only=True)
+    table = content["train"]["schedule_sampler"]["losses"]
+    for wrong in (table[:5], table.float(), table.to_sparse(), [1], torch.full_like(table, float("nan"))):
+        torch.save(change(content, "train", "schedule_sampler", "losses", value=wrong), path)
+        with pytest.raises(InputError, match="schedule_sampler"):
+            command("image_train", *base, "--iterations", 2, "--resume", "auto")
+
+
+def test_hyperparameters_in_an_optimizer_file_do_not_count(resume, run):
+    path = run / "opt000002.pt"
+    content = torch.load(path, weights_only=True)
+    content["param_groups"][0] |= {"betas": "x", "eps": -1, "fused": "maybe", "lr": None, "amsgrad": True}
+    torch.save(content, path)
+    assert resume() == 0
+
+
+# ---- a full disk ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def full_disk(left):
+    """Files cannot grow beyond `left` bytes within the context: the system says so as it does for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (left, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_log_that_cannot_grow_is_one_line(tmp_path):
+    log = ProgressLog(str(tmp_path), 0)
+    log.write({"step": 1, "loss": 0.5})
+    size = (tmp_path / "progress.csv").stat().st_size
+    with full_disk(size + 2), pytest.raises(InputError, match=r"progress\.csv"):
+        log.write({"step": 2, "loss": 0.5})
+    again = ProgressLog(str(tmp_path), 1)
+    assert [row["step"] for row in again.rows] == ["1"]
+
+
+@pytest.mark.parametrize("what", ["log", "grid"])
+def test_a_disk_that_fills_up_does_not_lose_the_step(folder, tmp_path, monkeypatch, what):
+    loop, _ = make_loop(folder, tmp_path, batch_size=1, iterations=5, log_interval=1, sample_interval=1)
+    loop.sample = lambda model: np.zeros((1, 8, 8, 3), np.uint8)
+
+    def fail(*arguments):
+        if loop.step == 3:
+            raise InputError("no room left to write it")
+
+    if what == "log":
+        monkeypatch.setattr(ProgressLog, "write", lambda log, row: fail())
+    else:
+        monkeypatch.setattr("guided_diffusion.training.loop.write_png", fail)
+    with pytest.raises(InputError, match="no room left"):
+        loop.run()
+    assert files.saved_steps(tmp_path) == [3]
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line(resume, run):
+    with full_disk(4096), pytest.raises(InputError, match="no room left"):
+        resume()
+    assert files.saved_steps(str(run)) == [1, 2]
+    assert resume() == 0
+
+
+def test_tensorboard_that_fails_is_left_out(tmp_path, caplog):
+    class Broken:
+        def __init__(self, folder, purge_step):
+            pass
+
+        def add_scalar(self, *arguments):
+            raise OSError(28, "No space left on device")
+
+    log = ProgressLog(str(tmp_path), 0, Broken)
+    log.write({"step": 1, "loss": 0.5})
+    log.write({"step": 2, "loss": 0.5})
+    log.close()
+    assert caplog.text.count("TensorBoard") == 1 and (tmp_path / "progress.csv").read_text().count("\n") == 3
+
+
+# ---- images, processes, devices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_one_line_also_from_a_loader(command, folder, tmp_path, workers):
+    data = shutil.copytree(folder, tmp_path / "data")
+    (data / "cat" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    flags = [*SMALL, "--iterations", 9, "--cache", "none", "--num_workers", workers]
+    with pytest.raises(InputError, match=r"0\.png") as error:
+        command("image_train", "--data_dir", data, "--save_dir", tmp_path / "out", *flags)
+    assert "Traceback" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("raised, parameter", [
+    (torch.OutOfMemoryError("CUDA out of memory"), "batch_size"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory"), "batch_size"),
+    (MemoryError(), "batch_size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), None),
+])  # fmt: skip
+def test_what_pytorch_raises_for_the_machine_is_one_line(folder, tmp_path, raised, parameter):
+    loop, _ = make_loop(folder, tmp_path, batch_size=1, iterations=2)
+
+    def losses(*arguments):
+        raise raised
+
+    loop.losses = losses
+    with pytest.raises(InputError) as error:
+        loop.run()
+    assert error.value.parameter == parameter
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64, as Apple's is: no operation may give it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (list, tuple)) else [result]:
+            assert not isinstance(value, torch.Tensor) or value.dtype != torch.float64, function
+        return result
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment", "lognormal"])
+@pytest.mark.parametrize("weighting", [None, {"p2_gamma": 1.0}])
+def test_a_step_computes_nothing_in_float64(folder, tmp_path, sampler, weighting):
+    loop, _ = make_loop(folder, tmp_path, batch_size=2, schedule_sampler=sampler, weighting=weighting)
+    numbers = np.arange(2)
+    loop.train_step(numbers, *next(loop.images.batches(iter([numbers]), "cpu")))
+    with NoFloat64():
+        loop.train_step(numbers, *next(loop.images.batches(iter([numbers]), "cpu")))
+
+
+def test_means_are_taken_on_the_cpu():
+    class OnDevice:
+        def double(self):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+        def cpu(self):
+            return torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 2.0], [0.0, 0.0]])
+
+    assert means_by_quarter({"loss": OnDevice()}) == {"loss": 1.0, "loss_q0": 0.5, "loss_q2": 1.5}
