@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_training import make_loop
-from test_training_runs import MODEL, load_command, start, words
+from test_training_runs import EXTRACTOR, MODEL, load_command, start, words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_diffusion.checkpoint import load_model
@@ -330,6 +330,21 @@ def test_a_run_killed_before_its_export_exports_when_resumed(command, folder, ru
             (run / "model.safetensors").write_bytes(left)
         assert command("image_train", *again) == 0
         assert (run / "model.safetensors").read_bytes() == exported
+
+
+def test_a_resumed_classifier_exports_the_same_bytes(command, folder, tmp_path):
+    flags = [
+        *EXTRACTOR,
+        *words("--log_interval 1 --save_interval 1 --ema_rate 0.9"),
+        "--data_dir",
+        folder,
+        "--save_dir",
+    ]
+    command("classifier_train", *flags, tmp_path / "a", "--iterations", 2)
+    for iterations in (1, 2):
+        command("classifier_train", *flags, tmp_path / "b", "--iterations", iterations, "--resume", "auto")
+    whole, resumed = (tmp_path / name / "model.safetensors" for name in "ab")
+    assert whole.read_bytes() == resumed.read_bytes()
 
 
 def test_the_same_model_exports_the_same_bytes():

@@ -160,9 +160,11 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
         other = ENCODER if kind is DIFFUSION else DIFFUSION
         raise InputError(f"{display_name(checkpoint)} is a {other.word}, and a {kind.word} is to be trained")
     if kind is not ENCODER and bool(info.flags.get("super_res")) != (kind is SUPER_RES):
-        found = SUPER_RES if kind is DIFFUSION else DIFFUSION
-        raise InputError(f"{display_name(checkpoint)} is a {found.word}, and a {kind.word} is to be trained")
-    known = {**info.flags, **record.model, **_free(given)}
+        other = SUPER_RES if kind is DIFFUSION else DIFFUSION
+        raise InputError(f"{display_name(checkpoint)} is a {other.word}, and a {kind.word} is to be trained")
+    # A run keeps to its record; options that are newer than it come from the file.
+    found = {name: value for name, value in info.flags.items() if not record.model or name in kind.defaults()}
+    known = {**found, **record.model, **_free(given)}
     flags = in_order(kind, {name: value for name, value in known.items() if not name.endswith("use_fp16")})
     for name, value in fixed.items():
         if flags.get(name) != value:
