@@ -130,11 +130,41 @@ def fid_by_eigenvalues(x, y):
 def test_one_command_measures_everything(data, tmp_path):
     """A process of its own, elsewhere, without PYTHONPATH; a second extractor run gives the same numbers."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    flags = ["--outputs", data / "outputs", "--sources", data / "sources", "--targets", data / "targets", "--truth",
-             data / "truth", "--features", data / "blocks.pt", "--image_size", 16, "--bootstrap", 40, "--lpips", False,
-             "--batch_size", 7, "--per_image", "True", "--out", "new/result", "--device", "cpu", "--trust_features"]
-    run = subprocess.run([sys.executable, str(SCRIPT), *map(str, flags)], cwd=tmp_path, env=environment,
-                         capture_output=True, text=True, timeout=120)
+    flags = [
+        "--outputs",
+        data / "outputs",
+        "--sources",
+        data / "sources",
+        "--targets",
+        data / "targets",
+        "--truth",
+        data / "truth",
+        "--features",
+        data / "blocks.pt",
+        "--image_size",
+        16,
+        "--bootstrap",
+        40,
+        "--lpips",
+        False,
+        "--batch_size",
+        7,
+        "--per_image",
+        "True",
+        "--out",
+        "new/result",
+        "--device",
+        "cpu",
+        "--trust_features",
+    ]
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, flags)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "new" / "result.json").read_text())
     values, intervals = result["metrics"], result["intervals"]
@@ -157,15 +187,21 @@ def test_one_command_measures_everything(data, tmp_path):
     assert all(low < values[name] < high for name, (low, high) in intervals.items())
 
     assert result["pairing"] == {"source": "stem", "truth": "order"}
-    assert result["counts"] == {"outputs": 20, "sources": 20, "targets": 21, "truth": 20, "source_pairs": 20,
-                                "truth_pairs": 20}
+    assert result["counts"] == {
+        "outputs": 20,
+        "sources": 20,
+        "targets": 21,
+        "truth": 20,
+        "source_pairs": 20,
+        "truth_pairs": 20,
+    }
     assert result["sizes"]["sources"] == ["32x32"] and result["sizes"]["outputs"] == ["16x16"]
     assert result["protocol"]["features"].startswith("torchscript ") and result["protocol"]["dimensions"] == 12
     assert "16x16" in result["protocol"]["paired"]
     assert "warning: no file name in outputs occurs in truth: paired by order of names" in run.stderr
     assert "warning: MS-SSIM is left out: its scales need images of 161 pixels or more" in run.stderr
 
-    row, = csv.DictReader((tmp_path / "new" / "result.csv").open())
+    (row,) = csv.DictReader((tmp_path / "new" / "result.csv").open())
     assert float(row["fid"]) == values["fid"] and float(row["fid_low"]) == intervals["fid"][0]
     assert row["source_lpips"] == "" and row["count_targets"] == "21"
     rows = list(csv.DictReader((tmp_path / "new" / "result_images.csv").open()))
@@ -175,7 +211,10 @@ def test_one_command_measures_everything(data, tmp_path):
     assert text == run.stdout
     assert f"| Fréchet | {values['fid']:.6g} |" in text and "| SSIM, truth |" in text and "paired by order" in text
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
-        "result.csv", "result.json", "result.md", "result_images.csv",
+        "result.csv",
+        "result.json",
+        "result.md",
+        "result_images.csv",
     ]
 
 
@@ -192,8 +231,19 @@ def pytorch_fid(x, y):
 
 
 def test_fid_equals_pytorch_fid_on_the_same_features(monkeypatch, data, tmp_path):
-    result = measured(monkeypatch, data, tmp_path, "--outputs", "outputs", "--targets", "targets",
-                      "--features", "blocks.pt", "--image_size", "16")
+    result = measured(
+        monkeypatch,
+        data,
+        tmp_path,
+        "--outputs",
+        "outputs",
+        "--targets",
+        "targets",
+        "--features",
+        "blocks.pt",
+        "--image_size",
+        "16",
+    )
     x, y = block_means(data / "outputs"), block_means(data / "targets")
     assert result["metrics"]["fid"] == pytest.approx(pytorch_fid(x, y), rel=1e-4)
 
@@ -250,9 +300,7 @@ def test_statistics_file_in_place_of_a_folder(monkeypatch, data, tmp_path):
         np.testing.assert_allclose(file["mu"], block_means(data / "targets").mean(axis=0), rtol=1e-5)
         assert file["sigma"].shape == (12, 12)
     flags = (*flags, "--bootstrap", 20)
-    result = measured(
-        monkeypatch, data, tmp_path, "--outputs", "outputs", "--targets", tmp_path / "stats.npz", *flags
-    )
+    result = measured(monkeypatch, data, tmp_path, "--outputs", "outputs", "--targets", tmp_path / "stats.npz", *flags)
     assert result["metrics"]["fid"] == pytest.approx(direct["metrics"]["fid"], rel=1e-6)
     low, high = result["intervals"]["fid"]
     assert low < result["metrics"]["fid"] < high
@@ -270,7 +318,7 @@ def test_kid_by_subsets_has_a_standard_deviation(monkeypatch, data, tmp_path):
 def test_too_few_images_for_fid_are_said(monkeypatch, data, tmp_path):
     flags = ("--outputs", "few", "--targets", "targets", "--features", "blocks.pt", "--image_size", 16)
     result = measured(monkeypatch, data, tmp_path, *flags)
-    warning, = result["warnings"]
+    (warning,) = result["warnings"]
     assert warning.startswith("outputs: too few images for FID's rank: 5 images for 12 features")
 
 
@@ -376,7 +424,7 @@ def test_inception_without_weights_is_one_line(monkeypatch, data, tmp_path):
 
 
 BLOCKS = "--features blocks.pt --image_size 16"
-ERRORS = {  # flags: the parameter that is named, and its value; or where several are at fault, the beginning of the text
+ERRORS = {  # flags: the parameter that is named and its value, or the beginning of the text
     "": ("outputs", None),
     "--outputs outputs": ("outputs", "outputs"),
     "--outputs nowhere --truth few": ("outputs", "nowhere"),
@@ -402,7 +450,7 @@ ERRORS = {  # flags: the parameter that is named, and its value; or where severa
     "--outputs few --targets few --features missing.pt": ("features", "missing.pt"),
     "--outputs few --targets few --features weights.pt": ("features", "weights.pt"),
     "--outputs few --targets few --features blocks.pt --trust_features False": ("features", "blocks.pt"),
-    "--outputs few --targets few --features spatial.pt": r".*it returns .5, 1, 256, 256. for 5 images; .N, D. is needed",
+    "--outputs few --targets few --features spatial.pt": ".*it returns .5, 1, 256, 256. for 5 images",
     "--outputs few --targets few --inception_path missing.pth": ("inception_path", "missing.pth"),
     "--outputs few --targets few --inception_path weights.pt": ("inception_path", "weights.pt"),
     f"--outputs few --targets few {BLOCKS} --inception_path weights.pt": ("inception_path", "weights.pt"),
@@ -463,8 +511,13 @@ def test_images_that_are_not_square_fail_in_a_torchscript_of_one_shape(monkeypat
 
 
 def test_the_process_ends_with_one_line_and_status_2(data):
-    run = subprocess.run([sys.executable, str(SCRIPT), "--outputs", "few", "--truth", "nowhere"], cwd=data,
-                         capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), "--outputs", "few", "--truth", "nowhere"],
+        cwd=data,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.startswith("error: --truth is 'nowhere'; ") and run.stderr.count("\n") == 1
 

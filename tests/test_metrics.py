@@ -305,12 +305,14 @@ def test_male2female_images_are_resized_twice_and_normalised(tmp_path):
 
     path = tmp_path / "face.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 200, 3), np.uint8)).save(path)
-    published = transforms.Compose([
-        transforms.Resize([256, 256]),
-        transforms.Resize([299, 299]),
-        transforms.ToTensor(),
-        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    ])
+    published = transforms.Compose(
+        [
+            transforms.Resize([256, 256]),
+            transforms.Resize([299, 299]),
+            transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
     with Image.open(path) as image:
         torch.testing.assert_close(reading.read_male2female(path), published(image))
 
@@ -326,9 +328,20 @@ def test_male2female_protocol_is_for_inception_only(inception_path):
 
 def test_model_of_this_project_as_extractor(tmp_path):
     flags = dict(
-        image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8", num_heads=4,
-        num_head_channels=32, num_heads_upsample=-1, resblock_updown=True, use_scale_shift_norm=True, learn_sigma=False,
-        class_cond=False, use_new_attention_order=False, dropout=0.0,
+        image_size=16,
+        num_channels=32,
+        num_res_blocks=1,
+        channel_mult="1,2",
+        attention_resolutions="8",
+        num_heads=4,
+        num_head_channels=32,
+        num_heads_upsample=-1,
+        resblock_updown=True,
+        use_scale_shift_norm=True,
+        learn_sigma=False,
+        class_cond=False,
+        use_new_attention_order=False,
+        dropout=0.0,
     )
     torch.manual_seed(0)
     model = create_model(**flags, use_checkpoint=False, use_fp16=False).eval()
