@@ -390,7 +390,7 @@ def test_several_translations_of_every_source(monkeypatch, data, tmp_path):
 
 
 def test_cached_target_features_change_nothing(data):
-    folders = dict(outputs=data / "outputs", targets=data / "targets", features=str(data / "blocks.pt"))
+    folders = {"outputs": data / "outputs", "targets": data / "targets", "features": str(data / "blocks.pt")}
     options = Evaluation(**folders, image_size=16, trust_features=True, device="cpu")
     instruments = Instruments(options)
     direct, _ = evaluation.evaluate(options)
@@ -418,7 +418,7 @@ def test_lpips_is_left_out_and_said_or_an_error(monkeypatch, data, tmp_path):
 def test_inception_without_weights_is_one_line(monkeypatch, data, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    with pytest.raises(InputError, match="could not be downloaded .*inception_path") as caught:
+    with pytest.raises(InputError, match=r"could not be downloaded .*inception_path") as caught:
         evaluate(monkeypatch, data, "--outputs", "few", "--targets", "few")
     assert caught.value.parameter == "features"
 
@@ -504,7 +504,7 @@ def test_images_that_are_not_square_fail_in_a_torchscript_of_one_shape(monkeypat
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 4))
     save_torchscript(model, tmp_path / "linear.pt")
     flags = ("--outputs", "wide", "--targets", "few", "--features", tmp_path / "linear.pt")
-    with pytest.raises(InputError, match="torchscript .* it fails on images of 24x16: ") as caught:
+    with pytest.raises(InputError, match=r"torchscript .* it fails on images of 24x16: ") as caught:
         evaluate(monkeypatch, data, *flags, "--native_size", "True")
     assert "\n" not in str(caught.value)
     evaluate(monkeypatch, data, *flags, "--image_size", 16)

@@ -327,22 +327,22 @@ def test_male2female_protocol_is_for_inception_only(inception_path):
 
 
 def test_model_of_this_project_as_extractor(tmp_path):
-    flags = dict(
-        image_size=16,
-        num_channels=32,
-        num_res_blocks=1,
-        channel_mult="1,2",
-        attention_resolutions="8",
-        num_heads=4,
-        num_head_channels=32,
-        num_heads_upsample=-1,
-        resblock_updown=True,
-        use_scale_shift_norm=True,
-        learn_sigma=False,
-        class_cond=False,
-        use_new_attention_order=False,
-        dropout=0.0,
-    )
+    flags = {
+        "image_size": 16,
+        "num_channels": 32,
+        "num_res_blocks": 1,
+        "channel_mult": "1,2",
+        "attention_resolutions": "8",
+        "num_heads": 4,
+        "num_head_channels": 32,
+        "num_heads_upsample": -1,
+        "resblock_updown": True,
+        "use_scale_shift_norm": True,
+        "learn_sigma": False,
+        "class_cond": False,
+        "use_new_attention_order": False,
+        "dropout": 0.0,
+    }
     torch.manual_seed(0)
     model = create_model(**flags, use_checkpoint=False, use_fp16=False).eval()
     path = tmp_path / "model.safetensors"
@@ -426,7 +426,7 @@ def test_pairs_by_order_only_where_no_name_matches():
     outputs = references("0.png", "1.png")
     found, how = pairs.pair(outputs, references("x.png", "y.png"), parameter="truth")
     assert how == "order" and [(a.name, b.name) for a, b in found] == [("0.png", "x.png"), ("1.png", "y.png")]
-    with pytest.raises(InputError, match="counts differ .2 and 3"):
+    with pytest.raises(InputError, match=r"counts differ .2 and 3"):
         pairs.pair(outputs, references("x.png", "y.png", "z.png"), parameter="truth")
     with pytest.raises(InputError, match="2 have no partner"):
         pairs.pair(outputs, references("0.png", "y.png"), parameter="truth")
@@ -438,13 +438,13 @@ def test_partial_pairs_are_those_that_there_are():
 
 
 def test_two_files_of_one_stem_are_refused():
-    with pytest.raises(InputError, match="truth, folder/a.jpg and folder/a.png share one name"):
+    with pytest.raises(InputError, match=r"truth, folder/a.jpg and folder/a.png share one name"):
         pairs.pair(references("a.png"), references("a.jpg", "a.png"), parameter="truth")
 
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_msssim", None)
-    with pytest.raises(InputError, match="SSIM needs the package pytorch-msssim .*: pip install pytorch-msssim"):
+    with pytest.raises(InputError, match=r"SSIM needs the package pytorch-msssim .*: pip install pytorch-msssim"):
         pairs.paired_metrics(images(0), images(1))
 
 
