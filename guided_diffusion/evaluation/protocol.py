@@ -571,7 +571,7 @@ def translations(found: Sequence[Reference], record: Mapping[str, Any]) -> list[
         number = re.fullmatch(r"sample_(0|[1-9][0-9]{0,8})", folder)
         if number and int(number[1]) < count:
             sets.setdefault(int(number[1]), []).append((output, Reference(output.path, name)))
-    return [sets[k] for k in sorted(sets)]
+    return [sets[k] for k in sorted(sets)] or [[(output, output) for output in found]]
 
 
 def split_features(features: np.ndarray, found: Sequence[Reference], sets: list) -> list[np.ndarray]:

@@ -46,7 +46,7 @@ code { font-size: 13px; overflow-wrap: anywhere }
 
 @dataclass(frozen=True)
 class Folders:
-    """Where the report's pictures are: the references, the comparison's save folder and the truths, if there are any."""
+    """Where the report's pictures are: the references, the save folder and the truths, if there are any."""
 
     sources: str
     made: str
