@@ -424,6 +424,7 @@ def test_labels_of_a_chart_do_not_cover_each_other_nor_dots(count):
     for text in root.iter("{http://www.w3.org/2000/svg}text"):
         if text.text.startswith("M="):
             x, y = float(text.get("x")), float(text.get("y"))
+            x -= 20 if text.get("text-anchor") == "end" else 0
             boxes.append((x, y - 21, x + 20, y))
     assert len(dots) == count and (len(boxes) == 5 if count == 5 else 5 < len(boxes) < count)
     titles = [title.text for title in root.iter("{http://www.w3.org/2000/svg}title")]

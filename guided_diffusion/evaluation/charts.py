@@ -232,7 +232,7 @@ def leading_number(text: str) -> float | None:
 
 # ---- guided steps ---------------------------------------------------------------------------------------------------
 
-PROGRESS = "step, as a share of the schedule: sampling goes from right to left"
+PROGRESS = "share of the schedule; sampling runs leftwards"
 
 
 def step_charts(results: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -348,8 +348,18 @@ def chart(
     dots = [at(*point.xy) for point in points]
     taken: list[Box] = [(across - 6, down - 6, across + 6, down + 6) for across, down in dots]
     for point in points:
+        (start, end), (low, high) = bars(point, at)
+        taken.append((start[0], start[1] - 2, end[0], end[1] + 2))
+        taken.append((low[0] - 2, high[1], low[0] + 2, low[1]))
+    for point in points:
         parts += mark(point, at, taken)
     return Chart(title, parts, [(line.label, line.style) for line in series if line.label])
+
+
+def bars(point: Point, at: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Ends of a mark's deviations: from left to right, and from low to high values."""
+    (x, y), (dx, dy) = point.xy, point.deviation
+    return (at(x - dx, y), at(x + dx, y)), (at(x, y - dy), at(x, y + dy))
 
 
 def mark(point: Point, at: Any, taken: list[Box]) -> list[str]:
@@ -357,12 +367,11 @@ def mark(point: Point, at: Any, taken: list[Box]) -> list[str]:
 
     Where there is no room, the label is seen only when the pointer is on the marker.
     """
-    (x, y), (dx, dy), colour = point.xy, point.deviation, point.style.colour
-    across, down = at(x, y)
-    (left, low), (right, high) = at(x - dx, y - dy), at(x + dx, y + dy)
+    across, down = at(*point.xy)
+    ((left, _), (right, _)), ((_, low), (_, high)) = bars(point, at)
     cross = f"M{left:.1f} {down:.1f}H{right:.1f}M{across:.1f} {low:.1f}V{high:.1f}"
     parts = [
-        f'<path d="{cross}" stroke="{colour}"/>',
+        f'<path d="{cross}" stroke="{point.style.colour}"/>',
         point.style.mark(across, down, hollow=point.hollow, title=", ".join(point.lines)),
     ]
     length, tall = LETTER * max(map(len, point.lines), default=0), LINE * len(point.lines)
@@ -374,8 +383,10 @@ def mark(point: Point, at: Any, taken: list[Box]) -> list[str]:
     box = next((box for box in inside if not any(overlap(box, other) for other in taken)), None)
     if box and point.lines:
         taken.append(box)
+        is_left = box[2] < across  # then its end is beside the marker
+        start = f'x="{box[2]:.1f}" text-anchor="end"' if is_left else f'x="{box[0]:.1f}"'
         for k, line in enumerate(point.lines):
-            place = f'x="{box[0]:.1f}" y="{box[1] + LINE * (k + 1) - 3:.1f}"'
+            place = f'{start} y="{box[1] + LINE * (k + 1) - 3:.1f}"'
             parts.append(f'<text class="halo" {place}>{html.escape(line)}</text>')
     return parts
 

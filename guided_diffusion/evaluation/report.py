@@ -27,13 +27,16 @@ ul { padding-left: 1.2rem }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .4rem; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: bottom }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left }
-.pictures td, .pictures th { padding: 2px; border: 0; text-align: center; font-size: 12px; font-weight: normal;
-  max-width: 96px }
+td:nth-child(n+3) { white-space: nowrap }
+td:nth-child(2) { min-width: 8.5rem }
+.pictures td, .pictures td:nth-child(2), .pictures th { padding: 2px; border: 0; text-align: center; font-size: 12px;
+  font-weight: normal; min-width: 0; max-width: 96px; white-space: normal }
 .pictures img { display: block; width: 96px; height: 96px; background: #fff }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 2rem 1.5rem }
 figure { margin: 0; max-width: 36rem; min-width: 0 }
 figure > svg { display: block; width: 100%; height: auto }
 figcaption { font-weight: 600 }
+@media (max-width: 32rem) { figure > svg text:not(.halo) { font-size: 15px } }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: 13px }
 .key span { display: inline-flex; align-items: center; gap: .4rem }
 .swatch { width: 30px; height: 12px; flex: none }
