@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, display_name
 from ..image_datasets import Reference
 from ..options import check, option
 from ..run import files
@@ -374,7 +374,7 @@ class _Measuring:
         except InputError:
             if not os.path.isdir(str(self.options.outputs)):
                 return {}
-        self.warnings.append(f"{files.display_name(path)}: not the record of a run; negative_impact is left out")
+        self.warnings.append(f"{display_name(path)}: not the record of a run; negative_impact is left out")
         return {}
 
     # Distances between sets
