@@ -3,7 +3,7 @@
 # features of its middle block for the distances. Needs nothing but the repository, the packages of requirements.txt and
 # npm. Every method has the setting that benchmarks/emoji/search.py found for it on training pictures (table.txt).
 # Further flags go to benchmark.py: --quick for a trial of some minutes, --only SDDM or --seeds 0 for a piece (a later run
-# with all goes on from there), --flags '--precision fp32', ...
+# with all resumes from there), --flags '--precision fp32', ...
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 . "$ROOT/scripts/tasks.sh"

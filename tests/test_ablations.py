@@ -9,9 +9,9 @@ import torch
 from conftest import LinearModel
 
 from guided_diffusion import energy as energies
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import InputError
 from guided_diffusion.manifold import BlockManifold, LowPassManifold, block_statistics, split
-from guided_diffusion.monitor import Monitor, curves
+from guided_diffusion.run.monitor import Monitor, curves
 from guided_diffusion.script_util import create_diffusion
 from guided_diffusion.sddm import LAMBDA, merge, sample
 from resizer import low_pass_filter
@@ -229,7 +229,7 @@ def finish(job, monitor, folder):
 
 
 def test_sums_over_processes_and_restarts(tmp_path):
-    """Two ranks, one of them killed and started again, then a finished run that is gone on with."""
+    """Two ranks, one of them killed and started again, then a finished run that is resumed."""
     jobs = [job(tmp_path / "out", rank) for rank in (0, 1)]
     monitors = [Monitor(each) for each in jobs]
     for monitor in monitors:
@@ -255,7 +255,7 @@ def test_sums_over_processes_and_restarts(tmp_path):
 
     again = job(tmp_path / "out")
     monitor = Monitor(again)
-    (tmp_path / "out" / "run.json").write_text("{}")  # what Job.prepare does: a record begins anew
+    (tmp_path / "out" / "run.json").write_text("{}")  # what Job.prepare does: a new record
     monitor.begin()
     work(monitor, [12])
     record = finish(again, monitor, tmp_path / "out")
@@ -278,7 +278,7 @@ def test_parts_that_are_counted_already_are_not_counted_twice(tmp_path):
     assert finish(second, monitor, tmp_path / "out")["monitor"]["images"] == 5
 
 
-def test_overwriting_starts_the_sums_anew(tmp_path):
+def test_overwriting_starts_the_sums_over(tmp_path):
     first = job(tmp_path / "out")
     monitor = Monitor(first)
     monitor.begin()
@@ -316,5 +316,5 @@ def test_bad_start_of_a_baseline_names_the_flag():
     check_start(1, 10)
     check_start(10, 10)
     for start in (0, 11):
-        with pytest.raises(UserError, match=f"--t is {start}; it can be 1 to 10"):
+        with pytest.raises(InputError, match=f"--t is {start}; it can be 1 to 10"):
             check_start(start, 10)

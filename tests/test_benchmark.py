@@ -1,6 +1,7 @@
 """scripts/benchmark.py on real runs of a tiny model, its table and report; the search of settings; the task scripts."""
 
 import csv
+import html
 import html.parser
 import io
 import json
@@ -13,22 +14,22 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from argparse import Namespace
 
+import publish
 import pytest
+import rescore
+import search
 import tiny
 from conftest import ROOT
 from PIL import Image
+from scripts_in_process import load_script
 
 from guided_diffusion import evaluation
-from guided_diffusion.errors import UserError
+from guided_diffusion.cli import rows as commands
+from guided_diffusion.errors import InputError
+from guided_diffusion.evaluation import Evaluation, charts, comparison, report
+from guided_diffusion.run.monitor import curves
 
-
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks" / "emoji")]
-
-import benchmark  # noqa: E402
-import publish  # noqa: E402
-import report  # noqa: E402
-import rescore  # noqa: E402
-import search  # noqa: E402
+benchmark = load_script("benchmark")
 
 NAMES = ["a.png", "b.png", "c/d.png", "e.png"]
 TABLE = """
@@ -42,12 +43,12 @@ ILVR | N=4     | ilvr_sample.py --timestep_respacing 3 --range_t 0 --down_N 4   
 
 
 def test_rows_of_a_table():
-    first, second = benchmark.parse_table(TABLE)
+    first, second = commands.parse_table(TABLE)
     assert (first.method, first.setting, first.script) == ("SDDM", "4 steps", "ae_sample.py")
     assert first.published == ("62.29 ± 0.63", "0.422") and second.published == ("", "")
     assert second.flags == ("--timestep_respacing", "3", "--range_t", "0", "--down_N", "4")
     assert (second.name, second.folder) == ("ILVR, N=4", "ILVR_N=4")
-    (quoted,) = benchmark.parse_table("EGSDE | | egsde_sample.py --dsepath 'my models/#1.pt' | | 0.36")
+    (quoted,) = commands.parse_table("EGSDE | | egsde_sample.py --dsepath 'my models/#1.pt' | | 0.36")
     assert quoted.flags[1] == "my models/#1.pt" and quoted.published == ("", "0.36") and quoted.name == "EGSDE"
 
 
@@ -62,11 +63,39 @@ def test_rows_of_a_table():
         ("A | b | nowhere_sample.py", "line 1: 'nowhere_sample.py' is no sampling script"),
         ("A | b | ", "line 1: '' is no sampling script"),
         ("A | b c | ilvr_sample.py\na | B_C | ilvr_sample.py", "line 2: a second row with the name 'a, B_C'"),
+        # What would start other programs
+        ("A | b | ../scripts/ilvr_sample.py", "line 1: '../scripts/ilvr_sample.py' is no sampling script"),
+        (f"A | b | {ROOT}/scripts/ilvr_sample.py", "line 1: '.*' is no sampling script"),
+        ("A | b | sub/x_sample.py", "line 1: 'sub/x_sample.py' is no sampling script"),
+        ("A | b | python ilvr_sample.py", "line 1: 'python' is no sampling script"),
+        # What would write or read elsewhere, or sample something else than the other rows
+        (".. | | ilvr_sample.py", "line 1: a row cannot be called '..'"),
+        (". | | ilvr_sample.py", "line 1: a row cannot be called '.'"),
+        ("/ | | ilvr_sample.py", "line 1: a row cannot be called '/'"),
+        ("Table.md | | ilvr_sample.py", "line 1: a row cannot be called 'Table.md'"),
+        ("A | b | ilvr_sample.py --save_dir /tmp/x", "line 1: the row has --save_dir"),
+        ("A | b | ilvr_sample.py --save_dir=/tmp/x", "line 1: the row has --save_dir"),
+        ("A | b | ilvr_sample.py --model_path x.pt", "line 1: the row has --model_path"),
+        ("A | b | ilvr_sample.py --base_samples x", "line 1: the row has --base_samples"),
+        ("A | b | ilvr_sample.py --seed 7", "line 1: the row has --seed"),
+        ("A | b | ilvr_sample.py --num_samples 7", "line 1: the row has --num_samples"),
+        # What would break lines and terminals
+        ("A\x1b[2J | b | ilvr_sample.py", "line 1: .* has control characters"),
+        ("A | b | ilvr_sample.py '\x07'", "line 1: .* has control characters"),
+        (f"A | {'b' * 300} | ilvr_sample.py", "line 1: .* has more than 200 characters"),
+        (f"A | b | ilvr_sample.py {'x' * 10**6}", "line 1: .* has control characters or more than"),
+        ("# " + "x" * 2 * 10**6, "t.txt is longer than"),
     ],
 )
 def test_bad_tables_name_the_line(text, message):
-    with pytest.raises(UserError, match=message):
-        benchmark.parse_table(text, "t.txt")
+    with pytest.raises(InputError, match=message) as caught:
+        commands.parse_table(text, "t.txt")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
+def test_a_name_with_separators_stays_in_the_save_folder():
+    (row,) = commands.parse_table("/etc/../A | ../b | ilvr_sample.py")
+    assert "/" not in row.folder and row.folder.strip(".")
 
 
 # Whole runs
@@ -92,9 +121,8 @@ def flags(data, save_dir, *more):
 
 
 def run(monkeypatch, arguments, stdin=""):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
     monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-    benchmark.main()
+    benchmark.compare(benchmark.create_parser().parse(arguments))
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +133,10 @@ def made(data):
     return data / "out"
 
 
+def curves_of(made, row, seed):
+    return curves(tiny.record(made / row["folder"].replace("seed_0", f"seed_{seed}")))
+
+
 def test_results_are_those_of_the_folders(data, made):
     results = json.loads((made / "results.json").read_text())
     assert [row["method"] for row in results["rows"]] == ["SDDM", "ILVR"]
@@ -113,10 +145,10 @@ def test_results_are_those_of_the_folders(data, made):
             folder = made / row["folder"].replace("seed_0", f"seed_{seed}")
             assert sorted(tiny.pictures(folder)) == sorted(NAMES)
             assert tiny.record(folder)["settings"]["seed"] == int(seed)
-            direct, _ = evaluation.evaluate(
-                str(folder), sources=str(data / "sources"), targets=str(data / "truth"), truth=str(data / "truth"),
-                features=str(data / "model.safetensors"), image_size=tiny.SIZE, lpips=False,
-            )  # fmt: skip
+            direct, _ = evaluation.evaluate(Evaluation(
+                outputs=folder, sources=data / "sources", targets=data / "truth", truth=data / "truth",
+                features=data / "model.safetensors", image_size=tiny.SIZE, lpips="False", device="cpu",
+            ))  # fmt: skip
             assert row["seeds"][seed]["negative_impact"] == direct["metrics"]["negative_impact"]
             for name in ("fid", "kid", "source_ssim", "source_l2", "truth_ssim"):
                 assert row["seeds"][seed][name] == pytest.approx(direct["metrics"][name], rel=1e-6), name
@@ -129,7 +161,11 @@ def test_results_are_those_of_the_folders(data, made):
         assert row["images"] == 4 and "source_lpips" not in row["mean"]
     guided, plain = results["rows"]
     assert [step["i"] for step in guided["curves"]] == [3, 2] and plain["curves"] == []
-    assert guided["mean"]["negative_impact"] >= 0 and "negative_impact" not in plain["mean"]
+    assert guided["energies"] == ["dct"] and plain["energies"] == []
+    # The share of steps against the score, from the record's own steps, by another way than the record's sum.
+    shares = [step["negative"] for seed in (0, 1) for step in curves_of(made, guided, seed)]
+    assert guided["mean"]["negative_impact"] == pytest.approx(statistics.fmean(shares), abs=1e-9)
+    assert "negative_impact" not in plain["mean"]
     assert "4 images for" in " ".join(results["notes"]) and "seeds 0, 1; mean ± standard deviation" in results["notes"]
 
 
@@ -162,11 +198,14 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.addresses += [value for name, value in attributes if name in ("src", "href")]
         self.count[tag] = self.count.get(tag, 0) + 1
-        if tag not in ("meta", "img", "path", "circle"):
+        if tag not in ("meta", "img"):
             self.open.append(tag)
 
+    def handle_startendtag(self, tag, attributes):
+        self.count[tag] = self.count.get(tag, 0) + 1
+
     def handle_endtag(self, tag):
-        if tag not in ("path", "circle"):
+        if tag not in ("meta", "img"):
             assert self.open.pop() == tag
 
     def handle_data(self, data):
@@ -179,10 +218,16 @@ def test_report_is_one_page_with_pictures_and_charts(made):
     assert page.count["img"] == 4 * 4  # source, two rows and truth of four references
     assert page.addresses and all(address.startswith("data:image/webp;base64,") for address in page.addresses)
     assert "http" not in text and "Tiny <test>" in page.text and "62.29 ± 0.63" in page.text
-    charts = re.findall(r"<svg.*?</svg>", text)
-    for chart in charts:
+    drawn = re.findall(r"<figcaption>(.*?)</figcaption>(<svg.*?</svg>)", text)
+    for _, chart in drawn:
         ElementTree.fromstring(chart)
-    assert len(charts) == 5  # trade-off with source and with truth, norms, weights of the score and of the energy
+    titles = [html.unescape(title) for title, _ in drawn]
+    assert len(titles) == 6 and titles[2:] == [
+        "Norm of the score's tangent part", "Norm of the score's normal part", "Weight of the score's tangent part",
+        "Weight of the energy dct",
+    ]  # fmt: skip
+    assert '<meta name="viewport" content="width=device-width' in text and "prefers-color-scheme: dark" in text
+    assert "protocol: egsde" in page.text
     assert "Fréchet distance against SSIM" in page.text and "(published)" not in page.text
 
 
@@ -191,18 +236,23 @@ def test_trade_offs_are_files_with_title_and_key(made):
         root = ElementTree.fromstring((made / name).read_bytes())
         text = " ".join(element.text for element in root.iter("{http://www.w3.org/2000/svg}text"))
         assert f"Fréchet distance against SSIM to {where}" in text and {"ILVR", "SDDM"} <= set(text.split())
-        assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 2
+        assert len(points_of(root)) == 2
+
+
+def points_of(root):
+    """The marks of rows in a chart, without those of its key."""
+    return [element for element in root.iter() if element.get("class") == "point"]
 
 
 def files(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.parent != folder}
 
 
-def test_a_second_run_samples_nothing_anew(data, made, monkeypatch, capsys):
+def test_a_second_run_samples_nothing_again(data, made, monkeypatch, capsys):
     """And a piece of it gives the same numbers."""
     before, page = files(made), (made / "report.html").read_bytes()
     table = (made / "table.md").read_text()
-    monkeypatch.setattr(benchmark, "run", lambda command: pytest.fail(f"sampled anew: {command}"))
+    monkeypatch.setattr(commands, "run", lambda command: pytest.fail(f"sampled again: {command}"))
     run(monkeypatch, flags(data, made))
     assert files(made) == before and (made / "report.html").read_bytes() == page
     assert capsys.readouterr().out == table + f"report: {made / 'report.html'}\n"
@@ -221,47 +271,72 @@ def test_an_unfinished_run_is_finished(data, made, monkeypatch, tmp_path):
     record["finished"] = None
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "a.png").unlink()
-    commands, sample = [], benchmark.run
-    monkeypatch.setattr(benchmark, "run", lambda command: commands.append(command) or sample(command))
+    started, sample = [], commands.run
+    monkeypatch.setattr(commands, "run", lambda command: started.append(command) or sample(command))
     run(monkeypatch, flags(data, made))
-    assert [command[1].endswith("ilvr_sample.py") for command in commands] == [True]
+    assert [command[1].endswith("ilvr_sample.py") for command in started] == [True]
     assert {path: path.read_bytes() for path in folder.rglob("[a-e].png")} == pictures
 
 
 def test_trial_takes_the_first_row_of_each_method_and_three_references(data, monkeypatch, tmp_path):
     wanted = []
-    monkeypatch.setattr(benchmark, "measure", lambda args, rows, evaluator: wanted.append((args, rows)) or [])
-    monkeypatch.setattr(benchmark, "write_results", lambda args, results: "")
+    monkeypatch.setattr(comparison.Comparison, "run", lambda self, rows: wanted.append((self.options, rows)) or [])
+    monkeypatch.setattr(comparison.Comparison, "write", lambda self, results: "")
     again = "ILVR | N=2 | ilvr_sample.py --down_N 2"
     run(monkeypatch, flags(data, tmp_path / "out", "--quick", "--table", "-"), TABLE + again)
     ((args, rows),) = wanted
     assert [row.name for row in rows] == ["SDDM, 4 steps", "ILVR, N=4"]
-    assert (args.num_samples, args.seeds, args.save_dir) == (3, [0], str(tmp_path / "out_quick"))
+    assert (args.num_samples, args.seed_numbers, args.save_dir) == (3, [0], str(tmp_path / "out_quick"))
 
 
 @pytest.mark.parametrize(
-    "more, message",
+    "more, wanted",
     [
-        (["--only", "SDEdit"], "--only SDEdit: no row's method and setting contain it"),
-        (["--table", "no.txt"], "--table no.txt cannot be read"),
-        (["--seeds", "1,1"], "1,1 has a seed twice"),
-        (["--seeds", "one"], "--seeds"),
-        (["--num_samples", "0"], "'0' is not a whole number above 0"),
-        (["--processes", "2", "--launch", "srun"], "--processes 2 and --launch 'srun' exclude each other"),
-        (["--model_path", "no.pt", "--truth", "nowhere"], "missing: --model_path no.pt; --truth nowhere"),
-        (["--features", "no.safetensors"], "missing: --features no.safetensors"),
-        (["--only", "ILVR", "--lpips", "maybe"], "maybe"),
+        (["--only", "SDEdit"], ("only", "SDEdit")),
+        (["--table", "no.txt"], ("table", "no.txt")),
+        (["--table", "."], ("table", ".")),
+        (["--seeds", "1,1"], ("seeds", "1,1")),
+        (["--seeds", "one"], ("seeds", "one")),
+        (["--seeds", "9" * 10**6], ("seeds", "9" * 10**6)),
+        (["--num_samples", "0"], ("num_samples", 0)),
+        (["--num_samples", "1000000000000"], ("num_samples", 10**12)),
+        (["--pictures", "1000000000000"], ("pictures", 10**12)),
+        (["--batch_size", "many"], ("batch_size", "many")),
+        (["--batch_size", "0"], ("batch_size", 0)),
+        (["--name", "a\x1b[2J"], ("name", "a\x1b[2J")),
+        (["--processes", "2", "--launch", "srun"], ("processes", 2)),
+        (["--launch", "'"], ("launch", "'")),
+        (["--flags", "--save_dir /tmp/x"], "flags has --save_dir"),
+        (["--model_path", "no.pt", "--truth", "nowhere"], "missing: model_path no.pt; truth nowhere"),
+        (["--features", "no.safetensors"], "missing: features no.safetensors"),
+        (["--only", "ILVR", "--lpips", "maybe"], ("lpips", "maybe")),
     ],
 )
-def test_what_does_not_fit_is_said_before_sampling(data, monkeypatch, tmp_path, more, message):
-    with pytest.raises(UserError, match=re.escape(message)):
+def test_what_does_not_fit_is_said_before_sampling(data, monkeypatch, tmp_path, more, wanted):
+    with pytest.raises(InputError) as caught:
         run(monkeypatch, flags(data, tmp_path / "out", *more))
+    error = caught.value
+    if isinstance(wanted, str):
+        assert wanted in str(error)
+    else:
+        assert (error.parameter, error.value) == wanted
+    assert str(error).isprintable() and len(str(error)) < 1000
     assert not (tmp_path / "out").exists()
+
+
+def test_a_link_out_of_the_save_folder_is_refused(data, monkeypatch, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "ILVR_N=4").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError) as caught:
+        run(monkeypatch, flags(data, tmp_path / "out", "--only", "ILVR"))
+    assert caught.value.parameter == "save_dir" and list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_files_of_rows_are_looked_for(data, monkeypatch, tmp_path):
     table = "EGSDE | | egsde_sample.py --dsepath no_dse.pt\nSDDM | | ae_sample.py --vgg_path no_vgg.pth"
-    with pytest.raises(UserError, match="missing: --dsepath no_dse.pt; --vgg_path no_vgg.pth"):
+    table += "\nSDDM | b | ae_sample.py --vgg_path=no_vgg2.pth"
+    with pytest.raises(InputError, match=r"--dsepath no_dse\.pt; --vgg_path no_vgg\.pth; --vgg_path no_vgg2\.pth"):
         run(monkeypatch, flags(data, tmp_path / "out", "--table", "-"), table)
 
 
@@ -278,70 +353,104 @@ def test_a_row_that_fails_ends_the_command_with_one_line(data, tmp_path):
 # The report's parts
 
 
-def test_published_results_are_drawn_beside_fids_of_inception_only():
-    row = {
-        "method": "A", "setting": "b",
-        "mean": {"fid": 60.0, "source_ssim": 0.4}, "std": {"fid": 1.0, "source_ssim": None},
-        "published": {"fid": "62.29 ± 0.63", "source_ssim": "0.422"}, "curves": [],
-        "protocol": {"features": "inception (pytorch-fid, 2048-d); images at 256x256"},
+def row_of(method="A", setting="b", fid=60.0, ssim=0.4, features="inception (pytorch-fid, 2048-d)", **more):
+    """A row of results.json, as far as charts need one."""
+    return {
+        "method": method, "setting": setting, "mean": {"fid": fid, "source_ssim": ssim},
+        "std": {"fid": 1.0, "source_ssim": None}, "published": {"fid": "", "source_ssim": ""}, "curves": [],
+        "protocol": {"features": features}, **more,
     }  # fmt: skip
-    chart = report.trade_off([row]).figure()
-    assert "b (published)" in chart and chart.count("<circle") == 2 and "FID against SSIM" in chart
-    other = report.trade_off([{**row, "protocol": {"features": "middle block of UNetModel"}}]).figure()
-    assert "(published)" not in other and other.count("<circle") == 1
-    assert report.trade_off([{**row, "mean": {}, "published": {"fid": "", "source_ssim": ""}}]) is None
-    assert report.trade_offs([row]) == {"trade_off.svg": report.trade_off([row])}  # no truth was measured
+
+
+def drawn(chart):
+    return ElementTree.fromstring(chart.file())
+
+
+def test_published_results_are_drawn_beside_fids_of_inception_only():
+    published = {"fid": "62.29 ± 0.63", "source_ssim": "0.422"}
+    row = row_of(published=published)
+    chart = charts.trade_off([row])
+    titles = [title.text for title in drawn(chart).iter("{http://www.w3.org/2000/svg}title")]
+    assert titles == ["A, b", "A, b (published)"] and "FID against SSIM" in chart.title
+    other = charts.trade_off([row_of(published=published, features="middle block of UNetModel")])
+    assert len(points_of(drawn(other))) == 1 and "Fréchet distance against SSIM" in other.title
+    assert charts.trade_off([row_of(mean={})]) is None
+    assert charts.trade_offs([row]) == {"trade_off.svg": charts.trade_off([row])}  # no truth was measured
 
 
 def test_distances_of_several_magnitudes_have_a_logarithmic_axis():
-    row = {"method": "A", "std": {"fid": 1.0, "source_ssim": None}, "published": {"fid": "", "source_ssim": ""},
-           "curves": [], "protocol": {}}  # fmt: skip
-    rows = [{**row, "setting": str(fid), "mean": {"fid": fid, "source_ssim": 0.4}} for fid in (10.0, 100.0, 1000.0)]
-    root = ElementTree.fromstring(report.trade_off(rows).file())
-    heights = [float(dot.get("cy")) for dot in root.iter("{http://www.w3.org/2000/svg}circle")]
+    rows = [row_of(setting=str(fid), fid=fid) for fid in (10.0, 100.0, 1000.0)]
+    heights = [float(dot.get("cy")) for dot in points_of(drawn(charts.trade_off(rows)))]
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2) and heights[0] > heights[1]
-    root = ElementTree.fromstring(report.trade_off(rows[:1]).file())
-    assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 1
+    assert len(points_of(drawn(charts.trade_off(rows[:1])))) == 1
+
+
+def test_a_method_has_one_line_through_its_front():
+    """Settings that another one of the method beats in both are points, and not on the line."""
+    points = [(0.3, 5.0), (0.5, 9.0), (0.4, 6.0), (0.35, 8.0), (0.5, 9.0), (0.2, 5.0)]
+    assert charts.front(points) == [(0.3, 5.0), (0.4, 6.0), (0.5, 9.0)]
+    rows = [row_of("A", str(k), fid, ssim) for k, (ssim, fid) in enumerate(points)]
+    rows += [row_of("B", "x", 7.0, 0.3), row_of("B", "y", 8.0, 0.45)]
+    chart = charts.trade_off(rows)
+    lines = [part for part in chart.parts if 'fill="none"' in part]
+    assert len(points_of(drawn(chart))) == 8 and [line.count("L") for line in lines] == [2, 1]
+    assert [label for label, _ in chart.key] == ["A", "B"]
+
+
+def test_methods_are_told_by_dash_and_marker_and_rows_by_colour():
+    steps = [{"i": i, "tangent": 1.0, "normal": 2.0, "negative": 0, "weights": [0.5, 0.5]} for i in (3, 2)]
+    rows = [row_of("A", "1", curves=steps, energies=["vgg"]), row_of("A", "2", curves=steps, energies=["dct"]),
+            row_of("B", "1", curves=steps), row_of("C", "1")]  # fmt: skip
+    looks = charts.styles(rows)
+    assert len({style.dash for style in looks.values()}) == len({style.marker for style in looks.values()}) == 3
+    looks = charts.row_styles(rows)
+    assert len({style.colour for style in looks.values()}) == 3
+    assert looks["A, 1"].dash == looks["A, 2"].dash != looks["B, 1"].dash
+    found = {chart.title: [label for label, _ in chart.key] for chart in charts.step_charts(rows)}
+    assert found["Norm of the score's normal part"] == ["A, 1", "A, 2", "B, 1"]
+    assert found["Weight of the energy vgg"] == ["A, 1"] and found["Weight of the energy dct"] == ["A, 2"]
+    assert found["Weight of the energy 1"] == ["B, 1"]  # results of before do not name them
 
 
 @pytest.mark.parametrize("count", [5, 300])
 def test_labels_of_a_chart_do_not_cover_each_other_nor_dots(count):
     """Labels for which there is no room are left to the pointer."""
-    look = {"deviation": (0, 0), "colour": "#000"}
+    style = charts.Style("#000", "", "circle")
     places = [(1 + k % 20 / 50, 2 - k // 20 / 80 - k % 20 / 400) for k in range(count)]
-    points = [{"xy": place, "label": f"M={k}", **look} for k, place in enumerate(places)]
-    svg = re.search(r"<svg.*?</svg>", report.chart("t", "x", "y", [], points).figure()).group()
-    root = ElementTree.fromstring(svg)
-    dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in root.iter("circle")]
+    points = [charts.Point(place, style, ("A", f"M={k}")) for k, place in enumerate(places)]
+    root = drawn(charts.chart("t", "x", "y", [], points))
+    dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in points_of(root)]
     boxes = []
-    for text in root.iter("text"):
+    for text in root.iter("{http://www.w3.org/2000/svg}text"):
         if text.text.startswith("M="):
             x, y = float(text.get("x")), float(text.get("y"))
-            boxes.append((x, y - 7, x + 20, y))
+            x -= 20 if text.get("text-anchor") == "end" else 0
+            boxes.append((x, y - 21, x + 20, y))
     assert len(dots) == count and (len(boxes) == 5 if count == 5 else 5 < len(boxes) < count)
-    assert [title.text for title in root.iter("title")] == [point["label"] for point in points]
+    titles = [title.text for title in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert titles == [f"A, M={k}" for k in range(count)]
     for k, box in enumerate(boxes):
-        assert not any(report.overlap(box, other) for other in boxes[:k])
-        assert not any(report.overlap(box, (x - 4, y - 4, x + 4, y + 4)) for x, y in dots)
+        assert not any(charts.overlap(box, other) for other in boxes[:k])
+        assert not any(charts.overlap(box, (x - 4, y - 4, x + 4, y + 4)) for x, y in dots)
 
 
 @pytest.mark.parametrize("low, high", [(0.1, 0.9), (-3, 250), (4.001, 4.002), (0, 1e-9)])
 def test_ticks_are_round_and_in_range(low, high):
-    marks = report.ticks(low, high)
+    marks = charts.ticks(low, high)
     assert 2 <= len(marks) <= 8 and all(low - 1e-12 <= mark <= high + 1e-12 for mark in marks)
-    assert report.padded([2.0, 2.0])[0] < 2 < report.padded([2.0, 2.0])[1]
+    assert charts.padded([2.0, 2.0])[0] < 2 < charts.padded([2.0, 2.0])[1]
 
 
 def test_powers_are_round_numbers():
-    assert [round(10**value, 9) for value in report.powers(-1.2, 1.2)] == [0.1, 0.2, 0.5, 1, 2, 5, 10]
-    assert report.powers(-2.5, 3.5) == [-2, -1, 0, 1, 2, 3]
-    assert len(report.powers(0.05, 0.2)) >= 2  # no round number in between: some others
+    assert [round(10**value, 9) for value in charts.powers(-1.2, 1.2)] == [0.1, 0.2, 0.5, 1, 2, 5, 10]
+    assert charts.powers(-2.5, 3.5) == [-2, -1, 0, 1, 2, 3]
+    assert len(charts.powers(0.05, 0.2)) >= 2  # no round number in between: some others
 
 
 def test_pictures_are_those_that_every_row_made(data, tmp_path):
     tiny.make_references(tmp_path / "row", NAMES[1:])
-    args = Namespace(base_samples=str(data / "sources"), truth=None, pictures=2, save_dir=str(tmp_path))
-    page = Page(report.pictures([{"method": "A & B", "setting": "", "folder": "row"}], args))
+    folders = report.Folders(str(data / "sources"), str(tmp_path))
+    page = Page(report.pictures([{"method": "A & B", "setting": "", "folder": "row"}], folders, 2))
     assert page.count["img"] == 2 * 2 and "A & B" in page.text
 
 
@@ -356,7 +465,7 @@ def test_the_rule_is_the_lowest_sum_of_ranks():
 
 def test_candidates_are_rows_that_the_benchmark_reads():
     tried = list(search.candidates())
-    rows = benchmark.parse_table("\n".join(search.line_of(candidate, "'a b.pt'") for candidate in tried))
+    rows = commands.parse_table("\n".join(search.line_of(candidate, "'a b.pt'") for candidate in tried))
     assert [row.method for row in rows] == [candidate["method"] for candidate in tried]
     assert {row.flags[row.flags.index("--dsepath") + 1] for row in rows if "--dsepath" in row.flags} == {"a b.pt"}
     assert "--timestep_respacing 25 --area 8 --range_t 7" in search.line_of(
@@ -387,7 +496,7 @@ def test_search_writes_the_table_that_the_benchmark_reads(tmp_path):
     chosen = [next(candidate for candidate in tried if candidate["method"] == method) for method in search.METHODS]
     search.write(results, chosen, [2] * len(tried), Namespace(out=tmp_path, count=40))
     table = (tmp_path / "table.txt").read_text()
-    rows = benchmark.parse_table(table.replace("$DSE", "x.pt"))
+    rows = commands.parse_table(table.replace("$DSE", "x.pt"))
     assert [row.method for row in rows] == ["SDEdit", "ILVR", "EGSDE", "SDDM", "SDDM", "SDDM", "SDDM, released"]
     record = json.loads((tmp_path / "search.json").read_text())
     assert [row["chosen"] for row in record["candidates"]].count(True) == len(search.METHODS)
@@ -405,7 +514,7 @@ def test_search_from_pictures_to_table(data, monkeypatch, tmp_path, capfd):
     for kind in ("twitter", "fluent3d"):
         tiny.make_references(tmp_path / "emoji" / kind / "train", [f"{100 + i:x}.png" for i in range(4)])
     command = ["search.py", "--data", tmp_path / "emoji", "--model_path", data / "model.safetensors", "--count", 3]
-    command += ["--image_size", tiny.SIZE, "--flags", "--device cpu"]
+    command += ["--image_size", tiny.SIZE, "--flags", ""]
     command += ["--save_dir", tmp_path / "save", "--out", tmp_path]
     monkeypatch.setattr(sys, "argv", [*map(str, command), "--only", "N=8"])
     assert search.main() == 0 and not (tmp_path / "table.txt").exists()
@@ -419,7 +528,7 @@ def test_search_from_pictures_to_table(data, monkeypatch, tmp_path, capfd):
     winner, sums = search.choose([(row["truth_ssim"], row["fid"]) for row in rows[:2]])
     assert [row["chosen"] for row in rows[:2]] == [winner == 0, winner == 1]
     assert [row["rank_sum"] for row in rows[:2]] == sums
-    chosen = benchmark.parse_table((tmp_path / "table.txt").read_text())
+    chosen = commands.parse_table((tmp_path / "table.txt").read_text())
     assert [row.setting for row in chosen] == [rows[winner]["setting"], "M=900"]
     assert (tmp_path / "search.md").read_text() in capfd.readouterr().out
     ElementTree.fromstring((tmp_path / "search.svg").read_bytes())
@@ -471,7 +580,7 @@ def test_published_numbers_are_the_benchmark_s(published):
 
 
 def test_differences_are_of_the_same_pictures(published):
-    made, out = published
+    _, out = published
     base, other = json.loads((out / "comparison.json").read_text())["rows"]
     assert set(map(tuple, base["difference"].values())) == {(0.0, 0.0, 0.0)}
     for key, (difference, low, high) in other["difference"].items():
@@ -493,7 +602,7 @@ def test_publishing_needs_a_benchmark(tmp_path, monkeypatch, capsys):
 
 
 def test_the_committed_table_can_be_read():
-    rows = benchmark.parse_table((ROOT / "benchmarks" / "emoji" / "table.txt").read_text())
+    rows = commands.parse_table((ROOT / "benchmarks" / "emoji" / "table.txt").read_text())
     assert {row.method for row in rows} == set(search.METHODS)
 
 

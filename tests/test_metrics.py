@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from guided_diffusion import evaluation, image_datasets, metrics
+from guided_diffusion import evaluation, image_datasets
 from guided_diffusion.ddpm import Model
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import InputError
+from guided_diffusion.evaluation import Evaluation, distances, pairs
+from guided_diffusion.evaluation import features as extractors
+from guided_diffusion.evaluation import images as reading
 from guided_diffusion.script_util import create_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +57,7 @@ def test_frechet_distance_of_known_gaussians():
     rotation = np.linalg.qr(rng.normal(size=(5, 5)))[0]
     cov1, cov2 = (rotation @ np.diag(std**2) @ rotation.T for std in (std1, std2))
     expected = np.sum((mean1 - mean2) ** 2) + np.sum((std1 - std2) ** 2)
-    assert metrics.frechet_distance(mean1, cov1, mean2, cov2) == pytest.approx(expected, rel=1e-12)
+    assert distances.frechet_distance(mean1, cov1, mean2, cov2) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.fixture
@@ -75,15 +78,15 @@ def pytorch_fid_distance(monkeypatch):
 def test_frechet_distance_equals_pytorch_fid(n, d, pytorch_fid_distance):
     x, y = features(1, n, d), features(2, n, d, shift=0.3)
     expected = pytorch_fid_distance(*moments(x), *moments(y))
-    assert metrics.frechet_distance(*moments(x), *moments(y)) == pytest.approx(expected, rel=1e-6)
+    assert distances.frechet_distance(*moments(x), *moments(y)) == pytest.approx(expected, rel=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
 @given(SEEDS, st.integers(2, 12), st.integers(2, 30), st.integers(2, 30))
 def test_distance_of_features_is_that_of_their_moments(seed, d, n, m):
     x, y = features(seed, n, d), features(seed + 1, m, d, shift=0.2)
-    direct = metrics.frechet_of_roots(*metrics.gaussian_of_features(x), *metrics.gaussian_of_features(y))
-    assert direct == pytest.approx(metrics.frechet_distance(*moments(x), *moments(y)), rel=1e-6, abs=1e-6)
+    direct = distances.frechet_of_roots(*distances.gaussian_of_features(x), *distances.gaussian_of_features(y))
+    assert direct == pytest.approx(distances.frechet_distance(*moments(x), *moments(y)), rel=1e-6, abs=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
@@ -92,13 +95,13 @@ def test_frechet_distance_is_symmetric_and_moves_with_its_space(seed, d, scale):
     rng = np.random.default_rng(seed)
     x, y = features(seed, 40, d), features(seed + 1, 30, d, shift=0.5)
     rotation, offset = np.linalg.qr(rng.normal(size=(d, d)))[0], rng.normal(size=d)
-    distance = metrics.frechet_distance(*moments(x), *moments(y))
-    assert metrics.frechet_distance(*moments(y), *moments(x)) == pytest.approx(distance, rel=1e-8, abs=1e-9)
-    moved = metrics.frechet_distance(*moments(x @ rotation + offset), *moments(y @ rotation + offset))
+    distance = distances.frechet_distance(*moments(x), *moments(y))
+    assert distances.frechet_distance(*moments(y), *moments(x)) == pytest.approx(distance, rel=1e-8, abs=1e-9)
+    moved = distances.frechet_distance(*moments(x @ rotation + offset), *moments(y @ rotation + offset))
     assert moved == pytest.approx(distance, rel=1e-8, abs=1e-9)
-    scaled = metrics.frechet_distance(*moments(scale * x), *moments(scale * y))
+    scaled = distances.frechet_distance(*moments(scale * x), *moments(scale * y))
     assert scaled == pytest.approx(scale**2 * distance, rel=1e-8, abs=1e-9)
-    assert metrics.frechet_distance(*moments(x), *moments(x)) == pytest.approx(0, abs=1e-9)
+    assert distances.frechet_distance(*moments(x), *moments(x)) == pytest.approx(0, abs=1e-9)
 
 
 # Kernel distance
@@ -115,32 +118,32 @@ def mmd2_by_loops(x, y):
 
 def test_kernel_distance_equals_its_definition():
     x, y = features(3, 9, 4), features(4, 7, 4, shift=0.4)
-    value, std = metrics.kernel_distance(x, y)
+    value, std = distances.kernel_distance(x, y)
     assert value == pytest.approx(mmd2_by_loops(x, y), rel=1e-10)
     assert math.isnan(std)
 
 
 def test_kernel_distance_does_not_depend_on_the_rows_in_memory(monkeypatch):
     x, y = features(3, 50, 4), features(4, 43, 4, shift=0.4)
-    whole = metrics.kernel_distance(x, y, subset_size=20, subsets=5)
-    monkeypatch.setattr(metrics, "KERNEL_ROWS", 7)
-    assert metrics.kernel_distance(x, y, subset_size=20, subsets=5) == pytest.approx(whole, rel=1e-10)
+    whole = distances.kernel_distance(x, y, subset_size=20, subsets=5)
+    monkeypatch.setattr(distances, "KERNEL_ROWS", 7)
+    assert distances.kernel_distance(x, y, subset_size=20, subsets=5) == pytest.approx(whole, rel=1e-10)
 
 
 def test_kernel_distance_of_equal_distributions_is_zero_on_average():
     rng = np.random.default_rng(5)
-    values = [metrics.kernel_distance(rng.normal(size=(12, 6)), rng.normal(size=(10, 6)))[0] for _ in range(600)]
+    values = [distances.kernel_distance(rng.normal(size=(12, 6)), rng.normal(size=(10, 6)))[0] for _ in range(600)]
     assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
     assert min(values) < 0 < max(values)
 
 
 def test_kernel_distance_by_subsets_estimates_the_whole():
     x, y = features(6, 300, 8), features(7, 300, 8, shift=0.3)
-    whole = metrics.kernel_distance(x, y)[0]
-    mean, std = metrics.kernel_distance(x, y, subset_size=100, subsets=200, seed=1)
+    whole = distances.kernel_distance(x, y)[0]
+    mean, std = distances.kernel_distance(x, y, subset_size=100, subsets=200, seed=1)
     assert abs(mean - whole) < 0.2 * whole
     assert 0 < std < whole
-    assert metrics.kernel_distance(x, y, subset_size=100, subsets=200, seed=1) == (mean, std)
+    assert distances.kernel_distance(x, y, subset_size=100, subsets=200, seed=1) == (mean, std)
 
 
 @settings(max_examples=30, deadline=None)
@@ -149,9 +152,9 @@ def test_kernel_distance_is_symmetric_and_blind_to_order_and_rotation(seed, d):
     rng = np.random.default_rng(seed)
     x, y = features(seed, 11, d), features(seed + 1, 8, d, shift=0.5)
     rotation = np.linalg.qr(rng.normal(size=(d, d)))[0]
-    value = metrics.kernel_distance(x, y)[0]
+    value = distances.kernel_distance(x, y)[0]
     for a, b in ((y, x), (rng.permutation(x), y), (x @ rotation, y @ rotation)):
-        assert metrics.kernel_distance(a, b)[0] == pytest.approx(value, rel=1e-8, abs=1e-9)
+        assert distances.kernel_distance(a, b)[0] == pytest.approx(value, rel=1e-8, abs=1e-9)
 
 
 @settings(max_examples=20, deadline=None)
@@ -161,7 +164,7 @@ def test_counts_mean_repeated_rows(seed):
     x, y = features(seed, 8, 3), features(seed + 1, 6, 3, shift=0.2)
     counts_x = rng.multinomial(8, np.full(8, 1 / 8), size=2).astype(float)
     counts_y = rng.multinomial(6, np.full(6, 1 / 6), size=2).astype(float)
-    values = metrics._mmd2(x, y, counts_x, counts_y)
+    values = distances._mmd2(x, y, counts_x, counts_y)
     for value, cx, cy in zip(values, counts_x, counts_y):
         expected = mmd2_by_loops(np.repeat(x, cx.astype(int), axis=0), np.repeat(y, cy.astype(int), axis=0))
         assert value == pytest.approx(expected, rel=1e-8, abs=1e-9)
@@ -174,7 +177,7 @@ def test_interval_of_the_mean_covers_it_as_often_as_it_says():
     rng = np.random.default_rng(8)
     covered = 0
     for seed in range(200):
-        low, high = metrics.bootstrap_mean(rng.exponential(size=60), replicates=200, confidence=0.9, seed=seed)
+        low, high = distances.bootstrap_mean(rng.exponential(size=60), replicates=200, confidence=0.9, seed=seed)
         covered += low < 1 < high
     assert 0.82 < covered / 200 < 0.95
 
@@ -184,9 +187,9 @@ def test_interval_of_the_frechet_distance_holds_the_estimate_and_narrows(target_
     widths = []
     for n in (60, 960):
         x, y = features(9, n, 4), features(10, n, 4, shift=0.5)
-        target = metrics.gaussian_of_features(y) if target_is_known else y
-        estimate = metrics.frechet_distance(*moments(x), *moments(y))
-        low, high = metrics.bootstrap_frechet(x, target, estimate, replicates=100)
+        target = distances.gaussian_of_features(y) if target_is_known else y
+        estimate = distances.frechet_distance(*moments(x), *moments(y))
+        low, high = distances.bootstrap_frechet(x, target, estimate, replicates=100)
         assert low < estimate < high
         widths.append(high - low)
     assert 2 < widths[0] / widths[1] < 8  # 16 times the images: a quarter of the width
@@ -196,8 +199,8 @@ def test_interval_of_the_kernel_distance_holds_the_estimate_and_narrows():
     widths = []
     for n in (60, 960):
         x, y = features(11, n, 4), features(12, n, 4, shift=0.5)
-        estimate, _ = metrics.kernel_distance(x, y)
-        low, high = metrics.bootstrap_kernel(x, y, estimate, replicates=100)
+        estimate, _ = distances.kernel_distance(x, y)
+        low, high = distances.bootstrap_kernel(x, y, estimate, replicates=100)
         assert low < estimate < high
         widths.append(high - low)
     assert 2 < widths[0] / widths[1] < 8
@@ -210,10 +213,10 @@ def test_interval_of_the_kernel_distance_holds_the_estimate_and_narrows():
 def test_paired_metrics_equal_golden(name):
     entry = golden_index()[name]
     a, b = (
-        torch.stack([metrics.read_image(r.path, 256) for r in image_datasets.list_references(str(GOLDEN_DIR / folder))])
+        torch.stack([reading.read_image(r.path, 256) for r in image_datasets.list_references(str(GOLDEN_DIR / folder))])
         for folder in entry["folders"]
     )
-    values = metrics.paired_metrics(a, b)
+    values = pairs.paired_metrics(a, b)
     assert set(values) == set(entry["values"])
     for metric, expected in entry["values"].items():
         assert values[metric].mean().item() == pytest.approx(expected, rel=1e-4), metric
@@ -227,8 +230,8 @@ def images(seed, n=2, size=20):
 @given(SEEDS)
 def test_paired_metrics_are_symmetric_and_blind_to_flips(seed):
     a, b = images(seed), images(seed + 1)
-    values = metrics.paired_metrics(a, b)
-    for other in (metrics.paired_metrics(b, a), metrics.paired_metrics(a.flip(3), b.flip(3))):
+    values = pairs.paired_metrics(a, b)
+    for other in (pairs.paired_metrics(b, a), pairs.paired_metrics(a.flip(3), b.flip(3))):
         for name in ("l2", "mse", "psnr", "ssim"):
             torch.testing.assert_close(other[name], values[name], rtol=1e-9, atol=1e-5 if name == "ssim" else 1e-9)
     torch.testing.assert_close(values["l2"] ** 2, values["mse"] * a[0].numel())
@@ -237,7 +240,7 @@ def test_paired_metrics_are_symmetric_and_blind_to_flips(seed):
 
 def test_paired_metrics_of_equal_images():
     a = images(0, size=161)
-    values = metrics.paired_metrics(a, a)
+    values = pairs.paired_metrics(a, a)
     assert values["l2"].tolist() == values["mse"].tolist() == [0, 0]
     assert values["psnr"].tolist() == [math.inf, math.inf]
     for name in ("ssim", "msssim"):
@@ -246,7 +249,7 @@ def test_paired_metrics_of_equal_images():
 
 def test_paired_metrics_of_flat_images():
     a, b = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), 0.6)
-    values = metrics.paired_metrics(a, b)
+    values = pairs.paired_metrics(a, b)
     assert values["psnr"].item() == pytest.approx(20, abs=1e-5)
     assert values["l2"].item() == pytest.approx(0.1 * math.sqrt(3 * 16 * 16), rel=1e-6)
     assert values["ssim"].item() == pytest.approx((2 * 0.5 * 0.6 + 1e-4) / (0.25 + 0.36 + 1e-4), rel=1e-4)
@@ -286,7 +289,8 @@ def test_inception_statistics_equal_pytorch_fid(inception_path, tmp_path, monkey
     from pytorch_fid import fid_score, inception
 
     folder = write_images(tmp_path / "images", 3, size=64)
-    evaluation.target_statistics(folder, tmp_path / "own.npz", inception_path=inception_path, native_size=True)
+    options = Evaluation(targets=folder, inception_path=inception_path, native_size=True, device="cpu")
+    evaluation.target_statistics(options, tmp_path / "own.npz")
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *args, **kwargs: torch.load(inception_path))
     model = inception.InceptionV3()
     expected = fid_score.compute_statistics_of_path(str(folder), model, 2, 2048, "cpu", num_workers=0)
@@ -301,36 +305,50 @@ def test_male2female_images_are_resized_twice_and_normalised(tmp_path):
 
     path = tmp_path / "face.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 200, 3), np.uint8)).save(path)
-    published = transforms.Compose([
-        transforms.Resize([256, 256]),
-        transforms.Resize([299, 299]),
-        transforms.ToTensor(),
-        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    ])
+    published = transforms.Compose(
+        [
+            transforms.Resize([256, 256]),
+            transforms.Resize([299, 299]),
+            transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
     with Image.open(path) as image:
-        torch.testing.assert_close(metrics.read_male2female(path), published(image))
+        torch.testing.assert_close(reading.read_male2female(path), published(image))
 
 
 def test_male2female_protocol_is_for_inception_only(inception_path):
-    extractor = metrics.feature_extractor(inception_path=inception_path)
+    extractor = extractors.feature_extractor(inception_path=str(inception_path))
     read, description = evaluation.reader(extractor, "egsde-male2female")
-    assert read is metrics.read_male2female and "ImageNet" in description
-    with pytest.raises(UserError, match="--protocol egsde-male2female needs --features inception"):
-        evaluation.reader(metrics.Extractor("torchscript", torch.nn.Identity()), "egsde-male2female")
+    assert read is reading.read_male2female and "ImageNet" in description
+    with pytest.raises(InputError) as caught:
+        evaluation.reader(extractors.Extractor("torchscript", torch.nn.Identity()), "egsde-male2female")
+    assert (caught.value.parameter, caught.value.value) == ("protocol", "egsde-male2female")
 
 
 def test_model_of_this_project_as_extractor(tmp_path):
-    flags = dict(
-        image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8", num_heads=4,
-        num_head_channels=32, num_heads_upsample=-1, resblock_updown=True, use_scale_shift_norm=True, learn_sigma=False,
-        class_cond=False, use_new_attention_order=False, dropout=0.0,
-    )
+    flags = {
+        "image_size": 16,
+        "num_channels": 32,
+        "num_res_blocks": 1,
+        "channel_mult": "1,2",
+        "attention_resolutions": "8",
+        "num_heads": 4,
+        "num_head_channels": 32,
+        "num_heads_upsample": -1,
+        "resblock_updown": True,
+        "use_scale_shift_norm": True,
+        "learn_sigma": False,
+        "class_cond": False,
+        "use_new_attention_order": False,
+        "dropout": 0.0,
+    }
     torch.manual_seed(0)
     model = create_model(**flags, use_checkpoint=False, use_fp16=False).eval()
     path = tmp_path / "model.safetensors"
     metadata = {"model_type": "ADM", "flags": json.dumps(flags | {"diffusion_steps": 1000, "noise_schedule": "linear"})}
     save_file(model.state_dict(), path, metadata)
-    extractor = metrics.feature_extractor(str(path))
+    extractor = extractors.feature_extractor(str(path))
     assert extractor.image_size == 16 and "t = 50" in extractor.name
     x = images(0, n=3, size=16)
     with torch.no_grad():
@@ -339,18 +357,20 @@ def test_model_of_this_project_as_extractor(tmp_path):
     references = image_datasets.list_references(str(write_images(tmp_path / "images", 5, size=40)))
     read, description = evaluation.reader(extractor)
     assert "16x16" in description
-    found = metrics.extract_features(references, extractor, read, batch_size=2)
+    found = extractors.extract_features(references, extractor, read, batch_size=2)
     assert found.shape == (5, expected.shape[1]) and found.dtype == np.float64
-    with pytest.raises(UserError, match="--native_size True"):
+    with pytest.raises(InputError) as caught:
         evaluation.reader(extractor, native_size=True)
+    assert (caught.value.parameter, caught.value.value) == ("native_size", True)
 
 
 def test_model_without_middle_features_is_refused(tmp_path):
     path = tmp_path / "ddpm.safetensors"
     model = Model(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), image_size=16)
     save_file(model.state_dict(), path, {"model_type": "DDPM", "flags": json.dumps({"image_size": 16})})
-    with pytest.raises(UserError, match="ddpm.safetensors: Model has no features to read; an ADM model is needed"):
-        metrics.feature_extractor(str(path))
+    with pytest.raises(InputError) as caught:
+        extractors.feature_extractor(str(path))
+    assert (caught.value.parameter, caught.value.value) == ("features", path) and "an ADM model" in str(caught.value)
 
 
 def test_lpips_equals_the_package(tmp_path, monkeypatch):
@@ -363,7 +383,7 @@ def test_lpips_equals_the_package(tmp_path, monkeypatch):
     file.parent.mkdir(parents=True)
     torch.save(torchvision.models.squeezenet1_1().state_dict(), file)
     a, b = images(0, size=64), images(1, size=64)
-    distance = metrics.load_lpips("squeeze")
+    distance = pairs.load_lpips("squeeze")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = lpips.LPIPS(net="squeeze", verbose=False)(2 * a - 1, 2 * b - 1).flatten()
@@ -382,7 +402,7 @@ def test_images_are_resized_by_bicubic_or_as_when_sampling(tmp_path):
     wide.save(tmp_path / "wide.png")
 
     def levels(name, *args):
-        return (metrics.read_image(tmp_path / name, *args) * 255).round().byte().permute(1, 2, 0).numpy()
+        return (reading.read_image(tmp_path / name, *args) * 255).round().byte().permute(1, 2, 0).numpy()
 
     np.testing.assert_array_equal(levels("square.png"), square)
     np.testing.assert_array_equal(levels("square.png", 20), square.resize((20, 20), Image.Resampling.BICUBIC))
@@ -397,35 +417,35 @@ def references(*names):
 
 def test_pairs_by_relative_stem():
     outputs, others = references("a.png", "cats/b.png"), references("cats/b.jpg", "a.webp")
-    pairs, how = metrics.pair(outputs, others, flag="sources")
+    found, how = pairs.pair(outputs, others, parameter="sources")
     assert how == "stem"
-    assert [(a.name, b.name) for a, b in pairs] == [("a.png", "a.webp"), ("cats/b.png", "cats/b.jpg")]
+    assert [(a.name, b.name) for a, b in found] == [("a.png", "a.webp"), ("cats/b.png", "cats/b.jpg")]
 
 
 def test_pairs_by_order_only_where_no_name_matches():
     outputs = references("0.png", "1.png")
-    pairs, how = metrics.pair(outputs, references("x.png", "y.png"), flag="truth")
-    assert how == "order" and [(a.name, b.name) for a, b in pairs] == [("0.png", "x.png"), ("1.png", "y.png")]
-    with pytest.raises(UserError, match="counts differ .2 and 3"):
-        metrics.pair(outputs, references("x.png", "y.png", "z.png"), flag="truth")
-    with pytest.raises(UserError, match="2 have no partner"):
-        metrics.pair(outputs, references("0.png", "y.png"), flag="truth")
+    found, how = pairs.pair(outputs, references("x.png", "y.png"), parameter="truth")
+    assert how == "order" and [(a.name, b.name) for a, b in found] == [("0.png", "x.png"), ("1.png", "y.png")]
+    with pytest.raises(InputError, match=r"counts differ .2 and 3"):
+        pairs.pair(outputs, references("x.png", "y.png", "z.png"), parameter="truth")
+    with pytest.raises(InputError, match="2 have no partner"):
+        pairs.pair(outputs, references("0.png", "y.png"), parameter="truth")
 
 
 def test_partial_pairs_are_those_that_there_are():
-    pairs, how = metrics.pair(references("a.png", "b.png"), references("b.png", "c.png"), flag="truth", partial=True)
-    assert how == "stem" and [(a.name, b.name) for a, b in pairs] == [("b.png", "b.png")]
+    found, how = pairs.pair(references("a.png", "b.png"), references("b.png", "c.png"), parameter="truth", partial=True)
+    assert how == "stem" and [(a.name, b.name) for a, b in found] == [("b.png", "b.png")]
 
 
 def test_two_files_of_one_stem_are_refused():
-    with pytest.raises(UserError, match="--truth: folder/a.jpg and folder/a.png share one name"):
-        metrics.pair(references("a.png"), references("a.jpg", "a.png"), flag="truth")
+    with pytest.raises(InputError, match=r"truth, folder/a.jpg and folder/a.png share one name"):
+        pairs.pair(references("a.png"), references("a.jpg", "a.png"), parameter="truth")
 
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_msssim", None)
-    with pytest.raises(UserError, match="SSIM needs the package pytorch-msssim .*: pip install pytorch-msssim"):
-        metrics.paired_metrics(images(0), images(1))
+    with pytest.raises(InputError, match=r"SSIM needs the package pytorch-msssim .*: pip install pytorch-msssim"):
+        pairs.paired_metrics(images(0), images(1))
 
 
 def test_import_is_light():

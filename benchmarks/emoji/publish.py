@@ -29,17 +29,14 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-import search  # noqa: E402
+import search
 
-from guided_diffusion.checkpoint import load_model  # noqa: E402
-from guided_diffusion.image_datasets import load_image, to_tensor  # noqa: E402
-from guided_diffusion.metrics import (  # noqa: E402
-    feature_extractor,
-    frechet_of_roots,
-    gaussian_of_features,
-    list_images,
-    paired_metrics,
-)
+from guided_diffusion.checkpoint import load_model
+from guided_diffusion.evaluation.distances import frechet_of_roots, gaussian_of_features
+from guided_diffusion.evaluation.features import feature_extractor
+from guided_diffusion.evaluation.images import list_images
+from guided_diffusion.evaluation.pairs import ssim
+from guided_diffusion.image_datasets import load_image, to_tensor
 
 COPIES = ("table.md", "table.csv", "results.json", "trade_off.svg", "trade_off_truth.svg")
 BASE = "SDDM"  # the first row of this method is what the others are compared with
@@ -103,7 +100,7 @@ class Ruler:
             values["called_3d"] = self.classifier(images * 2 - 1, torch.zeros(len(images))).argmax(1).double().numpy()
         if paired:
             truth = self.images([self.truth[r.stem] for r in references])
-            values["truth_ssim"] = paired_metrics(images, truth)["ssim"].numpy()
+            values["truth_ssim"] = ssim(images, truth).double().numpy()
         return values
 
     def score(self, sets, chosen=slice(None)):

@@ -15,11 +15,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT / "scripts"), str(HERE)]
+sys.path[:0] = [str(ROOT), str(HERE)]
 
-import publish  # noqa: E402
-import report  # noqa: E402
-import search  # noqa: E402
+import publish
+import search
+
+from guided_diffusion.evaluation import charts
 
 
 def text_of(rows):
@@ -49,7 +50,7 @@ def main():
     for row in rows:
         score = ruler.score([ruler.measure(runs / row["folder"], paired=False)])
         row["mean"] |= {"fid": score["extractor"], "called_3d": score["called_3d"]}
-    chart = report.trade_off(rows, "truth_ssim").file()
+    chart = charts.trade_off(rows, "truth_ssim").file()
     (args.out / "search_extractor.svg").write_text(chart, encoding="utf-8")
     text = text_of(rows)
     (args.out / "search_extractor.md").write_text(text, encoding="utf-8")

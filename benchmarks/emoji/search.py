@@ -5,7 +5,7 @@ distance to the target domain's training pictures; the lowest sum of both ranks 
 Nothing of the test split is looked at. Sources are the first 40 training pictures without a skin tone, in the order of
 their names' SHA-256; one seed.
 
-    python benchmarks/emoji/search.py                 # resumable: the same command goes on
+    python benchmarks/emoji/search.py                 # resumable: start the same command again
     python benchmarks/emoji/search.py --only EGSDE    # one piece; the setting is chosen when all are there
 
 It writes search.json, search.md, search.svg and table.txt, which scripts/emoji.sh reads, beside this file.

@@ -1,0 +1,220 @@
+"""Distances between two sets of features, float64 [N, D]: Fréchet and kernel distance, and bootstrap intervals."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from .table import Measured, set_distance
+
+KERNEL_ROWS = 512  # rows of a kernel matrix held in memory at once
+RESAMPLED = 2**25  # entries of the matrices of counts that are held in memory at once: 256 MiB
+
+Gaussian = tuple[np.ndarray, np.ndarray]
+"""Mean [D] and root R [R, D] with RᵀR the covariance."""
+
+
+def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
+    """Fréchet distance |mean1 - mean2|² + Tr(cov1 + cov2 - 2 (cov1 cov2)^½) of two Gaussians (Heusel et al. 2017).
+
+    mean [D], cov [D, D] float64, cov symmetric and positive semidefinite -> float >= 0. The trace of the square root is
+    the nuclear norm of R1 R2ᵀ for cov = RᵀR. It needs no matrix square root, so singular covariances are no special
+    case; where pytorch-fid's square root converges, the two agree to about 1e-6 relative.
+    """
+    return frechet_of_roots(mean1, root_of_covariance(cov1), mean2, root_of_covariance(cov2))
+
+
+def frechet_of_roots(mean1: np.ndarray, root1: np.ndarray, mean2: np.ndarray, root2: np.ndarray) -> float:
+    """`frechet_distance` of Gaussians that are given as mean [D] and root R [R, D] with RᵀR the covariance."""
+    overlap = np.linalg.svd(root1 @ root2.T, compute_uv=False).sum()
+    distance = np.sum((mean1 - mean2) ** 2) + np.sum(root1**2) + np.sum(root2**2) - 2 * overlap
+    return max(float(distance), 0.0)
+
+
+def root_of_covariance(cov: np.ndarray) -> np.ndarray:
+    """R [D, D] with RᵀR = cov, for a symmetric positive semidefinite cov [D, D]."""
+    values, vectors = np.linalg.eigh(cov)
+    return np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
+
+
+def gaussian_of_features(features: np.ndarray) -> Gaussian:
+    """Mean [D] and R [min(N, D), D] with RᵀR the unbiased covariance of features [N, D], N >= 2."""
+    mean = features.mean(axis=0)
+    root = (features - mean) / math.sqrt(len(features) - 1)
+    return mean, np.asarray(np.linalg.qr(root, mode="r")) if len(features) > features.shape[1] else root
+
+
+def kernel_distance(
+    x: np.ndarray, y: np.ndarray, *, subset_size: int = 1000, subsets: int = 100, seed: int = 0
+) -> tuple[float, float]:
+    """Kernel Inception distance: unbiased MMD² with the kernel (x·y/D + 1)³ (Bińkowski et al. 2018, equation 4).
+
+    x [N, D], y [M, D] float64, N and M >= 2 -> (mean, standard deviation) over `subsets` random subsets drawn without
+    replacement. A set no larger than `subset_size` is used whole; if both are, there is one value and the standard
+    deviation is NaN. Unbiased: it can be negative.
+    """
+    size_x, size_y = min(subset_size, len(x)), min(subset_size, len(y))
+    if size_x == len(x) and size_y == len(y):
+        return float(_mmd2(x, y, np.ones((1, len(x))), np.ones((1, len(y))))[0]), math.nan
+    rng, values = np.random.default_rng(seed), []
+    for count in _parts(subsets, len(x) + len(y)):
+        counts_x, counts_y = np.zeros((count, len(x))), np.zeros((count, len(y)))
+        for row in range(count):
+            counts_x[row, rng.choice(len(x), size_x, replace=False)] = 1
+            counts_y[row, rng.choice(len(y), size_y, replace=False)] = 1
+        values.append(_mmd2(x, y, counts_x, counts_y))
+    found = np.concatenate(values)
+    return float(found.mean()), float(found.std(ddof=1)) if subsets > 1 else math.nan
+
+
+def _parts(total: int, width: int) -> Iterator[int]:
+    """A number of rows of `width` entries as numbers of rows that may be in memory at once."""
+    most = max(1, RESAMPLED // width)
+    for start in range(0, total, most):
+        yield min(most, total - start)
+
+
+def _mmd2(x: np.ndarray, y: np.ndarray, counts_x: np.ndarray, counts_y: np.ndarray) -> np.ndarray:
+    """Unbiased MMD² of R resamplings at once: counts [R, N] and [R, M] say how often each row is taken -> [R]."""
+    size_x, size_y = counts_x.sum(axis=1), counts_y.sum(axis=1)
+    within_x = (_kernel_form(x, x, counts_x, counts_x) - counts_x @ _kernel_diagonal(x)) / (size_x * (size_x - 1))
+    within_y = (_kernel_form(y, y, counts_y, counts_y) - counts_y @ _kernel_diagonal(y)) / (size_y * (size_y - 1))
+    return within_x + within_y - 2 * _kernel_form(x, y, counts_x, counts_y) / (size_x * size_y)
+
+
+def _kernel_form(x: np.ndarray, y: np.ndarray, counts_x: np.ndarray, counts_y: np.ndarray) -> np.ndarray:
+    total = np.zeros(len(counts_x))
+    for start in range(0, len(x), KERNEL_ROWS):
+        rows = slice(start, start + KERNEL_ROWS)
+        kernel = (x[rows] @ y.T / x.shape[1] + 1) ** 3
+        total += ((counts_x[:, rows] @ kernel) * counts_y).sum(axis=1)
+    return total
+
+
+def _kernel_diagonal(x: np.ndarray) -> np.ndarray:
+    return (np.sum(x**2, axis=1) / x.shape[1] + 1) ** 3
+
+
+# Confidence
+
+
+def bootstrap_mean(
+    values: np.ndarray, *, replicates: int, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (low, high) of the mean of finite values [N] (Efron 1979)."""
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(replicates)]
+    return _quantiles(np.array(means), confidence)
+
+
+def bootstrap_distance(
+    compute: Callable[[np.ndarray, np.ndarray], Any],
+    x: np.ndarray,
+    y: np.ndarray,
+    estimate: float,
+    *,
+    replicates: int,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Bootstrap interval (low, high) of any distance compute(x, y), both sets [N, D] and [M, D] resampled.
+
+    A resample repeats images, which shifts most distances; the replicates are therefore moved to have `estimate` as
+    their mean.
+    """
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(replicates):
+        resampled = x[rng.integers(len(x), size=len(x))]
+        value = compute(resampled, y[rng.integers(len(y), size=len(y))])
+        values.append(value.value if isinstance(value, Measured) else float(value))
+    return _quantiles(np.array(values) - np.mean(values) + estimate, confidence)
+
+
+def bootstrap_frechet(
+    x: np.ndarray,
+    target: np.ndarray | Gaussian,
+    estimate: float,
+    *,
+    replicates: int,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Bootstrap interval (low, high) of the Fréchet distance between x [N, D] and `target`.
+
+    `target` is features [M, D], resampled as well, or a pair (mean [D], root [R, D]) that is taken as known. A resample
+    repeats images, which inflates the distance; the replicates are therefore shifted to have `estimate` as their mean.
+    """
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(replicates):
+        resampled = gaussian_of_features(x[rng.integers(len(x), size=len(x))])
+        if isinstance(target, tuple):
+            other = target
+        else:
+            other = gaussian_of_features(target[rng.integers(len(target), size=len(target))])
+        values.append(frechet_of_roots(*resampled, *other))
+    low, high = _quantiles(np.array(values) - np.mean(values) + estimate, confidence)
+    return max(low, 0.0), high
+
+
+def bootstrap_kernel(
+    x: np.ndarray, y: np.ndarray, estimate: float, *, replicates: int, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap interval (low, high) of the kernel distance, both sets resampled; shifted as in `bootstrap_frechet`."""
+    draws_x = draws_y = np.random.default_rng(seed)
+    parts = list(_parts(replicates, len(x) + len(y)))
+    if len(parts) > 1:  # the draws of y follow all those of x, however many are in memory at once
+        draws_y = np.random.default_rng(seed)
+        for count in parts:
+            _resample(draws_y, len(x), count)
+    values = [_mmd2(x, y, _resample(draws_x, len(x), count), _resample(draws_y, len(y), count)) for count in parts]
+    found = np.concatenate(values)
+    return _quantiles(found - found.mean() + estimate, confidence)
+
+
+def _resample(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
+    """How often each of `size` rows is taken in `count` resamples: [count, size]."""
+    return rng.multinomial(size, np.full(size, 1 / size), size=count).astype(np.float64)
+
+
+def _quantiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+# The registered distances
+
+
+@set_distance(
+    "fid",
+    "FID",
+    general_label="Fréchet",
+    format=".2f",
+    lower_is_better=True,
+    of_gaussian=True,
+    interval=bootstrap_frechet,
+)
+def fid(x: np.ndarray, target: Gaussian) -> float:
+    """`frechet_distance` of features x [N, D] from the targets' Gaussian."""
+    return frechet_of_roots(*gaussian_of_features(x), *target)
+
+
+@set_distance(
+    "kid",
+    "KID",
+    general_label="kernel",
+    format=".2f",
+    factor=1000,
+    lower_is_better=True,
+    options=("kid_subsets", "kid_subset_size", "seed"),
+    interval=bootstrap_kernel,
+)
+def kid(x: np.ndarray, y: np.ndarray, kid_subsets: int, kid_subset_size: int, seed: int) -> Measured:
+    """`kernel_distance` with the evaluation's options."""
+    value, std = kernel_distance(x, y, subset_size=kid_subset_size, subsets=kid_subsets, seed=seed)
+    how = "unbiased MMD² with kernel (x·y/D + 1)³"
+    if math.isnan(std):
+        return Measured(value, std, f"{how} of all images")
+    return Measured(value, std, f"{how}, mean of {kid_subsets} subsets of {kid_subset_size} images, seed {seed}")

@@ -1,0 +1,150 @@
+"""Metrics of image pairs: L2, MSE, PSNR, SSIM, MS-SSIM and LPIPS; and which images are pairs."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError, display_name
+from ..image_datasets import Reference
+from .packages import library, quiet_download, reason
+from .table import METRICS, PairedMetric, paired, paired_metric
+
+MIN_SSIM_SIZE, MIN_MSSSIM_SIZE = 11, 161  # one window; one window after four halvings
+
+Paired = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""A function of images (a, b), float32 [N, 3, H, W] in [0, 1], that returns [N]."""
+
+
+def paired_metrics(a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Every registered metric of image pairs that needs no network.
+
+    a, b: float32 [N, C, H, W] in [0, 1], H and W at least 11 -> a dict of float64 tensors [N] on the CPU.
+    """
+    return {metric.name: measure(metric.name, metric.compute, a, b) for metric in paired() if metric.compute}
+
+
+def measure(name: str, compute: Paired, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A metric's values of image pairs, float64 [N] on the CPU; raises InputError where it returns anything else."""
+    value = compute(a, b)
+    if not torch.is_tensor(value) or value.shape != a.shape[:1]:
+        found = list(value.shape) if torch.is_tensor(value) else type(value).__name__
+        raise InputError(f"the metric {name} returns {found} for {len(a)} pairs; a tensor [N] is needed")
+    return value.detach().cpu().double()  # in this order: not every device has float64
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a - b in float64 on the CPU, [N, values]."""
+    return (a.cpu().double() - b.cpu().double()).flatten(1)
+
+
+@paired_metric("l2", "L2", format=".2f", lower_is_better=True, column=2)
+def l2(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm of the difference of two images with values in [0, 1]."""
+    return _difference(a, b).norm(dim=1)
+
+
+@paired_metric("mse", "MSE", lower_is_better=True, column=None)
+def mse(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean square over all values."""
+    return _difference(a, b).square().mean(dim=1)
+
+
+@paired_metric("psnr", "PSNR", unit="dB", format=".2f", lower_is_better=False, column=3)
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """-10 log10(mse) in dB, infinite for equal images."""
+    return -10 * mse(a, b).log10()
+
+
+@paired_metric("ssim", "SSIM", lower_is_better=False, column=1)
+def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Wang et al. 2004 with an 11-tap Gaussian window (sigma 1.5) and no padding, mean over channels."""
+    return _structural("ssim", a, b)
+
+
+@paired_metric("msssim", "MS-SSIM", lower_is_better=False, column=4)
+def msssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Wang et al. 2003 with five scales, which needs H and W above 160; NaN below."""
+    if min(a.shape[-2:]) < MIN_MSSSIM_SIZE:
+        return torch.full((len(a),), math.nan)
+    return _structural("ms_ssim", a, b)
+
+
+def _structural(function: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    module = library("pytorch_msssim", "pytorch-msssim", "SSIM")
+    # In float32, as published: float64 takes twice as long and differs by 1e-6. TF32, which a GPU's convolutions use by
+    # default, is too coarse for variances.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return getattr(module, function)(a, b, data_range=1.0, size_average=False)
+
+
+def load_lpips(net: str = "alex", *, device: str | torch.device = "cpu") -> Paired:
+    """LPIPS v0.1 (Zhang et al. 2018): a function of two batches [N, 3, H, W] in [0, 1] that returns distances [N].
+
+    net: "alex", "vgg" or "squeeze". The backbone's weights come from torchvision: from its cache, or downloaded. Raises
+    InputError where the package or the weights are missing.
+    """
+    lpips = library("lpips", "lpips", "LPIPS")
+    try:
+        with quiet_download(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lpips calls torchvision by arguments that it deprecates
+            model = lpips.LPIPS(net=net, verbose=False).to(device).eval()
+    except (OSError, RuntimeError) as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise InputError(
+            f"the weights of the backbone '{net}' could not be loaded ({reason(error)}); put torchvision's file into "
+            f"{folder}",
+            parameter="lpips_net",
+            value=net,
+        ) from None
+    return lambda a, b: model(a.float(), b.float(), normalize=True).flatten()
+
+
+def _load_lpips(options: Any, device: torch.device) -> Paired | None:
+    return None if options.lpips == "False" else load_lpips(options.lpips_net, device=device)
+
+
+METRICS.add("lpips")(PairedMetric("lpips", "LPIPS", lower_is_better=True, column=5, load=_load_lpips))
+
+
+# Which images are pairs
+
+
+def pair(
+    outputs: Sequence[Reference], others: Sequence[Reference], *, parameter: str, partial: bool = False
+) -> tuple[list[tuple[Reference, Reference]], str]:
+    """Pairs of references: by relative stem, or by order of names where no stem matches at all.
+
+    Returns (pairs, "stem" or "order"). parameter: the option that names the other folder. Raises InputError for images
+    without a partner, unless `partial`, and for two files of one stem.
+    """
+    by_stem, other_by_stem = _by_stem(outputs, "outputs"), _by_stem(others, parameter)
+    common = [stem for stem in by_stem if stem in other_by_stem]
+    if not common:
+        if len(outputs) != len(others):
+            raise InputError(
+                f"no file name in `outputs` occurs in `{parameter}` and the counts differ ({len(outputs)} and "
+                f"{len(others)} images): they can be paired neither by name nor by order"
+            )
+        return list(zip(outputs, others)), "order"
+    alone = [stem for stem in by_stem if stem not in other_by_stem] + [s for s in other_by_stem if s not in by_stem]
+    if alone and not partial:
+        raise InputError(
+            f"`outputs` has {len(outputs)} images and `{parameter}` {len(others)}, but {len(alone)} have no partner of "
+            f"the same name, the first is {display_name(alone[0])!r}; with `partial` True the {len(common)} pairs are "
+            "measured"
+        )
+    return [(by_stem[stem], other_by_stem[stem]) for stem in common], "stem"
+
+
+def _by_stem(references: Sequence[Reference], parameter: str) -> dict[str, Reference]:
+    by_stem: dict[str, Reference] = {}
+    for reference in references:
+        if reference.stem in by_stem:
+            first, second = (display_name(path) for path in (by_stem[reference.stem].path, reference.path))
+            raise InputError(f"in `{parameter}`, {first} and {second} share one name; keep one")
+        by_stem[reference.stem] = reference
+    return by_stem

@@ -1,0 +1,20 @@
+"""The scripts as modules, for tests that run a command in their own process."""
+
+import importlib.util
+import signal
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_script(name):
+    """The module of scripts/`name`.py. What it does to signals as a command is undone."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    specification = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    try:
+        specification.loader.exec_module(module)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return module

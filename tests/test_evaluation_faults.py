@@ -1,0 +1,461 @@
+"""Evaluation and benchmark where files are damaged, hostile or of other kinds; and metrics that come from outside."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scripts_in_process import ROOT, load_script
+
+from guided_diffusion.errors import InputError
+from guided_diffusion.evaluation import (
+    METRICS,
+    Evaluation,
+    Instruments,
+    charts,
+    comparison,
+    distances,
+    evaluate,
+    features,
+    images,
+    paired_metric,
+    pairs,
+    set_distance,
+    table,
+    target_statistics,
+)
+from guided_diffusion.run.monitor import curves
+
+SIZE = 16
+
+
+def pictures(count, seed=0, size=SIZE):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+def write(folder, array):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(array):
+        Image.fromarray(picture).save(folder / f"{i:06d}.png")
+    return folder
+
+
+def means(x):
+    """A cheap extractor: means over a 2x2 grid."""
+    return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+
+
+EXTRACTOR = features.Extractor("means", means)
+
+
+def measured(**options):
+    options = Evaluation(**{"image_size": SIZE, "lpips": "False", "device": "cpu", **options})
+    return evaluate(options, instruments=Instruments(options, EXTRACTOR))
+
+
+# Samples in one array
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_samples_npz_is_what_its_pictures_are(tmp_path, save):
+    """What image_sample and guided-diffusion write, as outputs, as targets and for statistics."""
+    made, wanted = pictures(9), pictures(8, seed=1)
+    save(tmp_path / "samples_9x16x16x3.npz", made, np.zeros(9))
+    save(tmp_path / "targets.npz", wanted)
+    folders = {"outputs": write(tmp_path / "made", made), "targets": write(tmp_path / "wanted", wanted)}
+    arrays = {"outputs": tmp_path / "samples_9x16x16x3.npz", "targets": tmp_path / "targets.npz"}
+    truth = write(tmp_path / "truth", pictures(9, seed=2))
+    expected, rows = measured(**folders, truth=truth, batch_size=4)
+    result, found = measured(**arrays, truth=truth, batch_size=4)
+    assert result["metrics"] == expected["metrics"] and repr(found) == repr(rows)  # NaN is not equal to itself
+    assert result["counts"] == expected["counts"] and result["sizes"] == expected["sizes"]
+    resized, _ = measured(**arrays, image_size=24)
+    assert resized["metrics"] == measured(**folders, image_size=24)[0]["metrics"]
+    options = Evaluation(targets=arrays["targets"], image_size=SIZE, device="cpu")
+    target_statistics(options, tmp_path / "statistics.npz", instruments=Instruments(options, EXTRACTOR))
+    again, _ = measured(outputs=arrays["outputs"], targets=tmp_path / "statistics.npz")
+    assert again["metrics"]["fid"] == pytest.approx(expected["metrics"]["fid"], rel=1e-6)
+    assert again["metrics"]["kid"] is None
+
+
+def test_samples_that_are_not_square_are_resized_as_files_are(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), np.uint8)
+    np.savez(tmp_path / "samples.npz", array)
+    write(tmp_path / "folder", array)
+    for resize in ("crop", "pad", "stretch"):
+        listed = [images.list_images(path, "outputs") for path in (tmp_path / "samples.npz", tmp_path / "folder")]
+        for a, b in zip(*listed, strict=True):
+            assert torch.equal(images.read_image(a, 16, resize), images.read_image(b, 16, resize))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, SIZE, SIZE, 3), np.float32),
+        np.zeros((4, SIZE, SIZE), np.uint8),
+        np.zeros((4, SIZE, SIZE, 4), np.uint8),
+        np.zeros((0, SIZE, SIZE, 3), np.uint8),
+        np.asfortranarray(pictures(4)),
+        np.array({"a": 1}),
+        np.array(["text"]),
+    ],
+    ids=lambda array: f"{array.dtype}{list(array.shape)}",
+)
+def test_other_arrays_are_refused(tmp_path, array):
+    np.savez(tmp_path / "samples.npz", array)
+    with pytest.raises(InputError, match=r"samples\.npz"):
+        measured(outputs=tmp_path / "samples.npz", truth=tmp_path / "samples.npz")
+
+
+def test_a_header_that_claims_more_than_there_is_takes_no_memory(tmp_path):
+    """As a 1 KB file would that says it has terabytes."""
+    import zipfile
+
+    samples = "{'descr': '|u1', 'fortran_order': False, 'shape': (9999999, 9999, 9999, 3), }"
+    numbers = "{'descr': '<f8', 'fortran_order': False, 'shape': (1099511627776,), }"
+    for name, header in (("samples.npz", {"arr_0": samples}), ("statistics.npz", {"mu": numbers, "sigma": numbers})):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for array, text in header.items():
+                text = (text + " " * 200)[:117] + "\n"
+                archive.writestr(f"{array}.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode())
+        folder = write(tmp_path / "made", pictures(3))
+        with pytest.raises(InputError, match=name):
+            measured(outputs=folder, targets=tmp_path / name)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_damaged_npz_files_are_one_line(tmp_path_factory, data):
+    """Bytes of a file of samples and of a statistics file are changed, removed or repeated."""
+    root = tmp_path_factory.mktemp("damaged")
+    folder = write(root / "made", pictures(3))
+    if data.draw(st.booleans()):
+        save = data.draw(st.sampled_from([np.savez, np.savez_compressed]))
+        save(root / "x.npz", pictures(3, seed=1))
+    else:
+        features.save_statistics(root / "x.npz", np.random.default_rng(0).normal(size=(5, 12)), "means; ?")
+    content = bytearray((root / "x.npz").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        how = data.draw(st.sampled_from(["flip", "cut", "insert"]))
+        if how == "flip":
+            content[place] ^= data.draw(st.integers(1, 255))
+        elif how == "cut":
+            del content[place : place + data.draw(st.integers(1, 2000))]
+            content = content or bytearray(b"P")
+        else:
+            content[place:place] = data.draw(st.binary(min_size=1, max_size=20))
+    (root / "x.npz").write_bytes(content)
+    for options in ({"targets": root / "x.npz"}, {"truth": root / "x.npz"}):
+        try:
+            result, _ = measured(outputs=folder, **options)
+            assert math.isfinite(result["metrics"]["fid"] or 0)
+        except InputError as error:
+            assert str(error).isprintable() and len(str(error)) < 5000
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "text", "empty"])
+@pytest.mark.parametrize("role", ["outputs", "targets", "truth", "sources"])
+def test_other_kinds_of_npz_are_one_line(tmp_path, kind, role):
+    path = tmp_path / "x.npz"
+    {"fifo": os.mkfifo, "folder": os.mkdir, "text": lambda p: p.write_text("no"), "empty": Path.touch}[kind](path)
+    options = {"outputs": write(tmp_path / "made", pictures(3)), "truth": tmp_path / "made", role: path}
+    with pytest.raises(InputError) as caught:
+        measured(**options)
+    assert caught.value.parameter == role
+
+
+def test_statistics_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A full disk leaves what was there."""
+    path = tmp_path / "statistics.npz"
+    path.write_bytes(b"of before")
+
+    def full(file, **arrays):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(InputError, match="no room left"):
+        features.save_statistics(path, np.zeros((3, 2)), "x")
+    assert path.read_bytes() == b"of before" and os.listdir(tmp_path) == ["statistics.npz"]
+
+
+def test_foreign_words_in_statistics_are_shown_short_and_escaped(tmp_path):
+    np.savez(tmp_path / "x.npz", mu=np.zeros(12), sigma=np.eye(12), features="\x1b[2J" + "y" * 10**6)
+    with pytest.raises(InputError) as caught:
+        measured(outputs=write(tmp_path / "made", pictures(3)), targets=tmp_path / "x.npz")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
+# Records of runs
+
+RECORDS = {
+    "list": "[1]",
+    "truncated": '{"settings"',
+    "nested": "[" * 200_000,
+    "nested object": '{"a":' * 200_000,
+    "bytes": "\udcff\udcfe",
+    "settings": '{"settings": [1]}',
+    "count": '{"settings": {"samples_per_image": "many"}}',
+    "large count": '{"settings": {"samples_per_image": 1000000000000}}',
+    "negative count": '{"settings": {"samples_per_image": -3}}',
+    "impact": '{"negative_impact": "x", "settings": {}}',
+    "infinite impact": '{"negative_impact": Infinity}',
+    "large impact": '{"negative_impact": 1' + "0" * 400 + "}",
+    "digits": '{"negative_impact": 1' + "0" * 10_000 + "}",
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_damaged_record_costs_its_values_only(tmp_path, name):
+    folder = write(tmp_path / "made", pictures(3))
+    (folder / "run.json").write_bytes(RECORDS[name].encode("utf-8", "surrogateescape"))
+    result, _ = measured(outputs=folder, truth=folder)
+    assert result["metrics"]["negative_impact"] is None and result["metrics"]["truth_l2"] == 0
+    assert all(warning.isprintable() for warning in result["warnings"])
+
+
+def test_a_pipe_in_place_of_the_record_does_not_wait(tmp_path):
+    folder = write(tmp_path / "made", pictures(3))
+    os.mkfifo(folder / "run.json")
+    result, _ = measured(outputs=folder, truth=folder)
+    assert any("run.json: not the record of a run" in warning for warning in result["warnings"])
+
+
+GOOD = {
+    "settings": {"energy": ["vgg", "dct"]}, "counts": {"references": 2, "failed": 0}, "finished": "now",
+    "monitor": {"steps": {"3": [2, 1.0, 1.0, 0, 1.0, 1.0]}},
+}  # fmt: skip
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=7) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_records_of_other_kinds_are_not_taken_for_runs(tmp_path_factory, data):
+    """One entry anywhere in a good record is replaced: it is refused, or what is read of it is sound."""
+    record = json.loads(json.dumps(GOOD))
+    place, depth = record, data.draw(st.integers(0, 3))
+    key = data.draw(st.sampled_from(list(record)))
+    for _ in range(depth):
+        inner = place[key]
+        keys = list(inner) if isinstance(inner, dict) else list(range(len(inner))) if isinstance(inner, list) else []
+        if not keys:
+            break
+        place, key = inner, data.draw(st.sampled_from(keys))
+    place[key] = data.draw(ANYTHING)
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "run.json").write_text(json.dumps(record))
+    found = comparison.read_record(str(folder))
+    if found is not None:
+        steps = curves(found)
+        assert all(math.isfinite(step["tangent"]) for step in steps)
+        assert all(name.isprintable() for name in comparison.energy_names(found))
+        row = {"curves": steps, "energies": comparison.energy_names(found)}
+        assert not steps or len(charts.directions(row)) in (0, len(steps[0]["weights"]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.sampled_from(["metrics", "counts", "protocol", "warnings"]), ANYTHING))
+def test_stored_results_of_other_kinds_are_measured_again(changes):
+    good = {"metrics": {value.key: 1.0 for value in table.values()}, "counts": {"outputs": 3}, "protocol": {},
+            "warnings": [], "std": {}}  # fmt: skip
+    assert comparison.is_result(good)
+    result = {**good, **changes}
+    if comparison.is_result(result):
+        mean, _ = comparison.summarise([result["metrics"]])
+        assert all(isinstance(value, float) for value in mean.values())
+
+
+# Metrics from outside
+
+
+@pytest.fixture
+def outside():
+    """Two metrics that somebody adds in a file of their own."""
+    known = dict(METRICS)
+
+    @paired_metric("mae", "mean error", format=".4f", lower_is_better=True)
+    def mae(a, b):
+        return (a - b).abs().flatten(1).mean(1)
+
+    @set_distance("gap", "gap", factor=10, lower_is_better=True)
+    def gap(x, y):
+        return float(np.abs(x.mean(0) - y.mean(0)).max())
+
+    yield
+    METRICS._entries.clear()
+    METRICS._entries.update(known)
+
+
+def test_a_metric_from_outside_is_in_every_output(outside, tmp_path, monkeypatch, capsys):
+    """From the command line: table on the screen, JSON, CSV and values per image; and in a comparison's table."""
+    made, truth = pictures(5), pictures(5, seed=1)
+    write(tmp_path / "made", made)
+    write(tmp_path / "truth", truth)
+    script = load_script("evaluate")
+    monkeypatch.setattr("guided_diffusion.evaluation.protocol.feature_extractor", lambda *a, **k: EXTRACTOR)
+    flags = ["--outputs", "made", "--truth", "truth", "--targets", "truth", "--image_size", SIZE, "--lpips", False]
+    flags += ["--device", "cpu", "--out", "result", "--per_image", "--bootstrap", 20]
+    monkeypatch.chdir(tmp_path)
+    script.measure(script.create_parser().parse(list(map(str, flags))))
+    values = np.abs(made / 255 - truth / 255).reshape(5, -1).mean(1)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["metrics"]["truth_mae"] == pytest.approx(values.mean(), rel=1e-5)
+    assert result["metrics"]["source_mae"] is None and result["metrics"]["gap"] > 0
+    assert all(low < result["metrics"][key] < high for key, (low, high) in result["intervals"].items())
+    assert {"truth_mae", "gap"} <= result["intervals"].keys()
+    printed = capsys.readouterr().out
+    assert "| mean error, truth |" in printed and "| gap |" in printed
+    (row,) = csv.DictReader((tmp_path / "result.csv").open())
+    assert float(row["truth_mae"]) == result["metrics"]["truth_mae"] and row["gap_low"]
+    rows = list(csv.DictReader((tmp_path / "result_images.csv").open()))
+    assert [float(row["truth_mae"]) for row in rows] == pytest.approx(values, rel=1e-5)
+    row = {"method": "A", "setting": "", "mean": result["metrics"], "std": dict.fromkeys(result["metrics"]),
+           "published": {"fid": "", "source_ssim": ""}, "protocol": {}}  # fmt: skip
+    row["mean"] = {key: value for key, value in row["mean"].items() if value is not None}
+    headings, ((*cells,),) = comparison.table_of([row])
+    assert cells[headings.index("mean error to truth ↓")] == f"{values.mean():.4f}"
+    assert cells[headings.index("gap·10¹ ↓")] == f"{10 * result['metrics']['gap']:.3f}"
+
+
+def test_a_metric_that_returns_something_else_is_named(outside, tmp_path):
+    @paired_metric("wrong", "wrong")
+    def wrong(a, b):
+        return (a - b).mean()
+
+    folder = write(tmp_path / "made", pictures(3))
+    with pytest.raises(InputError, match="the metric wrong returns"):
+        measured(outputs=folder, truth=folder)
+
+
+# Devices and memory
+
+
+def test_nothing_on_the_device_becomes_float64(tmp_path, monkeypatch):
+    """Apple's MPS has no float64. Tensors of the meta device stand for it: they cannot be computed by mistake."""
+    double = torch.Tensor.double
+
+    def only_here(tensor):
+        assert tensor.device.type == "cpu"
+        return double(tensor)
+
+    class Elsewhere(torch.Tensor):
+        """A tensor of the CPU that says that it is elsewhere until .cpu() is called."""
+
+        @staticmethod
+        def __new__(cls, tensor):
+            return torch.Tensor._make_subclass(cls, tensor)
+
+        @classmethod
+        def __torch_function__(cls, function, kinds, arguments=(), options=None):
+            if function is torch.Tensor.double:
+                raise TypeError("Cannot convert a MPS Tensor to float64")
+            result = super().__torch_function__(function, kinds, arguments, options or {})
+            return result.as_subclass(torch.Tensor) if function is torch.Tensor.cpu else result
+
+    monkeypatch.setattr(torch.Tensor, "double", only_here)
+    a, b = (Elsewhere(torch.rand(2, 3, 170, 170)) for _ in range(2))
+    with pytest.raises((TypeError, AssertionError)):
+        a.double()
+    for metric in table.paired():
+        if metric.compute:
+            value = pairs.measure(metric.name, metric.compute, a, b)
+            assert type(value) is torch.Tensor and value.dtype == torch.float64
+
+    def stack(tensors):
+        return Elsewhere(torch.stack(tensors))
+
+    folder = write(tmp_path / "made", pictures(3))
+    monkeypatch.setattr(features.torch, "stack", lambda tensors: Elsewhere(torch.cat([t[None] for t in tensors])))
+    found = features.extract_features(images.list_images(folder, "outputs"), EXTRACTOR, images.read_image)
+    assert found.dtype == np.float64 and found.shape == (3, 12)
+
+
+def test_resamples_are_the_same_however_many_are_in_memory(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(30, 4)), rng.normal(size=(25, 4)) + 0.2
+    whole = distances.kernel_distance(x, y, subset_size=10, subsets=20)
+    interval = distances.bootstrap_kernel(x, y, whole[0], replicates=30)
+    monkeypatch.setattr(distances, "RESAMPLED", 7 * 55)
+    assert distances.kernel_distance(x, y, subset_size=10, subsets=20) == pytest.approx(whole, rel=1e-10)
+    assert distances.bootstrap_kernel(x, y, whole[0], replicates=30) == pytest.approx(interval, rel=1e-10)
+
+
+def test_an_interval_of_any_distance_holds_its_estimate():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(80, 4)), rng.normal(size=(70, 4)) + 0.5
+
+    def between(a, b):
+        return np.linalg.norm(a.mean(0) - b.mean(0))
+
+    low, high = distances.bootstrap_distance(between, x, y, between(x, y), replicates=100)
+    assert low < between(x, y) < high
+
+
+# Trust
+
+
+def test_torchscript_does_not_run_without_leave(tmp_path, monkeypatch):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(means, torch.rand(1, 3, SIZE, SIZE)), str(tmp_path / "means.pt"))
+    monkeypatch.setattr(torch.jit, "load", lambda *a, **k: pytest.fail("it was loaded"))
+    with pytest.raises(InputError) as caught:
+        features.feature_extractor(str(tmp_path / "means.pt"))
+    assert caught.value.parameter == "features" and "`trust_features`" in caught.value.reason
+    torch.save({"a": 1}, tmp_path / "weights.pt")  # no leave helps where it is no program
+    with pytest.raises(InputError, match="not a TorchScript module"):
+        features.feature_extractor(str(tmp_path / "weights.pt"))
+
+
+# Interrupts
+
+
+@pytest.mark.parametrize("delay", [0.02, 4.0])
+@pytest.mark.parametrize("name", ["evaluate", "benchmark"])
+def test_an_interrupt_is_one_line(tmp_path, name, delay):
+    """While modules are imported, and while it works or waits for input."""
+    os.mkfifo(tmp_path / "pipe")
+    script = ROOT / "scripts" / f"{name}.py"
+    if name == "evaluate":
+        write(tmp_path / "made", pictures(300, size=256))
+        flags = ["--outputs", "made", "--truth", "made", "--lpips", "False", "--device", "cpu", "--bootstrap", "100000"]
+    else:  # reads its table from a pipe to which nobody writes
+        flags = ["--model_path", "made", "--base_samples", "made", "--save_dir", "out"]
+    process = subprocess.Popen([sys.executable, script, *flags], cwd=tmp_path, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    started = time.monotonic()
+    while delay < 1 and not _handles_interrupts(process.pid) and time.monotonic() < started + 30:
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    lines = [line for line in errors.replace("\r", "\n").splitlines() if "|" not in line and line.strip()]
+    assert process.returncode == 130 and len(lines) == 1 and lines[0].startswith("interrupted"), errors
+
+
+def _handles_interrupts(pid):
+    """Whether a process has installed a handler for SIGINT (Linux); Python's own comes before the script's."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    return "libtorch" in maps and int(status.split("SigCgt:")[1].split()[0], 16) & 2 != 0
