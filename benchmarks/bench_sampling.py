@@ -307,8 +307,8 @@ def report(result):
         share = r["gflop_per_image"] * 1e9 * r["evaluations_per_s"] / result["matrix_flops"][r["precision"]]
         lines.append(
             f"| {r['model']} {r['parameters'] / 1e6:.1f}M | {r['size']} | {r['batch']} | {r['precision']} | "
-            f"{r['mode']} | {r['forward_s']:.4f} | {r['evaluations_per_s']:.2f} | {r['gflop_per_image']:.1f} | {share:.0%} | "
-            f"{r['peak_mib']:.0f} | {'' if error is None else f'{error:.4f}'} | "
+            f"{r['mode']} | {r['forward_s']:.4f} | {r['evaluations_per_s']:.2f} | {r['gflop_per_image']:.1f} | "
+            f"{share:.0%} | {r['peak_mib']:.0f} | {'' if error is None else f'{error:.4f}'} | "
             f"{'' if build is None else f'{build:.0f}'} |"
         )
     lines += [

@@ -72,7 +72,8 @@ def report(result):
         "",
         f"{machine.sentence(result['machine'])}. On {result['device']}, {result['precision']}.",
         f"Model {result['model']}, sha256 {result['sha256'][:12]}; {result['images']} references of the emoji "
-        f"test split; area {result['area']}, T0 = 0.2 T, `dct`, eta {result['eta']:g} for ddim and the guided steps of dpmpp_2m.",
+        f"test split; area {result['area']}, T0 = 0.2 T, `dct`, eta {result['eta']:g} for ddim and the guided "
+        "steps of dpmpp_2m.",
         "",
         "Fréchet distance in the model's own features to the truths of the whole split; SSIM to the source's own "
         "truth and to the source.",

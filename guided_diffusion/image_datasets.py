@@ -67,6 +67,9 @@ RESIZE_MODES = ("crop", "pad", "stretch")
 MAX_PIXELS = 178_956_970
 """Images of more pixels are refused before decoding. Pillow refuses them too; the number is its default limit."""
 
+MAX_SIDE = 16_384
+"""Images are not enlarged beyond this."""
+
 DECODING_BYTES = 2**31
 """Memory that all threads together use for decoding. An image that needs more is decoded while no other is."""
 
@@ -97,7 +100,11 @@ _SIGNATURES: tuple[tuple[bytes, str, Any], ...] = (
     (rb"8BPS\x00\x01", "PSD", PsdImageFile),
     (rb"\n[\x00\x02\x03\x05][\x00\x01][\x01\x02\x04\x08]", "PCX", PcxImageFile),
     # TGA has no signature: kinds of picture, sizes of an unused or used colour table, and bits per pixel that exist.
-    (rb".(\x00[\x02\x03\n\x0b]\x00{5}|\x01[\x01\x09]....[\x0f\x10\x18\x20]).{8}[\x08\x0f\x10\x18\x20]", "TGA", TgaImageFile),
+    (
+        rb".(\x00[\x02\x03\n\x0b]\x00{5}|\x01[\x01\x09]....[\x0f\x10\x18\x20]).{8}[\x08\x0f\x10\x18\x20]",
+        "TGA",
+        TgaImageFile,
+    ),
 )
 _HEAD = 32  # bytes of a file that are matched
 _FORMATS = ", ".join(name for _, name, decoder in _SIGNATURES if decoder)
@@ -342,8 +349,8 @@ def load_image(
     Raises ImageError for whatever is wrong with the file, InputError for a wrong option.
     """
     colour = check_options(resize, background)
-    if image_size < 1:
-        raise InputError("it must be at least 1", parameter="image_size", value=image_size)
+    if not 1 <= image_size <= MAX_SIDE:
+        raise InputError(f"it must be from 1 to {MAX_SIDE}", parameter="image_size", value=image_size)
     path = reference_or_path.path if isinstance(reference_or_path, Reference) else os.fspath(reference_or_path)
 
     def fitted(image: Image.Image) -> np.ndarray:

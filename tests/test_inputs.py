@@ -669,6 +669,7 @@ def test_background_shows_through(tmp_path, background, colour):
         ("background", "#10203040"),
         ("resize", "squash"),
         ("image_size", 0),
+        ("image_size", 2**40),
     ],
 )
 def test_wrong_option_is_an_input_error(tmp_path, parameter, value):
