@@ -38,8 +38,11 @@ class Manifold(Protocol):
         ...
 
 
-def check_blocks(size: Sequence[int], blocks: int) -> None:
-    """Raise InputError unless images of `size` = (H, W) can be cut into blocks x blocks of at least two pixels."""
+def check_blocks(size: Sequence[int], blocks: int, of: str = "image") -> None:
+    """Raise InputError unless images of `size` = (H, W) can be cut into blocks x blocks of at least two pixels.
+
+    of: what has this size, for the error.
+    """
     height, width = size
     if blocks >= 1 and height % blocks == width % blocks == 0 and height * width >= 2 * blocks**2:
         return
@@ -48,7 +51,7 @@ def check_blocks(size: Sequence[int], blocks: int) -> None:
     near = sorted(fit, key=lambda n: (abs(n - blocks), -n))[:2]
     hint = f" ({' and '.join(map(str, near))} {'do' if len(near) > 1 else 'does'})" if near else ""
     raise InputError(
-        f"it must divide the image size {wanted} into blocks of at least two pixels{hint}",
+        f"it must divide the {of} size {wanted} into blocks of at least two pixels{hint}",
         parameter="blocks",
         value=blocks,
     )
