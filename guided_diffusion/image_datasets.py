@@ -10,15 +10,18 @@ import ctypes
 import errno
 import io
 import logging
+import math
 import os
 import posixpath
+import random
 import re
 import stat
 import struct
 import threading
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar
 
@@ -597,13 +600,17 @@ def _fit(image: Image.Image, size: int, resize: str, colour: tuple[int, int, int
         canvas = Image.new("RGB", (size, size), colour)
         canvas.paste(image, ((size - width) // 2, (size - height) // 2))
         return canvas
-    image = _trim_ribbon(image)
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    image = _shrink(_trim_ribbon(image), size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def _shrink(image: Image.Image, side: int) -> Image.Image:
+    """Resize so that the shorter side becomes `side`: halved with a box filter while it is twice that, then bicubic."""
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
 def _trim_ribbon(image: Image.Image, aspect: int = 16) -> Image.Image:
@@ -651,6 +658,109 @@ def _decoding_reason(name: str, error: BaseException) -> str:
     if re.search(r"unsupported|not supported|unknown pixel mode", message, re.IGNORECASE):
         return f"unsupported kind of {name} file: {message}"
     return f"damaged or truncated {name} file: {message}"
+
+
+# ---- guided-diffusion's loader --------------------------------------------------------------------------------------
+
+
+def load_data(
+    *,
+    data_dir: str,
+    batch_size: int,
+    image_size: int,
+    class_cond: bool = False,
+    deterministic: bool = False,
+    random_crop: bool = False,
+    random_flip: bool = True,
+) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """guided-diffusion's endless generator of training batches: (images [N, 3, H, W] in [-1, 1], {} or {"y": [N]}).
+
+    class_cond: add the class, the first folder of an image's relative path where all images lie in folders, otherwise
+    what comes before the first underscore of its name. deterministic: in the order of the names instead of shuffled.
+    random_crop, random_flip: augmentation (deterministic does not turn it off). Ranks share the images. Order and
+    augmentation follow torch's default generator, and in the first pass are those of guided-diffusion's loader. Every
+    image is used in each pass: batches run on into the next one. Raises InputError for a folder without images and
+    for an image that cannot be read.
+
+    This project's own training uses `training.data`, which resumes in the middle.
+    """
+    from .dist_util import ranks
+
+    if not data_dir:
+        raise InputError("give a folder of images", parameter="data_dir")
+    references = _by_folder(list_references(data_dir, parameter="data_dir"))
+    labels = None
+    if class_cond:
+        names = _class_names(references)
+        numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+        labels = [numbers[name] for name in names]
+    me = ranks()
+    if len(references) < me.world_size:
+        raise InputError(f"{len(references)} images are too few for {me.world_size} ranks", parameter="data_dir")
+    part = range(me.rank, len(references), me.world_size)
+    paths = [references[i].path for i in part]
+    targets = None if labels is None else [labels[i] for i in part]
+    return _batches(paths, targets, batch_size, image_size, deterministic, random_crop, random_flip)
+
+
+def _batches(paths, labels, batch_size, image_size, deterministic, random_crop, random_flip):
+    def read(batch):
+        arrays = [_augmented(paths[i], image_size, random_crop, random_flip, generator) for i, generator in batch]
+        images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+        return images, {} if labels is None else {"y": torch.tensor([labels[i] for i, _ in batch])}
+
+    samples = []  # (index, generator) of what is left of a pass
+    # One thread, as it draws from the generators in the order of the samples; it is a batch ahead.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        while True:
+            # Drawn when the pass begins and not ahead of it, as training draws from the same generator.
+            generator = random.Random(int(torch.empty((), dtype=torch.int64).random_()))
+            order = range(len(paths))
+            if not deterministic:
+                seed = int(torch.empty((), dtype=torch.int64).random_())
+                order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
+            samples += [(index, generator) for index in order]
+            full = len(samples) // batch_size * batch_size
+            batches, samples = [samples[i : i + batch_size] for i in range(0, full, batch_size)], samples[full:]
+            pending = deque(pool.submit(read, batch) for batch in batches[:2])
+            for batch in [*batches[2:], None, None][: len(batches)]:
+                yield pending.popleft().result()
+                if batch is not None:
+                    pending.append(pool.submit(read, batch))
+
+
+def _augmented(path, image_size, random_crop, random_flip, generator):
+    try:
+        image = decode_image(path)
+    except ImageError as error:
+        raise InputError(f"{display_name(path)} cannot be used: {error}") from error
+    if random_crop:
+        # As in guided-diffusion: the shorter side becomes 1 to 1.25 times the wanted one, at a random place.
+        side = generator.randrange(image_size, math.ceil(image_size / 0.8) + 1)
+        image = _shrink(_trim_ribbon(image), side)
+        top = generator.randrange(image.height - image_size + 1)
+        left = generator.randrange(image.width - image_size + 1)
+        image = image.crop((left, top, left + image_size, top + image_size))
+    else:
+        image = _fit(image, image_size, "crop", (255, 255, 255))
+    array = np.array(image)
+    return array[:, ::-1] if random_flip and generator.random() < 0.5 else array
+
+
+def _class_names(references):
+    if all("/" in reference.name for reference in references):
+        return [reference.name.split("/")[0] for reference in references]
+    return [posixpath.basename(reference.name).split("_")[0] for reference in references]
+
+
+def _by_folder(references):
+    """In the order in which a walk through sorted folders meets them, which is guided-diffusion's."""
+    return sorted(references, key=lambda reference: reference.name.split("/"))
+
+
+def _list_image_files_recursively(data_dir: str) -> list[str]:
+    """The paths of all images below a folder, folder by folder in the order of the names."""
+    return [reference.path for reference in _by_folder(list_references(data_dir, parameter="data_dir"))]
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from guided_diffusion.script_util import (
+    create_diffusion,
     create_model,
-    create_model_and_diffusion,
     diffusion_defaults,
     model_and_diffusion_defaults,
 )
@@ -141,7 +141,8 @@ def golden_encoder():
 def golden_model_and_diffusion(settings):
     """Model and process of an index entry: it names the model, its own entries replace the model's flags."""
     flags = {**golden_index()[settings["model"]]["flags"], **settings}
-    model, diffusion = create_model_and_diffusion(**flags)
+    model = create_model(**{flag: flags[flag] for flag in MODEL_FLAGS})
+    diffusion = create_diffusion(**flags)
     return load_golden_model(golden(settings["model"]), model), diffusion
 
 

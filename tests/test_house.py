@@ -39,7 +39,8 @@ LAYERS = (
 ARGPARSE_ALLOWED = {("guided_diffusion.script_util", name) for name in ("add_dict_to_argparser", "str2bool")}
 PRINT_ALLOWED = {"guided_diffusion.logger"}  # its purpose is to print tables
 
-FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
+# Not the variables of a style sheet, var(--ink) and --ink:#222.
+FLAG = re.compile(r"(?<![\w-])(?<!var\()--[a-zA-Z][\w-]*(?![\w-]|:\s*[#\d])")
 
 
 @cache
