@@ -369,7 +369,7 @@ def list_images(folder, flag, *, sampled=False):
     """
     if os.path.isfile(folder):
         raise UserError(f"--{flag} {folder}: a file; a folder of images is needed")
-    found = image_datasets.list_references(str(folder), parameter=flag)
+    found = image_datasets.list_references(str(folder), flag=f"--{flag}")
     if sampled and (Path(folder) / run_record.NAME).is_file():
         found = [reference for reference in found if not re.fullmatch(OVERVIEWS, reference.name)]
     if not found:

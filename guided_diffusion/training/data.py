@@ -88,7 +88,10 @@ def class_labels(references, names=None):
 
 def list_images(folder, flag="--data_dir"):
     """`image_datasets.list_references` whose errors name `flag`."""
-    return list_references(folder, parameter=flag.removeprefix("--"))
+    try:
+        return list_references(folder)
+    except UserError as error:
+        raise UserError(str(error).replace("--base_samples", flag, 1)) from error
 
 
 # ---- the set --------------------------------------------------------------------------------------------------------
