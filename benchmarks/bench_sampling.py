@@ -1,7 +1,7 @@
 """What a guided step costs beyond its model evaluation, and how fast the evaluations are.
 
-All in one process: the cases of one model and batch are measured in turns, round after round, and medians are told, so
-that a machine that changes its speed does so for all of them. overhead = (guided step - forward) / forward, where a
+All in one process: the cases of one model and batch are measured in turns, round after round, and medians are reported,
+so that a machine that changes its speed does so for all of them. overhead = (guided step - forward) / forward, where a
 guided step without its model evaluation is measured on a model that does nothing. roofline share: the model's FLOPs per
 second (torch.utils.flop_counter) over those of a large matrix product in the same precision.
 
@@ -9,6 +9,7 @@ example: python benchmarks/bench_sampling.py --models demo,readme --batches 1,8 
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -20,19 +21,23 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "benchmarks")]
 
-import machine  # noqa: E402
-import torch  # noqa: E402
+import machine
+import torch
 
-from guided_diffusion import energy, sddm  # noqa: E402
-from guided_diffusion.checkpoint import load_model  # noqa: E402
-from guided_diffusion.compiled import Compiled  # noqa: E402
-from guided_diffusion.memory import keep_freed_memory  # noqa: E402
-from guided_diffusion.script_util import create_classifier, create_diffusion, create_model  # noqa: E402
+from guided_diffusion import energy, sddm
+from guided_diffusion.checkpoint import load_model
+from guided_diffusion.runtime import DTYPES, CompiledModel, keep_freed_memory
+from guided_diffusion.script_util import create_classifier, create_diffusion, create_model
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BLOCKS = 16
-SHARED = {"image_size": 256, "num_channels": 128, "attention_resolutions": "16", "num_head_channels": 64,
-          "resblock_updown": True, "use_scale_shift_norm": True}  # fmt: skip
+SHARED = {
+    "image_size": 256,
+    "num_channels": 128,
+    "attention_resolutions": "16",
+    "num_head_channels": 64,
+    "resblock_updown": True,
+    "use_scale_shift_norm": True,
+}
 ARCHITECTURES = {
     "readme": {**SHARED, "num_res_blocks": 2, "learn_sigma": False},
     "ilvr": {**SHARED, "num_res_blocks": 1, "learn_sigma": True},
@@ -64,8 +69,12 @@ def create_energies(names, size, device):
             return energy.vgg(energy._vgg_layers(1).state_dict(), BLOCKS)
         if name == "dse":
             if size == 64:
-                return energy.dse(load_model(os.path.join(ROOT, "models", "fluent3d_64_dse.safetensors"), device=device)[0])
-            return energy.dse(create_classifier(size, classifier_width=128, classifier_depth=2, channel_mult="").to(device))
+                return energy.dse(
+                    load_model(os.path.join(ROOT, "models", "fluent3d_64_dse.safetensors"), device=device)[0]
+                )
+            return energy.dse(
+                create_classifier(size, classifier_width=128, classifier_depth=2, channel_mult="").to(device)
+            )
         return {"dct": lambda: energy.dct(BLOCKS), "low_pass": lambda: energy.low_pass(size // 8)}[name]()
 
     return [] if names == "none" else [create(name) for name in names.split("+")]
@@ -137,14 +146,20 @@ def measure_forward(name, batch, precisions, modes, rounds, device):
         model, size, _ = network(name, DTYPES[precision], device)
         x = torch.randn(batch, 3, size, size, device=device, generator=torch.Generator(device).manual_seed(1))
         t = torch.full((batch,), 500, device=device)
-        row = rows[precision, mode] = {"model": name, "size": size, "batch": batch, "precision": precision, "mode": mode}
+        row = rows[precision, mode] = {
+            "model": name,
+            "size": size,
+            "batch": batch,
+            "precision": precision,
+            "mode": mode,
+        }
         row["parameters"] = sum(p.numel() for p in model.parameters())
         row["gflop_per_image"] = flops(model, x, t) / batch / 1e9
         run = model
         if mode == "compiled":
-            run = Compiled(model)
+            run = CompiledModel(model)
             with torch.no_grad():
-                row["compile_seconds"] = seconds(lambda: run(x, t), device)
+                row["compile_seconds"] = seconds(functools.partial(run, x, t), device)
             if run.compiled is None:
                 row["mode"] = "compiled, fell back to eager"
         if device.type == "cuda":
@@ -177,19 +192,37 @@ def measure_overhead(name, batch, names, rounds, device, forward_s):
     for label, detail in itertools.product(names, (False, True)):
         energies = create_energies(label, size, device)
         cases[label, detail] = lambda energies=energies, detail=detail: sddm.sample(
-            still, diffusion, ref, blocks=BLOCKS, range_t=-1, energies=energies, detail_merge=detail, noise=lambda _: draw
+            still,
+            diffusion,
+            ref,
+            blocks=BLOCKS,
+            range_t=-1,
+            energies=energies,
+            detail_merge=detail,
+            noise=lambda _: draw,
         )
-    plain = lambda: sddm.sample(still, diffusion, ref, blocks=BLOCKS, range_t=steps, noise=lambda _: draw)  # noqa: E731
+
+    def plain():
+        sddm.sample(still, diffusion, ref, blocks=BLOCKS, range_t=steps, noise=lambda _: draw)
+
     times = medians({**cases, ("plain step", False): plain}, rounds, device)
     return [
-        {"model": name, "size": size, "batch": batch, "energy": label, "detail_merge": detail, "forward_s": forward_s,
-         "step_s": took / steps, "overhead": took / steps / forward_s}  # fmt: skip
+        {
+            "model": name,
+            "size": size,
+            "batch": batch,
+            "energy": label,
+            "detail_merge": detail,
+            "forward_s": forward_s,
+            "step_s": took / steps,
+            "overhead": took / steps / forward_s,
+        }
         for (label, detail), took in times.items()
     ]
 
 
 def measure_whole_run(precisions, device, batch=8):
-    """Seconds of whole runs of the demo model, 100 steps, 80 of them guided, and their distance from fp32 in grey levels."""
+    """Seconds of whole runs of the demo model (100 steps, 80 guided), and their distance from fp32 in grey levels."""
     reference, rows = None, []
     for precision in precisions:
         model, size, _ = network("demo", DTYPES[precision], device)
@@ -198,15 +231,21 @@ def measure_whole_run(precisions, device, batch=8):
         draws = iter(torch.randn(101, *ref.shape, device=device, generator=generator))
         started = time.perf_counter()
         image = sddm.sample(
-            model, create_diffusion(timestep_respacing="100"), ref, blocks=BLOCKS, range_t=20,
-            energies=[energy.dct(BLOCKS)], noise=lambda _: next(draws),
-        )  # fmt: skip
+            model,
+            create_diffusion(timestep_respacing="100"),
+            ref,
+            blocks=BLOCKS,
+            range_t=20,
+            energies=[energy.dct(BLOCKS)],
+            noise=lambda _, draws=draws: next(draws),
+        )
         settle(device)
         took = time.perf_counter() - started
         reference = image if reference is None else reference
         grey = (image.clamp(-1, 1) - reference.clamp(-1, 1)).abs().mean().item() * 127.5
-        rows.append({"precision": precision, "batch": batch, "seconds": took, "images_per_s": batch / took,
-                     "grey_levels": grey})  # fmt: skip
+        rows.append(
+            {"precision": precision, "batch": batch, "seconds": took, "images_per_s": batch / took, "grey_levels": grey}
+        )
     return rows
 
 
@@ -230,10 +269,14 @@ def profile_step(path, device, batch=8):
         run()
         settle(device)
     table = profiled.key_averages()
-    waits = sum(e.count for e in table if "Synchronize" in e.key or e.key in ("aten::item", "aten::_local_scalar_dense"))
+    waits = sum(
+        e.count for e in table if "Synchronize" in e.key or e.key in ("aten::item", "aten::_local_scalar_dense")
+    )
     key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     with open(path, "w", encoding="utf-8") as file:
-        file.write(f"{machine.sentence(machine.describe())}\n12 guided steps of the demo model, batch {batch}, fp32, dct\n")
+        file.write(
+            f"{machine.sentence(machine.describe())}\n12 guided steps of the demo model, batch {batch}, fp32, dct\n"
+        )
         file.write(f"waits for the device or reads of a value from it: {waits}\n\n")
         file.write("\n".join(line.rstrip() for line in table.table(sort_by=key, row_limit=30).splitlines()) + "\n")
     return waits
@@ -242,36 +285,58 @@ def profile_step(path, device, batch=8):
 def report(result):
     """The results in words and tables."""
     rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in result["matrix_flops"].items())
-    where = "GPU" if result["device"].startswith("cuda") else "CPU; no GPU was at hand, so nothing here says how fast one is"
+    where = (
+        "GPU"
+        if result["device"].startswith("cuda")
+        else "CPU; no GPU was available, so nothing here says how fast one is"
+    )
     lines = [
-        "# Sampling speed", "", f"{machine.sentence(result['machine'])}. On {result['device']} ({where}).",
-        f"Matrix products, GFLOP/s: {rates}.", "",
-        "Model evaluations (random weights but for the demo model). Output error: mean distance from fp32, relative.", "",
+        "# Sampling speed",
+        "",
+        f"{machine.sentence(result['machine'])}. On {result['device']} ({where}).",
+        f"Matrix products, GFLOP/s: {rates}.",
+        "",
+        "Model evaluations (random weights but for the demo model). Output error: mean distance from fp32, relative.",
+        "",
         "| model | px | batch | precision | mode | s | evaluations/s | GFLOP/image | share of matrix rate | peak MiB "
-        "| output error | compile s |", "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+        "| output error | compile s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for r in result["forward"]:
         error, build = r.get("output_error"), r.get("compile_seconds")
         share = r["gflop_per_image"] * 1e9 * r["evaluations_per_s"] / result["matrix_flops"][r["precision"]]
         lines.append(
-            f"| {r['model']} {r['parameters'] / 1e6:.1f}M | {r['size']} | {r['batch']} | {r['precision']} | {r['mode']} | "
-            f"{r['forward_s']:.4f} | {r['evaluations_per_s']:.2f} | {r['gflop_per_image']:.1f} | {share:.0%} | "
-            f"{r['peak_mib']:.0f} | {'' if error is None else f'{error:.4f}'} | {'' if build is None else f'{build:.0f}'} |"
+            f"| {r['model']} {r['parameters'] / 1e6:.1f}M | {r['size']} | {r['batch']} | {r['precision']} | "
+            f"{r['mode']} | {r['forward_s']:.4f} | {r['evaluations_per_s']:.2f} | {r['gflop_per_image']:.1f} | "
+            f"{share:.0%} | {r['peak_mib']:.0f} | {'' if error is None else f'{error:.4f}'} | "
+            f"{'' if build is None else f'{build:.0f}'} |"
         )
-    lines += ["", "Peak memory on a CPU is that of the whole process up to then, so it only ever grows.", "",
-              "A guided step without its evaluation (fp32), and the overhead over it: per cent of the fp32 forward.", "",
-              "| model | px | batch | energy | detail_merge | step ms | overhead |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        "",
+        "Peak memory on a CPU is that of the whole process up to then, so it only ever grows.",
+        "",
+        "A guided step without its evaluation (fp32), and the overhead over it: per cent of the fp32 forward.",
+        "",
+        "| model | px | batch | energy | detail_merge | step ms | overhead |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for r in result["overhead"]:
         lines.append(
-            f"| {r['model']} | {r['size']} | {r['batch']} | {r['energy']} | {r['detail_merge']} | {r['step_s'] * 1e3:.2f} | "
-            f"{r['overhead']:.2%} |"
+            f"| {r['model']} | {r['size']} | {r['batch']} | {r['energy']} | {r['detail_merge']} | "
+            f"{r['step_s'] * 1e3:.2f} | {r['overhead']:.2%} |"
         )
     if result["whole_run"]:
-        lines += ["", "Whole runs of the demo model: 100 steps, 80 guided, `dct`.", "",
-                  "| precision | batch | s | images/s | grey levels from fp32 |", "|---|---|---|---|---|"]  # fmt: skip
+        lines += [
+            "",
+            "Whole runs of the demo model: 100 steps, 80 guided, `dct`.",
+            "",
+            "| precision | batch | s | images/s | grey levels from fp32 |",
+            "|---|---|---|---|---|",
+        ]
     for r in result["whole_run"]:
         lines.append(
-            f"| {r['precision']} | {r['batch']} | {r['seconds']:.2f} | {r['images_per_s']:.2f} | {r['grey_levels']:.2f} |"
+            f"| {r['precision']} | {r['batch']} | {r['seconds']:.2f} | {r['images_per_s']:.2f} | "
+            f"{r['grey_levels']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -288,7 +353,9 @@ def add(known, rows):
     """Put rows into the list `known`, in place of those of the same case: whatever is neither measured nor counted."""
 
     def case(row):
-        return {name: value for name, value in row.items() if isinstance(value, (str, bool)) or name in ("size", "batch")}
+        return {
+            name: value for name, value in row.items() if isinstance(value, (str, bool)) or name in ("size", "batch")
+        }
 
     fresh = [case(row) for row in rows]
     known[:] = [row for row in known if case(row) not in fresh] + rows
@@ -297,24 +364,39 @@ def add(known, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--cases", default="demo:1,demo:8,readme:1", help="model:batch pairs; models: demo, readme, ilvr")
+    parser.add_argument(
+        "--cases", default="demo:1,demo:8,readme:1", help="model:batch pairs; models: demo, readme, ilvr"
+    )
     parser.add_argument("--precisions", default="fp32,bf16", help="of fp32, bf16 and fp16")
     parser.add_argument("--modes", default="eager", help="of eager and compiled")
-    parser.add_argument("--energies", default=",".join(ENERGIES), help="energies of guided steps, joined by +; empty for none")
+    parser.add_argument(
+        "--energies", default=",".join(ENERGIES), help="energies of guided steps, joined by +; empty for none"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="times that every case is measured (default 5)")
     parser.add_argument("--whole_run", action="store_true", help="also whole runs of the demo model")
     parser.add_argument("--profile", help="file for a profile of guided steps")
-    parser.add_argument("--default_malloc", action="store_true", help="without keep_freed_memory, to see what that gives")
+    parser.add_argument(
+        "--default_malloc", action="store_true", help="without keep_freed_memory, to see what that gives"
+    )
     parser.add_argument("--add", action="store_true", help="keep what --out holds of other cases")
-    parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results", "speed_cpu"), help="path without suffix")
+    parser.add_argument(
+        "--out", default=os.path.join(ROOT, "benchmarks", "results", "speed_cpu"), help="path without suffix"
+    )
     args = parser.parse_args()
     if not args.default_malloc:
         keep_freed_memory()
     device = torch.device(args.device)
     precisions, modes = args.precisions.split(","), args.modes.split(",")
     rates = {precision: matrix_rate(DTYPES[precision], device) for precision in precisions}
-    result = {"machine": machine.describe(), "device": args.device, "matrix_flops": rates, "rounds": args.rounds,
-              "forward": [], "overhead": [], "whole_run": []}  # fmt: skip
+    result = {
+        "machine": machine.describe(),
+        "device": args.device,
+        "matrix_flops": rates,
+        "rounds": args.rounds,
+        "forward": [],
+        "overhead": [],
+        "whole_run": [],
+    }
     if args.add:
         with open(f"{args.out}.json", encoding="utf-8") as file:
             old = json.load(file)
@@ -327,7 +409,9 @@ def main():
         add(result["forward"], rows)
         print(*rows, sep="\n", flush=True)
         if args.energies and precisions[0] == "fp32":
-            rows = measure_overhead(name, int(batch), args.energies.split(","), args.rounds, device, rows[0]["forward_s"])
+            rows = measure_overhead(
+                name, int(batch), args.energies.split(","), args.rounds, device, rows[0]["forward_s"]
+            )
             add(result["overhead"], rows)
             print(*rows, sep="\n", flush=True)
         write(result, args.out)

@@ -1,6 +1,6 @@
 """How long the command takes until its first denoising step is done, and which imports that goes to.
 
-The real command runs on a pseudo-terminal, where its progress bar tells of the first step; then it is interrupted.
+The real command runs on a pseudo-terminal until its progress bar shows the first step; then it is interrupted.
 """
 
 import argparse
@@ -21,10 +21,20 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(ROOT, "benchmarks"))
 
-import machine  # noqa: E402
+import machine
 
-FLAGS = ["--model_path", "models/fluent3d_64.safetensors", "--base_samples", "ref_imgs", "--timestep_respacing", "100",
-         "--range_t", "20", "--area", "16"]  # fmt: skip
+FLAGS = [
+    "--model_path",
+    "models/fluent3d_64.safetensors",
+    "--base_samples",
+    "ref_imgs",
+    "--timestep_respacing",
+    "100",
+    "--range_t",
+    "20",
+    "--area",
+    "16",
+]
 UNWANTED = ("mpi4py", "torchvision", "scipy")
 
 
@@ -36,8 +46,11 @@ def first_step(flags):
         started = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, "scripts/ae_sample.py", *flags, "--save_dir", folder],
-            cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
-        )  # fmt: skip
+            cwd=ROOT,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+        )
         os.close(theirs)
         shown = ""
         try:
@@ -85,12 +98,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch_size", default="1", help="of the command: a first step of many images takes longer")
-    parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results", "startup"), help="path without suffix")
+    parser.add_argument(
+        "--out", default=os.path.join(ROOT, "benchmarks", "results", "startup"), help="path without suffix"
+    )
     args = parser.parse_args()
     flags = [*FLAGS, "--batch_size", args.batch_size]
     first_step(flags)  # what the first run reads from the disk, later ones find in memory
     times = [first_step(flags) for _ in range(args.rounds)]
-    script = "import sys; sys.path[:0] = ['.', 'scripts']; import ae_sample"
+    script = "import runpy; runpy.run_path('scripts/ae_sample.py', run_name='imported')"
     total, slowest, modules = imports(script)
     result = {
         "machine": machine.describe(),
@@ -108,15 +123,25 @@ def main():
         json.dump(result, file, indent=1)
         file.write("\n")
     lines = [
-        "# Start-up", "", f"{machine.sentence(result['machine'])}.", "", f"`{result['command']}`", "",
+        "# Start-up",
+        "",
+        f"{machine.sentence(result['machine'])}.",
+        "",
+        f"`{result['command']}`",
+        "",
         f"From the command to the end of its first denoising step: **{result['median_s']:.2f} s** "
-        f"(median of {len(times)}: {', '.join(f'{t:.2f}' for t in times)}; target 4 s).", "",
+        f"(median of {len(times)}: {', '.join(f'{t:.2f}' for t in times)}; target 4 s).",
+        "",
         f"Interpreter and `import torch`: {result['import_torch_s']:.2f} s; and all that the script imports: "
         f"{result['import_script_s']:.2f} s; `import guided_diffusion`: {result['import_package_s']:.2f} s. "
-        f"Imported though not needed: {', '.join(result['unwanted']) or 'none of ' + ', '.join(UNWANTED)}.", "",
-        "Import times by package, own modules only (`-X importtime`, which slows imports down):", "",
-        "| package | s |", "|---|---|", *(f"| {name} | {seconds:.3f} |" for name, seconds in slowest),
-    ]  # fmt: skip
+        f"Imported though not needed: {', '.join(result['unwanted']) or 'none of ' + ', '.join(UNWANTED)}.",
+        "",
+        "Import times by package, own modules only (`-X importtime`, which slows imports down):",
+        "",
+        "| package | s |",
+        "|---|---|",
+        *(f"| {name} | {seconds:.3f} |" for name, seconds in slowest),
+    ]
     with open(f"{args.out}.md", "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -2,19 +2,21 @@
 
     python benchmarks/kill_restart.py --processes 1 2 --kills 50 20
 
-Every round begins an empty folder and goes on, kill after kill, until the run ends by itself; rounds follow until the
-kills are used up. Moments are uniform over the time that an unbroken run takes, start-up and last writing included. The
-folder must then equal the unbroken run's byte for byte, with no other file in it; in run.json, where times differ, the
-settings, the plan and the counts must be equal. An image may be computed twice only if it was in flight at a kill: its
-batch begun, and some image of the batch not on disk.
+Every round starts with an empty folder and continues, kill after kill, until the run ends by itself; rounds follow
+until the kills are used up. Moments are uniform over the time that an unbroken run takes, start-up and last writing
+included. The folder must then equal the unbroken run's byte for byte, with no other file in it; in run.json, where
+times differ, the settings, the plan and the counts must be equal. An image may be computed twice only if it was in
+flight at a kill: its batch begun, and some image of the batch not on disk.
 
 Writes benchmarks/results/kill_restart.json and .md. Exit status 1 where anything differs.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -31,37 +33,45 @@ MODEL = ROOT / "models" / "fluent3d_64.safetensors"
 
 def child(log, flags):
     """ae_sample.py with `flags`; every batch that a process begins adds a line to `log`."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import common  # first: it takes the signals
-    from guided_diffusion import engine
-    import ae_sample
+    sys.path.insert(0, str(ROOT))
+    from guided_diffusion.run import job
 
-    class LoggedNoise(engine.ImageNoise):
-        """The engine makes one for each batch, from the names that its images have in the run."""
+    class LoggedNoise(job.ImageNoise):
+        """A job makes one for each batch, from the names that its images have in the run."""
 
         def __init__(self, names, device):
             with open(log, "a") as file:
                 file.write(json.dumps([name.partition("/")[2].partition("#")[0] for name in names]) + "\n")
             super().__init__(names, device)
 
-    engine.ImageNoise = LoggedNoise
+    job.ImageNoise = LoggedNoise
     sys.argv = ["ae_sample.py", *flags]
-    common.main(ae_sample.translate, ae_sample.create_parser())
+    runpy.run_path(str(ROOT / "scripts" / "ae_sample.py"), run_name="__main__")
 
 
 class Series:
     """Rounds of one configuration. `figures` is what they add up to."""
 
-    def __init__(self, root, args, processes):
-        self.root, self.args, self.processes = root, args, processes
+    def __init__(self, root, args, processes, kills):
+        self.root, self.args, self.processes, self.kills = root, args, processes, kills
         self.random = random.Random(args.seed * 1000 + processes)
         self.log = root / "log"
         self.figures = {
-            "processes": processes, "kills": 0, "rounds": 0, "images": 0, "batches_begun": 0, "computed_twice": 0,
-            "computed_twice_not_in_flight": 0, "in_flight_at_kills": 0, "temporary_files_at_kills": 0,
-            "kills_before_sampling": 0, "kills_while_sampling": 0, "kills_after_the_last_image": 0,
-            "rounds_that_differ": 0, "files_left_over": 0,
-        }  # fmt: skip
+            "processes": processes,
+            "kills": 0,
+            "rounds": 0,
+            "images": 0,
+            "batches_begun": 0,
+            "computed_twice": 0,
+            "computed_twice_not_in_flight": 0,
+            "in_flight_at_kills": 0,
+            "temporary_files_at_kills": 0,
+            "kills_before_sampling": 0,
+            "kills_while_sampling": 0,
+            "kills_after_the_last_image": 0,
+            "rounds_that_differ": 0,
+            "files_left_over": 0,
+        }
         self.differences = []
 
     def start(self, folder):
@@ -102,7 +112,7 @@ class Series:
         while True:
             process = self.start(folder)
             killed = False
-            if self.figures["kills"] < self.args.total:
+            if self.figures["kills"] < self.kills:
                 time.sleep(self.random.uniform(0, self.duration))
                 killed = kill_family(process)
             if not killed:
@@ -145,7 +155,7 @@ class Series:
 
 
 def content(folder):
-    """Every file of a run by its name: its bytes; of run.json what does not tell of times."""
+    """Every file of a run by its name: its bytes; of run.json all but the times."""
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     record = json.loads(files["run.json"])
     names = ("format", "settings", "versions", "processes", "batch_size", "plan", "counts", "failed")
@@ -169,10 +179,8 @@ def kill_family(process):
     for pid in family:
         family += children[pid]
     for pid in family:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     return process.wait() == -signal.SIGKILL
 
 
@@ -234,12 +242,12 @@ def main():
     from machine import describe
 
     figures, differences = [], []
-    for processes, args.total in zip(args.processes, args.kills, strict=True):
+    for processes, kills in zip(args.processes, args.kills, strict=True):
         with tempfile.TemporaryDirectory() as root:
             make_references(Path(root) / "ref", args.images)
-            series = Series(Path(root), args, processes)
+            series = Series(Path(root), args, processes, kills)
             series.unbroken()
-            while series.figures["kills"] < args.total:
+            while series.figures["kills"] < kills:
                 series.round()
                 print(json.dumps(series.figures), flush=True)
         figures.append(series.figures)

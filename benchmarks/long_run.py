@@ -11,6 +11,7 @@ Writes benchmarks/results/NAME.json and .md, NAME being long_run or what --name 
 import argparse
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,15 +28,14 @@ SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9)
 
 def child(log, flags):
     """ae_sample.py with `flags`; what its writer and its progress did goes to the file `log`."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import common  # first: it takes the signals
-    import ae_sample
-    from guided_diffusion import outputs
+    sys.path.insert(0, str(ROOT))
+    from guided_diffusion.cli import progress
+    from guided_diffusion.run import files
 
     waiting, seconds, estimates = [], [], []
     count, lock = 0, threading.Lock()
 
-    class WatchedWriter(outputs.Writer):
+    class WatchedWriter(files.Writer):
         def submit(self, task, *arguments):
             nonlocal count
             submitted = time.monotonic()
@@ -54,21 +54,23 @@ def child(log, flags):
                 waiting.append(count)
             super().submit(watched, *arguments)
 
-    class WatchedProgress(common.Progress):
-        def __call__(self, image_steps):
-            super().__call__(image_steps)
+    class WatchedProgress(progress.Progress):
+        def __call__(self, *done):
+            super().__call__(*done)
             estimates.append((time.monotonic(), self.done / self.total, self.seconds_left()))
 
         def close(self):
             super().close()
             with open(log, "w") as file:
                 began, ended = self.started, time.monotonic()
-                json.dump({"began": began, "ended": ended, "waiting": waiting, "seconds": seconds,
-                           "estimates": estimates}, file)  # fmt: skip
+                json.dump(
+                    {"began": began, "ended": ended, "waiting": waiting, "seconds": seconds, "estimates": estimates},
+                    file,
+                )
 
-    outputs.Writer, common.Progress = WatchedWriter, WatchedProgress
+    files.Writer, progress.Progress = WatchedWriter, WatchedProgress
     sys.argv = ["ae_sample.py", *flags]
-    common.main(ae_sample.translate, ae_sample.create_parser())
+    runpy.run_path(str(ROOT / "scripts" / "ae_sample.py"), run_name="__main__")
 
 
 def watch_memory(process, interval=0.1):
@@ -107,10 +109,16 @@ def estimate_figures(estimates, ended):
     """At each of SHARES of the steps: the estimated and the real time left in seconds, and the error as a share."""
     figures = []
     for share in SHARES:
-        moment, done, left = next(entry for entry in estimates if entry[1] >= share)
+        moment, _, left = next(entry for entry in estimates if entry[1] >= share)
         really = ended - moment
-        figures.append({"share": share, "estimated": round(left, 2), "real": round(really, 2),
-                        "error": round(left / really - 1, 4)})  # fmt: skip
+        figures.append(
+            {
+                "share": share,
+                "estimated": round(left, 2),
+                "real": round(really, 2),
+                "error": round(left / really - 1, 4),
+            }
+        )
     return figures
 
 

@@ -10,16 +10,22 @@ The motifs are made for a model that sees 64 x 64 pixels: they fill the frame, u
 no outlines, no thin lines and no gradients.
 """
 
-import argparse
 import math
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # found from any working directory
+from guided_diffusion.cli import main as command
+
+command.start()
 
 from PIL import Image, ImageChops, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from guided_diffusion.errors import UserError  # noqa: E402  (the repository's root must be on the path first)
+from guided_diffusion.cli.flags import Given, Parser
+from guided_diffusion.errors import InputError
+from guided_diffusion.options import check, option
 
 PLANE = 256  # side of the plane in which the shapes below are given
 SUPERSAMPLING = 8
@@ -103,7 +109,7 @@ def bezier(start, control_1, control_2, end, steps=48):
     points = []
     for k in range(steps + 1):
         t = k / steps
-        weights = (1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t ** 2, t ** 3
+        weights = (1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3
         corners = start, control_1, control_2, end
         points.append(tuple(sum(w * c[axis] for w, c in zip(weights, corners)) for axis in (0, 1)))
     return points
@@ -191,8 +197,20 @@ def smiling_face(canvas):
 
 def cat_face(canvas):
     fur, stripe = "#ffab40", "#e2711d"
-    head = smooth([(128, 42), (190, 54), (238, 112), (244, 174), (204, 228), (128, 244),
-                   (52, 228), (12, 174), (18, 112), (66, 54)])
+    head = smooth(
+        [
+            (128, 42),
+            (190, 54),
+            (238, 112),
+            (244, 174),
+            (204, 228),
+            (128, 244),
+            (52, 228),
+            (12, 174),
+            (18, 112),
+            (66, 54),
+        ]
+    )
     canvas.fill_both(rounded([(34, -4), (128, 62), (8, 150)], 26), fur)
     canvas.fill_both(rounded([(43, 30), (96, 66), (32, 110)], 16), PINK)
     canvas.fill(head, fur)
@@ -211,11 +229,43 @@ def cat_face(canvas):
 
 def dog_face(canvas):
     fur, ear = "#d9934a", "#7b4526"
-    canvas.fill(smooth([(128, 14), (188, 32), (214, 96), (218, 168), (184, 226), (128, 242),
-                        (72, 226), (38, 168), (42, 96), (68, 32)]), fur)
+    canvas.fill(
+        smooth(
+            [
+                (128, 14),
+                (188, 32),
+                (214, 96),
+                (218, 168),
+                (184, 226),
+                (128, 242),
+                (72, 226),
+                (38, 168),
+                (42, 96),
+                (68, 32),
+            ]
+        ),
+        fur,
+    )
     canvas.fill_both(smooth([(80, 16), (88, 44), (62, 92), (58, 150), (34, 172), (12, 148), (10, 92), (34, 36)]), ear)
-    canvas.fill(smooth([(128, 20), (146, 60), (156, 120), (190, 150), (196, 190), (166, 222), (128, 230),
-                        (90, 222), (60, 190), (66, 150), (100, 120), (110, 60)]), CREAM)
+    canvas.fill(
+        smooth(
+            [
+                (128, 20),
+                (146, 60),
+                (156, 120),
+                (190, 150),
+                (196, 190),
+                (166, 222),
+                (128, 230),
+                (90, 222),
+                (60, 190),
+                (66, 150),
+                (100, 120),
+                (110, 60),
+            ]
+        ),
+        CREAM,
+    )
     canvas.fill_both(ellipse(84, 108, 18, 22), INK)
     canvas.fill(circle(78, 100, 7), WHITE)
     canvas.fill(circle(166, 100, 7), WHITE)
@@ -225,8 +275,20 @@ def dog_face(canvas):
 
 
 def frog_face(canvas):
-    head = smooth([(128, 58), (206, 72), (246, 136), (238, 196), (188, 234), (128, 242),
-                   (68, 234), (18, 196), (10, 136), (50, 72)])
+    head = smooth(
+        [
+            (128, 58),
+            (206, 72),
+            (246, 136),
+            (238, 196),
+            (188, 234),
+            (128, 242),
+            (68, 234),
+            (18, 196),
+            (10, 136),
+            (50, 72),
+        ]
+    )
     canvas.fill_both(circle(64, 62, 50), GREEN)
     canvas.fill(head, GREEN)
     canvas.fill(ellipse(128, 244, 100, 56), "#b8e986", within=head)
@@ -239,8 +301,9 @@ def frog_face(canvas):
 
 def fish(canvas):
     body = smooth([(6, 132), (46, 78), (110, 56), (170, 84), (212, 132), (170, 180), (110, 208), (46, 186)])
-    canvas.fill(smooth([(182, 132), (212, 74), (244, 50), (250, 70), (236, 132), (250, 194), (244, 214), (212, 190)]),
-                ORANGE)
+    canvas.fill(
+        smooth([(182, 132), (212, 74), (244, 50), (250, 70), (236, 132), (250, 194), (244, 214), (212, 190)]), ORANGE
+    )
     canvas.fill(smooth([(70, 84), (88, 28), (138, 10), (180, 30), (172, 60), (164, 104)]), ORANGE)
     canvas.fill(smooth([(84, 184), (94, 232), (134, 250), (164, 232), (152, 176)]), ORANGE)
     canvas.fill(body, BLUE)
@@ -251,19 +314,23 @@ def fish(canvas):
 
 
 def apple(canvas):
-    half = (bezier((128, 80), (94, 48), (14, 50), (12, 138)) + bezier((12, 138), (12, 204), (62, 256), (98, 248))
-            + bezier((98, 248), (110, 246), (118, 242), (128, 242)))
+    half = (
+        bezier((128, 80), (94, 48), (14, 50), (12, 138))
+        + bezier((12, 138), (12, 204), (62, 256), (98, 248))
+        + bezier((98, 248), (110, 246), (118, 242), (128, 242))
+    )
     canvas.fill(half + mirrored(half)[::-1], RED)
     canvas.fill(ellipse(56, 122, 16, 34, turn=24), "#ff8a80")
     canvas.fill(band(bezier((128, 98), (128, 66), (120, 42), (106, 22)), 19), BROWN)
-    canvas.fill(bezier((136, 66), (134, 12), (176, -4), (228, 8)) + bezier((228, 8), (222, 60), (184, 84), (136, 66)),
-                GREEN)
+    canvas.fill(
+        bezier((136, 66), (134, 12), (176, -4), (228, 8)) + bezier((228, 8), (222, 60), (184, 84), (136, 66)), GREEN
+    )
 
 
 def watermelon(canvas):
     def wedge(radius, rounding):
         arc = ellipse(128, 2, radius, radius, start=59, end=121)
-        return rounded([(128, 2)] + arc[::20], rounding)
+        return rounded([(128, 2), *arc[::20]], rounding)
 
     whole = wedge(246, 12)
     canvas.fill(whole, DARK_GREEN)
@@ -326,10 +393,12 @@ def star(canvas):
 
 
 def mushroom(canvas):
-    cap = smooth([(128, 6), (200, 26), (246, 90), (248, 140), (212, 158), (128, 164), (44, 158), (8, 140), (10, 90),
-                  (56, 26)])
-    canvas.fill(smooth([(90, 140), (166, 140), (172, 190), (190, 232), (160, 249), (96, 249), (66, 232), (84, 190)]),
-                "#f7d9a8")
+    cap = smooth(
+        [(128, 6), (200, 26), (246, 90), (248, 140), (212, 158), (128, 164), (44, 158), (8, 140), (10, 90), (56, 26)]
+    )
+    canvas.fill(
+        smooth([(90, 140), (166, 140), (172, 190), (190, 232), (160, 249), (96, 249), (66, 232), (84, 190)]), "#f7d9a8"
+    )
     canvas.fill(ellipse(128, 156, 48, 22), "#d9a566")
     canvas.fill(cap, RED)
     canvas.fill(circle(108, 64, 32), WHITE)
@@ -375,45 +444,47 @@ def draw(name, size=PLANE):
 
 
 def write_pictures(folder, size=PLANE):
-    """Write every picture as `<name>.png` into `folder`, which is made if need be, and return the paths.
+    """Write every picture as `<name>.png` into `folder`, which is made where it is missing, and return the paths.
 
-    Raises UserError where the folder or a file in it cannot be written.
+    Raises InputError where the folder or a file in it cannot be written.
     """
-    folder = Path(folder)
-    paths = [folder / f"{name}.png" for name in PICTURES]
+    paths = [Path(folder) / f"{name}.png" for name in PICTURES]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         for name, path in zip(PICTURES, paths):
             draw(name, size).save(path, optimize=True)
     except OSError as error:
-        raise UserError(f"--out {folder}: cannot write {error.filename or 'there'} ({error.strerror or error}); "
-                        "give a folder that can be made or written to") from error
+        reason = f"cannot write {error.filename or 'there'} ({error.strerror or error})"
+        raise InputError(f"{reason}; give a writable folder", parameter="out", value=folder) from error
     return paths
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
+@dataclass(frozen=True)
+class Options:
+    """Where the pictures go, and their size."""
+
+    out: str = option("ref_imgs", "folder of the PNG files, made where it is missing", metavar="FOLDER")
+    size: int = option(PLANE, "side of the square pictures in pixels", least=SMALLEST, most=LARGEST)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.out:
+            raise InputError("give the folder that the pictures go to", parameter="out", value=self.out)
 
 
-def main(arguments=None):
-    parser = _Parser(description="Draw the demo's reference pictures.", allow_abbrev=False)
-    parser.add_argument("--out", default="ref_imgs", metavar="FOLDER",
-                        help="where the PNG files go, made if need be (default: ref_imgs)")
-    parser.add_argument("--size", default=str(PLANE), metavar="PIXELS",
-                        help=f"side of the square pictures, {SMALLEST} to {LARGEST} (default: {PLANE})")
-    options = parser.parse_args(arguments)
-    if not options.out:
-        raise UserError("--out is empty; give the folder that the pictures go to")
-    if not options.size.isdecimal() or not SMALLEST <= int(options.size) <= LARGEST:
-        raise UserError(f"--size {options.size}: give a whole number of pixels from {SMALLEST} to {LARGEST}")
-    paths = write_pictures(options.out, int(options.size))
-    print(f"{len(paths)} pictures of {options.size} x {options.size} pixels in {options.out}")
+def create_parser() -> Parser:
+    parser = Parser("Draw the demo's reference pictures.")
+    parser.usage = "python datasets/%(prog)s [flags]"
+    parser.add(Options, title="output")
+    return parser
+
+
+def main(given: Given) -> None:
+    options = given.options(Options)
+    paths = write_pictures(options.out, options.size)
+    size = f"{options.size} x {options.size}"
+    command.say(f"{len(paths)} pictures of {size} pixels in {options.out}", sys.stdout)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main, create_parser(), ranks="none")

@@ -10,10 +10,9 @@ Code points are the packages' file names in lower case with `-fe0f` dropped. Hel
 int(sha256(base), 16) % 10 == 0, where the base is the code point without its skin-tone modifiers 1f3fb .. 1f3ff.
 
 The manifest holds the sha256 of every picture's pixels (RGB bytes, row by row), not of its file: PNG bytes depend on
-the zlib at hand, pixels do not.
+the zlib that wrote it, pixels do not.
 """
 
-import argparse
 import gzip
 import hashlib
 import io
@@ -21,20 +20,25 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # found from any working directory
+from guided_diffusion.cli import main as command
+
+command.start()
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from guided_diffusion.errors import UserError  # noqa: E402
+from guided_diffusion.cli.flags import Given, Parser
+from guided_diffusion.errors import InputError
+from guided_diffusion.options import check, option
 
 TARGET, SOURCE = "fluent3d", "twitter"
 PACKAGES = {
@@ -111,20 +115,20 @@ def npm_pack(package, version, folder):
     """Fetch PACKAGE@VERSION with the npm client into `folder`; return the tarball's path."""
     npm = shutil.which("npm")
     if npm is None:
-        raise UserError(
+        raise InputError(
             "npm is not installed: install Node.js, or run `npm pack NAME@VERSION` on another machine for "
             + ", ".join(f"{p['package']}@{p['version']}" for p in PACKAGES.values())
-            + " and give the folder with the tarballs as --from_dir"
+            + " and give the folder with the tarballs as `from_dir`"
         )
-    command = [npm, "pack", f"{package}@{version}", "--json", "--pack-destination", str(folder)]
+    call = [npm, "pack", f"{package}@{version}", "--json", "--pack-destination", str(folder)]
     # npm waits 10 s and then 60 s between its tries; a machine without a network should hear so sooner.
-    command += ["--fetch-retry-mintimeout=2000", "--fetch-retry-maxtimeout=10000"]
-    completed = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    call += ["--fetch-retry-mintimeout=2000", "--fetch-retry-maxtimeout=10000"]
+    completed = subprocess.run(call, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     path = Path(folder) / tarball_name(package, version)
     if completed.returncode != 0 or not path.is_file():
-        raise UserError(
+        raise InputError(
             f"npm could not fetch {package}@{version} ({npm_error(completed)}); "
-            "with tarballs made elsewhere by `npm pack`, give their folder as --from_dir"
+            "with tarballs made elsewhere by `npm pack`, give their folder as `from_dir`"
         )
     return path
 
@@ -132,12 +136,12 @@ def npm_pack(package, version, folder):
 def tarball_path(spec, from_dir, work):
     """The tarball of a package: in `from_dir` if that is given, else fetched into the folder `work`."""
     if from_dir is None:
-        print(f"fetching {spec['package']}@{spec['version']}", flush=True)
+        command.say(f"fetching {spec['package']}@{spec['version']}", sys.stdout)
         return npm_pack(spec["package"], spec["version"], work)
     path = Path(from_dir) / tarball_name(spec["package"], spec["version"])
     if not path.is_file():
-        command = f"npm pack {spec['package']}@{spec['version']}"
-        raise UserError(f"--from_dir {from_dir} has no {path.name}: make it there with `{command}`")
+        reason = f"it has no {path.name}; make it there with npm pack {spec['package']}@{spec['version']}"
+        raise InputError(reason, parameter="from_dir", value=from_dir)
     return path
 
 
@@ -147,22 +151,22 @@ def read_tarball(path, spec):
     :param path: a tarball as `npm pack` makes it.
     :param spec: the package's entry in `PACKAGES`.
     :return: {code point: (file name, encoded bytes)}.
-    :raises UserError: if the file is no intact tarball, is another package, or holds no picture.
+    :raises InputError: if the file is no intact tarball, is another package, or holds no picture.
     """
     try:
         # Decompressed whole: that checks the CRC of every byte, where tarfile stops reading at the last file.
         with tarfile.open(fileobj=io.BytesIO(gzip.decompress(path.read_bytes())), mode="r:") as archive:
             package = json.load(archive.extractfile("package/package.json"))
             files = {
-                member.name[len(spec["folder"]):]: archive.extractfile(member).read()
+                member.name[len(spec["folder"]) :]: archive.extractfile(member).read()
                 for member in archive
                 if member.isfile() and member.name.startswith(spec["folder"])
             }
     except (tarfile.TarError, zlib.error, EOFError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is not an intact npm tarball ({error}): fetch it again") from error
+        raise InputError(f"{path} is not an intact npm tarball ({error}): fetch it again") from error
     found, wanted = (f"{p.get('name', p.get('package'))}@{p.get('version')}" for p in (package, spec))
     if found != wanted:
-        raise UserError(f"{path} holds {found}, and not {wanted}")
+        raise InputError(f"{path} holds {found}, and not {wanted}")
 
     pictures = {}
     # Two files of Fluent differ in -fe0f only; the fully qualified name is the emoji proper, and it is the longer one.
@@ -171,7 +175,7 @@ def read_tarball(path, spec):
         if match:
             pictures[code_point(match[1])] = (name, files[name])
     if not pictures:
-        raise UserError(f"{path} holds no picture under {spec['folder']}")
+        raise InputError(f"{path} holds no picture under {spec['folder']}")
     return pictures
 
 
@@ -181,7 +185,7 @@ def render(encoded, size):
     Every step is integer arithmetic on 8 bits (Pillow's compositing and its fixed-point LANCZOS), hence the same
     everywhere. Compositing comes first: colours of transparent pixels must not bleed in through the filter.
     """
-    picture = Image.open(io.BytesIO(encoded)).convert("RGBA")
+    picture = Image.open(io.BytesIO(encoded), formats=("PNG", "WEBP")).convert("RGBA")
     side = max(picture.size)
     canvas = Image.new("RGBA", (side, side), "white")
     canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
@@ -194,7 +198,7 @@ def write_picture(job):
     try:
         picture = render(encoded, size)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"the package's picture {name} cannot be read ({error})") from error
+        raise InputError(f"the package's picture {name} cannot be read ({error})") from error
     picture.save(path, format="PNG")
     return hashlib.sha256(picture.tobytes()).hexdigest()
 
@@ -217,7 +221,7 @@ def write_set(pictures, size, folder):
     """Write the set of {style: {code point: (file name, bytes)}} into the empty `folder`; return its manifest."""
     paired = sorted(pictures[TARGET].keys() & pictures[SOURCE].keys())
     if not paired:
-        raise UserError(f"no code point is drawn by both {TARGET} and {SOURCE}: are these the right tarballs?")
+        raise InputError(f"no code point is drawn by both {TARGET} and {SOURCE}: are these the right tarballs?")
     jobs = {}
     for style in PACKAGES:
         for split in ("train", "test"):
@@ -252,18 +256,19 @@ def existing_set(out, size, overwrite):
     """Look at what `out` holds already.
 
     :return: its manifest if it is the complete set that is asked for, or None if a set is to be written.
-    :raises UserError: if it holds anything else and may not, or must not, be replaced.
+    :raises InputError: if it holds anything else and may not, or must not, be replaced.
     """
     if not out.exists():
         return None
     if not out.is_dir():
-        raise UserError(f"--out {out} is a file: name a folder")
+        raise InputError("it is a file; name a folder", parameter="out", value=out)
     entries = sorted(path.name for path in out.iterdir())
     if not entries:
         return None
     foreign = [name for name in entries if name not in (*PACKAGES, MANIFEST)]
     if foreign:
-        raise UserError(f"--out {out} holds other files ({foreign[0]}): name a folder that is new or empty")
+        reason = f"it holds other files ({foreign[0]}); name a folder that is new or empty"
+        raise InputError(reason, parameter="out", value=out)
     if overwrite:
         return None
     try:
@@ -272,18 +277,18 @@ def existing_set(out, size, overwrite):
         counts = {style: dict(split) for style, split in manifest["counts"].items()}
         found_size, digest = found["size"], manifest["digest"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        problem = f"has no usable {MANIFEST}"
+        problem = f"it has no usable {MANIFEST}"
     else:
         missing = [path for path in files if not (out / path).is_file()]
         if found == settings(size) and not missing:
             return {"counts": counts, "digest": digest}
         if found_size != size:
-            problem = f"holds the set at size {found_size}, not {size}"
+            problem = f"it holds the set at size {found_size}, not {size}"
         elif missing:
-            problem = f"lacks {len(missing)} of the set's {len(files)} pictures (first: {missing[0]})"
+            problem = f"it lacks {len(missing)} of the set's {len(files)} pictures (first: {missing[0]})"
         else:
-            problem = "holds a set made with other settings"
-    raise UserError(f"--out {out} {problem}: name another folder or say --overwrite True")
+            problem = "it holds a set made with other settings"
+    raise InputError(f"{problem}; name another folder or set `overwrite` to True", parameter="out", value=out)
 
 
 def put_in_place(new, out, work):
@@ -300,14 +305,14 @@ def put_in_place(new, out, work):
 
 
 def prepare(size, out, from_dir=None, overwrite=False):
-    """Make the emoji set at `out`, or recognise that it is there.
+    """Make the emoji set at `out`, or recognise that it is already present.
 
     :param size: side of the pictures in pixels.
     :param out: the folder of the set; it appears whole or not at all.
     :param from_dir: a folder with the packages' tarballs, or None to fetch them with npm.
     :param overwrite: replace another emoji set at `out`.
     :return: (a dict with the set's `counts` and `digest`, whether it was written now).
-    :raises UserError: if the set cannot be made; `out` is then as it was.
+    :raises InputError: if the set cannot be made; `out` is then as it was.
     """
     out = Path(os.path.realpath(out))
     work = None
@@ -316,63 +321,53 @@ def prepare(size, out, from_dir=None, overwrite=False):
         if present is not None:
             return present, False
         if from_dir is not None and not Path(from_dir).is_dir():
-            raise UserError(f"--from_dir {from_dir} is not a folder")
+            raise InputError("it is not a folder", parameter="from_dir", value=from_dir)
         out.parent.mkdir(parents=True, exist_ok=True)
         # Beside `out`, hence on its file system: the last step is a rename.
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        pictures = {
-            style: read_tarball(tarball_path(spec, from_dir, work), spec) for style, spec in PACKAGES.items()
-        }
+        pictures = {style: read_tarball(tarball_path(spec, from_dir, work), spec) for style, spec in PACKAGES.items()}
         new = work / "new"
         new.mkdir()
         manifest = write_set(pictures, size, new)
         put_in_place(new, out, work)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"cannot write --out {out}: {error.strerror or error}{where}") from error
+        raise InputError(f"cannot be written: {error.strerror or error}{where}", parameter="out", value=out) from error
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
     return manifest, True
 
 
-def parse_size(text):
-    if not (text.isascii() and text.isdigit() and MIN_SIZE <= int(text) <= MAX_SIZE):
-        raise UserError(f"--size {text} does not fit: give a whole number of pixels from {MIN_SIZE} to {MAX_SIZE}")
-    return int(text)
+@dataclass(frozen=True)
+class Options:
+    """The set to make."""
+
+    size: int = option(64, "side of the pictures in pixels", least=MIN_SIZE, most=MAX_SIZE)
+    out: str = option("data/emoji", "folder of the set", metavar="FOLDER")
+    from_dir: str | None = option(
+        None, "folder with the tarballs of `npm pack`; without it npm fetches them", metavar="FOLDER"
+    )
+    overwrite: bool = option(False, "replace another emoji set in the folder")
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
-def parse_bool(flag, text):
-    values = {"true": True, "1": True, "false": False, "0": False}
-    if text.lower() not in values:
-        raise UserError(f"{flag} {text} does not fit: give True or False")
-    return values[text.lower()]
+def create_parser() -> Parser:
+    parser = Parser("Make the emoji set: flat and glossy 3D emoji, matched by code point.")
+    parser.usage = "python datasets/%(prog)s [flags]"
+    parser.add(Options, title="the set")
+    return parser
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Make the emoji set: flat and glossy 3D emoji, matched by code point.")
-    parser.add_argument("--size", default="64", help="side of the pictures in pixels (default 64)")
-    parser.add_argument("--out", default="data/emoji", help="folder of the set (default data/emoji)")
-    parser.add_argument("--from_dir", metavar="DIR", help="folder with the tarballs of `npm pack`; default: use npm")
-    parser.add_argument("--overwrite", default="False", help="True: replace another emoji set in --out")
-    args = parser.parse_args(argv)
-    # As an exception, so that the temporary folder is removed on the way out.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        overwrite = parse_bool("--overwrite", args.overwrite)
-        manifest, written = prepare(parse_size(args.size), args.out, args.from_dir, overwrite)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written; run the same command again", file=sys.stderr)
-        return 130
-    print(f"{args.out}: {'written' if written else 'already complete with these settings, left alone'}")
-    for style, count in manifest["counts"].items():
-        print(f"  {style}: {count['train']} train, {count['test']} test")
-    print(f"  digest {manifest['digest']}")
-    return 0
+def main(given: Given) -> None:
+    options = given.options(Options)
+    manifest, written = prepare(options.size, options.out, options.from_dir, options.overwrite)
+    lines = [f"{options.out}: {'written' if written else 'already present with these settings, left alone'}"]
+    lines += [f"  {style}: {n['train']} train, {n['test']} test" for style, n in manifest["counts"].items()]
+    command.say("\n".join([*lines, f"  digest {manifest['digest']}"]), sys.stdout)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main, create_parser(), ranks="none")

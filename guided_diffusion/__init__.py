@@ -4,4 +4,4 @@ The package keeps guided-diffusion's module names and adds the method's own: `ma
 `baselines`, `checkpoint`, `engine`. Nothing is imported here, so that `import guided_diffusion` costs nothing.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,60 +1,91 @@
 """The manifolds of SDDM: images with given block statistics (Sun et al. 2023, section 4).
 
 A manifold is an object that a reference makes: `restrict(x, alpha_bar)` brings x [N, C, H, W] to the manifold of the
-reference noised to alpha_bar (a float); `split(x, vector, alpha_bar)` gives the parts (tangent, normal) of a vector at
-x, whose sum is the vector.
+reference noised to alpha_bar (a float); `decompose(x, vector, alpha_bar)` gives the parts (tangent, normal) of a vector
+at x, whose sum is the vector. `MANIFOLDS` has them by name.
 
 The functions compute with blocks: the image plane is cut into blocks x blocks rectangles. A tensor [N, C, H, W] is seen
 as [N, C, B, B, h, w]; means and variances per image, channel and block have shape [N, C, B, B, 1, 1], so they broadcast
 over that view.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
 import torch
 from torch.nn import functional as F
 
 from resizer import low_pass_filter
 
+from .errors import InputError
+from .options import Registry
+
 EPS = 1e-5
 
+MANIFOLDS = Registry("manifold")
+"""Makers of manifolds, `make(ref, *, blocks, down_n) -> Manifold`, each of which takes the parameter it needs."""
 
-def check_blocks(size, blocks):
-    """Raise ValueError unless images of `size` = (H, W) can be cut into blocks x blocks of at least two pixels."""
+
+class Manifold(Protocol):
+    """What a sampler asks of a manifold."""
+
+    def restrict(self, x: torch.Tensor, alpha_bar: float) -> torch.Tensor:
+        """x [N, C, H, W] brought to the manifold of the reference noised to alpha_bar."""
+        ...
+
+    def decompose(self, x: torch.Tensor, vector: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The parts (tangent, normal) of a vector [N, C, H, W] at x, whose sum is the vector."""
+        ...
+
+
+def check_blocks(size: Sequence[int], blocks: int, of: str = "image") -> None:
+    """Raise InputError unless images of `size` = (H, W) can be cut into blocks x blocks of at least two pixels.
+
+    of: what has this size, for the error.
+    """
     height, width = size
-    if blocks < 1 or height % blocks or width % blocks:
-        raise ValueError(f"{height}x{width} pixels cannot be cut into {blocks}x{blocks} equal blocks")
-    if (height // blocks) * (width // blocks) < 2:
-        raise ValueError(f"{blocks}x{blocks} blocks of {height}x{width} pixels have one pixel each, and so no variance")
+    if blocks >= 1 and height % blocks == width % blocks == 0 and height * width >= 2 * blocks**2:
+        return
+    wanted = f"{height}" if height == width else f"{height}x{width}"
+    fit = [n for n in range(1, min(size) + 1) if height % n == width % n == 0 and height * width >= 2 * n * n]
+    near = sorted(fit, key=lambda n: (abs(n - blocks), -n))[:2]
+    hint = f" ({' and '.join(map(str, near))} {'do' if len(near) > 1 else 'does'})" if near else ""
+    raise InputError(
+        f"it must divide the {of} size {wanted} into blocks of at least two pixels{hint}",
+        parameter="blocks",
+        value=blocks,
+    )
 
 
-def to_blocks(x, blocks):
+def to_blocks(x: torch.Tensor, blocks: int) -> torch.Tensor:
     """View [N, C, H, W] as [N, C, B, B, h, w] without copying."""
     return _rows(x, blocks).transpose(3, 4)
 
 
-def from_blocks(x):
+def from_blocks(x: torch.Tensor) -> torch.Tensor:
     """Undo `to_blocks`: [N, C, B, B, h, w] -> [N, C, H, W]."""
     n, c, rows, columns, h, w = x.shape
     return x.transpose(3, 4).reshape(n, c, rows * h, columns * w)
 
 
-def _rows(x, blocks):
+def _rows(x: torch.Tensor, blocks: int) -> torch.Tensor:
     """View [N, C, H, W] as [N, C, B, h, B, w], whose elements lie in memory order: arithmetic on it is fast."""
     n, c, height, width = x.shape
     return x.reshape(n, c, blocks, height // blocks, blocks, width // blocks)
 
 
-def combine(x, statistics, function):
+def combine(x: torch.Tensor, statistics: Sequence[torch.Tensor], function: Callable[..., torch.Tensor]) -> torch.Tensor:
     """function(x, *statistics) with every pixel of x [N, C, H, W] beside the statistics of its block."""
     blocks = statistics[0].shape[2]
     return function(_rows(x, blocks), *(s.transpose(3, 4) for s in statistics)).reshape(x.shape)
 
 
-def block_mean(x, blocks):
+def block_mean(x: torch.Tensor, blocks: int) -> torch.Tensor:
     """Mean of every block of x [N, C, H, W], as [N, C, B, B, 1, 1]."""
     return F.avg_pool2d(x, (x.shape[2] // blocks, x.shape[3] // blocks))[..., None, None]
 
 
-def block_statistics(x, blocks):
+def block_statistics(x: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and unbiased variance plus 1e-5 of every block.
 
     x: [N, C, H, W], H and W divisible by blocks. Returns two tensors [N, C, B, B, 1, 1].
@@ -66,12 +97,12 @@ def block_statistics(x, blocks):
     return mean, block_mean(deviation.square(), blocks) * (n / (n - 1)) + EPS
 
 
-def diffuse_statistics(mean, var, alpha_bar):
+def diffuse_statistics(mean: torch.Tensor, var: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Statistics on which a reference with `mean` and `var` concentrates when noised to alpha_bar (a float)."""
     return alpha_bar**0.5 * mean, alpha_bar * var + (1 - alpha_bar)
 
 
-def block_adain(x, mean, var):
+def block_adain(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
     """Restriction to the manifold: give every block of x [N, C, H, W] the target mean and variance.
 
     Per block, (x - mean(x)) / std(x) * std + mean (Huang & Belongie 2017, blockwise).
@@ -80,7 +111,7 @@ def block_adain(x, mean, var):
     return combine(x, [own_mean, (var / own_var).sqrt(), mean], lambda x, own, scale, mean: (x - own) * scale + mean)
 
 
-def split(x, vector, mean):
+def decompose(x: torch.Tensor, vector: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Split a vector at x into its parts tangent and normal to the manifold with block means `mean`.
 
     x, vector: [N, C, H, W]; mean: [N, C, B, B, 1, 1]. Per block the mean is removed, then the component along x - mean,
@@ -97,22 +128,27 @@ def split(x, vector, mean):
     return tangent, vector - tangent
 
 
+split = decompose  # its name up to version 0.1
+
+
 class BlockManifold:
     """SDDM's manifold: images whose blocks have the means and variances of the noised reference.
 
     ref: [N, C, H, W]; blocks: the image plane is cut into blocks x blocks.
     """
 
-    def __init__(self, ref, blocks):
+    def __init__(self, ref: torch.Tensor, blocks: int) -> None:
         self.mean, self.var = block_statistics(ref, blocks)
 
-    def restrict(self, x, alpha_bar):
+    def restrict(self, x: torch.Tensor, alpha_bar: float) -> torch.Tensor:
         """Block AdaIN to the diffused statistics."""
         return block_adain(x, *diffuse_statistics(self.mean, self.var, alpha_bar))
 
-    def split(self, x, vector, alpha_bar):
-        """`split` at the diffused means."""
-        return split(x, vector, alpha_bar**0.5 * self.mean)
+    def decompose(self, x: torch.Tensor, vector: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """`decompose` at the diffused means."""
+        return decompose(x, vector, alpha_bar**0.5 * self.mean)
+
+    split = decompose  # its name up to version 0.1
 
 
 class LowPassManifold:
@@ -122,15 +158,27 @@ class LowPassManifold:
     restriction comes close to the manifold rather than onto it (as ILVR's does).
     """
 
-    def __init__(self, ref, down_n):
+    def __init__(self, ref: torch.Tensor, down_n: int) -> None:
         self.phi = low_pass_filter(ref.shape[2:], down_n, "cubic")
         self.low = self.phi(ref)
 
-    def restrict(self, x, alpha_bar):
+    def restrict(self, x: torch.Tensor, alpha_bar: float) -> torch.Tensor:
         """x - phi(x) + sqrt(alpha_bar) phi(ref)."""
         return x - self.phi(x) + alpha_bar**0.5 * self.low
 
-    def split(self, x, vector, alpha_bar):
+    def decompose(self, x: torch.Tensor, vector: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The high frequencies of the vector, and its low ones."""
         normal = self.phi(vector)
         return vector - normal, normal
+
+    split = decompose  # its name up to version 0.1
+
+
+@MANIFOLDS.add("badain")
+def _block_manifold(ref: torch.Tensor, *, blocks: int, down_n: int) -> Manifold:
+    return BlockManifold(ref, blocks)
+
+
+@MANIFOLDS.add("low_pass")
+def _low_pass_manifold(ref: torch.Tensor, *, blocks: int, down_n: int) -> Manifold:
+    return LowPassManifold(ref, down_n)

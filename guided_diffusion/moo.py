@@ -9,12 +9,18 @@ import itertools
 
 import torch
 
+from .errors import InputError
+from .options import fitting
 
-def min_norm_point(vectors, dim, method="exact"):
+METHODS = ("exact", "frank_wolfe")
+
+
+def min_norm_point(vectors: torch.Tensor, dim: int, method: str = "exact") -> torch.Tensor:
     """The point of smallest norm in the convex hull of the vectors.
 
     vectors: `dim` indexes them, all dimensions after it are their components, all before it are separate problems.
-    method: `exact`, or `frank_wolfe` as the public release computes it. Returns vectors' shape without `dim`.
+    method: `exact`, or `frank_wolfe` as the public release computes it. Returns vectors' shape without `dim`. Raises
+    InputError for another method.
     """
     dim = dim % vectors.ndim
     weights = min_norm_weights(vectors, dim, method)
@@ -22,16 +28,16 @@ def min_norm_point(vectors, dim, method="exact"):
     return (weights.reshape(*weights.shape, *[1] * (vectors.ndim - dim - 1)) * vectors).sum(dim)
 
 
-def min_norm_weights(vectors, dim, method="exact"):
+def min_norm_weights(vectors: torch.Tensor, dim: int, method: str = "exact") -> torch.Tensor:
     """Convex weights [..., K] of the minimum-norm point, for vectors as in `min_norm_point`."""
+    if method not in METHODS:
+        raise InputError(fitting(method, list(METHODS)), parameter="method", value=method)
     flat = vectors.flatten(dim + 1) if vectors.ndim > dim + 1 else vectors[..., None]
     # The weights do not depend on a common scale; without it, squares of float16 and of extreme numbers stay in range.
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     largest = flat.abs().amax(dim=(-2, -1), keepdim=True)
     flat = flat / torch.where(largest > 0, largest, 1)
     gram = flat @ flat.transpose(-1, -2)
-    if method not in ("exact", "frank_wolfe"):
-        raise ValueError(f"method is {method!r}; it can be exact or frank_wolfe")
     if gram.shape[-1] == 2:
         return _two_vectors(gram)
     if method == "frank_wolfe":
@@ -39,7 +45,7 @@ def min_norm_weights(vectors, dim, method="exact"):
     return _best_face(gram) if gram.shape[-1] <= 8 else _frank_wolfe(gram, iterations=200, tolerance=0.0)
 
 
-def _two_vectors(gram):
+def _two_vectors(gram: torch.Tensor) -> torch.Tensor:
     """Closed form: the foot of the perpendicular from 0 to the segment, kept within it."""
     a, b, ab = gram[..., 0, 0], gram[..., 1, 1], gram[..., 0, 1]
     distance = a + b - 2 * ab
@@ -47,40 +53,42 @@ def _two_vectors(gram):
     return torch.stack([first, 1 - first], dim=-1)
 
 
-def _best_face(gram):
+def _best_face(gram: torch.Tensor) -> torch.Tensor:
     """Exact for any K: try every face of the hull and keep the shortest of their points.
 
     The minimum-norm point lies inside one face with independent vertices; on it the weights solve gram w = 1 up to
     scale. All faces with the same number of vertices are solved side by side in float64, and weights below zero are cut
-    off, which leaves a valid (if longer) candidate. The device never waits for the host.
+    off, which leaves a valid (if longer) candidate. The device never waits for the host, except Apple's, which has no
+    float64 and leaves this to the CPU.
     """
     k, problems = gram.shape[-1], gram.shape[:-2]
-    matrix = gram.double().reshape(-1, k, k).permute(1, 2, 0)  # [K, K, P]: arithmetic along P is fast
+    wide = (gram.cpu() if gram.device.type == "mps" else gram).double()
+    matrix = wide.reshape(-1, k, k).permute(1, 2, 0)  # [K, K, P]: arithmetic along P is fast
     matrix = matrix / matrix.diagonal().mean(-1).clamp(min=1e-300)
-    best = best_length = None
+    best = best_length = torch.empty(0)
     for size in range(1, k + 1):
-        faces = _faces(k, size, gram.device)
+        faces = _faces(k, size, wide.device)
         blocks = matrix[faces[:, None], faces[None]]  # [size, size, F, P]
         weights = _solve(blocks)
         length = ((blocks * weights).sum(1) * weights).sum(0)
         length, face = length.min(0)
         weights = weights.gather(1, face.expand(size, 1, -1))[:, 0]
         weights = torch.zeros_like(matrix[0]).scatter(0, faces[:, face], weights)
-        if best is None:
+        if size == 1:
             best, best_length = weights, length
         else:
             best = torch.where(length < best_length, weights, best)
             best_length = torch.minimum(length, best_length)
-    return best.T.reshape(*problems, k).to(gram.dtype)
+    return best.T.reshape(*problems, k).to(gram)
 
 
 @functools.cache
-def _faces(k, size, device):
+def _faces(k: int, size: int, device: torch.device) -> torch.Tensor:
     """The faces with `size` vertices of the hull of k vectors: the numbers of their vertices, [size, F]."""
     return torch.tensor(list(itertools.combinations(range(k), size)), device=device).T
 
 
-def _solve(a):
+def _solve(a: torch.Tensor) -> torch.Tensor:
     """Convex weights [K, F, P] that solve a [K, K, F, P] w = 1 up to scale, cut off at zero.
 
     By Gaussian elimination without pivoting, as the matrices are positive definite: the ridge sees to those of
@@ -100,7 +108,7 @@ def _solve(a):
     return torch.where(total > 0, b / torch.where(total > 0, total, 1), 1 / k)
 
 
-def _frank_wolfe(gram, iterations=20, tolerance=1e-4):
+def _frank_wolfe(gram: torch.Tensor, iterations: int = 20, tolerance: float = 1e-4) -> torch.Tensor:
     """Weights by Frank-Wolfe, started from equal ones, with exact line search.
 
     Every step goes towards the vertex with the smallest inner product with the present point. The release stops all

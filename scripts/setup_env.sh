@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh: makes the virtual environment once, and sets PYTHON to its interpreter.
+# Sourced by demo.sh, test.sh and .ci/run: makes the virtual environment once, and sets PYTHON to its interpreter.
 # A second run finds the stamp of the same requirements.txt and installs nothing.
 
 venv="${VENV:-$ROOT/.venv}"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Translate a folder on a Slurm cluster, one process per GPU. Copy this file, edit what is marked, and: sbatch slurm.sh
 #
-# A job that ends early (time limit, pre-emption, a lost node) is gone on with by submitting it again: images that are
-# there are not made again, and the result is that of a job which was never stopped. For that, leave --overwrite away.
+# A job that ends early (time limit, pre-emption, a lost node) resumes when submitted again: images that are already
+# present are kept, and the result is that of a job which was never stopped. Do not give --overwrite for that.
 
 #SBATCH --job-name=sddm
 #SBATCH --nodes=1                # edit: machines
@@ -12,7 +12,7 @@
 #SBATCH --mem-per-cpu=4G
 #SBATCH --time=04:00:00          # edit
 #SBATCH --output=sddm-%j.log
-#SBATCH --open-mode=append       # a requeued job goes on in the same log
+#SBATCH --open-mode=append       # a requeued job appends to the same log
 #SBATCH --requeue                # after pre-emption Slurm starts the job again by itself
 #SBATCH --signal=TERM@60         # a minute before the time limit: stop cleanly and say how much is done
 

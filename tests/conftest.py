@@ -1,11 +1,13 @@
-"""What all tests share: golden data and the models built from it."""
+"""What all tests share: golden data and the models built from it, the markers of slow tests, and a line that says which
+golden data are missing."""
 
 import json
 import os
 import signal
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -18,40 +20,92 @@ from guided_diffusion.script_util import (
 from guided_diffusion.unet import EncoderUNetModel
 
 ROOT = Path(__file__).resolve().parent.parent
-GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or ROOT / "tests" / "golden")
+COMMITTED_DIR = ROOT / "tests" / "golden"
+GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or COMMITTED_DIR)
 MODEL_FLAGS = sorted(model_and_diffusion_defaults().keys() - diffusion_defaults().keys() | {"learn_sigma"})
 
 # A shell starts background jobs deaf to Ctrl-C, and what tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The golden files in tests/golden. Their tests are collected whether the files are there or not, so that a lost
-# file fails; tests of other golden files are collected where GOLDEN_DIR has them.
+# The golden files in tests/golden. Their tests are collected whether the files exist or not, so that a lost file fails.
+# Tests of other golden files are collected where GOLDEN_DIR has them; the summary lists those that are missing.
 COMMITTED = (
     "block_ops_4",
     "ddim10",
+    "dse",
+    "egsde_m8_fixedlarge",
+    "energy_dse_cosine",
     "energy_low_pass",
     "energy_vgg_badain",
     "frank_wolfe_2",
     "frank_wolfe_3",
     "frank_wolfe_4",
+    "frank_wolfe_blockwise",
+    "ilvr_n4_r5",
+    "metrics",
     "p_mean_variance",
+    "resizer",
     "schedules",
     "sddm_vgg_b4",
     "sdedit_m12",
     "unet_updown_scaleshift_learnsigma",
 )
 
+# Files whose tests start processes or train: `-m "not slow"` leaves them out.
+SLOW_FILES = (
+    "test_ae_sample",
+    "test_baseline_scripts",
+    "test_benchmark",
+    "test_processes",
+    "test_training_runs",
+)
+# Others that take more than about two seconds, by file and function.
+SLOW_TESTS: tuple[str, ...] = ()
 
-@lru_cache(maxsize=None)
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        function = f"{item.path.stem}::{getattr(item, 'originalname', item.name)}"
+        if item.path.stem in SLOW_FILES or function in SLOW_TESTS:
+            item.add_marker(pytest.mark.slow)
+        if "mpi" in item.name.lower() and item.path.stem == "test_processes":
+            item.add_marker(pytest.mark.mpi)
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if "golden" in item.name or any(isinstance(value, str) and value in golden_index() for value in parameters):
+            item.add_marker(pytest.mark.golden)
+
+
+def pytest_terminal_summary(terminalreporter):
+    missing = [name for name in golden_index() if not golden_path(name).exists()]
+    if missing:
+        terminalreporter.section("golden data")
+        terminalreporter.line(
+            f"{len(missing)} of {len(golden_index())} golden sets are missing, and nothing was compared with them: "
+            f"{', '.join(missing)}. GOLDEN_DIR names a folder that has them."
+        )
+
+
+def golden_path(name):
+    """Where the golden file or folder `name` is: in GOLDEN_DIR, or else in tests/golden."""
+    names = (name, f"{name}.safetensors")
+    found = [folder / each for folder in (GOLDEN_DIR, COMMITTED_DIR) for each in names if (folder / each).exists()]
+    return found[0] if found else GOLDEN_DIR / f"{name}.safetensors"
+
+
+@cache
 def golden_index():
     """The settings of every golden file, by its name."""
-    return json.loads((GOLDEN_DIR / "index.json").read_text())
+    return {
+        name: settings
+        for folder in (COMMITTED_DIR, GOLDEN_DIR)
+        for name, settings in json.loads((folder / "index.json").read_text()).items()
+    }
 
 
 def golden(name):
     """Tensors of the golden file `name`; a missing file is an error and fails the test."""
-    return load_file(GOLDEN_DIR / f"{name}.safetensors")
+    return load_file(golden_path(name))
 
 
 def golden_names(prefix, committed=COMMITTED):
@@ -61,8 +115,8 @@ def golden_names(prefix, committed=COMMITTED):
 
 
 def golden_metrics():
-    """The golden entry of the metrics, for parametrising: its pictures are too large to be committed."""
-    return ["metrics"] if (GOLDEN_DIR / "metrics").is_dir() else []
+    """The golden entry of the metrics, for parametrising."""
+    return ["metrics"]
 
 
 def load_golden_model(data, model, prefix="model."):
@@ -71,14 +125,14 @@ def load_golden_model(data, model, prefix="model."):
     return model.eval()
 
 
-@lru_cache(maxsize=None)
+@cache
 def golden_unet(name):
     """The ADM UNet of the golden file `name`."""
     flags = golden_index()[name]["flags"]
     return load_golden_model(golden(name), create_model(**{flag: flags[flag] for flag in MODEL_FLAGS}))
 
 
-@lru_cache(maxsize=None)
+@cache
 def golden_encoder():
     """The domain-specific extractor of the golden file `dse`."""
     return load_golden_model(golden("dse"), EncoderUNetModel(**golden_index()["dse"]["config"], head="I2Iout"))

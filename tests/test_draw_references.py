@@ -72,19 +72,22 @@ def test_two_runs_write_identical_bytes_at_the_asked_size(tmp_path):
         assert pixels(path).shape == (64, 64, 3)
 
 
-@pytest.mark.parametrize("flags, named", [
-    (["--size", "12.5"], "--size 12.5"),
-    (["--size", "many"], "--size many"),
-    (["--size", "15"], "from 16 to 1024"),
-    (["--size", "1025"], "from 16 to 1024"),
-    (["--size", "-64"], "--size"),
-    (["--size"], "--size"),
-    (["--out", ""], "--out"),
-    (["--out", "a_file"], "--out a_file"),
-    (["--out", "a_file/inside"], "--out a_file/inside"),
-    (["--colour", "red"], "--colour"),
-    (["stray"], "stray"),
-])
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--size", "12.5"], "--size"),
+        (["--size", "many"], "--size"),
+        (["--size", "15"], "from 16 to 1024"),
+        (["--size", "1025"], "from 16 to 1024"),
+        (["--size", "-64"], "--size"),
+        (["--size"], "--size"),
+        (["--out", ""], "--out"),
+        (["--out", "a_file"], "--out is 'a_file'"),
+        (["--out", "a_file/inside"], "--out is 'a_file/inside'"),
+        (["--colour", "red"], "--colour"),
+        (["stray"], "stray"),
+    ],
+)
 def test_bad_flags_give_one_line(flags, named, tmp_path):
     (tmp_path / "a_file").write_text("not a folder")
     run = draw_references(*flags, cwd=tmp_path)
@@ -99,5 +102,5 @@ def test_a_file_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "pictures" / "apple.png").mkdir(parents=True)
     run = draw_references("--out", "pictures", cwd=tmp_path)
     assert run.returncode == 2
-    assert run.stderr.startswith("error: --out pictures: ") and run.stderr.count("\n") == 1
+    assert run.stderr.startswith("error: --out is 'pictures'; ") and run.stderr.count("\n") == 1
     assert "apple.png" in run.stderr

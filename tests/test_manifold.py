@@ -6,14 +6,16 @@ from conftest import golden, golden_index, golden_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from guided_diffusion.errors import InputError
 from guided_diffusion.manifold import (
     EPS,
+    MANIFOLDS,
     block_adain,
     block_statistics,
     check_blocks,
+    decompose,
     diffuse_statistics,
     from_blocks,
-    split,
     to_blocks,
 )
 from guided_diffusion.script_util import create_diffusion
@@ -46,7 +48,7 @@ def test_golden(name):
         create_diffusion(timestep_respacing=config["timestep_respacing"]).alphas_cumprod[config["t_index"]]
     )
     mean_t, var_t = diffuse_statistics(mean, var, alpha_bar)
-    tangent, normal = split(data["x"], data["grad"], mean_t)
+    tangent, normal = decompose(data["x"], data["grad"], mean_t)
     results = {
         "block_mean": mean,
         "block_std": var.sqrt(),
@@ -125,7 +127,7 @@ def test_split_parts(shape, seed):
     x, vector = images(shape, seed)
     blocks = shape[2]
     mean, _ = block_statistics(images(shape, seed + 1)[0], blocks)
-    tangent, normal = split(x, vector, mean)
+    tangent, normal = decompose(x, vector, mean)
     torch.testing.assert_close(tangent + normal, vector, atol=1e-12, rtol=0)
     # Removing the radial component of a mean-free vector: orthogonal to x - mean whatever the mean of x is.
     radius = to_blocks(x, blocks) - mean
@@ -140,11 +142,11 @@ def test_split_is_the_projection_on_the_tangent_space(shape, seed):
     x, vector = images(shape, seed)
     blocks = shape[2]
     mean, var = block_statistics(x, blocks)
-    tangent, normal = split(x, vector, mean)
-    again, rest = split(x, tangent, mean)
+    tangent, normal = decompose(x, vector, mean)
+    again, rest = decompose(x, tangent, mean)
     torch.testing.assert_close(again, tangent, atol=1e-9, rtol=0)
     torch.testing.assert_close(rest, torch.zeros_like(rest), atol=1e-9, rtol=0)
-    nothing, all_of_it = split(x, normal, mean)
+    nothing, all_of_it = decompose(x, normal, mean)
     torch.testing.assert_close(nothing, torch.zeros_like(nothing), atol=1e-9, rtol=0)
     torch.testing.assert_close(all_of_it, normal, atol=1e-9, rtol=0)
     step = 1e-4
@@ -158,8 +160,8 @@ def test_split_is_linear_in_the_vector():
     x, a = images((2, 3, 4, 3, 5), 0)
     b, ref = images((2, 3, 4, 3, 5), 1)
     mean, _ = block_statistics(ref, 4)
-    expected = 2 * split(x, a, mean)[0] - 3 * split(x, b, mean)[0]
-    torch.testing.assert_close(split(x, 2 * a - 3 * b, mean)[0], expected)
+    expected = 2 * decompose(x, a, mean)[0] - 3 * decompose(x, b, mean)[0]
+    torch.testing.assert_close(decompose(x, 2 * a - 3 * b, mean)[0], expected)
 
 
 def test_diffused_statistics_are_those_of_a_noised_reference():
@@ -193,7 +195,7 @@ def test_constant_blocks(value):
     torch.testing.assert_close(restricted, from_blocks(target[0].expand(-1, -1, -1, -1, 2, 2)))
     # It loses only the mean of a vector.
     vector = torch.randn(2, 3, 8, 8)
-    tangent, normal = split(constant, vector, mean)
+    tangent, normal = decompose(constant, vector, mean)
     block_mean = block_statistics(vector, 4)[0].expand(-1, -1, -1, -1, 2, 2)
     torch.testing.assert_close(tangent, vector - from_blocks(block_mean))
     torch.testing.assert_close(normal, from_blocks(block_mean))
@@ -201,22 +203,42 @@ def test_constant_blocks(value):
 
 def test_split_of_nothing():
     x = torch.randn(1, 3, 8, 8)
-    tangent, normal = split(x, torch.zeros_like(x), block_statistics(x, 4)[0])
+    tangent, normal = decompose(x, torch.zeros_like(x), block_statistics(x, 4)[0])
     assert not tangent.any() and not normal.any()
 
 
 @pytest.mark.parametrize(
-    "size, blocks", [((32, 32), 5), ((32, 30), 16), ((30, 32), 16), ((32, 32), 0), ((32, 32), -4), ((8, 8), 16)]
+    "size, blocks, near",
+    [
+        ((32, 32), 5, [4, 8]),
+        ((32, 30), 16, [2, 1]),
+        ((30, 32), 16, [2, 1]),
+        ((32, 32), 0, [1, 2]),
+        ((32, 32), -4, [1, 2]),
+        ((8, 8), 16, [4, 2]),
+        ((8, 8), 8, [4, 2]),
+        ((64, 64), 15, [16, 8]),
+    ],
 )
-def test_blocks_that_do_not_divide(size, blocks):
-    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels cannot be cut into {blocks}x{blocks}"):
-        check_blocks(size, blocks)
+def test_blocks_that_do_not_fit_are_refused_with_the_nearest_that_do(size, blocks, near):
+    with pytest.raises(InputError, match=f"{near[0]} and {near[1]} do") as caught:
+        block_statistics(torch.zeros(1, 3, *size), blocks)
+    assert (caught.value.parameter, caught.value.value) == ("blocks", blocks)
+    for fit in near:
+        check_blocks(size, fit)
 
 
-def test_blocks_of_one_pixel_have_no_variance():
-    with pytest.raises(ValueError, match="one pixel each"):
-        block_statistics(torch.randn(1, 3, 8, 8), 8)
+def test_blocks_may_be_two_pixels():
     check_blocks((8, 16), 8)
+
+
+@pytest.mark.parametrize("name", MANIFOLDS)
+def test_manifolds_of_the_registry_decompose_into_a_sum(name):
+    x, vector = images((2, 3, 4, 4, 4), 0)
+    manifold = MANIFOLDS.pick(name)(images((2, 3, 4, 4, 4), 1)[0], blocks=4, down_n=4)
+    tangent, normal = manifold.decompose(x, vector, 0.5)
+    torch.testing.assert_close(tangent + normal, vector)
+    assert manifold.restrict(x, 0.5).shape == x.shape and normal.any() and tangent.any()
 
 
 def test_one_block_is_the_whole_image():

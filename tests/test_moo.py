@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
+from guided_diffusion.errors import InputError
 from guided_diffusion.moo import min_norm_point, min_norm_weights
 
 METHODS = ("exact", "frank_wolfe")
@@ -146,7 +147,7 @@ def test_never_longer_than_any_vector(count, method):
     vectors = torch.stack([random_vectors(count, 16, seed, 1.0, 2.0, torch.float32) for seed in range(100)])
     result = min_norm_point(vectors, 1, method).norm(dim=1)
     shortest = vectors.norm(dim=2).min(dim=1).values
-    if method == "exact" and count <= EXACT_UP_TO or count <= 2:
+    if (method == "exact" and count <= EXACT_UP_TO) or count <= 2:
         assert (result <= shortest * (1 + 1e-5)).all()
     else:
         # Frank-Wolfe stops short of the minimum-norm point, and may end a little above the shortest vector.
@@ -292,5 +293,26 @@ def test_other_precisions(count, dtype):
 
 
 def test_unknown_method():
-    with pytest.raises(ValueError, match="'newton'; it can be exact or frank_wolfe"):
+    with pytest.raises(InputError) as caught:
         min_norm_point(torch.randn(2, 3), 0, "newton")
+    assert (caught.value.parameter, caught.value.value) == ("method", "newton")
+
+
+class OnApple(torch.Tensor):
+    """A tensor that says it lies on an Apple GPU, which has no float64."""
+
+    @property
+    def device(self):
+        return torch.device("mps")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+
+def test_apple_gpus_need_no_float64():
+    vectors = random_vectors(3, dtype=torch.float32)
+    result = min_norm_weights(vectors.as_subclass(OnApple), 0)
+    assert torch.equal(result.cpu(), min_norm_weights(vectors, 0))

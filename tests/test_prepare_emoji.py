@@ -26,20 +26,47 @@ spec.loader.exec_module(prepare_emoji)
 
 TARBALLS = {
     "fluent3d": ("@lobehub/fluent-emoji-3d", "1.1.0", "lobehub-fluent-emoji-3d-1.1.0.tgz", "assets", "webp"),
-    "twitter": (
-        "emoji-datasource-twitter", "16.0.0", "emoji-datasource-twitter-16.0.0.tgz", "img/twitter/64", "png"),
+    "twitter": ("emoji-datasource-twitter", "16.0.0", "emoji-datasource-twitter-16.0.0.tgz", "img/twitter/64", "png"),
     "google": ("emoji-datasource-google", "16.0.0", "emoji-datasource-google-16.0.0.tgz", "img/google/64", "png"),
 }
 DIGEST_64 = "59cf2eab9a7b1d26a7bf3dfedf9a4f125ad28a5c1c6199c0b2747d12b4f93d2e"
 KNOWN_PIXELS = "c9166b1f653b16152b00ac593c105a16cb5da2f7e00017f24737a6d91e03f557"
 # A heart, a thumb and its tones, a robot (held out), two people, and what only one vendor draws.
-PAIRED = ["2764", "1f44d", "1f44d-1f3fb", "1f44d-1f3ff", "1f916", "1f9d1-200d-1f91d-200d-1f9d1",
-          "1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3fc", "26a7"]
+PAIRED = [
+    "2764",
+    "1f44d",
+    "1f44d-1f3fb",
+    "1f44d-1f3ff",
+    "1f916",
+    "1f9d1-200d-1f91d-200d-1f9d1",
+    "1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3fc",
+    "26a7",
+]
 FILES = {
-    "fluent3d": ["2764-fe0f", "1f44d", "1f44d-1f3fb", "1f44d-1f3ff", "1f916", "1f9d1-200d-1f91d-200d-1f9d1",
-                 "1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3fc", "26a7", "26a7-fe0f", "23-20e3"],
-    "twitter": ["2764-fe0f", "1F44D", "1f44d-1F3FB", "1f44d-1f3ff", "1f916", "1f9d1-200d-1f91d-200d-1f9d1",
-                "1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3fc", "26a7-fe0f", "1f3fb", "0023-20e3"],
+    "fluent3d": [
+        "2764-fe0f",
+        "1f44d",
+        "1f44d-1f3fb",
+        "1f44d-1f3ff",
+        "1f916",
+        "1f9d1-200d-1f91d-200d-1f9d1",
+        "1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3fc",
+        "26a7",
+        "26a7-fe0f",
+        "23-20e3",
+    ],
+    "twitter": [
+        "2764-fe0f",
+        "1F44D",
+        "1f44d-1F3FB",
+        "1f44d-1f3ff",
+        "1f916",
+        "1f9d1-200d-1f91d-200d-1f9d1",
+        "1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3fc",
+        "26a7-fe0f",
+        "1f3fb",
+        "0023-20e3",
+    ],
     "google": ["2764-fe0f", "1f44d", "1f916", "1f3fb"],
 }
 
@@ -214,7 +241,7 @@ def test_a_complete_set_with_the_same_settings_is_left_alone(shared_tarballs, tm
 def test_another_size_is_refused_and_written_with_overwrite(shared_tarballs, tmp_path):
     run("--size", 16, "--out", tmp_path / "set", "--from_dir", shared_tarballs)
     line = refused(run("--size", 24, "--out", tmp_path / "set", "--from_dir", shared_tarballs))
-    assert "size 16, not 24" in line and "--overwrite True" in line
+    assert "size 16, not 24" in line and "set --overwrite to True" in line
     again = run("--size", 24, "--out", tmp_path / "set", "--from_dir", shared_tarballs, "--overwrite", "True")
     assert again.returncode == 0, again.stderr
     assert Image.open(tmp_path / "set" / "twitter" / "test" / "1f916.png").size == (24, 24)
@@ -241,11 +268,11 @@ def test_overwrite_never_removes_a_folder_that_holds_other_files(shared_tarballs
 @pytest.mark.parametrize("size", ["0", "7", "1025", "-64", "64.0", "big", "²"])
 def test_a_bad_size_is_refused(size, tmp_path):
     line = refused(run(f"--size={size}", "--out", tmp_path / "set"))
-    assert f"--size {size} " in line and "8 to 1024" in line
+    assert "--size" in line and (size in line or ascii(size) in line)
 
 
 def test_a_bad_boolean_is_refused(tmp_path):
-    assert "--overwrite maybe" in refused(run("--overwrite", "maybe", "--out", tmp_path / "set"))
+    assert "'maybe' is neither True nor False" in refused(run("--overwrite", "maybe", "--out", tmp_path / "set"))
 
 
 def test_a_missing_tarball_is_named_with_the_command_that_makes_it(tarballs, tmp_path):
@@ -262,7 +289,7 @@ def cut(data):
 
 def flip(data):
     middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1:]
+    return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
 
 
 def wrong_checksum(data):
@@ -270,8 +297,11 @@ def wrong_checksum(data):
     return data[:-8] + bytes([data[-8] ^ 255]) + data[-7:]
 
 
-@pytest.mark.parametrize("spoil", [cut, flip, wrong_checksum, lambda data: b"", lambda data: b"not an archive"],
-                         ids=["truncated", "one byte changed", "wrong checksum", "empty", "text"])
+@pytest.mark.parametrize(
+    "spoil",
+    [cut, flip, wrong_checksum, lambda data: b"", lambda data: b"not an archive"],
+    ids=["truncated", "one byte changed", "wrong checksum", "empty", "text"],
+)
 def test_a_corrupt_tarball_is_named_and_leaves_nothing(spoil, tarballs, tmp_path):
     path = tarballs / "emoji-datasource-google-16.0.0.tgz"
     path.write_bytes(spoil(path.read_bytes()))
@@ -299,10 +329,20 @@ def test_a_broken_picture_is_named_and_leaves_nothing(tarballs, tmp_path):
     assert os.listdir(tmp_path) == ["packages"]
 
 
+def test_a_picture_is_opened_by_its_content_and_no_other_program_is_run(tarballs, tmp_path):
+    """Pillow hands EPS to Ghostscript. A file of a package may be one, whatever its name."""
+    env = fake_npm(tmp_path / "bin", "")
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    make_tarball(tarballs, "twitter", files={"1f916": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"})
+    line = refused(run("--out", tmp_path / "set", "--from_dir", tarballs, env=env))
+    assert "1f916.png cannot be read" in line and not (tmp_path / "ran").exists()
+
+
 def test_a_place_that_cannot_be_written_is_refused(shared_tarballs, tmp_path):
     (tmp_path / "file").write_text("")
     line = refused(run("--out", tmp_path / "file" / "set", "--from_dir", shared_tarballs))
-    assert "cannot write --out" in line and line.endswith(f"({tmp_path / 'file'})")
+    assert "--out is " in line and "cannot be written" in line and line.endswith(f"({tmp_path / 'file'})")
     assert "is a file" in refused(run("--out", tmp_path / "file", "--from_dir", shared_tarballs))
 
 
@@ -313,9 +353,20 @@ def test_a_write_that_fails_midway_keeps_the_old_set_and_leaves_no_temporary_fol
     def no_file_over_1000_bytes():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # the pictures fit, the manifest does not
 
-    line = refused(run("--size", 24, "--out", tmp_path / "set", "--from_dir", shared_tarballs, "--overwrite", "True",
-                       preexec_fn=no_file_over_1000_bytes))
-    assert "cannot write --out" in line and "File too large" in line
+    line = refused(
+        run(
+            "--size",
+            24,
+            "--out",
+            tmp_path / "set",
+            "--from_dir",
+            shared_tarballs,
+            "--overwrite",
+            "True",
+            preexec_fn=no_file_over_1000_bytes,
+        )
+    )
+    assert "--out is " in line and "cannot be written" in line and "File too large" in line
     assert os.listdir(tmp_path) == ["set"]
     assert before == {path: (tmp_path / "set" / path).read_bytes() for path in tree(tmp_path / "set")}
 
@@ -329,13 +380,16 @@ def fake_npm(folder, body):
 
 
 def test_packages_are_asked_of_npm_by_name_and_version(shared_tarballs, tmp_path):
-    env = fake_npm(tmp_path / "bin", f"""
+    env = fake_npm(
+        tmp_path / "bin",
+        f"""
 name, version = sys.argv[2].rsplit("@", 1)
 tarball = f"{{name.lstrip('@').replace('/', '-')}}-{{version}}.tgz"
 destination = sys.argv[sys.argv.index("--pack-destination") + 1]
 shutil.copy(pathlib.Path({str(shared_tarballs)!r}) / tarball, destination)
 print(json.dumps([{{"filename": tarball}}]))
-""")
+""",
+    )
     completed = run("--size", 16, "--out", tmp_path / "set", env=env)
     assert completed.returncode == 0, completed.stderr
     assert "fetching @lobehub/fluent-emoji-3d@1.1.0" in completed.stdout
@@ -344,12 +398,18 @@ print(json.dumps([{{"filename": tarball}}]))
     assert sorted(os.listdir(tmp_path)) == ["bin", "direct", "set"]
 
 
-@pytest.mark.parametrize("body, reason", [
-    ('print(json.dumps({"error": {"code": "ENOTFOUND", "summary": "no such\\nhost"}})); sys.exit(1)',
-     "(ENOTFOUND: no such host)"),
-    ('sys.exit("npm ERR! code E404\\nnpm ERR! A complete log of this run can be found in: x")', "(code E404)"),
-    ("sys.exit(7)", "(npm ended with status 7)"),
-], ids=["json report", "error log", "silence"])
+@pytest.mark.parametrize(
+    "body, reason",
+    [
+        (
+            'print(json.dumps({"error": {"code": "ENOTFOUND", "summary": "no such\\nhost"}})); sys.exit(1)',
+            "(ENOTFOUND: no such host)",
+        ),
+        ('sys.exit("npm ERR! code E404\\nnpm ERR! A complete log of this run can be found in: x")', "(code E404)"),
+        ("sys.exit(7)", "(npm ended with status 7)"),
+    ],
+    ids=["json report", "error log", "silence"],
+)
 def test_npms_own_reason_is_passed_on_in_one_line(body, reason, tmp_path):
     line = refused(run("--out", tmp_path / "set", env=fake_npm(tmp_path / "bin", body)))
     assert reason in line and "@lobehub/fluent-emoji-3d@1.1.0" in line and "--from_dir" in line
@@ -361,8 +421,8 @@ def test_without_npm_the_error_says_how_to_use_from_dir(tmp_path):
     assert "npm is not installed" in line and "--from_dir" in line and "emoji-datasource-google@16.0.0" in line
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_an_interrupted_run_leaves_no_half_set_and_no_temporary_folder(number, status, tmp_path):
+@pytest.mark.parametrize("number, word", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "interrupted")])
+def test_an_interrupted_run_leaves_no_half_set_and_no_temporary_folder(number, word, tmp_path):
     env = fake_npm(tmp_path / "bin", f"pathlib.Path({str(tmp_path / 'started')!r}).touch(); time.sleep(60)")
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "set")]
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -372,7 +432,8 @@ def test_an_interrupted_run_leaves_no_half_set_and_no_temporary_folder(number, s
         time.sleep(0.01)
     process.send_signal(number)
     _, messages = process.communicate(timeout=30)
-    assert process.returncode == status and "Traceback" not in messages
+    assert process.returncode == 130
+    assert word in messages.splitlines()[-1] and "Traceback" not in messages
     assert sorted(os.listdir(tmp_path)) == ["bin", "started"]
 
 

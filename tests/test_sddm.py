@@ -555,10 +555,9 @@ def test_bad_variant():
         sample(model, diffusion, ref, range_t=2, variant="fast")
 
 
-@pytest.mark.parametrize("blocks", [3, 0, 32])
+@pytest.mark.parametrize("blocks", [3, 0, 32, 16])
 def test_bad_blocks(blocks):
     model, diffusion, ref, _ = setup()
-    with pytest.raises(ValueError, match=f"16x16 pixels cannot be cut into {blocks}x{blocks} equal blocks"):
+    with pytest.raises(ValueError) as caught:
         sample(model, diffusion, ref, blocks=blocks, range_t=2)
-    with pytest.raises(ValueError, match="one pixel each"):
-        sample(model, diffusion, ref, blocks=16, range_t=2)
+    assert (caught.value.parameter, caught.value.value) == ("blocks", blocks)

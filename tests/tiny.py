@@ -13,14 +13,25 @@ from guided_diffusion.script_util import create_classifier, create_model
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "ae_sample.py"
 SIZE = 16
-MODEL = dict(
-    image_size=SIZE, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8",
-    num_head_channels=32, resblock_updown=True, use_scale_shift_norm=True, learn_sigma=False,
-)  # fmt: skip
-ENCODER = dict(
-    image_size=SIZE, classifier_width=32, classifier_depth=1, classifier_attention_resolutions="8", channel_mult="1,2",
-    num_head_channels=32,
-)  # fmt: skip
+MODEL = {
+    "image_size": SIZE,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1,2",
+    "attention_resolutions": "8",
+    "num_head_channels": 32,
+    "resblock_updown": True,
+    "use_scale_shift_norm": True,
+    "learn_sigma": False,
+}
+ENCODER = {
+    "image_size": SIZE,
+    "classifier_width": 32,
+    "classifier_depth": 1,
+    "classifier_attention_resolutions": "8",
+    "channel_mult": "1,2",
+    "num_head_channels": 32,
+}
 PROCESS = {"diffusion_steps": 1000, "noise_schedule": "linear"}
 METHOD = ("--range_t", "2", "--area", "4", "--energy", "dct", "--device", "cpu")
 
