@@ -6,79 +6,96 @@ in order. callback(i, x): the state after step i. Returns [N, C, H, W].
 """
 
 import copy
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from resizer import low_pass_filter
 
-from .energy import dse, low_pass
-from .errors import UserError
-from .gaussian_diffusion import ModelVarType
+from .energy import load_encoder, dse, low_pass
+from .errors import InputError
+from .gaussian_diffusion import GaussianDiffusion, ModelVarType
+from .options import check, option
+from .sddm import METHODS
+from .solvers import Noise, State, at_step, bind, check_references, gaussian_like, resolve_step, sampler
 
 VARIANCES = {"fixed_small": ModelVarType.FIXED_SMALL, "fixed_large": ModelVarType.FIXED_LARGE}
 
 
-@torch.no_grad()
-def ilvr(model, diffusion, ref, *, down_n, range_t, noise=None, callback=None, clip_denoised=True):
+@sampler
+def ilvr(
+    model: Callable,
+    diffusion: GaussianDiffusion,
+    ref: torch.Tensor,
+    *,
+    down_n: int,
+    range_t: int | float,
+    start: int | float | None = None,
+    noise: Noise | None = None,
+    clip_denoised: bool | float = True,
+) -> Iterator[State]:
     """Iterative latent variable refinement (Choi et al. 2021, algorithm 1).
 
     Steps i = T'-1 … 0; while i > range_t, the step's result takes its low frequencies from the reference noised to i:
     x + phi(ref_i - x), where phi shrinks by down_n and enlarges again with a cubic kernel. Draws: x_T; then in every
-    step one for the step itself, and one for ref_i while i > range_t.
+    step one for the step itself, and one for ref_i while i > range_t. start: late start, see `sddm.sample`.
     """
-    try:
-        phi = low_pass_filter(ref.shape[2:], down_n, "cubic")
-    except ValueError:
-        size = "x".join(map(str, ref.shape[2:]))
-        raise UserError(f"--down_N is {down_n}; it must be at least 1 and divide the image size {size}") from None
-    noise = noise or _gaussian_like(ref)
+    check_references(ref)
+    check_down_n(down_n, ref.shape[2:])
+    phi = low_pass_filter(ref.shape[2:], down_n, "cubic")
+    total = diffusion.num_timesteps
+    steps = total if start is None else resolve_step(start, total, "start", 1, total)
+    range_t = resolve_step(range_t, total, "range_t")
+    noise = noise or gaussian_like(ref)
     x = noise(ref.shape)
-    for i in reversed(range(diffusion.num_timesteps)):
-        t = torch.full((ref.shape[0],), i, device=ref.device, dtype=torch.long)
-        x = diffusion.p_sample(model, x, t, clip_denoised, noise=noise(ref.shape))["sample"]
+    if start is not None:
+        x = diffusion.q_sample(ref, at_step(ref, steps - 1), x)
+    for i in reversed(range(steps)):
+        t = at_step(ref, i)
+        out = diffusion.p_sample(model, x, t, clip_denoised, noise=noise(ref.shape))
+        x = out["sample"]
         if i > range_t:
             # As released, the reference has the noise of step i although x has just moved on to i-1.
             x = x + phi(diffusion.q_sample(ref, t, noise(ref.shape)) - x)
-        if callback is not None:
-            callback(i, x)
-    return x
+        yield {"i": i, "x": x, "pred_xstart": out["pred_xstart"], "guided": []}
 
 
-def sdedit(model, diffusion, ref, *, start, variance="fixed_small", noise=None, callback=None):
+@sampler
+def sdedit(
+    model: Callable,
+    diffusion: GaussianDiffusion,
+    ref: torch.Tensor,
+    *,
+    start: int | float,
+    variance: str = "fixed_small",
+    noise: Noise | None = None,
+) -> Iterator[State]:
     """SDEdit (Meng et al. 2022): noise the reference by `start` steps, then denoise it; `egsde` without energies.
 
     See `egsde` for start, variance and the draws.
     """
-    return egsde(
-        model,
-        diffusion,
-        ref,
-        start=start,
-        ls=0,
-        li=0,
-        encoder=None,
-        down_n=None,
-        variance=variance,
-        noise=noise,
-        callback=callback,
-    )
+    options: dict[str, Any] = dict(ls=0, li=0, encoder=None, down_n=None, variance=variance, noise=noise)
+    yield from egsde.steps(model, diffusion, ref, start=start, **options)
 
 
-@torch.no_grad()
+@sampler
 def egsde(
-    model,
-    diffusion,
-    ref,
+    model: Callable,
+    diffusion: GaussianDiffusion,
+    ref: torch.Tensor,
     *,
-    start,
-    ls,
-    li,
-    encoder,
-    down_n,
-    variance="fixed_small",
-    noise=None,
-    callback=None,
-):
+    start: int | float,
+    ls: float,
+    li: float,
+    encoder: torch.nn.Module | None,
+    down_n: int | None,
+    variance: str = "fixed_small",
+    timestep: Callable[[float], float] | None = None,
+    noise: Noise | None = None,
+) -> Iterator[State]:
     """Energy-guided SDE (Zhao et al. 2022, algorithm 1); published runs use the full 1000-step linear schedule.
 
     start: M, the number of steps from the noised reference ref_{M-1} to the image, 1 to T'. In step i, the posterior
@@ -88,22 +105,23 @@ def egsde(
     posterior's, or fixed_large, beta; a variance that the model gives, in channels after the first C, is ignored.
     Draws: e, the noise of every ref_i; then one per step.
     """
-    check_start(start, diffusion.num_timesteps)
+    check_references(ref)
+    start = resolve_step(start, diffusion.num_timesteps, "start", 1, diffusion.num_timesteps)
     if variance not in VARIANCES:
-        raise ValueError(f"variance is {variance!r}; it can be {' or '.join(VARIANCES)}")
+        raise InputError(f"it can be {' or '.join(VARIANCES)}", parameter="variance", value=variance)
     diffusion = copy.copy(diffusion)
     diffusion.model_var_type = VARIANCES[variance]
-    noise = noise or _gaussian_like(ref)
+    noise = noise or gaussian_like(ref)
 
     e = noise(ref.shape)
-    weighted = (ls, dse, encoder), (li, low_pass, down_n)
-    guidance = [(weight, make(option)) for weight, make, option in weighted if weight]
+    guidance: list[tuple[float, Any]] = [(ls, dse(encoder, timestep))] if ls else []  # type: ignore[arg-type]
+    guidance += [(li, low_pass(down_n))] if li else []  # type: ignore[arg-type]
     for _, energy in guidance:
         energy.prepare(ref, e)
 
-    x = diffusion.q_sample(ref, torch.full((ref.shape[0],), start - 1, device=ref.device), e)
+    x = diffusion.q_sample(ref, at_step(ref, start - 1), e)
     for i in reversed(range(start)):
-        t = torch.full((ref.shape[0],), i, device=ref.device, dtype=torch.long)
+        t = at_step(ref, i)
         original_t = diffusion.model_timesteps(t)
         prediction = model(x, original_t)[:, : ref.shape[1]]
         out = diffusion.p_mean_variance_from(prediction, x, t, clip_denoised=False)
@@ -111,36 +129,156 @@ def egsde(
             _, grad = energy.energy_and_grad(x, original_t, float(diffusion.alphas_cumprod[i]))
             out["mean"] = out["mean"] - weight * float(diffusion.betas[i]) * grad
         x = diffusion.add_noise(out, t, noise(ref.shape))
-        if callback is not None:
-            callback(i, x)
-    return x
+        yield {"i": i, "x": x, "pred_xstart": out["pred_xstart"], "guided": []}
 
 
-def check_start(start, steps):
-    """Raise UserError unless a schedule of that many steps has the step `start` to start at."""
-    if not 1 <= start <= steps:
-        raise UserError(f"--t is {start}; it can be 1 to {steps}, the number of steps of the schedule")
+def check_down_n(down_n: int, size: tuple[int, int] | torch.Size) -> None:
+    """Raise InputError unless down_n divides images of size (H, W)."""
+    if down_n < 1 or size[0] % down_n or size[1] % down_n:
+        wanted = f"{size[0]}" if size[0] == size[1] else f"{size[0]}x{size[1]}"
+        reason = f"it must be at least 1 and divide the image size {wanted}"
+        raise InputError(reason, parameter="down_n", value=down_n)
 
 
-@torch.no_grad()
-def unconditional(model, diffusion, ref, *, use_ddim=False, eta=0.0, noise=None, callback=None, clip_denoised=True):
+@sampler
+def unconditional(
+    model: Callable,
+    diffusion: GaussianDiffusion,
+    ref: torch.Tensor,
+    *,
+    use_ddim: bool = False,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    clip_denoised: bool | float = True,
+) -> Iterator[State]:
     """Images of the model's own: of ref only shape, type and device count.
 
     Ancestral sampling, or with use_ddim DDIM (Song et al. 2021), eta its share of noise. Draws: x_T; then one per step.
     """
-    noise = noise or _gaussian_like(ref)
+    noise = noise or gaussian_like(ref)
     x = noise(ref.shape)
     for i in reversed(range(diffusion.num_timesteps)):
-        t = torch.full((ref.shape[0],), i, device=ref.device, dtype=torch.long)
+        t = at_step(ref, i)
         draw = noise(ref.shape)
         if use_ddim:
-            x = diffusion.ddim_sample(model, x, t, clip_denoised, eta=eta, noise=draw)["sample"]
+            out = diffusion.ddim_sample(model, x, t, clip_denoised, eta=eta, noise=draw)
         else:
-            x = diffusion.p_sample(model, x, t, clip_denoised, noise=draw)["sample"]
-        if callback is not None:
-            callback(i, x)
-    return x
+            out = diffusion.p_sample(model, x, t, clip_denoised, noise=draw)
+        x = out["sample"]
+        yield {"i": i, "x": x, "pred_xstart": out["pred_xstart"], "guided": []}
 
 
-def _gaussian_like(ref):
-    return lambda shape: torch.randn(shape, device=ref.device, dtype=ref.dtype)
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+@METHODS.add("ilvr")
+@dataclass(frozen=True)
+class ILVR:
+    """Options of `ilvr`."""
+
+    down_n: int = option(32, "keep what an image of 1/N of the size shows", least=1)
+    range_t: int | float = option(20, "guidance ends at this step of the schedule, or share of it as 0.3", least=0)
+    start: int | float | None = option(None, "late start: from the reference noised to this step, or share of the schedule")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def check_fit(self, image_size: int | None, steps: int | None) -> None:
+        """As `sddm.SDDM.check_fit`."""
+        if image_size is not None:
+            check_down_n(self.down_n, (image_size, image_size))
+        if steps is not None:
+            resolve_step(self.range_t, steps, "range_t")
+            self.steps(steps)
+
+    def steps(self, total: int) -> int:
+        """How many steps of a schedule of `total` steps are taken."""
+        return total if self.start is None else resolve_step(self.start, total, "start", 1, total)
+
+    def bind(self, *, clip_denoised: Any = True, **context: Any) -> Callable:
+        """`ilvr` with these options: a function of (model, diffusion, ref, noise=, callback=)."""
+        return bind(ilvr, clip_denoised=clip_denoised, **vars(self))
+
+
+@METHODS.add("sdedit")
+@dataclass(frozen=True)
+class SDEdit:
+    """Options of `sdedit`. Predicted images are not clipped, learned variances are not used."""
+
+    start: int | float = option(500, "steps from the noised reference to the image, or share of the schedule", above=0)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def check_fit(self, image_size: int | None, steps: int | None) -> None:
+        """As `sddm.SDDM.check_fit`."""
+        if steps is not None:
+            self.steps(steps)
+
+    def steps(self, total: int) -> int:
+        """How many steps of a schedule of `total` steps are taken."""
+        return resolve_step(self.start, total, "start", 1, total)
+
+    def bind(self, *, sigma_small: bool = True, **context: Any) -> Callable:
+        """`sdedit` with these options: a function of (model, diffusion, ref, noise=, callback=)."""
+        return bind(sdedit, start=self.start, variance="fixed_small" if sigma_small else "fixed_large")
+
+
+@METHODS.add("egsde")
+@dataclass(frozen=True)
+class EGSDE(SDEdit):
+    """Options of `egsde`. Predicted images are not clipped, learned variances are not used."""
+
+    ls: float = option(500.0, "weight of realism, 0 for none")
+    li: float = option(2.0, "weight of faithfulness, 0 for none")
+    down_n: int = option(32, "faithfulness is to 1/N of the resolution", least=1)
+    encoder: str | None = option(None, "checkpoint of the domain-specific extractor", file=True, metavar="FILE")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.ls and not self.encoder:
+            raise InputError(f"`ls` {self.ls:g} needs it; `ls` 0 does without the realism energy", parameter="encoder")
+        if self.ls and "://" not in str(self.encoder) and not os.path.exists(str(self.encoder)):
+            raise InputError(f"no such file, and `ls` {self.ls:g} needs it", parameter="encoder", value=self.encoder)
+
+    def ignored(self) -> set[str]:
+        """Fields that have no effect with these values."""
+        return (set() if self.ls else {"encoder"}) | (set() if self.li else {"down_n"})
+
+    def check_fit(self, image_size: int | None, steps: int | None) -> None:
+        """As `sddm.SDDM.check_fit`."""
+        super().check_fit(image_size, steps)
+        if image_size is not None and self.li:
+            check_down_n(self.down_n, (image_size, image_size))
+
+    def bind(self, *, sigma_small: bool = True, target: Any = None, **context: Any) -> Callable:
+        """`egsde` with these options and its extractor loaded: a function of (model, diffusion, ref, noise=, callback=)."""
+        network, timestep = load_encoder("encoder", str(self.encoder), target) if self.ls else (None, None)
+        variance = "fixed_small" if sigma_small else "fixed_large"
+        weights = {"ls": self.ls, "li": self.li, "down_n": self.down_n}
+        return bind(egsde, start=self.start, encoder=network, timestep=timestep, variance=variance, **weights)
+
+
+@METHODS.add("unconditional")
+@dataclass(frozen=True)
+class Unconditional:
+    """Options of `unconditional`."""
+
+    use_ddim: bool = option(False, "DDIM instead of ancestral sampling")
+    eta: float = option(0.0, "noise of DDIM, 0 for none to 1", least=0, most=1)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.eta and not self.use_ddim:
+            raise InputError("it is for `use_ddim` True", parameter="eta", value=self.eta)
+
+    def check_fit(self, image_size: int | None, steps: int | None) -> None:
+        """As `sddm.SDDM.check_fit`."""
+
+    def steps(self, total: int) -> int:
+        """How many steps of a schedule of `total` steps are taken."""
+        return total
+
+    def bind(self, *, clip_denoised: Any = True, **context: Any) -> Callable:
+        """`unconditional` with these options: a function of (model, diffusion, ref, noise=, callback=)."""
+        return bind(unconditional, clip_denoised=clip_denoised, **vars(self))

@@ -9,9 +9,13 @@ ref_t = sqrt(alpha_bar) ref + sqrt(1 - alpha_bar) noise. `prepare(ref, noise)` g
 `prepare(ref)`, as in SDDM, means none.
 """
 
+import json
 import math
 import os
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,29 +23,47 @@ from torch.nn import functional as F
 
 from resizer import resize_matrix
 
-from .checkpoint import load_state_dict
-from .errors import UserError
+from .checkpoint import load_model, load_state_dict
+from .errors import InputError, display_name
 from .manifold import EPS, block_statistics, check_blocks, combine
+from .options import Registry, check, option
+from .respace import matching_timestep
+
+ENERGIES = Registry("energy")
+"""Options of energies by name: dataclasses like `VGG`, whose `create(target)` gives the energy."""
+
+
+class Energy(Protocol):
+    """What a sampler asks of an energy."""
+
+    def prepare(self, ref: torch.Tensor) -> None:
+        """Take over a batch of references [N, 3, H, W] in [-1, 1]."""
+        ...
+
+    def energy_and_grad(self, x: torch.Tensor, t: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """E [N] and dE/dx [N, 3, H, W] at x; t: original timesteps [N]."""
+        ...
+
 
 # Convolutions per level of VGG-19, with their widths; level k's feature is relu{k}_1.
 VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256, 256), (512, 512, 512, 512), (512,))
 
 
-def vgg(weights, blocks=16, level=1):
+def vgg(weights: str | os.PathLike | Mapping[str, torch.Tensor], blocks: int = 16, level: int = 1) -> Energy:
     """The release's energy: match the block statistics of VGG features of the reference.
 
     weights: path of AdaIN's `vgg_normalised.pth` or a state dict of it. level k takes relu{k}_1, 1 to 5.
     """
     if not 1 <= level <= len(VGG_WIDTHS):
-        raise UserError(f"--vggdepth is {level}; it can be 1 to {len(VGG_WIDTHS)}, for relu1_1 to relu5_1")
+        raise InputError(f"it can be 1 to {len(VGG_WIDTHS)}, for relu1_1 to relu5_1", parameter="level", value=level)
     is_path = isinstance(weights, (str, os.PathLike))
-    name = os.fspath(weights) if is_path else "the VGG state dict"
+    name = display_name(os.fspath(weights)) if is_path else "the VGG state dict"  # type: ignore[arg-type]
     # Only the layer numbers matter: prefixes like "encoder." come and go.
     state = {}
     for key, value in (load_state_dict(weights) if is_path else weights).items():
         number = re.search(r"\d.*", key)
         if number and number.group() in state:
-            raise UserError(f"{name} holds several networks, {key} is there twice; AdaIN's vgg_normalised.pth is needed")
+            raise InputError(f"{name} holds several networks, {key} is there twice; AdaIN's vgg_normalised.pth is needed")
         if number:
             state[number.group()] = value
     features = _vgg_layers(level)
@@ -49,7 +71,7 @@ def vgg(weights, blocks=16, level=1):
     for key, value in wanted.items():
         if key not in state or state[key].shape != value.shape:
             found = tuple(state[key].shape) if key in state else "nothing"
-            raise UserError(
+            raise InputError(
                 f"{name} is not AdaIN's vgg_normalised.pth: {key} should have shape {tuple(value.shape)} and has {found}"
             )
     features.load_state_dict({key: state[key] for key in wanted})
@@ -68,7 +90,7 @@ def _vgg_layers(level):
     return nn.Sequential(*layers)
 
 
-def dct(blocks=16):
+def dct(blocks: int = 16) -> Energy:
     """`vgg` with a fixed filter bank for the network: the nine 3x3 DCT-II basis filters on every colour channel."""
     k = torch.arange(3, dtype=torch.float64)
     basis = torch.cos(math.pi / 3 * (k[None] + 0.5) * k[:, None]) * (2 / 3) ** 0.5
@@ -87,22 +109,19 @@ class BlockStatisticsEnergy:
     and only f itself is differentiated by autograd.
     """
 
-    def __init__(self, features, blocks):
+    def __init__(self, features: nn.Module, blocks: int) -> None:
         self.features = features.eval().requires_grad_(False)
         self.blocks = blocks
 
-    def prepare(self, ref):
+    def prepare(self, ref: torch.Tensor) -> None:
         self.features.to(ref.device)
         with torch.no_grad():
             f = self.features(ref)
-        try:
-            check_blocks(f.shape[2:], self.blocks)
-        except ValueError as error:
-            raise UserError(f"--area {self.blocks} does not suit the energy's features: {error}") from None
+        check_blocks(f.shape[2:], self.blocks, "feature map")
         self.ref_mean, ref_var = block_statistics(f, self.blocks)
         self.ref_std = ref_var.sqrt()
 
-    def energy_and_grad(self, x, t, alpha_bar):
+    def energy_and_grad(self, x: torch.Tensor, t: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             f = self.features(x)
@@ -124,25 +143,35 @@ def _diffuse(ref, noise, alpha_bar):
     return signal if noise is None else signal + (1 - alpha_bar) ** 0.5 * noise
 
 
-def dse(encoder):
+def own_timesteps(timestep: Callable[[float], float] | None, t: torch.Tensor, alpha_bar: float) -> torch.Tensor:
+    """Timesteps [N] of a network that was trained on a schedule of its own: those of the same noise level.
+
+    timestep: alpha_bar -> its timestep (`respace.matching_timestep`); None where the schedules agree.
+    """
+    return t if timestep is None else torch.full_like(t, timestep(alpha_bar), dtype=torch.float32)
+
+
+def dse(encoder: torch.nn.Module, timestep: Callable[[float], float] | None = None) -> Energy:
     """EGSDE's realism energy: channel-wise cosine between domain-specific features of x and of ref_t.
 
     encoder: a model with `middle_features(x, t)` trained to tell the source from the target domain. Descent makes x
-    lose what marks the source domain.
+    lose what marks the source domain. timestep: see `own_timesteps`.
     """
-    return DomainSpecificEnergy(encoder)
+    return DomainSpecificEnergy(encoder, timestep)
 
 
 class DomainSpecificEnergy:
     """See `dse`."""
 
-    def __init__(self, encoder):
+    def __init__(self, encoder: nn.Module, timestep: Callable[[float], float] | None = None) -> None:
+        self.timestep = timestep
         self.encoder = encoder.eval().requires_grad_(False)
 
-    def prepare(self, ref, noise=None):
+    def prepare(self, ref: torch.Tensor, noise: torch.Tensor | None = None) -> None:
         self.ref, self.noise = ref, noise
 
-    def energy_and_grad(self, x, t, alpha_bar):
+    def energy_and_grad(self, x: torch.Tensor, t: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
+        t = own_timesteps(self.timestep, t, alpha_bar)
         with torch.no_grad():
             ref_features = self.encoder.middle_features(_diffuse(self.ref, self.noise, alpha_bar), t).float()
         with torch.enable_grad():
@@ -153,7 +182,7 @@ class DomainSpecificEnergy:
         return energy.detach(), grad
 
 
-def low_pass(down_n=32):
+def low_pass(down_n: int = 32) -> Energy:
     """EGSDE's faithfulness energy: ||phi(ref_t) - phi(x)||^2 with the low-pass filter phi.
 
     phi shrinks by down_n and enlarges again, with the resizer's linear kernel.
@@ -168,15 +197,16 @@ class LowPassEnergy:
     M = U^T U, E = <s, M s M> and its gradient is 2 D^T (M s M) D: no large product is needed.
     """
 
-    def __init__(self, down_n):
+    def __init__(self, down_n: int) -> None:
         if down_n < 1:
-            raise UserError(f"--down_N is {down_n}; it must be at least 1")
+            raise InputError("it must be at least 1", parameter="down_n", value=down_n)
         self.down_n = down_n
 
-    def prepare(self, ref, noise=None):
+    def prepare(self, ref: torch.Tensor, noise: torch.Tensor | None = None) -> None:
         height, width = ref.shape[2:]
         if height % self.down_n or width % self.down_n:
-            raise UserError(f"--down_N {self.down_n} does not divide the image size {height}x{width}")
+            reason = f"it must divide the image size {height}x{width}"
+            raise InputError(reason, parameter="down_n", value=self.down_n)
         self.down, self.gram = zip(*(self._axis(length, ref) for length in (height, width)))
         self.small_ref = self._shrink(ref)
         self.small_noise = None if noise is None else self._shrink(noise)
@@ -189,31 +219,156 @@ class LowPassEnergy:
     def _shrink(self, x):
         return self.down[0] @ x @ self.down[1].T
 
-    def energy_and_grad(self, x, t, alpha_bar):
+    def energy_and_grad(self, x: torch.Tensor, t: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
         small = self._shrink(x) - _diffuse(self.small_ref, self.small_noise, alpha_bar)
         filtered = self.gram[0] @ small @ self.gram[1]
         energy = (small * filtered).flatten(1).sum(1)
         return energy, 2 * (self.down[0].T @ filtered @ self.down[1])
 
 
-def classifier(model, y):
-    """E = -log p(y | x, t) under a noisy-image classifier; y is a class number or a tensor [N] of them."""
-    return ClassifierEnergy(model, y)
+def classifier(
+    model: torch.nn.Module, y: int | torch.Tensor, timestep: Callable[[float], float] | None = None
+) -> Energy:
+    """E = -log p(y | x, t) under a noisy-image classifier; y is a class number or a tensor [N] of them.
+
+    timestep: see `own_timesteps`.
+    """
+    return ClassifierEnergy(model, y, timestep)
 
 
 class ClassifierEnergy:
     """See `classifier`."""
 
-    def __init__(self, model, y):
+    def __init__(self, model: nn.Module, y: Any, timestep: Callable[[float], float] | None = None) -> None:
+        self.timestep = timestep
         self.model = model.eval().requires_grad_(False)
         self.y = y
 
-    def prepare(self, ref):
+    def prepare(self, ref: torch.Tensor) -> None:
         self.labels = torch.as_tensor(self.y, device=ref.device).long().expand(ref.shape[0])
 
-    def energy_and_grad(self, x, t, alpha_bar):
+    def energy_and_grad(self, x: torch.Tensor, t: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            energy = F.cross_entropy(self.model(x, t).float(), self.labels, reduction="none")
+            energy = F.cross_entropy(self.model(x, own_timesteps(self.timestep, t, alpha_bar)).float(), self.labels, reduction="none")
             (grad,) = torch.autograd.grad(energy.sum(), x)
         return energy.detach(), grad
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+@ENERGIES.add("vgg")
+@dataclass(frozen=True)
+class VGG:
+    """Options of `vgg`."""
+
+    weights: str | None = option("models/vgg_normalised.pth", "AdaIN's VGG weights, for vgg", file=True, metavar="FILE")
+    level: int = option(1, "VGG feature relu{level}_1", least=1, most=5)
+    blocks: int = option(16, "the features' blocks", least=1)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def create(self, target: Any) -> Energy:
+        """The energy, its weights loaded."""
+        return vgg(_needed(self.weights, "weights", "vgg"), self.blocks, self.level)
+
+
+@ENERGIES.add("dct")
+@dataclass(frozen=True)
+class DCT:
+    """Options of `dct`."""
+
+    blocks: int = option(16, "the features' blocks", least=1)
+
+    def create(self, target: Any) -> Energy:
+        """The energy."""
+        return dct(self.blocks)
+
+
+@ENERGIES.add("dse")
+@dataclass(frozen=True)
+class DSE:
+    """Options of `dse`."""
+
+    encoder: str | None = option(None, "checkpoint of the domain-specific extractor, for dse", file=True, metavar="FILE")
+
+    def create(self, target: Any) -> Energy:
+        """The energy, its extractor loaded; target: see `load_encoder`."""
+        return dse(*load_encoder("encoder", _needed(self.encoder, "encoder", "dse"), target))
+
+
+@ENERGIES.add("low_pass")
+@dataclass(frozen=True)
+class LowPass:
+    """Options of `low_pass`."""
+
+    down_n: int = option(32, "keep 1/N of the resolution", least=1)
+
+    def create(self, target: Any) -> Energy:
+        """The energy."""
+        return low_pass(self.down_n)
+
+
+@ENERGIES.add("classifier")
+@dataclass(frozen=True)
+class Classifier:
+    """Options of `classifier`."""
+
+    classifier: str | None = option(None, "checkpoint of the noisy-image classifier, for classifier", file=True, metavar="FILE")
+    target_class: int | str | None = option(None, "class to move to, for classifier: a number or a name", metavar="CLASS")
+
+    def create(self, target: Any) -> Energy:
+        """The energy, its classifier loaded; target: see `load_encoder`."""
+        path = _needed(self.classifier, "classifier", "classifier")
+        if self.target_class is None:
+            raise InputError("`energy` classifier needs it", parameter="target_class")
+        model, timestep, info = _load_encoder("classifier", path, target)
+        y = class_number(self.target_class, info, "target_class")
+        return classifier(model, y, timestep)
+
+
+def _needed(path: str | None, parameter: str, name: str) -> str:
+    """The path, which must be given and exist."""
+    if not path:
+        raise InputError(f"`energy` {name} needs it", parameter=parameter)
+    if "://" not in path and not os.path.exists(path):
+        raise InputError(f"no such file, and `energy` {name} needs it", parameter=parameter, value=path)
+    return path
+
+
+def load_encoder(parameter: str, path: str, target: Any) -> tuple[nn.Module, Callable[[float], float] | None]:
+    """An extractor or classifier for a target model, and its own timestep of a noise level (`own_timesteps`).
+
+    parameter: the option that names it, for errors. target: has the model's `image_size`, `device`, and `info`.
+    """
+    model, timestep, _ = _load_encoder(parameter, path, target)
+    return model, timestep
+
+
+def _load_encoder(parameter: str, path: str, target: Any) -> tuple[nn.Module, Callable[[float], float] | None, Any]:
+    encoder, info = load_model(path, device=target.device)
+    wrong = {"parameter": parameter, "value": path}
+    if info.model_type != "ENCODER":
+        raise InputError("it is a diffusion model, not a classifier or extractor", **wrong)
+    if info.flags["image_size"] != target.image_size:
+        raise InputError(f"it is for {info.flags['image_size']} pixels, the model makes {target.image_size}", **wrong)
+    timestep = matching_timestep(target.info.flags, info.flags, assumed=info.assumed, name=display_name(path))
+    return encoder, timestep, info
+
+
+def class_number(given: int | str, info: Any, parameter: str) -> int:
+    """The number of a class that is given by number or by name; names are in a checkpoint's metadata `classes`."""
+    flags = info.flags
+    count = flags.get("num_class") or flags.get("num_classes") or 0
+    names = info.metadata.get("classes") or "[]"
+    names = json.loads(names) if isinstance(names, str) else names
+    if isinstance(given, str) and given in names:
+        return names.index(given)
+    number = int(given) if str(given).isdecimal() else -1
+    if not 0 <= number < count:
+        known = f", or a name such as {', '.join(map(str, names[:8]))}" if names else ""
+        reason = f"{display_name(info.path)} has classes 0 to {count - 1}{known}"
+        raise InputError(reason, parameter=parameter, value=given)
+    return number

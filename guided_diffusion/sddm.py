@@ -23,6 +23,7 @@ from .solvers import (
     Noise,
     State,
     at_step,
+    bind,
     check_references,
     create_solver,
     gaussian_like,
@@ -53,7 +54,7 @@ class Guide:
         manifold: Any,
         solver: Any,
         merge: Callable,
-        clip_denoised: bool,
+        clip_denoised: bool | float,
     ) -> None:
         self.model, self.diffusion, self.energies = model, diffusion, energies
         self.manifold, self.solver, self.merge, self.clip_denoised = manifold, solver, merge, clip_denoised
@@ -74,12 +75,12 @@ class Guide:
         `weights` [N, C, K] or [N, C, B, B, K] of the score and the energies.
         """
         stretch = float(self.diffusion.alphas[i]) ** -0.5
-        tangent, normal = self.manifold.split(x, mean - stretch * x, self.alpha_bars[i])
+        tangent, normal = self.manifold.decompose(x, mean - stretch * x, self.alpha_bars[i])
         directions = [tangent]
         for energy in self.energies:
             t = self.diffusion.model_timesteps(at_step(x, i))
             _, grad = energy.energy_and_grad(x, t, self.alpha_bars[i])
-            descent, _ = self.manifold.split(x, -grad, self.alpha_bars[i])
+            descent, _ = self.manifold.decompose(x, -grad, self.alpha_bars[i])
             directions.append(rescale(descent, grad, tangent, LAMBDA * float(self.diffusion.betas[i]) * stretch))
         move, weights = self.merge(directions)
         record = {"tangent": tangent, "normal": normal, "move": move, "weights": weights}
@@ -156,7 +157,7 @@ def sample(
     moo: str = "min_norm",
     manifold: str = "badain",
     down_n: int = 32,
-    clip_denoised: bool = True,
+    clip_denoised: bool | float = True,
     sampler: str = "ancestral",
     eta: float = 0.0,
     start: int | float | None = None,
@@ -193,8 +194,7 @@ def sample(
     last_guided = resolve_step(range_t, steps, "range_t")
     if moo not in MERGES:
         raise InputError(f"it can be {' or '.join(MERGES)}", parameter="moo", value=moo)
-    make_manifold = MANIFOLDS.pick(manifold)
-    make_manifold.check(ref.shape[2:], blocks, down_n)
+    constraint = MANIFOLDS.pick(manifold)(ref, blocks=blocks, down_n=down_n)
     for energy in energies:
         own = getattr(energy, "blocks", blocks)
         if own != blocks and manifold == "badain":
@@ -205,7 +205,7 @@ def sample(
         diffusion,
         ref,
         energies,
-        make_manifold(ref, blocks, down_n),
+        constraint,
         create_solver(sampler, diffusion, eta),
         partial(merge, blocks=blocks if detail_merge else None, solver=merging),
         clip_denoised,
@@ -277,7 +277,7 @@ class SDDM:
     def check_fit(self, image_size: int | None, steps: int | None) -> None:
         """Raise InputError where the options do not suit an image size and a number of steps; None: not known yet."""
         if image_size is not None:
-            MANIFOLDS.pick(self.manifold).check((image_size, image_size), self.blocks, self.down_n)
+            MANIFOLDS.pick(self.manifold)(torch.zeros(1, 3, image_size, image_size), blocks=self.blocks, down_n=self.down_n)
         if steps is not None:
             resolve_step(self.range_t, steps, "range_t")
             self.steps(steps)
@@ -286,9 +286,6 @@ class SDDM:
         """How many steps of a schedule of `total` steps are taken."""
         return total if self.start is None else resolve_step(self.start, total, "start", 1, total)
 
-    def bind(self, *, energies: Sequence[Energy] = (), clip_denoised: bool = True) -> Callable[..., torch.Tensor]:
+    def bind(self, *, energies: Sequence[Energy] = (), clip_denoised: Any = True, **context: Any) -> Callable:
         """`sample` with these options: a function of (model, diffusion, ref, noise=, callback=)."""
-        options = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        bound = partial(sample, **options, energies=energies, clip_denoised=clip_denoised)
-        bound.steps = partial(sample.steps, **options, energies=energies, clip_denoised=clip_denoised)  # type: ignore
-        return bound
+        return bind(sample, energies=energies, clip_denoised=clip_denoised, **vars(self))

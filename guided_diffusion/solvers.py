@@ -9,7 +9,7 @@ and noise is a draw [N, C, H, W].
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -125,6 +125,13 @@ def sampler(steps: Callable[..., Iterator[State]]) -> Callable[..., torch.Tensor
 
     sample.steps = generator  # type: ignore[attr-defined]
     return sample
+
+
+def bind(sample: Callable[..., torch.Tensor], **options: Any) -> Callable[..., torch.Tensor]:
+    """A sampling function with some of its options given; its generator `steps` has them, too."""
+    bound = partial(sample, **options)
+    bound.steps = partial(sample.steps, **options)  # type: ignore[attr-defined]
+    return bound
 
 
 def _observer(callback: Callable | None) -> Callable[[State], Any]:
