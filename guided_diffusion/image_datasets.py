@@ -44,7 +44,7 @@ from PIL.TgaImagePlugin import TgaImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from .errors import InputError, display_name, one_line
+from .errors import InputError, display_name, first_line, one_line
 from .options import fitting
 
 try:
@@ -364,6 +364,18 @@ def load_image(
 
     with _open_binary(path) as file:
         return _decode(file, colour, fitted)
+
+
+def load_picture(
+    picture: Image.Image, image_size: int, *, resize: str = "crop", background: str = "white"
+) -> np.ndarray:
+    """A Pillow image as `load_image` reads it from a file: uint8 [image_size, image_size, 3]. Raises ImageError."""
+    colour = check_options(resize, background)
+    try:
+        image = _flatten(_turn_upright(picture), colour)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ImageError(f"cannot be decoded: {first_line(error)}") from None
+    return np.array(_fit(image, image_size, resize, colour))
 
 
 def decode_image(path: str | os.PathLike[str], background: str = "white") -> Image.Image:

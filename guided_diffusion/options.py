@@ -7,6 +7,7 @@ the same values for people who write Python.
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -96,6 +97,16 @@ def fitting(value: object, names: list) -> str:
     close = difflib.get_close_matches(str(value), known, 1)
     listed = known[0] if len(known) == 1 else f"{', '.join(known[:-1])} or {known[-1]}"
     return f"it can be {listed}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def near_miss(path: str) -> str:
+    """What a path may have been meant to be: "; did you mean X?" for a file beside it with a similar name, else ""."""
+    folder, name = os.path.split(path)
+    try:
+        close = difflib.get_close_matches(name, os.listdir(folder or "."), 1)
+    except (OSError, ValueError):
+        return ""
+    return f"; did you mean {os.path.join(folder, close[0])!r}?" if close else ""
 
 
 class Registry(Mapping[str, Any]):
