@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import baselines  # noqa: F401 - registers its methods
 from .checkpoint import ModelInfo, load_model
 from .checkpoint.reconcile import ModelFlags
 from .energy import ENERGIES, Energy, class_number
@@ -42,10 +41,14 @@ PARAMETERS = {"blocks": "area", "timestep_respacing": "steps", "model_path": "mo
 class TargetOptions:
     """The target domain's diffusion model, and how it computes."""
 
-    model_path: str = option(None, "the target domain's diffusion model: a file, a diffusers folder or a Hub id", file=True, metavar="PATH")
+    model_path: str = option(
+        None, "the target domain's diffusion model: a file, a diffusers folder or a Hub id", file=True, metavar="PATH"
+    )
     class_index: int | str | None = option(None, "class to make, for a class-conditional model", metavar="CLASS")
     precision: str | None = option(
-        None, "arithmetic of the network; auto: bf16 where the device computes in it, else fp32 (default fp32)", choices=PRECISIONS
+        None,
+        "arithmetic of the network; auto: bf16 where the device computes in it, else fp32 (default fp32)",
+        choices=PRECISIONS,
     )
     compile: bool = option(False, "compile the network first, which pays over many batches on a GPU", runtime=True)
     sigma_small: bool | None = option(
@@ -90,7 +93,7 @@ def check_flags(options: TargetOptions, flags: ModelFlags) -> int | None:
 
 def _precision(options: TargetOptions, flags: ModelFlags) -> str | None:
     if options.precision and flags.use_fp16 and options.precision != "fp16":
-        raise InputError(f"`use_fp16` True contradicts it", parameter="precision", value=options.precision)
+        raise InputError("`use_fp16` True contradicts it", parameter="precision", value=options.precision)
     return options.precision or ("fp16" if flags.use_fp16 else None)
 
 
@@ -186,7 +189,7 @@ class Translator:
         energy: str | Sequence[str] | None = None,
         device: str | torch.device = "auto",
         precision: str | None = None,
-        compile: bool = False,  # noqa: A002 - the option's name
+        compile: bool = False,
         resize: str = "crop",
         background: str = "white",
         **options: Any,
@@ -259,7 +262,11 @@ class Translator:
         if isinstance(picture, (str, os.PathLike)):
             return to_tensor([load_image(os.fspath(picture), size, **options)])
         if isinstance(picture, torch.Tensor):
-            if tuple(picture.shape[-3:]) != (3, size, size) or picture.ndim > 4 or picture.ndim == 4 and len(picture) > 1:
+            if (
+                tuple(picture.shape[-3:]) != (3, size, size)
+                or picture.ndim > 4
+                or (picture.ndim == 4 and len(picture) > 1)
+            ):
                 reason = f"a tensor [3, {size}, {size}] in [-1, 1] is needed"
                 raise InputError(reason, parameter="picture", value=f"a tensor {list(picture.shape)}")
             return picture.detach().float().reshape(1, 3, size, size)
@@ -269,7 +276,9 @@ class Translator:
                 raise InputError("an array uint8 [H, W, 3] is needed", parameter="picture", value=what)
             picture = Image.fromarray(picture)
         if not isinstance(picture, Image.Image):
-            raise InputError("a path, PIL image, array or tensor is needed", parameter="picture", value=type(picture).__name__)
+            raise InputError(
+                "a path, PIL image, array or tensor is needed", parameter="picture", value=type(picture).__name__
+            )
         return to_tensor([load_picture(picture, size, **options)])
 
 

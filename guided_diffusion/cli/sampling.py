@@ -11,8 +11,8 @@ from ..checkpoint import ModelFlags
 from ..dist_util import Peers
 from ..energy import class_number
 from ..errors import InputError, display_name
-from ..run.job import Job, JobOptions, OutputOptions
 from ..options import near_miss
+from ..run.job import Job, JobOptions
 from ..script_util import model_and_diffusion_defaults
 from ..solvers import resolve_step
 from ..translator import Target, TargetOptions
@@ -90,7 +90,12 @@ def settings(given: Given, target: Target, used: list[Any], peers: Peers, **foun
 
 
 def execute(
-    job: Job, sampler: Callable, target: Target, steps: int, settings: dict[str, Any], made: tuple[str, str] = TRANSLATIONS
+    job: Job,
+    sampler: Callable,
+    target: Target,
+    steps: int,
+    settings: dict[str, Any],
+    made: tuple[str, str] = TRANSLATIONS,
 ) -> int:
     """Do a job with progress and say what came of it; returns the exit status of this rank.
 
