@@ -586,7 +586,7 @@ class GaussianDiffusion:
 
     # ---- guided-diffusion's names for parts of the above, which published code calls ----
 
-    def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
+    def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised: bool | float = True, model_kwargs=None):
         """The bound's terms `output` [N] in bits per dimension and the prediction `pred_xstart`."""
         out = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
         return {"output": self._bound(out, x_start, x_t, t), "pred_xstart": out["pred_xstart"]}
