@@ -73,17 +73,33 @@ def run(function: Callable[["Given", Any], int | None], parser: "Parser", *, ran
             given = parser.parse()
             if ranks == "peers":
                 peers = dist_util.connect(me)
+                _check_ranks(given, peers)
             status = function(given, peers)
     except BaseException as error:
         status = explain(error, parser, me, peers)
-    if hasattr(peers, "leave"):
-        peers.leave()
+    if (leave := getattr(peers, "leave", None)) is not None:
+        leave()
     if status not in (None, DONE, FAILED) and me is not None:
         from ..dist_util import abort
 
         abort(me, status)
     settle()
     sys.exit(status or DONE)
+
+
+def _check_ranks(given: "Given", peers: Any) -> None:
+    """Raise InputError where ranks were started with different flags."""
+    if peers.world_size == 1:
+        return
+    mine = given.digestible()
+    if peers.rank == 0:
+        peers.publish("flags", mine)
+        return
+    theirs = peers.wait_for("flags")
+    for name, value in mine.items():
+        if theirs.get(name) != value:
+            reason = f"rank {peers.rank} was started with --{name} {value}, rank 0 with {theirs.get(name)}"
+            raise InputError(f"{reason}; all ranks need the same flags")
 
 
 def explain(error: BaseException, parser: "Parser", me: Any, peers: Any) -> int:
@@ -140,9 +156,10 @@ def say(text: str, file: Any = None) -> None:
 def settle() -> None:
     """Flush what was printed. Where nobody can read it, the exit status alone tells what was done."""
     for stream in (sys.stdout, sys.stderr):
+        if stream is None:
+            continue
         try:
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         except (OSError, ValueError):
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
