@@ -25,7 +25,7 @@ from resizer import resize_matrix
 
 from .checkpoint import load_model, load_state_dict
 from .errors import InputError, display_name
-from .manifold import EPS, block_statistics, check_blocks, combine
+from .manifold import EPS, block_statistics, check_blocks, check_down_n, combine
 from .options import Registry, check, option
 from .respace import matching_timestep
 
@@ -204,9 +204,7 @@ class LowPassEnergy:
 
     def prepare(self, ref: torch.Tensor, noise: torch.Tensor | None = None) -> None:
         height, width = ref.shape[2:]
-        if height % self.down_n or width % self.down_n:
-            reason = f"it must divide the image size {height}x{width}"
-            raise InputError(reason, parameter="down_n", value=self.down_n)
+        check_down_n(self.down_n, (height, width))
         self.down, self.gram = zip(*(self._axis(length, ref) for length in (height, width)))
         self.small_ref = self._shrink(ref)
         self.small_noise = None if noise is None else self._shrink(noise)
@@ -282,6 +280,9 @@ class DCT:
 
     blocks: int = option(16, "the features' blocks", least=1)
 
+    def __post_init__(self) -> None:
+        check(self)
+
     def create(self, target: Any) -> Energy:
         """The energy."""
         return dct(self.blocks)
@@ -293,6 +294,9 @@ class DSE:
     """Options of `dse`."""
 
     encoder: str | None = option(None, "checkpoint of the domain-specific extractor, for dse", file=True, metavar="FILE")
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def create(self, target: Any) -> Energy:
         """The energy, its extractor loaded; target: see `load_encoder`."""
@@ -306,6 +310,9 @@ class LowPass:
 
     down_n: int = option(32, "keep 1/N of the resolution", least=1)
 
+    def __post_init__(self) -> None:
+        check(self)
+
     def create(self, target: Any) -> Energy:
         """The energy."""
         return low_pass(self.down_n)
@@ -318,6 +325,9 @@ class Classifier:
 
     classifier: str | None = option(None, "checkpoint of the noisy-image classifier, for classifier", file=True, metavar="FILE")
     target_class: int | str | None = option(None, "class to move to, for classifier: a number or a name", metavar="CLASS")
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def create(self, target: Any) -> Energy:
         """The energy, its classifier loaded; target: see `load_encoder`."""
