@@ -372,8 +372,13 @@ def class_number(given: int | str, info: Any, parameter: str) -> int:
     """The number of a class that is given by number or by name; names are in a checkpoint's metadata `classes`."""
     flags = info.flags
     count = flags.get("num_class") or flags.get("num_classes") or 0
-    names = info.metadata.get("classes") or "[]"
-    names = json.loads(names) if isinstance(names, str) else names
+    names = info.metadata.get("classes")
+    if isinstance(names, str):
+        try:
+            names = json.loads(names)
+        except ValueError:
+            names = None  # somebody else's entry of that name
+    names = names if isinstance(names, list) else []
     if isinstance(given, str) and given in names:
         return names.index(given)
     number = int(given) if str(given).isdecimal() else -1

@@ -768,7 +768,7 @@ def test_late_start_without_guidance_is_sdedit(start):
     )
     expected = {}
     sdedit(
-        model, diffusion, ref, start=start, variance="fixed_large", noise=Replay(draws), callback=expected.__setitem__
+        model, diffusion, ref, start=start, variance="fixed_small", noise=Replay(draws), callback=expected.__setitem__
     )
     assert list(states) == list(expected)
     for i, state in states.items():
