@@ -235,7 +235,7 @@ def test_ilvr_with_down_n_1_replaces_the_state_by_the_noised_reference():
 def test_ilvr_keeps_the_low_frequencies_of_the_reference():
     """Guided to i = 1, whose alpha_bar is near 1; the last step, not guided, changes little."""
     torch.manual_seed(0)
-    colours = torch.rand(4, 3, 4, 4) * 1.6 - 0.8
+    colours = torch.rand(4, 3, 4, 4) * 1.5 - 0.75  # cubic interpolation overshoots
     ref = Resizer((4, 4), 8, kernel="cubic")(colours)
     down = Resizer((32, 32), 1 / 8, kernel="cubic")
     run = {"diffusion": create_diffusion(timestep_respacing="50"), "ref": ref, "down_n": 8}

@@ -116,7 +116,7 @@ def gaussian_error(name, steps):
 
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     states = run(
-        diffusion, x, [x] * (steps + 2), model=model, sampler=name, range_t=steps, blocks=1, clip_denoised=False,
+        diffusion, x.clamp(-1, 1), [x] * (steps + 2), model=model, sampler=name, range_t=steps, blocks=1, clip_denoised=False,
         variant="released",
     )  # fmt: skip
 
