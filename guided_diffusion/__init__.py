@@ -1,7 +1,22 @@
 """SDDM: score-decomposed diffusion models on manifolds, for unpaired image-to-image translation.
 
-The package keeps guided-diffusion's module names and adds the method's own: `manifold`, `moo`, `energy`, `sddm`,
-`baselines`, `checkpoint`, `engine`. Nothing is imported here, so that `import guided_diffusion` costs nothing.
+The package keeps guided-diffusion's module names and adds the method's own: `sddm`, `manifold`, `moo`, `energy`,
+`baselines`. `Translator` and `load_model` are imported when they are first used, so that the import costs nothing.
 """
 
+from typing import Any
+
 __version__ = "0.2.0"
+__all__ = ["Translator", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Translator":
+        from .translator import Translator
+
+        return Translator
+    if name == "load_model":
+        from .checkpoint import load_model
+
+        return load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -78,7 +78,7 @@ def sdedit(
 
     See `egsde` for start, variance and the draws.
     """
-    options: dict[str, Any] = dict(ls=0, li=0, encoder=None, down_n=None, variance=variance, noise=noise)
+    options: dict[str, Any] = {"ls": 0, "li": 0, "encoder": None, "down_n": None, "variance": variance, "noise": noise}
     yield from egsde.steps(model, diffusion, ref, start=start, **options)
 
 
@@ -175,7 +175,9 @@ class ILVR:
 
     down_n: int = option(32, "keep what an image of 1/N of the size shows", least=1)
     range_t: int | float = option(20, "guidance ends at this step of the schedule, or share of it as 0.3", least=0)
-    start: int | float | None = option(None, "late start: from the reference noised to this step, or share of the schedule")
+    start: int | float | None = option(
+        None, "late start: from the reference noised to this step, or share of the schedule"
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -54,8 +54,8 @@ class SDDMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet->vqvae->vae"
-    _optional_components = ["vqvae", "vae"]  # noqa: RUF012 - the library's own form
-    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+    _optional_components = ["vqvae", "vae"]
+    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,

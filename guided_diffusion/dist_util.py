@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import InputError, first_line, shown
+from .runtime import default_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -160,8 +161,7 @@ def _slurm_store(me, timeout):
     try:
         return _tcp_store(env.get("MASTER_ADDR", host), port, me, timeout)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RuntimeError(f"{reason} (port {port}; MASTER_ADDR and MASTER_PORT choose another)") from None
+        raise RuntimeError(f"{first_line(error)} (port {port}; MASTER_ADDR and MASTER_PORT choose another)") from None
 
 
 def _mpi_store(me, timeout):
@@ -378,7 +378,9 @@ def setup_dist() -> None:
 
 def dev() -> torch.device:
     """The device of tensors in the process group: this process's GPU, else the CPU (MPS has no collectives)."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if default_device().type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def load_state_dict(path: str, **kwargs: Any) -> Any:
@@ -396,7 +398,7 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
             with blobfile.BlobFile(path, "rb") as blob:
                 file = io.BytesIO(blob.read())
         else:
-            file = open(path, "rb")  # noqa: SIM115 - closed below
+            file = open(path, "rb")
         with file:
             start = file.read(10)
             file.seek(0)

@@ -63,7 +63,9 @@ def vgg(weights: str | os.PathLike | Mapping[str, torch.Tensor], blocks: int = 1
     for key, value in (load_state_dict(weights) if is_path else weights).items():
         number = re.search(r"\d.*", key)
         if number and number.group() in state:
-            raise InputError(f"{name} holds several networks, {key} is there twice; AdaIN's vgg_normalised.pth is needed")
+            raise InputError(
+                f"{name} holds several networks, {key} is there twice; AdaIN's vgg_normalised.pth is needed"
+            )
         if number:
             state[number.group()] = value
     features = _vgg_layers(level)
@@ -248,7 +250,9 @@ class ClassifierEnergy:
     def energy_and_grad(self, x: torch.Tensor, t: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            energy = F.cross_entropy(self.model(x, own_timesteps(self.timestep, t, alpha_bar)).float(), self.labels, reduction="none")
+            energy = F.cross_entropy(
+                self.model(x, own_timesteps(self.timestep, t, alpha_bar)).float(), self.labels, reduction="none"
+            )
             (grad,) = torch.autograd.grad(energy.sum(), x)
         return energy.detach(), grad
 
@@ -293,7 +297,9 @@ class DCT:
 class DSE:
     """Options of `dse`."""
 
-    encoder: str | None = option(None, "checkpoint of the domain-specific extractor, for dse", file=True, metavar="FILE")
+    encoder: str | None = option(
+        None, "checkpoint of the domain-specific extractor, for dse", file=True, metavar="FILE"
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -323,8 +329,12 @@ class LowPass:
 class Classifier:
     """Options of `classifier`."""
 
-    classifier: str | None = option(None, "checkpoint of the noisy-image classifier, for classifier", file=True, metavar="FILE")
-    target_class: int | str | None = option(None, "class to move to, for classifier: a number or a name", metavar="CLASS")
+    classifier: str | None = option(
+        None, "checkpoint of the noisy-image classifier, for classifier", file=True, metavar="FILE"
+    )
+    target_class: int | str | None = option(
+        None, "class to move to, for classifier: a number or a name", metavar="CLASS"
+    )
 
     def __post_init__(self) -> None:
         check(self)

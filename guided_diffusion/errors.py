@@ -1,6 +1,7 @@
 """The one exception for bad input. It speaks of Python parameters; `cli.main` alone turns them into flags."""
 
 import re
+from collections.abc import Callable
 
 LONGEST = 200  # characters of a value or of another program's message that an error line shows
 
@@ -20,7 +21,7 @@ class InputError(ValueError):
     def __str__(self) -> str:
         return self.text()
 
-    def text(self, spell=str) -> str:
+    def text(self, spell: Callable[[str], str] = str) -> str:
         """The message, with `spell(name)` in place of each parameter's name."""
         reason = one_line(re.sub(r"`(\w+)`", lambda match: spell(match[1]), self.reason), longest=4000)
         if self.parameter is None:
@@ -44,7 +45,9 @@ def display_name(name: str) -> str:
 def one_line(text: object, longest: int = LONGEST) -> str:
     """A text on one line: white space folded, other control characters escaped, cut to a length."""
     folded = " ".join(str(text).split())
-    folded = "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in folded)
+    folded = "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in folded
+    )
     return folded if len(folded) <= longest else f"{folded[: longest - 1]}…"
 
 

@@ -7,6 +7,7 @@ are tensors [N, C, H, W] in [-1, 1]; t is a tensor [N] of step indices of *this*
 import enum
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,9 @@ def _laplace(u: float) -> float:
     return math.sqrt(snr / (1 + snr))
 
 
-def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
+def betas_for_alpha_bar(
+    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
+) -> np.ndarray:
     """Betas whose products of (1 - beta) follow the function `alpha_bar` of time in [0, 1]."""
     n = num_diffusion_timesteps
     return np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), max_beta) for i in range(n)])
@@ -113,7 +116,15 @@ class GaussianDiffusion:
     `posterior_variance`, `posterior_mean_coef1`, … keep guided-diffusion's names.
     """
 
-    def __init__(self, *, betas, model_mean_type, model_var_type, loss_type=LossType.MSE, rescale_timesteps=False):
+    def __init__(
+        self,
+        *,
+        betas: Any,
+        model_mean_type: ModelMeanType,
+        model_var_type: ModelVarType,
+        loss_type: LossType = LossType.MSE,
+        rescale_timesteps: bool = False,
+    ) -> None:
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
         self.loss_type = loss_type
@@ -608,6 +619,6 @@ def _extract_into_tensor(arr, timesteps, broadcast_shape):
 
 def _last(iterator):
     item = None
-    for item in iterator:  # noqa: B007 - the last one is wanted
+    for item in iterator:
         pass
     return item

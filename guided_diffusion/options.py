@@ -7,6 +7,7 @@ the same values for people who write Python.
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from .errors import InputError
 
 def option(
     default: Any,
-    help: str,  # noqa: A002 - argparse's word
+    help: str,
     *,
     choices: Any = None,
     least: float | None = None,
@@ -33,9 +34,16 @@ def option(
     must exceed. file: the value is the path of a file whose content determines the outputs. runtime: the value says how
     to run, not what to make, so it may change between a run and its restart. metavar: the word for the value in help.
     """
-    metadata = dict(
-        help=help, choices=choices, least=least, most=most, above=above, file=file, runtime=runtime, metavar=metavar
-    )
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "least": least,
+        "most": most,
+        "above": above,
+        "file": file,
+        "runtime": runtime,
+        "metavar": metavar,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -57,14 +65,17 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
     if choices := meta.get("choices"):
         if value not in choices:
             raise InputError(fitting(value, list(choices)), **wrong)
-    elif not (isinstance(value, kinds) and (number or not isinstance(value, bool) or bool in kinds) or number and float in kinds):
+    elif not (
+        (isinstance(value, kinds) and (number or not isinstance(value, bool) or bool in kinds))
+        or (number and float in kinds)
+    ):
         raise InputError(f"it must be {type_words(kinds)}", **wrong)
     if number:
         if not math.isfinite(value):
             raise InputError("it must be a finite number", **wrong)
         least, most, above = meta.get("least"), meta.get("most"), meta.get("above")
-        low = least is not None and value < least or above is not None and value <= above
-        if low or most is not None and value > most:
+        low = (least is not None and value < least) or (above is not None and value <= above)
+        if low or (most is not None and value > most):
             raise InputError(f"it must be {bound_words(least, most, above)}", **wrong)
 
 
@@ -96,6 +107,16 @@ def fitting(value: object, names: list) -> str:
     close = difflib.get_close_matches(str(value), known, 1)
     listed = known[0] if len(known) == 1 else f"{', '.join(known[:-1])} or {known[-1]}"
     return f"it can be {listed}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def near_miss(path: str) -> str:
+    """What a path may have been meant to be: "; did you mean X?" for a file beside it with a similar name, else ""."""
+    folder, name = os.path.split(path)
+    try:
+        close = difflib.get_close_matches(name, os.listdir(folder or "."), 1)
+    except (OSError, ValueError):
+        return ""
+    return f"; did you mean {os.path.join(folder, close[0])!r}?" if close else ""
 
 
 class Registry(Mapping[str, Any]):

@@ -253,13 +253,23 @@ def merge(directions: list[torch.Tensor], blocks: int | None, solver: str) -> tu
 class SDDM:
     """SDDM's options: guided above step T0, the plain diffusion model below it."""
 
-    range_t: int | float = option(0, "T0: guidance ends at this step of the respaced schedule, or share of it as 0.3", least=0)
+    range_t: int | float = option(
+        0, "T0: guidance ends at this step of the respaced schedule, or share of it as 0.3", least=0
+    )
     blocks: int = option(16, "cut the image into so many blocks a side", least=1)
-    variant: str = option("manifold", "the method as described, or the arithmetic of the public release", choices=VARIANTS)
-    start: int | float | None = option(None, "late start: from the reference noised to this step, or share of the schedule")
+    variant: str = option(
+        "manifold", "the method as described, or the arithmetic of the public release", choices=VARIANTS
+    )
+    start: int | float | None = option(
+        None, "late start: from the reference noised to this step, or share of the schedule"
+    )
     detail_merge: bool = option(False, "merge directions per block instead of per channel")
-    moo: str = option("min_norm", "ablation: merge directions by their minimum-norm point, or add them up", choices=MERGES)
-    manifold: str = option("badain", "images with the reference's block statistics, or low frequencies", choices=MANIFOLDS)
+    moo: str = option(
+        "min_norm", "ablation: merge directions by their minimum-norm point, or add them up", choices=MERGES
+    )
+    manifold: str = option(
+        "badain", "images with the reference's block statistics, or low frequencies", choices=MANIFOLDS
+    )
     down_n: int = option(32, "low_pass, energy or manifold, keeps 1/N of the resolution", least=1)
     sampler: str = option("ancestral", "how steps are taken; ddim and dpmpp_2m need fewer", choices=SOLVERS)
     eta: float = option(0.0, "noise of ddim's steps, 0 for none, 1 for as much as ancestral", least=0, most=1)
@@ -277,7 +287,9 @@ class SDDM:
     def check_fit(self, image_size: int | None, steps: int | None) -> None:
         """Raise InputError where the options do not suit an image size and a number of steps; None: not known yet."""
         if image_size is not None:
-            MANIFOLDS.pick(self.manifold)(torch.zeros(1, 3, image_size, image_size), blocks=self.blocks, down_n=self.down_n)
+            MANIFOLDS.pick(self.manifold)(
+                torch.zeros(1, 3, image_size, image_size), blocks=self.blocks, down_n=self.down_n
+            )
         if steps is not None:
             resolve_step(self.range_t, steps, "range_t")
             self.steps(steps)

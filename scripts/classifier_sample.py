@@ -18,7 +18,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from guided_diffusion.run.noise import ImageNoise, image_key
 
 from guided_diffusion.checkpoint import load_model
 from guided_diffusion.cli.flags import Given, Parser
@@ -27,6 +26,7 @@ from guided_diffusion.dist_util import Peers
 from guided_diffusion.errors import InputError
 from guided_diffusion.generation import ClassifierFlags, GuidanceOptions, classifier_guided, draw_labels
 from guided_diffusion.run.job import Job, Numbers, OutputOptions
+from guided_diffusion.run.noise import ImageNoise, image_key
 from guided_diffusion.script_util import create_diffusion
 
 

@@ -1,54 +1,57 @@
-"""Translate a folder of images into the domain of a diffusion model with SDEdit."""
+"""Translate every image under --base_samples into the domain of --model_path (SDEdit, ICLR 2022).
 
-from functools import partial
+The reference is noised by --t steps, then denoised. Without --timestep_respacing, all steps that the model was trained
+with count. Predicted images are not clipped, learned variances are not used.
 
-import common
-from guided_diffusion import baselines
-from guided_diffusion.script_util import create_diffusion
+example: python scripts/sdedit_sample.py --model_path models/fluent3d_64.safetensors --base_samples ref_imgs \\
+             --t 500 --save_dir output
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # found from any working directory
+from guided_diffusion.cli import main as command
+
+command.start()
+
+from guided_diffusion.baselines import SDEdit
+from guided_diffusion.checkpoint import ModelFlags
+from guided_diffusion.cli import sampling
+from guided_diffusion.cli.flags import Given, Parser
+from guided_diffusion.dist_util import Peers
+from guided_diffusion.run.job import Job, JobOptions
+from guided_diffusion.runtime import pick_device
+from guided_diffusion.translator import TargetOptions, bind_method, check_flags, load_target
 
 
-def create_parser():
-    parser = common.Parser(
-        """\
-        Translate every image under --base_samples into the domain of --model_path (SDEdit, ICLR 2022): noise it by --t
-        steps, then denoise it. Without --timestep_respacing, all steps that the model was trained with count.
+def translate(given: Given, peers: Peers) -> int:
+    sampling.say_ignored(given)
+    # What the flags alone tell to be wrong is said before anything is loaded.
+    method, outputs = given.options(SDEdit), given.options(JobOptions)
+    wanted, flags = given.options(TargetOptions), given.options(ModelFlags)
+    method.check_fit(flags.image_size, check_flags(wanted, flags))
+    device = pick_device(wanted.device, peers.local_rank)
+    job = Job(outputs, peers, device)
 
-        example: python scripts/sdedit_sample.py --model_path models/fluent3d_64.safetensors --base_samples ref_imgs \\
-                     --t 500 --save_dir output"""
-    )
-    common.add_model_flags(parser)
-    common.add_diffusion_flags(parser)
-    parser.set_defaults(clip_denoised=None)
-    method = parser.add_argument_group("method", "Predicted images are not clipped, learned variances are not used.")
-    method.add_argument(
-        "--t", type=common.positive, default=500, help="steps from the noised reference to the image (default 500)"
-    )
-    common.add_io_flags(parser)
+    target = load_target(wanted, flags, device)
+    steps = target.diffusion.num_timesteps
+    method.check_fit(target.image_size, steps)
+    sampler = bind_method(method, target)
+    sampling.announce(target, "SDEdit", method, given)
+
+    found = {"method": "sdedit", **sampling.resolved(method, steps), "clip_denoised": None}
+    settings = sampling.settings(given, target, [method, outputs], peers, **found)
+    return sampling.execute(job, sampler, target, method.steps(steps), settings)
+
+
+def create_parser() -> Parser:
+    parser = Parser(__doc__, usage="--model_path FILE --base_samples FOLDER [flags]")
+    parser.add(SDEdit, title="method")
+    sampling.add_common(parser)
+
     return parser
 
 
-def translate(args, peers):
-    common.say_without_effect(args, ("clip_denoised",))
-    # What the flags alone tell to be wrong is said before anything is loaded.
-    common.precision_of(args)
-    if common.steps_of(args) is not None:
-        baselines.check_start(args.t, common.steps_of(args))
-    device = common.pick_device(args.device, peers)
-    job = common.create_job(args, peers, device)
-
-    model, info = common.load_network(args, device)
-    diffusion = create_diffusion(**info.flags)
-    size, steps = info.flags["image_size"], diffusion.num_timesteps
-    baselines.check_start(args.t, steps)
-    common.log.info(
-        "%s UNet, %d px, %d of %d steps on %s; SDEdit", info.model_type, size, args.t, steps, device
-    )
-    found = {**info.flags, "clip_denoised": None, "method": "sdedit"}
-    settings = common.settings_of(args, peers, {"model_path": args.model_path}, **found)
-    variance = "fixed_small" if args.sigma_small else "fixed_large"
-    sampler = partial(baselines.sdedit, start=args.t, variance=variance)
-    return common.run_method(job, size, settings, sampler, model, diffusion, args.t)
-
-
 if __name__ == "__main__":
-    common.main(translate, create_parser())
+    command.run(translate, create_parser())

@@ -128,6 +128,10 @@ class Given:
         usual = self._parser.without_effect
         return {name: value for name, value in given.items() if value is not None and value != str(usual[name])}
 
+    def digestible(self) -> dict[str, Any]:
+        """The flags as texts, but for those that may differ between the ranks of a run."""
+        return {name: str(value) for name, value in sorted(self._values.items()) if name != "device"}
+
     def settings(self, used: Iterable[Any], **found: Any) -> dict[str, Any]:
         """All that determines the outputs, for run.json, by the names of flags.
 

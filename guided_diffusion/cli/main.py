@@ -73,6 +73,7 @@ def run(function: Callable[["Given", Any], int | None], parser: "Parser", *, ran
             given = parser.parse()
             if ranks == "peers":
                 peers = dist_util.connect(me)
+                _check_ranks(given, peers)
             status = function(given, peers)
     except BaseException as error:
         status = explain(error, parser, me, peers)
@@ -84,6 +85,21 @@ def run(function: Callable[["Given", Any], int | None], parser: "Parser", *, ran
         abort(me, status)
     settle()
     sys.exit(status or DONE)
+
+
+def _check_ranks(given: "Given", peers: Any) -> None:
+    """Raise InputError where ranks were started with different flags."""
+    if peers.world_size == 1:
+        return
+    mine = given.digestible()
+    if peers.rank == 0:
+        peers.publish("flags", mine)
+        return
+    theirs = peers.wait_for("flags")
+    for name, value in mine.items():
+        if theirs.get(name) != value:
+            reason = f"rank {peers.rank} was started with --{name} {value}, rank 0 with {theirs.get(name)}"
+            raise InputError(f"{reason}; all ranks need the same flags")
 
 
 def explain(error: BaseException, parser: "Parser", me: Any, peers: Any) -> int:

@@ -53,7 +53,9 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
 
 def _disk_reason(path: str, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"no room left to write {display_name(path)} ({error.strerror}); make room and run the same command again"
+        return (
+            f"no room left to write {display_name(path)} ({error.strerror}); make room and run the same command again"
+        )
     return f"{display_name(path)} cannot be written: {error.strerror or first_line(error)}"
 
 

@@ -81,7 +81,9 @@ class OutputOptions:
 class JobOptions(OutputOptions):
     """The references of a run besides."""
 
-    base_samples: str = option(None, "folder of references (searched recursively), or one image", runtime=True, metavar="PATH")
+    base_samples: str = option(
+        None, "folder of references (searched recursively), or one image", runtime=True, metavar="PATH"
+    )
     num_samples: int | None = option(
         None, "translate only the first so many references", least=1, most=MOST_IMAGES, runtime=True
     )
@@ -213,7 +215,9 @@ class Job:
         for folder in {os.path.dirname(path) for item in self.items.values() for path in self._paths(item.key)}:
             real = os.path.realpath(folder)
             if os.path.commonpath([root, real]) != root:
-                reason = f"its folder {display_name(os.path.relpath(folder, self.options.save_dir))} is a link out of it"
+                reason = (
+                    f"its folder {display_name(os.path.relpath(folder, self.options.save_dir))} is a link out of it"
+                )
                 raise InputError(f"{reason}; remove the link", parameter="save_dir", value=self.options.save_dir)
 
     def path(self, item: Item) -> str:
@@ -427,7 +431,9 @@ class Job:
     def _write(self, item: Item, image: np.ndarray, frames: Sequence[np.ndarray]) -> None:
         path, animation = self._paths(item.key)
         if not os.path.isdir(self.options.save_dir):
-            raise InputError("it was removed while the run was writing to it", parameter="save_dir", value=self.options.save_dir)
+            raise InputError(
+                "it was removed while the run was writing to it", parameter="save_dir", value=self.options.save_dir
+            )
         try:
             # The image goes last: where it exists, all is written.
             if frames:

@@ -16,7 +16,7 @@ class ImageNoise:
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.generators = [torch.Generator().manual_seed(seed_of(name)) for name in names]
-        self.device = device
+        self.names, self.device = tuple(names), device
         self._pool = ThreadPoolExecutor(1) if device.type == "cuda" else None
         self._next: Future | None = None
 

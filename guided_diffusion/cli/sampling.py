@@ -1,0 +1,149 @@
+"""What the sampling commands share: their flags, and a job run with progress, its report and its exit status."""
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..checkpoint import ModelFlags
+from ..dist_util import Peers
+from ..energy import class_number
+from ..errors import InputError, display_name
+from ..options import near_miss
+from ..run.job import Job, JobOptions
+from ..script_util import model_and_diffusion_defaults
+from ..solvers import resolve_step
+from ..translator import Target, TargetOptions
+from .flags import Given, Parser
+from .main import AGAIN, DONE, FAILED, INTERRUPTED, cause, say
+from .progress import Progress
+
+TRANSLATIONS = ("translations", "side by side with their sources")
+IMAGES = ("images", "an overview of them")
+
+# Flags of the network that say how it is run or trained; what is said of those given in vain.
+TRAINING_FLAGS = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
+
+log = logging.getLogger("sddm")
+
+
+def add_common(parser: Parser, outputs: type = JobOptions) -> None:
+    """The flags that all sampling commands have besides the method's."""
+    parser.add(outputs, title="input and output" if outputs is JobOptions else "output")
+    parser.add(TargetOptions, title="model")
+    description = "read from the checkpoint where they are not given; one that contradicts it is an error"
+    parser.add(ModelFlags, title="network and diffusion process", description=description)
+
+
+def say_ignored(given: Given) -> None:
+    """Report given flags that do nothing here; those of training only where they differ from the usual."""
+    usual = model_and_diffusion_defaults()
+    ignored = given.ignored()
+    training = {name: getattr(given, name) for name in TRAINING_FLAGS}
+    ignored |= {name: value for name, value in training.items() if value is not None and value != usual[name]}
+    for name, value in ignored.items():
+        log.info("--%s %s has no effect", name, value)
+
+
+def check_files(given: Given, options: Sequence[Any]) -> None:
+    """Raise InputError for a file of options that is given and does not exist, before anything is loaded."""
+    for each in options:
+        for field in dataclasses.fields(each):
+            value = getattr(each, field.name)
+            if field.metadata.get("file") and value and "://" not in value and not os.path.exists(value):
+                raise InputError(f"no such file{near_miss(value)}", parameter=field.name, value=value)
+
+
+def announce(target: Target, words: str, method: Any, given: Given) -> None:
+    """Say what is about to run: the network, the schedule, and the steps that shares of it stand for."""
+    total = target.diffusion.num_timesteps
+    steps = method.steps(total)
+    counted = f"{total} steps" if steps == total else f"{steps} of {total} steps"
+    network = target.info.model_type
+    log.info("%s UNet, %d px, %s on %s; %s", network, target.image_size, counted, target.device, words)
+    for name, step in resolved(method, total).items():
+        if getattr(given, name) != step:
+            log.info("--%s %s is step %d of %d", name, getattr(given, name), step, total)
+
+
+def resolved(method: Any, total: int) -> dict[str, int]:
+    """The steps of a schedule of `total` steps that a method's options mean, by flag, where shares are given."""
+    found = {}
+    for name, flag in (("range_t", "range_t"), ("start", "start_t" if hasattr(method, "range_t") else "t")):
+        value = getattr(method, name, None)
+        if value is not None:
+            found[flag] = resolve_step(value, total, name, 1 if name == "start" else 0, total)
+    return found
+
+
+def settings(given: Given, target: Target, used: list[Any], peers: Peers, **found: Any) -> dict[str, Any]:
+    """All that determines the outputs, for run.json, on rank 0; used: the options that count."""
+    if peers.rank:
+        return {}
+    values = {**target.info.flags, "precision": target.precision, "sigma_small": target.sigma_small}
+    values |= {"clip_denoised": target.clip_denoised}
+    for name in (*TRAINING_FLAGS, "use_fp16"):
+        values.pop(name, None)
+    return given.settings([*used, given.options(TargetOptions)], **{**values, **found})
+
+
+def execute(
+    job: Job,
+    sampler: Callable,
+    target: Target,
+    steps: int,
+    settings: dict[str, Any],
+    made: tuple[str, str] = TRANSLATIONS,
+) -> int:
+    """Do a job with progress and say what came of it; returns the exit status of this rank.
+
+    sampler(model, diffusion, ref, noise=, callback=): calls back `steps` times an image. made: words for the outputs and
+    for what grid.png shows.
+    """
+    job.prepare(target.image_size, settings)
+    model = job.monitor.counted(target.model)
+
+    def sample(ref: Any, **options: Any) -> Any:
+        return sampler(model, target.diffusion, ref, **options)
+
+    wanted, skipped = len(job.items), job.summary.skipped
+    if skipped:
+        log.info("%d of %d images are already present", skipped, wanted)
+    progress = Progress(job.image_steps(steps), steps, wanted, skipped) if job.peers.rank == 0 else None
+    try:
+        try:
+            summary = job.run(sample, steps, progress or (lambda image_steps, images: None))
+        finally:
+            if progress is not None:
+                progress.close()
+        job.finish()
+    except KeyboardInterrupt as error:
+        if job.peers.interrupted():
+            again = "run the same command without --overwrite to resume" if job.options.overwrite else AGAIN
+            say(f"{cause(error, job.peers)}: {job.made()} of {wanted} images are done; {again}")
+        return INTERRUPTED
+    if job.peers.rank:
+        return DONE  # rank 0 reports on all; a launcher would end it if another status came first
+    return report(job, summary, made)
+
+
+def report(job: Job, summary: Any, made: tuple[str, str]) -> int:
+    """Say what became of a job's references; returns the exit status."""
+    for name, reason in sorted(summary.failed.items()):
+        say(f"failed: {display_name(name)}: {reason}")
+    done, skipped, failed = summary.done, summary.skipped, len(summary.failed)
+    say(f"{done} done, {skipped} already present, {failed} failed", sys.stdout)
+    grid = os.path.join(job.options.save_dir, "grid.png")
+    if done + skipped:
+        shown = f", {made[1]} in {grid}" if os.path.exists(grid) else ""
+        say(f"{made[0]} are in {job.options.save_dir}{shown}", sys.stdout)
+    return FAILED if failed else DONE
+
+
+def class_of(target: Target, options: TargetOptions) -> int | None:
+    """The number of the class that is made; None for a model without classes."""
+    if options.class_index is None:
+        return None
+    return class_number(options.class_index, target.info, "class_index")
