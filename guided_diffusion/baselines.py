@@ -251,7 +251,7 @@ class EGSDE(SDEdit):
             check_down_n(self.down_n, (image_size, image_size))
 
     def bind(self, *, sigma_small: bool = True, target: Any = None, **context: Any) -> Callable:
-        """`egsde` with these options and its extractor loaded: a function of (model, diffusion, ref, noise=, callback=)."""
+        """`egsde` with these options, its extractor loaded: a function of (model, diffusion, ref, …)."""
         network, timestep = load_encoder("encoder", str(self.encoder), target) if self.ls else (None, None)
         variance = "fixed_small" if sigma_small else "fixed_large"
         weights = {"ls": self.ls, "li": self.li, "down_n": self.down_n}

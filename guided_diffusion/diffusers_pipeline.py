@@ -54,8 +54,8 @@ class SDDMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet->vqvae->vae"
-    _optional_components = ["vqvae", "vae"]
-    _callback_tensor_inputs = ["latents"]
+    _optional_components = ["vqvae", "vae"]  # noqa: RUF012 - the library's attributes
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(
         self,

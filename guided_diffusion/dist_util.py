@@ -173,7 +173,7 @@ def _mpi_store(me, timeout):
     if ranks.Get_size() != me.world_size:
         raise InputError(
             f"mpiexec started {me.world_size} processes and mpi4py sees {ranks.Get_size()}: mpi4py was built for "
-            "another MPI than this mpiexec (reinstall it, or use torchrun), or the environment is left over from another run"
+            "another MPI than this mpiexec (reinstall it, or use torchrun), or the environment is another run's"
         )
     hosts = ranks.allgather(socket.gethostname())
     host = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
@@ -362,7 +362,7 @@ def connect(me: Ranks) -> Peers:
 
 def setup_dist() -> None:
     """Join the ranks that torchrun, mpiexec or Slurm started in torch's default process group; a process started by
-    hand makes a group of one. Nothing happens where the group exists. NCCL serves tensors on GPUs, gloo those on CPUs."""
+    hand makes a group of one. Nothing happens where the group exists. NCCL serves GPUs, gloo CPUs."""
     import torch.distributed as dist
     from torch.distributed import HashStore  # type: ignore[attr-defined]
 
@@ -398,7 +398,7 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
             with blobfile.BlobFile(path, "rb") as blob:
                 file = io.BytesIO(blob.read())
         else:
-            file = open(path, "rb")
+            file = open(path, "rb")  # noqa: SIM115 - closed below
         with file:
             start = file.read(10)
             file.seek(0)

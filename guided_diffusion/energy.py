@@ -74,7 +74,7 @@ def vgg(weights: str | os.PathLike | Mapping[str, torch.Tensor], blocks: int = 1
         if key not in state or state[key].shape != value.shape:
             found = tuple(state[key].shape) if key in state else "nothing"
             raise InputError(
-                f"{name} is not AdaIN's vgg_normalised.pth: {key} should have shape {tuple(value.shape)} and has {found}"
+                f"{name} is not AdaIN's vgg_normalised.pth: {key} must have shape {tuple(value.shape)} and has {found}"
             )
     features.load_state_dict({key: state[key] for key in wanted})
     return BlockStatisticsEnergy(features, blocks)
@@ -82,7 +82,8 @@ def vgg(weights: str | os.PathLike | Mapping[str, torch.Tensor], blocks: int = 1
 
 def _vgg_layers(level):
     """The layers of `vgg_normalised.pth` up to relu{level}_1, numbered as there."""
-    layers, channels = [nn.Conv2d(3, 3, 1)], 3
+    layers: list[nn.Module] = [nn.Conv2d(3, 3, 1)]
+    channels = 3
     for i, widths in enumerate(VGG_WIDTHS[:level]):
         if i:
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
@@ -167,7 +168,7 @@ class DomainSpecificEnergy:
 
     def __init__(self, encoder: nn.Module, timestep: Callable[[float], float] | None = None) -> None:
         self.timestep = timestep
-        self.encoder = encoder.eval().requires_grad_(False)
+        self.encoder: Any = encoder.eval().requires_grad_(False)
 
     def prepare(self, ref: torch.Tensor, noise: torch.Tensor | None = None) -> None:
         self.ref, self.noise = ref, noise

@@ -10,8 +10,8 @@ class InputError(ValueError):
     """A parameter, file or environment that cannot be used.
 
     The message is one line: the parameter, its value, and what would fit. `parameter` is the name in Python, or None
-    where a file or the surroundings are at fault; `reason` is then a whole sentence. Names of parameters within a reason
-    stand in backticks, so that a command line can spell them as flags.
+    where a file or the surroundings are at fault; `reason` is then a whole sentence. Names of parameters in it stand in
+    backticks, so that a command line can spell them as flags.
     """
 
     def __init__(self, reason: str, *, parameter: str | None = None, value: object = None) -> None:
@@ -55,6 +55,3 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type where it has none."""
     lines = str(error).strip().splitlines()
     return one_line(lines[0]) if lines else type(error).__name__
-
-
-UserError = InputError

@@ -201,7 +201,7 @@ class GaussianDiffusion:
         model: Model,
         x: torch.Tensor,
         t: torch.Tensor,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         model_kwargs: dict | None = None,
     ) -> Step:
@@ -218,7 +218,7 @@ class GaussianDiffusion:
         model_output: torch.Tensor,
         x: torch.Tensor,
         t: torch.Tensor,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
     ) -> Step:
         """`p_mean_variance` for an output that the model already gave."""
@@ -320,7 +320,7 @@ class GaussianDiffusion:
         model: Model,
         x: torch.Tensor,
         t: torch.Tensor,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         cond_fn: Callable | None = None,
         model_kwargs: dict | None = None,
@@ -347,7 +347,7 @@ class GaussianDiffusion:
         model: Model,
         x: torch.Tensor,
         t: torch.Tensor,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         cond_fn: Callable | None = None,
         model_kwargs: dict | None = None,
@@ -384,7 +384,7 @@ class GaussianDiffusion:
         model: Model,
         x: torch.Tensor,
         t: torch.Tensor,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         model_kwargs: dict | None = None,
         eta: float = 0.0,
@@ -408,7 +408,7 @@ class GaussianDiffusion:
         model: Model,
         shape: Sequence[int],
         noise: torch.Tensor | None = None,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         cond_fn: Callable | None = None,
         model_kwargs: dict | None = None,
@@ -426,7 +426,7 @@ class GaussianDiffusion:
         model: Model,
         shape: Sequence[int],
         noise: torch.Tensor | None = None,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         cond_fn: Callable | None = None,
         model_kwargs: dict | None = None,
@@ -446,7 +446,7 @@ class GaussianDiffusion:
         model: Model,
         shape: Sequence[int],
         noise: torch.Tensor | None = None,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         cond_fn: Callable | None = None,
         model_kwargs: dict | None = None,
@@ -465,7 +465,7 @@ class GaussianDiffusion:
         model: Model,
         shape: Sequence[int],
         noise: torch.Tensor | None = None,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         cond_fn: Callable | None = None,
         model_kwargs: dict | None = None,
@@ -557,7 +557,7 @@ class GaussianDiffusion:
         self,
         model: Model,
         x_start: torch.Tensor,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         model_kwargs: dict | None = None,
         *,
         noise: Callable[[torch.Size], torch.Tensor] | None = None,
@@ -586,7 +586,7 @@ class GaussianDiffusion:
 
     # ---- guided-diffusion's names for parts of the above, which published code calls ----
 
-    def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
+    def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised: bool | float = True, model_kwargs=None):
         """The bound's terms `output` [N] in bits per dimension and the prediction `pred_xstart`."""
         out = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
         return {"output": self._bound(out, x_start, x_t, t), "pred_xstart": out["pred_xstart"]}
@@ -618,7 +618,5 @@ def _extract_into_tensor(arr, timesteps, broadcast_shape):
 
 
 def _last(iterator):
-    item = None
-    for item in iterator:
-        pass
+    *_, item = iterator
     return item

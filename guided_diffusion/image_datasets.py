@@ -796,7 +796,7 @@ def to_tensor(images: np.ndarray | Sequence[np.ndarray]) -> torch.Tensor:
     array = np.array(images)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
         raise ValueError(f"expected uint8 [N, H, W, 3], got {array.dtype} {list(array.shape)}")
-    return normalise(torch.from_numpy(array).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1)
+    return normalise(torch.from_numpy(array).permute(0, 3, 1, 2).contiguous())
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:

@@ -130,7 +130,7 @@ class TensorBoardOutputFormat(KVWriter):
     def __init__(self, dir: str) -> None:
         os.makedirs(dir, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self.file = open(os.path.join(dir, name), "ab")
+        self.file = open(os.path.join(dir, name), "ab")  # noqa: SIM115 - until `close`
         self.step = 1
         self._write(_field(3, b"brain.Event:2"))
 

@@ -59,7 +59,7 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
     if value is None:
         if type(None) in kinds:
             return
-        raise InputError(f"give {meta.get('help', 'a value')}", parameter=field.name)
+        raise InputError(f"it is needed: {meta.get('help', 'a value')}", parameter=field.name)
     wrong: dict[str, Any] = {"parameter": field.name, "value": value}
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if choices := meta.get("choices"):

@@ -1,8 +1,8 @@
 """SDDM: guided sampling on the manifolds of the reference's block statistics (Sun et al. 2023, algorithm 1).
 
-Steps count down from T'-1 to 0. Above range_t, a step splits the score at the manifold M_i, merges its tangent part with
-the energies' descent directions into one that harms none of them, and moves to M_{i-1}. At and below range_t, it is the
-plain step of the chosen solver.
+Steps count down from T'-1 to 0. Above range_t, a step splits the score at the manifold M_i, merges its tangent part
+with the energies' descent directions into one that harms none of them, and moves to M_{i-1}. At and below range_t, it
+is the plain step of the chosen solver.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -71,8 +71,8 @@ class Guide:
     def parts(self, x: torch.Tensor, i: int, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """The move d along the manifold, the rest of the step (the score's normal part and the drift), and a record.
 
-        mean [N, C, H, W]: of the posterior. The record has tensors `tangent` and `normal`, the score's parts, `move`, and
-        `weights` [N, C, K] or [N, C, B, B, K] of the score and the energies.
+        mean [N, C, H, W]: of the posterior. The record has tensors `tangent` and `normal`, the score's parts, `move`,
+        and `weights` [N, C, K] or [N, C, B, B, K] of the score and the energies.
         """
         stretch = float(self.diffusion.alphas[i]) ** -0.5
         tangent, normal = self.manifold.decompose(x, mean - stretch * x, self.alpha_bars[i])
@@ -172,14 +172,14 @@ def sample(
         blocks: the image plane is cut into blocks x blocks.
         range_t: T0, guidance ends there: a step of the respaced schedule, or a share of it below 1.
         energies: see `energy`.
-        variant: `manifold`, the method as described by its authors, or `released`, the arithmetic of the public release.
+        variant: `manifold`, the method as its authors describe it, or `released`, the arithmetic of the public release.
         detail_merge: merge directions per block instead of per channel.
         moo: `min_norm`, or `linear`, which adds the directions up (the paper's ablation).
         manifold: `badain`, block statistics, or `low_pass`, the reference's low frequencies (the paper's ablation).
         down_n: the low-pass manifold keeps what shrinking by down_n keeps.
         clip_denoised: clip the prediction of x_0 to [-1, 1].
-        sampler: a solver's name: `ancestral` as in the paper; `ddim`, or `dpmpp_2m` for the plain steps and ddim for the
-            guided ones, which need fewer steps. Their posterior takes the place of the ancestral one.
+        sampler: a solver's name: `ancestral` as in the paper; `ddim`, or `dpmpp_2m` for the plain steps and ddim for
+            the guided ones, which need fewer steps. Their posterior takes the place of the ancestral one.
         eta: DDIM's share of noise.
         start: late start: begin at step start - 1 from the reference noised to it, instead of at T'-1 from noise.
         noise: noise(shape), every random draw in order: x_T (or the noise of a late start) first, then one per step.

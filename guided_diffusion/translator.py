@@ -65,8 +65,8 @@ class TargetOptions:
 class Target:
     """A diffusion model that is ready to sample.
 
-    model: model(x, t) with its class, if any; diffusion: the respaced process. sigma_small, clip_denoised: as given, else
-    as the model's scheduler file says, else True.
+    model: model(x, t) with its class, if any; diffusion: the respaced process. sigma_small, clip_denoised: as given,
+    else as the model's scheduler file says, else True.
     """
 
     model: Callable[..., torch.Tensor]
@@ -142,7 +142,7 @@ def _with_class(model: Callable, info: ModelInfo, given: int | str | None) -> Ca
 def energy_names(given: str | Sequence[str] | None, weights: str | None = None) -> list[str]:
     """The energies that are asked for: a comma-separated text or a list, "none" for none.
 
-    None chooses vgg where the file `weights` exists, else dct. Raises InputError for a name that is none, or stands twice.
+    None chooses vgg where the file `weights` exists, else dct. Raises InputError for an unknown or repeated name.
     """
     if given is None:
         return ["vgg"] if weights and os.path.exists(weights) else ["dct"]
@@ -174,7 +174,7 @@ class Translator:
         energy: names of energies (SDDM), None for the default.
         device, precision, compile: how the network computes; see `runtime`.
         resize, background: how pictures become square, and the colour behind transparent pixels.
-        options: fields of the method's and the energies' options and the model's flags by name; `area` is SDDM's `blocks`.
+        options: fields of the method's and the energies' options and of `ModelFlags`; `area` is SDDM's `blocks`.
 
     Raises:
         InputError: what a command refuses, in the same words.
@@ -227,9 +227,9 @@ class Translator:
     def __call__(self, pictures: Any, *, seed: int = 0, name: str | None = None) -> Any:
         """Translate a picture or a list of them.
 
-        pictures: paths, PIL images, arrays uint8 [H, W, 3], or tensors [3, H, W] in [-1, 1], one or a list. seed and the name
-        determine the noise; name: of a single picture, by default that of its file: a command's relative path gives the
-        command's very pixels. Returns a PIL image, or a list of them for a list.
+        pictures: paths, PIL images, arrays uint8 [H, W, 3], or tensors [3, H, W] in [-1, 1], one or a list. seed and
+        name determine the noise; name: of a single picture, by default that of its file: a command's relative path
+        gives the command's very pixels. Returns a PIL image, or a list of them for a list.
         """
         many = isinstance(pictures, (list, tuple))
         *_, last = self._states(list(pictures) if many else [pictures], seed, name)
@@ -239,8 +239,8 @@ class Translator:
     def steps(self, picture: Any, *, seed: int = 0, name: str | None = None) -> Iterator[dict[str, Any]]:
         """Translate one picture step by step; closing the generator stops.
 
-        Yields a dict after each step: the index `i`, the tensors `x` and `pred_xstart` [1, 3, H, W], `guided`, and `preview`,
-        the predicted x_0 as a PIL image.
+        Yields a dict after each step: the index `i`, the tensors `x` and `pred_xstart` [1, 3, H, W], `guided`, and
+        `preview`, the predicted x_0 as a PIL image.
         """
         for state in self._states([picture], seed, name):
             preview = Image.fromarray(to_uint8(state["pred_xstart"].nan_to_num())[0])
@@ -257,7 +257,7 @@ class Translator:
             yield from self.sampler.steps(self.target.model, self.target.diffusion, ref, noise=noise)  # type: ignore
 
     def read(self, picture: Any) -> torch.Tensor:
-        """A picture as the model gets it: float32 [1, 3, H, W] in [-1, 1]. Raises InputError or `image_datasets.ImageError`."""
+        """A picture as the model gets it: float32 [1, 3, H, W] in [-1, 1]. Raises InputError or ImageError."""
         size, options = self.target.image_size, {"resize": self.resize, "background": self.background}
         if isinstance(picture, (str, os.PathLike)):
             return to_tensor([load_image(os.fspath(picture), size, **options)])

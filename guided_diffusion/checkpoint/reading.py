@@ -184,7 +184,8 @@ def _read_safetensors(
             return load(data), json.loads(data[8 : 8 + length]).get("__metadata__") or {}
         with safe_open(source, framework="pt") as file:
             # The tensors are windows on the file, which may change.
-            return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}
+            names = list(file.keys())
+            return {key: file.get_tensor(key).clone() for key in names}, file.metadata() or {}
     except Exception as error:  # the library's errors have types of their own
         raise InputError(f"{shown} is truncated or not a safetensors file: {first_line(error)}") from None
 

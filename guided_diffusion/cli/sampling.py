@@ -99,8 +99,8 @@ def execute(
 ) -> int:
     """Do a job with progress and say what came of it; returns the exit status of this rank.
 
-    sampler(model, diffusion, ref, noise=, callback=): calls back `steps` times an image. made: words for the outputs and
-    for what grid.png shows.
+    sampler(model, diffusion, ref, noise=, callback=): calls back `steps` times an image. made: words for the outputs
+    and for what grid.png shows.
     """
     job.prepare(target.image_size, settings)
     model = job.monitor.counted(target.model)

@@ -65,7 +65,7 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a UTF-8 file atomically. File names need not be valid UTF-8: they are written as the bytes that they are."""
+    """Write a UTF-8 file atomically. File names need not be valid UTF-8: their bytes are written."""
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 

@@ -190,7 +190,7 @@ class Job:
         if base is not None and not is_url(base):
             self._refuse_sources()
 
-    # ---- folders --------------------------------------------------------------------------------------------------------
+    # ---- folders ----------------------------------------------------------------------------------------------------
 
     def _check_folders(self, base: str | None) -> None:
         save_dir = self.options.save_dir
@@ -206,7 +206,8 @@ class Job:
         sources = {os.path.realpath(reference.path): reference.name for reference in self.source.entries}
         for path in [self.path(item) for item in self.items.values()] + self._own_files():
             if (source := sources.get(os.path.realpath(path))) is not None:
-                reason = f"the output {display_name(os.path.basename(path))} would replace the reference {display_name(source)}"
+                output = display_name(os.path.basename(path))
+                reason = f"the output {output} would replace the reference {display_name(source)}"
                 raise InputError(f"{reason}; give another folder", parameter="save_dir", value=self.options.save_dir)
 
     def _check_inside(self) -> None:
@@ -234,7 +235,7 @@ class Job:
     def _own_files(self) -> list[str]:
         return [os.path.join(self.options.save_dir, name) for name in ("grid.png", record.NAME)]
 
-    # ---- before the run -------------------------------------------------------------------------------------------------
+    # ---- before the run ---------------------------------------------------------------------------------------------
 
     def prepare(self, image_size: int, settings: dict[str, Any]) -> None:
         """Open the save folder: check it against run.json, plan the batches, and write the record.
@@ -321,7 +322,7 @@ class Job:
             except OSError as error:
                 raise InputError(f"{display_name(path)} cannot be removed: {error.strerror}") from None
 
-    # ---- the run --------------------------------------------------------------------------------------------------------
+    # ---- the run ----------------------------------------------------------------------------------------------------
 
     def run(self, sampler: Callable[..., torch.Tensor], steps: int, progress: Callable[[int, int], None]) -> Summary:
         """Make what is missing with sampler(ref, noise=, callback=), which calls back `steps` times an image.
@@ -493,7 +494,7 @@ class Job:
             self.summary.done += done
             self.summary.failed.update(failed)
 
-    # ---- after the run --------------------------------------------------------------------------------------------------
+    # ---- after the run ----------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
         """Write grid.png, complete run.json and release the folder, in this order (rank 0)."""
