@@ -169,7 +169,9 @@ def test_records_of_guided_steps(variant, detail_merge):
         assert record["tangent"].shape == record["normal"].shape == record["negative"].shape == (2,)
         assert record["weights"].shape == (2, 3)
         torch.testing.assert_close(record["weights"].sum(1), torch.ones(2))
-    start = draws[0] if variant == "released" else BlockManifold(ref, 4).restrict(draws[0], diffusion.alphas_cumprod[-1])
+    start = (
+        draws[0] if variant == "released" else BlockManifold(ref, 4).restrict(draws[0], diffusion.alphas_cumprod[-1])
+    )
     out = diffusion.p_mean_variance(model, start, torch.full((2,), STEPS - 1))
     g = out["mean"] - start / float(diffusion.alphas[-1]) ** 0.5
     tangent, normal = BlockManifold(ref, 4).split(start, g, float(diffusion.alphas_cumprod[-1]))
@@ -325,7 +327,9 @@ def test_overwriting_starts_the_sums_over(tmp_path):
     assert finish(monitor)["monitor"]["images"] == 2
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"images": 1, "seconds": 1, "evaluations": 1, "steps": {"a": [1]}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"images": 1, "seconds": 1, "evaluations": 1, "steps": {"a": [1]}}']
+)
 def test_parts_that_cannot_be_read_do_not_count(tmp_path, content):
     out = tmp_path / "out"
     monitor = opened(out, "0-first")

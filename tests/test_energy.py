@@ -623,7 +623,13 @@ def classes(names=None, **flags):
 @pytest.mark.parametrize("names", [["cat", "dog", "wild"], '["cat", "dog", "wild"]'], ids=["list", "JSON"])
 def test_a_class_by_name_or_number(names):
     info = classes(names)
-    assert [energies.class_number(given, info, "target_class") for given in ("cat", "wild", 0, 2, "1")] == [0, 2, 0, 2, 1]
+    assert [energies.class_number(given, info, "target_class") for given in ("cat", "wild", 0, 2, "1")] == [
+        0,
+        2,
+        0,
+        2,
+        1,
+    ]
     for given in ("bird", "Cat", "", 3, -1, "3", "-1", "1.5"):
         with pytest.raises(InputError) as error:
             energies.class_number(given, info, "target_class")
