@@ -367,7 +367,7 @@ def test_a_watched_run_is_measured(tmp_path, variant):
     """The sampler itself under a monitor: its evaluations, its guided steps, and the image that it gives alone."""
     model, diffusion, ref, draws = setup()
     monitor = opened(tmp_path / "out")
-    options = dict(blocks=4, range_t=RANGE_T, energies=[energies.dct(4)], variant=variant)
+    options = {"blocks": 4, "range_t": RANGE_T, "energies": [energies.dct(4)], "variant": variant}
 
     def replay():
         rest = list(draws)

@@ -350,7 +350,7 @@ def test_gradient_agrees_with_finite_differences(make):
     x, ref = pair()
     t = torch.tensor([100, 500])
     energy = make()
-    value, grad = evaluate(energy, ref, x, t, 0.5)
+    _value, grad = evaluate(energy, ref, x, t, 0.5)
     direction = grad / grad.flatten(1).norm(dim=1)[:, None, None, None]
     step = 1e-2
     after, _ = energy.energy_and_grad(x + step * direction, t, 0.5)
@@ -412,7 +412,7 @@ def test_vgg_file_of_something_else(tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"conv.weight": torch.zeros(3), "7.weight": torch.zeros(4)}, path)
     with pytest.raises(
-        InputError, match=r"other.pth is not AdaIN's vgg_normalised.pth: 0.weight should have shape \(3, 3, 1, 1\)"
+        InputError, match=r"other.pth is not AdaIN's vgg_normalised.pth: 0.weight must have shape \(3, 3, 1, 1\)"
     ):
         energies.vgg(str(path))
 
@@ -427,14 +427,14 @@ def test_vgg_state_dict_that_does_not_fit(change):
     with pytest.raises(InputError) as error:
         energies.vgg(state, level=2)
     found = "nothing" if value is None else r"(64, 3, 5, 5)"
-    assert one_line(error).startswith(f"the VGG state dict is not AdaIN's vgg_normalised.pth: {key} should have shape")
+    assert one_line(error).startswith(f"the VGG state dict is not AdaIN's vgg_normalised.pth: {key} must have shape")
     assert one_line(error).endswith(f"and has {found}")
 
 
 def test_vgg_weights_of_a_shallower_network_do_for_a_lower_level():
     state = {key: value for key, value in vgg_weights(1).items() if int(key.split(".")[0]) <= 2}
     energies.vgg(state, level=1)
-    with pytest.raises(InputError, match="5.weight"):
+    with pytest.raises(InputError, match=r"5\.weight"):
         energies.vgg(state, level=2)
 
 

@@ -159,7 +159,7 @@ def test_half_precision_leaves_the_manifold_in_float32(dtype):
     draws = torch.randn(7, *ref.shape)
     images = []
     for model in (tiny_network(), tiny_network().set_dtype(dtype)):
-        states, remaining = {}, list(draws)
+        states, remaining = {}, iter(draws)
         images.append(
             sample(
                 model,
@@ -168,9 +168,9 @@ def test_half_precision_leaves_the_manifold_in_float32(dtype):
                 blocks=4,
                 range_t=2,
                 energies=[energy.dct(4)],
-                noise=lambda _: remaining.pop(0),
+                noise=lambda _, draws=remaining: next(draws),
                 callback=states.__setitem__,
-            )  # fmt: skip
+            )
         )
         assert images[-1].dtype == torch.float32
         expected = float(diffusion.alphas_cumprod[2]) ** 0.5 * block_mean(ref, 4)

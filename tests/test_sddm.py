@@ -246,7 +246,7 @@ def test_equals_the_slow_twin(variant, detail_merge, learn_sigma, make_energies)
     if variant == "released" and len(make_energies()) > 1:
         make_energies = lambda: [energies.dct(4)]  # noqa: E731  Frank-Wolfe's unfinished results have golden runs
     model, diffusion, ref, draws = setup(learn_sigma=learn_sigma)
-    options = dict(blocks=4, detail_merge=detail_merge)
+    options = {"blocks": 4, "detail_merge": detail_merge}
     states = run(model, diffusion, ref, draws, variant=variant, energies=make_energies(), **options)
     twin = Twin(model, diffusion, ref.double(), energies=make_energies(), **options)
     expected = twin.run(draws, 2, variant)
@@ -280,7 +280,7 @@ def test_manifold_starts_on_its_manifold_and_released_does_not():
         model, diffusion, ref, draws = setup()
         seen = []
         sample(
-            lambda x, t: seen.append(x) or model(x, t),
+            recorded(model, seen),
             diffusion,
             ref,
             blocks=4,
@@ -495,7 +495,7 @@ def test_constant_states_and_zero_gradients(variant, detail_merge):
 def test_a_zero_gradient_stops_the_move_along_the_manifold(variant, detail_merge):
     """The hull of the score's tangent part and a zero vector holds zero: no direction helps both."""
     model, diffusion, ref, draws = setup()
-    options = dict(blocks=4, range_t=2, variant=variant, detail_merge=detail_merge)
+    options = {"blocks": 4, "range_t": 2, "variant": variant, "detail_merge": detail_merge}
     steps = sample.steps(model, diffusion, ref, energies=[Zero()], noise=Replay(draws), **options)
     state = next(steps)
     (guided,) = state["guided"]
@@ -656,7 +656,7 @@ def test_references_that_are_none_are_refused(method, change):
     model = Counted(model)
     with pytest.raises(InputError) as caught:
         method(model, diffusion, change(ref))
-    assert caught.value.parameter == "ref" and "[-1, 1]" in str(caught.value) or "no image" in str(caught.value)
+    assert (caught.value.parameter == "ref" and "[-1, 1]" in str(caught.value)) or "no image" in str(caught.value)
     assert model.calls == 0
 
 
@@ -724,7 +724,7 @@ def test_late_start_begins_at_the_noised_reference(variant, start, solver):
     model, diffusion, ref, draws = setup()
     inputs = []
     counted = Counted(recorded(model, inputs))
-    options = dict(start=start, variant=variant, sampler=solver, energies=[Quadratic()])
+    options = {"start": start, "variant": variant, "sampler": solver, "energies": [Quadratic()]}
     states = run(counted, diffusion, ref, draws[: start + 1], **options)  # one draw, then one per step
     assert list(states) == list(reversed(range(start)))
     first = diffusion.q_sample(ref, torch.full((2,), start - 1), draws[0])
@@ -790,7 +790,7 @@ def test_late_start_keeps_more_of_the_reference():
 @both_variants
 def test_steps_are_what_the_callback_sees(variant):
     model, diffusion, ref, draws = setup()
-    options = dict(blocks=4, range_t=2, variant=variant, energies=[Quadratic()])
+    options = {"blocks": 4, "range_t": 2, "variant": variant, "energies": [Quadratic()]}
     told = []
     result = sample(model, diffusion, ref, noise=Replay(draws), callback=told.append, **options)
     states = list(sample.steps(model, diffusion, ref, noise=Replay(draws), **options))

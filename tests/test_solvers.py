@@ -1,5 +1,6 @@
 """DDIM and DPM-Solver++(2M) in the sampler: against theory, against the DDIM loop, and what must not change."""
 
+import itertools
 import math
 
 import numpy as np
@@ -41,7 +42,7 @@ def test_full_ddim_noise_is_the_ancestral_step(variant):
     # Song et al. 2021, section 4.1: at eta = 1, mean and variance are those of the DDPM posterior.
     diffusion, ref, draws = setup()
     energies = [energy.dct(4), energy.low_pass(4)]
-    options = dict(clip_denoised=False, variant=variant, energies=energies)
+    options = {"clip_denoised": False, "variant": variant, "energies": energies}
     a, b = (run(diffusion, ref, draws, sampler=name, eta=1.0, **options) for name in ("ddim", "ancestral"))
     for i in a:
         torch.testing.assert_close(a[i], b[i], atol=2e-3, rtol=1e-3, msg=lambda m, i=i: f"step {i}: {m}")
@@ -116,8 +117,9 @@ def gaussian_error(name, steps):
 
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     states = run(
-        diffusion, x.clamp(-1, 1), [x] * (steps + 2), model=model, sampler=name, range_t=steps, blocks=1, clip_denoised=False,
-        variant="released",
+        diffusion, x.clamp(-1, 1), [x] * (steps + 2), model=model, sampler=name,
+        range_t=steps, blocks=1,
+        clip_denoised=False, variant="released",
     )  # fmt: skip
 
     def spread(i):
@@ -130,14 +132,14 @@ def gaussian_error(name, steps):
 
 def test_dpm_solver_converges_with_second_order():
     errors = [gaussian_error("dpmpp_2m", steps) for steps in (40, 80, 160)]
-    for coarse, fine in zip(errors, errors[1:]):
+    for coarse, fine in itertools.pairwise(errors):
         assert 3.5 < coarse / fine < 4.5
     assert errors[0] < 0.1 * gaussian_error("ddim", 40)
 
 
 def test_ddim_converges_with_first_order():
     errors = [gaussian_error("ddim", steps) for steps in (20, 40, 80)]
-    for coarse, fine in zip(errors, errors[1:]):
+    for coarse, fine in itertools.pairwise(errors):
         assert 1.7 < coarse / fine < 2.3
 
 
@@ -174,7 +176,7 @@ def test_a_solver_of_ones_own():
 
 def test_a_run_remembers_nothing_of_the_one_before():
     diffusion, ref, draws = setup()
-    options = dict(blocks=4, range_t=2, sampler="dpmpp_2m")
+    options = {"blocks": 4, "range_t": 2, "sampler": "dpmpp_2m"}
     results = []
     for _ in range(2):
         remaining = list(draws)
