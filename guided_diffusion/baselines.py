@@ -174,9 +174,11 @@ class ILVR:
     """Options of `ilvr`."""
 
     down_n: int = option(32, "keep what an image of 1/N of the size shows", least=1)
-    range_t: int | float = option(20, "guidance ends at this step of the schedule, or share of it as 0.3", least=0)
+    range_t: int | float = option(
+        20, "guidance ends at this step of the schedule, or share of it as 0.3", least=0, metavar="STEP|SHARE"
+    )
     start: int | float | None = option(
-        None, "late start: from the reference noised to this step, or share of the schedule"
+        None, "late start: from the reference noised to this step, or share of the schedule", metavar="STEP|SHARE"
     )
 
     def __post_init__(self) -> None:
@@ -204,7 +206,9 @@ class ILVR:
 class SDEdit:
     """Options of `sdedit`. Predicted images are not clipped, learned variances are not used."""
 
-    start: int | float = option(500, "steps from the noised reference to the image, or share of the schedule", above=0)
+    start: int | float = option(
+        500, "steps from the noised reference to the image, or share of the schedule", above=0, metavar="STEP|SHARE"
+    )
 
     def __post_init__(self) -> None:
         check(self)

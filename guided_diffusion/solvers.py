@@ -160,7 +160,7 @@ def check_references(ref: torch.Tensor) -> None:
         raise InputError("it has no image", parameter="ref", value=f"a tensor {list(ref.shape)}")
     low, high = (float(end) for end in ref.aminmax())
     if not (low >= -1.001 and high <= 1.001):
-        reason = "it must lie in [-1, 1]: for 8-bit pixels, image_datasets.to_tensor"
+        reason = "it must lie in [-1, 1]: image_datasets.to_tensor converts 8-bit pixels"
         raise InputError(reason, parameter="ref", value=f"a tensor with values from {low:g} to {high:g}")
 
 
