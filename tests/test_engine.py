@@ -1,10 +1,9 @@
-"""The sampling engine: what outputs depend on, going on after an end of any kind, the record, disks, memory, ranks."""
+"""The sampling engine: what outputs depend on, resuming after an end of any kind, the record, disks, memory, ranks."""
 
 import contextlib
 import errno
 import gc
 import hashlib
-import importlib
 import io
 import itertools
 import logging
@@ -20,13 +19,18 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from tiny import SCRIPT, SIZE, assert_within_one_level, command, files, make_model, make_references, pictures, record
+from scripts_in_process import load_script
+from tiny import SIZE, assert_within_one_level, command, files, make_model, make_references, pictures, record
 from torch.distributed import HashStore
 
-from guided_diffusion import dist_util, outputs
+from guided_diffusion import dist_util
+from guided_diffusion.cli import main
+from guided_diffusion.cli.progress import Progress
 from guided_diffusion.dist_util import Peers, Ranks, Stopped
-from guided_diffusion.engine import Job, Options
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import InputError
+from guided_diffusion.run import files as run_files
+from guided_diffusion.run.job import Job, JobOptions
+from guided_diffusion.sddm import SDDM
 
 NAMES = ("a.png", "b.png", "c c.png", "d.png", "more/a.png", "more/é.png", "more/still/f.png", "g.png", "h.png")
 
@@ -42,13 +46,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def script():
-    """ae_sample.py as a module, beside `common`; it takes signals for itself when it is imported."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.path.insert(0, str(SCRIPT.parent))
-    yield importlib.import_module("ae_sample")
-    sys.path.remove(str(SCRIPT.parent))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    """ae_sample.py as a module."""
+    return load_script("ae_sample")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,32 +77,51 @@ class Painter:
             if i == 1 and self.before:
                 self.before(self)
             x = 0.5 * x + 0.3 * ref + 0.2 * noise(ref.shape)
-            callback(i, x)
+            callback({"i": i, "x": x, "pred_xstart": x, "guided": []})
         return x
 
 
+def create_job(base, out, peers=None, **options):
+    """A job on the CPU."""
+    options = JobOptions(base_samples=str(base), save_dir=str(out), **options)
+    return Job(options, peers or dist_util.connect(Ranks()), torch.device("cpu"))
+
+
 def paint(base, out, before=None, settings=(), peers=None, **options):
-    """One run of the engine with a `Painter`; returns its summary, the painter, and what it told of progress."""
-    job = Job(Options(str(base), str(out), **options), peers or dist_util.connect(Ranks()))
+    """One run of the engine with a `Painter`; returns its summary, the painter, and the steps told as progress."""
+    job = create_job(base, out, peers, **options)
     job.prepare(SIZE, {"seed": 0, **dict(settings)})
-    painter, progress = Painter(before), []
-    job.run(painter, painter.steps, progress.append)
+    painter, progress, counts = Painter(before), [], []
+
+    def tell(image_steps, images):
+        progress.append(image_steps)
+        counts.append(images)
+
+    job.run(painter, painter.steps, tell)
     job.finish()
+    # Images on disk: never fewer than before, and all of them at the end.
+    assert counts == sorted(counts) and (job.peers.rank or counts[-1:] in ([], [job.made()]))
     assert sum(progress) == (0 if job.peers.rank else job.image_steps(painter.steps))
     return job.summary, painter, progress
 
 
-def error_of(function, *arguments, kind=UserError, **options):
-    """The message of the error that a call must end with; nothing of the call stays alive, as after a process's end."""
-    message = None
+def refused(function, *arguments, kind=InputError, **options):
+    """The error that a call must end with; nothing of the call stays alive, as after a process's end."""
+    caught = None
     try:
         function(*arguments, **options)
     except kind as error:
-        message = str(error)
+        caught = error.with_traceback(None)
+        caught.__cause__ = caught.__context__ = None
     gc.collect()
-    assert message is not None, f"no {kind.__name__}"
-    assert "\n" not in message
-    return message
+    assert caught is not None, f"no {kind.__name__}"
+    assert "\n" not in str(caught)
+    return caught
+
+
+def error_of(function, *arguments, **options):
+    """The message of the error that a call must end with."""
+    return str(refused(function, *arguments, **options))
 
 
 # ---- what an output depends on --------------------------------------------------------------------------------------
@@ -112,7 +130,7 @@ def error_of(function, *arguments, kind=UserError, **options):
 def translate(script, data, out, *flags, base=None):
     """ae_sample.py in this process; returns its exit status."""
     given = command(data / "model.safetensors", base or data / "ref", out, *flags)[2:]
-    return script.translate(script.create_parser().parse_args(given), dist_util.connect(Ranks()))
+    return script.translate(script.create_parser().parse(given), dist_util.connect(Ranks()))
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +197,7 @@ def test_several_samples_of_a_reference_differ(script, data, translated, tmp_pat
     assert_within_one_level(first, pictures(tmp_path / "one"))
 
 
-# ---- going on -------------------------------------------------------------------------------------------------------
+# ---- resuming ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +224,7 @@ def break_at(batch, error):
 
 @pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
 @pytest.mark.parametrize("batch", [1, 3, 5])
-def test_a_broken_run_is_gone_on_with(data, painted, tmp_path, batch, error):
+def test_a_broken_run_resumes(data, painted, tmp_path, batch, error):
     out = tmp_path / "out"
     error_of(paint, data / "ref", out, break_at(batch, error), batch_size=2, kind=error)
     made = files(out)
@@ -214,7 +232,7 @@ def test_a_broken_run_is_gone_on_with(data, painted, tmp_path, batch, error):
     assert record(out)["finished"] is None and "counts" not in record(out)
     times = {name: (out / name).stat().st_mtime_ns for name in made}
     summary, painter, progress = paint(data / "ref", out, batch_size=2)
-    assert painter.batches == [2, 2, 2, 2, 1][batch - 1 :]  # nothing that is there is made again
+    assert painter.batches == [2, 2, 2, 2, 1][batch - 1 :]  # nothing that is already present is made again
     assert summary.skipped == len(made) and summary.done == len(NAMES) - len(made)
     assert sum(progress) == Painter.steps * summary.done
     assert files(out) == files(painted)
@@ -222,7 +240,7 @@ def test_a_broken_run_is_gone_on_with(data, painted, tmp_path, batch, error):
 
 
 def test_lost_outputs_and_half_written_files(data, painted, tmp_path):
-    """Only batches of which an image is missing are sampled again, in the same company; what is there stays."""
+    """Only batches of which an image is missing are sampled again, in the same company; what is present stays."""
     out = tmp_path / "out"
     shutil.copytree(painted, out)
     for name in ("a.png", "more/a.png"):
@@ -261,7 +279,7 @@ def test_references_may_come_and_go(data, painted, tmp_path):
     assert sorted(key for batch in record(out)["plan"] for key in batch) == sorted(f"{name}#0" for name in NAMES)
 
 
-def test_batch_size_may_change_when_going_on(data, painted, tmp_path):
+def test_batch_size_may_change_when_resuming(data, painted, tmp_path):
     out = tmp_path / "out"
     error_of(paint, data / "ref", out, break_at(3, Broken), batch_size=2, kind=Broken)
     _, painter, _ = paint(data / "ref", out, batch_size=3)
@@ -273,9 +291,10 @@ def test_batch_size_may_change_when_going_on(data, painted, tmp_path):
 
 def test_two_runs_at_once_do_not_share_a_folder(data, tmp_path):
     def another(painter):
-        message = error_of(paint, data / "ref", out)
-        assert message == f"--save_dir {out}: another run is writing there now; wait for it or give another folder"
-        tried.append(message)
+        error = refused(paint, data / "ref", out)
+        assert (error.parameter, error.value) == ("save_dir", str(out))
+        assert error.reason == "another run is writing there now; wait for it or give another folder"
+        tried.append(error)
 
     out, tried = tmp_path / "out", []
     paint(data / "ref", out, another)
@@ -306,13 +325,14 @@ def test_other_settings_are_refused_with_the_differences(script, data, translate
     shutil.copytree(translated / "3", out)
     before = {**files(out), "run.json": (out / "run.json").read_bytes()}
     flags = ("--seed", 7, "--area", 2, "--samples_per_image", 2, "--energy", "none", "--resize", "pad")
-    message = error_of(translate, script, data, out, *flags)
+    error = refused(translate, script, data, out, *flags)
     for difference in (
-        "--seed was 0 and is 7", "--area was 4 and is 2", "--samples_per_image was 1 and is 2",
-        "--energy was ['dct'] and is []", "--resize was 'crop' and is 'pad'",
+        "`seed` was 0 and is 7", "`area` was 4 and is 2", "`samples_per_image` was 1 and is 2",
+        "`energy` was \"['dct']\" and is '[]'", "`resize` was 'crop' and is 'pad'",
     ):  # fmt: skip
-        assert difference in message
-    assert message.count(" was ") == 5 and "--overwrite True to start anew" in message
+        assert difference in error.reason
+    assert error.parameter == "save_dir" and error.value == str(out)
+    assert error.reason.count(" was ") == 5 and "`overwrite` True to start over" in error.reason
     assert {**files(out), "run.json": (out / "run.json").read_bytes()} == before
 
 
@@ -322,7 +342,7 @@ def test_another_checkpoint_is_refused(script, data, translated, tmp_path):
     content = (data / "model.safetensors").read_bytes()
     (tmp_path / "data" / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     message = error_of(translate, script, tmp_path / "data", tmp_path / "out", base=data / "ref")
-    assert "--model_path was 'sha256 " in message and message.count(" was ") == 1
+    assert "model_path was 'sha256 " in message and message.count(" was ") == 1
 
 
 def test_circumstances_may_change(script, data, translated, tmp_path):
@@ -335,7 +355,7 @@ def test_circumstances_may_change(script, data, translated, tmp_path):
     assert_within_one_level(pictures(out), pictures(translated / "3"))
 
 
-def test_overwrite_starts_anew(script, data, translated, tmp_path):
+def test_overwrite_starts_over(script, data, translated, tmp_path):
     """What the old run wrote goes, what others wrote stays."""
     out = tmp_path / "out"
     assert translate(script, data, out, "--samples_per_image", 2, "--seed", 5, "--save_trajectory") == 0
@@ -351,8 +371,9 @@ def test_overwrite_starts_anew(script, data, translated, tmp_path):
 def test_files_of_others_are_not_overwritten(data, tmp_path, name):
     (tmp_path / "out" / "more").mkdir(parents=True)
     (tmp_path / "out" / name).write_text("mine")
-    message = error_of(paint, data / "ref", tmp_path / "out")
-    assert f"has {name} already" in message and "--overwrite True" in message
+    error = refused(paint, data / "ref", tmp_path / "out")
+    assert (error.parameter, error.value) == ("save_dir", str(tmp_path / "out"))
+    assert error.reason.startswith(f"{name} is already present") and "`overwrite` True" in error.reason
     assert files(tmp_path / "out") == {name: b"mine"}
     paint(data / "ref", tmp_path / "out", overwrite=True)
     assert len(pictures(tmp_path / "out")) == 9 and files(tmp_path / "out")[name] != b"mine"
@@ -365,7 +386,7 @@ def test_a_damaged_record_is_refused(data, painted, tmp_path, content):
     shutil.copytree(painted, tmp_path / "out")
     (tmp_path / "out" / "run.json").write_text(content)
     message = error_of(paint, data / "ref", tmp_path / "out", batch_size=2)
-    assert "run.json cannot be gone on with" in message and "--overwrite True starts anew" in message
+    assert "run.json cannot be resumed" in message and "overwrite True starts over" in message
     paint(data / "ref", tmp_path / "out", batch_size=2, overwrite=True)
     assert files(tmp_path / "out") == files(painted)
 
@@ -402,7 +423,7 @@ def test_what_fails_is_named_and_the_rest_is_made(damaged, painted, tmp_path):
     )
 
 
-def test_going_on_tries_what_failed_and_makes_nothing_else(damaged, data, tmp_path):
+def test_resuming_tries_what_failed_and_makes_nothing_else(damaged, data, tmp_path):
     paint(damaged, tmp_path / "out", batch_size=2)
     made = files(tmp_path / "out")
     summary, painter, _ = paint(damaged, tmp_path / "out", batch_size=2)
@@ -431,9 +452,9 @@ def test_values_that_are_not_finite_fail_their_image_only(data, painted, tmp_pat
                 x[1, 2, 3, 4] = value
             return x
 
-    job = Job(Options(str(data / "ref"), str(tmp_path / "out"), batch_size=4), dist_util.connect(Ranks()))
+    job = create_job(data / "ref", tmp_path / "out", batch_size=4)
     job.prepare(SIZE, {"seed": 0})
-    summary = job.run(Faulty(), Painter.steps, lambda n: None)
+    summary = job.run(Faulty(), Painter.steps, lambda image_steps, images: None)
     assert list(summary.failed) == ["b.png"] and "NaN or infinite" in summary.failed["b.png"] and summary.done == 8
     wanted = pictures(painted)
     del wanted["b.png"]
@@ -467,8 +488,8 @@ def test_automatic_batches_are_halved_until_they_fit(data, painted, tmp_path, ca
     summary, painter, progress = paint(data / "ref", tmp_path / "out", memory_for(3, error), batch_size="auto")
     assert painter.batches == [8, 4, 2, 2, 2, 2, 1]
     assert [entry.getMessage() for entry in caplog.records] == [
-        "out of memory at batch size 8 on cpu; going on with 4",
-        "out of memory at batch size 4 on cpu; going on with 2",
+        "out of memory at batch size 8 on cpu; continuing with 4",
+        "out of memory at batch size 4 on cpu; continuing with 2",
     ]
     assert sum(progress) == Painter.steps * len(NAMES)  # steps of failed attempts do not count
     assert_within_one_level(pictures(tmp_path / "out"), pictures(painted))
@@ -477,7 +498,7 @@ def test_automatic_batches_are_halved_until_they_fit(data, painted, tmp_path, ca
 def test_a_given_batch_size_that_does_not_fit_is_an_error_that_says_what_may(data, tmp_path):
     error = torch.OutOfMemoryError("CUDA out of memory")
     message = error_of(paint, data / "ref", tmp_path / "out", memory_for(3, error), batch_size=7)
-    assert message == "out of memory at batch size 7 on cpu; give --batch_size 4 or less, or auto"
+    assert message == "out of memory at batch size 7 on cpu; give batch_size 4 or less, or auto"
     message = error_of(paint, data / "ref", tmp_path / "out", memory_for(0, error), batch_size="auto")
     assert message.startswith("out of memory at batch size 1 on cpu: one image does not fit")
 
@@ -541,11 +562,11 @@ def small_disk(folder, monkeypatch):
     yield monkeypatch.undo
 
 
-def test_a_full_disk_ends_the_run_which_can_be_gone_on_with(data, painted, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_run_which_can_be_resumed(data, painted, tmp_path, monkeypatch):
     with small_disk(tmp_path / "disk", monkeypatch) as make_room:
         out = tmp_path / "disk" / "out"
         message = error_of(paint, data / "ref", out, batch_size=2)
-        assert message.startswith("--save_dir: no room left to write ") and "(No space left on device)" in message
+        assert message.startswith("no room left to write ") and "(No space left on device)" in message
         assert message.endswith("; make room and run the same command again")
         made = files(out)
         assert 0 < len(made) < len(NAMES)  # whole images and nothing else
@@ -570,23 +591,23 @@ def test_a_disk_that_is_full_from_the_start_is_found_before_sampling(data, tmp_p
 
 def test_errors_of_writing_name_the_file(tmp_path):
     (tmp_path / "file").write_text("x")
-    message = error_of(outputs.write_png, str(tmp_path / "file" / "a.png"), np.zeros((4, 4, 3), np.uint8))
-    assert message == f"--save_dir: cannot write {tmp_path}/file/a.png: File exists"
+    message = error_of(run_files.write_png, str(tmp_path / "file" / "a.png"), np.zeros((4, 4, 3), np.uint8))
+    assert message == f"{tmp_path}/file/a.png cannot be written: File exists"
     (tmp_path / "folder.png").mkdir()
-    message = error_of(outputs.write_png, str(tmp_path / "folder.png"), np.zeros((4, 4, 3), np.uint8))
-    assert message == f"--save_dir: cannot write {tmp_path}/folder.png: Is a directory"
+    message = error_of(run_files.write_png, str(tmp_path / "folder.png"), np.zeros((4, 4, 3), np.uint8))
+    assert message == f"{tmp_path}/folder.png cannot be written: Is a directory"
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.png"]
 
 
 def test_what_fails_in_writing_leaves_the_old_file(tmp_path):
-    outputs.write_json(str(tmp_path / "run.json"), {"a": 1})
+    run_files.write_json(str(tmp_path / "run.json"), {"a": 1})
 
     def write(file):
         file.write(b"half")
         raise Broken
 
-    error_of(outputs.write_atomically, str(tmp_path / "run.json"), write, kind=Broken)
-    assert outputs.remove_temporaries(tmp_path) is None and os.listdir(tmp_path) == ["run.json"]
+    error_of(run_files.write_atomically, str(tmp_path / "run.json"), write, kind=Broken)
+    assert run_files.remove_temporaries(tmp_path) is None and os.listdir(tmp_path) == ["run.json"]
     assert (tmp_path / "run.json").read_text() == '{\n "a": 1\n}\n'
 
 
@@ -594,8 +615,8 @@ SAVE_DIRS = {
     "a file": (lambda root: root / "file", "is a file; give a folder"),
     "below a file": (lambda root: root / "file" / "out", "cannot be written: Not a directory"),
     "a link to nowhere": (lambda root: root / "link", "cannot be written: File exists"),
-    "in the references": (lambda root: root / "ref" / "out", "lies in --base_samples, and outputs would become"),
-    "the references": (lambda root: root / "ref", "lies in --base_samples"),
+    "in the references": (lambda root: root / "ref" / "out", "lies in `base_samples`, and outputs would become"),
+    "the references": (lambda root: root / "ref", "lies in `base_samples`"),
     "a bucket": (lambda root: "gs://bucket/out", "outputs are written to a local folder only"),
     "a file system of the kernel": (lambda root: "/proc/out", "cannot be written: No such file or directory"),
     "a name too long": (lambda root: root / ("x" * 300), "cannot be written: File name too long"),
@@ -609,8 +630,8 @@ def test_a_save_folder_that_cannot_be_used_is_found_at_once(tmp_path, make, word
     (tmp_path / "link").symlink_to("nowhere/at all")
     save_dir = str(make(tmp_path))
     before = sorted(os.listdir(tmp_path))
-    message = error_of(Job, Options(str(tmp_path / "ref"), save_dir), dist_util.connect(Ranks()))
-    assert message.startswith(f"--save_dir {save_dir}") and words in message
+    error = refused(create_job, tmp_path / "ref", save_dir)
+    assert (error.parameter, error.value) == ("save_dir", save_dir) and words in error.reason
     assert sorted(os.listdir(tmp_path)) == before and os.listdir(tmp_path / "ref") == ["a.png"]
 
 
@@ -643,11 +664,11 @@ def test_what_does_not_fit_is_one_line_and_status_2(script, data, tmp_path, monk
     names = {"root": tmp_path, "model": data / "model.safetensors"}
     given = command(data / "model.safetensors", data / "ref", tmp_path / "out", *flags.format(**names).split())[1:]
     monkeypatch.setattr(sys, "argv", given)
-    monkeypatch.setattr(script.sddm, "sample", None)  # any sampling would be another error
+    monkeypatch.setattr(SDDM, "sample", None)  # any sampling would be another error
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with warnings.catch_warnings(), pytest.raises(SystemExit) as caught:
-            script.common.main(script.translate, script.create_parser())
+            main.run(script.translate, script.create_parser())
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -672,11 +693,11 @@ def test_time_left_after_a_tenth(script, monkeypatch, start, file):
     moments = [start + 1] + [3.0 if step < 7 else 2.0 for _ in range(20) for step in range(10)][1:]
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    progress = script.common.Progress(1000, 10, file())
+    progress = Progress(1000, 10, 100, 0, file())
     assert progress.seconds_left() is None
     for n, seconds in enumerate(moments):
         clock[0] += seconds
-        progress(5)
+        progress(5, (n + 1) // 10 * 5)
         really = sum(moments[n + 1 :])
         if 19 <= n < 190:  # within the last batch there are no expensive steps left
             assert abs(progress.seconds_left() - really) <= 0.2 * really
@@ -700,7 +721,7 @@ def test_the_writer_keeps_no_more_waiting_than_its_depth():
         gate.wait()
         written.append(n)
 
-    writer = outputs.Writer(threads=1, depth=3)
+    writer = run_files.Writer(threads=1, depth=3)
     for n in range(3):
         writer.submit(task, n)
     more = threading.Thread(target=writer.submit, args=(task, 3))
@@ -719,7 +740,7 @@ def test_the_writer_tells_of_its_first_error_and_writes_no_more():
     def fail(error):
         raise error
 
-    writer = outputs.Writer(threads=1)
+    writer = run_files.Writer(threads=1)
     writer.submit(written.append, 1)
     writer.submit(fail, Broken("first"))
     writer.submit(fail, Broken("second"))
@@ -811,8 +832,8 @@ def test_an_error_of_one_rank_ends_the_other(data, tmp_path):
 
 def test_a_rank_that_dies_silently_is_missed(data, tmp_path, monkeypatch):
     """As under a plain srun, which leaves the others alone: rank 0 makes what it can, then says who is gone."""
-    monkeypatch.setattr(dist_util, "BEAT", 0.05)
-    monkeypatch.setattr(dist_util, "SILENCE", 0.5)
+    monkeypatch.setattr(dist_util, "HEARTBEAT_INTERVAL", 0.05)
+    monkeypatch.setattr(dist_util, "HEARTBEAT_TIMEOUT", 0.5)
     peers = two()
     peers[1].count("claimed")  # it has taken the first batch, and gives no result
     time.sleep(0.2)
@@ -825,7 +846,7 @@ def test_a_rank_that_dies_silently_is_missed(data, tmp_path, monkeypatch):
 
 
 def test_a_rank_that_starts_late_is_waited_for(monkeypatch):
-    monkeypatch.setattr(dist_util, "SILENCE", 0.01)
+    monkeypatch.setattr(dist_util, "HEARTBEAT_TIMEOUT", 0.01)
     peers = Peers(Ranks(0, 2, 0, "srun"), HashStore())  # nothing of rank 1 yet
     for _ in range(5):
         time.sleep(0.02)
@@ -833,8 +854,8 @@ def test_a_rank_that_starts_late_is_waited_for(monkeypatch):
 
 
 def test_a_process_that_was_suspended_does_not_take_the_others_for_dead(monkeypatch):
-    monkeypatch.setattr(dist_util, "BEAT", 0.05)
-    monkeypatch.setattr(dist_util, "SILENCE", 1.0)
+    monkeypatch.setattr(dist_util, "HEARTBEAT_INTERVAL", 0.05)
+    monkeypatch.setattr(dist_util, "HEARTBEAT_TIMEOUT", 1.0)
     store = HashStore()
     me = Peers(Ranks(0, 2, 0, "srun"), store)
     store.add("beats/1", 1)
@@ -875,7 +896,7 @@ class LostStore(HashStore):
 @pytest.mark.parametrize("launcher, owner", [("torchrun", "the launcher"), ("srun", "rank 0"), ("mpiexec", "rank 0")])
 def test_a_lost_store_is_one_line(launcher, owner):
     peers = Peers(Ranks(1, 2, 1, launcher), LostStore())
-    for call in (peers.watch, lambda: peers.count("x"), lambda: peers.share("x", 1), lambda: peers.shared("x")):
+    for call in (peers.watch, lambda: peers.count("x"), lambda: peers.publish("x", 1), lambda: peers.wait_for("x")):
         message = error_of(call)
         assert message.startswith(f"rank 1 of 2 lost contact with {owner}, which has ended or cannot be reached; run")
     assert peers.interrupted() is True and peers.stop("x") is True
