@@ -6,6 +6,7 @@ import gc
 import hashlib
 import io
 import itertools
+import json
 import logging
 import os
 import shutil
@@ -30,6 +31,7 @@ from guided_diffusion.dist_util import Peers, Ranks, Stopped
 from guided_diffusion.errors import InputError
 from guided_diffusion.run import files as run_files
 from guided_diffusion.run.job import Job, JobOptions
+from guided_diffusion.run.monitor import Monitor
 from guided_diffusion.sddm import SDDM
 
 NAMES = ("a.png", "b.png", "c c.png", "d.png", "more/a.png", "more/é.png", "more/still/f.png", "g.png", "h.png")
@@ -208,6 +210,11 @@ def painted(data, tmp_path_factory):
     return out
 
 
+def outputs_of(out):
+    """The files of a run that is not finished, less the sums that each process keeps."""
+    return {name: content for name, content in files(out).items() if not name.startswith(".monitor-")}
+
+
 class Broken(Exception):
     """Something that the engine knows nothing of."""
 
@@ -227,7 +234,7 @@ def break_at(batch, error):
 def test_a_broken_run_resumes(data, painted, tmp_path, batch, error):
     out = tmp_path / "out"
     error_of(paint, data / "ref", out, break_at(batch, error), batch_size=2, kind=error)
-    made = files(out)
+    made = outputs_of(out)
     assert len(made) == 2 * (batch - 1) and all(files(painted)[name] == image for name, image in made.items())
     assert record(out)["finished"] is None and "counts" not in record(out)
     times = {name: (out / name).stat().st_mtime_ns for name in made}
@@ -391,6 +398,240 @@ def test_a_damaged_record_is_refused(data, painted, tmp_path, content):
     assert files(tmp_path / "out") == files(painted)
 
 
+def test_the_record_is_completed_once_before_the_folder_is_free(data, painted, tmp_path, monkeypatch):
+    """Whoever sees the folder unlocked sees the sums; a run killed before that is an unfinished one, which resumes."""
+    out, written = tmp_path / "out", []
+    write = Job._write_record
+
+    def watched(job):
+        another = error_of(run_files.lock, str(out))
+        assert "another run is writing there now" in another
+        written.append(job.record["finished"])
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write(job)
+
+    monkeypatch.setattr(Job, "_write_record", watched)
+    refused(paint, data / "ref", out, batch_size=2, kind=KeyboardInterrupt)
+    assert written[0] is None and written[1] is not None and record(out)["finished"] is None
+    assert list(out.glob(".monitor-*.json"))
+    summary, painter, _ = paint(data / "ref", out, batch_size=2)
+    assert len(written) == 4 and written[2] is None and record(out)["finished"] == written[3]
+    assert painter.batches == [] and summary.skipped == len(NAMES)
+    assert record(out)["monitor"]["images"] == len(NAMES) and record(out)["counts"] == record(painted)["counts"]
+    assert files(out) == files(painted)
+
+
+def test_sums_are_counted_once_where_their_removal_was_killed(data, tmp_path, monkeypatch):
+    def interrupted(monitor, parts):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Monitor, "forget", interrupted)
+    refused(paint, data / "ref", tmp_path / "out", kind=KeyboardInterrupt)
+    monkeypatch.undo()
+    assert record(tmp_path / "out")["finished"] and list((tmp_path / "out").glob(".monitor-*.json"))
+    paint(data / "ref", tmp_path / "out")
+    assert record(tmp_path / "out")["monitor"]["images"] == len(NAMES)
+    assert not list((tmp_path / "out").glob(".monitor-*.json"))
+
+
+def changed(**entries):
+    """What makes a run.json whose entries have other kinds."""
+
+    def make(path):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+    return make
+
+
+def fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = {
+    "a FIFO": fifo,
+    "a folder": folder,
+    "no text": lambda path: path.write_bytes(bytes(range(256))),
+    "nesting": lambda path: path.write_text('{"settings": ' + "[" * 100_000),
+    "nesting that can just be read": lambda path: path.write_text(
+        path.read_text().replace('"seed": 0', '"seed": ' + "[" * 700 + "]" * 700)
+    ),
+    "numbers without end": lambda path: path.write_text('{"format": ' + "1" * 100_000 + "}"),
+    "another format": changed(format=[1]),
+    "settings": changed(settings=[]),
+    "samples": changed(settings={"samples_per_image": "2"}),
+    "batch size": changed(batch_size="2"),
+    "a plan that is none": changed(plan={}),
+    "batches that are none": changed(plan=[7]),
+    "keys that are none": changed(plan=[[7]]),
+    "keys without number": changed(plan=[["a.png"]]),
+    "keys with zeros": changed(plan=[["a\0.png#0"]]),
+    "keys that no file has": changed(plan=[["\ud800.png#0"]]),
+    "texts that cannot be written": changed(started="\udfff\ud800"),
+    "started": changed(started=2023),
+    "seconds": changed(seconds="1"),
+    "seconds that are no number": changed(seconds=float("nan")),
+    "seconds without end": changed(seconds=10**400),
+    "versions": changed(versions=["torch"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_record_of_the_wrong_kind_is_one_line(data, painted, tmp_path, damage):
+    out = tmp_path / "out"
+    shutil.copytree(painted, out)
+    damage(out / "run.json")
+    before = sorted(os.listdir(out))
+    error = refused(paint, data / "ref", out, batch_size=2)
+    assert error.parameter in (None, "save_dir") and len(str(error)) < 5000
+    assert str(out) in str(error) and "`overwrite` True" in error.reason
+    assert sorted(os.listdir(out)) == before
+    if damage is folder:  # it may hold anything
+        assert error_of(paint, data / "ref", out, overwrite=True).endswith("run.json cannot be removed: Is a directory")
+    else:
+        paint(data / "ref", out, batch_size=2, overwrite=True)
+        assert files(out) == files(painted)
+
+
+@pytest.mark.parametrize("monitor", [7, [], {}, {"steps": {"1": 2}}, "parts", "steps", "huge"])
+def test_damaged_sums_of_a_record_do_no_harm(data, painted, tmp_path, monitor):
+    out = tmp_path / "out"
+    shutil.copytree(painted, out)
+    valid = record(out)["monitor"]
+    damaged = {"parts": {**valid, "parts": 7}, "steps": {**valid, "steps": {"007": [1, 1, 1, 1]}}}
+    damaged["huge"] = {**valid, "evaluations": 10**400}
+    changed(monitor=damaged.get(monitor, monitor) if isinstance(monitor, str) else monitor)(out / "run.json")
+    summary, _, _ = paint(data / "ref", out, batch_size=2)
+    assert summary.skipped == len(NAMES) and files(out) == files(painted)
+    assert record(out)["monitor"]["images"] == (len(NAMES) if monitor == "parts" else 0)
+
+
+def test_damaged_parts_do_no_harm(data, painted, tmp_path):
+    """What a killed process left of its sums, in every state; sound ones count."""
+    out = tmp_path / "out"
+    shutil.copytree(painted, out)
+    (out / "a.png").unlink()
+    sound = {"images": 2, "seconds": 1.0, "evaluations": 4, "steps": {}}
+    contents = ["", "{", "[]", "7", "[" * 100_000, json.dumps({**sound, "images": "2"})]
+    contents += [json.dumps({**sound, "images": 10**400}), json.dumps({**sound, "steps": {"x": [1, 1, 1, 1]}})]
+    for n, content in enumerate([*contents, json.dumps(sound)]):
+        (out / f".monitor-{n}.json").write_text(content)
+    (out / ".monitor-bytes.json").write_bytes(bytes(range(256)))
+    os.mkfifo(out / ".monitor-fifo.json")
+    (out / ".monitor-link.json").symlink_to("nowhere")
+    paint(data / "ref", out, batch_size=2)
+    assert record(out)["monitor"]["images"] == len(NAMES) + 2 + 2  # of the run, of the part, of the batch made again
+    assert files(out) == files(painted)
+
+
+# ---- what is not the run's ------------------------------------------------------------------------------------------
+
+
+def single(root):
+    """One picture, to be translated into its own folder."""
+    make_references(root / "out", ["a.png"])
+    return root / "out" / "a.png", {}
+
+
+def through_a_link(root):
+    """The save folder is a link to the folder of the picture."""
+    make_references(root / "real", ["a.png"])
+    (root / "out").symlink_to("real")
+    return root / "real" / "a.png", {}
+
+
+def linked_output(root):
+    make_references(root / "ref", ["a.png"])
+    (root / "out").mkdir()
+    (root / "out" / "a.png").symlink_to("../ref/a.png")
+    return root / "ref", {}
+
+
+def animations(root):
+    make_references(root / "out" / "trajectory", ["a.gif"])
+    return root / "out" / "trajectory" / "a.gif", {}
+
+
+def earlier_outputs(root):
+    """Outputs of a run are the references of the next, which starts over in the same folder."""
+    make_references(root / "ref", ["more/a.png"])
+    paint(root / "ref", root / "out")
+    return root / "out" / "more", {}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("make", [single, through_a_link, linked_output, animations, earlier_outputs])
+def test_references_are_never_replaced_or_removed(tmp_path, make, overwrite):
+    base, options = make(tmp_path)
+    if make is earlier_outputs and not overwrite:
+        options = {"settings": {"seed": 1}}  # another run, which is refused anyway
+    before = files(tmp_path)
+    error = refused(paint, base, tmp_path / "out", overwrite=overwrite, **options)
+    assert (error.parameter, error.value) == ("save_dir", str(tmp_path / "out"))
+    assert overwrite is False or "would replace the reference" in error.reason
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("link", ["more", "more/still", "trajectory"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_links_out_of_the_save_folder_are_refused(data, tmp_path, link, overwrite):
+    """Nothing is written through them, and nothing removed."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.png").write_text("mine")
+    (tmp_path / "out" / link).parent.mkdir(parents=True)
+    (tmp_path / "out" / link).symlink_to(tmp_path / "elsewhere")
+    error = refused(paint, data / "ref", tmp_path / "out", overwrite=overwrite)
+    assert (error.parameter, error.value) == ("save_dir", str(tmp_path / "out"))
+    assert "is a link out of it; remove the link" in error.reason and link in error.reason
+    assert files(tmp_path / "elsewhere") == {"a.png": b"mine"} and not files(tmp_path / "out")
+
+
+def test_links_to_files_are_replaced_and_not_followed(data, painted, tmp_path):
+    shutil.copytree(painted, tmp_path / "out")
+    (tmp_path / "mine").write_text("mine")
+    for name in ("a.png", "grid.png"):
+        (tmp_path / "out" / name).unlink()
+        (tmp_path / "out" / name).symlink_to("../mine")
+    summary, _, _ = paint(data / "ref", tmp_path / "out", batch_size=2)
+    assert summary.done == 1 and (tmp_path / "mine").read_text() == "mine"
+    assert files(tmp_path / "out") == files(painted) and not (tmp_path / "out" / "a.png").is_symlink()
+
+
+def test_a_name_that_cannot_be_written_fails_alone(data, tmp_path):
+    """The longest that a file system takes is written; one byte more, and a folder that is a file, are failures."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    long, longest, too_long = ("x" * 240 + ".png", "y" * 251 + ".png", "z" * 252 + ".bw")
+    make_references(base, ["a.png", "more/b.png", long, longest])
+    shutil.copy(base / "a.png", base / too_long)
+    out.mkdir()
+    (out / "more").write_text("a file")
+    summary, _, _ = paint(base, out)
+    assert list(pictures(out)) == ["a.png", long, longest] and summary.done == 3
+    assert summary.failed.keys() == {"more/b.png", too_long} == record(out)["failed"].keys()
+    assert summary.failed["more/b.png"] == "its output cannot be written: File exists"
+    assert summary.failed[too_long] == "its output cannot be written: File name too long"
+    (out / "more").unlink()
+    summary, _, _ = paint(base, out)
+    assert (summary.done, summary.skipped) == (1, 3) and list(summary.failed) == [too_long]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 9])
+def test_a_save_folder_that_is_removed_ends_the_run(data, tmp_path, batch):
+    def remove(painter):
+        if len(painter.batches) == batch:
+            shutil.rmtree(tmp_path / "out")
+
+    error = refused(paint, data / "ref", tmp_path / "out", remove, batch_size=1)
+    assert error.parameter == "save_dir" and error.reason == "it was removed while the run was writing to it"
+    assert not (tmp_path / "out").exists()  # nothing appears there again
+
+
 # ---- images that fail -----------------------------------------------------------------------------------------------
 
 
@@ -406,7 +647,8 @@ def damaged(data, tmp_path):
 
 REASONS = {
     "b.png": "the file is empty (0 bytes)",
-    "more/a.png": "not an image: begins with b'no picture', which is none of PNG, JPEG, WebP, BMP, TIFF, GIF",
+    "more/a.png": "not an image: begins with b'no picture', which is none of PNG, JPEG, WebP, BMP, TIFF, GIF, AVIF, "
+    "JPEG 2000, PNM, ICO, QOI, SGI, DDS, PSD, PCX, TGA",
     "d.png": "its output d.png would overwrite that of d.gif",
 }
 
@@ -568,7 +810,7 @@ def test_a_full_disk_ends_the_run_which_can_be_resumed(data, painted, tmp_path, 
         message = error_of(paint, data / "ref", out, batch_size=2)
         assert message.startswith("no room left to write ") and "(No space left on device)" in message
         assert message.endswith("; make room and run the same command again")
-        made = files(out)
+        made = outputs_of(out)
         assert 0 < len(made) < len(NAMES)  # whole images and nothing else
         assert all(files(painted)[name] == image for name, image in made.items())
         make_room()
@@ -636,22 +878,22 @@ def test_a_save_folder_that_cannot_be_used_is_found_at_once(tmp_path, make, word
 
 
 MISFITS = {
-    "--area 5": "--area 5 does not suit --image_size 16",
+    "--area 5": "--area is 5; it must divide the image size 16 into blocks of at least two pixels (4 and 8 do)",
     "--range_t 6": "--range_t is 6; a schedule of 6 steps takes 0 to 5",
     "--range_t -1": "--range_t is -1",
     "--timestep_respacing 2000": "--timestep_respacing",
-    "--image_size 15 --area 5": "it needs a multiple of 2",
-    "--num_channels 64": "--num_channels 64 does not fit {model}: it has num_channels=32",
-    "--model_path {root}/none.pt": "{root}/none.pt does not exist",
+    "--image_size 15 --area 5": "--image_size is 15; {model} needs a multiple of 2",
+    "--num_channels 64": "--num_channels is 64; {model} has num_channels=32",
+    "--model_path {root}/none.pt": "{root}/none.pt",
     "--model_path {root}/text.pt": "{root}/text.pt",
     "--model_path {root}/cut.safetensors": "{root}/cut.safetensors",
     "--model_path {root}": "{root}",
-    "--base_samples {root}/nowhere": "--base_samples {root}/nowhere: no such file or folder",
-    "--base_samples {root}/empty": "--base_samples {root}/empty: no image in this folder",
-    "--save_dir {root}/text.pt": "--save_dir {root}/text.pt is a file; give a folder",
-    "--save_dir {root}/text.pt/below": "--save_dir {root}/text.pt/below cannot be written: Not a directory",
-    "--device cuda:99": "--device cuda:99 cannot be used",
-    "--batch_size 0": "argument --batch_size: '0' is not a whole number above 0, nor auto",
+    "--base_samples {root}/nowhere": "--base_samples is '{root}/nowhere'; no such file or folder",
+    "--base_samples {root}/empty": "--base_samples is '{root}/empty'; no image in this folder",
+    "--save_dir {root}/text.pt": "--save_dir is '{root}/text.pt'; it is a file; give a folder",
+    "--save_dir {root}/text.pt/below": "--save_dir is '{root}/text.pt/below'; it cannot be written: Not a directory",
+    "--device cuda:99": "--device is 'cuda:99'; it cannot be used",
+    "--batch_size 0": "--batch_size is 0; it must be at least 1",
 }
 
 
@@ -664,7 +906,7 @@ def test_what_does_not_fit_is_one_line_and_status_2(script, data, tmp_path, monk
     names = {"root": tmp_path, "model": data / "model.safetensors"}
     given = command(data / "model.safetensors", data / "ref", tmp_path / "out", *flags.format(**names).split())[1:]
     monkeypatch.setattr(sys, "argv", given)
-    monkeypatch.setattr(SDDM, "sample", None)  # any sampling would be another error
+    monkeypatch.setattr(SDDM, "bind", None)  # any sampling would be another error
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with warnings.catch_warnings(), pytest.raises(SystemExit) as caught:

@@ -32,6 +32,9 @@ def start() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):  # None where it was closed, which print takes for stdout
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
     signal.signal(signal.SIGINT, _interrupted_early)
     signal.signal(signal.SIGTERM, _interrupted_early)
     # Where a rank is lost, torch's store would write stack traces of its own to stderr.
@@ -114,7 +117,7 @@ def explain(error: BaseException, parser: "Parser", me: Any, peers: Any) -> int:
         if peers.interrupted() if connected else first:
             say(f"{cause(error, me)}; {AGAIN}")
         return INTERRUPTED
-    if isinstance(error, Exception) and _out_of_memory(error):
+    if isinstance(error, Exception) and not isinstance(error, InputError) and _out_of_memory(error):
         error = InputError(f"out of memory: {first_line(error)}")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         error = InputError(f"no room left on the disk: {first_line(error)}")
