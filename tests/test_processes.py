@@ -217,6 +217,37 @@ def test_a_file_that_cannot_be_written_whole_ends_the_run_in_one_line(data, tmp_
     assert files(out) == files(data / "out")
 
 
+def test_a_save_folder_that_is_removed_ends_the_run_in_one_line(data, tmp_path):
+    out = tmp_path / "out"
+    process = start(data=data, out=out)
+    wait_for(lambda: made(out) >= 1, process)
+    out.rename(tmp_path / "moved")
+    done = finish(process)
+    assert done.returncode == 2 and done.stdout == "" and not out.exists()
+    assert done.stderr.splitlines()[-1] == f"error: --save_dir is '{out}'; it was removed while the run was writing to it"
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+
+
+STREAMS = {
+    "closed stderr": "2>&-", "closed stdout": ">&-", "both closed": ">&- 2>&-", "no stdin": "<&-", "all closed": "<&- >&- 2>&-",
+    "full stdout": ">/dev/full", "full stderr": "2>/dev/full", "both full": ">/dev/full 2>&1", "a reader that is gone": "| true",
+    "a reader of both that is gone": "2>&1 | true",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("redirection", STREAMS.values(), ids=STREAMS)
+def test_streams_that_cannot_be_written_change_nothing_but_what_is_said(data, tmp_path, redirection):
+    launcher = ("bash", "-c", f'"$@" {redirection}; exit ${{PIPESTATUS[0]}}', "bash")
+    done = finish(start(data=data, out=tmp_path / "out", launcher=launcher, steps=6))
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert made(tmp_path / "out") == 6 and record(tmp_path / "out")["finished"]
+    if "2>" in redirection:
+        assert done.stderr == ""
+        assert done.stdout.count("\n") in (0, 2)  # what belongs to stderr does not move to stdout
+    failed = finish(start("--area", 5, data=data, out=tmp_path / "out", launcher=launcher, steps=6))
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr and "Exception ignored" not in failed.stderr
+
+
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
@@ -277,6 +308,20 @@ def test_a_rank_that_dies_takes_the_run_down_and_a_restart_completes_it(data, tm
     assert done.returncode == 0 and f"{6 - count} done, {count} already present, 0 failed" in done.stdout
     assert files(out).keys() == files(data / "out").keys()
     assert_within_one_level(pictures(out), pictures(data / "out"))
+
+
+def test_ranks_with_different_flags_are_one_line(data, tmp_path):
+    """A wrapper around the command gives every rank a seed of its own."""
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(
+        "import os, runpy, sys\n"
+        "sys.argv = [*sys.argv[1:], '--seed', os.environ['RANK']]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = finish(start(data=data, out=tmp_path / "out", launcher=(*TORCHRUN, wrapper)))
+    assert done.returncode != 0 and not (tmp_path / "out").exists()
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said == ["error: rank 1 was started with --seed 1, rank 0 with 0; all ranks need the same flags"]
 
 
 def start_two(data, out):
