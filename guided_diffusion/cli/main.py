@@ -91,18 +91,28 @@ def run(function: Callable[["Given", Any], int | None], parser: "Parser", *, ran
 
 
 def _check_ranks(given: "Given", peers: Any) -> None:
-    """Raise InputError where ranks were started with different flags."""
+    """Raise InputError where ranks were started with different flags; no rank begins before all have compared theirs."""
     if peers.world_size == 1:
         return
+    from ..dist_util import PATIENCE, POLL
+
     mine = given.digestible()
     if peers.rank == 0:
         peers.publish("flags", mine)
+        since, said = time.monotonic(), False
+        while (agreed := peers.count("flags_agreed", 0)) < peers.world_size - 1:
+            if not said and time.monotonic() - since > PATIENCE:
+                said = True
+                log.info("waiting for %d of %d ranks to start", peers.world_size - 1 - agreed, peers.world_size)
+            peers.watch()
+            time.sleep(POLL)
         return
     theirs = peers.wait_for("flags")
     for name, value in mine.items():
         if theirs.get(name) != value:
             reason = f"rank {peers.rank} was started with --{name} {value}, rank 0 with {theirs.get(name)}"
             raise InputError(f"{reason}; all ranks need the same flags")
+    peers.count("flags_agreed")
 
 
 def explain(error: BaseException, parser: "Parser", me: Any, peers: Any) -> int:
