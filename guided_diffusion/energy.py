@@ -25,7 +25,7 @@ from resizer import resize_matrix
 
 from .checkpoint import load_model, load_state_dict
 from .errors import InputError, display_name
-from .manifold import EPS, block_statistics, check_blocks, combine
+from .manifold import EPS, block_statistics, check_blocks, check_down_n, combine
 from .options import Registry, check, option
 from .respace import matching_timestep
 
@@ -63,7 +63,9 @@ def vgg(weights: str | os.PathLike | Mapping[str, torch.Tensor], blocks: int = 1
     for key, value in (load_state_dict(weights) if is_path else weights).items():
         number = re.search(r"\d.*", key)
         if number and number.group() in state:
-            raise InputError(f"{name} holds several networks, {key} is there twice; AdaIN's vgg_normalised.pth is needed")
+            raise InputError(
+                f"{name} holds several networks, {key} is there twice; AdaIN's vgg_normalised.pth is needed"
+            )
         if number:
             state[number.group()] = value
     features = _vgg_layers(level)
@@ -72,7 +74,7 @@ def vgg(weights: str | os.PathLike | Mapping[str, torch.Tensor], blocks: int = 1
         if key not in state or state[key].shape != value.shape:
             found = tuple(state[key].shape) if key in state else "nothing"
             raise InputError(
-                f"{name} is not AdaIN's vgg_normalised.pth: {key} should have shape {tuple(value.shape)} and has {found}"
+                f"{name} is not AdaIN's vgg_normalised.pth: {key} must have shape {tuple(value.shape)} and has {found}"
             )
     features.load_state_dict({key: state[key] for key in wanted})
     return BlockStatisticsEnergy(features, blocks)
@@ -80,7 +82,8 @@ def vgg(weights: str | os.PathLike | Mapping[str, torch.Tensor], blocks: int = 1
 
 def _vgg_layers(level):
     """The layers of `vgg_normalised.pth` up to relu{level}_1, numbered as there."""
-    layers, channels = [nn.Conv2d(3, 3, 1)], 3
+    layers: list[nn.Module] = [nn.Conv2d(3, 3, 1)]
+    channels = 3
     for i, widths in enumerate(VGG_WIDTHS[:level]):
         if i:
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
@@ -165,7 +168,7 @@ class DomainSpecificEnergy:
 
     def __init__(self, encoder: nn.Module, timestep: Callable[[float], float] | None = None) -> None:
         self.timestep = timestep
-        self.encoder = encoder.eval().requires_grad_(False)
+        self.encoder: Any = encoder.eval().requires_grad_(False)
 
     def prepare(self, ref: torch.Tensor, noise: torch.Tensor | None = None) -> None:
         self.ref, self.noise = ref, noise
@@ -204,9 +207,7 @@ class LowPassEnergy:
 
     def prepare(self, ref: torch.Tensor, noise: torch.Tensor | None = None) -> None:
         height, width = ref.shape[2:]
-        if height % self.down_n or width % self.down_n:
-            reason = f"it must divide the image size {height}x{width}"
-            raise InputError(reason, parameter="down_n", value=self.down_n)
+        check_down_n(self.down_n, (height, width))
         self.down, self.gram = zip(*(self._axis(length, ref) for length in (height, width)))
         self.small_ref = self._shrink(ref)
         self.small_noise = None if noise is None else self._shrink(noise)
@@ -250,7 +251,9 @@ class ClassifierEnergy:
     def energy_and_grad(self, x: torch.Tensor, t: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            energy = F.cross_entropy(self.model(x, own_timesteps(self.timestep, t, alpha_bar)).float(), self.labels, reduction="none")
+            energy = F.cross_entropy(
+                self.model(x, own_timesteps(self.timestep, t, alpha_bar)).float(), self.labels, reduction="none"
+            )
             (grad,) = torch.autograd.grad(energy.sum(), x)
         return energy.detach(), grad
 
@@ -282,6 +285,9 @@ class DCT:
 
     blocks: int = option(16, "the features' blocks", least=1)
 
+    def __post_init__(self) -> None:
+        check(self)
+
     def create(self, target: Any) -> Energy:
         """The energy."""
         return dct(self.blocks)
@@ -292,7 +298,12 @@ class DCT:
 class DSE:
     """Options of `dse`."""
 
-    encoder: str | None = option(None, "checkpoint of the domain-specific extractor, for dse", file=True, metavar="FILE")
+    encoder: str | None = option(
+        None, "checkpoint of the domain-specific extractor, for dse", file=True, metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def create(self, target: Any) -> Energy:
         """The energy, its extractor loaded; target: see `load_encoder`."""
@@ -306,6 +317,9 @@ class LowPass:
 
     down_n: int = option(32, "keep 1/N of the resolution", least=1)
 
+    def __post_init__(self) -> None:
+        check(self)
+
     def create(self, target: Any) -> Energy:
         """The energy."""
         return low_pass(self.down_n)
@@ -316,8 +330,15 @@ class LowPass:
 class Classifier:
     """Options of `classifier`."""
 
-    classifier: str | None = option(None, "checkpoint of the noisy-image classifier, for classifier", file=True, metavar="FILE")
-    target_class: int | str | None = option(None, "class to move to, for classifier: a number or a name", metavar="CLASS")
+    classifier: str | None = option(
+        None, "checkpoint of the noisy-image classifier, for classifier", file=True, metavar="FILE"
+    )
+    target_class: int | str | None = option(
+        None, "class to move to, for classifier: a number or a name", metavar="CLASS"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def create(self, target: Any) -> Energy:
         """The energy, its classifier loaded; target: see `load_encoder`."""
@@ -362,8 +383,13 @@ def class_number(given: int | str, info: Any, parameter: str) -> int:
     """The number of a class that is given by number or by name; names are in a checkpoint's metadata `classes`."""
     flags = info.flags
     count = flags.get("num_class") or flags.get("num_classes") or 0
-    names = info.metadata.get("classes") or "[]"
-    names = json.loads(names) if isinstance(names, str) else names
+    names = info.metadata.get("classes")
+    if isinstance(names, str):
+        try:
+            names = json.loads(names)
+        except ValueError:
+            names = None  # somebody else's entry of that name
+    names = names if isinstance(names, list) else []
     if isinstance(given, str) and given in names:
         return names.index(given)
     number = int(given) if str(given).isdecimal() else -1

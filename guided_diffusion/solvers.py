@@ -22,7 +22,6 @@ SOLVERS = Registry("sampler")
 """How a step is taken, by name: a class of (diffusion, eta) like `Ancestral`."""
 
 
-
 @SOLVERS.add("ancestral")
 class Ancestral:
     """Samples of the model's own p(x_{i-1} | x_i) (Ho et al. 2020)."""
@@ -35,9 +34,7 @@ class Ancestral:
     def posterior(self, out: dict[str, Any], x: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
         return out
 
-    def step(
-        self, out: dict[str, Any], x: torch.Tensor, i: int, t: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
+    def step(self, out: dict[str, Any], x: torch.Tensor, i: int, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return self.diffusion.add_noise(out, t, noise)
 
 
@@ -70,9 +67,7 @@ class DPMSolverPP2M(DDIM):
         super().__init__(diffusion, eta)
         self.last: tuple[torch.Tensor, float] | None = None  # prediction and h of the step before
 
-    def step(
-        self, out: dict[str, Any], x: torch.Tensor, i: int, t: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
+    def step(self, out: dict[str, Any], x: torch.Tensor, i: int, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         alpha_bar = float(self.diffusion.alphas_cumprod[i])
         alpha_bar_prev = float(self.diffusion.alphas_cumprod_prev[i])
         prediction = out["pred_xstart"]
@@ -165,7 +160,7 @@ def check_references(ref: torch.Tensor) -> None:
         raise InputError("it has no image", parameter="ref", value=f"a tensor {list(ref.shape)}")
     low, high = (float(end) for end in ref.aminmax())
     if not (low >= -1.001 and high <= 1.001):
-        reason = "it must lie in [-1, 1]: for 8-bit pixels, ref / 127.5 - 1"
+        reason = "it must lie in [-1, 1]: image_datasets.to_tensor converts 8-bit pixels"
         raise InputError(reason, parameter="ref", value=f"a tensor with values from {low:g} to {high:g}")
 
 
@@ -175,8 +170,10 @@ def resolve_step(value: int | float, steps: int, parameter: str, first: int = 0,
     first, last: the steps that fit, 0 to steps - 1 by default. Raises InputError for the parameter.
     """
     last = steps - 1 if last is None else last
-    found = round(value * steps) if isinstance(value, float) and 0 < value < 1 else value
-    if isinstance(found, bool) or found != int(found) or not first <= found <= last:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # Every share fits: one so near to an end that it rounds beyond the steps is that end.
+    found = min(max(round(value * steps), first), last) if number and 0 < value < 1 else value
+    if not number or not first <= found <= last or found != int(found):
         reason = f"a schedule of {steps} steps takes {first} to {last}, or a share of it below 1 such as 0.3"
         raise InputError(reason, parameter=parameter, value=value)
     return int(found)

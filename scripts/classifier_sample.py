@@ -3,7 +3,7 @@
 000000.png, 000001.png, ... in --save_dir; an image depends on the flags, --seed and its number alone.
 
 example: python scripts/classifier_sample.py --model_path 256x256_diffusion.pt \\
-             --classifier_path 256x256_classifier.pt --classifier_scale 1.0 --num_samples 64 --timestep_respacing 250 --save_dir output
+             --classifier_path 256x256_classifier.pt --num_samples 64 --timestep_respacing 250 --save_dir output
 """
 
 import os
@@ -18,7 +18,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from guided_diffusion.run.noise import ImageNoise, image_key
 
 from guided_diffusion.checkpoint import load_model
 from guided_diffusion.cli.flags import Given, Parser
@@ -27,6 +26,7 @@ from guided_diffusion.dist_util import Peers
 from guided_diffusion.errors import InputError
 from guided_diffusion.generation import ClassifierFlags, GuidanceOptions, classifier_guided, draw_labels
 from guided_diffusion.run.job import Job, Numbers, OutputOptions
+from guided_diffusion.run.noise import ImageNoise, image_key
 from guided_diffusion.script_util import create_diffusion
 
 

@@ -654,7 +654,7 @@ REASONS = {
 
 
 def test_what_fails_is_named_and_the_rest_is_made(damaged, painted, tmp_path):
-    summary, painter, progress = paint(damaged, tmp_path / "out", batch_size=2)
+    summary, _, progress = paint(damaged, tmp_path / "out", batch_size=2)
     assert summary.failed == REASONS == record(tmp_path / "out")["failed"]
     assert summary.done == 7 and record(tmp_path / "out")["counts"] == {"references": 10, "outputs": 7, "failed": 3}
     assert sum(progress) == 9 * Painter.steps  # what cannot be made leaves no gap
@@ -727,7 +727,7 @@ NO_MEMORY = [
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
 def test_automatic_batches_are_halved_until_they_fit(data, painted, tmp_path, caplog, error):
     caplog.set_level(logging.INFO, logger="sddm")
-    summary, painter, progress = paint(data / "ref", tmp_path / "out", memory_for(3, error), batch_size="auto")
+    _, painter, progress = paint(data / "ref", tmp_path / "out", memory_for(3, error), batch_size="auto")
     assert painter.batches == [8, 4, 2, 2, 2, 2, 1]
     assert [entry.getMessage() for entry in caplog.records] == [
         "out of memory at batch size 8 on cpu; continuing with 4",
@@ -932,7 +932,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("start", [0, 60], ids=["at once", "after a slow start"])
 def test_time_left_after_a_tenth(script, monkeypatch, start, file):
     """100 images in batches of 5, of 10 steps, of which the first 7 (guided) take 3 seconds and the others 2."""
-    moments = [start + 1] + [3.0 if step < 7 else 2.0 for _ in range(20) for step in range(10)][1:]
+    moments = [start + 1, *[3.0 if step < 7 else 2.0 for _ in range(20) for step in range(10)][1:]]
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     progress = Progress(1000, 10, 100, 0, file())

@@ -208,8 +208,7 @@ def test_a_file_that_cannot_be_written_whole_ends_the_run_in_one_line(data, tmp_
     done = finish(start(data=data, out=out, preexec_fn=limited_files))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == (
-        f"error: no room left to write {out}/grid.png (File too large); "
-        "make room and run the same command again"
+        f"error: no room left to write {out}/grid.png (File too large); make room and run the same command again"
     )
     assert made(out) == 6 and not list(out.glob(".*.writing"))
     done = finish(start(data=data, out=out))
@@ -224,15 +223,22 @@ def test_a_save_folder_that_is_removed_ends_the_run_in_one_line(data, tmp_path):
     out.rename(tmp_path / "moved")
     done = finish(process)
     assert done.returncode == 2 and done.stdout == "" and not out.exists()
-    assert done.stderr.splitlines()[-1] == f"error: --save_dir is '{out}'; it was removed while the run was writing to it"
+    last = done.stderr.splitlines()[-1]
+    assert last == f"error: --save_dir is '{out}'; it was removed while the run was writing to it"
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
 
 
 STREAMS = {
-    "closed stderr": "2>&-", "closed stdout": ">&-", "both closed": ">&- 2>&-", "no stdin": "<&-", "all closed": "<&- >&- 2>&-",
-    "full stdout": ">/dev/full", "full stderr": "2>/dev/full", "both full": ">/dev/full 2>&1", "a reader that is gone": "| true",
+    "closed stderr": "2>&-",
+    "closed stdout": ">&-",
+    "both closed": ">&- 2>&-",
+    "all closed": "<&- >&- 2>&-",
+    "full stdout": ">/dev/full",
+    "full stderr": "2>/dev/full",
+    "both full": ">/dev/full 2>&1",
+    "a reader that is gone": "| true",
     "a reader of both that is gone": "2>&1 | true",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("redirection", STREAMS.values(), ids=STREAMS)
@@ -251,11 +257,11 @@ def test_streams_that_cannot_be_written_change_nothing_but_what_is_said(data, tm
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
-def as_slurm(rank, job=os.getpid()):
+def as_slurm(rank):
     """What srun tells the processes of a step of two tasks on one machine."""
     return {
-        "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1",
-        "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2",
+        "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2",
     }  # fmt: skip
 
 
@@ -285,7 +291,7 @@ def test_two_processes_of_slurm_make_what_one_makes(data, tmp_path):
 @pytest.mark.parametrize("launcher, rank", [(TORCHRUN, 1), (MPI, 0)], ids=["torchrun", "mpiexec"])
 def test_a_rank_that_dies_takes_the_run_down_and_a_restart_completes_it(data, tmp_path, launcher, rank):
     out = tmp_path / "out"
-    options = dict(data=data, out=out, launcher=launcher, mpi=launcher is MPI)
+    options = {"data": data, "out": out, "launcher": launcher, "mpi": launcher is MPI}
     process = start(**options)
     wait_for(lambda: made(out) >= 1 and len(ranks_of(process)) == 2, process)
     ranks = ranks_of(process)

@@ -11,8 +11,8 @@ from ..checkpoint import ModelFlags
 from ..dist_util import Peers
 from ..energy import class_number
 from ..errors import InputError, display_name
-from ..run.job import Job, JobOptions, OutputOptions
 from ..options import near_miss
+from ..run.job import Job, JobOptions
 from ..script_util import model_and_diffusion_defaults
 from ..solvers import resolve_step
 from ..translator import Target, TargetOptions
@@ -74,7 +74,7 @@ def resolved(method: Any, total: int) -> dict[str, int]:
     for name, flag in (("range_t", "range_t"), ("start", "start_t" if hasattr(method, "range_t") else "t")):
         value = getattr(method, name, None)
         if value is not None:
-            found[flag] = resolve_step(value, total, name, 1 if name == "start" else 0, total)
+            found[flag] = resolve_step(value, total, name, *((1, total) if name == "start" else (0, total - 1)))
     return found
 
 
@@ -90,12 +90,17 @@ def settings(given: Given, target: Target, used: list[Any], peers: Peers, **foun
 
 
 def execute(
-    job: Job, sampler: Callable, target: Target, steps: int, settings: dict[str, Any], made: tuple[str, str] = TRANSLATIONS
+    job: Job,
+    sampler: Callable,
+    target: Target,
+    steps: int,
+    settings: dict[str, Any],
+    made: tuple[str, str] = TRANSLATIONS,
 ) -> int:
     """Do a job with progress and say what came of it; returns the exit status of this rank.
 
-    sampler(model, diffusion, ref, noise=, callback=): calls back `steps` times an image. made: words for the outputs and
-    for what grid.png shows.
+    sampler(model, diffusion, ref, noise=, callback=): calls back `steps` times an image. made: words for the outputs
+    and for what grid.png shows.
     """
     job.prepare(target.image_size, settings)
     model = job.monitor.counted(target.model)

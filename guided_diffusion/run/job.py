@@ -81,7 +81,9 @@ class OutputOptions:
 class JobOptions(OutputOptions):
     """The references of a run besides."""
 
-    base_samples: str = option(None, "folder of references (searched recursively), or one image", runtime=True, metavar="PATH")
+    base_samples: str = option(
+        None, "folder of references (searched recursively), or one image", runtime=True, metavar="PATH"
+    )
     num_samples: int | None = option(
         None, "translate only the first so many references", least=1, most=MOST_IMAGES, runtime=True
     )
@@ -189,7 +191,7 @@ class Job:
         self._sources = self._find_sources(base)
         self._refuse_sources(self._own_files() + [path for item in items for path in self._paths(item.key)])
 
-    # ---- folders --------------------------------------------------------------------------------------------------------
+    # ---- folders ----------------------------------------------------------------------------------------------------
 
     def _check_folders(self, base: str | None) -> None:
         save_dir = self.options.save_dir
@@ -223,7 +225,9 @@ class Job:
         for folder in {os.path.dirname(path) for item in self.items.values() for path in self._paths(item.key)}:
             real = os.path.realpath(folder)
             if os.path.commonpath([root, real]) != root:
-                reason = f"its folder {display_name(os.path.relpath(folder, self.options.save_dir))} is a link out of it"
+                reason = (
+                    f"its folder {display_name(os.path.relpath(folder, self.options.save_dir))} is a link out of it"
+                )
                 raise InputError(f"{reason}; remove the link", parameter="save_dir", value=self.options.save_dir)
 
     def path(self, item: Item) -> str:
@@ -240,7 +244,7 @@ class Job:
     def _own_files(self) -> list[str]:
         return [os.path.join(self.options.save_dir, name) for name in ("grid.png", record.NAME)]
 
-    # ---- before the run -------------------------------------------------------------------------------------------------
+    # ---- before the run ---------------------------------------------------------------------------------------------
 
     def prepare(self, image_size: int, settings: dict[str, Any]) -> None:
         """Open the save folder: check it against run.json, plan the batches, and write the record.
@@ -335,7 +339,7 @@ class Job:
             except OSError as error:
                 raise InputError(f"{display_name(path)} cannot be removed: {error.strerror}") from None
 
-    # ---- the run --------------------------------------------------------------------------------------------------------
+    # ---- the run ----------------------------------------------------------------------------------------------------
 
     def run(self, sampler: Callable[..., torch.Tensor], steps: int, progress: Callable[[int, int], None]) -> Summary:
         """Make what is missing with sampler(ref, noise=, callback=), which calls back `steps` times an image.
@@ -504,7 +508,7 @@ class Job:
             self.summary.done += done
             self.summary.failed.update(failed)
 
-    # ---- after the run --------------------------------------------------------------------------------------------------
+    # ---- after the run ----------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
         """Write grid.png, complete run.json and release the folder, in this order (rank 0)."""
