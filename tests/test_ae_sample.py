@@ -13,11 +13,13 @@ import tiny
 import torch
 from conftest import golden
 from PIL import Image
+from scripts_in_process import load_script, message, run_script
 
 from guided_diffusion import energy, sddm
 from guided_diffusion.checkpoint import load_model
-from guided_diffusion.engine import ImageNoise
+from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import list_references, load_image, to_tensor, to_uint8
+from guided_diffusion.run.noise import ImageNoise
 from guided_diffusion.script_util import create_diffusion, create_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +96,7 @@ def test_the_release_command_line_runs_unchanged(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("classifier_scale 1.0", "affine True", "losstype l2", "init_with_blockadain True", "diffusionmodel ADM"):
         assert f"--{name} has no effect" in done.stderr
-    assert "1 done, 0 skipped (were there), 0 failed" in done.stdout
+    assert "1 done, 0 already present, 0 failed" in done.stdout
     assert sorted(os.listdir(tmp_path / "output")) == ["grid.png", "heart.png", "run.json"]
     made = np.asarray(Image.open(tmp_path / "output" / "heart.png"))
     assert made.shape == (256, 256, 3) and made.std() > 1
@@ -110,7 +112,7 @@ def test_pictures_grid_and_trajectories_from_another_folder(data, tmp_path):
         "--save_trajectory", "--batch_size", "3", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "4 done, 0 skipped (were there), 0 failed" in done.stdout and "output/grid.png" in done.stdout.replace(os.sep, "/")
+    assert "4 done, 0 already present, 0 failed" in done.stdout and "output/grid.png" in done.stdout.replace(os.sep, "/")
     assert "100%, 4/4 images, step 24/24" in done.stderr
     out = tmp_path / "output"
     expected = translated(data, energies=[energy.dct(4)])
@@ -142,50 +144,33 @@ ENERGIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def script():
-    """The script as a module; it takes signals for itself when it is imported."""
-    import importlib
-    import signal
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield importlib.import_module("ae_sample")
-    sys.path.remove(str(ROOT / "scripts"))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def run_here(script, data, out, *flags):
+def run_here(data, out, *flags):
     """The command in this process; returns its exit status."""
-    from guided_diffusion import dist_util
-
     given = ["--model_path", data / "model.safetensors", "--base_samples", data / "ref", "--save_dir", out]
-    args = script.create_parser().parse_args(list(map(str, [*given, *SMALL, *flags])))
-    return script.translate(args, dist_util.connect(dist_util.Ranks()))
+    return run_script("ae_sample", *given, *SMALL, *flags)
 
 
 @pytest.mark.parametrize("variant", ["manifold", "released"])
 @pytest.mark.parametrize("names", ENERGIES)
-def test_energies_of_the_command_are_the_librarys(script, data, tmp_path, names, variant):
+def test_energies_of_the_command_are_the_librarys(data, tmp_path, names, variant):
     flags, make = ENERGIES[names]
     flags = [flag.format(data=data) for flag in flags]
-    assert run_here(script, data, tmp_path / "out", "--energy", names, "--variant", variant, "--batch_size", 1, *flags) == 0
+    assert run_here(data, tmp_path / "out", "--energy", names, "--variant", variant, "--batch_size", 1, *flags) == 0
     tiny.assert_within_one_level(tiny.pictures(tmp_path / "out"), translated(data, variant=variant, energies=make(data)))
 
 
-def test_other_flags_of_the_method_reach_the_sampler(script, data, tmp_path):
-    assert run_here(script, data, tmp_path / "out", "--energy", "dct", "--detail_merge", "True", "--batch_size", 1) == 0
+def test_other_flags_of_the_method_reach_the_sampler(data, tmp_path):
+    assert run_here(data, tmp_path / "out", "--energy", "dct", "--detail_merge", "True", "--batch_size", 1) == 0
     merged = translated(data, energies=[energy.dct(4)], detail_merge=True)
     tiny.assert_within_one_level(tiny.pictures(tmp_path / "out"), merged)
     assert any(np.abs(merged[n].astype(int) - image).max() > 1 for n, image in translated(data, energies=[energy.dct(4)]).items())
 
 
-def test_the_default_energy_is_said(script, data, tmp_path, caplog):
+def test_the_default_energy_is_said(data, tmp_path, caplog):
     caplog.set_level("INFO")
-    assert run_here(script, data, tmp_path / "a", "--vgg_path", tmp_path / "missing.pth") == 0
+    assert run_here(data, tmp_path / "a", "--vgg_path", tmp_path / "missing.pth") == 0
     assert "energy: dct (there is no" in caplog.text and "missing.pth" in caplog.text
-    assert run_here(script, data, tmp_path / "b", "--vgg_path", data / "vgg.pth") == 0
+    assert run_here(data, tmp_path / "b", "--vgg_path", data / "vgg.pth") == 0
     energies = [json.loads((tmp_path / run / "run.json").read_text())["settings"]["energy"] for run in "ab"]
     assert energies == [["dct"], ["vgg"]]
 
@@ -222,14 +207,12 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("flags", ERRORS)
-def test_bad_flags_are_one_line_before_anything_is_written(script, data, tmp_path, flags):
-    from guided_diffusion.errors import UserError
-
+def test_bad_flags_are_one_line_before_anything_is_written(data, tmp_path, flags):
     vgg = () if "--vgg_path" in flags else ("--vgg_path", data / "nothing.pth")
-    with pytest.raises(UserError) as caught:
-        run_here(script, data, tmp_path / "out", *vgg, *flags.format(data=data).split())
-    message = str(caught.value)
-    assert ERRORS[flags].format(data=data) in message and "\n" not in message
+    with pytest.raises(InputError) as caught:
+        run_here(data, tmp_path / "out", *vgg, *flags.format(data=data).split())
+    text = message("ae_sample", caught.value)
+    assert ERRORS[flags].format(data=data) in text and "\n" not in text
     assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
 
 
@@ -244,9 +227,9 @@ def test_bad_flags_are_one_line_before_anything_is_written(script, data, tmp_pat
         ("--model_path m --base_samples r --rangt 5", "unrecognized arguments: --rangt 5"),
     ],
 )
-def test_flags_that_cannot_be_read_end_with_one_line(script, capsys, flags, message):
+def test_flags_that_cannot_be_read_end_with_one_line( flags, message):
     with pytest.raises(SystemExit) as caught:
-        script.create_parser().parse_args(flags.split())
+        load_script("ae_sample").create_parser().parse_args(flags.split())
     assert caught.value.code == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ") and message in line and line.count("\n") == 1
@@ -259,8 +242,8 @@ def test_errors_of_the_process_are_one_line(data, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_help_groups_the_flags(script):
-    text = script.create_parser().format_help()
+def test_help_groups_the_flags():
+    text = load_script("ae_sample").create_parser().format_help()
     titles = [line.removesuffix(":") for line in text.splitlines() if line and line[0].isalpha() and line.endswith(":")]
     wanted = ["model", "diffusion", "method", "energies", "input and output"]
     assert [title for title in titles if title in wanted] == wanted
