@@ -159,7 +159,10 @@ class LowPassManifold:
     """
 
     def __init__(self, ref: torch.Tensor, down_n: int) -> None:
-        self.phi = low_pass_filter(ref.shape[2:], down_n, "cubic")
+        height, width = ref.shape[2:]
+        if down_n < 1 or height % down_n or width % down_n:
+            raise InputError(f"it must divide the image size {height}x{width}", parameter="down_n", value=down_n)
+        self.phi = low_pass_filter((height, width), down_n, "cubic")
         self.low = self.phi(ref)
 
     def restrict(self, x: torch.Tensor, alpha_bar: float) -> torch.Tensor:

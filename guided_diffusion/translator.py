@@ -142,7 +142,11 @@ def energy_names(given: str | Sequence[str] | None, weights: str | None = None) 
     None chooses vgg where the file `weights` exists, else dct. Raises InputError for a name that is none, or stands twice.
     """
     if given is None:
-        return ["vgg"] if weights and os.path.exists(weights) else ["dct"]
+        if weights and os.path.exists(weights):
+            return ["vgg"]
+        if weights:
+            log.info("energy: dct (there is no %s for vgg)", weights)
+        return ["dct"]
     names = [name.strip() for name in (given.split(",") if isinstance(given, str) else given)]
     names = [name for name in names if name not in ("", "none")]
     for name in names:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from scripts_in_process import load_script, message, run_script
 
 from guided_diffusion import energy, sddm
 from guided_diffusion.checkpoint import load_model
+from guided_diffusion.cli import main as command
 from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import list_references, load_image, to_tensor, to_uint8
 from guided_diffusion.run.noise import ImageNoise
@@ -176,33 +178,36 @@ def test_the_default_energy_is_said(data, tmp_path, caplog):
 
 
 ERRORS = {
-    "--area 5": "--area 5 does not suit --image_size 16",
-    "--area 16": "--area 16 does not suit --image_size 16",
+    "--area 5": "--area is 5; it must divide the image size 16 into blocks of at least two pixels (4 and 8 do)",
+    "--area 16": "--area is 16; it must divide the image size 16 into blocks of at least two pixels (8 and 4 do)",
+    "--range_t 1.5": "--range_t is 1.5; a schedule of 6 steps takes 0 to 5, or a share of it below 1",
     "--range_t 6": "--range_t is 6; a schedule of 6 steps takes 0 to 5",
-    "--range_t -1": "--range_t is -1; a schedule of 6 steps takes 0 to 5",
-    "--timestep_respacing 0": "--timestep_respacing",
+    "--range_t -1": "--range_t is -1; it must be at least 0",
+    "--timestep_respacing 0": "--timestep_respacing is '0'; it asks for 0 steps out of 1000",
     "--timestep_respacing ddim400": "no integer stride",
-    "--num_channels 64": "--num_channels 64 does not fit {data}/model.safetensors: it has num_channels=32",
-    "--learn_sigma True": "--learn_sigma True does not fit {data}/model.safetensors: it has learn_sigma=False",
-    "--image_size 15 --area 5": "it needs a multiple of 2",
-    "--noise_schedule cosine": "--noise_schedule cosine does not fit",
-    "--class_index 1": "is not class-conditional",
-    "--energy vgg,dct": "--vgg_path {data}/nothing.pth does not exist, and --energy vgg needs it",
-    "--energy wavelet": "--energy wavelet: 'wavelet' is none of vgg, dct, dse, low_pass, classifier",
-    "--energy dct,dct": "--energy dct,dct names an energy twice",
-    "--energy dse": "--energy dse needs --dsepath",
-    "--energy dse --dsepath {data}/model.safetensors": "is a diffusion model, not a classifier or extractor",
-    "--energy classifier --classifier_path {data}/classifier.safetensors": "--energy classifier needs --target_class",
-    "--energy classifier --classifier_path {data}/classifier.safetensors --target_class 3": "has classes 0 to 2",
-    "--energy low_pass --down_N 5": "--down_N 5 does not divide the image size 16x16",
-    "--model_path {data}/dse.safetensors": "is a classifier or extractor, not a diffusion model",
+    "--num_channels 64": "--num_channels is 64; {data}/model.safetensors has num_channels=32",
+    "--learn_sigma True": "--learn_sigma is True; {data}/model.safetensors has learn_sigma=False",
+    "--image_size 15 --area 5": "--image_size is 15; {data}/model.safetensors needs a multiple of 2",
+    "--noise_schedule cosine": "--noise_schedule is 'cosine'; {data}/model.safetensors was trained with noise_schedule=linear",
+    "--class_index 1": "--class_index is 1; the model is not class-conditional",
+    "--energy vgg,dct": "--vgg_path is '{data}/nothing.pth'; no such file, and --energy vgg needs it",
+    "--energy wavelet": "--energy is 'wavelet'; it can be vgg, dct, dse, low_pass, classifier or none",
+    "--energy clasifier": "or none; did you mean classifier?",
+    "--energy dct,dct": "--energy is 'dct,dct'; it names an energy twice",
+    "--energy dse": "--dsepath is missing; --energy dse needs it",
+    "--energy dse --dsepath {data}/model.safetensors": "--dsepath is '{data}/model.safetensors'; it is a diffusion model, not a classifier or extractor",
+    "--energy classifier --classifier_path {data}/classifier.safetensors": "--target_class is missing; --energy classifier needs it",
+    "--energy classifier --classifier_path {data}/classifier.safetensors --target_class 3": "--target_class is 3; {data}/classifier.safetensors has classes 0 to 2",
+    "--energy low_pass --down_N 5": "--down_N is 5; it must divide the image size 16x16",
+    "--model_path {data}/dse.safetensors": "--model_path is '{data}/dse.safetensors'; it is a classifier or extractor, not a diffusion model",
     "--model_path {data}/nothing.pt": "{data}/nothing.pt does not exist",
-    "--base_samples {data}/nowhere": "--base_samples {data}/nowhere",
-    "--device cuda:55": "--device cuda:55 cannot be used",
-    "--use_fp16 True --precision bf16": "--use_fp16 True contradicts --precision bf16",
-    "--background chartreuse2": "--background",
-    "--sampler ddim --eta 1.5": "--eta is 1.5; it can be 0 to 1",
-    "--eta 0.5": "--eta 0.5 is for --sampler ddim or dpmpp_2m",
+    "--base_samples {data}/nowhere": "--base_samples is '{data}/nowhere'; no such file or folder",
+    "--device cuda:55": "--device is 'cuda:55'; it cannot be used",
+    "--use_fp16 True --precision bf16": "--precision is 'bf16'; --use_fp16 True contradicts it",
+    "--background chartreuse2": "--background is 'chartreuse2'; it must be a colour",
+    "--start_t 7": "--start_t is 7; a schedule of 6 steps takes 1 to 6, or a share of it below 1",
+    "--sampler ddim --eta 1.5": "--eta is 1.5; it must be from 0 to 1",
+    "--eta 0.5": "--eta is 0.5; --sampler ancestral has none",
 }
 
 
@@ -219,17 +224,28 @@ def test_bad_flags_are_one_line_before_anything_is_written(data, tmp_path, flags
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("", "the following arguments are required: --model_path, --base_samples"),
-        ("--model_path m --base_samples r --area 0", "argument --area: '0' is not a whole number above 0"),
-        ("--model_path m --base_samples r --batch_size big", "'big' is not a whole number above 0, nor auto"),
-        ("--model_path m --base_samples r --learn_sigma perhaps", "argument --learn_sigma"),
-        ("--model_path m --base_samples r --variant paper", "argument --variant: invalid choice: 'paper'"),
-        ("--model_path m --base_samples r --rangt 5", "unrecognized arguments: --rangt 5"),
+        ("", "--base_samples is missing; give a folder of references"),
+        ("--base_samples {data}/ref", "--model_path is missing; give the target domain's diffusion model"),
+        ("--model_path m --base_samples r --area 0", "--area is 0; it must be at least 1"),
+        ("--model_path m --base_samples r --area x", "argument --area: 'x' is not a whole number"),
+        ("--model_path m --base_samples r --batch_size big", "--batch_size is 'big'; it must be a whole number above 0 or auto"),
+        ("--model_path m --base_samples r --learn_sigma perhaps", "argument --learn_sigma: 'perhaps' is neither True nor"),
+        ("--model_path m --base_samples r --variant paper", "--variant is 'paper'; it can be manifold or released"),
+        ("--model_path m --base_samples r --variant manifolt", "did you mean manifold?"),
+        ("--model_path m --base_samples r --rangt 5", "unrecognized arguments: --rangt 5; did you mean --range_t?"),
+        ("--model_path m --base_samples r --range 5", "unrecognized arguments: --range 5; did you mean --range_t?"),
     ],
 )
-def test_flags_that_cannot_be_read_end_with_one_line( flags, message):
+def test_flags_that_cannot_be_read_end_with_one_line(data, tmp_path, monkeypatch, capsys, flags, message):
+    """With the command's own handling of errors: one line and exit status 2."""
+    monkeypatch.chdir(tmp_path)
+    script = load_script("ae_sample")
+    monkeypatch.setattr(sys, "argv", ["ae_sample.py", *flags.format(data=data).split()])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as caught:
-        load_script("ae_sample").create_parser().parse_args(flags.split())
+        command.run(script.translate, script.create_parser())
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     assert caught.value.code == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ") and message in line and line.count("\n") == 1
@@ -245,7 +261,7 @@ def test_errors_of_the_process_are_one_line(data, tmp_path):
 def test_help_groups_the_flags():
     text = load_script("ae_sample").create_parser().format_help()
     titles = [line.removesuffix(":") for line in text.splitlines() if line and line[0].isalpha() and line.endswith(":")]
-    wanted = ["model", "diffusion", "method", "energies", "input and output"]
+    wanted = ["method", "energies", "input and output", "model", "network and diffusion process"]
     assert [title for title in titles if title in wanted] == wanted
     for flag in {*RELEASE.split()[::2], *REST_OF_RELEASE.split()[::2], "--seed", "--variant", "--energy"}:
         assert f"{flag} " in text

@@ -104,7 +104,7 @@ def test_egsde_script(data, tmp_path):
 
 def test_the_whole_schedule_is_the_default(data):
     for name in ("sdedit_sample", "egsde_sample"):
-        args = load_script(name).create_parser().parse_args(["--model_path", "m", "--base_samples", "r"])
+        args = load_script(name).create_parser().parse(["--model_path", "m", "--base_samples", "r"])
         assert args.timestep_respacing is None and args.t == 500
     model, info = load_model(str(data / "model.safetensors"))
     assert create_diffusion(**info.flags).num_timesteps == 1000
@@ -125,8 +125,10 @@ def test_scripts_do_what_the_engine_can(data, tmp_path, name, flags):
     assert_equal(pictures(tmp_path / "a"), found)
     assert record["counts"] == {"references": 3, "outputs": 6, "failed": 0}
     assert record["monitor"]["images"] > 6  # the batch of the lost image was made again
-    with pytest.raises(InputError, match="holds a run with other settings: --seed was 0 and is 1"):
+    with pytest.raises(InputError) as caught:
         run(name, data, tmp_path / "a", *flags, "--seed", "1")
+    assert caught.value.parameter == "save_dir"
+    assert "holds a run with other settings: --seed was 0 and is 1" in message(name, caught.value)
 
 
 # Sampling without references
@@ -197,19 +199,19 @@ def test_unconditional_sampling_is_the_processs_own(data):
 
 
 ERRORS = {
-    "ilvr_sample --timestep_respacing 6 --down_N 5": "--down_N is 5; it must divide the image size 16",
-    "ilvr_sample --timestep_respacing 6 --down_N 32": "--down_N is 32; it must divide the image size 16",
+    "ilvr_sample --timestep_respacing 6 --down_N 5": "--down_N is 5; it must be at least 1 and divide the image size 16",
+    "ilvr_sample --timestep_respacing 6 --down_N 32": "--down_N is 32; it must be at least 1 and divide the image size 16",
     "ilvr_sample --timestep_respacing 6 --down_N 4 --range_t 6": "--range_t is 6; a schedule of 6 steps takes 0 to 5",
-    "sdedit_sample --timestep_respacing 6": "--t is 500; it can be 1 to 6",
-    "sdedit_sample --diffusion_steps 100 --timestep_respacing 6 --t 7": "--t is 7; it can be 1 to 6",
-    "egsde_sample --t 1001 --ls 0": "--t is 1001; it can be 1 to 1000",
-    "egsde_sample": "--ls 500 needs --dsepath; --ls 0 goes without",
-    "egsde_sample --dsepath nowhere.pt": "--dsepath nowhere.pt does not exist, and --ls 500 needs it",
-    "egsde_sample --ls 0 --down_N 3": "--down_N is 3; it must divide the image size 16",
+    "sdedit_sample --timestep_respacing 6": "--t is 500; a schedule of 6 steps takes 1 to 6",
+    "sdedit_sample --diffusion_steps 100 --timestep_respacing 6 --t 7": "--t is 7; a schedule of 6 steps takes 1 to 6",
+    "egsde_sample --t 1001 --ls 0": "--t is 1001; a schedule of 1000 steps takes 1 to 1000",
+    "egsde_sample": "--dsepath is missing; --ls 500 needs it; --ls 0 does without the realism energy",
+    "egsde_sample --dsepath nowhere.pt": "--dsepath is 'nowhere.pt'; no such file, and --ls 500 needs it",
+    "egsde_sample --ls 0 --down_N 3": "--down_N is 3; it must be at least 1 and divide the image size 16",
     "egsde_sample --dsepath {data}/model.safetensors --down_N 4": "is a diffusion model, not a classifier",
     "ae_sample --range_t 5 --area 4 --manifold low_pass --down_N 5": "--down_N is 5; it must divide the image size 16",
-    "image_sample --eta 0.5": "--eta 0.5 is for --use_ddim True",
-    "image_sample --use_ddim True --eta 1.5": "--eta is 1.5; it can be 0 to 1",
+    "image_sample --eta 0.5": "--eta is 0.5; it is for --use_ddim True",
+    "image_sample --use_ddim True --eta 1.5": "--eta is 1.5; it must be from 0 to 1",
     "image_sample --timestep_respacing ddim400": "no integer stride gives 400 steps",
 }
 
@@ -219,17 +221,26 @@ def test_bad_flags_are_named_before_anything_is_written(data, tmp_path, command)
     name, *flags = command.format(data=data).split()
     with pytest.raises(InputError) as caught:
         run(name, data, tmp_path / "out", *flags)
-    assert ERRORS[command] in str(caught.value) and "\n" not in str(caught.value)
+    text = message(name, caught.value)
+    assert ERRORS[command] in text and "\n" not in text
     assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
 
 
-@pytest.mark.parametrize("flags", [("--ls", "nan"), ("--li", "much"), ("--t", "0"), ("--down_N", "-1")])
-def test_flags_that_are_no_such_numbers_end_with_one_line(flags):
-    with pytest.raises(SystemExit) as caught:
-        load_script("egsde_sample").create_parser().parse_args(["--model_path", "m", "--base_samples", "r", *flags])
-    assert caught.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith(f"error: argument {flags[0]}") and message.count("\n") == 1
+NUMBERS = {
+    "--ls nan": "--ls is nan; it must be a finite number",
+    "--li much": "argument --li: 'much' is not a number",
+    "--t 0": "--t is 0; it must be above 0",
+    "--down_N -1": "--down_N is -1; it must be at least 1",
+}
+
+
+@pytest.mark.parametrize("flags", NUMBERS)
+def test_flags_that_are_no_such_numbers_end_with_one_line(data, tmp_path, flags):
+    with pytest.raises(InputError) as caught:
+        run("egsde_sample", data, tmp_path / "out", *flags.split())
+    text = message("egsde_sample", caught.value)
+    assert text.startswith(NUMBERS[flags]) and "\n" not in text
+    assert not (tmp_path / "out").exists()
 
 
 # Ablations by the command
@@ -272,5 +283,5 @@ def test_errors_of_the_command_are_one_line(data, tmp_path):
     command = [sys.executable, SCRIPTS / "egsde_sample.py", "--model_path", data / "model.safetensors", "--base_samples"]
     command += [data / "ref", "--save_dir", tmp_path / "out"]
     done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith("error: --ls 500 needs --dsepath")
+    assert done.returncode == 2 and done.stderr.startswith("error: --dsepath is missing; --ls 500 needs it")
     assert done.stderr.count("\n") == 1 and done.stdout == ""

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from guided_diffusion.run.noise import ImageNoise
 from PIL import Image
 from tiny import make_encoder, make_model, make_references, random_state
 
 from guided_diffusion.checkpoint import load_model, save_model
 from guided_diffusion.generation import draw_labels
 from guided_diffusion.image_datasets import load_image, to_tensor
+from guided_diffusion.run.noise import ImageNoise
 from guided_diffusion.script_util import create_diffusion, create_model
 
 SIZE = 16
@@ -26,7 +26,7 @@ def run(script, *flags, status=0):
     command = [sys.executable, ROOT / "scripts" / f"{script}.py", *flags, "--device", "cpu"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == status, result.stderr
-    return result.stderr
+    return result.stdout + result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ class OutputOptions:
 class JobOptions(OutputOptions):
     """The references of a run besides."""
 
-    base_samples: str = option(None, "folder of references (searched recursively), or one image", runtime=True, metavar="PATH")
+    base_samples: str = option(None, "a folder of references (searched recursively), or one image", runtime=True, metavar="PATH")
     num_samples: int | None = option(
         None, "translate only the first so many references", least=1, most=MOST_IMAGES, runtime=True
     )
