@@ -19,11 +19,11 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "benchmarks")]
 import machine
 import torch
 from guided_diffusion.metrics import feature_extractor, frechet_distance, paired_metrics
-from guided_diffusion.run.noise import ImageNoise
 
 from guided_diffusion import energy, sddm
 from guided_diffusion.checkpoint import load_model
 from guided_diffusion.image_datasets import list_references, load_image, to_tensor
+from guided_diffusion.run.noise import ImageNoise
 from guided_diffusion.run.record import sha256
 from guided_diffusion.runtime import DTYPES, keep_freed_memory, pick_device, pick_precision
 from guided_diffusion.script_util import create_diffusion

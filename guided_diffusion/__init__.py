@@ -7,7 +7,7 @@ The package keeps guided-diffusion's module names and adds the method's own: `sd
 from typing import Any
 
 __version__ = "0.2.0"
-__all__ = ["Translator", "load_model"]  # noqa: F822 - given by __getattr__
+__all__ = ["Translator", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

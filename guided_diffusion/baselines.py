@@ -15,7 +15,7 @@ import torch
 
 from resizer import low_pass_filter
 
-from .energy import load_encoder, dse, low_pass
+from .energy import dse, load_encoder, low_pass
 from .errors import InputError
 from .gaussian_diffusion import GaussianDiffusion, ModelVarType
 from .options import check, option
@@ -77,7 +77,7 @@ def sdedit(
 
     See `egsde` for start, variance and the draws.
     """
-    options: dict[str, Any] = dict(ls=0, li=0, encoder=None, down_n=None, variance=variance, noise=noise)
+    options: dict[str, Any] = {"ls": 0, "li": 0, "encoder": None, "down_n": None, "variance": variance, "noise": noise}
     yield from egsde.steps(model, diffusion, ref, start=start, **options)
 
 
@@ -178,7 +178,9 @@ class ILVR:
 
     down_n: int = option(32, "keep what an image of 1/N of the size shows", least=1)
     range_t: int | float = option(20, "guidance ends at this step of the schedule, or share of it as 0.3", least=0)
-    start: int | float | None = option(None, "late start: from the reference noised to this step, or share of the schedule")
+    start: int | float | None = option(
+        None, "late start: from the reference noised to this step, or share of the schedule"
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -252,7 +254,7 @@ class EGSDE(SDEdit):
             check_down_n(self.down_n, (image_size, image_size))
 
     def bind(self, *, sigma_small: bool = True, target: Any = None, **context: Any) -> Callable:
-        """`egsde` with these options and its extractor loaded: a function of (model, diffusion, ref, noise=, callback=)."""
+        """`egsde` with these options, its extractor loaded: a function of (model, diffusion, ref, …)."""
         network, timestep = load_encoder("encoder", str(self.encoder), target) if self.ls else (None, None)
         variance = "fixed_small" if sigma_small else "fixed_large"
         weights = {"ls": self.ls, "li": self.li, "down_n": self.down_n}

@@ -54,7 +54,7 @@ class SDDMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet->vqvae->vae"
-    _optional_components = ["vqvae", "vae"]  # noqa: RUF012 - the library's own form
+    _optional_components = ["vqvae", "vae"]  # noqa: RUF012 - the library's attributes
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(

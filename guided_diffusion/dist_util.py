@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import InputError, first_line, shown
+from .runtime import default_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -160,8 +161,7 @@ def _slurm_store(me, timeout):
     try:
         return _tcp_store(env.get("MASTER_ADDR", host), port, me, timeout)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RuntimeError(f"{reason} (port {port}; MASTER_ADDR and MASTER_PORT choose another)") from None
+        raise RuntimeError(f"{first_line(error)} (port {port}; MASTER_ADDR and MASTER_PORT choose another)") from None
 
 
 def _mpi_store(me, timeout):
@@ -173,7 +173,7 @@ def _mpi_store(me, timeout):
     if ranks.Get_size() != me.world_size:
         raise InputError(
             f"mpiexec started {me.world_size} processes and mpi4py sees {ranks.Get_size()}: mpi4py was built for "
-            "another MPI than this mpiexec (reinstall it, or use torchrun), or the environment is left over from another run"
+            "another MPI than this mpiexec (reinstall it, or use torchrun), or the environment is another run's"
         )
     hosts = ranks.allgather(socket.gethostname())
     host = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
@@ -362,7 +362,7 @@ def connect(me: Ranks) -> Peers:
 
 def setup_dist() -> None:
     """Join the ranks that torchrun, mpiexec or Slurm started in torch's default process group; a process started by
-    hand makes a group of one. Nothing happens where the group exists. NCCL serves tensors on GPUs, gloo those on CPUs."""
+    hand makes a group of one. Nothing happens where the group exists. NCCL serves GPUs, gloo CPUs."""
     import torch.distributed as dist
     from torch.distributed import HashStore  # type: ignore[attr-defined]
 
@@ -378,7 +378,9 @@ def setup_dist() -> None:
 
 def dev() -> torch.device:
     """The device of tensors in the process group: this process's GPU, else the CPU (MPS has no collectives)."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if default_device().type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def load_state_dict(path: str, **kwargs: Any) -> Any:

@@ -63,7 +63,9 @@ def vgg(weights: str | os.PathLike | Mapping[str, torch.Tensor], blocks: int = 1
     for key, value in (load_state_dict(weights) if is_path else weights).items():
         number = re.search(r"\d.*", key)
         if number and number.group() in state:
-            raise InputError(f"{name} holds several networks, {key} is there twice; AdaIN's vgg_normalised.pth is needed")
+            raise InputError(
+                f"{name} holds several networks, {key} is there twice; AdaIN's vgg_normalised.pth is needed"
+            )
         if number:
             state[number.group()] = value
     features = _vgg_layers(level)
@@ -72,7 +74,7 @@ def vgg(weights: str | os.PathLike | Mapping[str, torch.Tensor], blocks: int = 1
         if key not in state or state[key].shape != value.shape:
             found = tuple(state[key].shape) if key in state else "nothing"
             raise InputError(
-                f"{name} is not AdaIN's vgg_normalised.pth: {key} should have shape {tuple(value.shape)} and has {found}"
+                f"{name} is not AdaIN's vgg_normalised.pth: {key} must have shape {tuple(value.shape)} and has {found}"
             )
     features.load_state_dict({key: state[key] for key in wanted})
     return BlockStatisticsEnergy(features, blocks)
@@ -80,7 +82,8 @@ def vgg(weights: str | os.PathLike | Mapping[str, torch.Tensor], blocks: int = 1
 
 def _vgg_layers(level):
     """The layers of `vgg_normalised.pth` up to relu{level}_1, numbered as there."""
-    layers, channels = [nn.Conv2d(3, 3, 1)], 3
+    layers: list[nn.Module] = [nn.Conv2d(3, 3, 1)]
+    channels = 3
     for i, widths in enumerate(VGG_WIDTHS[:level]):
         if i:
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
@@ -165,7 +168,7 @@ class DomainSpecificEnergy:
 
     def __init__(self, encoder: nn.Module, timestep: Callable[[float], float] | None = None) -> None:
         self.timestep = timestep
-        self.encoder = encoder.eval().requires_grad_(False)
+        self.encoder: Any = encoder.eval().requires_grad_(False)
 
     def prepare(self, ref: torch.Tensor, noise: torch.Tensor | None = None) -> None:
         self.ref, self.noise = ref, noise
@@ -250,7 +253,9 @@ class ClassifierEnergy:
     def energy_and_grad(self, x: torch.Tensor, t: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            energy = F.cross_entropy(self.model(x, own_timesteps(self.timestep, t, alpha_bar)).float(), self.labels, reduction="none")
+            energy = F.cross_entropy(
+                self.model(x, own_timesteps(self.timestep, t, alpha_bar)).float(), self.labels, reduction="none"
+            )
             (grad,) = torch.autograd.grad(energy.sum(), x)
         return energy.detach(), grad
 
@@ -292,7 +297,9 @@ class DCT:
 class DSE:
     """Options of `dse`."""
 
-    encoder: str | None = option(None, "checkpoint of the domain-specific extractor, for dse", file=True, metavar="FILE")
+    encoder: str | None = option(
+        None, "checkpoint of the domain-specific extractor, for dse", file=True, metavar="FILE"
+    )
 
     def create(self, target: Any) -> Energy:
         """The energy, its extractor loaded; target: see `load_encoder`."""
@@ -316,8 +323,12 @@ class LowPass:
 class Classifier:
     """Options of `classifier`."""
 
-    classifier: str | None = option(None, "checkpoint of the noisy-image classifier, for classifier", file=True, metavar="FILE")
-    target_class: int | str | None = option(None, "class to move to, for classifier: a number or a name", metavar="CLASS")
+    classifier: str | None = option(
+        None, "checkpoint of the noisy-image classifier, for classifier", file=True, metavar="FILE"
+    )
+    target_class: int | str | None = option(
+        None, "class to move to, for classifier: a number or a name", metavar="CLASS"
+    )
 
     def create(self, target: Any) -> Energy:
         """The energy, its classifier loaded; target: see `load_encoder`."""

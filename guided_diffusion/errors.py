@@ -1,6 +1,7 @@
 """The one exception for bad input. It speaks of Python parameters; `cli.main` alone turns them into flags."""
 
 import re
+from collections.abc import Callable
 
 LONGEST = 200  # characters of a value or of another program's message that an error line shows
 
@@ -9,8 +10,8 @@ class InputError(ValueError):
     """A parameter, file or environment that cannot be used.
 
     The message is one line: the parameter, its value, and what would fit. `parameter` is the name in Python, or None
-    where a file or the surroundings are at fault; `reason` is then a whole sentence. Names of parameters within a reason
-    stand in backticks, so that a command line can spell them as flags.
+    where a file or the surroundings are at fault; `reason` is then a whole sentence. Names of parameters in it stand in
+    backticks, so that a command line can spell them as flags.
     """
 
     def __init__(self, reason: str, *, parameter: str | None = None, value: object = None) -> None:
@@ -20,7 +21,7 @@ class InputError(ValueError):
     def __str__(self) -> str:
         return self.text()
 
-    def text(self, spell=str) -> str:
+    def text(self, spell: Callable[[str], str] = str) -> str:
         """The message, with `spell(name)` in place of each parameter's name."""
         reason = one_line(re.sub(r"`(\w+)`", lambda match: spell(match[1]), self.reason), longest=4000)
         if self.parameter is None:
@@ -44,7 +45,9 @@ def display_name(name: str) -> str:
 def one_line(text: object, longest: int = LONGEST) -> str:
     """A text on one line: white space folded, other control characters escaped, cut to a length."""
     folded = " ".join(str(text).split())
-    folded = "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in folded)
+    folded = "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in folded
+    )
     return folded if len(folded) <= longest else f"{folded[: longest - 1]}…"
 
 
@@ -52,6 +55,3 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type where it has none."""
     lines = str(error).strip().splitlines()
     return one_line(lines[0]) if lines else type(error).__name__
-
-
-UserError = InputError

@@ -7,6 +7,7 @@ are tensors [N, C, H, W] in [-1, 1]; t is a tensor [N] of step indices of *this*
 import enum
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,9 @@ def _laplace(u: float) -> float:
     return math.sqrt(snr / (1 + snr))
 
 
-def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
+def betas_for_alpha_bar(
+    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
+) -> np.ndarray:
     """Betas whose products of (1 - beta) follow the function `alpha_bar` of time in [0, 1]."""
     n = num_diffusion_timesteps
     return np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), max_beta) for i in range(n)])
@@ -113,7 +116,15 @@ class GaussianDiffusion:
     `posterior_variance`, `posterior_mean_coef1`, … keep guided-diffusion's names.
     """
 
-    def __init__(self, *, betas, model_mean_type, model_var_type, loss_type=LossType.MSE, rescale_timesteps=False):
+    def __init__(
+        self,
+        *,
+        betas: Any,
+        model_mean_type: ModelMeanType,
+        model_var_type: ModelVarType,
+        loss_type: LossType = LossType.MSE,
+        rescale_timesteps: bool = False,
+    ) -> None:
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
         self.loss_type = loss_type
@@ -190,7 +201,7 @@ class GaussianDiffusion:
         model: Model,
         x: torch.Tensor,
         t: torch.Tensor,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         model_kwargs: dict | None = None,
     ) -> Step:
@@ -207,7 +218,7 @@ class GaussianDiffusion:
         model_output: torch.Tensor,
         x: torch.Tensor,
         t: torch.Tensor,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
     ) -> Step:
         """`p_mean_variance` for an output that the model already gave."""
@@ -309,7 +320,7 @@ class GaussianDiffusion:
         model: Model,
         x: torch.Tensor,
         t: torch.Tensor,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         cond_fn: Callable | None = None,
         model_kwargs: dict | None = None,
@@ -336,7 +347,7 @@ class GaussianDiffusion:
         model: Model,
         x: torch.Tensor,
         t: torch.Tensor,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         cond_fn: Callable | None = None,
         model_kwargs: dict | None = None,
@@ -373,7 +384,7 @@ class GaussianDiffusion:
         model: Model,
         x: torch.Tensor,
         t: torch.Tensor,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         model_kwargs: dict | None = None,
         eta: float = 0.0,
@@ -397,7 +408,7 @@ class GaussianDiffusion:
         model: Model,
         shape: Sequence[int],
         noise: torch.Tensor | None = None,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         cond_fn: Callable | None = None,
         model_kwargs: dict | None = None,
@@ -415,7 +426,7 @@ class GaussianDiffusion:
         model: Model,
         shape: Sequence[int],
         noise: torch.Tensor | None = None,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         cond_fn: Callable | None = None,
         model_kwargs: dict | None = None,
@@ -435,7 +446,7 @@ class GaussianDiffusion:
         model: Model,
         shape: Sequence[int],
         noise: torch.Tensor | None = None,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         cond_fn: Callable | None = None,
         model_kwargs: dict | None = None,
@@ -454,7 +465,7 @@ class GaussianDiffusion:
         model: Model,
         shape: Sequence[int],
         noise: torch.Tensor | None = None,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         cond_fn: Callable | None = None,
         model_kwargs: dict | None = None,
@@ -546,7 +557,7 @@ class GaussianDiffusion:
         self,
         model: Model,
         x_start: torch.Tensor,
-        clip_denoised: bool = True,
+        clip_denoised: bool | float = True,
         model_kwargs: dict | None = None,
         *,
         noise: Callable[[torch.Size], torch.Tensor] | None = None,
@@ -575,7 +586,7 @@ class GaussianDiffusion:
 
     # ---- guided-diffusion's names for parts of the above, which published code calls ----
 
-    def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
+    def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised: bool | float = True, model_kwargs=None):
         """The bound's terms `output` [N] in bits per dimension and the prediction `pred_xstart`."""
         out = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
         return {"output": self._bound(out, x_start, x_t, t), "pred_xstart": out["pred_xstart"]}
@@ -607,7 +618,5 @@ def _extract_into_tensor(arr, timesteps, broadcast_shape):
 
 
 def _last(iterator):
-    item = None
-    for item in iterator:  # noqa: B007 - the last one is wanted
-        pass
+    *_, item = iterator
     return item

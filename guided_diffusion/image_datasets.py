@@ -718,7 +718,7 @@ def load_data(
 def _batches(paths, labels, batch_size, image_size, deterministic, random_crop, random_flip):
     def read(batch):
         arrays = [_augmented(paths[i], image_size, random_crop, random_flip, generator) for i, generator in batch]
-        images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+        images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
         return images, {} if labels is None else {"y": torch.tensor([labels[i] for i, _ in batch])}
 
     samples = []  # (index, generator) of what is left of a pass
@@ -778,12 +778,25 @@ def _list_image_files_recursively(data_dir: str) -> list[str]:
 # ---- tensors --------------------------------------------------------------------------------------------------------
 
 
+def class_names(references: Sequence[Reference]) -> list[str]:
+    """The class of each image: the first folder of its relative path where all images lie in folders, otherwise what
+    comes before the first underscore of its name."""
+    if all("/" in reference.name for reference in references):
+        return [reference.name.split("/")[0] for reference in references]
+    return [posixpath.basename(reference.name).split("_")[0] for reference in references]
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """Grey levels 0 to 255 as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
 def to_tensor(images: np.ndarray | Sequence[np.ndarray]) -> torch.Tensor:
     """uint8 images [N, H, W, 3] (an array, or a list of [H, W, 3]) to float32 [N, 3, H, W] in [-1, 1]."""
     array = np.array(images)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
         raise ValueError(f"expected uint8 [N, H, W, 3], got {array.dtype} {list(array.shape)}")
-    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+    return normalise(torch.from_numpy(array).permute(0, 3, 1, 2).contiguous())
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:

@@ -11,6 +11,7 @@ import contextlib
 import csv
 import datetime
 import functools
+import io
 import json
 import os
 import socket
@@ -24,6 +25,7 @@ from typing import Any, TextIO
 
 from .errors import InputError
 from .options import fitting
+from .run.files import write_text
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
@@ -108,9 +110,9 @@ class CSVOutputFormat(KVWriter):
         if new:
             rows = list(self._rows())[1:]
             self.keys += new
-            with _open(f"{self.filename}.tmp", "w") as file:
-                csv.writer(file, lineterminator="\n").writerows([self.keys, *(row + [""] * len(new) for row in rows)])
-            os.replace(f"{self.filename}.tmp", self.filename)
+            table = io.StringIO()
+            csv.writer(table, lineterminator="\n").writerows([self.keys, *(row + [""] * len(new) for row in rows)])
+            write_text(self.filename, table.getvalue())
         with _open(self.filename, "a") as file:
             row = ["" if kvs.get(key) is None else _plain(kvs[key]) for key in self.keys]
             csv.writer(file, lineterminator="\n").writerow(row)
@@ -128,7 +130,7 @@ class TensorBoardOutputFormat(KVWriter):
     def __init__(self, dir: str) -> None:
         os.makedirs(dir, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self.file = open(os.path.join(dir, name), "ab")  # noqa: SIM115 - closed by `close`
+        self.file = open(os.path.join(dir, name), "ab")  # noqa: SIM115 - until `close`
         self.step = 1
         self._write(_field(3, b"brain.Event:2"))
 

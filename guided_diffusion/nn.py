@@ -1,6 +1,7 @@
 """Building blocks that both networks share."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation computed in float32 whatever the type of its input, which it gives back."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype == torch.float32:
             return super().forward(x)
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
@@ -68,7 +69,7 @@ def _normalizes_halves(norm, x):
     return norm.num_channels >= 4 * norm.num_groups and x.shape[2] * x.shape[3] >= 1024
 
 
-def zero_module(module):
+def zero_module(module: nn.Module) -> nn.Module:
     """Set all parameters of a module to zero and return it: a residual branch that starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -97,13 +98,15 @@ def timestep_embedding(
     return F.pad(embedding, (0, dim % 2))
 
 
-def mean_flat(x):
+def mean_flat(x: torch.Tensor) -> torch.Tensor:
     """Mean over all dimensions but the first: [N, ...] -> [N]."""
     return x.flatten(1).mean(dim=1)
 
 
 @torch.no_grad()
-def update_ema(target_params, source_params, rate=0.99):
+def update_ema(
+    target_params: Iterable[torch.Tensor], source_params: Iterable[torch.Tensor], rate: float = 0.99
+) -> None:
     """Move an exponential moving average one step: target <- rate * target + (1 - rate) * source."""
     for target, source in zip(target_params, source_params):
         target.lerp_(source.to(target.dtype), 1 - rate)

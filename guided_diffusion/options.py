@@ -18,7 +18,7 @@ from .errors import InputError
 
 def option(
     default: Any,
-    help: str,  # noqa: A002 - argparse's word
+    help: str,
     *,
     choices: Any = None,
     least: float | None = None,
@@ -34,9 +34,16 @@ def option(
     must exceed. file: the value is the path of a file whose content determines the outputs. runtime: the value says how
     to run, not what to make, so it may change between a run and its restart. metavar: the word for the value in help.
     """
-    metadata = dict(
-        help=help, choices=choices, least=least, most=most, above=above, file=file, runtime=runtime, metavar=metavar
-    )
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "least": least,
+        "most": most,
+        "above": above,
+        "file": file,
+        "runtime": runtime,
+        "metavar": metavar,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -52,20 +59,23 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
     if value is None:
         if type(None) in kinds:
             return
-        raise InputError(f"give {meta.get('help', 'a value')}", parameter=field.name)
+        raise InputError(f"it is needed: {meta.get('help', 'a value')}", parameter=field.name)
     wrong: dict[str, Any] = {"parameter": field.name, "value": value}
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if choices := meta.get("choices"):
         if value not in choices:
             raise InputError(fitting(value, list(choices)), **wrong)
-    elif not (isinstance(value, kinds) and (number or not isinstance(value, bool) or bool in kinds) or number and float in kinds):
+    elif not (
+        (isinstance(value, kinds) and (number or not isinstance(value, bool) or bool in kinds))
+        or (number and float in kinds)
+    ):
         raise InputError(f"it must be {type_words(kinds)}", **wrong)
     if number:
         if not math.isfinite(value):
             raise InputError("it must be a finite number", **wrong)
         least, most, above = meta.get("least"), meta.get("most"), meta.get("above")
-        low = least is not None and value < least or above is not None and value <= above
-        if low or most is not None and value > most:
+        low = (least is not None and value < least) or (above is not None and value <= above)
+        if low or (most is not None and value > most):
             raise InputError(f"it must be {bound_words(least, most, above)}", **wrong)
 
 

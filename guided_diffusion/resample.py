@@ -69,7 +69,7 @@ class ScheduleSampler(ABC):
         """What a checkpoint keeps."""
         return {}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:  # noqa: B027 - most samplers have no state
         """Take over what `state_dict` gave; an empty dict leaves the sampler as it is."""
 
 

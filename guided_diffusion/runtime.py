@@ -44,7 +44,7 @@ def pick_device(name: str | torch.device = "auto", local_rank: int = 0) -> torch
 
 
 def pick_precision(name: str | None, device: torch.device) -> str:
-    """`fp32`, `bf16` or `fp16`: what `name` means on a device; `auto` is the fastest that the device computes in natively."""
+    """`fp32`, `bf16` or `fp16`: what `name` means on a device; `auto` is the fastest that it computes in."""
     if name not in (None, *PRECISIONS):
         raise InputError(fitting(name, list(PRECISIONS)), parameter="precision", value=name)
     if name == "auto":

@@ -29,16 +29,16 @@ CHANNEL_MULT = {
 
 def diffusion_defaults() -> dict[str, Any]:
     """Flags of the diffusion process."""
-    return dict(
-        learn_sigma=False,
-        diffusion_steps=1000,
-        noise_schedule="linear",
-        timestep_respacing="",
-        use_kl=False,
-        predict_xstart=False,
-        rescale_timesteps=False,
-        rescale_learned_sigmas=False,
-    )
+    return {
+        "learn_sigma": False,
+        "diffusion_steps": 1000,
+        "noise_schedule": "linear",
+        "timestep_respacing": "",
+        "use_kl": False,
+        "predict_xstart": False,
+        "rescale_timesteps": False,
+        "rescale_learned_sigmas": False,
+    }
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
@@ -79,16 +79,16 @@ def extension_defaults() -> dict[str, Any]:
 
 def classifier_defaults() -> dict[str, Any]:
     """Flags of the noisy-image classifier and, with EGSDE's values, of the domain-specific extractor."""
-    return dict(
-        image_size=64,
-        classifier_use_fp16=False,
-        classifier_width=128,
-        classifier_depth=2,
-        classifier_attention_resolutions="32,16,8",
-        classifier_use_scale_shift_norm=True,
-        classifier_resblock_updown=True,
-        classifier_pool="attention",
-    )
+    return {
+        "image_size": 64,
+        "classifier_use_fp16": False,
+        "classifier_width": 128,
+        "classifier_depth": 2,
+        "classifier_attention_resolutions": "32,16,8",
+        "classifier_use_scale_shift_norm": True,
+        "classifier_resblock_updown": True,
+        "classifier_pool": "attention",
+    }
 
 
 def classifier_and_diffusion_defaults() -> dict[str, Any]:
@@ -196,30 +196,30 @@ def attention_factors(attention_resolutions: str, image_size: int) -> tuple[int,
 
 
 def create_model(
-    image_size,
-    num_channels,
-    num_res_blocks,
-    channel_mult="",
-    learn_sigma=False,
-    class_cond=False,
-    use_checkpoint=False,
-    attention_resolutions="16",
-    num_heads=1,
-    num_head_channels=-1,
-    num_heads_upsample=-1,
-    use_scale_shift_norm=False,
-    dropout=0,
-    resblock_updown=False,
-    use_fp16=False,
-    use_new_attention_order=False,
-    num_classes=NUM_CLASSES,
-    norm_groups=32,
-    norm_eps=1e-5,
-    sines_first=False,
-    pad_end=False,
-    middle_norm=True,
-    super_res=False,
-):
+    image_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    channel_mult: str = "",
+    learn_sigma: bool = False,
+    class_cond: bool = False,
+    use_checkpoint: bool = False,
+    attention_resolutions: str = "16",
+    num_heads: int = 1,
+    num_head_channels: int = -1,
+    num_heads_upsample: int = -1,
+    use_scale_shift_norm: bool = False,
+    dropout: float = 0,
+    resblock_updown: bool = False,
+    use_fp16: bool = False,
+    use_new_attention_order: bool = False,
+    num_classes: int = NUM_CLASSES,
+    norm_groups: int = 32,
+    norm_eps: float = 1e-5,
+    sines_first: bool = False,
+    pad_end: bool = False,
+    middle_norm: bool = True,
+    super_res: bool = False,
+) -> Any:
     """The ADM UNet that the flags describe, for 3-channel images; num_classes counts only with class_cond.
 
     super_res: the `SuperResModel` that makes images of image_size of smaller ones.
@@ -255,19 +255,19 @@ def create_model(
 
 
 def create_classifier(
-    image_size,
-    classifier_use_fp16=False,
-    classifier_width=128,
-    classifier_depth=2,
-    classifier_attention_resolutions="32,16,8",
-    classifier_use_scale_shift_norm=True,
-    classifier_resblock_updown=True,
-    classifier_pool="attention",
-    channel_mult="",
-    num_class=NUM_CLASSES,
-    num_head_channels=64,
-    head="out",
-):
+    image_size: int,
+    classifier_use_fp16: bool = False,
+    classifier_width: int = 128,
+    classifier_depth: int = 2,
+    classifier_attention_resolutions: str = "32,16,8",
+    classifier_use_scale_shift_norm: bool = True,
+    classifier_resblock_updown: bool = True,
+    classifier_pool: str = "attention",
+    channel_mult: str = "",
+    num_class: int = NUM_CLASSES,
+    num_head_channels: int = 64,
+    head: str = "out",
+) -> Any:
     """The noisy-image classifier; with num_class=2 and head="I2Iout" EGSDE's domain-specific extractor."""
     from .unet import EncoderUNetModel
 
@@ -383,17 +383,17 @@ def sr_create_model(
 
 def create_gaussian_diffusion(
     *,
-    steps=1000,
-    learn_sigma=False,
-    sigma_small=False,
-    noise_schedule="linear",
-    use_kl=False,
-    predict_xstart=False,
-    rescale_timesteps=False,
-    rescale_learned_sigmas=False,
-    timestep_respacing="",
-    predict_v=False,
-):
+    steps: int = 1000,
+    learn_sigma: bool = False,
+    sigma_small: bool = False,
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False,
+    timestep_respacing: Any = "",
+    predict_v: bool = False,
+) -> SpacedDiffusion:
     """The diffusion process that the flags describe.
 
     Without learned variance, sigma_small=False chooses the larger one, beta (guided-diffusion's default), True

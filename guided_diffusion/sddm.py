@@ -1,8 +1,8 @@
 """SDDM: guided sampling on the manifolds of the reference's block statistics (Sun et al. 2023, algorithm 1).
 
-Steps count down from T'-1 to 0. Above range_t, a step splits the score at the manifold M_i, merges its tangent part with
-the energies' descent directions into one that harms none of them, and moves to M_{i-1}. At and below range_t, it is the
-plain step of the chosen solver.
+Steps count down from T'-1 to 0. Above range_t, a step splits the score at the manifold M_i, merges its tangent part
+with the energies' descent directions into one that harms none of them, and moves to M_{i-1}. At and below range_t, it
+is the plain step of the chosen solver.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -71,8 +71,8 @@ class Guide:
     def parts(self, x: torch.Tensor, i: int, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """The move d along the manifold, the rest of the step (the score's normal part and the drift), and a record.
 
-        mean [N, C, H, W]: of the posterior. The record has tensors `tangent` and `normal`, the score's parts, `move`, and
-        `weights` [N, C, K] or [N, C, B, B, K] of the score and the energies.
+        mean [N, C, H, W]: of the posterior. The record has tensors `tangent` and `normal`, the score's parts, `move`,
+        and `weights` [N, C, K] or [N, C, B, B, K] of the score and the energies.
         """
         stretch = float(self.diffusion.alphas[i]) ** -0.5
         tangent, normal = self.manifold.decompose(x, mean - stretch * x, self.alpha_bars[i])
@@ -172,14 +172,14 @@ def sample(
         blocks: the image plane is cut into blocks x blocks.
         range_t: T0, guidance ends there: a step of the respaced schedule, or a share of it below 1.
         energies: see `energy`.
-        variant: `manifold`, the method as described by its authors, or `released`, the arithmetic of the public release.
+        variant: `manifold`, the method as its authors describe it, or `released`, the arithmetic of the public release.
         detail_merge: merge directions per block instead of per channel.
         moo: `min_norm`, or `linear`, which adds the directions up (the paper's ablation).
         manifold: `badain`, block statistics, or `low_pass`, the reference's low frequencies (the paper's ablation).
         down_n: the low-pass manifold keeps what shrinking by down_n keeps.
         clip_denoised: clip the prediction of x_0 to [-1, 1].
-        sampler: a solver's name: `ancestral` as in the paper; `ddim`, or `dpmpp_2m` for the plain steps and ddim for the
-            guided ones, which need fewer steps. Their posterior takes the place of the ancestral one.
+        sampler: a solver's name: `ancestral` as in the paper; `ddim`, or `dpmpp_2m` for the plain steps and ddim for
+            the guided ones, which need fewer steps. Their posterior takes the place of the ancestral one.
         eta: DDIM's share of noise.
         start: late start: begin at step start - 1 from the reference noised to it, instead of at T'-1 from noise.
         noise: noise(shape), every random draw in order: x_T (or the noise of a late start) first, then one per step.
@@ -253,13 +253,23 @@ def merge(directions: list[torch.Tensor], blocks: int | None, solver: str) -> tu
 class SDDM:
     """SDDM's options: guided above step T0, the plain diffusion model below it."""
 
-    range_t: int | float = option(0, "T0: guidance ends at this step of the respaced schedule, or share of it as 0.3", least=0)
+    range_t: int | float = option(
+        0, "T0: guidance ends at this step of the respaced schedule, or share of it as 0.3", least=0
+    )
     blocks: int = option(16, "cut the image into so many blocks a side", least=1)
-    variant: str = option("manifold", "the method as described, or the arithmetic of the public release", choices=VARIANTS)
-    start: int | float | None = option(None, "late start: from the reference noised to this step, or share of the schedule")
+    variant: str = option(
+        "manifold", "the method as described, or the arithmetic of the public release", choices=VARIANTS
+    )
+    start: int | float | None = option(
+        None, "late start: from the reference noised to this step, or share of the schedule"
+    )
     detail_merge: bool = option(False, "merge directions per block instead of per channel")
-    moo: str = option("min_norm", "ablation: merge directions by their minimum-norm point, or add them up", choices=MERGES)
-    manifold: str = option("badain", "images with the reference's block statistics, or low frequencies", choices=MANIFOLDS)
+    moo: str = option(
+        "min_norm", "ablation: merge directions by their minimum-norm point, or add them up", choices=MERGES
+    )
+    manifold: str = option(
+        "badain", "images with the reference's block statistics, or low frequencies", choices=MANIFOLDS
+    )
     down_n: int = option(32, "low_pass, energy or manifold, keeps 1/N of the resolution", least=1)
     sampler: str = option("ancestral", "how steps are taken; ddim and dpmpp_2m need fewer", choices=SOLVERS)
     eta: float = option(0.0, "noise of ddim's steps, 0 for none, 1 for as much as ancestral", least=0, most=1)
@@ -277,7 +287,9 @@ class SDDM:
     def check_fit(self, image_size: int | None, steps: int | None) -> None:
         """Raise InputError where the options do not suit an image size and a number of steps; None: not known yet."""
         if image_size is not None:
-            MANIFOLDS.pick(self.manifold)(torch.zeros(1, 3, image_size, image_size), blocks=self.blocks, down_n=self.down_n)
+            MANIFOLDS.pick(self.manifold)(
+                torch.zeros(1, 3, image_size, image_size), blocks=self.blocks, down_n=self.down_n
+            )
         if steps is not None:
             resolve_step(self.range_t, steps, "range_t")
             self.steps(steps)

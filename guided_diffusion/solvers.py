@@ -22,7 +22,6 @@ SOLVERS = Registry("sampler")
 """How a step is taken, by name: a class of (diffusion, eta) like `Ancestral`."""
 
 
-
 @SOLVERS.add("ancestral")
 class Ancestral:
     """Samples of the model's own p(x_{i-1} | x_i) (Ho et al. 2020)."""
@@ -35,9 +34,7 @@ class Ancestral:
     def posterior(self, out: dict[str, Any], x: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
         return out
 
-    def step(
-        self, out: dict[str, Any], x: torch.Tensor, i: int, t: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
+    def step(self, out: dict[str, Any], x: torch.Tensor, i: int, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return self.diffusion.add_noise(out, t, noise)
 
 
@@ -70,9 +67,7 @@ class DPMSolverPP2M(DDIM):
         super().__init__(diffusion, eta)
         self.last: tuple[torch.Tensor, float] | None = None  # prediction and h of the step before
 
-    def step(
-        self, out: dict[str, Any], x: torch.Tensor, i: int, t: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
+    def step(self, out: dict[str, Any], x: torch.Tensor, i: int, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         alpha_bar = float(self.diffusion.alphas_cumprod[i])
         alpha_bar_prev = float(self.diffusion.alphas_cumprod_prev[i])
         prediction = out["pred_xstart"]
@@ -165,7 +160,7 @@ def check_references(ref: torch.Tensor) -> None:
         raise InputError("it has no image", parameter="ref", value=f"a tensor {list(ref.shape)}")
     low, high = (float(end) for end in ref.aminmax())
     if not (low >= -1.001 and high <= 1.001):
-        reason = "it must lie in [-1, 1]: for 8-bit pixels, ref / 127.5 - 1"
+        reason = "it must lie in [-1, 1]: for 8-bit pixels, image_datasets.to_tensor"
         raise InputError(reason, parameter="ref", value=f"a tensor with values from {low:g} to {high:g}")
 
 

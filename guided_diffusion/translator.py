@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import baselines  # noqa: F401 - registers its methods
 from .checkpoint import ModelInfo, load_model
 from .checkpoint.reconcile import ModelFlags
 from .energy import ENERGIES, Energy, class_number
@@ -42,10 +41,14 @@ PARAMETERS = {"blocks": "area", "timestep_respacing": "steps", "model_path": "mo
 class TargetOptions:
     """The target domain's diffusion model, and how it computes."""
 
-    model_path: str = option(None, "the target domain's diffusion model: a file, a diffusers folder or a Hub id", file=True, metavar="PATH")
+    model_path: str = option(
+        None, "the target domain's diffusion model: a file, a diffusers folder or a Hub id", file=True, metavar="PATH"
+    )
     class_index: int | str | None = option(None, "class to make, for a class-conditional model", metavar="CLASS")
     precision: str | None = option(
-        None, "arithmetic of the network; auto: bf16 where the device computes in it, else fp32 (default fp32)", choices=PRECISIONS
+        None,
+        "arithmetic of the network; auto: bf16 where the device computes in it, else fp32 (default fp32)",
+        choices=PRECISIONS,
     )
     compile: bool = option(False, "compile the network first, which pays over many batches on a GPU", runtime=True)
     sigma_small: bool | None = option(
@@ -62,8 +65,8 @@ class TargetOptions:
 class Target:
     """A diffusion model that is ready to sample.
 
-    model: model(x, t) with its class, if any; diffusion: the respaced process. sigma_small, clip_denoised: as given, else
-    as the model's scheduler file says, else True.
+    model: model(x, t) with its class, if any; diffusion: the respaced process. sigma_small, clip_denoised: as given,
+    else as the model's scheduler file says, else True.
     """
 
     model: Callable[..., torch.Tensor]
@@ -90,7 +93,7 @@ def check_flags(options: TargetOptions, flags: ModelFlags) -> int | None:
 
 def _precision(options: TargetOptions, flags: ModelFlags) -> str | None:
     if options.precision and flags.use_fp16 and options.precision != "fp16":
-        raise InputError(f"`use_fp16` True contradicts it", parameter="precision", value=options.precision)
+        raise InputError("`use_fp16` True contradicts it", parameter="precision", value=options.precision)
     return options.precision or ("fp16" if flags.use_fp16 else None)
 
 
@@ -139,7 +142,7 @@ def _with_class(model: Callable, info: ModelInfo, given: int | str | None) -> Ca
 def energy_names(given: str | Sequence[str] | None, weights: str | None = None) -> list[str]:
     """The energies that are asked for: a comma-separated text or a list, "none" for none.
 
-    None chooses vgg where the file `weights` exists, else dct. Raises InputError for a name that is none, or stands twice.
+    None chooses vgg where the file `weights` exists, else dct. Raises InputError for an unknown or repeated name.
     """
     if given is None:
         if weights and os.path.exists(weights):
@@ -175,7 +178,7 @@ class Translator:
         energy: names of energies (SDDM), None for the default.
         device, precision, compile: how the network computes; see `runtime`.
         resize, background: how pictures become square, and the colour behind transparent pixels.
-        options: fields of the method's and the energies' options and the model's flags by name; `area` is SDDM's `blocks`.
+        options: fields of the method's and the energies' options and of `ModelFlags`; `area` is SDDM's `blocks`.
 
     Raises:
         InputError: what a command refuses, in the same words.
@@ -190,7 +193,7 @@ class Translator:
         energy: str | Sequence[str] | None = None,
         device: str | torch.device = "auto",
         precision: str | None = None,
-        compile: bool = False,  # noqa: A002 - the option's name
+        compile: bool = False,
         resize: str = "crop",
         background: str = "white",
         **options: Any,
@@ -228,9 +231,9 @@ class Translator:
     def __call__(self, pictures: Any, *, seed: int = 0, name: str | None = None) -> Any:
         """Translate a picture or a list of them.
 
-        pictures: paths, PIL images, arrays uint8 [H, W, 3], or tensors [3, H, W] in [-1, 1], one or a list. seed and the name
-        determine the noise; name: of a single picture, by default that of its file: a command's relative path gives the
-        command's very pixels. Returns a PIL image, or a list of them for a list.
+        pictures: paths, PIL images, arrays uint8 [H, W, 3], or tensors [3, H, W] in [-1, 1], one or a list. seed and
+        name determine the noise; name: of a single picture, by default that of its file: a command's relative path
+        gives the command's very pixels. Returns a PIL image, or a list of them for a list.
         """
         many = isinstance(pictures, (list, tuple))
         *_, last = self._states(list(pictures) if many else [pictures], seed, name)
@@ -240,8 +243,8 @@ class Translator:
     def steps(self, picture: Any, *, seed: int = 0, name: str | None = None) -> Iterator[dict[str, Any]]:
         """Translate one picture step by step; closing the generator stops.
 
-        Yields a dict after each step: the index `i`, the tensors `x` and `pred_xstart` [1, 3, H, W], `guided`, and `preview`,
-        the predicted x_0 as a PIL image.
+        Yields a dict after each step: the index `i`, the tensors `x` and `pred_xstart` [1, 3, H, W], `guided`, and
+        `preview`, the predicted x_0 as a PIL image.
         """
         for state in self._states([picture], seed, name):
             preview = Image.fromarray(to_uint8(state["pred_xstart"].nan_to_num())[0])
@@ -258,12 +261,16 @@ class Translator:
             yield from self.sampler.steps(self.target.model, self.target.diffusion, ref, noise=noise)  # type: ignore
 
     def read(self, picture: Any) -> torch.Tensor:
-        """A picture as the model gets it: float32 [1, 3, H, W] in [-1, 1]. Raises InputError or `image_datasets.ImageError`."""
+        """A picture as the model gets it: float32 [1, 3, H, W] in [-1, 1]. Raises InputError or ImageError."""
         size, options = self.target.image_size, {"resize": self.resize, "background": self.background}
         if isinstance(picture, (str, os.PathLike)):
             return to_tensor([load_image(os.fspath(picture), size, **options)])
         if isinstance(picture, torch.Tensor):
-            if tuple(picture.shape[-3:]) != (3, size, size) or picture.ndim > 4 or picture.ndim == 4 and len(picture) > 1:
+            if (
+                tuple(picture.shape[-3:]) != (3, size, size)
+                or picture.ndim > 4
+                or (picture.ndim == 4 and len(picture) > 1)
+            ):
                 reason = f"a tensor [3, {size}, {size}] in [-1, 1] is needed"
                 raise InputError(reason, parameter="picture", value=f"a tensor {list(picture.shape)}")
             return picture.detach().float().reshape(1, 3, size, size)
@@ -273,7 +280,9 @@ class Translator:
                 raise InputError("an array uint8 [H, W, 3] is needed", parameter="picture", value=what)
             picture = Image.fromarray(picture)
         if not isinstance(picture, Image.Image):
-            raise InputError("a path, PIL image, array or tensor is needed", parameter="picture", value=type(picture).__name__)
+            raise InputError(
+                "a path, PIL image, array or tensor is needed", parameter="picture", value=type(picture).__name__
+            )
         return to_tensor([load_picture(picture, size, **options)])
 
 

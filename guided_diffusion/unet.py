@@ -5,7 +5,7 @@ Parameter names and shapes are those of the published checkpoints; the encoder s
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,16 +53,16 @@ class ResBlock(nn.Module):
 
     def __init__(
         self,
-        channels,
-        emb_channels,
-        dropout,
-        out_channels=None,
-        use_scale_shift_norm=False,
-        use_checkpoint=False,
-        up=False,
-        down=False,
-        norm=normalization,
-    ):
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int | None = None,
+        use_scale_shift_norm: bool = False,
+        use_checkpoint: bool = False,
+        up: bool = False,
+        down: bool = False,
+        norm: Any = normalization,
+    ) -> None:
         super().__init__()
         out_channels = out_channels or channels
         self.use_scale_shift_norm = use_scale_shift_norm
@@ -139,8 +139,14 @@ class AttentionBlock(nn.Module):
     """Self-attention over all pixels, residual."""
 
     def __init__(
-        self, channels, num_heads, num_head_channels, use_checkpoint, use_new_attention_order, norm=normalization
-    ):
+        self,
+        channels: int,
+        num_heads: int,
+        num_head_channels: int,
+        use_checkpoint: bool,
+        use_new_attention_order: bool,
+        norm: Any = normalization,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
         if channels % self.num_heads:
@@ -193,26 +199,26 @@ class _UNetEncoder(nn.Module):
 
     def __init__(
         self,
-        image_size,
-        in_channels,
-        model_channels,
-        num_res_blocks,
-        attention_resolutions,
-        dropout,
-        channel_mult,
-        conv_resample,
-        use_checkpoint,
-        num_heads,
-        num_head_channels,
-        use_scale_shift_norm,
-        resblock_updown,
-        use_new_attention_order,
-        norm_groups=32,
-        norm_eps=1e-5,
-        sines_first=False,
-        pad_end=False,
-        middle_norm=True,
-    ):
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float,
+        channel_mult: Sequence[float],
+        conv_resample: bool,
+        use_checkpoint: bool,
+        num_heads: int,
+        num_head_channels: int,
+        use_scale_shift_norm: bool,
+        resblock_updown: bool,
+        use_new_attention_order: bool,
+        norm_groups: int = 32,
+        norm_eps: float = 1e-5,
+        sines_first: bool = False,
+        pad_end: bool = False,
+        middle_norm: bool = True,
+    ) -> None:
         super().__init__()
         self.image_size = image_size
         self.in_channels = in_channels
@@ -318,30 +324,30 @@ class UNetModel(_UNetEncoder):
 
     def __init__(
         self,
-        image_size,
-        in_channels,
-        model_channels,
-        out_channels,
-        num_res_blocks,
-        attention_resolutions,
-        dropout=0.0,
-        channel_mult=(1, 2, 4, 8),
-        conv_resample=True,
-        num_classes=None,
-        use_checkpoint=False,
-        use_fp16=False,
-        num_heads=1,
-        num_head_channels=-1,
-        num_heads_upsample=-1,
-        use_scale_shift_norm=False,
-        resblock_updown=False,
-        use_new_attention_order=False,
-        norm_groups=32,
-        norm_eps=1e-5,
-        sines_first=False,
-        pad_end=False,
-        middle_norm=True,
-    ):
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        norm_groups: int = 32,
+        norm_eps: float = 1e-5,
+        sines_first: bool = False,
+        pad_end: bool = False,
+        middle_norm: bool = True,
+    ) -> None:
         super().__init__(
             image_size,
             in_channels,
@@ -391,7 +397,7 @@ class UNetModel(_UNetEncoder):
         if use_fp16:
             self.convert_to_fp16()
 
-    def forward(self, x, timesteps, y=None):
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         """x: [N, C, H, W]; timesteps: [N], original (unrespaced) units; y: class labels [N] iff class-conditional.
 
         Returns [N, out_channels, H, W] in x's dtype.
@@ -441,25 +447,25 @@ class EncoderUNetModel(_UNetEncoder):
 
     def __init__(
         self,
-        image_size,
-        in_channels,
-        model_channels,
-        out_channels,
-        num_res_blocks,
-        attention_resolutions,
-        dropout=0.0,
-        channel_mult=(1, 2, 4, 8),
-        conv_resample=True,
-        use_checkpoint=False,
-        use_fp16=False,
-        num_heads=1,
-        num_head_channels=-1,
-        use_scale_shift_norm=False,
-        resblock_updown=False,
-        use_new_attention_order=False,
-        pool="adaptive",
-        head="out",
-    ):
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        pool: str = "adaptive",
+        head: str = "out",
+    ) -> None:
         super().__init__(
             image_size,
             in_channels,

@@ -84,7 +84,7 @@ class Resizer(nn.Module):
     two axes, or a list for as many last axes as it has entries. output_shape: the resized shape, or its last entries.
     Of both, output_shape gives the lengths and scale_factor the positions. kernel: cubic (the default, also for None),
     lanczos2, lanczos3, box or linear. antialiasing: stretch the kernel when shrinking. Called on [..., H, W], it
-    returns [..., H', W'] in the same dtype. Raises ValueError for arguments that do not fit. Its matrices follow the tensors to
+    returns [..., H', W'] in the same dtype. Raises ValueError for what does not fit. Its matrices follow the tensors to
     their device.
     """
 
@@ -165,7 +165,7 @@ def _scales_and_sizes(
     return scales, sizes or [None if scale != 1 else length for scale, length in zip(scales, in_shape)]
 
 
-def low_pass_filter(size: tuple[int, int], down_n: int, kernel: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def low_pass_filter(size: Sequence[int], down_n: int, kernel: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """ILVR's filter phi for images of size (H, W): a function that shrinks by down_n and enlarges again.
 
     Raises ValueError unless down_n divides the size.

@@ -3,7 +3,7 @@
 000000.png, 000001.png, ... in --save_dir; an image depends on the flags, --seed and its number alone.
 
 example: python scripts/classifier_sample.py --model_path 256x256_diffusion.pt \\
-             --classifier_path 256x256_classifier.pt --classifier_scale 1.0 --num_samples 64 --timestep_respacing 250 --save_dir output
+             --classifier_path 256x256_classifier.pt --num_samples 64 --timestep_respacing 250 --save_dir output
 """
 
 import os

@@ -25,6 +25,7 @@ from guided_diffusion.run.job import Job, JobOptions
 from guided_diffusion.runtime import pick_device
 from guided_diffusion.translator import TargetOptions, bind_method, check_flags, load_target
 
+
 def translate(given: Given, peers: Peers) -> int:
     sampling.say_ignored(given)
     # What the flags alone tell to be wrong is said before anything is loaded.
@@ -44,12 +45,14 @@ def translate(given: Given, peers: Peers) -> int:
     settings = sampling.settings(given, target, [method, outputs], peers, **found)
     return sampling.execute(job, sampler, target, method.steps(steps), settings)
 
+
 def create_parser() -> Parser:
     parser = Parser(__doc__, usage="--model_path FILE --base_samples FOLDER [flags]")
     parser.add(EGSDE, title="method")
     sampling.add_common(parser)
 
     return parser
+
 
 if __name__ == "__main__":
     command.run(translate, create_parser())

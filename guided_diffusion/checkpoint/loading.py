@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, display_name, first_line, one_line
+from ..run.files import write_bytes
 from ..script_util import attention_factors, channel_multipliers, create_classifier, create_model
 from . import diffusers_format, hub
 from .architecture import UnknownArchitecture, detect, unwrap
@@ -178,22 +179,13 @@ def contiguous(model_or_state: torch.nn.Module | State, dtype: torch.dtype | Non
 
 def write_safetensors(path: str, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a .safetensors file that appears whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    partial = os.path.join(os.path.dirname(path), f".{os.path.basename(path)[:40]}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-        save_file(state, partial, metadata=metadata)
-        os.chmod(partial, mode)  # the library's file is for its owner alone
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        data = save(state, metadata=metadata)
     except Exception as error:  # the library's errors have types of their own
         raise InputError(f"{display_name(path)} cannot be written: {first_line(error)}") from None
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    write_bytes(path, data)
 
 
 def identify(

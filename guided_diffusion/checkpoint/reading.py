@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, display_name, first_line, one_line
+from ..run.files import read_json
 
 # Keys that hold the weights. EMA entries are tried first: they are the ones to sample with.
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net", "module")
@@ -84,17 +85,11 @@ def read_content(path: str | os.PathLike) -> Any:
 def read_json_object(path: str) -> dict[str, Any]:
     """The object in a JSON file. Raises InputError, naming the file, for what is none."""
     shown = display_name(path)
-    try:
-        if not os.path.isfile(path):
-            raise InputError(f"{shown} is missing or not a regular file")
-        if os.path.getsize(path) > LARGEST_JSON:
-            raise InputError(f"{shown} has {os.path.getsize(path)} bytes, too many for its kind")
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except InputError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{shown} cannot be read: {first_line(error)}") from None
+    if not os.path.isfile(path):
+        raise InputError(f"{shown} is missing or not a regular file")
+    if os.path.getsize(path) > LARGEST_JSON:
+        raise InputError(f"{shown} has {os.path.getsize(path)} bytes, too many for its kind")
+    content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{shown} cannot be read: it is not a JSON object")
     return content
@@ -189,7 +184,8 @@ def _read_safetensors(
             return load(data), json.loads(data[8 : 8 + length]).get("__metadata__") or {}
         with safe_open(source, framework="pt") as file:
             # The tensors are windows on the file, which may change.
-            return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            names = list(file.keys())
+            return {key: file.get_tensor(key).clone() for key in names}, file.metadata() or {}
     except Exception as error:  # the library's errors have types of their own
         raise InputError(f"{shown} is truncated or not a safetensors file: {first_line(error)}") from None
 

@@ -4,7 +4,6 @@ In rising order of weight: the defaults of `script_util`, the table of published
 tensors (metadata, train.json, a scheduler file), and flags that are given. What the tensors tell is never overruled.
 """
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -359,7 +358,7 @@ def _converted(value: Any, like: Any) -> Any:
             return str2bool(value if isinstance(value, bool) else str(value))
         converted = type(like)(value)
         return converted if isinstance(like, str) or converted == float(value) else None
-    except (ValueError, TypeError, OverflowError, argparse.ArgumentTypeError):
+    except Exception:  # str2bool raises argparse's type, numbers raise several
         return None
 
 

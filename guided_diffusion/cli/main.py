@@ -77,8 +77,8 @@ def run(function: Callable[["Given", Any], int | None], parser: "Parser", *, ran
             status = function(given, peers)
     except BaseException as error:
         status = explain(error, parser, me, peers)
-    if hasattr(peers, "leave"):
-        peers.leave()
+    if (leave := getattr(peers, "leave", None)) is not None:
+        leave()
     if status not in (None, DONE, FAILED) and me is not None:
         from ..dist_util import abort
 
@@ -156,9 +156,10 @@ def say(text: str, file: Any = None) -> None:
 def settle() -> None:
     """Flush what was printed. Where nobody can read it, the exit status alone tells what was done."""
     for stream in (sys.stdout, sys.stderr):
+        if stream is None:
+            continue
         try:
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         except (OSError, ValueError):
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -10,9 +10,9 @@ from .main import say
 class Progress:
     """Shows images, steps and time left, which is the time per step so far times the steps to come.
 
-    The first step is left out once there are others, because it includes loading and compiling. On a terminal it is a bar.
-    In a log file it is a line after each half minute in which the run advanced by a hundredth at least: at most a hundred
-    lines. steps: of one image; total: image-steps of the run; images: outputs wanted; made: those that exist.
+    The first step is left out once there are others, because it includes loading and compiling. On a terminal it is a
+    bar. In a log file it is a line after each half minute in which the run advanced by a hundredth at least: at most a
+    hundred lines. steps: of one image; total: image-steps of the run; images: outputs wanted; made: those that exist.
     """
 
     interval, share = 30.0, 0.01
@@ -62,7 +62,7 @@ class Progress:
         from tqdm import tqdm
 
         self.told_at, self.told = time.monotonic(), self.done
-        elapsed, left = (tqdm.format_interval(t) for t in (time.monotonic() - self.started, self.seconds_left()))
+        elapsed, left = (tqdm.format_interval(t) for t in (time.monotonic() - self.started, self.seconds_left() or 0.0))
         share = f"{100 * self.done // self.total}%"
         say(f"{share}, {self._images()}, step {self.done}/{self.total}, {elapsed} gone, {left} left", self.file)
 

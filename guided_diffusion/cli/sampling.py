@@ -12,7 +12,7 @@ from ..dist_util import Peers
 from ..energy import ENERGIES, class_number
 from ..errors import InputError, display_name
 from ..options import near_miss
-from ..run.job import Job, JobOptions, OutputOptions
+from ..run.job import Job, JobOptions
 from ..script_util import model_and_diffusion_defaults
 from ..solvers import resolve_step
 from ..translator import Target, TargetOptions
@@ -92,12 +92,17 @@ def settings(given: Given, target: Target, used: list[Any], peers: Peers, **foun
 
 
 def execute(
-    job: Job, sampler: Callable, target: Target, steps: int, settings: dict[str, Any], made: tuple[str, str] = TRANSLATIONS
+    job: Job,
+    sampler: Callable,
+    target: Target,
+    steps: int,
+    settings: dict[str, Any],
+    made: tuple[str, str] = TRANSLATIONS,
 ) -> int:
     """Do a job with progress and say what came of it; returns the exit status of this rank.
 
-    sampler(model, diffusion, ref, noise=, callback=): calls back `steps` times an image. made: words for the outputs and
-    for what grid.png shows.
+    sampler(model, diffusion, ref, noise=, callback=): calls back `steps` times an image. made: words for the outputs
+    and for what grid.png shows.
     """
     job.prepare(target.image_size, settings)
     model = job.monitor.counted(target.model)

@@ -141,7 +141,8 @@ def _diffusion_features(path: Path, device: str | torch.device) -> Extractor:
 
     def extract(images: torch.Tensor) -> torch.Tensor:
         timesteps = torch.full((len(images),), FEATURE_TIMESTEP, device=images.device)
-        return model.middle_features(images * 2 - 1, timesteps).mean(dim=(2, 3))
+        features: Any = model.middle_features
+        return features(images * 2 - 1, timesteps).mean(dim=(2, 3))
 
     name = f"middle block of {type(model).__name__} {_digest(path)} at t = {FEATURE_TIMESTEP}"
     return Extractor(name, extract, image_size=int(info.flags["image_size"]))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-from ..errors import InputError, one_line
+from ..errors import InputError, first_line, one_line
 
 PATIENCE = 20
 """Seconds after which a host that does not answer a download is given up."""
@@ -37,6 +37,6 @@ def quiet_download() -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """One line of an error's text: the first sentence, or what the traceback inside a TorchScript error ends with."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    line = lines[-1] if any("Traceback" in line for line in lines) else lines[0]
+    text = str(error).strip()
+    line = text.rpartition("\n")[2] if "Traceback" in text else first_line(error)
     return one_line(line.split(". ")[0].strip(" .<>"))

@@ -53,7 +53,9 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
 
 def _disk_reason(path: str, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"no room left to write {display_name(path)} ({error.strerror}); make room and run the same command again"
+        return (
+            f"no room left to write {display_name(path)} ({error.strerror}); make room and run the same command again"
+        )
     return f"{display_name(path)} cannot be written: {error.strerror or first_line(error)}"
 
 
@@ -63,7 +65,7 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a UTF-8 file atomically. File names need not be valid UTF-8: they are written as the bytes that they are."""
+    """Write a UTF-8 file atomically. File names need not be valid UTF-8: their bytes are written."""
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 

@@ -81,7 +81,9 @@ class OutputOptions:
 class JobOptions(OutputOptions):
     """The references of a run besides."""
 
-    base_samples: str = option(None, "a folder of references (searched recursively), or one image", runtime=True, metavar="PATH")
+    base_samples: str = option(
+        None, "a folder of references (searched recursively), or one image", runtime=True, metavar="PATH"
+    )
     num_samples: int | None = option(
         None, "translate only the first so many references", least=1, most=MOST_IMAGES, runtime=True
     )
@@ -188,7 +190,7 @@ class Job:
         if base is not None and not is_url(base):
             self._refuse_sources()
 
-    # ---- folders --------------------------------------------------------------------------------------------------------
+    # ---- folders ----------------------------------------------------------------------------------------------------
 
     def _check_folders(self, base: str | None) -> None:
         save_dir = self.options.save_dir
@@ -204,7 +206,8 @@ class Job:
         sources = {os.path.realpath(reference.path): reference.name for reference in self.source.entries}
         for path in [self.path(item) for item in self.items.values()] + self._own_files():
             if (source := sources.get(os.path.realpath(path))) is not None:
-                reason = f"the output {display_name(os.path.basename(path))} would replace the reference {display_name(source)}"
+                output = display_name(os.path.basename(path))
+                reason = f"the output {output} would replace the reference {display_name(source)}"
                 raise InputError(f"{reason}; give another folder", parameter="save_dir", value=self.options.save_dir)
 
     def _check_inside(self) -> None:
@@ -213,7 +216,9 @@ class Job:
         for folder in {os.path.dirname(path) for item in self.items.values() for path in self._paths(item.key)}:
             real = os.path.realpath(folder)
             if os.path.commonpath([root, real]) != root:
-                reason = f"its folder {display_name(os.path.relpath(folder, self.options.save_dir))} is a link out of it"
+                reason = (
+                    f"its folder {display_name(os.path.relpath(folder, self.options.save_dir))} is a link out of it"
+                )
                 raise InputError(f"{reason}; remove the link", parameter="save_dir", value=self.options.save_dir)
 
     def path(self, item: Item) -> str:
@@ -230,7 +235,7 @@ class Job:
     def _own_files(self) -> list[str]:
         return [os.path.join(self.options.save_dir, name) for name in ("grid.png", record.NAME)]
 
-    # ---- before the run -------------------------------------------------------------------------------------------------
+    # ---- before the run ---------------------------------------------------------------------------------------------
 
     def prepare(self, image_size: int, settings: dict[str, Any]) -> None:
         """Open the save folder: check it against run.json, plan the batches, and write the record.
@@ -317,7 +322,7 @@ class Job:
             except OSError as error:
                 raise InputError(f"{display_name(path)} cannot be removed: {error.strerror}") from None
 
-    # ---- the run --------------------------------------------------------------------------------------------------------
+    # ---- the run ----------------------------------------------------------------------------------------------------
 
     def run(self, sampler: Callable[..., torch.Tensor], steps: int, progress: Callable[[int, int], None]) -> Summary:
         """Make what is missing with sampler(ref, noise=, callback=), which calls back `steps` times an image.
@@ -427,7 +432,9 @@ class Job:
     def _write(self, item: Item, image: np.ndarray, frames: Sequence[np.ndarray]) -> None:
         path, animation = self._paths(item.key)
         if not os.path.isdir(self.options.save_dir):
-            raise InputError("it was removed while the run was writing to it", parameter="save_dir", value=self.options.save_dir)
+            raise InputError(
+                "it was removed while the run was writing to it", parameter="save_dir", value=self.options.save_dir
+            )
         try:
             # The image goes last: where it exists, all is written.
             if frames:
@@ -487,7 +494,7 @@ class Job:
             self.summary.done += done
             self.summary.failed.update(failed)
 
-    # ---- after the run --------------------------------------------------------------------------------------------------
+    # ---- after the run ----------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
         """Write grid.png, complete run.json and release the folder, in this order (rank 0)."""

@@ -66,7 +66,9 @@ def _check_entries(record: Any) -> None:
     if not isinstance(record, dict) or "format" not in record:
         raise ValueError("its entries are not those of a run")
     if record["format"] != FORMAT:
-        raise ValueError(f"it has format {shown(record['format'])}, of another version of this program; this one has {FORMAT}")
+        raise ValueError(
+            f"it has format {shown(record['format'])}, of another version of this program; this one has {FORMAT}"
+        )
     entries = {"settings": dict, "batch_size": int, "plan": list, "started": str, "seconds": (int, float)}
     for name, kind in entries.items():
         if not isinstance(record.get(name), kind):
@@ -92,5 +94,7 @@ def check_same(save_dir: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     names = [name for name in sorted({*old, *new}) if not (name in old and name in new and old[name] == new[name])]
     if names:
         differences = "; ".join(f"`{name}` was {value(old, name)} and is {value(new, name)}" for name in names)
-        reason = f"it holds a run with other settings: {differences}. Give another folder, or `overwrite` True to start over"
+        reason = (
+            f"it holds a run with other settings: {differences}. Give another folder, or `overwrite` True to start over"
+        )
         raise InputError(reason, parameter="save_dir", value=save_dir)

@@ -177,7 +177,9 @@ class SuperResOptions:
         """Raise InputError unless images of side large_size are larger."""
         if self.small_size >= large_size:
             raise InputError(
-                f"it must be below that of the images to make, {large_size}", parameter="small_size", value=self.small_size
+                f"it must be below that of the images to make, {large_size}",
+                parameter="small_size",
+                value=self.small_size,
             )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError, display_name, shown
-from ..image_datasets import ImageError, Reference, list_references, load_image
+from ..image_datasets import ImageError, Reference, list_references, load_image, normalise
 from ..options import fitting
 
 CACHES = ("auto", "memory", "device", "none")
@@ -397,7 +397,7 @@ class TrainImages:
 
     @staticmethod
     def _normalise(images):
-        return images.float() / 127.5 - 1
+        return normalise(images)
 
 
 class _Samples:

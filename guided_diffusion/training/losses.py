@@ -91,7 +91,7 @@ def diffusion_loss(diffusion: GaussianDiffusion, weights: torch.Tensor | None = 
 
 
 def super_res_loss(diffusion: GaussianDiffusion, small_size: int) -> Loss:
-    """The loss of a model that enlarges images of side small_size, which area averaging makes of the training images."""
+    """The loss of a model that enlarges images of side small_size, made by area averaging."""
     plain = diffusion_loss(diffusion)
 
     def losses(model, x, t, noise, y):
