@@ -236,8 +236,12 @@ class Translator:
         gives the command's very pixels. Returns a PIL image, or a list of them for a list.
         """
         many = isinstance(pictures, (list, tuple))
-        *_, last = self._states(list(pictures) if many else [pictures], seed, name)
-        images = [Image.fromarray(image) for image in to_uint8(last["x"].nan_to_num())]
+        if many and name is not None and len(pictures) > 1:
+            raise InputError("it is for a single picture", parameter="name", value=name)
+        state: dict[str, Any] = {}
+        for state in self._states(list(pictures) if many else [pictures], seed, name):
+            pass  # the last one counts; none is kept, because the tensors of all steps may not fit
+        images = [Image.fromarray(image) for image in to_uint8(state["x"].nan_to_num())]
         return images if many else images[0]
 
     def steps(self, picture: Any, *, seed: int = 0, name: str | None = None) -> Iterator[dict[str, Any]]:
@@ -275,7 +279,8 @@ class Translator:
                 raise InputError(reason, parameter="picture", value=f"a tensor {list(picture.shape)}")
             return picture.detach().float().reshape(1, 3, size, size)
         if isinstance(picture, np.ndarray):
-            if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+            layers = picture.shape[2] if picture.ndim == 3 else 3
+            if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or layers not in (3, 4):
                 what = f"an array {picture.dtype} {list(picture.shape)}"
                 raise InputError("an array uint8 [H, W, 3] is needed", parameter="picture", value=what)
             picture = Image.fromarray(picture)

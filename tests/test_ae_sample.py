@@ -168,6 +168,58 @@ def test_other_flags_of_the_method_reach_the_sampler(data, tmp_path):
     assert any(np.abs(merged[n].astype(int) - image).max() > 1 for n, image in translated(data, energies=[energy.dct(4)]).items())
 
 
+def test_a_share_of_the_schedule_is_the_step_that_it_stands_for(data, tmp_path, caplog):
+    caplog.set_level("INFO")
+    out = tmp_path / "out"
+    assert run_here(data, out, "--energy", "dct", "--range_t", "0.3", "--batch_size", 1) == 0
+    assert "--range_t 0.3 is step 2 of 6" in caplog.text and tiny.record(out)["settings"]["range_t"] == 2
+    made = tiny.files(out)
+    tiny.assert_within_one_level(tiny.pictures(out), translated(data, energies=[energy.dct(4)]))
+    # Either resumes the other; another step is another run.
+    for given in ("2", "0.3"):
+        (out / "b.png").unlink()
+        assert run_here(data, out, "--energy", "dct", "--range_t", given, "--batch_size", 1) == 0
+        assert tiny.files(out) == made
+    with pytest.raises(InputError) as caught:
+        run_here(data, out, "--energy", "dct", "--range_t", "0.5", "--batch_size", 1)
+    assert "--range_t was 2 and is 3" in message("ae_sample", caught.value)
+
+
+@pytest.mark.parametrize("given, step", [("4", 4), ("0.5", 3)])
+def test_a_late_start(data, tmp_path, given, step):
+    assert run_here(data, tmp_path / "out", "--energy", "dct", "--start_t", given, "--batch_size", 1) == 0
+    record = tiny.record(tmp_path / "out")
+    assert record["settings"]["start_t"] == step and record["model_evaluations"] == step
+    wanted = translated(data, energies=[energy.dct(4)], start=step)
+    tiny.assert_within_one_level(tiny.pictures(tmp_path / "out"), wanted)
+    assert any(np.abs(wanted[n].astype(int) - image).max() > 1 for n, image in translated(data, energies=[energy.dct(4)]).items())
+
+
+def test_trajectories_show_the_prediction_or_the_state(data, tmp_path):
+    states = {}
+
+    def keep(state):
+        states.update({(state["i"], key): to_uint8(state[key])[0] for key in ("x", "pred_xstart")})
+
+    wanted = translated(data, energies=[], callback=keep)  # its last reference is more/c.png
+    flags = ("--energy", "none", "--save_trajectory", "--batch_size", 1)
+    for shown, key in (("xt", "x"), ("x0", "pred_xstart")):
+        out = tmp_path / shown
+        assert run_here(data, out, *flags, "--trajectory", shown) == 0
+        assert tiny.record(out)["settings"]["trajectory"] == shown
+        with Image.open(out / "trajectory" / "more" / "c.gif") as animation:
+            assert animation.n_frames >= 6
+            frame = np.asarray(animation.convert("RGB")).astype(int)
+        other = states[5, "x" if key == "pred_xstart" else "pred_xstart"]
+        # 16 by 16 pixels have no more colours than a GIF.
+        assert np.abs(frame - states[5, key]).mean() < 8 < np.abs(frame - other.astype(int)).mean()
+    found = tiny.pictures(tmp_path / "xt")
+    tiny.assert_within_one_level({name: found[name] for name in wanted}, wanted)
+    with pytest.raises(InputError) as caught:
+        run_here(data, tmp_path / "xt", *flags)
+    assert "--trajectory was xt and is x0" in message("ae_sample", caught.value)
+
+
 def test_the_default_energy_is_said(data, tmp_path, caplog):
     caplog.set_level("INFO")
     assert run_here(data, tmp_path / "a", "--vgg_path", tmp_path / "missing.pth") == 0
@@ -265,6 +317,24 @@ def test_help_groups_the_flags():
     assert [title for title in titles if title in wanted] == wanted
     for flag in {*RELEASE.split()[::2], *REST_OF_RELEASE.split()[::2], "--seed", "--variant", "--energy"}:
         assert f"{flag} " in text
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
+def test_help_of_every_command(name, tmp_path):
+    """From any folder, without PYTHONPATH; what a flag is unless given stands beside it."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: python scripts/{name}.py ") and "(default " in done.stdout
+    assert not os.listdir(tmp_path)
+    parser = load_script(name).create_parser()
+    text = " ".join(done.stdout.split())
+    for flag, field in parser.fields.items():
+        default = parser.get_default(flag)
+        assert f"--{flag} " in text
+        if default is not None and field.metadata["help"]:
+            assert f"(default {default if default != '' else 'empty'})" in text
 
 
 IMPORTS = """
