@@ -10,6 +10,7 @@ The commands are built from the same parts: `load_target`, `sddm.METHODS` and `c
 import dataclasses
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -238,10 +239,9 @@ class Translator:
         many = isinstance(pictures, (list, tuple))
         if many and name is not None and len(pictures) > 1:
             raise InputError("it is for a single picture", parameter="name", value=name)
-        state: dict[str, Any] = {}
-        for state in self._states(list(pictures) if many else [pictures], seed, name):
-            pass  # the last one counts; none is kept, because the tensors of all steps may not fit
-        images = [Image.fromarray(image) for image in to_uint8(state["x"].nan_to_num())]
+        states = self._states(list(pictures) if many else [pictures], seed, name)
+        last = deque(states, maxlen=1)[0]  # the tensors of all steps may not fit into memory
+        images = [Image.fromarray(image) for image in to_uint8(last["x"].nan_to_num())]
         return images if many else images[0]
 
     def steps(self, picture: Any, *, seed: int = 0, name: str | None = None) -> Iterator[dict[str, Any]]:

