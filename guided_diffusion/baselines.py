@@ -18,6 +18,7 @@ from resizer import low_pass_filter
 from .energy import dse, load_encoder, low_pass
 from .errors import InputError
 from .gaussian_diffusion import GaussianDiffusion, ModelVarType
+from .manifold import check_down_n
 from .options import check, option
 from .sddm import METHODS
 from .solvers import Noise, State, at_step, bind, check_references, gaussian_like, resolve_step, sampler
@@ -109,6 +110,10 @@ def egsde(
     start = resolve_step(start, diffusion.num_timesteps, "start", 1, diffusion.num_timesteps)
     if variance not in VARIANCES:
         raise InputError(f"it can be {' or '.join(VARIANCES)}", parameter="variance", value=variance)
+    if ls and encoder is None:
+        raise InputError(f"`ls` {ls:g} needs it; `ls` 0 does without the realism energy", parameter="encoder")
+    if li and down_n is None:
+        raise InputError(f"`li` {li:g} needs it; `li` 0 does without the faithfulness energy", parameter="down_n")
     diffusion = copy.copy(diffusion)
     diffusion.model_var_type = VARIANCES[variance]
     noise = noise or gaussian_like(ref)
@@ -130,14 +135,6 @@ def egsde(
             out["mean"] = out["mean"] - weight * float(diffusion.betas[i]) * grad
         x = diffusion.add_noise(out, t, noise(ref.shape))
         yield {"i": i, "x": x, "pred_xstart": out["pred_xstart"], "guided": []}
-
-
-def check_down_n(down_n: int, size: tuple[int, int] | torch.Size) -> None:
-    """Raise InputError unless down_n divides images of size (H, W)."""
-    if down_n < 1 or size[0] % down_n or size[1] % down_n:
-        wanted = f"{size[0]}" if size[0] == size[1] else f"{size[0]}x{size[1]}"
-        reason = f"it must be at least 1 and divide the image size {wanted}"
-        raise InputError(reason, parameter="down_n", value=down_n)
 
 
 @sampler
@@ -177,9 +174,11 @@ class ILVR:
     """Options of `ilvr`."""
 
     down_n: int = option(32, "keep what an image of 1/N of the size shows", least=1)
-    range_t: int | float = option(20, "guidance ends at this step of the schedule, or share of it as 0.3", least=0)
+    range_t: int | float = option(
+        20, "guidance ends at this step of the schedule, or share of it as 0.3", least=0, metavar="STEP|SHARE"
+    )
     start: int | float | None = option(
-        None, "late start: from the reference noised to this step, or share of the schedule"
+        None, "late start: from the reference noised to this step, or share of the schedule", metavar="STEP|SHARE"
     )
 
     def __post_init__(self) -> None:
@@ -207,7 +206,9 @@ class ILVR:
 class SDEdit:
     """Options of `sdedit`. Predicted images are not clipped, learned variances are not used."""
 
-    start: int | float = option(500, "steps from the noised reference to the image, or share of the schedule", above=0)
+    start: int | float = option(
+        500, "steps from the noised reference to the image, or share of the schedule", above=0, metavar="STEP|SHARE"
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -25,7 +25,7 @@ from resizer import resize_matrix
 
 from .checkpoint import load_model, load_state_dict
 from .errors import InputError, display_name
-from .manifold import EPS, block_statistics, check_blocks, combine
+from .manifold import EPS, block_statistics, check_blocks, check_down_n, combine
 from .options import Registry, check, option
 from .respace import matching_timestep
 
@@ -207,9 +207,7 @@ class LowPassEnergy:
 
     def prepare(self, ref: torch.Tensor, noise: torch.Tensor | None = None) -> None:
         height, width = ref.shape[2:]
-        if height % self.down_n or width % self.down_n:
-            reason = f"it must divide the image size {height}x{width}"
-            raise InputError(reason, parameter="down_n", value=self.down_n)
+        check_down_n(self.down_n, (height, width))
         self.down, self.gram = zip(*(self._axis(length, ref) for length in (height, width)))
         self.small_ref = self._shrink(ref)
         self.small_noise = None if noise is None else self._shrink(noise)
@@ -287,6 +285,9 @@ class DCT:
 
     blocks: int = option(16, "the features' blocks", least=1)
 
+    def __post_init__(self) -> None:
+        check(self)
+
     def create(self, target: Any) -> Energy:
         """The energy."""
         return dct(self.blocks)
@@ -301,6 +302,9 @@ class DSE:
         None, "checkpoint of the domain-specific extractor, for dse", file=True, metavar="FILE"
     )
 
+    def __post_init__(self) -> None:
+        check(self)
+
     def create(self, target: Any) -> Energy:
         """The energy, its extractor loaded; target: see `load_encoder`."""
         return dse(*load_encoder("encoder", _needed(self.encoder, "encoder", "dse"), target))
@@ -312,6 +316,9 @@ class LowPass:
     """Options of `low_pass`."""
 
     down_n: int = option(32, "keep 1/N of the resolution", least=1)
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def create(self, target: Any) -> Energy:
         """The energy."""
@@ -329,6 +336,9 @@ class Classifier:
     target_class: int | str | None = option(
         None, "class to move to, for classifier: a number or a name", metavar="CLASS"
     )
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def create(self, target: Any) -> Energy:
         """The energy, its classifier loaded; target: see `load_encoder`."""
@@ -373,8 +383,13 @@ def class_number(given: int | str, info: Any, parameter: str) -> int:
     """The number of a class that is given by number or by name; names are in a checkpoint's metadata `classes`."""
     flags = info.flags
     count = flags.get("num_class") or flags.get("num_classes") or 0
-    names = info.metadata.get("classes") or "[]"
-    names = json.loads(names) if isinstance(names, str) else names
+    names = info.metadata.get("classes")
+    if isinstance(names, str):
+        try:
+            names = json.loads(names)
+        except ValueError:
+            names = None  # somebody else's entry of that name
+    names = names if isinstance(names, list) else []
     if isinstance(given, str) and given in names:
         return names.index(given)
     number = int(given) if str(given).isdecimal() else -1

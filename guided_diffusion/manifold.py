@@ -57,6 +57,14 @@ def check_blocks(size: Sequence[int], blocks: int, of: str = "image") -> None:
     )
 
 
+def check_down_n(down_n: int, size: Sequence[int]) -> None:
+    """Raise InputError unless down_n divides images of size (H, W)."""
+    if down_n < 1 or size[0] % down_n or size[1] % down_n:
+        wanted = f"{size[0]}" if size[0] == size[1] else f"{size[0]}x{size[1]}"
+        reason = f"it must be at least 1 and divide the image size {wanted}"
+        raise InputError(reason, parameter="down_n", value=down_n)
+
+
 def to_blocks(x: torch.Tensor, blocks: int) -> torch.Tensor:
     """View [N, C, H, W] as [N, C, B, B, h, w] without copying."""
     return _rows(x, blocks).transpose(3, 4)
@@ -159,10 +167,8 @@ class LowPassManifold:
     """
 
     def __init__(self, ref: torch.Tensor, down_n: int) -> None:
-        height, width = ref.shape[2:]
-        if down_n < 1 or height % down_n or width % down_n:
-            raise InputError(f"it must divide the image size {height}x{width}", parameter="down_n", value=down_n)
-        self.phi = low_pass_filter((height, width), down_n, "cubic")
+        check_down_n(down_n, ref.shape[2:])
+        self.phi = low_pass_filter(ref.shape[2:], down_n, "cubic")
         self.low = self.phi(ref)
 
     def restrict(self, x: torch.Tensor, alpha_bar: float) -> torch.Tensor:

@@ -254,14 +254,17 @@ class SDDM:
     """SDDM's options: guided above step T0, the plain diffusion model below it."""
 
     range_t: int | float = option(
-        0, "T0: guidance ends at this step of the respaced schedule, or share of it as 0.3", least=0
+        0,
+        "T0: guidance ends at this step of the respaced schedule, or share of it as 0.3",
+        least=0,
+        metavar="STEP|SHARE",
     )
     blocks: int = option(16, "cut the image into so many blocks a side", least=1)
     variant: str = option(
         "manifold", "the method as described, or the arithmetic of the public release", choices=VARIANTS
     )
     start: int | float | None = option(
-        None, "late start: from the reference noised to this step, or share of the schedule"
+        None, "late start: from the reference noised to this step, or share of the schedule", metavar="STEP|SHARE"
     )
     detail_merge: bool = option(False, "merge directions per block instead of per channel")
     moo: str = option(

@@ -160,7 +160,7 @@ def check_references(ref: torch.Tensor) -> None:
         raise InputError("it has no image", parameter="ref", value=f"a tensor {list(ref.shape)}")
     low, high = (float(end) for end in ref.aminmax())
     if not (low >= -1.001 and high <= 1.001):
-        reason = "it must lie in [-1, 1]: for 8-bit pixels, image_datasets.to_tensor"
+        reason = "it must lie in [-1, 1]: image_datasets.to_tensor converts 8-bit pixels"
         raise InputError(reason, parameter="ref", value=f"a tensor with values from {low:g} to {high:g}")
 
 
@@ -170,8 +170,10 @@ def resolve_step(value: int | float, steps: int, parameter: str, first: int = 0,
     first, last: the steps that fit, 0 to steps - 1 by default. Raises InputError for the parameter.
     """
     last = steps - 1 if last is None else last
-    found = round(value * steps) if isinstance(value, float) and 0 < value < 1 else value
-    if isinstance(found, bool) or found != int(found) or not first <= found <= last:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # Every share fits: one so near to an end that it rounds beyond the steps is that end.
+    found = min(max(round(value * steps), first), last) if number and 0 < value < 1 else value
+    if not number or not first <= found <= last or found != int(found):
         reason = f"a schedule of {steps} steps takes {first} to {last}, or a share of it below 1 such as 0.3"
         raise InputError(reason, parameter=parameter, value=value)
     return int(found)

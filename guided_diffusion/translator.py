@@ -217,6 +217,8 @@ class Translator:
             built = {key: cls(**_chosen(given, cls)) for key, cls in parts.items() if key != "target"}
             runtime = {"model_path": os.fspath(model), "precision": precision, "compile": compile}
             wanted_target = TargetOptions(**{**_chosen(given, TargetOptions), **runtime})
+            for each in built.values():
+                check(each)
             built["method"].check_fit(built["flags"].image_size, check_flags(wanted_target, built["flags"]))
             self.target = load_target(wanted_target, built["flags"], pick_device(device))
             built["method"].check_fit(self.target.image_size, self.target.diffusion.num_timesteps)

@@ -1,12 +1,15 @@
 """ILVR, SDEdit and EGSDE equal the published systems' runs and keep what their definitions promise."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import golden, golden_encoder, golden_index, golden_model_and_diffusion, golden_names
 
-from guided_diffusion.baselines import egsde, ilvr, sdedit
-from guided_diffusion.errors import UserError
+from guided_diffusion.baselines import EGSDE, ILVR, SDEdit, Unconditional, egsde, ilvr, sdedit, unconditional
+from guided_diffusion.errors import InputError
 from guided_diffusion.script_util import create_diffusion
+from guided_diffusion.sddm import METHODS
 from resizer import Resizer
 
 
@@ -188,7 +191,7 @@ def test_references_are_left_alone(method):
     assert torch.equal(ref, references())
 
 
-@pytest.mark.parametrize("range_t, draws", [(-1, 25), (0, 24), (3, 21), (11, 13), (50, 13)])
+@pytest.mark.parametrize("range_t, draws", [(0, 24), (3, 21), (0.3, 20), (11, 13), (0.99, 13)])
 def test_ilvr_draws_for_the_reference_only_above_range_t(range_t, draws):
     shapes = []
     SAMPLERS["ilvr"](GaussianModel(), references(), range_t=range_t, noise=lambda s: shapes.append(s) or torch.randn(s))
@@ -232,11 +235,11 @@ def test_ilvr_with_down_n_1_replaces_the_state_by_the_noised_reference():
 def test_ilvr_keeps_the_low_frequencies_of_the_reference():
     """Guided to i = 1, whose alpha_bar is near 1; the last step, not guided, changes little."""
     torch.manual_seed(0)
-    colours = torch.rand(4, 3, 4, 4) * 1.6 - 0.8
+    colours = torch.rand(4, 3, 4, 4) * 1.5 - 0.75  # cubic interpolation overshoots
     ref = Resizer((4, 4), 8, kernel="cubic")(colours)
     down = Resizer((32, 32), 1 / 8, kernel="cubic")
     run = {"diffusion": create_diffusion(timestep_respacing="50"), "ref": ref, "down_n": 8}
-    guided, free = (ilvr(GaussianModel(), range_t=range_t, **run) for range_t in (0, 50))
+    guided, free = (ilvr(GaussianModel(), range_t=range_t, **run) for range_t in (0, 49))
     kept, lost = ((down(output) - down(ref)).square().mean().sqrt() for output in (guided, free))
     assert kept < 0.1
     assert lost > 3 * kept
@@ -245,17 +248,69 @@ def test_ilvr_keeps_the_low_frequencies_of_the_reference():
 
 @pytest.mark.parametrize("down_n", [0, -2, 3, 32])
 def test_ilvr_refuses_a_factor_that_does_not_divide_the_size(down_n):
-    with pytest.raises(UserError, match=rf"--down_N is {down_n};.*16x16"):
-        SAMPLERS["ilvr"](GaussianModel(), references(), down_n=down_n)
+    model = GaussianModel()
+    with pytest.raises(InputError) as caught:
+        SAMPLERS["ilvr"](model, references(), down_n=down_n)
+    assert (caught.value.parameter, caught.value.value) == ("down_n", down_n)
+    assert model.timesteps == []
+
+
+@pytest.mark.parametrize("range_t", [-1, 12, 50, 1.5])
+def test_ilvr_refuses_a_range_outside_the_schedule(range_t):
+    with pytest.raises(InputError) as caught:
+        SAMPLERS["ilvr"](GaussianModel(), references(), range_t=range_t)
+    assert (caught.value.parameter, caught.value.value) == ("range_t", range_t)
+
+
+@pytest.mark.parametrize("start, steps", [(1, 1), (7, 7), (0.5, 6), (12, 12)])
+def test_late_start_of_ilvr(start, steps):
+    """From the reference noised to the step before; one draw, then those of the steps that are taken."""
+    diffusion, ref, draws, inputs, states = create_diffusion(timestep_respacing="12"), references(), [], [], {}
+    model = GaussianModel()
+
+    def noise(shape):
+        draws.append(torch.randn(shape))
+        return draws[-1]
+
+    SAMPLERS["ilvr"](
+        lambda x, t: inputs.append(x) or model(x, t), ref, start=start, noise=noise, callback=states.__setitem__
+    )
+    assert list(states) == list(reversed(range(steps)))
+    assert torch.equal(inputs[0], diffusion.q_sample(ref, torch.full((2,), steps - 1), draws[0]))
+    assert len(draws) == 1 + steps + max(steps - 4, 0)
+
+
+def test_ilvr_started_at_the_first_step_is_not_a_run_from_noise():
+    late, from_noise = (
+        SAMPLERS["ilvr"](GaussianModel(), references(), start=start, noise=seeded(3, slice(2))) for start in (12, None)
+    )
+    assert not torch.equal(late, from_noise)
+
+
+@pytest.mark.parametrize("start", [0, 13, -1])
+def test_ilvr_refuses_a_start_outside_the_schedule(start):
+    with pytest.raises(InputError) as caught:
+        SAMPLERS["ilvr"](GaussianModel(), references(), start=start)
+    assert (caught.value.parameter, caught.value.value) == ("start", start)
 
 
 @pytest.mark.parametrize("method", ["sdedit", "egsde"])
 @pytest.mark.parametrize("start", [-1, 0, 13, 500])
 def test_start_beyond_the_schedule_is_refused(method, start):
     model = GaussianModel()
-    with pytest.raises(UserError, match=rf"--t is {start}; it can be 1 to 12"):
+    with pytest.raises(InputError) as caught:
         SAMPLERS[method](model, references(), start=start)
+    assert (caught.value.parameter, caught.value.value) == ("start", start)
+    assert "1 to 12" in caught.value.reason
     assert model.timesteps == []
+
+
+@pytest.mark.parametrize("method", ["sdedit", "egsde"])
+def test_start_may_be_a_share_of_the_schedule(method):
+    a, b = (
+        SAMPLERS[method](GaussianModel(), references(), start=start, noise=seeded(7, slice(2))) for start in (0.5, 6)
+    )
+    assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("method", ["sdedit", "egsde"])
@@ -268,8 +323,9 @@ def test_start_at_either_end_of_the_schedule(method, start):
 
 @pytest.mark.parametrize("method", ["sdedit", "egsde"])
 def test_unknown_variance_is_refused(method):
-    with pytest.raises(ValueError, match="learned.*fixed_small or fixed_large"):
+    with pytest.raises(InputError) as caught:
         SAMPLERS[method](GaussianModel(), references(), variance="learned")
+    assert (caught.value.parameter, caught.value.value) == ("variance", "learned")
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
@@ -293,10 +349,14 @@ def test_the_two_variances_differ():
 
 
 def test_sdedit_with_one_step_removes_exactly_the_noise_it_is_told():
-    """A model that knows e gives the reference back, although its values lie outside [-1, 1]: x_0 is not clipped."""
-    ref, e = 3 * references(), torch.randn(2, 3, 16, 16)
+    """A model that knows e gives the reference back; one that knows less leaves [-1, 1], as x_0 is not clipped."""
+    ref, e = references(), torch.randn(2, 3, 16, 16)
     output = sdedit(lambda x, t: e, create_diffusion(), ref, start=1, noise=lambda shape: e)
     torch.testing.assert_close(output, ref, atol=1e-4, rtol=0)
+    diffusion = create_diffusion()
+    ratio = float(diffusion.sqrt_one_minus_alphas_cumprod[0] / diffusion.sqrt_alphas_cumprod[0])
+    shifted = sdedit(lambda x, t: e - 2 / ratio, diffusion, ref, start=1, noise=lambda shape: e)
+    torch.testing.assert_close(shifted, ref + 2, atol=1e-4, rtol=0)
 
 
 def test_learned_variance_is_ignored():
@@ -349,6 +409,116 @@ def test_energies_pull_where_they_should():
 
 def test_a_factor_that_does_not_divide_the_size_is_refused_before_any_step():
     model = GaussianModel()
-    with pytest.raises(UserError, match="--down_N 3 does not divide"):
+    with pytest.raises(InputError) as caught:
         SAMPLERS["egsde"](model, references(), down_n=3)
+    assert (caught.value.parameter, caught.value.value) == ("down_n", 3)
     assert model.timesteps == []
+
+
+@pytest.mark.parametrize("parameter", ["encoder", "down_n"])
+def test_an_energy_with_weight_is_needed(parameter):
+    model = GaussianModel()
+    with pytest.raises(InputError) as caught:
+        SAMPLERS["egsde"](model, references(), **{parameter: None})
+    assert (caught.value.parameter, caught.value.value) == (parameter, None)
+    assert model.timesteps == []
+
+
+@pytest.mark.parametrize("method", [ilvr, sdedit, egsde])
+def test_steps_are_the_states_of_the_run_and_may_be_closed(method):
+    options = {
+        ilvr: {"down_n": 4, "range_t": 3},
+        sdedit: {"start": 7},
+        egsde: {"start": 7, "ls": 5.0, "li": 0.1, "encoder": PatchEncoder(), "down_n": 4},
+    }[method]
+    model, told = GaussianModel(), []
+    arguments = create_diffusion(timestep_respacing="12"), references()
+    result = method(model, *arguments, noise=seeded(1, slice(2)), callback=told.append, **options)
+    steps = method.steps(model, *arguments, noise=seeded(1, slice(2)), **options)
+    model.timesteps.clear()
+    with torch.enable_grad():
+        for wanted in told[:3]:
+            state = next(steps)
+            assert state.keys() == wanted.keys() == {"i", "x", "pred_xstart", "guided"}
+            assert state["i"] == wanted["i"] and state["guided"] == []
+            assert torch.equal(state["x"], wanted["x"]) and torch.equal(state["pred_xstart"], wanted["pred_xstart"])
+            assert torch.is_grad_enabled()
+        steps.close()
+    assert len(model.timesteps) == 3
+    assert torch.equal(told[-1]["x"], result)
+
+
+def test_unconditional_images_do_not_depend_on_the_reference():
+    diffusion = create_diffusion(timestep_respacing="12")
+    a, b = (
+        unconditional(GaussianModel(), diffusion, ref, noise=seeded(1, slice(2)))
+        for ref in (references(), 255 * torch.ones(2, 3, 16, 16))
+    )
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("use_ddim, eta", [(False, 0.0), (True, 0.0), (True, 0.5)])
+def test_unconditional_is_the_loop_of_the_process(use_ddim, eta):
+    diffusion, noise = create_diffusion(timestep_respacing="12"), seeded(4, slice(2))
+    x = noise((2, 3, 16, 16))
+    with torch.no_grad():
+        for i in reversed(range(12)):
+            t, draw = torch.tensor([i, i]), noise(x.shape)
+            if use_ddim:
+                x = diffusion.ddim_sample(GaussianModel(), x, t, eta=eta, noise=draw)["sample"]
+            else:
+                x = diffusion.p_sample(GaussianModel(), x, t, noise=draw)["sample"]
+    output = unconditional(
+        GaussianModel(), diffusion, references(), use_ddim=use_ddim, eta=eta, noise=seeded(4, slice(2))
+    )
+    assert torch.equal(output, x)
+
+
+def test_unconditional_refuses_a_bad_eta():
+    with pytest.raises(InputError) as caught:
+        unconditional(GaussianModel(), create_diffusion(timestep_respacing="3"), references(), use_ddim=True, eta=2)
+    assert (caught.value.parameter, caught.value.value) == ("eta", 2)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    "make, parameter",
+    [
+        (lambda: ILVR(down_n=0), "down_n"),
+        (lambda: ILVR(range_t=-1), "range_t"),
+        (lambda: ILVR(down_n=3).check_fit(16, None), "down_n"),
+        (lambda: ILVR(down_n=4, range_t=12).check_fit(16, 12), "range_t"),
+        (lambda: ILVR(down_n=4, range_t=2, start=13).check_fit(16, 12), "start"),
+        (lambda: SDEdit(start=0), "start"),
+        (lambda: SDEdit(start=13).check_fit(16, 12), "start"),
+        (lambda: EGSDE(), "encoder"),
+        (lambda: EGSDE(encoder="no such file"), "encoder"),
+        (lambda: EGSDE(ls=0.0, down_n=3).check_fit(16, None), "down_n"),
+        (lambda: EGSDE(ls=0.0, start=13).check_fit(None, 12), "start"),
+        (lambda: Unconditional(eta=0.5), "eta"),
+        (lambda: Unconditional(use_ddim=True, eta=1.5), "eta"),
+    ],
+)
+def test_options_that_do_not_fit(make, parameter):
+    with pytest.raises(InputError) as caught:
+        make()
+    assert caught.value.parameter == parameter
+
+
+def test_bound_options_are_those_of_the_function():
+    diffusion, ref = create_diffusion(timestep_respacing="12"), references()
+    noise = lambda: seeded(1, slice(2))  # noqa: E731
+    for options, expected in (
+        (ILVR(down_n=4, range_t=3, start=9), partial(ilvr, down_n=4, range_t=3, start=9)),
+        (SDEdit(start=0.5), partial(sdedit, start=6)),
+        (EGSDE(start=6, ls=0.0, li=0.1, down_n=4), partial(egsde, start=6, ls=0, li=0.1, encoder=None, down_n=4)),
+        (Unconditional(use_ddim=True), partial(unconditional, use_ddim=True)),
+    ):
+        assert type(options) is METHODS.pick(type(options).__name__.lower())
+        bound = options.bind(target=None, energies=())
+        result = bound(GaussianModel(), diffusion, ref, noise=noise())
+        assert torch.equal(result, expected(GaussianModel(), diffusion, ref, noise=noise()))
+        *_, last = bound.steps(GaussianModel(), diffusion, ref, noise=noise())
+        assert torch.equal(last["x"], result)

@@ -1,13 +1,20 @@
 """Energies and their gradients: golden numbers, the plain formulas under autograd, and what an energy must not do."""
 
+from types import SimpleNamespace
+
 import pytest
+import tiny
 import torch
-from conftest import golden, golden_encoder, golden_index, golden_names
+from conftest import LinearModel, golden, golden_encoder, golden_index, golden_names
 from torch.nn import functional as F
 
 from guided_diffusion import energy as energies
-from guided_diffusion.errors import UserError
-from guided_diffusion.script_util import create_classifier
+from guided_diffusion.checkpoint import load_model, save_model
+from guided_diffusion.errors import InputError
+from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
+from guided_diffusion.respace import matching_timestep
+from guided_diffusion.script_util import create_classifier, create_diffusion
+from guided_diffusion.sddm import sample
 from resizer import Resizer
 
 # Layer numbers of the convolutions of vgg_normalised.pth up to relu5_1, with their channels.
@@ -343,7 +350,7 @@ def test_gradient_agrees_with_finite_differences(make):
     x, ref = pair()
     t = torch.tensor([100, 500])
     energy = make()
-    value, grad = evaluate(energy, ref, x, t, 0.5)
+    _value, grad = evaluate(energy, ref, x, t, 0.5)
     direction = grad / grad.flatten(1).norm(dim=1)[:, None, None, None]
     step = 1e-2
     after, _ = energy.energy_and_grad(x + step * direction, t, 0.5)
@@ -387,7 +394,7 @@ def one_line(error):
 
 
 def test_vgg_file_that_does_not_exist(tmp_path):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(InputError) as error:
         energies.vgg(str(tmp_path / "absent.pth"))
     assert "absent.pth" in one_line(error)
 
@@ -396,7 +403,7 @@ def test_vgg_file_that_does_not_exist(tmp_path):
 def test_vgg_file_that_is_none(tmp_path, content):
     path = tmp_path / "broken.pth"
     path.write_bytes(content)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(InputError) as error:
         energies.vgg(str(path))
     assert "broken.pth" in one_line(error)
 
@@ -405,7 +412,7 @@ def test_vgg_file_of_something_else(tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"conv.weight": torch.zeros(3), "7.weight": torch.zeros(4)}, path)
     with pytest.raises(
-        UserError, match=r"other.pth is not AdaIN's vgg_normalised.pth: 0.weight should have shape \(3, 3, 1, 1\)"
+        InputError, match=r"other.pth is not AdaIN's vgg_normalised.pth: 0.weight must have shape \(3, 3, 1, 1\)"
     ):
         energies.vgg(str(path))
 
@@ -417,46 +424,238 @@ def test_vgg_state_dict_that_does_not_fit(change):
     del state[key]
     if value is not None:
         state[key] = value
-    with pytest.raises(UserError) as error:
+    with pytest.raises(InputError) as error:
         energies.vgg(state, level=2)
     found = "nothing" if value is None else r"(64, 3, 5, 5)"
-    assert one_line(error).startswith(f"the VGG state dict is not AdaIN's vgg_normalised.pth: {key} should have shape")
+    assert one_line(error).startswith(f"the VGG state dict is not AdaIN's vgg_normalised.pth: {key} must have shape")
     assert one_line(error).endswith(f"and has {found}")
 
 
 def test_vgg_weights_of_a_shallower_network_do_for_a_lower_level():
     state = {key: value for key, value in vgg_weights(1).items() if int(key.split(".")[0]) <= 2}
     energies.vgg(state, level=1)
-    with pytest.raises(UserError, match="5.weight"):
+    with pytest.raises(InputError, match=r"5\.weight"):
         energies.vgg(state, level=2)
 
 
 @pytest.mark.parametrize("level", [0, 6, -1])
 def test_bad_level(level):
-    with pytest.raises(UserError, match=f"--vggdepth is {level}; it can be 1 to 5"):
+    with pytest.raises(InputError) as error:
         energies.vgg(vgg_weights(1), level=level)
+    assert (error.value.parameter, error.value.value) == ("level", level)
+    assert "1 to 5" in one_line(error)
 
 
 @pytest.mark.parametrize("make, blocks", [(energies.dct, 5), (lambda b: energies.vgg(vgg_weights(2), b, 2), 16)])
 def test_blocks_that_do_not_suit_the_features(make, blocks):
     _, ref = pair(size=24)
-    with pytest.raises(UserError, match=f"--area {blocks} does not suit the energy's features: (24x24|12x12) pixels"):
+    with pytest.raises(InputError) as error:
         make(blocks).prepare(ref)
+    assert (error.value.parameter, error.value.value) == ("blocks", blocks)
+    assert "feature map size" in one_line(error)
 
 
 def test_blocks_of_one_feature_pixel():
     _, ref = pair(size=16)
-    with pytest.raises(UserError, match="--area 8 does not suit the energy's features: .*one pixel each"):
+    with pytest.raises(InputError) as error:
         energies.vgg(vgg_weights(2), 8, 2).prepare(ref)
+    assert (error.value.parameter, error.value.value) == ("blocks", 8)
+    assert "feature map size 8" in one_line(error) and "two pixels" in one_line(error)
 
 
 @pytest.mark.parametrize("down_n", [0, -2])
 def test_low_pass_factor_below_one(down_n):
-    with pytest.raises(UserError, match=f"--down_N is {down_n}; it must be at least 1"):
+    with pytest.raises(InputError) as error:
         energies.low_pass(down_n)
+    assert (error.value.parameter, error.value.value) == ("down_n", down_n)
 
 
 @pytest.mark.parametrize("down_n, size", [(3, (16, 16)), (32, (16, 16)), (8, (16, 12)), (8, (12, 16))])
 def test_low_pass_factor_that_does_not_divide(down_n, size):
-    with pytest.raises(UserError, match=f"--down_N {down_n} does not divide the image size {size[0]}x{size[1]}"):
+    with pytest.raises(InputError) as error:
         energies.low_pass(down_n).prepare(torch.zeros(1, 3, *size))
+    assert (error.value.parameter, error.value.value) == ("down_n", down_n)
+    assert "x".join(map(str, size[: 1 if size[0] == size[1] else 2])) in one_line(error)
+
+
+# --- networks that were trained on a schedule of their own
+
+
+FLAGS = {"diffusion_steps": 1000, "noise_schedule": "linear", "rescale_timesteps": False}
+OTHER_SCHEDULES = {
+    "cosine": {**FLAGS, "noise_schedule": "cosine"},
+    "shorter": {**FLAGS, "diffusion_steps": 400},
+    "rescaled": {**FLAGS, "diffusion_steps": 400, "rescale_timesteps": True},
+}
+TIMED = {
+    "dse": lambda timestep: energies.dse(TimedEncoder(), timestep),
+    "classifier": lambda timestep: energies.classifier(TimedEncoder(), 2, timestep),
+}
+timed = pytest.mark.parametrize("make", TIMED.values(), ids=TIMED)
+
+
+@timed
+@pytest.mark.parametrize("flags", OTHER_SCHEDULES.values(), ids=OTHER_SCHEDULES)
+@pytest.mark.parametrize("own", [0, 57, 399])
+def test_network_is_asked_at_its_own_timestep_of_the_noise_level(make, flags, own):
+    """At an alpha_bar of its own schedule, the model's timestep does not matter: it is asked at `own`."""
+    x, ref = pair()
+    betas = get_named_beta_schedule(flags["noise_schedule"], flags["diffusion_steps"])
+    alpha_bar = float((1 - betas).cumprod()[own])
+    asked_at = own * 1000 / len(betas) if flags["rescale_timesteps"] else float(own)
+    value, grad = evaluate(make(matching_timestep(FLAGS, flags)), ref, x, torch.tensor([700, 3]), alpha_bar)
+    expected = evaluate(make(None), ref, x, torch.full((2,), asked_at), alpha_bar)
+    torch.testing.assert_close(value, expected[0])
+    torch.testing.assert_close(grad, expected[1])
+    elsewhere = evaluate(make(None), ref, x, torch.tensor([700, 3]), alpha_bar)
+    assert not torch.allclose(value, elsewhere[0], atol=1e-4)
+
+
+@timed
+def test_networks_of_the_models_schedule_get_the_models_timesteps(make):
+    x, ref = pair()
+    assert matching_timestep(FLAGS, dict(FLAGS)) is None
+    for a, b in zip(
+        evaluate(make(matching_timestep(FLAGS, dict(FLAGS))), ref, x, torch.tensor([700, 3]), 0.5),
+        evaluate(make(None), ref, x, torch.tensor([700, 3]), 0.5),
+    ):
+        assert torch.equal(a, b)
+
+
+def test_timesteps_between_those_of_the_schedule_are_fractions():
+    timestep = matching_timestep(FLAGS, OTHER_SCHEDULES["cosine"])
+    alpha_bars = (1 - get_named_beta_schedule("cosine", 1000)).cumprod()
+    t = energies.own_timesteps(timestep, torch.tensor([3, 4]), float(alpha_bars[500:502].mean()))
+    assert t.dtype == torch.float32 and t.shape == (2,)
+    assert 500 < t[0] < 501 and t[0] == t[1]
+
+
+class Recorded(torch.nn.Module):
+    """A classifier and extractor that records the timesteps it is asked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.asked = TimedEncoder(), []
+
+    def middle_features(self, x, t):
+        self.asked.append(t)
+        return self.inner.middle_features(x, t)
+
+    def forward(self, x, t):
+        return self.middle_features(x, t).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_a_run_asks_at_own_timesteps(name):
+    diffusion = create_diffusion(timestep_respacing="6")
+    _, ref = pair()
+    network, timestep = Recorded(), matching_timestep(FLAGS, OTHER_SCHEDULES["cosine"])
+    energy = energies.dse(network, timestep) if name == "dse" else energies.classifier(network, 2, timestep)
+    sample(LinearModel(), diffusion, ref, blocks=4, range_t=2, energies=[energy])
+    expected = [timestep(float(diffusion.alphas_cumprod[i])) for i in (5, 4, 3) for _ in range(1 + (name == "dse"))]
+    assert [float(t[0]) for t in network.asked] == pytest.approx(expected)
+
+
+# --- options
+
+
+def target_of(**flags):
+    """What the options of energies ask of a model."""
+    info = SimpleNamespace(flags={**tiny.PROCESS, "rescale_timesteps": False, **flags})
+    return SimpleNamespace(image_size=tiny.SIZE, device=torch.device("cpu"), info=info)
+
+
+@pytest.mark.parametrize("name", ["dse", "classifier"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_checkpoints_are_asked_at_their_own_timesteps(tmp_path, name, schedule):
+    """Made from a file: trained on the linear schedule, for a model of the linear or the cosine one."""
+    path = tiny.make_encoder(tmp_path / "encoder.safetensors", 3, **({"head": "I2Iout"} if name == "dse" else {}))
+    options = energies.ENERGIES.pick(name)
+    options = options(encoder=str(path)) if name == "dse" else options(classifier=str(path), target_class=1)
+    energy = options.create(target_of(noise_schedule=schedule))
+    assert (energy.timestep is None) == (schedule == "linear")
+    if schedule == "cosine":
+        alpha_bar = float((1 - get_named_beta_schedule("linear", 1000)).cumprod()[123])
+        assert energy.timestep(alpha_bar) == 123
+
+
+def test_a_network_of_another_kind_or_size_is_refused(tmp_path):
+    model = tiny.make_model(tmp_path / "model.safetensors")
+    encoder = tiny.make_encoder(tmp_path / "encoder.safetensors", 3)
+    other = target_of()
+    other.image_size = 32
+    for path, target in ((model, target_of()), (encoder, other)):
+        for parameter, make in (
+            ("encoder", lambda path: energies.DSE(encoder=str(path))),
+            ("classifier", lambda path: energies.Classifier(classifier=str(path), target_class=1)),
+        ):
+            with pytest.raises(InputError) as error:
+                make(path).create(target)
+            assert (error.value.parameter, error.value.value) == (parameter, str(path))
+
+
+@pytest.mark.parametrize(
+    "make, parameter",
+    [
+        (lambda: energies.VGG(level=6), "level"),
+        (lambda: energies.VGG(blocks=0), "blocks"),
+        (lambda: energies.VGG(weights="no such file").create(None), "weights"),
+        (lambda: energies.VGG(weights=None).create(None), "weights"),
+        (lambda: energies.DCT(blocks=0), "blocks"),
+        (lambda: energies.LowPass(down_n=0), "down_n"),
+        (lambda: energies.DSE().create(None), "encoder"),
+        (lambda: energies.DSE(encoder="no such file").create(None), "encoder"),
+        (lambda: energies.Classifier(target_class=1).create(None), "classifier"),
+        (lambda: energies.Classifier(classifier=__file__).create(None), "target_class"),
+    ],
+)
+def test_options_that_do_not_fit(make, parameter):
+    with pytest.raises(InputError) as error:
+        make()
+    assert error.value.parameter == parameter
+
+
+def classes(names=None, **flags):
+    metadata = {} if names is None else {"classes": names}
+    return SimpleNamespace(flags=flags or {"num_class": 3}, metadata=metadata, path="classifier.safetensors")
+
+
+@pytest.mark.parametrize("names", [["cat", "dog", "wild"], '["cat", "dog", "wild"]'], ids=["list", "JSON"])
+def test_a_class_by_name_or_number(names):
+    info = classes(names)
+    assert [energies.class_number(given, info, "target_class") for given in ("cat", "wild", 0, 2, "1")] == [
+        0,
+        2,
+        0,
+        2,
+        1,
+    ]
+    for given in ("bird", "Cat", "", 3, -1, "3", "-1", "1.5"):
+        with pytest.raises(InputError) as error:
+            energies.class_number(given, info, "target_class")
+        assert (error.value.parameter, error.value.value) == ("target_class", given)
+        assert "0 to 2" in one_line(error) and "cat, dog, wild" in one_line(error)
+
+
+def test_a_name_that_looks_like_a_number_is_a_name():
+    info = classes(["2", "0", "1"])
+    assert energies.class_number("2", info, "y") == 0
+    assert energies.class_number(2, info, "y") == 2
+
+
+@pytest.mark.parametrize("names", [None, "cat, dog", "null", "3"])
+def test_a_class_of_a_checkpoint_without_names(names):
+    info = classes(names, num_classes=2)
+    assert energies.class_number("1", info, "y") == 1
+    with pytest.raises(InputError) as error:
+        energies.class_number("cat", info, "y")
+    assert "classes 0 to 1" in one_line(error) and "name" not in one_line(error)
+
+
+def test_a_class_by_name_reaches_the_energy(tmp_path):
+    path = tmp_path / "classifier.safetensors"
+    network, info = load_model(tiny.make_encoder(path, 3))
+    save_model(path, network, model_type="ENCODER", flags=info.flags, metadata={"classes": '["cat", "dog", "wild"]'})
+    energy = energies.Classifier(classifier=str(path), target_class="wild").create(target_of())
+    energy.prepare(torch.zeros(2, 3, 16, 16))
+    assert energy.labels.tolist() == [2, 2]

@@ -1,6 +1,7 @@
 """The sampler: golden runs of the `released` variant, a slow twin of `manifold`, and what every run must keep."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,9 +17,12 @@ from conftest import (
 from scipy.optimize import nnls
 
 from guided_diffusion import energy as energies
-from guided_diffusion.manifold import EPS, block_statistics, diffuse_statistics
+from guided_diffusion.baselines import egsde, ilvr, sdedit
+from guided_diffusion.errors import InputError
+from guided_diffusion.manifold import EPS, BlockManifold, block_statistics, diffuse_statistics
 from guided_diffusion.script_util import create_diffusion, create_model_and_diffusion
-from guided_diffusion.sddm import LAMBDA, REFINEMENTS, rescale, sample
+from guided_diffusion.sddm import LAMBDA, REFINEMENTS, SDDM, rescale, sample
+from guided_diffusion.solvers import SOLVERS
 
 VARIANTS = ("manifold", "released")
 both_variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -242,7 +246,7 @@ def test_equals_the_slow_twin(variant, detail_merge, learn_sigma, make_energies)
     if variant == "released" and len(make_energies()) > 1:
         make_energies = lambda: [energies.dct(4)]  # noqa: E731  Frank-Wolfe's unfinished results have golden runs
     model, diffusion, ref, draws = setup(learn_sigma=learn_sigma)
-    options = dict(blocks=4, detail_merge=detail_merge)
+    options = {"blocks": 4, "detail_merge": detail_merge}
     states = run(model, diffusion, ref, draws, variant=variant, energies=make_energies(), **options)
     twin = Twin(model, diffusion, ref.double(), energies=make_energies(), **options)
     expected = twin.run(draws, 2, variant)
@@ -276,7 +280,7 @@ def test_manifold_starts_on_its_manifold_and_released_does_not():
         model, diffusion, ref, draws = setup()
         seen = []
         sample(
-            lambda x, t: seen.append(x) or model(x, t),
+            recorded(model, seen),
             diffusion,
             ref,
             blocks=4,
@@ -293,7 +297,7 @@ def test_manifold_starts_on_its_manifold_and_released_does_not():
 
 
 @both_variants
-@pytest.mark.parametrize("range_t", [-1, 0, 3, 6, 7, 8])
+@pytest.mark.parametrize("range_t", [0, 3, 6, 7])
 def test_evaluations_of_model_and_energies(variant, range_t):
     model, diffusion, ref, draws = setup()
     model, energy = Counted(model), Quadratic()
@@ -308,7 +312,7 @@ def test_evaluations_of_model_and_energies(variant, range_t):
     assert energy.prepared == 1
 
 
-@pytest.mark.parametrize("range_t", [7, 100])
+@pytest.mark.parametrize("range_t", [7, 0.99])
 def test_without_guided_steps_it_is_ancestral_sampling(range_t):
     model, diffusion, ref, draws = setup()
     states = run(model, diffusion, ref, draws, variant="released", range_t=range_t, energies=[Quadratic()])
@@ -374,7 +378,7 @@ def test_last_step_adds_no_noise(variant):
     model, diffusion, ref, draws = setup()
     changed = draws.clone()
     changed[-1] += 100
-    for range_t in (-1, 2):
+    for range_t in (0, 2):
         a, b = (run(model, diffusion, ref, d, variant=variant, range_t=range_t)[0] for d in (draws, changed))
         assert torch.equal(a, b)
 
@@ -455,16 +459,15 @@ def test_flat_references_give_finite_images(variant, detail_merge, picture, bloc
         ref,
         draws,
         blocks=blocks,
-        range_t=-1,
+        range_t=0,
         variant=variant,
         energies=asked,
         detail_merge=detail_merge,
     )
     assert all(state.isfinite().all() for state in states.values())
-    # Guided to the end, the result has the reference's block means.
-    torch.testing.assert_close(
-        block_statistics(states[0], blocks)[0], block_statistics(ref, blocks)[0], atol=1e-5, rtol=0
-    )
+    # Every step but the last is guided, which ends on the manifold of the reference with next to no noise.
+    mean, _ = diffuse_statistics(*block_statistics(ref, blocks), float(diffusion.alphas_cumprod[0]))
+    torch.testing.assert_close(block_statistics(states[1], blocks)[0], mean, atol=1e-5, rtol=0)
 
 
 @both_variants
@@ -487,17 +490,28 @@ def test_constant_states_and_zero_gradients(variant, detail_merge):
             assert all(state.isfinite().all() for state in states.values())
 
 
-def test_a_zero_gradient_stops_the_move_along_the_manifold():
+@pytest.mark.parametrize("detail_merge", [False, True])
+@both_variants
+def test_a_zero_gradient_stops_the_move_along_the_manifold(variant, detail_merge):
     """The hull of the score's tangent part and a zero vector holds zero: no direction helps both."""
     model, diffusion, ref, draws = setup()
-    with_zero = run(model, diffusion, ref, draws, energies=[Zero()])
-    x = draws[0]
-    mean, var = diffuse_statistics(*block_statistics(ref, 4), float(diffusion.alphas_cumprod[7]))
-    twin = Twin(model, diffusion, ref.double(), 4, False, [Zero()])
-    d, _, _ = twin.direction(twin.restrict(x.double().numpy(), diffusion.alphas_cumprod[7]), 7, x.double().numpy())
-    assert np.abs(d).max() < 1e-12
-    without = run(model, diffusion, ref, draws)
-    assert not torch.allclose(with_zero[7], without[7])
+    options = {"blocks": 4, "range_t": 2, "variant": variant, "detail_merge": detail_merge}
+    steps = sample.steps(model, diffusion, ref, energies=[Zero()], noise=Replay(draws), **options)
+    state = next(steps)
+    (guided,) = state["guided"]
+    assert (guided["tangent"].flatten(2).norm(dim=2) > 1e-3).all()
+    assert not guided["move"].any()
+    # What is left of the step is the score's normal part, the drift and the noise.
+    m, alpha_bars = BlockManifold(ref, 4), diffusion.alphas_cumprod
+    x = m.restrict(draws[0], float(alpha_bars[7])) if variant == "manifold" else draws[0]
+    out = diffusion.p_mean_variance(model, x, torch.full((2,), 7))
+    stretch = float(diffusion.alphas[7]) ** -0.5
+    _, normal = m.decompose(x, out["mean"] - stretch * x, float(alpha_bars[7]))
+    stayed = m.restrict(x, float(alpha_bars[7])) if variant == "manifold" else x
+    expected = stayed + normal + (stretch - 1) * x + out["variance"].sqrt() * draws[1]
+    torch.testing.assert_close(state["x"], m.restrict(expected, float(alpha_bars[6])), atol=1e-4, rtol=0)
+    without = next(sample.steps(model, diffusion, ref, noise=Replay(draws), **options))
+    assert (state["x"] - without["x"]).abs().max() > 1e-2
 
 
 def test_energies_steer():
@@ -549,15 +563,334 @@ def test_clipping_may_be_turned_off():
     assert free.abs().max() > 1
 
 
-def test_bad_variant():
+# --- refusals
+
+
+@pytest.mark.parametrize("name", ["variant", "moo", "manifold", "sampler"])
+def test_unknown_names_are_refused(name):
     model, diffusion, ref, _ = setup()
-    with pytest.raises(ValueError, match="variant is 'fast'; it can be manifold or released"):
-        sample(model, diffusion, ref, range_t=2, variant="fast")
+    with pytest.raises(InputError) as caught:
+        sample(model, diffusion, ref, blocks=4, **{"range_t": 2, name: "fast"})
+    assert (caught.value.parameter, caught.value.value) == (name, "fast")
 
 
-@pytest.mark.parametrize("blocks", [3, 0, 32, 16])
+@pytest.mark.parametrize("blocks", [3, 0, 32, 16, -4])
 def test_bad_blocks(blocks):
     model, diffusion, ref, _ = setup()
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(InputError) as caught:
         sample(model, diffusion, ref, blocks=blocks, range_t=2)
     assert (caught.value.parameter, caught.value.value) == ("blocks", blocks)
+    # The low-pass manifold has no blocks.
+    sample(model, diffusion, ref, blocks=blocks, range_t=6, manifold="low_pass", down_n=4)
+
+
+@pytest.mark.parametrize("down_n", [0, 3, 32])
+def test_bad_down_n_of_the_low_pass_manifold(down_n):
+    model, diffusion, ref, _ = setup()
+    with pytest.raises(InputError) as caught:
+        sample(model, diffusion, ref, blocks=4, range_t=2, manifold="low_pass", down_n=down_n)
+    assert (caught.value.parameter, caught.value.value) == ("down_n", down_n)
+
+
+OUTSIDE = [-1, 8, 100, -0.5, 1.5, math.inf, math.nan, True, "3", None]
+
+
+@pytest.mark.parametrize("value", OUTSIDE, ids=str)
+def test_range_t_outside_the_schedule_is_refused(value):
+    model, diffusion, ref, _ = setup()
+    with pytest.raises(InputError) as caught:
+        sample(Counted(model), diffusion, ref, blocks=4, range_t=value)
+    assert caught.value.parameter == "range_t" and caught.value.value is value
+
+
+@pytest.mark.parametrize("value", [0, 9, *(v for v in OUTSIDE if v not in (8, None))], ids=str)
+def test_start_outside_the_schedule_is_refused(value):
+    model, diffusion, ref, _ = setup()
+    with pytest.raises(InputError) as caught:
+        sample(model, diffusion, ref, blocks=4, range_t=2, start=value)
+    assert caught.value.parameter == "start" and caught.value.value is value
+
+
+@pytest.mark.parametrize("share, step", [(0.3, 2), (0.25, 2), (0.5, 4), (2.0, 2), (0.01, 0), (0.99, 7)])
+def test_a_share_of_the_schedule_is_a_step(share, step):
+    model, diffusion, ref, draws = setup()
+    a, b = (run(model, diffusion, ref, draws, range_t=range_t) for range_t in (share, step))
+    assert all(torch.equal(a[i], b[i]) for i in range(8))
+
+
+@pytest.mark.parametrize("share, step", [(0.3, 2), (0.5, 4), (0.99, 8), (0.01, 1), (3.0, 3)])
+def test_a_late_start_may_be_a_share(share, step):
+    model, diffusion, ref, draws = setup()
+    a, b = (run(model, diffusion, ref, draws[: step + 1], start=start) for start in (share, step))
+    assert list(a) == list(b) == list(reversed(range(step)))
+    assert torch.equal(a[0], b[0])
+
+
+WRONG_REFERENCES = {
+    "0 to 255": lambda ref: (ref + 1) * 127.5,
+    "a little outside": lambda ref: ref.clamp(max=1) * 1.01 / ref.max(),
+    "nan": lambda ref: torch.where(ref == ref.max(), torch.nan, ref),
+    "infinite": lambda ref: torch.where(ref == ref.max(), torch.inf, ref),
+    "bytes": lambda ref: ((ref + 1) * 127.5).to(torch.uint8),
+    "no batch": lambda ref: ref[0],
+    "a video": lambda ref: ref[None],
+    "none": lambda ref: ref[:0],
+    "an array": lambda ref: ref.numpy(),
+    "a list": lambda ref: ref.tolist(),
+}
+
+
+@pytest.mark.parametrize("change", WRONG_REFERENCES.values(), ids=WRONG_REFERENCES)
+@pytest.mark.parametrize(
+    "method",
+    [
+        partial(sample, blocks=4, range_t=2),
+        partial(ilvr, down_n=4, range_t=2),
+        partial(sdedit, start=4),
+        partial(egsde, start=4, ls=0.0, li=1.0, encoder=None, down_n=4),
+    ],
+    ids=["sddm", "ilvr", "sdedit", "egsde"],
+)
+def test_references_that_are_none_are_refused(method, change):
+    model, diffusion, ref, _ = setup()
+    model = Counted(model)
+    with pytest.raises(InputError) as caught:
+        method(model, diffusion, change(ref))
+    assert (caught.value.parameter == "ref" and "[-1, 1]" in str(caught.value)) or "no image" in str(caught.value)
+    assert model.calls == 0
+
+
+def test_references_may_exceed_their_range_by_rounding():
+    model, diffusion, ref, _ = setup()
+    sample(model, diffusion, ref.sign() * (1 + 1e-6), blocks=4, range_t=6)
+
+
+def test_blocks_of_an_energy_must_be_those_of_the_manifold():
+    model, diffusion, ref, _ = setup()
+    with pytest.raises(InputError) as caught:
+        sample(model, diffusion, ref, blocks=4, range_t=2, energies=[Quadratic(), energies.dct(8)])
+    assert (caught.value.parameter, caught.value.value) == ("blocks", 4)
+    sample(model, diffusion, ref, blocks=4, range_t=6, energies=[energies.dct(8)], manifold="low_pass", down_n=4)
+
+
+def test_options_know_what_fits():
+    """`SDDM` refuses what the function does, and before a network is loaded."""
+    for options, image_size, steps, parameter in (
+        ({"range_t": 8}, None, 8, "range_t"),
+        ({"range_t": 7}, 16, 8, "blocks"),
+        ({"blocks": 4, "start": 9}, 16, 8, "start"),
+        ({"manifold": "low_pass", "down_n": 3}, 16, 8, "down_n"),
+    ):
+        with pytest.raises(InputError) as caught:
+            SDDM(**options).check_fit(image_size, steps)
+        assert caught.value.parameter == parameter
+    for options, parameter in (
+        ({"range_t": -1}, "range_t"),
+        ({"blocks": 0}, "blocks"),
+        ({"variant": "fast"}, "variant"),
+        ({"eta": 0.5}, "eta"),
+        ({"sampler": "ddim", "eta": 1.5}, "eta"),
+    ):
+        with pytest.raises(InputError) as caught:
+            SDDM(**options)
+        assert caught.value.parameter == parameter
+    SDDM(range_t=7, blocks=4, start=0.5).check_fit(16, 8)
+    assert SDDM(start=0.5).steps(8) == 4 and SDDM().steps(8) == 8
+
+
+def test_bound_options_are_those_of_the_function():
+    model, diffusion, ref, draws = setup()
+    bound = SDDM(range_t=3, blocks=4, variant="released", start=6).bind(energies=[Quadratic()], clip_denoised=False)
+    expected = run(
+        model, diffusion, ref, draws[:7], range_t=3, variant="released", start=6, energies=[Quadratic()],
+        clip_denoised=False,
+    )  # fmt: skip
+    assert torch.equal(bound(model, diffusion, ref, noise=Replay(draws)), expected[0])
+    states = list(bound.steps(model, diffusion, ref, noise=Replay(draws)))
+    assert all(torch.equal(state["x"], expected[state["i"]]) for state in states) and len(states) == 6
+
+
+# --- late start
+
+
+def recorded(model, inputs):
+    return lambda x, t: inputs.append(x) or model(x, t)
+
+
+@both_variants
+@pytest.mark.parametrize("start", [1, 3, 5, 8])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_late_start_begins_at_the_noised_reference(variant, start, solver):
+    model, diffusion, ref, draws = setup()
+    inputs = []
+    counted = Counted(recorded(model, inputs))
+    options = {"start": start, "variant": variant, "sampler": solver, "energies": [Quadratic()]}
+    states = run(counted, diffusion, ref, draws[: start + 1], **options)  # one draw, then one per step
+    assert list(states) == list(reversed(range(start)))
+    first = diffusion.q_sample(ref, torch.full((2,), start - 1), draws[0])
+    if variant == "manifold":
+        first = BlockManifold(ref, 4).restrict(first, float(diffusion.alphas_cumprod[start - 1]))
+    assert torch.equal(inputs[0], first)
+    guided = start > 3
+    assert counted.calls == start + (REFINEMENTS - 1 if variant == "released" and guided else 0)
+
+
+@both_variants
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_late_start_at_the_first_step_is_not_a_start_from_noise(variant, solver):
+    """The state at T'-1 has a trace of the reference."""
+    model, diffusion, ref, draws = setup()
+    late, from_noise = (
+        run(model, diffusion, ref, draws, variant=variant, sampler=solver, start=start) for start in (8, None)
+    )
+    assert all(not torch.equal(late[i], from_noise[i]) for i in range(8))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("start", [1, 4, 8])
+@both_variants
+def test_late_start_with_a_perfect_model_recovers_the_image(variant, solver, start):
+    _, diffusion, ref, draws = setup()
+
+    def perfect(x, t):
+        i = torch.tensor([diffusion.timestep_map.index(int(step)) for step in t])
+        return diffusion.eps_from_xstart(x, i, ref)
+
+    states = run(perfect, diffusion, ref, draws[: start + 1], variant=variant, sampler=solver, start=start)
+    torch.testing.assert_close(states[0], ref, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("start", [1, 5, 8])
+def test_late_start_without_guidance_is_sdedit(start):
+    model, diffusion, ref, draws = setup()
+    states = run(
+        model, diffusion, ref, draws[: start + 1], variant="released", range_t=7, start=start, clip_denoised=False
+    )
+    expected = {}
+    sdedit(
+        model, diffusion, ref, start=start, variance="fixed_small", noise=Replay(draws), callback=expected.__setitem__
+    )
+    assert list(states) == list(expected)
+    for i, state in states.items():
+        torch.testing.assert_close(state, expected[i], atol=1e-5, rtol=0)
+
+
+def test_late_start_keeps_more_of_the_reference():
+    model, diffusion, ref, draws = setup(steps=20)
+    distances = [
+        (run(model, diffusion, ref, draws[: start + 1], range_t=19, variant="released", start=start)[0] - ref).norm()
+        for start in (2, 6, 20)
+    ]
+    assert distances == sorted(distances) and distances[0] < 0.5 * distances[2]
+
+
+# --- the generator of the steps and its callbacks
+
+
+@both_variants
+def test_steps_are_what_the_callback_sees(variant):
+    model, diffusion, ref, draws = setup()
+    options = {"blocks": 4, "range_t": 2, "variant": variant, "energies": [Quadratic()]}
+    told = []
+    result = sample(model, diffusion, ref, noise=Replay(draws), callback=told.append, **options)
+    states = list(sample.steps(model, diffusion, ref, noise=Replay(draws), **options))
+    assert [state["i"] for state in states] == [state["i"] for state in told] == list(reversed(range(8)))
+    for a, b in zip(states, told, strict=True):
+        assert a.keys() == b.keys() == {"i", "x", "pred_xstart", "guided"}
+        assert torch.equal(a["x"], b["x"]) and torch.equal(a["pred_xstart"], b["pred_xstart"])
+        refined = REFINEMENTS if variant == "released" and a["i"] == 3 else 0
+        assert len(a["guided"]) == len(b["guided"]) == (1 + refined if a["i"] > 2 else 0)
+        assert all(record.keys() == {"tangent", "normal", "move", "weights"} for record in a["guided"])
+        assert not a["x"].requires_grad
+    assert torch.equal(states[-1]["x"], result)
+
+
+@both_variants
+def test_prediction_is_the_one_that_the_step_was_made_with(variant):
+    model, diffusion, ref, draws = setup()
+    inputs = []
+    for state in sample.steps(
+        recorded(model, inputs), diffusion, ref, blocks=4, range_t=2, variant=variant, noise=Replay(draws)
+    ):
+        out = diffusion.p_mean_variance(model, inputs[-1], torch.full((2,), state["i"]))
+        assert torch.equal(state["pred_xstart"], out["pred_xstart"])
+
+
+@both_variants
+def test_steps_may_be_closed_early(variant):
+    model, diffusion, ref, draws = setup()
+    model, noise = Counted(model), Replay(draws)
+    steps = sample.steps(model, diffusion, ref, blocks=4, range_t=2, variant=variant, noise=noise)
+    assert model.calls == 0 and len(noise.draws) == 9  # nothing is computed before it is asked for
+    with torch.enable_grad():
+        for _ in range(2):
+            next(steps)
+            assert torch.is_grad_enabled()  # gradients are off inside alone
+        steps.close()
+        assert torch.is_grad_enabled()
+    assert model.calls == 2 and len(noise.draws) == 6
+    with pytest.raises(StopIteration):
+        next(steps)
+
+
+def test_an_error_of_a_callback_ends_the_run():
+    model, diffusion, ref, _ = setup()
+    model = Counted(model)
+
+    def stop(state):
+        raise KeyboardInterrupt
+
+    with torch.enable_grad(), pytest.raises(KeyboardInterrupt):
+        sample(model, diffusion, ref, blocks=4, range_t=2, callback=stop)
+    assert model.calls == 1 and torch.is_grad_enabled()
+
+
+class Told:
+    def __init__(self):
+        self.seen = []
+
+    def state(self, state):
+        self.seen.append(state)
+
+    def pair(self, i, x):
+        self.seen.append((i, x))
+
+    def optional(self, state, verbose=False):
+        self.seen.append(state)
+
+    def pair_and_more(self, i, x, scale=1, *, verbose=False):
+        self.seen.append((i, x))
+
+    def anything(self, *arguments, **options):
+        assert not options
+        self.seen.append(arguments[0] if len(arguments) == 1 else arguments)
+
+    def bound(self, log, i, x):
+        log.append((i, x))
+
+    def __call__(self, i, x):
+        self.seen.append((i, x))
+
+
+CALLBACKS = {
+    "state": (lambda told: told.state, dict),
+    "a default": (lambda told: told.optional, dict),
+    "any number": (lambda told: told.anything, dict),
+    "a builtin of one": (lambda told: told.seen.append, dict),
+    "pair": (lambda told: told.pair, tuple),
+    "pair and a default": (lambda told: told.pair_and_more, tuple),
+    "an object": (lambda told: told, tuple),
+    "partial": (lambda told: partial(told.bound, told.seen), tuple),
+    "lambda": (lambda told: lambda i, x: told.seen.append((i, x)), tuple),
+}
+
+
+@pytest.mark.parametrize("make, kind", CALLBACKS.values(), ids=CALLBACKS)
+def test_a_callback_gets_what_it_has_parameters_for(make, kind):
+    model, diffusion, ref, draws = setup()
+    told = Told()
+    sample(model, diffusion, ref, blocks=4, range_t=2, noise=Replay(draws), callback=make(told))
+    assert len(told.seen) == 8
+    assert all(type(seen) is kind for seen in told.seen)
+    indices = [seen["i"] if kind is dict else seen[0] for seen in told.seen]
+    assert indices == list(reversed(range(8)))

@@ -1,5 +1,6 @@
 """DDIM and DPM-Solver++(2M) in the sampler: against theory, against the DDIM loop, and what must not change."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,11 +9,12 @@ import torch
 from conftest import LinearModel
 
 from guided_diffusion import energy
+from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType
 from guided_diffusion.manifold import block_statistics, diffuse_statistics
 from guided_diffusion.script_util import create_diffusion
 from guided_diffusion.sddm import sample
-from guided_diffusion.solvers import SOLVERS, create_solver
+from guided_diffusion.solvers import DDIM, SOLVERS, Ancestral, DPMSolverPP2M, create_solver, resolve_step
 
 STEPS = 8
 
@@ -40,7 +42,7 @@ def test_full_ddim_noise_is_the_ancestral_step(variant):
     # Song et al. 2021, section 4.1: at eta = 1, mean and variance are those of the DDPM posterior.
     diffusion, ref, draws = setup()
     energies = [energy.dct(4), energy.low_pass(4)]
-    options = dict(clip_denoised=False, variant=variant, energies=energies)
+    options = {"clip_denoised": False, "variant": variant, "energies": energies}
     a, b = (run(diffusion, ref, draws, sampler=name, eta=1.0, **options) for name in ("ddim", "ancestral"))
     for i in a:
         torch.testing.assert_close(a[i], b[i], atol=2e-3, rtol=1e-3, msg=lambda m, i=i: f"step {i}: {m}")
@@ -54,7 +56,7 @@ def test_full_ddim_noise_is_the_ancestral_step(variant):
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_ddim_without_guidance_is_the_ddim_loop(eta):
     diffusion, ref, draws = setup()
-    states = run(diffusion, ref, draws, sampler="ddim", eta=eta, range_t=STEPS, variant="released")
+    states = run(diffusion, ref, draws, sampler="ddim", eta=eta, range_t=STEPS - 1, variant="released")
     x, model = draws[0], LinearModel()
     for i in reversed(range(STEPS)):
         step = diffusion.ddim_sample(model, x, torch.full((2,), i), eta=eta, noise=draws[STEPS - i])
@@ -115,8 +117,9 @@ def gaussian_error(name, steps):
 
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     states = run(
-        diffusion, x, [x] * (steps + 2), model=model, sampler=name, range_t=steps + 1, blocks=1, clip_denoised=False,
-        variant="released",
+        diffusion, x.clamp(-1, 1), [x] * (steps + 2), model=model, sampler=name,
+        range_t=steps, blocks=1,
+        clip_denoised=False, variant="released",
     )  # fmt: skip
 
     def spread(i):
@@ -129,19 +132,70 @@ def gaussian_error(name, steps):
 
 def test_dpm_solver_converges_with_second_order():
     errors = [gaussian_error("dpmpp_2m", steps) for steps in (40, 80, 160)]
-    for coarse, fine in zip(errors, errors[1:]):
+    for coarse, fine in itertools.pairwise(errors):
         assert 3.5 < coarse / fine < 4.5
     assert errors[0] < 0.1 * gaussian_error("ddim", 40)
 
 
 def test_ddim_converges_with_first_order():
     errors = [gaussian_error("ddim", steps) for steps in (20, 40, 80)]
-    for coarse, fine in zip(errors, errors[1:]):
+    for coarse, fine in itertools.pairwise(errors):
         assert 1.7 < coarse / fine < 2.3
 
 
 @pytest.mark.parametrize("options", [{"sampler": "euler"}, {"eta": 1.5}, {"eta": -0.1}, {"eta": math.nan}])
 def test_unknown_settings_are_refused(options):
     diffusion, ref, _ = setup()
-    with pytest.raises(ValueError, match=next(iter(options))):
+    with pytest.raises(InputError) as caught:
         sample(LinearModel(), diffusion, ref, blocks=4, range_t=2, **options)
+    ((parameter, value),) = options.items()
+    assert caught.value.parameter == parameter and caught.value.value is value
+
+
+def test_names_are_those_of_the_registry():
+    diffusion, _, _ = setup()
+    kinds = {name: type(create_solver(name, diffusion)) for name in SOLVERS}
+    assert kinds == {"ancestral": Ancestral, "ddim": DDIM, "dpmpp_2m": DPMSolverPP2M}
+
+
+def test_a_solver_of_ones_own():
+    """A registered class is one more name of `sampler`."""
+    diffusion, ref, draws = setup()
+
+    class Still(Ancestral):
+        def step(self, out, x, i, t, noise):
+            return x
+
+    try:
+        SOLVERS.add("still")(Still)
+        states = run(diffusion, ref, draws, sampler="still")
+    finally:
+        del SOLVERS._entries["still"]
+    assert torch.equal(states[0], states[3]) and not torch.equal(states[3], states[4])
+
+
+def test_a_run_remembers_nothing_of_the_one_before():
+    diffusion, ref, draws = setup()
+    options = {"blocks": 4, "range_t": 2, "sampler": "dpmpp_2m"}
+    results = []
+    for _ in range(2):
+        remaining = list(draws)
+        results.append(sample(LinearModel(), diffusion, ref, noise=lambda _: remaining.pop(0), **options))  # noqa: B023
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("value, step", [(0, 0), (7, 7), (3.0, 3), (0.3, 2), (0.5, 4), (1e-9, 0), (1 - 1e-9, 7)])
+def test_steps_and_shares(value, step):
+    found = resolve_step(value, 8, "range_t")
+    assert type(found) is int and found == step
+
+
+def test_steps_outside_are_refused_with_what_fits():
+    for value in (-1, 8, 2.5, math.nan, math.inf, True, "2", None):
+        with pytest.raises(InputError) as caught:
+            resolve_step(value, 8, "range_t")
+        assert caught.value.parameter == "range_t" and caught.value.value is value
+        assert "0 to 7" in caught.value.reason
+    with pytest.raises(InputError) as caught:
+        resolve_step(0, 8, "start", 1, 8)
+    assert caught.value.parameter == "start" and "1 to 8" in caught.value.reason

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from ..errors import InputError, shown
-from ..options import check_value, field_types
+from ..options import check, field_types
 
 # Parameters whose flags have other names, mostly those of the public releases.
 SPELLING = {
@@ -120,7 +120,9 @@ class Given:
 
     def options(self, cls: type, **values: Any) -> Any:
         """An instance of an options class; values: fields by name, in place of flags. Raises InputError."""
-        return cls(**{**self.values(cls), **values})
+        options = cls(**{**self.values(cls), **values})
+        check(options)
+        return options
 
     def ignored(self) -> dict[str, str]:
         """Flags without effect that are given with another value than the usual, with that value."""
@@ -202,6 +204,3 @@ def existing(path: str | os.PathLike, **wrong: Any) -> str:
     if not os.path.exists(path) and "://" not in os.fspath(path):
         raise InputError("no such file or folder", **wrong)
     return os.fspath(path)
-
-
-__all__ = ["NO_EFFECT", "SPELLING", "Given", "Parser", "check_value", "existing", "read_bool", "read_float", "read_int"]

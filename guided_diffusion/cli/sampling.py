@@ -76,7 +76,7 @@ def resolved(method: Any, total: int) -> dict[str, int]:
     for name, flag in (("range_t", "range_t"), ("start", "start_t" if hasattr(method, "range_t") else "t")):
         value = getattr(method, name, None)
         if value is not None:
-            found[flag] = resolve_step(value, total, name, 1 if name == "start" else 0, total)
+            found[flag] = resolve_step(value, total, name, *((1, total) if name == "start" else (0, total - 1)))
     return found
 
 

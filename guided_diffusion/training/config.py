@@ -275,7 +275,8 @@ HELP = {
 
 def unet_defaults() -> dict[str, Any]:
     """Defaults of the diffusion model; use_fp16 is the loop's, since weights are kept in float32."""
-    return {name: value for name, value in model_and_diffusion_defaults().items() if name != "use_fp16"}
+    defaults = {name: value for name, value in model_and_diffusion_defaults().items() if name != "use_fp16"}
+    return {**defaults, "predict_v": False}
 
 
 def super_res_defaults() -> dict[str, Any]:
