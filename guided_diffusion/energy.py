@@ -267,7 +267,7 @@ class VGG:
     """Options of `vgg`."""
 
     weights: str | None = option("models/vgg_normalised.pth", "AdaIN's VGG weights, for vgg", file=True, metavar="FILE")
-    level: int = option(1, "VGG feature relu{level}_1", least=1, most=5)
+    level: int = option(1, "VGG feature reluN_1", least=1, most=5)
     blocks: int = option(16, "the features' blocks", least=1)
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ The commands are built from the same parts: `load_target`, `sddm.METHODS` and `c
 import dataclasses
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,7 +146,11 @@ def energy_names(given: str | Sequence[str] | None, weights: str | None = None) 
     None chooses vgg where the file `weights` exists, else dct. Raises InputError for an unknown or repeated name.
     """
     if given is None:
-        return ["vgg"] if weights and os.path.exists(weights) else ["dct"]
+        if weights and os.path.exists(weights):
+            return ["vgg"]
+        if weights:
+            log.info("energy: dct (there is no %s for vgg)", weights)
+        return ["dct"]
     names = [name.strip() for name in (given.split(",") if isinstance(given, str) else given)]
     names = [name for name in names if name not in ("", "none")]
     for name in names:
@@ -234,7 +239,10 @@ class Translator:
         gives the command's very pixels. Returns a PIL image, or a list of them for a list.
         """
         many = isinstance(pictures, (list, tuple))
-        *_, last = self._states(list(pictures) if many else [pictures], seed, name)
+        if many and name is not None and len(pictures) > 1:
+            raise InputError("it is for a single picture", parameter="name", value=name)
+        states = self._states(list(pictures) if many else [pictures], seed, name)
+        last = deque(states, maxlen=1)[0]  # the tensors of all steps may not fit into memory
         images = [Image.fromarray(image) for image in to_uint8(last["x"].nan_to_num())]
         return images if many else images[0]
 
@@ -273,7 +281,8 @@ class Translator:
                 raise InputError(reason, parameter="picture", value=f"a tensor {list(picture.shape)}")
             return picture.detach().float().reshape(1, 3, size, size)
         if isinstance(picture, np.ndarray):
-            if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+            layers = picture.shape[2] if picture.ndim == 3 else 3
+            if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or layers not in (3, 4):
                 what = f"an array {picture.dtype} {list(picture.shape)}"
                 raise InputError("an array uint8 [H, W, 3] is needed", parameter="picture", value=what)
             picture = Image.fromarray(picture)

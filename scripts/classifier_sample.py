@@ -14,46 +14,44 @@ from guided_diffusion.cli import main as command
 
 command.start()
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from guided_diffusion.checkpoint import load_model
+from guided_diffusion.cli import sampling
 from guided_diffusion.cli.flags import Given, Parser
-from guided_diffusion.cli.generate import add_network, load_network, make, write_npz
+from guided_diffusion.cli.generate import add_network, load_network, write_npz
 from guided_diffusion.dist_util import Peers
 from guided_diffusion.errors import InputError
 from guided_diffusion.generation import ClassifierFlags, GuidanceOptions, classifier_guided, draw_labels
 from guided_diffusion.run.job import Job, Numbers, OutputOptions
 from guided_diffusion.run.noise import ImageNoise, image_key
-from guided_diffusion.script_util import create_diffusion
 
 
 def generate(given: Given, peers: Peers) -> int:
     guidance, output = given.options(GuidanceOptions), given.options(OutputOptions)
     network = given.options(ClassifierFlags)
-    model, info, device, settings = load_network(given, peers.local_rank)
-    classifier, found = load_model(guidance.classifier, device=device, **network.given())
+    target, settings = load_network(given, peers.local_rank)
+    classifier, found = load_model(guidance.classifier, device=target.device, **network.given())
     classes = found.flags.get("num_class", 0)
     if found.model_type != "ENCODER" or not (guidance.class_index or 0) < classes:
         raise InputError(f"it must be a classifier that has the classes asked for; this one has {classes}",
                          parameter="classifier", value=guidance.classifier)  # fmt: skip
-    diffusion = create_diffusion(**{**info.flags, "sigma_small": given.sigma_small})
     options = {"scale": guidance.classifier_scale, "use_ddim": guidance.use_ddim}
-    run = partial(classifier_guided, model, diffusion, classifier=classifier, class_cond=info.flags["class_cond"],
+    run = partial(classifier_guided, classifier=classifier, class_cond=target.info.flags["class_cond"],
                   clip_denoised=guidance.clip_denoised, **options)  # fmt: skip
 
     def labels(noise: ImageNoise, count: int) -> torch.Tensor:
-        drawn = draw_labels(noise, count, classes, device)
+        drawn = draw_labels(noise, count, classes, target.device)
         return drawn if guidance.class_index is None else torch.full_like(drawn, guidance.class_index)
 
-    def sample(ref: torch.Tensor, noise: ImageNoise, callback: Callable) -> torch.Tensor:
-        return run(ref, labels=labels(noise, len(ref)), noise=noise, callback=callback)
+    def sample(model, diffusion, ref, noise, callback):
+        return run(model, diffusion, ref, labels=labels(noise, len(ref)), noise=noise, callback=callback)
 
-    job = Job(output, peers, device, Numbers(guidance.num_samples))
+    job = Job(output, peers, target.device, Numbers(guidance.num_samples))
     settings |= {**given.settings([guidance, network, output]), "method": "classifier"}
-    status = make(job, info.flags["image_size"], settings, sample, diffusion.num_timesteps, peers.rank)
+    status = sampling.execute(job, sample, target, target.diffusion.num_timesteps, settings, sampling.IMAGES)
     if guidance.npz and status == 0 and peers.rank == 0:
         keys = [image_key(output.seed, item.reference.name, item.sample) for item in job.items.values()]
         write_npz(job, labels(ImageNoise(keys, torch.device("cpu")), len(keys)).tolist())

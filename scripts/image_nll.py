@@ -15,25 +15,24 @@ from guided_diffusion.cli import main as command
 command.start()
 
 from guided_diffusion.cli.flags import Given, Parser
-from guided_diffusion.cli.generate import add_network, load_network, progress_bar
+from guided_diffusion.cli.generate import add_network, load_network
+from guided_diffusion.cli.progress import image_bar
 from guided_diffusion.dist_util import Peers
 from guided_diffusion.errors import InputError, display_name
 from guided_diffusion.run.likelihood import Likelihood, LikelihoodOptions
-from guided_diffusion.script_util import create_diffusion
 
 
 def evaluate(given: Given, peers: Peers) -> int:
     options = given.options(LikelihoodOptions)
     images = Likelihood(options, peers)
-    model, info, device, settings = load_network(given, peers.local_rank)
-    if info.flags.get("super_res"):
+    target, settings = load_network(given, peers.local_rank)
+    if target.info.flags.get("super_res"):
         raise InputError("it is a super-resolution model", parameter="model_path", value=given.model_path)
-    diffusion = create_diffusion(**{**info.flags, "sigma_small": given.sigma_small})
     images.prepare({**settings, **given.settings([options]), "method": "likelihood"})
-    with progress_bar(len(images.missing), peers.rank) as bar:
+    with image_bar(len(images.missing), peers.rank) as bar:
         mean = images.run(
-            model, diffusion, info.flags["image_size"], device,
-            labels=images.labels() if info.flags["class_cond"] else None,
+            target.model, target.diffusion, target.image_size, target.device,
+            labels=images.labels() if target.info.flags["class_cond"] else None,
             progress=lambda done: bar.update(done - bar.n),
         )  # fmt: skip
     for name, reason in images.failed.items() if peers.rank == 0 else ():

@@ -14,42 +14,44 @@ from guided_diffusion.cli import main as command
 
 command.start()
 
+from functools import partial
+
 import torch
 
+from guided_diffusion.cli import sampling
 from guided_diffusion.cli.flags import Given, Parser
-from guided_diffusion.cli.generate import add_network, load_network, make, write_npz
+from guided_diffusion.cli.generate import add_network, load_network, write_npz
 from guided_diffusion.dist_util import Peers
 from guided_diffusion.errors import InputError
 from guided_diffusion.generation import EnlargeOptions, super_resolution
 from guided_diffusion.run.job import Job, OutputOptions
 from guided_diffusion.run.sources import SmallImages
-from guided_diffusion.script_util import create_diffusion
 
 
 def enlarge(given: Given, peers: Peers) -> int:
     options, output = given.options(EnlargeOptions), given.options(OutputOptions)
     source = SmallImages(options.base_samples, options.small_size, options.num_samples)
-    model, info, device, settings = load_network(given, peers.local_rank)
+    target, settings = load_network(given, peers.local_rank)
+    info = target.info
     if not info.flags.get("super_res"):
         raise InputError("it is no super-resolution model", parameter="model_path", value=given.model_path)
     if info.flags["class_cond"] and source.labels is None and options.class_index is None:
         raise InputError("the model is class-conditional: give a class", parameter="class_index")
-    diffusion = create_diffusion(**{**info.flags, "sigma_small": given.sigma_small})
-    large = info.flags["image_size"]
+    run = partial(super_resolution, large_size=target.image_size, use_ddim=options.use_ddim,
+                  clip_denoised=options.clip_denoised)  # fmt: skip
 
-    def sample(ref, noise, callback):
+    def sample(model, diffusion, ref, noise, callback):
         labels = None
         if info.flags["class_cond"]:
             names = [name.split("/", 1)[1].rsplit("#", 1)[0] for name in noise.names]  # of "SEED/NAME#SAMPLE"
             known = source.labels or {}
             chosen = [known[name] if options.class_index is None else options.class_index for name in names]
-            labels = torch.tensor(chosen, device=device)
-        return super_resolution(model, diffusion, ref, large_size=large, labels=labels, use_ddim=options.use_ddim,
-                                clip_denoised=options.clip_denoised, noise=noise, callback=callback)  # fmt: skip
+            labels = torch.tensor(chosen, device=target.device)
+        return run(model, diffusion, ref, labels=labels, noise=noise, callback=callback)
 
-    job = Job(output, peers, device, source)
+    job = Job(output, peers, target.device, source)
     settings |= {**given.settings([options, output]), "method": "super_resolution"}
-    status = make(job, large, settings, sample, diffusion.num_timesteps, peers.rank)
+    status = sampling.execute(job, sample, target, target.diffusion.num_timesteps, settings, sampling.IMAGES)
     if options.npz and status == 0 and peers.rank == 0:
         write_npz(job, None)
     return status

@@ -4,6 +4,8 @@ import importlib.util
 import signal
 from pathlib import Path
 
+from guided_diffusion import dist_util
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -18,3 +20,17 @@ def load_script(name):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return module
+
+
+def run_script(name, *flags):
+    """A sampling command in this process, without its handling of errors; returns its exit status."""
+    module = load_script(name)
+    function = next(
+        getattr(module, each) for each in ("translate", "sample", "generate", "enlarge") if hasattr(module, each)
+    )
+    return function(module.create_parser().parse(list(map(str, flags))), dist_util.connect(dist_util.Ranks()))
+
+
+def message(name, error):
+    """What the command says of an InputError."""
+    return error.text(load_script(name).create_parser().spell)

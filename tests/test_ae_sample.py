@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,14 @@ import tiny
 import torch
 from conftest import golden
 from PIL import Image
+from scripts_in_process import load_script, message, run_script
 
 from guided_diffusion import energy, sddm
 from guided_diffusion.checkpoint import load_model
-from guided_diffusion.engine import ImageNoise
+from guided_diffusion.cli import main as command
+from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import list_references, load_image, to_tensor, to_uint8
+from guided_diffusion.run.noise import ImageNoise
 from guided_diffusion.script_util import create_diffusion, create_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,8 +34,8 @@ RELEASE = (
 )
 # All other flags of the release, some of which do nothing here.
 REST_OF_RELEASE = (
-    "--num_heads 4 --num_heads_upsample -1 --use_checkpoint False --use_new_attention_order False --predict_xstart False "
-    "--rescale_timesteps False --rescale_learned_sigmas False --use_kl False --batch_size 4 --num_samples 1 "
+    "--num_heads 4 --num_heads_upsample -1 --use_checkpoint False --use_new_attention_order False "
+    "--predict_xstart False --rescale_timesteps False --rescale_learned_sigmas False --use_kl False --batch_size 4 --num_samples 1 "
     "--clip_denoised True --use_ddim False --classifier_scale 1.0 --vggdepth 1 --affine True --losstype l2 "
     "--init_with_blockadain True --diffusionmodel ADM"
 )
@@ -74,10 +78,16 @@ def test_the_release_command_line_runs_unchanged(tmp_path):
     """With random weights of the README's architecture (131.7 million parameters, 256 pixels) and four steps."""
     flags = RELEASE.split()
     given = dict(zip((flag.removeprefix("--") for flag in flags[::2]), flags[1::2]))
-    architecture = dict(
-        image_size=256, num_channels=128, num_res_blocks=2, attention_resolutions="16", num_head_channels=64,
-        resblock_updown=True, use_scale_shift_norm=True, learn_sigma=False,
-    )
+    architecture = {
+        "image_size": 256,
+        "num_channels": 128,
+        "num_res_blocks": 2,
+        "attention_resolutions": "16",
+        "num_head_channels": 64,
+        "resblock_updown": True,
+        "use_scale_shift_norm": True,
+        "learn_sigma": False,
+    }
     assert all(str(value) == given[name] for name, value in architecture.items())
     torch.manual_seed(0)
     model = create_model(**architecture)
@@ -88,13 +98,19 @@ def test_the_release_command_line_runs_unchanged(tmp_path):
     (tmp_path / "ref_imgs").mkdir()
     for name in ("star.png", "heart.png"):
         shutil.copy(ROOT / "ref_imgs" / name, tmp_path / "ref_imgs")
-    paths = "--model_path models/afhq.pt --base_samples ref_imgs --save_dir output".split()
-    steps = "--timestep_respacing 4 --range_t 1".split()
+    paths = ["--model_path", "models/afhq.pt", "--base_samples", "ref_imgs", "--save_dir", "output"]
+    steps = ["--timestep_respacing", "4", "--range_t", "1"]
     done = ae_sample(*flags, *steps, *paths, *REST_OF_RELEASE.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for name in ("classifier_scale 1.0", "affine True", "losstype l2", "init_with_blockadain True", "diffusionmodel ADM"):
+    for name in (
+        "classifier_scale 1.0",
+        "affine True",
+        "losstype l2",
+        "init_with_blockadain True",
+        "diffusionmodel ADM",
+    ):
         assert f"--{name} has no effect" in done.stderr
-    assert "1 done, 0 skipped (were there), 0 failed" in done.stdout
+    assert "1 done, 0 already present, 0 failed" in done.stdout
     assert sorted(os.listdir(tmp_path / "output")) == ["grid.png", "heart.png", "run.json"]
     made = np.asarray(Image.open(tmp_path / "output" / "heart.png"))
     assert made.shape == (256, 256, 3) and made.std() > 1
@@ -110,7 +126,9 @@ def test_pictures_grid_and_trajectories_from_another_folder(data, tmp_path):
         "--save_trajectory", "--batch_size", "3", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "4 done, 0 skipped (were there), 0 failed" in done.stdout and "output/grid.png" in done.stdout.replace(os.sep, "/")
+    assert "4 done, 0 already present, 0 failed" in done.stdout and "output/grid.png" in done.stdout.replace(
+        os.sep, "/"
+    )
     assert "100%, 4/4 images, step 24/24" in done.stderr
     out = tmp_path / "output"
     expected = translated(data, energies=[energy.dct(4)])
@@ -142,111 +160,175 @@ ENERGIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def script():
-    """The script as a module; it takes signals for itself when it is imported."""
-    import importlib
-    import signal
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield importlib.import_module("ae_sample")
-    sys.path.remove(str(ROOT / "scripts"))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def run_here(script, data, out, *flags):
+def run_here(data, out, *flags):
     """The command in this process; returns its exit status."""
-    from guided_diffusion import dist_util
-
     given = ["--model_path", data / "model.safetensors", "--base_samples", data / "ref", "--save_dir", out]
-    args = script.create_parser().parse_args(list(map(str, [*given, *SMALL, *flags])))
-    return script.translate(args, dist_util.connect(dist_util.Ranks()))
+    return run_script("ae_sample", *given, *SMALL, *flags)
 
 
 @pytest.mark.parametrize("variant", ["manifold", "released"])
 @pytest.mark.parametrize("names", ENERGIES)
-def test_energies_of_the_command_are_the_librarys(script, data, tmp_path, names, variant):
+def test_energies_of_the_command_are_the_librarys(data, tmp_path, names, variant):
     flags, make = ENERGIES[names]
     flags = [flag.format(data=data) for flag in flags]
-    assert run_here(script, data, tmp_path / "out", "--energy", names, "--variant", variant, "--batch_size", 1, *flags) == 0
-    tiny.assert_within_one_level(tiny.pictures(tmp_path / "out"), translated(data, variant=variant, energies=make(data)))
+    assert run_here(data, tmp_path / "out", "--energy", names, "--variant", variant, "--batch_size", 1, *flags) == 0
+    tiny.assert_within_one_level(
+        tiny.pictures(tmp_path / "out"), translated(data, variant=variant, energies=make(data))
+    )
 
 
-def test_other_flags_of_the_method_reach_the_sampler(script, data, tmp_path):
-    assert run_here(script, data, tmp_path / "out", "--energy", "dct", "--detail_merge", "True", "--batch_size", 1) == 0
+def test_other_flags_of_the_method_reach_the_sampler(data, tmp_path):
+    assert run_here(data, tmp_path / "out", "--energy", "dct", "--detail_merge", "True", "--batch_size", 1) == 0
     merged = translated(data, energies=[energy.dct(4)], detail_merge=True)
     tiny.assert_within_one_level(tiny.pictures(tmp_path / "out"), merged)
-    assert any(np.abs(merged[n].astype(int) - image).max() > 1 for n, image in translated(data, energies=[energy.dct(4)]).items())
+    assert any(
+        np.abs(merged[n].astype(int) - image).max() > 1
+        for n, image in translated(data, energies=[energy.dct(4)]).items()
+    )
 
 
-def test_the_default_energy_is_said(script, data, tmp_path, caplog):
+def test_a_share_of_the_schedule_is_the_step_that_it_stands_for(data, tmp_path, caplog):
     caplog.set_level("INFO")
-    assert run_here(script, data, tmp_path / "a", "--vgg_path", tmp_path / "missing.pth") == 0
+    out = tmp_path / "out"
+    assert run_here(data, out, "--energy", "dct", "--range_t", "0.3", "--batch_size", 1) == 0
+    assert "--range_t 0.3 is step 2 of 6" in caplog.text and tiny.record(out)["settings"]["range_t"] == 2
+    made = tiny.files(out)
+    tiny.assert_within_one_level(tiny.pictures(out), translated(data, energies=[energy.dct(4)]))
+    # Either resumes the other; another step is another run.
+    for given in ("2", "0.3"):
+        (out / "b.png").unlink()
+        assert run_here(data, out, "--energy", "dct", "--range_t", given, "--batch_size", 1) == 0
+        assert tiny.files(out) == made
+    with pytest.raises(InputError) as caught:
+        run_here(data, out, "--energy", "dct", "--range_t", "0.5", "--batch_size", 1)
+    assert "--range_t was 2 and is 3" in message("ae_sample", caught.value)
+
+
+@pytest.mark.parametrize("given, step", [("4", 4), ("0.5", 3)])
+def test_a_late_start(data, tmp_path, given, step):
+    assert run_here(data, tmp_path / "out", "--energy", "dct", "--start_t", given, "--batch_size", 1) == 0
+    record = tiny.record(tmp_path / "out")
+    assert record["settings"]["start_t"] == step and record["model_evaluations"] == step
+    wanted = translated(data, energies=[energy.dct(4)], start=step)
+    tiny.assert_within_one_level(tiny.pictures(tmp_path / "out"), wanted)
+    assert any(
+        np.abs(wanted[n].astype(int) - image).max() > 1
+        for n, image in translated(data, energies=[energy.dct(4)]).items()
+    )
+
+
+def test_trajectories_show_the_prediction_or_the_state(data, tmp_path):
+    states = {}
+
+    def keep(state):
+        states.update({(state["i"], key): to_uint8(state[key])[0] for key in ("x", "pred_xstart")})
+
+    wanted = translated(data, energies=[], callback=keep)  # its last reference is more/c.png
+    flags = ("--energy", "none", "--save_trajectory", "--batch_size", 1)
+    for shown, key in (("xt", "x"), ("x0", "pred_xstart")):
+        out = tmp_path / shown
+        assert run_here(data, out, *flags, "--trajectory", shown) == 0
+        assert tiny.record(out)["settings"].get("trajectory", "x0") == shown
+        with Image.open(out / "trajectory" / "more" / "c.gif") as animation:
+            assert animation.n_frames >= 6
+            frame = np.asarray(animation.convert("RGB")).astype(int)
+        other = states[5, "x" if key == "pred_xstart" else "pred_xstart"]
+        # 16 by 16 pixels have no more colours than a GIF.
+        assert np.abs(frame - states[5, key]).mean() < 8 < np.abs(frame - other.astype(int)).mean()
+    found = tiny.pictures(tmp_path / "xt")
+    tiny.assert_within_one_level({name: found[name] for name in wanted}, wanted)
+    with pytest.raises(InputError) as caught:
+        run_here(data, tmp_path / "xt", *flags)
+    assert "--trajectory was 'xt' and is not recorded" in message("ae_sample", caught.value)
+
+
+def test_the_default_energy_is_said(data, tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert run_here(data, tmp_path / "a", "--vgg_path", tmp_path / "missing.pth") == 0
     assert "energy: dct (there is no" in caplog.text and "missing.pth" in caplog.text
-    assert run_here(script, data, tmp_path / "b", "--vgg_path", data / "vgg.pth") == 0
+    assert run_here(data, tmp_path / "b", "--vgg_path", data / "vgg.pth") == 0
     energies = [json.loads((tmp_path / run / "run.json").read_text())["settings"]["energy"] for run in "ab"]
     assert energies == [["dct"], ["vgg"]]
 
 
+CLASSIFIER = "--energy classifier --classifier_path {data}/classifier.safetensors"
 ERRORS = {
-    "--area 5": "--area 5 does not suit --image_size 16",
-    "--area 16": "--area 16 does not suit --image_size 16",
+    "--area 5": "--area is 5; it must divide the image size 16 into blocks of at least two pixels (4 and 8 do)",
+    "--area 16": "--area is 16; it must divide the image size 16 into blocks of at least two pixels (8 and 4 do)",
+    "--range_t 1.5": "--range_t is 1.5; a schedule of 6 steps takes 0 to 5, or a share of it below 1",
     "--range_t 6": "--range_t is 6; a schedule of 6 steps takes 0 to 5",
-    "--range_t -1": "--range_t is -1; a schedule of 6 steps takes 0 to 5",
-    "--timestep_respacing 0": "--timestep_respacing",
+    "--range_t -1": "--range_t is -1; it must be at least 0",
+    "--timestep_respacing 0": "--timestep_respacing is '0'; it asks for 0 steps out of 1000",
     "--timestep_respacing ddim400": "no integer stride",
-    "--num_channels 64": "--num_channels 64 does not fit {data}/model.safetensors: it has num_channels=32",
-    "--learn_sigma True": "--learn_sigma True does not fit {data}/model.safetensors: it has learn_sigma=False",
-    "--image_size 15 --area 5": "it needs a multiple of 2",
-    "--noise_schedule cosine": "--noise_schedule cosine does not fit",
-    "--class_index 1": "is not class-conditional",
-    "--energy vgg,dct": "--vgg_path {data}/nothing.pth does not exist, and --energy vgg needs it",
-    "--energy wavelet": "--energy wavelet: 'wavelet' is none of vgg, dct, dse, low_pass, classifier",
-    "--energy dct,dct": "--energy dct,dct names an energy twice",
-    "--energy dse": "--energy dse needs --dsepath",
-    "--energy dse --dsepath {data}/model.safetensors": "is a diffusion model, not a classifier or extractor",
-    "--energy classifier --classifier_path {data}/classifier.safetensors": "--energy classifier needs --target_class",
-    "--energy classifier --classifier_path {data}/classifier.safetensors --target_class 3": "has classes 0 to 2",
-    "--energy low_pass --down_N 5": "--down_N 5 does not divide the image size 16x16",
-    "--model_path {data}/dse.safetensors": "is a classifier or extractor, not a diffusion model",
+    "--num_channels 64": "--num_channels is 64; {data}/model.safetensors has num_channels=32",
+    "--learn_sigma True": "--learn_sigma is True; {data}/model.safetensors has learn_sigma=False",
+    "--image_size 15 --area 5": "--image_size is 15; {data}/model.safetensors needs a multiple of 2",
+    "--noise_schedule cosine": "--noise_schedule is 'cosine'; {data}/model.safetensors was trained with",
+    "--class_index 1": "--class_index is 1; the model is not class-conditional",
+    "--energy vgg,dct": "--vgg_path is '{data}/nothing.pth'; no such file, and --energy vgg needs it",
+    "--energy wavelet": "--energy is 'wavelet'; it can be vgg, dct, dse, low_pass, classifier or none",
+    "--energy clasifier": "or none; did you mean classifier?",
+    "--energy dct,dct": "--energy is 'dct,dct'; it names an energy twice",
+    "--energy dse": "--dsepath is missing; --energy dse needs it",
+    "--energy dse --dsepath {data}/model.safetensors": "--dsepath is '{data}/model.safetensors'; it is a diffusion model, "
+    "not a classifier or extractor",
+    CLASSIFIER: "--target_class is missing; --energy classifier needs it",
+    f"{CLASSIFIER} --target_class 3": "--target_class is 3; {data}/classifier.safetensors has classes 0 to 2",
+    "--energy low_pass --down_N 5": "--down_N is 5; it must divide the image size 16x16",
+    "--model_path {data}/dse.safetensors": "--model_path is '{data}/dse.safetensors'; it is a classifier or extractor, "
+    "not a diffusion model",
     "--model_path {data}/nothing.pt": "{data}/nothing.pt does not exist",
-    "--base_samples {data}/nowhere": "--base_samples {data}/nowhere",
-    "--device cuda:55": "--device cuda:55 cannot be used",
-    "--use_fp16 True --precision bf16": "--use_fp16 True contradicts --precision bf16",
-    "--background chartreuse2": "--background",
-    "--sampler ddim --eta 1.5": "--eta is 1.5; it can be 0 to 1",
-    "--eta 0.5": "--eta 0.5 is for --sampler ddim or dpmpp_2m",
+    "--base_samples {data}/nowhere": "--base_samples is '{data}/nowhere'; no such file or folder",
+    "--device cuda:55": "--device is 'cuda:55'; it cannot be used",
+    "--use_fp16 True --precision bf16": "--precision is 'bf16'; --use_fp16 True contradicts it",
+    "--background chartreuse2": "--background is 'chartreuse2'; it must be a colour",
+    "--start_t 7": "--start_t is 7; a schedule of 6 steps takes 1 to 6, or a share of it below 1",
+    "--sampler ddim --eta 1.5": "--eta is 1.5; it must be from 0 to 1",
+    "--eta 0.5": "--eta is 0.5; --sampler ancestral has none",
 }
 
 
 @pytest.mark.parametrize("flags", ERRORS)
-def test_bad_flags_are_one_line_before_anything_is_written(script, data, tmp_path, flags):
-    from guided_diffusion.errors import UserError
-
+def test_bad_flags_are_one_line_before_anything_is_written(data, tmp_path, flags):
     vgg = () if "--vgg_path" in flags else ("--vgg_path", data / "nothing.pth")
-    with pytest.raises(UserError) as caught:
-        run_here(script, data, tmp_path / "out", *vgg, *flags.format(data=data).split())
-    message = str(caught.value)
-    assert ERRORS[flags].format(data=data) in message and "\n" not in message
+    with pytest.raises(InputError) as caught:
+        run_here(data, tmp_path / "out", *vgg, *flags.format(data=data).split())
+    text = message("ae_sample", caught.value)
+    assert ERRORS[flags].format(data=data) in text and "\n" not in text
     assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("", "the following arguments are required: --model_path, --base_samples"),
-        ("--model_path m --base_samples r --area 0", "argument --area: '0' is not a whole number above 0"),
-        ("--model_path m --base_samples r --batch_size big", "'big' is not a whole number above 0, nor auto"),
-        ("--model_path m --base_samples r --learn_sigma perhaps", "argument --learn_sigma"),
-        ("--model_path m --base_samples r --variant paper", "argument --variant: invalid choice: 'paper'"),
-        ("--model_path m --base_samples r --rangt 5", "unrecognized arguments: --rangt 5"),
+        ("", "--base_samples is missing; it is needed: a folder of references"),
+        ("--base_samples {data}/ref", "--model_path is missing; it is needed: the target domain's diffusion model"),
+        ("--model_path m --base_samples r --area 0", "--area is 0; it must be at least 1"),
+        ("--model_path m --base_samples r --area x", "argument --area: 'x' is not a whole number"),
+        (
+            "--model_path m --base_samples r --batch_size big",
+            "--batch_size is 'big'; it must be a whole number above 0 or auto",
+        ),
+        (
+            "--model_path m --base_samples r --learn_sigma perhaps",
+            "argument --learn_sigma: 'perhaps' is neither True nor",
+        ),
+        ("--model_path m --base_samples r --variant paper", "--variant is 'paper'; it can be manifold or released"),
+        ("--model_path m --base_samples r --variant manifolt", "did you mean manifold?"),
+        ("--model_path m --base_samples r --rangt 5", "unrecognized arguments: --rangt 5; did you mean --range_t?"),
+        ("--model_path m --base_samples r --range 5", "unrecognized arguments: --range 5; did you mean --range_t?"),
     ],
 )
-def test_flags_that_cannot_be_read_end_with_one_line(script, capsys, flags, message):
+def test_flags_that_cannot_be_read_end_with_one_line(data, tmp_path, monkeypatch, capsys, flags, message):
+    """With the command's own handling of errors: one line and exit status 2."""
+    monkeypatch.chdir(tmp_path)
+    script = load_script("ae_sample")
+    monkeypatch.setattr(sys, "argv", ["ae_sample.py", *flags.format(data=data).split()])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as caught:
-        script.create_parser().parse_args(flags.split())
+        command.run(script.translate, script.create_parser())
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     assert caught.value.code == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ") and message in line and line.count("\n") == 1
@@ -259,13 +341,31 @@ def test_errors_of_the_process_are_one_line(data, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_help_groups_the_flags(script):
-    text = script.create_parser().format_help()
+def test_help_groups_the_flags():
+    text = load_script("ae_sample").create_parser().format_help()
     titles = [line.removesuffix(":") for line in text.splitlines() if line and line[0].isalpha() and line.endswith(":")]
-    wanted = ["model", "diffusion", "method", "energies", "input and output"]
+    wanted = ["method", "energies", "input and output", "model", "network and diffusion process"]
     assert [title for title in titles if title in wanted] == wanted
     for flag in {*RELEASE.split()[::2], *REST_OF_RELEASE.split()[::2], "--seed", "--variant", "--energy"}:
         assert f"{flag} " in text
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
+def test_help_of_every_command(name, tmp_path):
+    """From any folder, without PYTHONPATH; what a flag is unless given stands beside it."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: python scripts/{name}.py ") and "(default " in done.stdout
+    assert not os.listdir(tmp_path)
+    parser = load_script(name).create_parser()
+    text = " ".join(done.stdout.split())
+    for flag, field in parser.fields.items():
+        default = parser.get_default(flag)
+        assert f"--{flag} " in text
+        if default is not None and field.metadata["help"]:
+            assert f"(default {default if default != '' else 'empty'})" in text
 
 
 IMPORTS = """

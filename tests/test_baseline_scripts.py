@@ -1,9 +1,7 @@
-"""ilvr_sample.py, sdedit_sample.py, egsde_sample.py and image_sample.py: flags, files and equality with their samplers."""
+"""The commands of ILVR, SDEdit, EGSDE and plain sampling: flags, files and equality with their samplers."""
 
-import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +11,13 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from scripts_in_process import load_script, message, run_script
 
-from guided_diffusion import baselines, dist_util
+from guided_diffusion import baselines
 from guided_diffusion.checkpoint import load_model
-from guided_diffusion.engine import ImageNoise
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import list_references, load_image, to_tensor, to_uint8
+from guided_diffusion.run.noise import ImageNoise
 from guided_diffusion.script_util import create_diffusion
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -34,26 +33,12 @@ def data(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def scripts():
-    """The scripts as modules, by name; they take signals for themselves when they are imported."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.path.insert(0, str(SCRIPTS))
-    names = ("ae_sample", "ilvr_sample", "sdedit_sample", "egsde_sample", "image_sample")
-    yield {name: importlib.import_module(name) for name in names}
-    sys.path.remove(str(SCRIPTS))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def run(scripts, name, data, out, *flags):
+def run(name, data, out, *flags):
     """One script in this process; returns its exit status and run.json."""
-    module = scripts[name]
     given = ["--model_path", data / "model.safetensors", "--save_dir", out, "--device", "cpu", *flags]
     if name != "image_sample":
         given += ["--base_samples", data / "ref"]
-    args = module.create_parser().parse_args(list(map(str, given)))
-    status = (module.generate if name == "image_sample" else module.translate)(args, dist_util.connect(dist_util.Ranks()))
+    status = run_script(name, *given)
     return status, json.loads((out / "run.json").read_text())
 
 
@@ -71,7 +56,9 @@ def expected(data, sampler, seed=0, flags=None, **options):
     diffusion = create_diffusion(**{**info.flags, **(flags or {})})
     references = list_references(str(data / "ref"))
     noise = ImageNoise([f"{seed}/{r.name}#0" for r in references], torch.device("cpu"))
-    images = to_uint8(sampler(model, diffusion, to_tensor([load_image(r, 16) for r in references]), noise=noise, **options))
+    images = to_uint8(
+        sampler(model, diffusion, to_tensor([load_image(r, 16) for r in references]), noise=noise, **options)
+    )
     return dict(zip((r.name for r in references), images, strict=True))
 
 
@@ -81,13 +68,13 @@ def assert_equal(found, wanted):
         assert np.abs(image.astype(int) - wanted[name]).max() <= 1, name
 
 
-ILVR = "--timestep_respacing 6 --down_N 4 --range_t 2".split()
-SDEDIT = "--diffusion_steps 30 --t 8".split()
-EGSDE = "--timestep_respacing 10 --t 5 --ls 3 --li 0.2 --down_N 4".split()
+ILVR = ["--timestep_respacing", "6", "--down_N", "4", "--range_t", "2"]
+SDEDIT = ["--diffusion_steps", "30", "--t", "8"]
+EGSDE = ["--timestep_respacing", "10", "--t", "5", "--ls", "3", "--li", "0.2", "--down_N", "4"]
 
 
-def test_ilvr_script(scripts, data, tmp_path):
-    status, record = run(scripts, "ilvr_sample", data, tmp_path / "out", *ILVR, "--use_ddim", "False")
+def test_ilvr_script(data, tmp_path):
+    status, record = run("ilvr_sample", data, tmp_path / "out", *ILVR, "--use_ddim", "False")
     assert status == 0 and record["settings"]["method"] == "ilvr" and record["settings"]["down_N"] == 4
     assert "use_ddim" not in record["settings"]
     assert record["model_evaluations"] == 6 and record["negative_impact"] is None
@@ -96,60 +83,64 @@ def test_ilvr_script(scripts, data, tmp_path):
 
 
 @pytest.mark.parametrize("sigma_small, variance", [("True", "fixed_small"), ("False", "fixed_large")])
-def test_sdedit_script(scripts, data, tmp_path, sigma_small, variance):
+def test_sdedit_script(data, tmp_path, sigma_small, variance):
     flags = ("--timestep_respacing", "12", "--t", "7", "--sigma_small", sigma_small)
-    status, record = run(scripts, "sdedit_sample", data, tmp_path / "out", *flags)
+    status, record = run("sdedit_sample", data, tmp_path / "out", *flags)
     assert status == 0 and record["settings"]["method"] == "sdedit" and record["model_evaluations"] == 7
     wanted = expected(data, baselines.sdedit, flags={"timestep_respacing": "12"}, start=7, variance=variance)
     assert_equal(pictures(tmp_path / "out"), wanted)
 
 
-def test_egsde_script(scripts, data, tmp_path):
+def test_egsde_script(data, tmp_path):
     flags = (*EGSDE, "--dsepath", data / "dse.safetensors", "--seed", 3)
-    status, record = run(scripts, "egsde_sample", data, tmp_path / "out", *flags)
+    status, record = run("egsde_sample", data, tmp_path / "out", *flags)
     assert status == 0 and record["model_evaluations"] == 5
     assert record["settings"]["dsepath"].startswith("sha256 ")
     encoder, _ = load_model(str(data / "dse.safetensors"))
-    options = dict(start=5, ls=3, li=0.2, encoder=encoder, down_n=4)
+    options = {"start": 5, "ls": 3, "li": 0.2, "encoder": encoder, "down_n": 4}
     wanted = expected(data, baselines.egsde, seed=3, flags={"timestep_respacing": "10"}, **options)
     assert_equal(pictures(tmp_path / "out"), wanted)
     without = expected(data, baselines.egsde, seed=3, flags={"timestep_respacing": "10"}, **{**options, "ls": 0})
     assert any(np.abs(wanted[name].astype(int) - without[name]).max() > 1 for name in wanted)
 
 
-def test_the_whole_schedule_is_the_default(scripts, data):
+def test_the_whole_schedule_is_the_default(data):
     for name in ("sdedit_sample", "egsde_sample"):
-        args = scripts[name].create_parser().parse_args(["--model_path", "m", "--base_samples", "r"])
+        args = load_script(name).create_parser().parse(["--model_path", "m", "--base_samples", "r"])
         assert args.timestep_respacing is None and args.t == 500
-    model, info = load_model(str(data / "model.safetensors"))
+    _model, info = load_model(str(data / "model.safetensors"))
     assert create_diffusion(**info.flags).num_timesteps == 1000
 
 
-@pytest.mark.parametrize("name, flags", [("ilvr_sample", ILVR), ("sdedit_sample", ("--timestep_respacing", "12", "--t", "7"))])
-def test_scripts_do_what_the_engine_can(scripts, data, tmp_path, name, flags):
+@pytest.mark.parametrize(
+    "name, flags", [("ilvr_sample", ILVR), ("sdedit_sample", ("--timestep_respacing", "12", "--t", "7"))]
+)
+def test_scripts_do_what_the_engine_can(data, tmp_path, name, flags):
     """Batches of one, several samples, an animation, a killed run gone on with, and other flags refused."""
     flags = (*flags, "--samples_per_image", "2", "--save_trajectory")
-    run(scripts, name, data, tmp_path / "a", *flags, "--batch_size", "4")
-    run(scripts, name, data, tmp_path / "b", *flags, "--batch_size", "1")
+    run(name, data, tmp_path / "a", *flags, "--batch_size", "4")
+    run(name, data, tmp_path / "b", *flags, "--batch_size", "1")
     found = pictures(tmp_path / "a")
     assert sorted(found) == [f"sample_{k}/{image}" for k in (0, 1) for image in ("a.png", "b.png", "more/c.png")]
     assert_equal(pictures(tmp_path / "b"), found)
     assert len(list((tmp_path / "a" / "trajectory").rglob("*.gif"))) == 6
     (tmp_path / "a" / "sample_1" / "b.png").unlink()
-    _, record = run(scripts, name, data, tmp_path / "a", *flags, "--batch_size", "4")
+    _, record = run(name, data, tmp_path / "a", *flags, "--batch_size", "4")
     assert_equal(pictures(tmp_path / "a"), found)
     assert record["counts"] == {"references": 3, "outputs": 6, "failed": 0}
     assert record["monitor"]["images"] > 6  # the batch of the lost image was made again
-    with pytest.raises(UserError, match="holds a run with other settings: --seed was 0 and is 1"):
-        run(scripts, name, data, tmp_path / "a", *flags, "--seed", "1")
+    with pytest.raises(InputError) as caught:
+        run(name, data, tmp_path / "a", *flags, "--seed", "1")
+    assert caught.value.parameter == "save_dir"
+    assert "holds a run with other settings: --seed was 0 and is 1" in message(name, caught.value)
 
 
 # Sampling without references
 
 
-def test_image_script_makes_images_by_number(scripts, data, tmp_path):
+def test_image_script_makes_images_by_number(data, tmp_path):
     flags = ("--timestep_respacing", "6", "--npz", "True")
-    status, record = run(scripts, "image_sample", data, tmp_path / "a", *flags, "--num_samples", 5, "--batch_size", 4)
+    status, record = run("image_sample", data, tmp_path / "a", *flags, "--num_samples", 5, "--batch_size", 4)
     assert status == 0 and record["counts"] == {"references": 5, "outputs": 5, "failed": 0}
     found = pictures(tmp_path / "a")
     assert list(found) == [f"{n:06d}.png" for n in range(5)]
@@ -167,17 +158,17 @@ def test_image_script_makes_images_by_number(scripts, data, tmp_path):
     assert np.abs(to_uint8(x)[0].astype(int) - found["000004.png"]).max() <= 1
 
     # Going on with more images leaves those that are there alone and adds to the same series.
-    status, record = run(scripts, "image_sample", data, tmp_path / "a", *flags, "--num_samples", 7, "--batch_size", 4)
+    status, record = run("image_sample", data, tmp_path / "a", *flags, "--num_samples", 7, "--batch_size", 4)
     more = pictures(tmp_path / "a")
     assert len(more) == 7 and all(np.array_equal(more[name], image) for name, image in found.items())
-    run(scripts, "image_sample", data, tmp_path / "b", *flags[:2], "--num_samples", 7, "--batch_size", 1)
+    run("image_sample", data, tmp_path / "b", *flags[:2], "--num_samples", 7, "--batch_size", 1)
     assert_equal(pictures(tmp_path / "b"), more)
     assert len({image.tobytes() for image in more.values()}) == 7
 
 
-def test_image_script_with_ddim(scripts, data, tmp_path):
+def test_image_script_with_ddim(data, tmp_path):
     flags = ("--timestep_respacing", "ddim5", "--num_samples", 2)
-    _, record = run(scripts, "image_sample", data, tmp_path / "a", *flags, "--use_ddim", "True")
+    _, record = run("image_sample", data, tmp_path / "a", *flags, "--use_ddim", "True")
     assert record["model_evaluations"] == 5
     model, info = load_model(str(data / "model.safetensors"))
     model.to(memory_format=torch.channels_last)
@@ -186,7 +177,7 @@ def test_image_script_with_ddim(scripts, data, tmp_path):
     x = diffusion.ddim_sample_loop(model, (2, 3, 16, 16), noise=noise((2, 3, 16, 16)))
     found = pictures(tmp_path / "a")
     assert_equal(found, dict(zip(found, to_uint8(x))))
-    run(scripts, "image_sample", data, tmp_path / "b", *flags, "--use_ddim", "True", "--eta", "1")
+    run("image_sample", data, tmp_path / "b", *flags, "--use_ddim", "True", "--eta", "1")
     assert any(np.abs(a.astype(int) - b).max() > 1 for a, b in zip(found.values(), pictures(tmp_path / "b").values()))
 
 
@@ -198,8 +189,12 @@ def test_unconditional_sampling_is_the_processs_own(data):
     for clip in (True, False):
         rest, states = list(draws), []
         baselines.unconditional(
-            model, diffusion, torch.zeros(2, 3, 16, 16), noise=lambda shape, rest=rest: rest.pop(0),
-            callback=lambda i, x, states=states: states.append((i, x)), clip_denoised=clip,
+            model,
+            diffusion,
+            torch.zeros(2, 3, 16, 16),
+            noise=lambda shape, rest=rest: rest.pop(0),
+            callback=lambda i, x, states=states: states.append((i, x)),
+            clip_denoised=clip,
         )
         x = draws[0]
         for (i, state), draw in zip(states, draws[1:], strict=True):
@@ -211,46 +206,56 @@ def test_unconditional_sampling_is_the_processs_own(data):
 # Bad flags
 
 
+DIVIDE = "it must be at least 1 and divide the image size 16"
 ERRORS = {
-    "ilvr_sample --timestep_respacing 6 --down_N 5": "--down_N is 5; it must divide the image size 16",
-    "ilvr_sample --timestep_respacing 6 --down_N 32": "--down_N is 32; it must divide the image size 16",
+    "ilvr_sample --timestep_respacing 6 --down_N 5": f"--down_N is 5; {DIVIDE}",
+    "ilvr_sample --timestep_respacing 6 --down_N 32": f"--down_N is 32; {DIVIDE}",
     "ilvr_sample --timestep_respacing 6 --down_N 4 --range_t 6": "--range_t is 6; a schedule of 6 steps takes 0 to 5",
-    "sdedit_sample --timestep_respacing 6": "--t is 500; it can be 1 to 6",
-    "sdedit_sample --diffusion_steps 100 --timestep_respacing 6 --t 7": "--t is 7; it can be 1 to 6",
-    "egsde_sample --t 1001 --ls 0": "--t is 1001; it can be 1 to 1000",
-    "egsde_sample": "--ls 500 needs --dsepath; --ls 0 goes without",
-    "egsde_sample --dsepath nowhere.pt": "--dsepath nowhere.pt does not exist, and --ls 500 needs it",
-    "egsde_sample --ls 0 --down_N 3": "--down_N is 3; it must divide the image size 16",
+    "sdedit_sample --timestep_respacing 6": "--t is 500; a schedule of 6 steps takes 1 to 6",
+    "sdedit_sample --diffusion_steps 100 --timestep_respacing 6 --t 7": "--t is 7; a schedule of 6 steps takes 1 to 6",
+    "egsde_sample --t 1001 --ls 0": "--t is 1001; a schedule of 1000 steps takes 1 to 1000",
+    "egsde_sample": "--dsepath is missing; --ls 500 needs it; --ls 0 does without the realism energy",
+    "egsde_sample --dsepath nowhere.pt": "--dsepath is 'nowhere.pt'; no such file, and --ls 500 needs it",
+    "egsde_sample --ls 0 --down_N 3": f"--down_N is 3; {DIVIDE}",
     "egsde_sample --dsepath {data}/model.safetensors --down_N 4": "is a diffusion model, not a classifier",
     "ae_sample --range_t 5 --area 4 --manifold low_pass --down_N 5": "--down_N is 5; it must divide the image size 16",
-    "image_sample --eta 0.5": "--eta 0.5 is for --use_ddim True",
-    "image_sample --use_ddim True --eta 1.5": "--eta is 1.5; it can be 0 to 1",
+    "image_sample --eta 0.5": "--eta is 0.5; it is for --use_ddim True",
+    "image_sample --use_ddim True --eta 1.5": "--eta is 1.5; it must be from 0 to 1",
     "image_sample --timestep_respacing ddim400": "no integer stride gives 400 steps",
 }
 
 
 @pytest.mark.parametrize("command", ERRORS)
-def test_bad_flags_are_named_before_anything_is_written(scripts, data, tmp_path, command):
+def test_bad_flags_are_named_before_anything_is_written(data, tmp_path, command):
     name, *flags = command.format(data=data).split()
-    with pytest.raises(UserError) as caught:
-        run(scripts, name, data, tmp_path / "out", *flags)
-    assert ERRORS[command] in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        run(name, data, tmp_path / "out", *flags)
+    text = message(name, caught.value)
+    assert ERRORS[command] in text and "\n" not in text
     assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
 
 
-@pytest.mark.parametrize("flags", [("--ls", "nan"), ("--li", "much"), ("--t", "0"), ("--down_N", "-1")])
-def test_flags_that_are_no_such_numbers_end_with_one_line(scripts, capsys, flags):
-    with pytest.raises(SystemExit) as caught:
-        scripts["egsde_sample"].create_parser().parse_args(["--model_path", "m", "--base_samples", "r", *flags])
-    assert caught.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith(f"error: argument {flags[0]}") and message.count("\n") == 1
+NUMBERS = {
+    "--ls nan": "--ls is nan; it must be a finite number",
+    "--li much": "argument --li: 'much' is not a number",
+    "--t 0": "--t is 0; it must be above 0",
+    "--down_N -1": "--down_N is -1; it must be at least 1",
+}
+
+
+@pytest.mark.parametrize("flags", NUMBERS)
+def test_flags_that_are_no_such_numbers_end_with_one_line(data, tmp_path, flags):
+    with pytest.raises(InputError) as caught:
+        run("egsde_sample", data, tmp_path / "out", *flags.split())
+    text = message("egsde_sample", caught.value)
+    assert text.startswith(NUMBERS[flags]) and "\n" not in text
+    assert not (tmp_path / "out").exists()
 
 
 # Ablations by the command
 
 
-def test_ablation_flags_reach_the_sampler(scripts, data, tmp_path):
+def test_ablation_flags_reach_the_sampler(data, tmp_path):
     flags = ("--timestep_respacing", "6", "--range_t", "2", "--area", "4", "--energy", "dct")
     outputs, records = {}, {}
     for name, more in {
@@ -258,7 +263,7 @@ def test_ablation_flags_reach_the_sampler(scripts, data, tmp_path):
         "linear": ("--moo", "linear"),
         "low_pass": ("--manifold", "low_pass", "--down_N", "4"),
     }.items():
-        _, records[name] = run(scripts, "ae_sample", data, tmp_path / name, *flags, *more)
+        _, records[name] = run("ae_sample", data, tmp_path / name, *flags, *more)
         outputs[name] = np.stack(list(pictures(tmp_path / name).values())).astype(int)
     assert np.abs(outputs["plain"] - outputs["linear"]).max() > 1
     assert np.abs(outputs["plain"] - outputs["low_pass"]).max() > 1
@@ -274,7 +279,9 @@ def test_processes_of_their_own_with_torchrun(data, tmp_path):
     flags = ["--model_path", data / "model.safetensors", "--base_samples", data / "ref", "--save_dir", tmp_path / "out"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [SCRIPTS / "ilvr_sample.py", *flags, *ILVR, "--batch_size", "1", "--device", "cpu"]
-    done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["processes"] == 2 and record["monitor"]["images"] == 3 and record["model_evaluations"] == 6
@@ -284,8 +291,14 @@ def test_processes_of_their_own_with_torchrun(data, tmp_path):
 
 
 def test_errors_of_the_command_are_one_line(data, tmp_path):
-    command = [sys.executable, SCRIPTS / "egsde_sample.py", "--model_path", data / "model.safetensors", "--base_samples"]
+    command = [
+        sys.executable,
+        SCRIPTS / "egsde_sample.py",
+        "--model_path",
+        data / "model.safetensors",
+        "--base_samples",
+    ]
     command += [data / "ref", "--save_dir", tmp_path / "out"]
     done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith("error: --ls 500 needs --dsepath")
+    assert done.returncode == 2 and done.stderr.startswith("error: --dsepath is missing; --ls 500 needs it")
     assert done.stderr.count("\n") == 1 and done.stdout == ""

@@ -346,7 +346,7 @@ def test_a_row_that_fails_ends_the_command_with_one_line(data, tmp_path):
     table = "ILVR | N=5 | ilvr_sample.py --timestep_respacing 3 --range_t 0 --down_N 5"
     done = subprocess.run(list(map(str, command)), input=table, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    assert "--down_N is 5; it must divide the image size 16" in done.stderr
+    assert "--down_N is 5; it must be at least 1 and divide the image size 16" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ILVR, N=5, seed 0: ended with status 2: ")
 
 

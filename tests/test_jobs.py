@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from guided_diffusion.run.noise import ImageNoise
 from PIL import Image
 from tiny import make_encoder, make_model, make_references, random_state
 
 from guided_diffusion.checkpoint import load_model, save_model
 from guided_diffusion.generation import draw_labels
 from guided_diffusion.image_datasets import load_image, to_tensor
+from guided_diffusion.run.noise import ImageNoise
 from guided_diffusion.script_util import create_diffusion, create_model
 
 SIZE = 16
@@ -26,7 +26,7 @@ def run(script, *flags, status=0):
     command = [sys.executable, ROOT / "scripts" / f"{script}.py", *flags, "--device", "cpu"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == status, result.stderr
-    return result.stderr
+    return result.stdout + result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,11 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("jobs")
     make_model(folder / "model.safetensors")
     make_encoder(folder / "classifier.safetensors", 3)
-    flags = dict(
-        image_size=SIZE, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8",
-        num_head_channels=32, learn_sigma=True, class_cond=True, num_classes=3, super_res=True,
-        diffusion_steps=1000, noise_schedule="linear",
-    )  # fmt: skip
+    flags = {
+        "image_size": SIZE, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "8",
+        "num_head_channels": 32, "learn_sigma": True, "class_cond": True, "num_classes": 3, "super_res": True,
+        "diffusion_steps": 1000, "noise_schedule": "linear",
+    }  # fmt: skip
     names = set(create_model.__code__.co_varnames)
     model = create_model(**{name: value for name, value in flags.items() if name in names})
     save_model(folder / "upsampler.safetensors", random_state(model), model_type="ADM", flags=flags)
@@ -141,7 +141,7 @@ def test_super_res_train(data, tmp_path):
     flags = "--large_size 16 --small_size 4 --num_channels 32 --num_res_blocks 1 --channel_mult 1,2 --save_interval 2"
     flags = [*flags.split(), "--data_dir", data / "images", "--save_dir", tmp_path / "run", "--batch_size", "2"]
     run("super_res_train", *flags, "--lr_anneal_steps", "4", "--attention_resolutions", "8")
-    model, info = load_model(tmp_path / "run" / "model.safetensors")
+    _model, info = load_model(tmp_path / "run" / "model.safetensors")
     assert info.flags["super_res"] and info.flags["image_size"] == 16
     run("super_res_train", *flags, "--lr_anneal_steps", "6", "--resume", "auto")
     run("super_res_sample", "--model_path", tmp_path / "run" / "model.safetensors", "--base_samples", data / "images",

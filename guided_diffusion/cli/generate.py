@@ -1,8 +1,6 @@
-"""What the commands of guided-diffusion's other jobs share: the network's flags, and an engine run with its words."""
+"""What the commands of guided-diffusion's other jobs share: the network's flags, and their .npz file."""
 
 import os
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +15,10 @@ from ..run.files import write_bytes
 from ..run.job import Job
 from ..run.sources import npz_bytes
 from ..runtime import DTYPES, PRECISIONS, pick_device, pick_precision
+from ..script_util import create_diffusion
+from ..translator import Target
 from .flags import Given, Parser
-from .main import DONE, FAILED, say
+from .main import say
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def add_network(parser: Parser) -> None:
     parser.add(ModelFlags, title="model and diffusion", description=description)
 
 
-def load_network(given: Given, local_rank: int) -> tuple[torch.nn.Module, Any, torch.device, dict[str, Any]]:
-    """(model on its device, its ModelInfo, the device, and the settings for the record) that the flags describe."""
+def load_network(given: Given, local_rank: int) -> tuple[Target, dict[str, Any]]:
+    """The diffusion model that the flags describe, and its settings for the record."""
     options, flags = given.options(NetworkOptions), given.options(ModelFlags)
     device = pick_device(options.device, local_rank)
     half = "fp16" if flags.use_fp16 else None
@@ -53,29 +53,16 @@ def load_network(given: Given, local_rank: int) -> tuple[torch.nn.Module, Any, t
     if info.model_type == "ENCODER":
         raise InputError("it is a classifier, not a diffusion model", parameter="model_path", value=options.model_path)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model, info, device, given.settings([options], **info.flags, precision=precision)
-
-
-def make(job: Job, image_size: int, settings: dict[str, Any], sampler: Callable, steps: int, rank: int) -> int:
-    """Run a job of the engine and say what came of it; returns the exit status."""
-    job.prepare(image_size, settings)
-    bar = progress_bar(job.image_steps(steps), rank)
-    summary = job.run(sampler, steps, lambda image_steps, images: bar.update(image_steps))
-    bar.close()
-    job.finish()
-    if rank == 0:
-        counts = f"{summary.done} done, {summary.skipped} already present, {len(summary.failed)} failed"
-        say(f"{counts}; the images are in {display_name(job.options.save_dir)}")
-        for name, reason in summary.failed.items():
-            say(f"failed: {display_name(name)}: {reason}")
-    return FAILED if summary.failed else DONE
-
-
-def progress_bar(total: int, rank: int) -> Any:
-    """A bar on stderr where rank 0 has a terminal."""
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, unit="step", dynamic_ncols=True, disable=rank != 0 or not sys.stderr.isatty())
+    target = Target(
+        model=model,
+        diffusion=create_diffusion(**{**info.flags, "sigma_small": options.sigma_small}),
+        info=info,
+        device=device,
+        precision=precision,
+        sigma_small=options.sigma_small,
+        clip_denoised=True,
+    )
+    return target, given.settings([options], **info.flags, precision=precision)
 
 
 def write_npz(job: Job, labels: list[int] | None) -> None:

@@ -72,3 +72,10 @@ class Progress:
             self.bar.close()
         elif self.done > self.told:
             self._line()
+
+
+def image_bar(total: int, rank: int) -> Any:
+    """A bar of images on stderr where rank 0 has a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="image", dynamic_ncols=True, disable=rank != 0 or not sys.stderr.isatty())

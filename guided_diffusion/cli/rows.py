@@ -1,5 +1,6 @@
 """The benchmark's table: rows of methods, settings and commands, and the sampling scripts that they start."""
 
+import dataclasses
 import os
 import re
 import shlex
@@ -9,12 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..baselines import EGSDE
+from ..energy import ENERGIES
 from ..errors import InputError, display_name, shown
 from ..evaluation.comparison import ROOT, Row, check_folder
 from ..options import check, option
+from .flags import SPELLING
 
 SCRIPTS = os.path.join(ROOT, "scripts")
-FILE_FLAGS = ("--dsepath", "--vgg_path", "--classifier_path")  # of rows, looked for before anything is sampled
+FILE_FLAGS = {  # of rows, looked for before anything is sampled
+    f"--{SPELLING.get(field.name, field.name)}"
+    for options in (*ENERGIES.values(), EGSDE)
+    for field in dataclasses.fields(options)
+    if field.metadata.get("file")
+}
 OWN_FLAGS = ("model_path", "base_samples", "save_dir", "seed", "num_samples", "batch_size", "device")
 """Flags of a run that the benchmark gives itself, from its own of the same name."""
 LONGEST, LONGEST_LINE = 200, 20_000  # characters of a cell, and of a line

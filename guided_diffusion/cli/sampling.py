@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint import ModelFlags
 from ..dist_util import Peers
-from ..energy import class_number
+from ..energy import ENERGIES, class_number
 from ..errors import InputError, display_name
 from ..options import near_miss
 from ..run.job import Job, JobOptions
@@ -50,10 +50,12 @@ def say_ignored(given: Given) -> None:
 def check_files(given: Given, options: Sequence[Any]) -> None:
     """Raise InputError for a file of options that is given and does not exist, before anything is loaded."""
     for each in options:
+        names = [name for name, kind in ENERGIES.items() if type(each) is kind]
+        needed = f", and `energy` {names[0]} needs it" if names else ""
         for field in dataclasses.fields(each):
             value = getattr(each, field.name)
             if field.metadata.get("file") and value and "://" not in value and not os.path.exists(value):
-                raise InputError(f"no such file{near_miss(value)}", parameter=field.name, value=value)
+                raise InputError(f"no such file{needed}{near_miss(value)}", parameter=field.name, value=value)
 
 
 def announce(target: Target, words: str, method: Any, given: Given) -> None:

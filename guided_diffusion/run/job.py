@@ -73,8 +73,8 @@ class OutputOptions:
             raise InputError("it must be a whole number above 0 or auto", parameter="batch_size", value=self.batch_size)
 
     def ignored(self) -> set[str]:
-        """Fields that have no effect with these values."""
-        return set() if self.save_trajectory else {"trajectory"}
+        """Fields that have no effect with these values; version 0.1 showed x_0 and recorded no choice."""
+        return set() if self.save_trajectory and self.trajectory != "x0" else {"trajectory"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class JobOptions(OutputOptions):
     """The references of a run besides."""
 
     base_samples: str = option(
-        None, "folder of references (searched recursively), or one image", runtime=True, metavar="PATH"
+        None, "a folder of references (searched recursively), or one image", runtime=True, metavar="PATH"
     )
     num_samples: int | None = option(
         None, "translate only the first so many references", least=1, most=MOST_IMAGES, runtime=True

@@ -52,9 +52,9 @@ class Monitor:
     def counted(self, model: Callable) -> Callable:
         """The model, its evaluations counted."""
 
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             self.calls += 1
-            return model(*arguments)
+            return model(*arguments, **options)
 
         return call
 

@@ -1,0 +1,332 @@
+"""Translator: the library's front door gives the commands' very pixels, from any folder, and refuses in their words."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+from PIL import Image
+from scripts_in_process import run_script
+
+import guided_diffusion
+from guided_diffusion import Translator
+from guided_diffusion.checkpoint import save_model
+from guided_diffusion.errors import InputError
+from guided_diffusion.image_datasets import ImageError, load_image, to_tensor
+from guided_diffusion.script_util import create_model
+
+NAMES = ("a.png", "b.png", "c.png")
+OPTIONS = {"steps": 6, "range_t": 2, "area": 4, "energy": "dct", "device": "cpu"}
+SDDM = ("--range_t", 2, "--area", 4, "--energy", "dct")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A tiny model, an extractor, a class-conditional model, references, and outputs of the command; read only."""
+    root = tmp_path_factory.mktemp("data")
+    tiny.make_model(root / "model.safetensors")
+    tiny.make_encoder(root / "dse.safetensors", 2, head="I2Iout")
+    classes = {**tiny.MODEL, "class_cond": True, "num_classes": 3}
+    flags = {**classes, **tiny.PROCESS}
+    save_model(root / "classes.safetensors", tiny.random_state(create_model(**classes)), model_type="ADM", flags=flags)
+    tiny.make_references(root / "ref", NAMES)
+    command(root, root / "out", "ae_sample", *SDDM, "--seed", 3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def translate(data):
+    return Translator(data / "model.safetensors", **OPTIONS)
+
+
+def command(data, out, name, *flags):
+    """Outputs of a command, one image at a time as a Translator makes them: {name: uint8 [H, W, 3]}."""
+    folders = ("--model_path", data / "model.safetensors", "--base_samples", data / "ref", "--save_dir", out)
+    run = ("--timestep_respacing", 6, "--batch_size", 1, "--device", "cpu")
+    assert run_script(name, *folders, *run, *flags) == 0
+    return made(out)
+
+
+def made(folder):
+    return {name: load_image(folder / name, tiny.SIZE) for name in NAMES}
+
+
+def pixels(image):
+    assert isinstance(image, Image.Image)
+    return np.asarray(image)
+
+
+def tensor(data, name):
+    """A reference as float32 [3, H, W] in [-1, 1]."""
+    return to_tensor([load_image(data / "ref" / name, tiny.SIZE)])[0]
+
+
+# What goes in
+
+
+def test_every_kind_of_picture_gives_the_commands_pixels(data, translate):
+    wanted = made(data / "out")["b.png"]
+    path = data / "ref" / "b.png"
+    with Image.open(path) as opened:
+        opened.load()
+        copied = opened.convert("RGB")
+        named = translate(opened, seed=3)  # a PIL image knows its file
+    array = np.asarray(copied)
+    for image in (
+        translate(path, seed=3),
+        translate(str(path), seed=3),
+        named,
+        translate(copied, seed=3, name="b.png"),
+        translate(array, seed=3, name="b.png"),
+        translate(tensor(data, "b.png"), seed=3, name="b.png"),
+        translate(tensor(data, "b.png")[None], seed=3, name="b.png"),
+    ):
+        assert np.array_equal(pixels(image), wanted)
+    for other in (translate(path, seed=4), translate(array, seed=3), translate(path, seed=3, name="a.png")):
+        assert not np.array_equal(pixels(other), wanted)
+
+
+def test_lists_give_lists(data, translate):
+    paths = [data / "ref" / name for name in NAMES]
+    images = translate(paths, seed=3)
+    tiny.assert_within_one_level(
+        dict(zip(NAMES, map(pixels, images))), {n: i.astype(int) for n, i in made(data / "out").items()}
+    )
+    mixed = translate([paths[0], np.asarray(Image.open(paths[1]).convert("RGB")), tensor(data, "c.png")], seed=3)
+    assert len(mixed) == 3 and len({pixels(image).tobytes() for image in mixed}) == 3
+    assert np.abs(pixels(mixed[0]).astype(int) - pixels(images[0])).max() <= 1
+    single = translate(paths[:1], seed=3, name="b.png")
+    assert isinstance(single, list) and np.array_equal(
+        pixels(single[0]), pixels(translate(paths[0], seed=3, name="b.png"))
+    )
+
+
+def test_pictures_are_brought_to_the_models_size(data, translate):
+    tall = np.zeros((40, 24, 3), np.uint8)
+    assert translate(tall).size == (tiny.SIZE, tiny.SIZE)
+    assert translate(tall[..., 0]).size == translate(np.dstack([tall, tall[..., :1]])).size == (tiny.SIZE, tiny.SIZE)
+    padded = Translator(data / "model.safetensors", **OPTIONS, resize="pad", background="black")
+    assert not torch.equal(padded.read(tall + 255), translate.read(tall + 255))
+
+
+@pytest.mark.parametrize(
+    "picture, value",
+    [
+        (np.zeros((16, 16, 3)), "an array float64 [16, 16, 3]"),
+        (np.zeros((16, 16, 7), np.uint8), "an array uint8 [16, 16, 7]"),
+        (torch.zeros(3, 8, 8), "a tensor [3, 8, 8]"),
+        (torch.zeros(2, 3, 16, 16), "a tensor [2, 3, 16, 16]"),
+        (5, "int"),
+    ],
+)
+def test_what_is_no_picture(translate, picture, value):
+    with pytest.raises(InputError) as caught:
+        translate(picture)
+    assert (caught.value.parameter, caught.value.value) == ("picture", value)
+
+
+def test_other_wrong_calls(translate, data):
+    with pytest.raises(InputError) as caught:
+        translate([])
+    assert caught.value.parameter == "pictures"
+    with pytest.raises(InputError) as caught:
+        translate([data / "ref" / "a.png", data / "ref" / "b.png"], name="a.png")
+    assert (caught.value.parameter, caught.value.value) == ("name", "a.png")
+    with pytest.raises(ImageError):
+        translate(data / "ref" / "missing.png")
+
+
+# Step by step
+
+
+def test_steps_are_the_translation(data, translate):
+    path = data / "ref" / "a.png"
+    states = list(translate.steps(path, seed=3))
+    assert [state["i"] for state in states] == [5, 4, 3, 2, 1, 0] and translate.evaluations == 6
+    assert [len(state["guided"]) for state in states] == [1, 1, 1, 0, 0, 0]
+    for state in states:
+        assert state["x"].shape == state["pred_xstart"].shape == (1, 3, tiny.SIZE, tiny.SIZE)
+        assert pixels(state["preview"]).shape == (tiny.SIZE, tiny.SIZE, 3)
+    final = ((states[-1]["x"][0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).numpy()
+    assert np.abs(final - made(data / "out")["a.png"]).max() <= 1
+    assert len({pixels(state["preview"]).tobytes() for state in states}) == 6
+
+
+def test_steps_may_be_closed(data):
+    translate = Translator(data / "model.safetensors", **OPTIONS)
+    calls, model = [], translate.target.model
+
+    def counting(*arguments):
+        calls.append(1)
+        return model(*arguments)
+
+    object.__setattr__(translate.target, "model", counting)
+    steps = translate.steps(data / "ref" / "a.png", seed=3)
+    assert not calls  # nothing is computed before the first step is asked for
+    next(steps), next(steps)
+    steps.close()
+    assert len(calls) == 2 and next(steps, None) is None
+    assert np.array_equal(pixels(translate(data / "ref" / "a.png", seed=3)), made(data / "out")["a.png"])
+
+
+# Options
+
+
+METHODS = {
+    "ilvr": (("ilvr_sample", "--down_N", 4, "--range_t", 2), {"down_n": 4, "range_t": 2}),
+    "sdedit": (("sdedit_sample", "--t", 0.5), {"start": 0.5}),
+    "egsde": (
+        ("egsde_sample", "--t", 3, "--down_N", 4, "--ls", 3, "--li", 0.2, "--dsepath", "{data}/dse.safetensors"),
+        {"start": 3, "down_n": 4, "ls": 3, "li": 0.2, "encoder": "{data}/dse.safetensors"},
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods(data, tmp_path, method):
+    flags, options = METHODS[method]
+    flags = [str(flag).format(data=data) for flag in flags]
+    options = {name: value.format(data=data) if isinstance(value, str) else value for name, value in options.items()}
+    wanted = command(data, tmp_path / "out", *flags)
+    translate = Translator(data / "model.safetensors", method=method, steps=6, device="cpu", **options)
+    for name in NAMES:
+        assert np.array_equal(pixels(translate(data / "ref" / name)), wanted[name])
+    assert translate.evaluations == (6 if method == "ilvr" else 3)
+
+
+@pytest.mark.parametrize(
+    "flags, options",
+    [
+        (("--energy", "low_pass,dct", "--down_N", 4), {"energy": ["low_pass", "dct"], "down_n": 4}),
+        (
+            ("--energy", "dse", "--dsepath", "{data}/dse.safetensors"),
+            {"energy": "dse", "encoder": "{data}/dse.safetensors"},
+        ),
+        (("--energy", "none", "--range_t", 0.3, "--start_t", 0.5), {"energy": [], "range_t": 0.3, "start": 0.5}),
+        (
+            ("--variant", "released", "--sampler", "ddim", "--eta", 0.5),
+            {"variant": "released", "sampler": "ddim", "eta": 0.5},
+        ),
+    ],
+)
+def test_options_are_the_commands_flags(data, tmp_path, flags, options):
+    flags = [str(flag).format(data=data) for flag in flags]
+    options = {name: value.format(data=data) if isinstance(value, str) else value for name, value in options.items()}
+    wanted = command(data, tmp_path / "out", "ae_sample", *SDDM, *flags)
+    translate = Translator(data / "model.safetensors", **{**OPTIONS, **options})
+    assert np.array_equal(pixels(translate(data / "ref" / "a.png")), wanted["a.png"])
+
+
+def test_classes(data):
+    with pytest.raises(InputError) as caught:
+        Translator(data / "classes.safetensors", **OPTIONS)
+    assert caught.value.parameter == "class_index" and "class-conditional" in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        Translator(data / "classes.safetensors", **OPTIONS, class_index=3)
+    assert (caught.value.parameter, caught.value.value) == ("class_index", 3)
+    images = [
+        pixels(Translator(data / "classes.safetensors", **OPTIONS, class_index=n)(data / "ref" / "a.png"))
+        for n in (0, 2)
+    ]
+    assert not np.array_equal(*images)
+
+
+@pytest.mark.parametrize(
+    "options, parameter, words",
+    [
+        ({"area": 15}, "area", "area is 15; it must divide the image size 16 into blocks of at least two pixels"),
+        ({"blocks": 15}, "area", "area is 15; it must divide"),
+        ({"area": 0}, "area", "area is 0; it must be at least 1"),
+        ({"range_t": 6}, "range_t", "range_t is 6; a schedule of 6 steps takes 0 to 5, or a share of it below 1"),
+        ({"range_t": -0.1}, "range_t", "range_t is -0.1; it must be at least 0"),
+        ({"energy": "wavelet"}, "energy", "energy is 'wavelet'; it can be vgg, dct, dse, low_pass, classifier or none"),
+        ({"energy": "dce"}, "energy", "did you mean dse?"),
+        ({"energy": "vgg", "weights": "nowhere.pth"}, "weights", "weights is 'nowhere.pth'; no such file"),
+        ({"steps": 0}, "steps", "steps is '0'; it asks for 0 steps out of 1000"),
+        ({"steps": "ddim400"}, "steps", "steps is 'ddim400'; no integer stride"),
+        ({"method": "sdm"}, "method", "did you mean sddm?"),
+        ({"precision": "fp8"}, "precision", "precision is 'fp8'; it can be fp32"),
+        ({"resize": "squeeze"}, "resize", "resize is 'squeeze'"),
+        ({"background": "chartreuse2"}, "background", "background is 'chartreuse2'; it must be a colour"),
+        ({"device": "cuda:55"}, "device", "device is 'cuda:55'; it cannot be used"),
+        ({"class_index": 1}, "class_index", "class_index is 1; the model is not class-conditional"),
+        ({"num_channels": 64}, "num_channels", "num_channels is 64; "),
+    ],
+)
+def test_refused_options(data, options, parameter, words):
+    with pytest.raises(InputError) as caught:
+        Translator(data / "model.safetensors", **{**OPTIONS, **options})
+    assert caught.value.parameter == parameter
+    text = str(caught.value)
+    assert words in text and "\n" not in text and "--" not in text
+
+
+def test_unknown_options_are_type_errors(data):
+    for options in ({"colour": 1}, {"method": "sdedit", "down_n": 4}):
+        chosen = {"device": "cpu", **options}
+        with pytest.raises(TypeError, match=f"unexpected option '{list(options)[-1]}'"):
+            Translator(data / "model.safetensors", **chosen)
+
+
+def test_a_model_that_is_none(data):
+    with pytest.raises(InputError, match="does not exist"):
+        Translator(data / "nothing.pt", device="cpu")
+    with pytest.raises(InputError) as caught:
+        Translator(data / "dse.safetensors", device="cpu")
+    assert caught.value.parameter == "model" and "not a diffusion model" in str(caught.value)
+
+
+# From another folder
+
+
+OUTSIDE = """
+import json, sys
+import guided_diffusion
+assert "torch" not in sys.modules
+from guided_diffusion import Translator
+import numpy as np
+translate = Translator(sys.argv[1], steps=6, range_t=2, area=4, energy="dct", device="cpu")
+image = translate(sys.argv[2], seed=3)
+image.save("made.png")
+print(json.dumps(guided_diffusion.__file__))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with the installed package; the source is copied first, as a build leaves files beside it."""
+    import shutil
+
+    root = tmp_path_factory.mktemp("installed")
+    skipped = shutil.ignore_patterns(
+        ".git", ".venv", "output", "results", "*.safetensors", "*.npz", "__pycache__", "build"
+    )
+    for name in ("guided_diffusion", "resizer"):
+        shutil.copytree(ROOT / name, root / "source" / name, ignore=skipped)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root / "source" / name)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*pip, "--target", root / "site", root / "source"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return root / "site"
+
+
+def test_installed_and_used_from_another_folder(data, tmp_path, installed):
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    arguments = [sys.executable, "-c", OUTSIDE, data / "model.safetensors", data / "ref" / "b.png"]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout).startswith(str(installed))
+    assert np.array_equal(load_image(tmp_path / "made.png", tiny.SIZE), made(data / "out")["b.png"])
+    assert sorted(os.listdir(tmp_path)) == ["made.png"]
+
+
+def test_the_package_names_it():
+    assert guided_diffusion.Translator is Translator and "Translator" in guided_diffusion.__all__
+    with pytest.raises(AttributeError, match="nothing"):
+        guided_diffusion.nothing  # noqa: B018
