@@ -718,7 +718,7 @@ def load_data(
 def _batches(paths, labels, batch_size, image_size, deterministic, random_crop, random_flip):
     def read(batch):
         arrays = [_augmented(paths[i], image_size, random_crop, random_flip, generator) for i, generator in batch]
-        images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+        images = normalise(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous())
         return images, {} if labels is None else {"y": torch.tensor([labels[i] for i, _ in batch])}
 
     samples = []  # (index, generator) of what is left of a pass

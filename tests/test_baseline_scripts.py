@@ -116,7 +116,7 @@ def test_the_whole_schedule_is_the_default(data):
     "name, flags", [("ilvr_sample", ILVR), ("sdedit_sample", ("--timestep_respacing", "12", "--t", "7"))]
 )
 def test_scripts_do_what_the_engine_can(data, tmp_path, name, flags):
-    """Batches of one, several samples, an animation, a killed run gone on with, and other flags refused."""
+    """Batches of one, several samples, an animation, a killed run resumed, and other flags refused."""
     flags = (*flags, "--samples_per_image", "2", "--save_trajectory")
     run(name, data, tmp_path / "a", *flags, "--batch_size", "4")
     run(name, data, tmp_path / "b", *flags, "--batch_size", "1")

@@ -15,13 +15,13 @@ from PIL import Image
 
 diffusers = pytest.importorskip("diffusers")
 
-from guided_diffusion import energy, sddm  # noqa: E402
-from guided_diffusion.checkpoint import load_model, save_model  # noqa: E402
-from guided_diffusion.checkpoint.export import convert  # noqa: E402
-from guided_diffusion.diffusers_pipeline import SDDMPipeline  # noqa: E402
-from guided_diffusion.errors import InputError  # noqa: E402
-from guided_diffusion.image_datasets import load_image, to_tensor  # noqa: E402
-from guided_diffusion.script_util import create_diffusion  # noqa: E402
+from guided_diffusion import energy, sddm
+from guided_diffusion.checkpoint import load_model, save_model
+from guided_diffusion.checkpoint.export import convert
+from guided_diffusion.diffusers_pipeline import SDDMPipeline
+from guided_diffusion.errors import InputError
+from guided_diffusion.image_datasets import load_image, to_tensor
+from guided_diffusion.script_util import create_diffusion
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = GOLDEN_DIR / "diffusers"

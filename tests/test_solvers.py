@@ -180,7 +180,7 @@ def test_a_run_remembers_nothing_of_the_one_before():
     results = []
     for _ in range(2):
         remaining = list(draws)
-        results.append(sample(LinearModel(), diffusion, ref, noise=lambda _: remaining.pop(0), **options))  # noqa: B023
+        results.append(sample(LinearModel(), diffusion, ref, noise=lambda _: remaining.pop(0), **options))
     assert torch.equal(*results)
 
 

@@ -185,6 +185,8 @@ def write_safetensors(path: str, state: dict[str, torch.Tensor], metadata: dict[
         data = save(state, metadata=metadata)
     except Exception as error:  # the library's errors have types of their own
         raise InputError(f"{display_name(path)} cannot be written: {first_line(error)}") from None
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise InputError(f"{display_name(path)} cannot be written: its folder does not exist")
     write_bytes(path, data)
 
 

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 
 from ..errors import InputError, display_name, first_line, one_line
 
@@ -168,11 +167,15 @@ def lock(folder: str | os.PathLike, parameter: str = "save_dir") -> int | None:
 
 def write_png(path: str, image: np.ndarray) -> None:
     """Write uint8 [H, W, 3] as PNG."""
+    from PIL import Image
+
     write_atomically(path, lambda file: Image.fromarray(image).save(file, "PNG"))
 
 
 def write_animation(path: str, frames: Sequence[np.ndarray], seconds: float = 4.0) -> None:
     """Write uint8 frames [H, W, 3] as an animated GIF that stays on the last frame for a while and repeats."""
+    from PIL import Image
+
     images = [Image.fromarray(frame) for frame in frames]
     durations = [max(20, int(1000 * seconds / len(images)))] * (len(images) - 1) + [1500]
 
