@@ -35,7 +35,7 @@ RELEASE = (
 # All other flags of the release, some of which do nothing here.
 REST_OF_RELEASE = (
     "--num_heads 4 --num_heads_upsample -1 --use_checkpoint False --use_new_attention_order False "
-    "--predict_xstart False --rescale_timesteps False --rescale_learned_sigmas False --use_kl False --batch_size 4 --num_samples 1 "
+    "--predict_xstart False --rescale_timesteps False --rescale_learned_sigmas False --use_kl False --batch_size 4 --num_samples 1 "  # noqa: E501
     "--clip_denoised True --use_ddim False --classifier_scale 1.0 --vggdepth 1 --affine True --losstype l2 "
     "--init_with_blockadain True --diffusionmodel ADM"
 )
@@ -270,7 +270,7 @@ ERRORS = {
     "--energy clasifier": "or none; did you mean classifier?",
     "--energy dct,dct": "--energy is 'dct,dct'; it names an energy twice",
     "--energy dse": "--dsepath is missing; --energy dse needs it",
-    "--energy dse --dsepath {data}/model.safetensors": "--dsepath is '{data}/model.safetensors'; it is a diffusion model, "
+    "--energy dse --dsepath {data}/model.safetensors": "--dsepath is '{data}/model.safetensors'; it is a diffusion model, "  # noqa: E501
     "not a classifier or extractor",
     CLASSIFIER: "--target_class is missing; --energy classifier needs it",
     f"{CLASSIFIER} --target_class 3": "--target_class is 3; {data}/classifier.safetensors has classes 0 to 2",

@@ -22,6 +22,7 @@ from guided_diffusion.gaussian_diffusion import (
 from guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
 from guided_diffusion.respace import SpacedDiffusion, matching_timestep, space_timesteps
 from guided_diffusion.script_util import create_diffusion
+import itertools
 
 STEPS = 40
 
@@ -32,7 +33,7 @@ def process(mean=ModelMeanType.EPSILON, var=ModelVarType.FIXED_SMALL, loss=LossT
 
 
 def respaced(use, steps=1000, **options):
-    types = dict(model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.FIXED_SMALL)
+    types = {"model_mean_type": ModelMeanType.EPSILON, "model_var_type": ModelVarType.FIXED_SMALL}
     return SpacedDiffusion(use, betas=get_named_beta_schedule("linear", steps), **types, **options)
 
 
@@ -51,7 +52,7 @@ def test_golden_schedules(name):
     for key, expected in data.items():
         schedule, spacing, quantity = key.split("/")
         if (schedule, spacing) not in processes:
-            flags = dict(noise_schedule=schedule, timestep_respacing="" if spacing == "full" else spacing)
+            flags = {"noise_schedule": schedule, "timestep_respacing": "" if spacing == "full" else spacing}
             processes[schedule, spacing] = create_diffusion(**flags)
         actual = np.array(getattr(processes[schedule, spacing], quantity))
         assert actual.shape == tuple(expected.shape), key
@@ -98,7 +99,7 @@ def test_linear_schedule(steps):
 def test_cosine_schedule(steps):
     betas = get_named_beta_schedule("cosine", steps)
     alpha_bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-    expected = [min(1 - b / a, 0.999) for a, b in zip(alpha_bar, alpha_bar[1:])]
+    expected = [min(1 - b / a, 0.999) for a, b in itertools.pairwise(alpha_bar)]
     np.testing.assert_allclose(betas, expected, rtol=1e-12)
     assert ((betas > 0) & (betas <= 0.999)).all()
 

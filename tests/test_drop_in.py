@@ -163,11 +163,11 @@ def test_golden_super_resolution():
 def test_seeded_initial_weights():
     """They are drawn in the published package's order: sums of magnitudes that it gave."""
     torch.manual_seed(0)
-    flags = dict(channel_mult="1,2", attention_resolutions="8", num_heads=4, use_scale_shift_norm=True)
+    flags = {"channel_mult": "1,2", "attention_resolutions": "8", "num_heads": 4, "use_scale_shift_norm": True}
     weights = create_model(16, 32, 1, **flags).state_dict()
     for name, expected in (
         ("input_blocks.0.0.weight", 84.19082832632921), ("middle_block.0.in_layers.2.weight", 769.0769744870915),
-        ("middle_block.2.in_layers.2.weight", 769.1935277791156), ("output_blocks.3.0.in_layers.2.weight", 382.9597644585858),
+        ("middle_block.2.in_layers.2.weight", 769.1935277791156), ("output_blocks.3.0.in_layers.2.weight", 382.9597644585858),  # noqa: E501
     ):  # fmt: skip
         assert float(weights[name].double().abs().sum()) == pytest.approx(expected, rel=1e-9), name
 
@@ -283,7 +283,7 @@ def test_a_hook_changes_the_output():
 
 
 def test_super_resolution_model_and_process():
-    flags = dict(large_size=64, small_size=16, num_channels=32, num_res_blocks=1, attention_resolutions="8")
+    flags = {"large_size": 64, "small_size": 16, "num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "8"}
     model, diffusion = sr_create_model_and_diffusion(**flags, learn_sigma=True, timestep_respacing="2")
     low_res = torch.rand(2, 3, 16, 16)
     sample = diffusion.p_sample_loop(model, (2, 3, 64, 64), model_kwargs={"low_res": low_res})
@@ -388,7 +388,7 @@ def test_load_data_in_order(pictures):
 
 
 def test_load_data_follows_the_default_generator(pictures):
-    flags = dict(data_dir=str(pictures), batch_size=3, image_size=8, random_crop=True)
+    flags = {"data_dir": str(pictures), "batch_size": 3, "image_size": 8, "random_crop": True}
 
     def batches():
         torch.manual_seed(1)

@@ -110,7 +110,13 @@ def test_half_precision_stays_close(dtype):
 
 
 def test_class_labels_are_required_and_refused():
-    flags = dict(image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="8")
+    flags = {
+        "image_size": 16,
+        "num_channels": 32,
+        "num_res_blocks": 1,
+        "channel_mult": "1",
+        "attention_resolutions": "8",
+    }
     x, t, y = torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     with pytest.raises(ValueError, match="class labels"):
         create_model(**flags)(x, t, y)
@@ -119,7 +125,13 @@ def test_class_labels_are_required_and_refused():
 
 
 def test_activation_checkpointing_keeps_gradients():
-    flags = dict(image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8")
+    flags = {
+        "image_size": 16,
+        "num_channels": 32,
+        "num_res_blocks": 1,
+        "channel_mult": "1,2",
+        "attention_resolutions": "8",
+    }
     torch.manual_seed(0)
     plain = create_model(**flags)
     for parameter in plain.parameters():

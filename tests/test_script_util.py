@@ -33,7 +33,7 @@ from guided_diffusion.script_util import (
 )
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
-TINY = dict(image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8")
+TINY = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "8"}
 
 
 def test_defaults_are_guided_diffusions():
@@ -126,7 +126,17 @@ def test_the_releases_command_line():
 
 def test_types_come_from_the_defaults():
     args = parse(
-        "--a", "7", "--b", "7", "--c", "7", "--d", "1", "--e", "7", defaults=dict(a=1, b=1.0, c="x", d=False, e=None)
+        "--a",
+        "7",
+        "--b",
+        "7",
+        "--c",
+        "7",
+        "--d",
+        "1",
+        "--e",
+        "7",
+        defaults={"a": 1, "b": 1.0, "c": "x", "d": False, "e": None},
     )
     assert [type(value) for value in vars(args).values()] == [int, float, str, bool, str]
     assert args_to_dict(args, ["b", "d"]) == {"b": 7.0, "d": True}
@@ -273,7 +283,7 @@ def test_flags_reach_the_diffusion(flags, attribute, expected):
 
 
 def test_classifier_and_extractor():
-    flags = dict(image_size=16, classifier_width=32, classifier_depth=1, channel_mult="1,2")
+    flags = {"image_size": 16, "classifier_width": 32, "classifier_depth": 1, "channel_mult": "1,2"}
     flags["classifier_attention_resolutions"] = "8"
     model = create_classifier(**flags, num_class=2, head="I2Iout")
     assert isinstance(model, EncoderUNetModel)
