@@ -271,8 +271,8 @@ ERRORS = {
     "--energy clasifier": "or none; did you mean classifier?",
     "--energy dct,dct": "--energy is 'dct,dct'; it names an energy twice",
     "--energy dse": "--dsepath is missing; --energy dse needs it",
-    "--energy dse --dsepath {data}/model.safetensors": "--dsepath is '{data}/model.safetensors'; it is a diffusion model, "
-    "not a classifier or extractor",
+    "--energy dse --dsepath {data}/model.safetensors": "--dsepath is '{data}/model.safetensors'; it is a diffusion "
+    "model, not a classifier or extractor",
     CLASSIFIER: "--target_class is missing; --energy classifier needs it",
     f"{CLASSIFIER} --target_class 3": "--target_class is 3; {data}/classifier.safetensors has classes 0 to 2",
     "--energy low_pass --down_N 5": "--down_N is 5; it must be at least 1 and divide the image size 16",
