@@ -33,17 +33,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 COMMITTED = (
     "block_ops_4",
     "ddim10",
-    "dse",
-    "egsde_m8_fixedlarge",
-    "energy_dse_cosine",
     "energy_low_pass",
     "energy_vgg_badain",
     "frank_wolfe_2",
     "frank_wolfe_3",
     "frank_wolfe_4",
     "frank_wolfe_blockwise",
-    "ilvr_n4_r5",
-    "metrics",
     "p_mean_variance",
     "resizer",
     "schedules",
@@ -115,8 +110,8 @@ def golden_names(prefix, committed=COMMITTED):
 
 
 def golden_metrics():
-    """The golden entry of the metrics, for parametrising."""
-    return ["metrics"]
+    """The golden entry of the metrics, for parametrising: its pictures are too large to be committed."""
+    return ["metrics"] if (GOLDEN_DIR / "metrics").is_dir() else []
 
 
 def load_golden_model(data, model, prefix="model."):

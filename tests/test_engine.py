@@ -1,12 +1,12 @@
-"""The sampling engine: what outputs depend on, going on after an end of any kind, the record, disks, memory, ranks."""
+"""The sampling engine: what outputs depend on, resuming after an end of any kind, the record, disks, memory, ranks."""
 
 import contextlib
 import errno
 import gc
 import hashlib
-import importlib
 import io
 import itertools
+import json
 import logging
 import os
 import shutil
@@ -20,13 +20,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from tiny import SCRIPT, SIZE, assert_within_one_level, command, files, make_model, make_references, pictures, record
+from scripts_in_process import load_script
+from tiny import SIZE, assert_within_one_level, command, files, make_model, make_references, pictures, record
 from torch.distributed import HashStore
 
-from guided_diffusion import dist_util, outputs
+from guided_diffusion import dist_util
+from guided_diffusion.cli import main
+from guided_diffusion.cli.progress import Progress
 from guided_diffusion.dist_util import Peers, Ranks, Stopped
-from guided_diffusion.engine import Job, Options
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import InputError
+from guided_diffusion.run import files as run_files
+from guided_diffusion.run.job import Job, JobOptions
+from guided_diffusion.run.monitor import Monitor
+from guided_diffusion.sddm import SDDM
 
 NAMES = ("a.png", "b.png", "c c.png", "d.png", "more/a.png", "more/é.png", "more/still/f.png", "g.png", "h.png")
 
@@ -42,13 +48,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def script():
-    """ae_sample.py as a module, beside `common`; it takes signals for itself when it is imported."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.path.insert(0, str(SCRIPT.parent))
-    yield importlib.import_module("ae_sample")
-    sys.path.remove(str(SCRIPT.parent))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    """ae_sample.py as a module."""
+    return load_script("ae_sample")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,32 +79,51 @@ class Painter:
             if i == 1 and self.before:
                 self.before(self)
             x = 0.5 * x + 0.3 * ref + 0.2 * noise(ref.shape)
-            callback(i, x)
+            callback({"i": i, "x": x, "pred_xstart": x, "guided": []})
         return x
 
 
+def create_job(base, out, peers=None, **options):
+    """A job on the CPU."""
+    options = JobOptions(base_samples=str(base), save_dir=str(out), **options)
+    return Job(options, peers or dist_util.connect(Ranks()), torch.device("cpu"))
+
+
 def paint(base, out, before=None, settings=(), peers=None, **options):
-    """One run of the engine with a `Painter`; returns its summary, the painter, and what it told of progress."""
-    job = Job(Options(str(base), str(out), **options), peers or dist_util.connect(Ranks()))
+    """One run of the engine with a `Painter`; returns its summary, the painter, and the steps told as progress."""
+    job = create_job(base, out, peers, **options)
     job.prepare(SIZE, {"seed": 0, **dict(settings)})
-    painter, progress = Painter(before), []
-    job.run(painter, painter.steps, progress.append)
+    painter, progress, counts = Painter(before), [], []
+
+    def tell(image_steps, images):
+        progress.append(image_steps)
+        counts.append(images)
+
+    job.run(painter, painter.steps, tell)
     job.finish()
+    # Images on disk: never fewer than before, and all of them at the end.
+    assert counts == sorted(counts) and (job.peers.rank or counts[-1:] in ([], [job.made()]))
     assert sum(progress) == (0 if job.peers.rank else job.image_steps(painter.steps))
     return job.summary, painter, progress
 
 
-def error_of(function, *arguments, kind=UserError, **options):
-    """The message of the error that a call must end with; nothing of the call stays alive, as after a process's end."""
-    message = None
+def refused(function, *arguments, kind=InputError, **options):
+    """The error that a call must end with; nothing of the call stays alive, as after a process's end."""
+    caught = None
     try:
         function(*arguments, **options)
     except kind as error:
-        message = str(error)
+        caught = error.with_traceback(None)
+        caught.__cause__ = caught.__context__ = None
     gc.collect()
-    assert message is not None, f"no {kind.__name__}"
-    assert "\n" not in message
-    return message
+    assert caught is not None, f"no {kind.__name__}"
+    assert "\n" not in str(caught)
+    return caught
+
+
+def error_of(function, *arguments, **options):
+    """The message of the error that a call must end with."""
+    return str(refused(function, *arguments, **options))
 
 
 # ---- what an output depends on --------------------------------------------------------------------------------------
@@ -112,7 +132,7 @@ def error_of(function, *arguments, kind=UserError, **options):
 def translate(script, data, out, *flags, base=None):
     """ae_sample.py in this process; returns its exit status."""
     given = command(data / "model.safetensors", base or data / "ref", out, *flags)[2:]
-    return script.translate(script.create_parser().parse_args(given), dist_util.connect(Ranks()))
+    return script.translate(script.create_parser().parse(given), dist_util.connect(Ranks()))
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +199,7 @@ def test_several_samples_of_a_reference_differ(script, data, translated, tmp_pat
     assert_within_one_level(first, pictures(tmp_path / "one"))
 
 
-# ---- going on -------------------------------------------------------------------------------------------------------
+# ---- resuming ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +208,11 @@ def painted(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("painted") / "out"
     paint(data / "ref", out, batch_size=2)
     return out
+
+
+def outputs_of(out):
+    """The files of a run that is not finished, less the sums that each process keeps."""
+    return {name: content for name, content in files(out).items() if not name.startswith(".monitor-")}
 
 
 class Broken(Exception):
@@ -206,15 +231,15 @@ def break_at(batch, error):
 
 @pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
 @pytest.mark.parametrize("batch", [1, 3, 5])
-def test_a_broken_run_is_gone_on_with(data, painted, tmp_path, batch, error):
+def test_a_broken_run_resumes(data, painted, tmp_path, batch, error):
     out = tmp_path / "out"
     error_of(paint, data / "ref", out, break_at(batch, error), batch_size=2, kind=error)
-    made = files(out)
+    made = outputs_of(out)
     assert len(made) == 2 * (batch - 1) and all(files(painted)[name] == image for name, image in made.items())
     assert record(out)["finished"] is None and "counts" not in record(out)
     times = {name: (out / name).stat().st_mtime_ns for name in made}
     summary, painter, progress = paint(data / "ref", out, batch_size=2)
-    assert painter.batches == [2, 2, 2, 2, 1][batch - 1 :]  # nothing that is there is made again
+    assert painter.batches == [2, 2, 2, 2, 1][batch - 1 :]  # nothing that is already present is made again
     assert summary.skipped == len(made) and summary.done == len(NAMES) - len(made)
     assert sum(progress) == Painter.steps * summary.done
     assert files(out) == files(painted)
@@ -222,7 +247,7 @@ def test_a_broken_run_is_gone_on_with(data, painted, tmp_path, batch, error):
 
 
 def test_lost_outputs_and_half_written_files(data, painted, tmp_path):
-    """Only batches of which an image is missing are sampled again, in the same company; what is there stays."""
+    """Only batches of which an image is missing are sampled again, in the same company; what is present stays."""
     out = tmp_path / "out"
     shutil.copytree(painted, out)
     for name in ("a.png", "more/a.png"):
@@ -261,7 +286,7 @@ def test_references_may_come_and_go(data, painted, tmp_path):
     assert sorted(key for batch in record(out)["plan"] for key in batch) == sorted(f"{name}#0" for name in NAMES)
 
 
-def test_batch_size_may_change_when_going_on(data, painted, tmp_path):
+def test_batch_size_may_change_when_resuming(data, painted, tmp_path):
     out = tmp_path / "out"
     error_of(paint, data / "ref", out, break_at(3, Broken), batch_size=2, kind=Broken)
     _, painter, _ = paint(data / "ref", out, batch_size=3)
@@ -273,9 +298,10 @@ def test_batch_size_may_change_when_going_on(data, painted, tmp_path):
 
 def test_two_runs_at_once_do_not_share_a_folder(data, tmp_path):
     def another(painter):
-        message = error_of(paint, data / "ref", out)
-        assert message == f"--save_dir {out}: another run is writing there now; wait for it or give another folder"
-        tried.append(message)
+        error = refused(paint, data / "ref", out)
+        assert (error.parameter, error.value) == ("save_dir", str(out))
+        assert error.reason == "another run is writing there now; wait for it or give another folder"
+        tried.append(error)
 
     out, tried = tmp_path / "out", []
     paint(data / "ref", out, another)
@@ -306,13 +332,14 @@ def test_other_settings_are_refused_with_the_differences(script, data, translate
     shutil.copytree(translated / "3", out)
     before = {**files(out), "run.json": (out / "run.json").read_bytes()}
     flags = ("--seed", 7, "--area", 2, "--samples_per_image", 2, "--energy", "none", "--resize", "pad")
-    message = error_of(translate, script, data, out, *flags)
+    error = refused(translate, script, data, out, *flags)
     for difference in (
-        "--seed was 0 and is 7", "--area was 4 and is 2", "--samples_per_image was 1 and is 2",
-        "--energy was ['dct'] and is []", "--resize was 'crop' and is 'pad'",
+        "`seed` was 0 and is 7", "`area` was 4 and is 2", "`samples_per_image` was 1 and is 2",
+        "`energy` was \"['dct']\" and is '[]'", "`resize` was 'crop' and is 'pad'",
     ):  # fmt: skip
-        assert difference in message
-    assert message.count(" was ") == 5 and "--overwrite True to start anew" in message
+        assert difference in error.reason
+    assert error.parameter == "save_dir" and error.value == str(out)
+    assert error.reason.count(" was ") == 5 and "`overwrite` True to start over" in error.reason
     assert {**files(out), "run.json": (out / "run.json").read_bytes()} == before
 
 
@@ -322,7 +349,7 @@ def test_another_checkpoint_is_refused(script, data, translated, tmp_path):
     content = (data / "model.safetensors").read_bytes()
     (tmp_path / "data" / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     message = error_of(translate, script, tmp_path / "data", tmp_path / "out", base=data / "ref")
-    assert "--model_path was 'sha256 " in message and message.count(" was ") == 1
+    assert "model_path was 'sha256 " in message and message.count(" was ") == 1
 
 
 def test_circumstances_may_change(script, data, translated, tmp_path):
@@ -335,7 +362,7 @@ def test_circumstances_may_change(script, data, translated, tmp_path):
     assert_within_one_level(pictures(out), pictures(translated / "3"))
 
 
-def test_overwrite_starts_anew(script, data, translated, tmp_path):
+def test_overwrite_starts_over(script, data, translated, tmp_path):
     """What the old run wrote goes, what others wrote stays."""
     out = tmp_path / "out"
     assert translate(script, data, out, "--samples_per_image", 2, "--seed", 5, "--save_trajectory") == 0
@@ -351,8 +378,9 @@ def test_overwrite_starts_anew(script, data, translated, tmp_path):
 def test_files_of_others_are_not_overwritten(data, tmp_path, name):
     (tmp_path / "out" / "more").mkdir(parents=True)
     (tmp_path / "out" / name).write_text("mine")
-    message = error_of(paint, data / "ref", tmp_path / "out")
-    assert f"has {name} already" in message and "--overwrite True" in message
+    error = refused(paint, data / "ref", tmp_path / "out")
+    assert (error.parameter, error.value) == ("save_dir", str(tmp_path / "out"))
+    assert error.reason.startswith(f"{name} is already present") and "`overwrite` True" in error.reason
     assert files(tmp_path / "out") == {name: b"mine"}
     paint(data / "ref", tmp_path / "out", overwrite=True)
     assert len(pictures(tmp_path / "out")) == 9 and files(tmp_path / "out")[name] != b"mine"
@@ -365,9 +393,243 @@ def test_a_damaged_record_is_refused(data, painted, tmp_path, content):
     shutil.copytree(painted, tmp_path / "out")
     (tmp_path / "out" / "run.json").write_text(content)
     message = error_of(paint, data / "ref", tmp_path / "out", batch_size=2)
-    assert "run.json cannot be gone on with" in message and "--overwrite True starts anew" in message
+    assert "run.json cannot be resumed" in message and "overwrite True starts over" in message
     paint(data / "ref", tmp_path / "out", batch_size=2, overwrite=True)
     assert files(tmp_path / "out") == files(painted)
+
+
+def test_the_record_is_completed_once_before_the_folder_is_free(data, painted, tmp_path, monkeypatch):
+    """Whoever sees the folder unlocked sees the sums; a run killed before that is an unfinished one, which resumes."""
+    out, written = tmp_path / "out", []
+    write = Job._write_record
+
+    def watched(job):
+        another = error_of(run_files.lock, str(out))
+        assert "another run is writing there now" in another
+        written.append(job.record["finished"])
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write(job)
+
+    monkeypatch.setattr(Job, "_write_record", watched)
+    refused(paint, data / "ref", out, batch_size=2, kind=KeyboardInterrupt)
+    assert written[0] is None and written[1] is not None and record(out)["finished"] is None
+    assert list(out.glob(".monitor-*.json"))
+    summary, painter, _ = paint(data / "ref", out, batch_size=2)
+    assert len(written) == 4 and written[2] is None and record(out)["finished"] == written[3]
+    assert painter.batches == [] and summary.skipped == len(NAMES)
+    assert record(out)["monitor"]["images"] == len(NAMES) and record(out)["counts"] == record(painted)["counts"]
+    assert files(out) == files(painted)
+
+
+def test_sums_are_counted_once_where_their_removal_was_killed(data, tmp_path, monkeypatch):
+    def interrupted(monitor, parts):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Monitor, "forget", interrupted)
+    refused(paint, data / "ref", tmp_path / "out", kind=KeyboardInterrupt)
+    monkeypatch.undo()
+    assert record(tmp_path / "out")["finished"] and list((tmp_path / "out").glob(".monitor-*.json"))
+    paint(data / "ref", tmp_path / "out")
+    assert record(tmp_path / "out")["monitor"]["images"] == len(NAMES)
+    assert not list((tmp_path / "out").glob(".monitor-*.json"))
+
+
+def changed(**entries):
+    """What makes a run.json whose entries have other kinds."""
+
+    def make(path):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+    return make
+
+
+def fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = {
+    "a FIFO": fifo,
+    "a folder": folder,
+    "no text": lambda path: path.write_bytes(bytes(range(256))),
+    "nesting": lambda path: path.write_text('{"settings": ' + "[" * 100_000),
+    "nesting that can just be read": lambda path: path.write_text(
+        path.read_text().replace('"seed": 0', '"seed": ' + "[" * 700 + "]" * 700)
+    ),
+    "numbers without end": lambda path: path.write_text('{"format": ' + "1" * 100_000 + "}"),
+    "another format": changed(format=[1]),
+    "settings": changed(settings=[]),
+    "samples": changed(settings={"samples_per_image": "2"}),
+    "batch size": changed(batch_size="2"),
+    "a plan that is none": changed(plan={}),
+    "batches that are none": changed(plan=[7]),
+    "keys that are none": changed(plan=[[7]]),
+    "keys without number": changed(plan=[["a.png"]]),
+    "keys with zeros": changed(plan=[["a\0.png#0"]]),
+    "keys that no file has": changed(plan=[["\ud800.png#0"]]),
+    "texts that cannot be written": changed(started="\udfff\ud800"),
+    "started": changed(started=2023),
+    "seconds": changed(seconds="1"),
+    "seconds that are no number": changed(seconds=float("nan")),
+    "seconds without end": changed(seconds=10**400),
+    "versions": changed(versions=["torch"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_record_of_the_wrong_kind_is_one_line(data, painted, tmp_path, damage):
+    out = tmp_path / "out"
+    shutil.copytree(painted, out)
+    damage(out / "run.json")
+    before = sorted(os.listdir(out))
+    error = refused(paint, data / "ref", out, batch_size=2)
+    assert error.parameter in (None, "save_dir") and len(str(error)) < 5000
+    assert str(out) in str(error) and "`overwrite` True" in error.reason
+    assert sorted(os.listdir(out)) == before
+    if damage is folder:  # it may hold anything
+        assert error_of(paint, data / "ref", out, overwrite=True).endswith("run.json cannot be removed: Is a directory")
+    else:
+        paint(data / "ref", out, batch_size=2, overwrite=True)
+        assert files(out) == files(painted)
+
+
+@pytest.mark.parametrize("monitor", [7, [], {}, {"steps": {"1": 2}}, "parts", "steps", "huge"])
+def test_damaged_sums_of_a_record_do_no_harm(data, painted, tmp_path, monitor):
+    out = tmp_path / "out"
+    shutil.copytree(painted, out)
+    valid = record(out)["monitor"]
+    damaged = {"parts": {**valid, "parts": 7}, "steps": {**valid, "steps": {"007": [1, 1, 1, 1]}}}
+    damaged["huge"] = {**valid, "evaluations": 10**400}
+    changed(monitor=damaged.get(monitor, monitor) if isinstance(monitor, str) else monitor)(out / "run.json")
+    summary, _, _ = paint(data / "ref", out, batch_size=2)
+    assert summary.skipped == len(NAMES) and files(out) == files(painted)
+    assert record(out)["monitor"]["images"] == (len(NAMES) if monitor == "parts" else 0)
+
+
+def test_damaged_parts_do_no_harm(data, painted, tmp_path):
+    """What a killed process left of its sums, in every state; sound ones count."""
+    out = tmp_path / "out"
+    shutil.copytree(painted, out)
+    (out / "a.png").unlink()
+    sound = {"images": 2, "seconds": 1.0, "evaluations": 4, "steps": {}}
+    contents = ["", "{", "[]", "7", "[" * 100_000, json.dumps({**sound, "images": "2"})]
+    contents += [json.dumps({**sound, "images": 10**400}), json.dumps({**sound, "steps": {"x": [1, 1, 1, 1]}})]
+    for n, content in enumerate([*contents, json.dumps(sound)]):
+        (out / f".monitor-{n}.json").write_text(content)
+    (out / ".monitor-bytes.json").write_bytes(bytes(range(256)))
+    os.mkfifo(out / ".monitor-fifo.json")
+    (out / ".monitor-link.json").symlink_to("nowhere")
+    paint(data / "ref", out, batch_size=2)
+    assert record(out)["monitor"]["images"] == len(NAMES) + 2 + 2  # of the run, of the part, of the batch made again
+    assert files(out) == files(painted)
+
+
+# ---- what is not the run's ------------------------------------------------------------------------------------------
+
+
+def single(root):
+    """One picture, to be translated into its own folder."""
+    make_references(root / "out", ["a.png"])
+    return root / "out" / "a.png", {}
+
+
+def through_a_link(root):
+    """The save folder is a link to the folder of the picture."""
+    make_references(root / "real", ["a.png"])
+    (root / "out").symlink_to("real")
+    return root / "real" / "a.png", {}
+
+
+def linked_output(root):
+    make_references(root / "ref", ["a.png"])
+    (root / "out").mkdir()
+    (root / "out" / "a.png").symlink_to("../ref/a.png")
+    return root / "ref", {}
+
+
+def animations(root):
+    make_references(root / "out" / "trajectory", ["a.gif"])
+    return root / "out" / "trajectory" / "a.gif", {}
+
+
+def earlier_outputs(root):
+    """Outputs of a run are the references of the next, which starts over in the same folder."""
+    make_references(root / "ref", ["more/a.png"])
+    paint(root / "ref", root / "out")
+    return root / "out" / "more", {}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("make", [single, through_a_link, linked_output, animations, earlier_outputs])
+def test_references_are_never_replaced_or_removed(tmp_path, make, overwrite):
+    base, options = make(tmp_path)
+    if make is earlier_outputs and not overwrite:
+        options = {"settings": {"seed": 1}}  # another run, which is refused anyway
+    before = files(tmp_path)
+    error = refused(paint, base, tmp_path / "out", overwrite=overwrite, **options)
+    assert (error.parameter, error.value) == ("save_dir", str(tmp_path / "out"))
+    assert overwrite is False or "would replace the reference" in error.reason
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("link", ["more", "more/still", "trajectory"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_links_out_of_the_save_folder_are_refused(data, tmp_path, link, overwrite):
+    """Nothing is written through them, and nothing removed."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.png").write_text("mine")
+    (tmp_path / "out" / link).parent.mkdir(parents=True)
+    (tmp_path / "out" / link).symlink_to(tmp_path / "elsewhere")
+    error = refused(paint, data / "ref", tmp_path / "out", overwrite=overwrite)
+    assert (error.parameter, error.value) == ("save_dir", str(tmp_path / "out"))
+    assert "is a link out of it; remove the link" in error.reason and link in error.reason
+    assert files(tmp_path / "elsewhere") == {"a.png": b"mine"} and not files(tmp_path / "out")
+
+
+def test_links_to_files_are_replaced_and_not_followed(data, painted, tmp_path):
+    shutil.copytree(painted, tmp_path / "out")
+    (tmp_path / "mine").write_text("mine")
+    for name in ("a.png", "grid.png"):
+        (tmp_path / "out" / name).unlink()
+        (tmp_path / "out" / name).symlink_to("../mine")
+    summary, _, _ = paint(data / "ref", tmp_path / "out", batch_size=2)
+    assert summary.done == 1 and (tmp_path / "mine").read_text() == "mine"
+    assert files(tmp_path / "out") == files(painted) and not (tmp_path / "out" / "a.png").is_symlink()
+
+
+def test_a_name_that_cannot_be_written_fails_alone(data, tmp_path):
+    """The longest that a file system takes is written; one byte more, and a folder that is a file, are failures."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    long, longest, too_long = ("x" * 240 + ".png", "y" * 251 + ".png", "z" * 252 + ".bw")
+    make_references(base, ["a.png", "more/b.png", long, longest])
+    shutil.copy(base / "a.png", base / too_long)
+    out.mkdir()
+    (out / "more").write_text("a file")
+    summary, _, _ = paint(base, out)
+    assert list(pictures(out)) == ["a.png", long, longest] and summary.done == 3
+    assert summary.failed.keys() == {"more/b.png", too_long} == record(out)["failed"].keys()
+    assert summary.failed["more/b.png"] == "its output cannot be written: File exists"
+    assert summary.failed[too_long] == "its output cannot be written: File name too long"
+    (out / "more").unlink()
+    summary, _, _ = paint(base, out)
+    assert (summary.done, summary.skipped) == (1, 3) and list(summary.failed) == [too_long]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 9])
+def test_a_save_folder_that_is_removed_ends_the_run(data, tmp_path, batch):
+    def remove(painter):
+        if len(painter.batches) == batch:
+            shutil.rmtree(tmp_path / "out")
+
+    error = refused(paint, data / "ref", tmp_path / "out", remove, batch_size=1)
+    assert error.parameter == "save_dir" and error.reason == "it was removed while the run was writing to it"
+    assert not (tmp_path / "out").exists()  # nothing appears there again
 
 
 # ---- images that fail -----------------------------------------------------------------------------------------------
@@ -385,13 +647,14 @@ def damaged(data, tmp_path):
 
 REASONS = {
     "b.png": "the file is empty (0 bytes)",
-    "more/a.png": "not an image: begins with b'no picture', which is none of PNG, JPEG, WebP, BMP, TIFF, GIF",
+    "more/a.png": "not an image: begins with b'no picture', which is none of PNG, JPEG, WebP, BMP, TIFF, GIF, AVIF, "
+    "JPEG 2000, PNM, ICO, QOI, SGI, DDS, PSD, PCX, TGA",
     "d.png": "its output d.png would overwrite that of d.gif",
 }
 
 
 def test_what_fails_is_named_and_the_rest_is_made(damaged, painted, tmp_path):
-    summary, painter, progress = paint(damaged, tmp_path / "out", batch_size=2)
+    summary, _, progress = paint(damaged, tmp_path / "out", batch_size=2)
     assert summary.failed == REASONS == record(tmp_path / "out")["failed"]
     assert summary.done == 7 and record(tmp_path / "out")["counts"] == {"references": 10, "outputs": 7, "failed": 3}
     assert sum(progress) == 9 * Painter.steps  # what cannot be made leaves no gap
@@ -402,7 +665,7 @@ def test_what_fails_is_named_and_the_rest_is_made(damaged, painted, tmp_path):
     )
 
 
-def test_going_on_tries_what_failed_and_makes_nothing_else(damaged, data, tmp_path):
+def test_resuming_tries_what_failed_and_makes_nothing_else(damaged, data, tmp_path):
     paint(damaged, tmp_path / "out", batch_size=2)
     made = files(tmp_path / "out")
     summary, painter, _ = paint(damaged, tmp_path / "out", batch_size=2)
@@ -431,9 +694,9 @@ def test_values_that_are_not_finite_fail_their_image_only(data, painted, tmp_pat
                 x[1, 2, 3, 4] = value
             return x
 
-    job = Job(Options(str(data / "ref"), str(tmp_path / "out"), batch_size=4), dist_util.connect(Ranks()))
+    job = create_job(data / "ref", tmp_path / "out", batch_size=4)
     job.prepare(SIZE, {"seed": 0})
-    summary = job.run(Faulty(), Painter.steps, lambda n: None)
+    summary = job.run(Faulty(), Painter.steps, lambda image_steps, images: None)
     assert list(summary.failed) == ["b.png"] and "NaN or infinite" in summary.failed["b.png"] and summary.done == 8
     wanted = pictures(painted)
     del wanted["b.png"]
@@ -464,11 +727,11 @@ NO_MEMORY = [
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
 def test_automatic_batches_are_halved_until_they_fit(data, painted, tmp_path, caplog, error):
     caplog.set_level(logging.INFO, logger="sddm")
-    summary, painter, progress = paint(data / "ref", tmp_path / "out", memory_for(3, error), batch_size="auto")
+    _, painter, progress = paint(data / "ref", tmp_path / "out", memory_for(3, error), batch_size="auto")
     assert painter.batches == [8, 4, 2, 2, 2, 2, 1]
     assert [entry.getMessage() for entry in caplog.records] == [
-        "out of memory at batch size 8 on cpu; going on with 4",
-        "out of memory at batch size 4 on cpu; going on with 2",
+        "out of memory at batch size 8 on cpu; continuing with 4",
+        "out of memory at batch size 4 on cpu; continuing with 2",
     ]
     assert sum(progress) == Painter.steps * len(NAMES)  # steps of failed attempts do not count
     assert_within_one_level(pictures(tmp_path / "out"), pictures(painted))
@@ -477,7 +740,7 @@ def test_automatic_batches_are_halved_until_they_fit(data, painted, tmp_path, ca
 def test_a_given_batch_size_that_does_not_fit_is_an_error_that_says_what_may(data, tmp_path):
     error = torch.OutOfMemoryError("CUDA out of memory")
     message = error_of(paint, data / "ref", tmp_path / "out", memory_for(3, error), batch_size=7)
-    assert message == "out of memory at batch size 7 on cpu; give --batch_size 4 or less, or auto"
+    assert message == "out of memory at batch size 7 on cpu; give batch_size 4 or less, or auto"
     message = error_of(paint, data / "ref", tmp_path / "out", memory_for(0, error), batch_size="auto")
     assert message.startswith("out of memory at batch size 1 on cpu: one image does not fit")
 
@@ -541,13 +804,13 @@ def small_disk(folder, monkeypatch):
     yield monkeypatch.undo
 
 
-def test_a_full_disk_ends_the_run_which_can_be_gone_on_with(data, painted, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_run_which_can_be_resumed(data, painted, tmp_path, monkeypatch):
     with small_disk(tmp_path / "disk", monkeypatch) as make_room:
         out = tmp_path / "disk" / "out"
         message = error_of(paint, data / "ref", out, batch_size=2)
-        assert message.startswith("--save_dir: no room left to write ") and "(No space left on device)" in message
+        assert message.startswith("no room left to write ") and "(No space left on device)" in message
         assert message.endswith("; make room and run the same command again")
-        made = files(out)
+        made = outputs_of(out)
         assert 0 < len(made) < len(NAMES)  # whole images and nothing else
         assert all(files(painted)[name] == image for name, image in made.items())
         make_room()
@@ -570,23 +833,23 @@ def test_a_disk_that_is_full_from_the_start_is_found_before_sampling(data, tmp_p
 
 def test_errors_of_writing_name_the_file(tmp_path):
     (tmp_path / "file").write_text("x")
-    message = error_of(outputs.write_png, str(tmp_path / "file" / "a.png"), np.zeros((4, 4, 3), np.uint8))
-    assert message == f"--save_dir: cannot write {tmp_path}/file/a.png: File exists"
+    message = error_of(run_files.write_png, str(tmp_path / "file" / "a.png"), np.zeros((4, 4, 3), np.uint8))
+    assert message == f"{tmp_path}/file/a.png cannot be written: File exists"
     (tmp_path / "folder.png").mkdir()
-    message = error_of(outputs.write_png, str(tmp_path / "folder.png"), np.zeros((4, 4, 3), np.uint8))
-    assert message == f"--save_dir: cannot write {tmp_path}/folder.png: Is a directory"
+    message = error_of(run_files.write_png, str(tmp_path / "folder.png"), np.zeros((4, 4, 3), np.uint8))
+    assert message == f"{tmp_path}/folder.png cannot be written: Is a directory"
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.png"]
 
 
 def test_what_fails_in_writing_leaves_the_old_file(tmp_path):
-    outputs.write_json(str(tmp_path / "run.json"), {"a": 1})
+    run_files.write_json(str(tmp_path / "run.json"), {"a": 1})
 
     def write(file):
         file.write(b"half")
         raise Broken
 
-    error_of(outputs.write_atomically, str(tmp_path / "run.json"), write, kind=Broken)
-    assert outputs.remove_temporaries(tmp_path) is None and os.listdir(tmp_path) == ["run.json"]
+    error_of(run_files.write_atomically, str(tmp_path / "run.json"), write, kind=Broken)
+    assert run_files.remove_temporaries(tmp_path) is None and os.listdir(tmp_path) == ["run.json"]
     assert (tmp_path / "run.json").read_text() == '{\n "a": 1\n}\n'
 
 
@@ -594,8 +857,8 @@ SAVE_DIRS = {
     "a file": (lambda root: root / "file", "is a file; give a folder"),
     "below a file": (lambda root: root / "file" / "out", "cannot be written: Not a directory"),
     "a link to nowhere": (lambda root: root / "link", "cannot be written: File exists"),
-    "in the references": (lambda root: root / "ref" / "out", "lies in --base_samples, and outputs would become"),
-    "the references": (lambda root: root / "ref", "lies in --base_samples"),
+    "in the references": (lambda root: root / "ref" / "out", "lies in `base_samples`, and outputs would become"),
+    "the references": (lambda root: root / "ref", "lies in `base_samples`"),
     "a bucket": (lambda root: "gs://bucket/out", "outputs are written to a local folder only"),
     "a file system of the kernel": (lambda root: "/proc/out", "cannot be written: No such file or directory"),
     "a name too long": (lambda root: root / ("x" * 300), "cannot be written: File name too long"),
@@ -609,28 +872,28 @@ def test_a_save_folder_that_cannot_be_used_is_found_at_once(tmp_path, make, word
     (tmp_path / "link").symlink_to("nowhere/at all")
     save_dir = str(make(tmp_path))
     before = sorted(os.listdir(tmp_path))
-    message = error_of(Job, Options(str(tmp_path / "ref"), save_dir), dist_util.connect(Ranks()))
-    assert message.startswith(f"--save_dir {save_dir}") and words in message
+    error = refused(create_job, tmp_path / "ref", save_dir)
+    assert (error.parameter, error.value) == ("save_dir", save_dir) and words in error.reason
     assert sorted(os.listdir(tmp_path)) == before and os.listdir(tmp_path / "ref") == ["a.png"]
 
 
 MISFITS = {
-    "--area 5": "--area 5 does not suit --image_size 16",
+    "--area 5": "--area is 5; it must divide the image size 16 into blocks of at least two pixels (4 and 8 do)",
     "--range_t 6": "--range_t is 6; a schedule of 6 steps takes 0 to 5",
     "--range_t -1": "--range_t is -1",
     "--timestep_respacing 2000": "--timestep_respacing",
-    "--image_size 15 --area 5": "it needs a multiple of 2",
-    "--num_channels 64": "--num_channels 64 does not fit {model}: it has num_channels=32",
-    "--model_path {root}/none.pt": "{root}/none.pt does not exist",
+    "--image_size 15 --area 5": "--image_size is 15; {model} needs a multiple of 2",
+    "--num_channels 64": "--num_channels is 64; {model} has num_channels=32",
+    "--model_path {root}/none.pt": "{root}/none.pt",
     "--model_path {root}/text.pt": "{root}/text.pt",
     "--model_path {root}/cut.safetensors": "{root}/cut.safetensors",
     "--model_path {root}": "{root}",
-    "--base_samples {root}/nowhere": "--base_samples {root}/nowhere: no such file or folder",
-    "--base_samples {root}/empty": "--base_samples {root}/empty: no image in this folder",
-    "--save_dir {root}/text.pt": "--save_dir {root}/text.pt is a file; give a folder",
-    "--save_dir {root}/text.pt/below": "--save_dir {root}/text.pt/below cannot be written: Not a directory",
-    "--device cuda:99": "--device cuda:99 cannot be used",
-    "--batch_size 0": "argument --batch_size: '0' is not a whole number above 0, nor auto",
+    "--base_samples {root}/nowhere": "--base_samples is '{root}/nowhere'; no such file or folder",
+    "--base_samples {root}/empty": "--base_samples is '{root}/empty'; no image in this folder",
+    "--save_dir {root}/text.pt": "--save_dir is '{root}/text.pt'; it is a file; give a folder",
+    "--save_dir {root}/text.pt/below": "--save_dir is '{root}/text.pt/below'; it cannot be written: Not a directory",
+    "--device cuda:99": "--device is 'cuda:99'; it cannot be used",
+    "--batch_size 0": "--batch_size is 0; it must be at least 1",
 }
 
 
@@ -643,11 +906,11 @@ def test_what_does_not_fit_is_one_line_and_status_2(script, data, tmp_path, monk
     names = {"root": tmp_path, "model": data / "model.safetensors"}
     given = command(data / "model.safetensors", data / "ref", tmp_path / "out", *flags.format(**names).split())[1:]
     monkeypatch.setattr(sys, "argv", given)
-    monkeypatch.setattr(script.sddm, "sample", None)  # any sampling would be another error
+    monkeypatch.setattr(SDDM, "bind", None)  # any sampling would be another error
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with warnings.catch_warnings(), pytest.raises(SystemExit) as caught:
-            script.common.main(script.translate, script.create_parser())
+            main.run(script.translate, script.create_parser())
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -669,14 +932,14 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("start", [0, 60], ids=["at once", "after a slow start"])
 def test_time_left_after_a_tenth(script, monkeypatch, start, file):
     """100 images in batches of 5, of 10 steps, of which the first 7 (guided) take 3 seconds and the others 2."""
-    moments = [start + 1] + [3.0 if step < 7 else 2.0 for _ in range(20) for step in range(10)][1:]
+    moments = [start + 1, *[3.0 if step < 7 else 2.0 for _ in range(20) for step in range(10)][1:]]
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    progress = script.common.Progress(1000, 10, file())
+    progress = Progress(1000, 10, 100, 0, file())
     assert progress.seconds_left() is None
     for n, seconds in enumerate(moments):
         clock[0] += seconds
-        progress(5)
+        progress(5, (n + 1) // 10 * 5)
         really = sum(moments[n + 1 :])
         if 19 <= n < 190:  # within the last batch there are no expensive steps left
             assert abs(progress.seconds_left() - really) <= 0.2 * really
@@ -700,7 +963,7 @@ def test_the_writer_keeps_no_more_waiting_than_its_depth():
         gate.wait()
         written.append(n)
 
-    writer = outputs.Writer(threads=1, depth=3)
+    writer = run_files.Writer(threads=1, depth=3)
     for n in range(3):
         writer.submit(task, n)
     more = threading.Thread(target=writer.submit, args=(task, 3))
@@ -719,7 +982,7 @@ def test_the_writer_tells_of_its_first_error_and_writes_no_more():
     def fail(error):
         raise error
 
-    writer = outputs.Writer(threads=1)
+    writer = run_files.Writer(threads=1)
     writer.submit(written.append, 1)
     writer.submit(fail, Broken("first"))
     writer.submit(fail, Broken("second"))
@@ -811,8 +1074,8 @@ def test_an_error_of_one_rank_ends_the_other(data, tmp_path):
 
 def test_a_rank_that_dies_silently_is_missed(data, tmp_path, monkeypatch):
     """As under a plain srun, which leaves the others alone: rank 0 makes what it can, then says who is gone."""
-    monkeypatch.setattr(dist_util, "BEAT", 0.05)
-    monkeypatch.setattr(dist_util, "SILENCE", 0.5)
+    monkeypatch.setattr(dist_util, "HEARTBEAT_INTERVAL", 0.05)
+    monkeypatch.setattr(dist_util, "HEARTBEAT_TIMEOUT", 0.5)
     peers = two()
     peers[1].count("claimed")  # it has taken the first batch, and gives no result
     time.sleep(0.2)
@@ -825,7 +1088,7 @@ def test_a_rank_that_dies_silently_is_missed(data, tmp_path, monkeypatch):
 
 
 def test_a_rank_that_starts_late_is_waited_for(monkeypatch):
-    monkeypatch.setattr(dist_util, "SILENCE", 0.01)
+    monkeypatch.setattr(dist_util, "HEARTBEAT_TIMEOUT", 0.01)
     peers = Peers(Ranks(0, 2, 0, "srun"), HashStore())  # nothing of rank 1 yet
     for _ in range(5):
         time.sleep(0.02)
@@ -833,8 +1096,8 @@ def test_a_rank_that_starts_late_is_waited_for(monkeypatch):
 
 
 def test_a_process_that_was_suspended_does_not_take_the_others_for_dead(monkeypatch):
-    monkeypatch.setattr(dist_util, "BEAT", 0.05)
-    monkeypatch.setattr(dist_util, "SILENCE", 1.0)
+    monkeypatch.setattr(dist_util, "HEARTBEAT_INTERVAL", 0.05)
+    monkeypatch.setattr(dist_util, "HEARTBEAT_TIMEOUT", 1.0)
     store = HashStore()
     me = Peers(Ranks(0, 2, 0, "srun"), store)
     store.add("beats/1", 1)
@@ -875,7 +1138,7 @@ class LostStore(HashStore):
 @pytest.mark.parametrize("launcher, owner", [("torchrun", "the launcher"), ("srun", "rank 0"), ("mpiexec", "rank 0")])
 def test_a_lost_store_is_one_line(launcher, owner):
     peers = Peers(Ranks(1, 2, 1, launcher), LostStore())
-    for call in (peers.watch, lambda: peers.count("x"), lambda: peers.share("x", 1), lambda: peers.shared("x")):
+    for call in (peers.watch, lambda: peers.count("x"), lambda: peers.publish("x", 1), lambda: peers.wait_for("x")):
         message = error_of(call)
         assert message.startswith(f"rank 1 of 2 lost contact with {owner}, which has ended or cannot be reached; run")
     assert peers.interrupted() is True and peers.stop("x") is True

@@ -121,7 +121,7 @@ def test_killed_and_restarted_runs_end_as_an_unbroken_one(data, tmp_path):
         assert found[name] == wanted[name]
     # At most the images in flight at the kills were sampled again: one each.
     assert wanted["monitor"]["images"] == 6 and 6 <= found["monitor"]["images"] <= 8
-    assert "6 skipped (were there)" in done.stdout
+    assert "6 already present" in done.stdout
 
 
 def test_an_interrupted_run_says_how_to_go_on(data, tmp_path):
@@ -133,10 +133,10 @@ def test_an_interrupted_run_says_how_to_go_on(data, tmp_path):
     assert done.returncode == 130 and done.stdout == "" and "Traceback" not in done.stderr
     count = made(out)
     last = done.stderr.splitlines()[-1]
-    assert last == f"interrupted: {count} of 6 images are done; run the same command again to go on" and 1 <= count < 6
+    assert last == f"interrupted: {count} of 6 images are done; run the same command again to resume" and 1 <= count < 6
     assert all(files(data / "out")[name] == image for name, image in files(out).items() if name[0] != ".")
     done = finish(start(data=data, out=out))
-    assert done.returncode == 0 and f"{6 - count} done, {count} skipped (were there), 0 failed" in done.stdout
+    assert done.returncode == 0 and f"{6 - count} done, {count} already present, 0 failed" in done.stdout
     assert files(out) == files(data / "out")
 
 
@@ -145,7 +145,7 @@ def test_an_interruption_while_starting_is_one_line_too(data, tmp_path):
     wait_for(lambda: b"torch" in (Path("/proc") / str(process.pid) / "maps").read_bytes(), process)
     process.send_signal(signal.SIGINT)
     done = finish(process)
-    assert done.returncode == 130 and done.stderr == "interrupted; run the same command again to go on\n"
+    assert done.returncode == 130 and done.stderr == "interrupted; run the same command again to resume\n"
 
 
 def without_privileges():
@@ -175,7 +175,7 @@ def test_a_messy_folder_is_translated_as_far_as_it_can_be(data, tmp_path):
         r"bomb\.png: 400000000 pixels, more than the limit of 178956970 \(decompression bomb\?\): 20000 x 20000 PNG",
         r"dangling\.png: broken link to nowhere\.png",
         r"empty\.png: the file is empty \(0 bytes\)",
-        r"sub/text\.png: not an image: begins with b'hello\\n', which is none of PNG, JPEG, WebP, BMP, TIFF, GIF",
+        r"sub/text\.png: not an image: begins with b'hello\\n', which is none of PNG, JPEG, WebP, BMP, TIFF, GIF, .*",
         r"truncated\.png: truncated: the PNG file ends too early \(.*\)",
         r"twice\.png: its output twice\.png would overwrite that of twice\.jpg",
         r"unreadable\.png: permission denied",
@@ -183,7 +183,7 @@ def test_a_messy_folder_is_translated_as_far_as_it_can_be(data, tmp_path):
     assert len(said) == len(patterns)
     for line, pattern in zip(said, patterns):
         assert re.fullmatch("failed: " + pattern, line)
-    assert done.stdout.splitlines()[0] == "3 done, 0 skipped (were there), 7 failed" and "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[0] == "3 done, 0 already present, 7 failed" and "Traceback" not in done.stderr
     assert list(pictures(tmp_path / "out")) == ["good 1.png", "sub/gut ö.png", "twice.png"]
     assert record(tmp_path / "out")["counts"] == {"references": 10, "outputs": 3, "failed": 7}
 
@@ -192,7 +192,7 @@ def test_a_folder_without_permission_is_one_line(data, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     done = finish(start(data=data, out=tmp_path / "locked", preexec_fn=without_privileges))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: --save_dir {tmp_path / 'locked'} cannot be written: Permission denied\n"
+    assert done.stderr == f"error: --save_dir is '{tmp_path / 'locked'}'; it cannot be written: Permission denied\n"
 
 
 def limited_files():
@@ -208,23 +208,60 @@ def test_a_file_that_cannot_be_written_whole_ends_the_run_in_one_line(data, tmp_
     done = finish(start(data=data, out=out, preexec_fn=limited_files))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == (
-        f"error: --save_dir: no room left to write {out}/grid.png (File too large); "
-        "make room and run the same command again"
+        f"error: no room left to write {out}/grid.png (File too large); make room and run the same command again"
     )
     assert made(out) == 6 and not list(out.glob(".*.writing"))
     done = finish(start(data=data, out=out))
-    assert done.returncode == 0 and "0 done, 6 skipped (were there), 0 failed" in done.stdout
+    assert done.returncode == 0 and "0 done, 6 already present, 0 failed" in done.stdout
     assert files(out) == files(data / "out")
+
+
+def test_a_save_folder_that_is_removed_ends_the_run_in_one_line(data, tmp_path):
+    out = tmp_path / "out"
+    process = start(data=data, out=out)
+    wait_for(lambda: made(out) >= 1, process)
+    out.rename(tmp_path / "moved")
+    done = finish(process)
+    assert done.returncode == 2 and done.stdout == "" and not out.exists()
+    last = done.stderr.splitlines()[-1]
+    assert last == f"error: --save_dir is '{out}'; it was removed while the run was writing to it"
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+
+
+STREAMS = {
+    "closed stderr": "2>&-",
+    "closed stdout": ">&-",
+    "both closed": ">&- 2>&-",
+    "all closed": "<&- >&- 2>&-",
+    "full stdout": ">/dev/full",
+    "full stderr": "2>/dev/full",
+    "both full": ">/dev/full 2>&1",
+    "a reader that is gone": "| true",
+    "a reader of both that is gone": "2>&1 | true",
+}
+
+
+@pytest.mark.parametrize("redirection", STREAMS.values(), ids=STREAMS)
+def test_streams_that_cannot_be_written_change_nothing_but_what_is_said(data, tmp_path, redirection):
+    launcher = ("bash", "-c", f'"$@" {redirection}; exit ${{PIPESTATUS[0]}}', "bash")
+    done = finish(start(data=data, out=tmp_path / "out", launcher=launcher, steps=6))
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert made(tmp_path / "out") == 6 and record(tmp_path / "out")["finished"]
+    if "2>" in redirection:
+        assert done.stderr == ""
+        assert done.stdout.count("\n") in (0, 2)  # what belongs to stderr does not move to stdout
+    failed = finish(start("--area", 5, data=data, out=tmp_path / "out", launcher=launcher, steps=6))
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr and "Exception ignored" not in failed.stderr
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
-def as_slurm(rank, job=os.getpid()):
+def as_slurm(rank):
     """What srun tells the processes of a step of two tasks on one machine."""
     return {
-        "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1",
-        "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2",
+        "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2",
     }  # fmt: skip
 
 
@@ -232,7 +269,7 @@ def assert_finished(out, data, said):
     assert_within_one_level(pictures(out), pictures(data / "out"))
     assert record(out)["processes"] == 2 and record(out)["counts"]["outputs"] == 6 == record(out)["monitor"]["images"]
     assert files(out).keys() == files(data / "out").keys()
-    assert said.count("6 done, 0 skipped (were there), 0 failed") == 1  # one rank speaks for all
+    assert said.count("6 done, 0 already present, 0 failed") == 1  # one rank speaks for all
     assert said.count("100%, 6/6 images") == 1
 
 
@@ -254,7 +291,7 @@ def test_two_processes_of_slurm_make_what_one_makes(data, tmp_path):
 @pytest.mark.parametrize("launcher, rank", [(TORCHRUN, 1), (MPI, 0)], ids=["torchrun", "mpiexec"])
 def test_a_rank_that_dies_takes_the_run_down_and_a_restart_completes_it(data, tmp_path, launcher, rank):
     out = tmp_path / "out"
-    options = dict(data=data, out=out, launcher=launcher, mpi=launcher is MPI)
+    options = {"data": data, "out": out, "launcher": launcher, "mpi": launcher is MPI}
     process = start(**options)
     wait_for(lambda: made(out) >= 1 and len(ranks_of(process)) == 2, process)
     ranks = ranks_of(process)
@@ -269,14 +306,28 @@ def test_a_rank_that_dies_takes_the_run_down_and_a_restart_completes_it(data, tm
         count = made(out)
         assert (
             f"ended by SIGTERM, as launchers do when another process has died: {count} of 6 images are done; "
-            "run the same command again to go on\n" in said
+            "run the same command again to resume\n" in said
         )
     count = made(out)
     assert count < 6
     done = finish(start(**options))
-    assert done.returncode == 0 and f"{6 - count} done, {count} skipped (were there), 0 failed" in done.stdout
+    assert done.returncode == 0 and f"{6 - count} done, {count} already present, 0 failed" in done.stdout
     assert files(out).keys() == files(data / "out").keys()
     assert_within_one_level(pictures(out), pictures(data / "out"))
+
+
+def test_ranks_with_different_flags_are_one_line(data, tmp_path):
+    """A wrapper around the command gives every rank a seed of its own."""
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(
+        "import os, runpy, sys\n"
+        "sys.argv = [*sys.argv[1:], '--seed', os.environ['RANK']]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = finish(start(data=data, out=tmp_path / "out", launcher=(*TORCHRUN, wrapper)))
+    assert done.returncode != 0 and not (tmp_path / "out").exists()
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said == ["error: rank 1 was started with --seed 1, rank 0 with 0; all ranks need the same flags"]
 
 
 def start_two(data, out):
@@ -294,14 +345,14 @@ def test_without_a_launcher_that_watches_the_others_notice(data, tmp_path):
     done = finish(both[1])
     assert done.returncode == 2 and done.stderr == (
         "error: rank 1 of 2 lost contact with rank 0, which has ended or cannot be reached; "
-        "run the same command again to go on\n"
+        "run the same command again to resume\n"
     )
     finish(both[0])
     both = start_two(data, tmp_path / "interrupted")
     both[1].send_signal(signal.SIGINT)
     first, second = (finish(process) for process in both)
     assert (first.returncode, second.returncode) == (2, 130) and "interrupted" not in first.stderr
-    assert re.fullmatch(r"interrupted: \d of 6 images are done; run the same command again to go on\n", second.stderr)
+    assert re.fullmatch(r"interrupted: \d of 6 images are done; run the same command again to resume\n", second.stderr)
 
 
 def test_mpiexec_without_mpi4py_is_one_line(data, tmp_path):

@@ -32,6 +32,9 @@ def start() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):  # None where it was closed, which print takes for stdout
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
     signal.signal(signal.SIGINT, _interrupted_early)
     signal.signal(signal.SIGTERM, _interrupted_early)
     # Where a rank is lost, torch's store would write stack traces of its own to stderr.
@@ -88,18 +91,28 @@ def run(function: Callable[["Given", Any], int | None], parser: "Parser", *, ran
 
 
 def _check_ranks(given: "Given", peers: Any) -> None:
-    """Raise InputError where ranks were started with different flags."""
+    """Raise InputError unless all ranks have the same flags; none begins before all have compared theirs."""
     if peers.world_size == 1:
         return
+    from ..dist_util import PATIENCE, POLL
+
     mine = given.digestible()
     if peers.rank == 0:
         peers.publish("flags", mine)
+        since, said = time.monotonic(), False
+        while (agreed := peers.count("flags_agreed", 0)) < peers.world_size - 1:
+            if not said and time.monotonic() - since > PATIENCE:
+                said = True
+                log.info("waiting for %d of %d ranks to start", peers.world_size - 1 - agreed, peers.world_size)
+            peers.watch()
+            time.sleep(POLL)
         return
     theirs = peers.wait_for("flags")
     for name, value in mine.items():
         if theirs.get(name) != value:
             reason = f"rank {peers.rank} was started with --{name} {value}, rank 0 with {theirs.get(name)}"
             raise InputError(f"{reason}; all ranks need the same flags")
+    peers.count("flags_agreed")
 
 
 def explain(error: BaseException, parser: "Parser", me: Any, peers: Any) -> int:
@@ -114,7 +127,7 @@ def explain(error: BaseException, parser: "Parser", me: Any, peers: Any) -> int:
         if peers.interrupted() if connected else first:
             say(f"{cause(error, me)}; {AGAIN}")
         return INTERRUPTED
-    if isinstance(error, Exception) and _out_of_memory(error):
+    if isinstance(error, Exception) and not isinstance(error, InputError) and _out_of_memory(error):
         error = InputError(f"out of memory: {first_line(error)}")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         error = InputError(f"no room left on the disk: {first_line(error)}")

@@ -26,7 +26,7 @@ LARGEST_RECORD = 512 << 20
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
     """Call write(file) on a temporary file beside `path`, then rename it to `path`.
 
-    The folder is made where it is missing, but not the folder above it. Raises InputError, naming the file, where the
+    Missing folders are made. Raises InputError, naming the file, where the
     disk is full or the folder cannot be written.
     """
     path = os.fspath(path)
@@ -71,7 +71,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write a JSON file that people can read."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_text(content))
+
+
+def json_text(content: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -121,6 +126,12 @@ def make_folder(folder: str | os.PathLike, parameter: str) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"it cannot be written: {reason}", **wrong) from None
+
+
+def check_present(folder: str, parameter: str) -> None:
+    """Raise InputError where the folder of a run is gone: what is written later would be half a run."""
+    if not os.path.isdir(folder):
+        raise InputError("it was removed while the run was writing to it", parameter=parameter, value=folder)
 
 
 def remove_temporaries(folder: str) -> None:

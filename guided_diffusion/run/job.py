@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ..dist_util import Peers
-from ..errors import InputError, display_name
+from ..errors import InputError, display_name, one_line
 from ..image_datasets import (
     RESIZE_MODES,
     ImageError,
@@ -187,8 +187,9 @@ class Job:
         self._limit: int | None = None
         self._count_lock = threading.Lock()
         self._steps_reported, self._unreported, self._reported_at, self._seen = 0, 0, 0.0, 0
-        if base is not None and not is_url(base):
-            self._refuse_sources()
+        self._check_inside()
+        self._sources = self._find_sources(base)
+        self._refuse_sources(self._own_files() + [path for item in items for path in self._paths(item.key)])
 
     # ---- folders ----------------------------------------------------------------------------------------------------
 
@@ -201,12 +202,20 @@ class Job:
                 raise InputError(reason, parameter="save_dir", value=save_dir)
         files.make_folder(save_dir, "save_dir")
 
-    def _refuse_sources(self) -> None:
-        """Raise InputError where a file that the run writes is one of the references."""
-        sources = {os.path.realpath(reference.path): reference.name for reference in self.source.entries}
-        for path in [self.path(item) for item in self.items.values()] + self._own_files():
-            if (source := sources.get(os.path.realpath(path))) is not None:
-                output = display_name(os.path.basename(path))
+    def _find_sources(self, base: str | None) -> dict[str, str]:
+        """The files that are translated: real path -> name. Those that fail are somebody's pictures, too."""
+        if base is None or is_url(base):
+            return {}
+        if not os.path.isdir(base):
+            return {os.path.realpath(base): os.path.basename(base)}
+        failed = {os.path.realpath(os.path.join(base, name)): name for name in self.source.failed}
+        return failed | {os.path.realpath(reference.path): reference.name for reference in self.source.entries}
+
+    def _refuse_sources(self, paths: list[str]) -> None:
+        """Raise InputError where a file that the run writes or removes is one of the references."""
+        for path in paths if self._sources else ():
+            if os.path.lexists(path) and (source := self._sources.get(os.path.realpath(path))) is not None:
+                output = display_name(os.path.relpath(path, self.options.save_dir))
                 reason = f"the output {output} would replace the reference {display_name(source)}"
                 raise InputError(f"{reason}; give another folder", parameter="save_dir", value=self.options.save_dir)
 
@@ -247,10 +256,17 @@ class Job:
         if self.peers.rank:
             self.batches = self.peers.wait_for("plan")
             return
-        options = self.options
-        if (handle := files.lock(options.save_dir)) is not None:
+        if (handle := files.lock(self.options.save_dir)) is not None:
             self._unlock = weakref.finalize(self, os.close, handle)  # in case that nobody comes to call it
-        self._check_inside()
+        try:
+            self._open(settings)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _open(self, settings: dict[str, Any]) -> None:
+        """What `prepare` does once this process has the folder."""
+        options = self.options
         automatic = AUTO_BATCH.get(self.device.type, AUTO_BATCH["cpu"])
         batch_size = automatic if isinstance(options.batch_size, str) else options.batch_size
         old = None
@@ -312,6 +328,7 @@ class Job:
         if old is not None:
             count = old["settings"].get("samples_per_image", 1)
             wanted += [path for batch in old["plan"] for key in batch for path in self._paths(key, count)]
+        self._refuse_sources(wanted)
         root = os.path.realpath(self.options.save_dir)
         # The record goes last: a run that is killed in here is still known for what it is.
         for path in wanted + self._own_files():
@@ -431,10 +448,7 @@ class Job:
 
     def _write(self, item: Item, image: np.ndarray, frames: Sequence[np.ndarray]) -> None:
         path, animation = self._paths(item.key)
-        if not os.path.isdir(self.options.save_dir):
-            raise InputError(
-                "it was removed while the run was writing to it", parameter="save_dir", value=self.options.save_dir
-            )
+        files.check_present(self.options.save_dir, "save_dir")
         try:
             # The image goes last: where it exists, all is written.
             if frames:
@@ -501,9 +515,7 @@ class Job:
         if self.peers.rank:
             return
         try:
-            if not os.path.isdir(self.options.save_dir):
-                reason = "it was removed while the run was writing to it"
-                raise InputError(reason, parameter="save_dir", value=self.options.save_dir)
+            files.check_present(self.options.save_dir, "save_dir")
             self._note_lost()
             self._write_grid()
             self.record |= {
@@ -560,7 +572,7 @@ def _report_versions(old: dict[str, str]) -> None:
     new = record.versions()
     changed = [f"{name} {old.get(name)} -> {version}" for name, version in new.items() if old.get(name) != version]
     if changed:
-        log.info("other versions than the run began with: %s", ", ".join(changed))
+        log.info("other versions than the run began with: %s", one_line(", ".join(changed)))
 
 
 def _now() -> str:

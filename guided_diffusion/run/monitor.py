@@ -7,6 +7,7 @@ killed run loses none; at the end rank 0 adds them up. Nothing is read from the 
 import contextlib
 import glob
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -40,7 +41,8 @@ class Monitor:
         """Take over the sums of earlier runs; earlier: the entry `monitor` of their record, if any. For one process."""
         sums = _valid(earlier)
         # Parts that the record's sums contain are left over from a run that was killed while it removed them.
-        counted = {self._part(str(name)) for name in earlier.get("parts", ())} if sums else set()
+        names = earlier.get("parts") if sums else None
+        counted = {self._part(str(name)) for name in names} if isinstance(names, list) else set()
         for path in self._parts():
             if overwrite or path in counted:
                 _remove(path)
@@ -76,6 +78,7 @@ class Monitor:
                 "steps": _sums_of_steps(steps),
             }
             self.sums = _added([self.sums, done])
+            files.check_present(self.folder, "save_dir")
             files.write_json(self.own, self.sums)
             return x
 
@@ -130,11 +133,16 @@ def _valid(sums: Any) -> dict[str, Any] | None:
     rows = list(sums["steps"].values())
     if not all(isinstance(row, list) and len(row) >= len(COLUMNS) for row in rows):
         return None
-    if not all(isinstance(number, (int, float)) for number in [*numbers, *(n for row in rows for n in row)]):
+    if not all(_is_number(number) for number in [*numbers, *(n for row in rows for n in row)]):
         return None
-    if not all(str(name).isdecimal() for name in sums["steps"]):
+    if not all(re.fullmatch("0|[1-9][0-9]{0,8}", str(name)) for name in sums["steps"]):
         return None
     return {name: sums[name] for name in EMPTY}
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value can be summed; whole numbers without bound cannot become floats."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63)
 
 
 def curves(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -147,6 +155,8 @@ def curves(record: dict[str, Any]) -> list[dict[str, Any]]:
     result = []
     for i in sorted(map(int, steps), reverse=True):
         count, tangent, normal, negative, *weights = steps[str(i)]
+        if not count:
+            continue
         means = {"tangent": tangent / count, "normal": normal / count, "negative": negative / count}
         result.append({"i": i, **means, "weights": [weight / count for weight in weights]})
     return result

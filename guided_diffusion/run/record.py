@@ -14,7 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from ..errors import InputError, display_name, one_line, shown
-from .files import read_json
+from .files import json_text, read_json
 
 NAME = "run.json"
 FORMAT = 1
@@ -56,6 +56,8 @@ def read(save_dir: str | os.PathLike) -> dict[str, Any] | None:
         return None
     except InputError as error:
         reason = error.reason.removeprefix(f"{display_name(path)} ")
+    except RecursionError:
+        reason = "its entries are nested too deeply"
     except (ValueError, TypeError) as error:
         reason = one_line(error)
     raise InputError(f"{display_name(path)} cannot be resumed ({reason}); `overwrite` True starts over") from None
@@ -73,6 +75,9 @@ def _check_entries(record: Any) -> None:
     for name, kind in entries.items():
         if not isinstance(record.get(name), kind):
             raise ValueError(f"its entry {name!r} is missing or damaged")
+    # A comparison refuses NaN, and a bound what is no number of seconds.
+    if not 0 <= record["seconds"] < 1e12:
+        raise ValueError("its entry 'seconds' is damaged")
     if not isinstance(record.get("versions", {}), dict):
         raise ValueError("its entry 'versions' is damaged")
     samples = record["settings"].get("samples_per_image", 1)
@@ -81,6 +86,16 @@ def _check_entries(record: Any) -> None:
     for batch in record["plan"]:
         if not isinstance(batch, list) or not all(isinstance(key, str) and "#" in key for key in batch):
             raise ValueError("its entry 'plan' is damaged")
+        if not all(_is_path(key) for key in batch):
+            raise ValueError("its entry 'plan' names what cannot be a file")
+    json_text(record).encode("utf-8", "surrogateescape")  # as it will be written again
+
+
+def _is_path(key: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(key)
+    except UnicodeEncodeError:
+        return False
 
 
 def check_same(save_dir: str, old: dict[str, Any], new: dict[str, Any]) -> None:
