@@ -35,7 +35,8 @@ RELEASE = (
 # All other flags of the release, some of which do nothing here.
 REST_OF_RELEASE = (
     "--num_heads 4 --num_heads_upsample -1 --use_checkpoint False --use_new_attention_order False "
-    "--predict_xstart False --rescale_timesteps False --rescale_learned_sigmas False --use_kl False --batch_size 4 --num_samples 1 "  # noqa: E501
+    "--predict_xstart False --rescale_timesteps False "
+    "--rescale_learned_sigmas False --use_kl False --batch_size 4 --num_samples 1 "
     "--clip_denoised True --use_ddim False --classifier_scale 1.0 --vggdepth 1 --affine True --losstype l2 "
     "--init_with_blockadain True --diffusionmodel ADM"
 )
@@ -270,11 +271,11 @@ ERRORS = {
     "--energy clasifier": "or none; did you mean classifier?",
     "--energy dct,dct": "--energy is 'dct,dct'; it names an energy twice",
     "--energy dse": "--dsepath is missing; --energy dse needs it",
-    "--energy dse --dsepath {data}/model.safetensors": "--dsepath is '{data}/model.safetensors'; it is a diffusion model, "  # noqa: E501
-    "not a classifier or extractor",
+    "--energy dse --dsepath {data}/model.safetensors": "--dsepath is '{data}/model.safetensors'; it is a diffusion "
+    "model, not a classifier or extractor",
     CLASSIFIER: "--target_class is missing; --energy classifier needs it",
     f"{CLASSIFIER} --target_class 3": "--target_class is 3; {data}/classifier.safetensors has classes 0 to 2",
-    "--energy low_pass --down_N 5": "--down_N is 5; it must divide the image size 16x16",
+    "--energy low_pass --down_N 5": "--down_N is 5; it must be at least 1 and divide the image size 16",
     "--model_path {data}/dse.safetensors": "--model_path is '{data}/dse.safetensors'; it is a classifier or extractor, "
     "not a diffusion model",
     "--model_path {data}/nothing.pt": "{data}/nothing.pt does not exist",

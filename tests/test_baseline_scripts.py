@@ -218,7 +218,7 @@ ERRORS = {
     "egsde_sample --dsepath nowhere.pt": "--dsepath is 'nowhere.pt'; no such file, and --ls 500 needs it",
     "egsde_sample --ls 0 --down_N 3": f"--down_N is 3; {DIVIDE}",
     "egsde_sample --dsepath {data}/model.safetensors --down_N 4": "is a diffusion model, not a classifier",
-    "ae_sample --range_t 5 --area 4 --manifold low_pass --down_N 5": "--down_N is 5; it must divide the image size 16",
+    "ae_sample --range_t 5 --area 4 --manifold low_pass --down_N 5": f"--down_N is 5; {DIVIDE}",
     "image_sample --eta 0.5": "--eta is 0.5; it is for --use_ddim True",
     "image_sample --use_ddim True --eta 1.5": "--eta is 1.5; it must be from 0 to 1",
     "image_sample --timestep_respacing ddim400": "no integer stride gives 400 steps",

@@ -36,9 +36,9 @@ def data(tmp_path_factory):
     make_model(folder / "model.safetensors")
     make_encoder(folder / "classifier.safetensors", 3)
     flags = {
-        "image_size": SIZE, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "8",  # noqa: E501
-        "num_head_channels": 32, "learn_sigma": True, "class_cond": True, "num_classes": 3, "super_res": True,
-        "diffusion_steps": 1000, "noise_schedule": "linear",
+        "image_size": SIZE, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2",
+        "attention_resolutions": "8", "num_head_channels": 32, "learn_sigma": True, "class_cond": True,
+        "num_classes": 3, "super_res": True, "diffusion_steps": 1000, "noise_schedule": "linear",
     }  # fmt: skip
     names = set(create_model.__code__.co_varnames)
     model = create_model(**{name: value for name, value in flags.items() if name in names})
