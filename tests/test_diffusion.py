@@ -1,5 +1,6 @@
 """The diffusion process: golden schedules and posteriors, plain formulas for every model type, loops and losses."""
 
+import itertools
 import math
 from statistics import NormalDist
 
@@ -22,7 +23,6 @@ from guided_diffusion.gaussian_diffusion import (
 from guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
 from guided_diffusion.respace import SpacedDiffusion, matching_timestep, space_timesteps
 from guided_diffusion.script_util import create_diffusion
-import itertools
 
 STEPS = 40
 
