@@ -355,7 +355,8 @@ def _needed(path: str | None, parameter: str, name: str) -> str:
     if not path:
         raise InputError(f"`energy` {name} needs it", parameter=parameter)
     if "://" not in path and not os.path.exists(path):
-        raise InputError(f"no such file, and `energy` {name} needs it", parameter=parameter, value=path)
+        reason = f"no such file, and `energy` {name} needs it; models/README.md says where it is published"
+        raise InputError(reason, parameter=parameter, value=path)
     return path
 
 

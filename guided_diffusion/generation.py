@@ -144,6 +144,18 @@ def _denoise(model, diffusion, like, cond_fn, use_ddim, clip_denoised, noise, ca
     return x
 
 
+def with_random_classes(sample: Callable[..., torch.Tensor], num_classes: int) -> Callable[..., torch.Tensor]:
+    """A sampler of (model, diffusion, ref, noise=, callback=) that gives every image a class of its own draws."""
+
+    def sample_classes(
+        model: Callable, diffusion: GaussianDiffusion, ref: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        labels = draw_labels(options["noise"], len(ref), num_classes, ref.device)
+        return sample(lambda x, t: model(x, t, labels), diffusion, ref, **options)
+
+    return sample_classes
+
+
 def draw_labels(noise: Any, count: int, num_classes: int, device: torch.device) -> torch.Tensor:
     """Random classes [count]: each image's own generator draws its class, before any noise (`run.noise.ImageNoise`)."""
     generators = getattr(noise, "generators", [None] * count)

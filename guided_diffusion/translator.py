@@ -98,8 +98,11 @@ def _precision(options: TargetOptions, flags: ModelFlags) -> str | None:
     return options.precision or ("fp16" if flags.use_fp16 else None)
 
 
-def load_target(options: TargetOptions, flags: ModelFlags, device: torch.device) -> Target:
-    """The model on its device, with its process. Raises InputError for a file or an option that does not fit."""
+def load_target(options: TargetOptions, flags: ModelFlags, device: torch.device, *, any_class: bool = False) -> Target:
+    """The model on its device, with its process. Raises InputError for a file or an option that does not fit.
+
+    any_class: a class-conditional model for which no class is given stays as it is, model(x, t, y).
+    """
     precision = pick_precision(_precision(options, flags), device)
     if options.precision == "auto":
         log.info("precision auto is %s on %s", precision, device)
@@ -112,7 +115,7 @@ def load_target(options: TargetOptions, flags: ModelFlags, device: torch.device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] - convolutions are fastest in it
     sigma_small = info.choose("sigma_small", options.sigma_small)
     return Target(
-        model=_with_class(CompiledModel(model) if options.compile else model, info, options.class_index),
+        model=_with_class(CompiledModel(model) if options.compile else model, info, options.class_index, any_class),
         diffusion=create_diffusion(**{**info.flags, "sigma_small": sigma_small}),
         info=info,
         device=device,
@@ -122,11 +125,13 @@ def load_target(options: TargetOptions, flags: ModelFlags, device: torch.device)
     )
 
 
-def _with_class(model: Callable, info: ModelInfo, given: int | str | None) -> Callable:
+def _with_class(model: Callable, info: ModelInfo, given: int | str | None, any_class: bool) -> Callable:
     """The model with the class that is asked for, by number or name."""
     if not info.flags["class_cond"]:
         if given is not None:
             raise InputError("the model is not class-conditional", parameter="class_index", value=given)
+        return model
+    if given is None and any_class:
         return model
     if given is None:
         classes = info.flags.get("num_classes", 1000)
@@ -148,8 +153,6 @@ def energy_names(given: str | Sequence[str] | None, weights: str | None = None) 
     if given is None:
         if weights and os.path.exists(weights):
             return ["vgg"]
-        if weights:
-            log.info("energy: dct (there is no %s for vgg)", weights)
         return ["dct"]
     names = [name.strip() for name in (given.split(",") if isinstance(given, str) else given)]
     names = [name for name in names if name not in ("", "none")]

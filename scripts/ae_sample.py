@@ -59,7 +59,7 @@ def translate(given: Given, peers: Peers) -> int:
     steps = target.diffusion.num_timesteps
     method.check_fit(target.image_size, steps)
     energies = create_energies(options, target)
-    sampling.announce(target, f"SDDM {method.variant}, energy {'+'.join(names) or 'none'}", method, given)
+    sampling.announce(target, f"SDDM {method.variant}, {sampling.energy_words(names, given)}", method, given)
 
     found = {"method": "sddm", "energy": names, **sampling.resolved(method, steps)}
     settings = sampling.settings(given, target, [method, *options, outputs], peers, **found)

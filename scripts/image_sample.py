@@ -1,6 +1,7 @@
 """Make images of a diffusion model's own, without references: 000000.png, 000001.png, ... in --save_dir.
 
-An image depends on the flags, --seed and its number alone.
+An image depends on the flags, --seed and its number alone. A class-conditional model makes images of random classes,
+or of --class_index.
 
 example: python scripts/image_sample.py --model_path models/fluent3d_64.safetensors --num_samples 64 \\
              --timestep_respacing ddim50 --use_ddim True --save_dir output
@@ -21,6 +22,7 @@ from guided_diffusion.checkpoint import ModelFlags
 from guided_diffusion.cli import generate, sampling
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.dist_util import Peers
+from guided_diffusion.generation import with_random_classes
 from guided_diffusion.options import check, option
 from guided_diffusion.run.job import MOST_IMAGES, Job, Numbers, OutputOptions
 from guided_diffusion.runtime import pick_device
@@ -45,16 +47,18 @@ def sample(given: Given, peers: Peers) -> int:
     device = pick_device(wanted.device, peers.local_rank)
     job = Job(outputs, peers, device, Numbers(images.num_samples))
 
-    target = load_target(wanted, flags, device)
+    target = load_target(wanted, flags, device, any_class=True)
+    sampler, classes = bind_method(method, target), sampling.random_classes(target, wanted)
+    if classes is not None:
+        sampler = with_random_classes(sampler, classes)
     kind = f"DDIM, eta {method.eta:g}" if method.use_ddim else "ancestral sampling"
     sampling.announce(target, kind, method, given)
 
     settings = sampling.settings(given, target, [method, outputs], peers, method="unconditional")
     steps = target.diffusion.num_timesteps
-    status = sampling.execute(job, bind_method(method, target), target, steps, settings, sampling.IMAGES)
+    status = sampling.execute(job, sampler, target, steps, settings, sampling.IMAGES)
     if images.npz and status == 0 and peers.rank == 0:
-        label = sampling.class_of(target, wanted)
-        generate.write_npz(job, None if label is None else [label] * images.num_samples)
+        generate.write_npz(job, sampling.labels_of(job, target, wanted))
     return status
 
 

@@ -246,7 +246,7 @@ def test_trajectories_show_the_prediction_or_the_state(data, tmp_path):
 def test_the_default_energy_is_said(data, tmp_path, caplog):
     caplog.set_level("INFO")
     assert run_here(data, tmp_path / "a", "--vgg_path", tmp_path / "missing.pth") == 0
-    assert "energy: dct (there is no" in caplog.text and "missing.pth" in caplog.text
+    assert "energy dct (there is no" in caplog.text and "missing.pth" in caplog.text
     assert run_here(data, tmp_path / "b", "--vgg_path", data / "vgg.pth") == 0
     energies = [json.loads((tmp_path / run / "run.json").read_text())["settings"]["energy"] for run in "ab"]
     assert energies == [["dct"], ["vgg"]]

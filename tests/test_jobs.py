@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from tiny import make_encoder, make_model, make_references, random_state
+from tiny import MODEL, PROCESS, make_encoder, make_model, make_references, random_state
 
 from guided_diffusion.checkpoint import load_model, save_model
 from guided_diffusion.generation import draw_labels
@@ -168,3 +168,19 @@ def test_published_upsamplers_are_recognised(tmp_path, size, attention, factors)
     row = published("ADM", found)
     assert row is not None and row.flags["image_size"] == size
     assert row.flags["num_head_channels"] == (64 if size == 512 else -1)
+
+
+def test_image_sample_draws_random_classes(tmp_path):
+    """Without a class, every image of a class-conditional model has one of its own draws; by number it has that."""
+    flags = {**MODEL, **PROCESS, "class_cond": True, "num_classes": 3}
+    state = random_state(create_model(**{**MODEL, "class_cond": True, "num_classes": 3}))
+    save_model(tmp_path / "model.safetensors", state, model_type="ADM", flags=flags)
+    flags = ["--model_path", tmp_path / "model.safetensors", "--num_samples", "4", "--timestep_respacing", "3", "--npz"]
+    arrays = {}
+    for name, more in (("drawn", []), ("again", ["--batch_size", "1"]), ("two", ["--class_index", "2"])):
+        run("image_sample", *flags, "--save_dir", tmp_path / name, *more)
+        with np.load(tmp_path / name / "samples_4x16x16x3.npz") as file:
+            arrays[name] = file["arr_0"].astype(int), file["arr_1"].tolist()
+    assert arrays["drawn"][1] == arrays["again"][1] and len(set(arrays["drawn"][1])) > 1
+    assert np.abs(arrays["drawn"][0] - arrays["again"][0]).max() <= 1
+    assert arrays["two"][1] == [2] * 4

@@ -7,13 +7,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from ..checkpoint import ModelFlags
 from ..dist_util import Peers
 from ..energy import ENERGIES, class_number
 from ..errors import InputError, display_name
+from ..generation import draw_labels
 from ..options import near_miss
 from ..run.job import Job, JobOptions
-from ..script_util import model_and_diffusion_defaults
+from ..run.noise import ImageNoise, image_key
+from ..script_util import NUM_CLASSES, model_and_diffusion_defaults
 from ..solvers import resolve_step
 from ..translator import Target, TargetOptions
 from .flags import Given, Parser
@@ -68,6 +72,12 @@ def announce(target: Target, words: str, method: Any, given: Given) -> None:
     for name, step in resolved(method, total).items():
         if getattr(given, name) != step:
             log.info("--%s %s is step %d of %d", name, getattr(given, name), step, total)
+
+
+def energy_words(names: Sequence[str], given: Given) -> str:
+    """What a run says of its energies, and why it took dct where none was asked for."""
+    default = given.energy is None and list(names) == ["dct"]
+    return f"energy {'+'.join(names) or 'none'}" + (f" (there is no {given.vgg_path} for vgg)" if default else "")
 
 
 def resolved(method: Any, total: int) -> dict[str, int]:
@@ -144,8 +154,20 @@ def report(job: Job, summary: Any, made: tuple[str, str]) -> int:
     return FAILED if failed else DONE
 
 
-def class_of(target: Target, options: TargetOptions) -> int | None:
-    """The number of the class that is made; None for a model without classes."""
-    if options.class_index is None:
+def random_classes(target: Target, options: TargetOptions) -> int | None:
+    """How many classes are drawn from; None where the model has none or a class is given."""
+    flags = target.info.flags
+    drawn = flags["class_cond"] and options.class_index is None
+    return flags.get("num_classes", NUM_CLASSES) if drawn else None
+
+
+def labels_of(job: Job, target: Target, options: TargetOptions) -> list[int] | None:
+    """The class of every output, in order; None for a model without classes."""
+    if not target.info.flags["class_cond"]:
         return None
-    return class_number(options.class_index, target.info, "class_index")
+    if options.class_index is not None:
+        return [class_number(options.class_index, target.info, "class_index")] * len(job.items)
+    keys = [image_key(job.options.seed, item.reference.name, item.sample) for item in job.items.values()]
+    noise = ImageNoise(keys, torch.device("cpu"))
+    classes = target.info.flags.get("num_classes", NUM_CLASSES)
+    return draw_labels(noise, len(keys), classes, torch.device("cpu")).tolist()

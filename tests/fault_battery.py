@@ -1,0 +1,207 @@
+"""Faults by the thousand: wrong flags of every command, and damaged files of every kind, with how each ended.
+
+Run as a program, it prints the table of benchmarks/results/faults.md.
+"""
+
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import torch
+from PIL import Image
+from scripts_in_process import load_script
+from tiny import make_encoder, make_model, make_references
+
+from guided_diffusion import dist_util
+from guided_diffusion.checkpoint import load_model
+from guided_diffusion.errors import InputError
+from guided_diffusion.evaluation.images import list_images
+from guided_diffusion.image_datasets import ImageError, load_image
+from guided_diffusion.run import record
+from guided_diffusion.run.files import read_json_or_none, write_json
+from guided_diffusion.run.monitor import curves
+from guided_diffusion.training import files as training_files
+
+# Every command with flags that end it early: what it needs does not exist.
+COMMANDS = {
+    "ae_sample": ("translate", ["--model_path", "{d}/none.pt", "--base_samples", "{d}/ref"]),
+    "ilvr_sample": ("translate", ["--model_path", "{d}/none.pt", "--base_samples", "{d}/ref"]),
+    "sdedit_sample": ("translate", ["--model_path", "{d}/none.pt", "--base_samples", "{d}/ref"]),
+    "egsde_sample": ("translate", ["--model_path", "{d}/none.pt", "--base_samples", "{d}/ref", "--ls", "0"]),
+    "image_sample": ("sample", ["--model_path", "{d}/none.pt"]),
+    "classifier_sample": ("generate", ["--model_path", "{d}/none.pt", "--classifier_path", "{d}/none.pt"]),
+    "super_res_sample": ("enlarge", ["--model_path", "{d}/none.pt", "--base_samples", "{d}/ref"]),
+    "image_nll": ("evaluate", ["--model_path", "{d}/none.pt", "--data_dir", "{d}/ref"]),
+    "image_train": ("train", ["--data_dir", "{d}/none"]),
+    "classifier_train": ("train", ["--data_dir", "{d}/none"]),
+    "super_res_train": ("train", ["--data_dir", "{d}/none"]),
+    "evaluate": ("measure", ["--outputs", "{d}/none", "--sources", "{d}/ref"]),
+    "convert": ("main", ["--model_path", "{d}/none.pt"]),
+}
+NO_RANKS = ("evaluate", "convert")
+RANKS_ALONE = ("image_train", "classifier_train", "super_res_train")
+VALUES = (
+    "", " ", "-1", "0", "1", "3", "15", "1e3", "0.5", "-0.0", "nan", "inf", "-inf", "1e308", "99999999999999999999",
+    "True", "maybe", "auto", "none", "None", "null", "[]", "{}", "a,b", ",", "1,2,4", "0,0", "-1,2", "1,x", "..", "/",
+    "/dev/null", "/proc/self/mem",
+    "./x\n y", "\x1b[31mred", "x" * 5000, "ünïcode", "\ud800", "%s", "ddim7", "linspace0",
+    "leading3+9", "betas:0.1", "betas:2", "linear:1,0", "sigmoid:a,b", "dse", "vgg", "fp8", "cuda:99", "meta", "crop",
+    "#12", "rgba(0,0,0,0)", "manifold", "released", "0x10", "1_000", "٣", "+5", "--", "1 2",
+)  # fmt: skip
+
+
+def wrong_flags(folder, seed, count):
+    """Run commands with one to three flags of arbitrary values; yields (command, case, outcome, error or text)."""
+    rng = random.Random(seed)
+    make_references(folder / "ref", ["a.png", "b.png"])
+    scripts = {name: load_script(name) for name in COMMANDS}
+    parsers = {name: script.create_parser() for name, script in scripts.items()}
+    for _ in range(count):
+        name = rng.choice(sorted(COMMANDS))
+        function, needed = COMMANDS[name]
+        parser = parsers[name]
+        flags = [a.option_strings[0] for a in parser._actions if a.option_strings and a.dest != "help"]
+        case = [part.replace("{d}", str(folder)) for part in needed]
+        if "--save_dir" in flags:
+            case += ["--save_dir", str(folder / "out")]
+        for flag in rng.sample(flags, rng.randint(1, 3)):
+            if flag not in case:  # what keeps the command from running stays
+                case += [flag, rng.choice(VALUES)]
+
+        def run(name=name, function=function, parser=parser, case=case):
+            given = parser.parse(case)
+            call = getattr(scripts[name], function)
+            if name in NO_RANKS:
+                return call(given)
+            ranks = dist_util.Ranks()
+            return call(given, ranks if name in RANKS_ALONE else dist_util.connect(ranks))
+
+        yield name, case, *outcome(run, parser.spell)
+
+
+def outcome(run, spell=str):
+    """How a call ended: "refused" with its line, "done" with its result, or "defect" with the exception."""
+    try:
+        return "done", run()
+    except InputError as error:
+        return "refused", error.text(spell)
+    except ImageError as error:
+        return "refused", str(error)
+    except SystemExit as error:
+        return ("done", None) if error.code in (0, None) else ("defect", error)
+    except BaseException as error:
+        return "defect", error
+
+
+def damaged_files(folder, seed, count):
+    """Read files of every kind with bytes changed, lost or added; yields (kind, case, outcome, error or text)."""
+    rng = random.Random(seed)
+    readers = make_files(folder)
+    for number in range(count):
+        path, read = readers[rng.choice(sorted(readers))]
+        sound = path.read_bytes()
+        data, how = damage(sound, rng)
+        try:
+            path.write_bytes(data)
+            yield path.name, f"{how} ({number})", *outcome(read)
+        finally:
+            path.write_bytes(sound)
+
+
+def damage(data, rng):
+    """Bytes that something happened to, and what it was."""
+    data, how = (
+        bytearray(data),
+        rng.choice(("cut", "flip", "flips", "zeros", "insert", "swap", "repeat", "nest", "empty")),
+    )
+    at = rng.randrange(len(data))
+    if how == "cut":
+        del data[at:]
+    elif how in ("flip", "flips"):
+        for _ in range(1 if how == "flip" else 30):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif how == "zeros":
+        data[at : at + 64] = bytes(len(data[at : at + 64]))
+    elif how == "insert":
+        data[at:at] = rng.randbytes(rng.randint(1, 40))
+    elif how == "swap":
+        other = rng.randrange(len(data))
+        data[at : at + 16], data[other : other + 16] = data[other : other + 16], data[at : at + 16]
+    elif how == "repeat":
+        data += data[at:]
+    elif how == "nest":
+        data[at:at] = b"[" * 100_000
+    else:
+        data.clear()
+    return bytes(data), how
+
+
+def make_files(folder):
+    """Sound files, and how each is read: {name: (path, function)}."""
+    model = make_model(folder / "model.safetensors")
+    state = load_model(model)[0].state_dict()
+    torch.save(state, folder / "model.pt")
+    encoder = make_encoder(folder / "encoder.safetensors", 3)
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    torch.save({**optimizer.state_dict(), "train": {"samples": 3}}, folder / "opt000001.pt")
+    make_references(folder / "pictures", ["a.png"])
+    for suffix in ("jpg", "webp", "gif", "bmp", "tif", "ppm"):
+        Image.open(folder / "pictures" / "a.png").save(folder / "pictures" / f"a_{suffix}.{suffix}")
+    steps = {"5": [2, 0.5, 0.5, 0, 1.0]}
+    content = {
+        "format": record.FORMAT, "settings": {"seed": 0}, "versions": {}, "plan": [["a.png#0"]], "batch_size": 1,
+        "started": "2026-01-01T00:00:00Z", "seconds": 1.0, "finished": None,
+        "monitor": {"images": 2, "seconds": 1.0, "evaluations": 4, "steps": steps, "parts": []},
+    }  # fmt: skip
+    write_json(folder / "run.json", content)
+    write_json(folder / "train.json", {"model": {"image_size": 16}, "flags": {}, "versions": {}, "started": ""})
+    (folder / "metadata.json").write_text('{"a": [1, 2, {"b": null}]}')
+    readers = {
+        "model": (model, lambda: load_model(model)),
+        "torch file": (folder / "model.pt", lambda: load_model(folder / "model.pt", num_head_channels=32)),
+        "encoder": (encoder, lambda: load_model(encoder)),
+        "optimizer": (
+            folder / "opt000001.pt",
+            lambda: training_files.load_optimizer_file(str(folder / "opt000001.pt"), [weight]),
+        ),
+        "run.json": (folder / "run.json", lambda: curves(record.read(folder) or {})),
+        "train.json": (folder / "train.json", lambda: training_files.read_run(str(folder))),
+        "json": (folder / "metadata.json", lambda: read_json_or_none(folder / "metadata.json")),
+    }
+    for path in sorted((folder / "pictures").iterdir()):
+        readers[path.name] = (path, lambda path=path: load_image(path, 8))
+    readers["listing"] = (folder / "pictures" / "a.png", lambda: list_images(folder / "pictures", "outputs"))
+    return readers
+
+
+def table(outcomes):
+    """A Markdown table of Counter[(kind, outcome)]."""
+    kinds = sorted({kind for kind, _ in outcomes})
+    lines = ["| what | cases | refused in one line | done | tracebacks |", "|---|---|---|---|---|"]
+    for kind in [*kinds, None]:
+        counts = [sum(n for (k, o), n in outcomes.items() if kind in (k, None) and o == name) for name in
+                  ("refused", "done", "defect")]  # fmt: skip
+        lines.append(f"| {kind or '**all**'} | {sum(counts)} | {counts[0]} | {counts[1]} | {counts[2]} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    import logging
+    import tempfile
+
+    logging.disable(logging.CRITICAL)
+    total = Counter()
+    with tempfile.TemporaryDirectory() as place:
+        for battery, count in ((wrong_flags, 1200), (damaged_files, 1200)):
+            (Path(place) / battery.__name__).mkdir()
+            for kind, case, ended, what in battery(Path(place) / battery.__name__, 0, count):
+                total[kind, ended] += 1
+                if ended == "defect":
+                    print(kind, case, repr(what)[:300], file=sys.stderr)
+    print(table(total), end="")
