@@ -703,7 +703,7 @@ def load_data(
     references = _by_folder(list_references(data_dir, parameter="data_dir"))
     labels = None
     if class_cond:
-        names = _class_names(references)
+        names = class_names(references)
         numbers = {name: number for number, name in enumerate(sorted(set(names)))}
         labels = [numbers[name] for name in names]
     me = ranks()
@@ -757,12 +757,6 @@ def _augmented(path, image_size, random_crop, random_flip, generator):
         image = _fit(image, image_size, "crop", (255, 255, 255))
     array = np.array(image)
     return array[:, ::-1] if random_flip and generator.random() < 0.5 else array
-
-
-def _class_names(references):
-    if all("/" in reference.name for reference in references):
-        return [reference.name.split("/")[0] for reference in references]
-    return [posixpath.basename(reference.name).split("_")[0] for reference in references]
 
 
 def _by_folder(references):
