@@ -28,7 +28,7 @@ class GuidanceOptions:
     class_index: int | None = option(None, "make images of this class; not given: of random ones", least=0)
     use_ddim: bool = option(False, "DDIM instead of ancestral sampling")
     clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1]")
-    num_samples: int = option(10000, "images to make", least=1, runtime=True)
+    num_samples: int = option(10000, "images to make", least=1, most=1_000_000, runtime=True)
     npz: bool = option(True, "also write all images and classes as one .npz file", runtime=True)
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class EnlargeOptions:
 
     base_samples: str | None = option(None, "folder of small images, or an .npz file", runtime=True, metavar="PATH")
     small_size: int = option(64, "side to which images of a folder are brought first", least=1, most=1 << 14)
-    num_samples: int = option(10000, "enlarge only the first so many", least=1, runtime=True)
+    num_samples: int = option(10000, "enlarge only the first so many", least=1, most=1_000_000, runtime=True)
     class_index: int | None = option(None, "class of all images; not given: those of the .npz file", least=0)
     use_ddim: bool = option(False, "DDIM instead of ancestral sampling")
     clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1]")

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN_DIR, golden
+from conftest import golden, golden_path
 from PIL import Image
 
 from guided_diffusion import dist_util
@@ -173,7 +173,7 @@ def test_seeded_initial_weights():
 
 
 def test_golden_file_is_small():
-    assert (GOLDEN_DIR / "drop_in.safetensors").stat().st_size < 1 << 20
+    assert golden_path("drop_in").stat().st_size < 1 << 20
 
 
 # ---- guidance and likelihood ----------------------------------------------------------------------------------------

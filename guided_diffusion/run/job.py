@@ -47,7 +47,7 @@ AUTO_BATCH = {"cuda": 32, "mps": 8, "cpu": 8}
 """First batch size tried with batch_size="auto"; it is halved while memory does not suffice."""
 
 TRAJECTORY_FRAMES = 48
-MOST_IMAGES = 10_000_000
+MOST_IMAGES = 1_000_000
 
 # Errors of a file system that concern one name alone: too long, or with characters that it does not take.
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
