@@ -204,6 +204,7 @@ def abort(me: Ranks, status: int = 1) -> None:
             from mpi4py import MPI
         except ImportError:  # which is the reason for the end, and true of all ranks
             return
+        time.sleep(1)  # where a rank has died, the launcher ends the others itself, and says which it was
         MPI.COMM_WORLD.Abort(status)
 
 
