@@ -110,10 +110,8 @@ class SDDMPipeline(DiffusionPipeline):
         ref = self._encode(self._references(image).to(device)).repeat_interleave(num_images_per_image, dim=0)
         try:
             check_blocks(ref.shape[2:], area)
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(str(error), parameter="area", value=area) from None
+        except InputError as error:
+            raise InputError(error.reason, parameter="area", value=area) from None
         process, clip = self._process(num_inference_steps)
         steps = process.num_timesteps
         last = torch.empty_like(ref)
