@@ -49,11 +49,25 @@ COMMITTED = (
 
 # Files whose tests start processes or train: `-m "not slow"` leaves them out.
 SLOW_FILES = (
+    "test_ablations",
     "test_ae_sample",
     "test_baseline_scripts",
     "test_benchmark",
+    "test_diffusers_commands",
+    "test_engine",
+    "test_evaluate",
+    "test_evaluation_faults",
+    "test_fast_paths",
+    "test_fetch",
+    "test_jobs",
+    "test_prepare_emoji",
     "test_processes",
+    "test_registries",
+    "test_train_util",
+    "test_training",
+    "test_training_faults",
     "test_training_runs",
+    "test_translator",
 )
 # Others that take more than about two seconds, by file and function.
 SLOW_TESTS: tuple[str, ...] = ()
