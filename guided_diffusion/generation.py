@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from .errors import InputError
 from .gaussian_diffusion import GaussianDiffusion
 from .options import check, option
-
-Noise = Callable[[Any], torch.Tensor]
+from .solvers import Noise, gaussian_like
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def super_resolution(
 
 def _denoise(model, diffusion, like, cond_fn, use_ddim, clip_denoised, noise, callback):
     """From noise to an image of like's shape, step by step."""
-    noise = noise or (lambda shape: torch.randn(shape, device=like.device, dtype=like.dtype))
+    noise = noise or gaussian_like(like)
     step = diffusion.ddim_sample if use_ddim else diffusion.p_sample
     x = noise(like.shape)
     for i in reversed(range(diffusion.num_timesteps)):
