@@ -118,8 +118,8 @@ class Confidence:
     bootstrap: int = option(
         0, "bootstrap replicates for the intervals of every value, 0 for none", least=0, most=MOST_RESAMPLES
     )
-    confidence: float = option(0.95, "that an interval has", metavar="P", above=0, most=0.9999)
-    seed: int = option(0, "of bootstrap and KID", least=0)
+    confidence: float = option(0.95, "confidence of the intervals", metavar="P", above=0, most=0.9999)
+    seed: int = option(0, "seed of bootstrap and KID", least=0)
 
 
 @dataclass(frozen=True)
