@@ -6,6 +6,7 @@ examples:
   python docs/make.py range_t_area demo --model_path output/target/model.safetensors
 """
 
+import io
 import os
 import re
 import sys
@@ -26,9 +27,10 @@ from guided_diffusion.cli.flags import Given, Parser, preset_flags
 from guided_diffusion.errors import InputError
 from guided_diffusion.options import check, fitting, option
 from guided_diffusion.presets import PRESETS
-from guided_diffusion.run.files import write_text
+from guided_diffusion.run.files import write_bytes, write_text
 
 WIDTH, GAP, TEXT = 800, 4, 15  # pixels; 800 is the README's width
+LARGEST = 280_000
 AREAS, SHARES = (32, 16, 8, 4), (0.1, 0.2, 0.3, 0.5, 0.7)
 INK, PAPER = "#222222", "white"
 TABLE = re.compile(r"(<!-- presets: made by docs/make\.py -->\n).*?(<!-- end of presets -->)", re.DOTALL)
@@ -78,9 +80,14 @@ class Sheet:
         self.draw.text((x, y), text, INK, ImageFont.load_default(size), anchor)
 
     def save(self, path: str) -> None:
-        """With 256 colours, which halves the file and cannot be seen at this size."""
-        reduced = self.image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG)
-        reduced.save(path, optimize=True)
+        """A PNG of at most about LARGEST bytes: with all colours where that suffices, else with 256, dithered."""
+        buffer = io.BytesIO()
+        self.image.save(buffer, "PNG", optimize=True)
+        if buffer.tell() > LARGEST:
+            buffer = io.BytesIO()
+            palette = self.image.quantize(256)
+            self.image.quantize(palette=palette).save(buffer, "PNG", optimize=True)
+        write_bytes(path, buffer.getvalue())
 
 
 def range_t_area(options: Pictures) -> Sheet:
