@@ -60,6 +60,8 @@ OTHERS = {
     "torchrun": "tests/test_processes.py runs launchers",
     "mpiexec": "tests/test_processes.py runs launchers",
     "sbatch": "needs Slurm",
+    "python docs/make.py": "takes minutes; tests below make the table and the pictures with two steps",
+    "python notebooks/execute.py": "needs nbclient; tests/test_notebook.py runs the cells",
     "python -c": "runs below, with a file's name in it",
 }
 # Python snippets by a text in them: replacements for running them, or None where they need a download.
@@ -94,7 +96,7 @@ class Command:
     @property
     def script(self):
         """The Python script that it starts, as scripts/ae_sample.py; a shell script that passes its flags on counts."""
-        found = [word for word in self.words if re.fullmatch(r"(scripts|datasets)/\w+\.py|scripts/demo\.sh", word)]
+        found = [word for word in self.words if re.fullmatch(r"(scripts|datasets|docs)/\w+\.py|scripts/demo\.sh", word)]
         return found[0].replace("demo.sh", "ae_sample.py") if found else None
 
     @property
@@ -205,7 +207,7 @@ def test_flags_exist_and_values_fit(command):
 @pytest.mark.parametrize("prefix", RUN)
 def test_commands_that_need_no_download_run(clone, prefix):
     (command, *_) = [each for each in COMMANDS if kind(each)[1] == prefix]
-    done = run(clone, f"{command.text} {RUN[prefix]}")
+    done = run(clone, f"{shlex.join(command.words)} {RUN[prefix]}")  # without the comment at its end
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     if (out := save_dir(command)) is not None:
