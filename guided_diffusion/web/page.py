@@ -32,7 +32,11 @@ MOST_STEPS = 250
 
 STYLE = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
-#preview img, #compare img { width: 100%; object-fit: contain; }
+#preview, #compare { width: 100%; max-width: 440px; margin: 0 auto; aspect-ratio: 1; }
+#preview .image-container, #preview .image-container > button, #preview .image-frame { width: 100%; height: 100%; }
+#preview img { width: 100%; height: 100%; object-fit: contain; }
+#examples .gallery-item > *, #examples .gallery-item img { width: 3.6rem; height: 3.6rem; min-width: 0; }
+#command textarea { font-family: var(--font-mono); font-size: var(--text-sm); }
 """
 
 
@@ -71,7 +75,7 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                     type="filepath",
                     image_mode=None,
                     sources=["upload", "clipboard"],
-                    height=260,
+                    height=300,
                     buttons=[],
                     elem_id="picture",
                 )
@@ -79,56 +83,62 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                 if pictures:
                     gr.Examples(
                         [[path] for path in pictures], [picture], label="Examples", examples_per_page=24,
-                        api_visibility="private",
+                        elem_id="examples", api_visibility="private",
                     )  # fmt: skip
                 model = gr.Dropdown(
                     [(_short(path), path) for path in studio.models],
                     value=first.path,
-                    label=LABELS["model"],
                     visible=len(studio.models) > 1,
+                    **named("model"),
                 )
-                area = gr.Dropdown(first.areas, value=settings.area, **named("area"))
-                range_t = gr.Slider(0, 0.95, settings.range_t, step=0.05, **named("range_t"))
-                steps = gr.Slider(1, _most_steps(first), settings.steps, step=1, **named("steps"))
-                seed = gr.Number(settings.seed, precision=0, minimum=0, **named("seed"))
-                class_index = gr.Textbox(
-                    settings.class_index or "", visible=first.classes > 0, placeholder=_classes(first),
-                    **named("class_index"),
-                )  # fmt: skip
-                with gr.Accordion("More settings", open=False):
-                    start = gr.Slider(0.05, 1, settings.start, step=0.05, **named("start"))
-                    energy = gr.CheckboxGroup(studio.energies, value=energy_names(settings.energy), **named("energy"))
-                    variant = gr.Dropdown(list(VARIANTS), value=settings.variant, **named("variant"))
-                    sampler = gr.Dropdown(list(SOLVERS), value=settings.sampler, **named("sampler"))
-                    precision = gr.Dropdown(list(PRECISIONS), value=settings.precision, **named("precision"))
             with gr.Column(min_width=300):
                 with gr.Row():
-                    go = gr.Button("Translate", variant="primary", elem_id="translate")
-                    stop = gr.Button("Stop", variant="stop", elem_id="stop")
+                    go = gr.Button("Translate", variant="primary", min_width=100, elem_id="translate")
+                    stop = gr.Button("Stop", min_width=100, elem_id="stop")
                 status = gr.Textbox(
-                    "Press Translate to begin.", label="Status", interactive=False, elem_id="status", lines=1, max_lines=6
-                )
-                preview = gr.Image(
-                    label="The result takes shape here", format="jpeg", interactive=False, buttons=[], elem_id="preview"
-                )
+                    "Press Translate to begin.", show_label=False, container=False, interactive=False, max_lines=6,
+                    elem_id="status",
+                )  # fmt: skip
+                preview = gr.Image(label="Result", format="jpeg", interactive=False, buttons=[], elem_id="preview")
                 compare = gr.ImageSlider(
-                    label="Your picture | its translation (drag the line)",
+                    label="Before | after",
                     format="png",
                     type="filepath",
                     image_mode=None,
                     interactive=False,
                     visible=False,
-                    max_height=640,
                     elem_id="compare",
                 )
-                text = gr.Code(
-                    label="The same as a command, in the project's folder with your picture there",
-                    language="shell",
-                    interactive=False,
-                    wrap_lines=True,
-                    lines=1,
-                    elem_id="command",
-                )
+        with gr.Row():
+            with gr.Column(min_width=240):
+                area = gr.Dropdown(first.areas, value=settings.area, **named("area"))
+            with gr.Column(min_width=240):
+                range_t = gr.Slider(0, 0.95, settings.range_t, step=0.05, **named("range_t"))
+            with gr.Column(min_width=240):
+                steps = gr.Slider(1, _most_steps(first), settings.steps, step=1, **named("steps"))
+            with gr.Column(min_width=240):
+                seed = gr.Number(settings.seed, precision=0, minimum=0, **named("seed"))
+        class_index = gr.Textbox(
+            settings.class_index or "", visible=first.classes > 0, placeholder=_classes(first), **named("class_index")
+        )
+        with gr.Accordion("More settings", open=False), gr.Row():
+            with gr.Column(min_width=300):
+                start = gr.Slider(0.05, 1, settings.start, step=0.05, **named("start"))
+                energy = gr.CheckboxGroup(studio.energies, value=energy_names(settings.energy), **named("energy"))
+            with gr.Column(min_width=300):
+                sampler = gr.Dropdown(list(SOLVERS), value=settings.sampler, **named("sampler"))
+                variant = gr.Dropdown(list(VARIANTS), value=settings.variant, **named("variant"))
+                precision = gr.Dropdown(list(PRECISIONS), value=settings.precision, **named("precision"))
+        text = gr.Textbox(
+            label="The same from the command line",
+            info="Run it in the project's folder, with your picture there.",
+            interactive=False,
+            visible=False,
+            lines=1,
+            max_lines=12,
+            buttons=["copy"],
+            elem_id="command",
+        )
 
         def translate(
             picture: Any,
@@ -171,9 +181,9 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
         def begin() -> tuple[Any, Any, str]:
             return gr.update(value=None, visible=True), gr.update(visible=False), "Waiting until the device is free …"
 
-        def end(pair: Any) -> tuple[Any, Any]:
+        def end(pair: Any, written: str | None) -> tuple[Any, Any, Any]:
             """The latest result comes back where there is one."""
-            return gr.update(visible=pair is None), gr.update(visible=pair is not None)
+            return gr.update(visible=pair is None), gr.update(visible=pair is not None), gr.update(visible=bool(written))
 
         def adapt(path: str, area: int, steps: int) -> tuple[Any, Any, Any]:
             chosen = studio.models[path]
@@ -192,10 +202,10 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
             api_name="translate",
             show_progress="hidden",
         )
-        translation.then(end, [compare], [preview, compare], **private)
-        stop.click(
-            lambda pair: (*end(pair), "Stopped."), [compare], [preview, compare, status], cancels=[translation], **private
-        )
+        ended = [preview, compare, text]
+        translation.then(end, [compare, text], ended, **private)
+        stopped = stop.click(end, [compare, text], ended, cancels=[translation], **private)
+        stopped.then(lambda: "Stopped.", None, [status], **private)
         model.change(adapt, [model, area, steps], [area, steps, class_index], **private)
     return page
 
@@ -229,13 +239,19 @@ def serve(page: Any, *, host: str, port: int, examples: str | None = None, priva
             prevent_thread_lock=True,
             quiet=True,
             inbrowser=False,
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            theme=_theme(),
             css=STYLE,
             **{name: value for name, value in options.items() if name in known},
         )
     except OSError as error:
         raise InputError(f"it cannot be used: {first_line(error)}", parameter="port", value=port) from None
     return address
+
+
+def _theme() -> Any:
+    """Fonts of the visitor's machine, and help texts dark enough to read."""
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
 
 
 def _upload(payload: Any) -> Upload | None:

@@ -43,14 +43,14 @@ class Settings:
 
     area: int = option(
         32,
-        "The picture is cut into this many blocks a side. Every block keeps the average colour and contrast of yours. "
-        "More blocks: closer to your picture.",
+        "The picture is cut into this many blocks a side, and every block keeps the average colour and contrast of "
+        "yours. More blocks: closer to your picture.",
         least=1,
     )
     range_t: float = option(
         0.2,
-        "Your picture guides the translation until this share of the steps is left; from there the model paints "
-        "freely. Larger: more realistic, further from your picture.",
+        "The share of the steps, at the end, that the model takes without your picture. Larger: more realistic, further "
+        "from it.",
         least=0,
         most=0.95,
     )
@@ -87,8 +87,8 @@ class Settings:
 LABELS = {
     "picture": "Your picture",
     "model": "Model",
-    "area": "Area",
-    "range_t": "T0",
+    "area": "Closeness (area)",
+    "range_t": "Freedom (T0)",
     "steps": "Steps",
     "seed": "Seed",
     "start": "Late start",
