@@ -81,9 +81,10 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                 )
                 setattr(picture, "preprocess", _upload)  # noqa: B010 - the bytes as they are, and their name
                 if pictures:
-                    gr.Examples(
-                        [[path] for path in pictures], [picture], label="Examples", examples_per_page=24,
-                        elem_id="examples", api_visibility="private",
+                    # Not gr.Examples, which puts another component into the place of the picture's.
+                    offered = gr.Dataset(
+                        components=[picture], samples=[[path] for path in pictures], label="Examples", type="index",
+                        samples_per_page=24, elem_id="examples",
                     )  # fmt: skip
                 model = gr.Dropdown(
                     [(_short(path), path) for path in studio.models],
@@ -179,11 +180,12 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                 raise gr.Error(words, title="That did not work", duration=12, print_exception=False) from None
 
         def begin() -> tuple[Any, Any, str]:
-            return gr.update(value=None, visible=True), gr.update(visible=False), "Waiting until the device is free …"
+            return gr.update(value=None, visible=True), gr.update(visible="hidden"), "Waiting until the device is free …"
 
         def end(pair: Any, written: str | None) -> tuple[Any, Any, Any]:
             """The latest result comes back where there is one."""
-            return gr.update(visible=pair is None), gr.update(visible=pair is not None), gr.update(visible=bool(written))
+            shown = gr.update(visible=pair is None), gr.update(visible=True if pair else "hidden")
+            return *shown, gr.update(visible=bool(written))
 
         def adapt(path: str, area: int, steps: int) -> tuple[Any, Any, Any]:
             chosen = studio.models[path]
@@ -203,9 +205,12 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
             show_progress="hidden",
         )
         ended = [preview, compare, text]
-        translation.then(end, [compare, text], ended, **private)
+        translation.success(end, [compare, text], ended, **private)
+        translation.failure(end, [compare, text], ended, **private)
         stopped = stop.click(end, [compare, text], ended, cancels=[translation], **private)
         stopped.then(lambda: "Stopped.", None, [status], **private)
+        if pictures:
+            offered.click(lambda number: pictures[number], [offered], [picture], **private)
         model.change(adapt, [model, area, steps], [area, steps, class_index], **private)
     return page
 
