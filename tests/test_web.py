@@ -34,7 +34,7 @@ from guided_diffusion.web.translate import LABELS, Settings, Studio, explain
 
 SETTINGS = Settings(area=4, range_t=0.35, steps=6, seed=3)
 LONG = replace(SETTINGS, steps=250)
-AWKWARD = "it's a \"b\" $HOME ä; `c`.png"
+AWKWARD = 'it\'s a "b" $HOME ä; `c`.png'
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,9 @@ def test_the_command_runs_in_a_shell(studio, data, first, tmp_path):
     (tmp_path / AWKWARD).write_bytes((data / "a.png").read_bytes())
     text = web.command_line(first, AWKWARD, SETTINGS, root=str(tmp_path), device="cpu")
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     _, result = last(studio.translate(first, data / "a.png", SETTINGS, name=AWKWARD)).result
     found = output(AWKWARD, tmp_path / shlex.split(text)[-1])
@@ -292,7 +294,12 @@ def test_models_are_looked_at_when_the_studio_opens(studio, data, tmp_path):
 
 
 def test_sizes_are_measured_without_decoding(data, tmp_path):
-    for name, size in (("a.png", (16, 16)), ("alpha.png", (24, 40)), ("turned.jpg", (24, 40)), ("größe.webp", (16, 16))):
+    for name, size in (
+        ("a.png", (16, 16)),
+        ("alpha.png", (24, 40)),
+        ("turned.jpg", (24, 40)),
+        ("größe.webp", (16, 16)),
+    ):
         assert measure_image(data / name) == size
     Image.new("RGB", (48, 48)).save(tmp_path / "a.ico", sizes=[(16, 16), (48, 48)])
     assert measure_image(tmp_path / "a.ico") == (48, 48)
@@ -400,3 +407,9 @@ def test_examples_stand_in_the_command_with_their_path(data, tmp_path):
     assert "--base_samples ref/a.png " in same and "--model_path owner/name " in same and "--device" not in same
     other = command("owner/name", Upload(path=str(data / AWKWARD), name="a.png"), SETTINGS)
     assert "--base_samples a.png " in other
+
+
+def test_gradios_versions_stand_alike():
+    needed = [line.split("#")[0].strip() for line in (ROOT / "requirements-demo.txt").read_text().splitlines()]
+    needed = [line for line in needed if line]
+    assert f"demo = {needed}".replace("'", '"') in (ROOT / "pyproject.toml").read_text()

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ pytest.importorskip("gradio")
 httpx = pytest.importorskip("httpx")
 gradio_client = pytest.importorskip("gradio_client")
 
-NAME = "it's ä \"b\" (1).png"
+NAME = 'it\'s ä "b" (1).png'
 TAMER = "it's ä (2).png"  # the Python client drops quotation marks from names
 ARGUMENTS = (4, 0.35, 6, 3)  # area, T0, steps, seed
 SLOW = (4, 0.35, 250, 3)
@@ -83,7 +82,9 @@ def made_by(text, folder):
     os.chdir(folder)
     try:
         assert run_script("ae_sample", *words[2:]) == 0
-        return np.asarray(Image.open(f"{given.save_dir}/{os.path.splitext(os.path.basename(given.base_samples))[0]}.png"))
+        return np.asarray(
+            Image.open(f"{given.save_dir}/{os.path.splitext(os.path.basename(given.base_samples))[0]}.png")
+        )
     finally:
         os.chdir(before)
 
@@ -132,7 +133,9 @@ def test_errors_are_one_line_in_the_pages_words(site, client):
     before = len((root / "log.txt").read_text())
     with pytest.raises(Exception) as error:
         predict(client, str(root / "text.png"), *ARGUMENTS)
-    assert str(error.value).startswith("Your picture cannot be used: not an image") and str(root) not in str(error.value)
+    assert str(error.value).startswith("Your picture cannot be used: not an image") and str(root) not in str(
+        error.value
+    )
     with pytest.raises(Exception) as error:
         predict(client, str(root / "mine" / "other.png"), *ARGUMENTS, class_index="1")
     assert str(error.value) == "Class is '1'; the model is not class-conditional"
@@ -201,7 +204,10 @@ def test_addresses_are_not_fetched(site):
 
 def test_it_ends_with_a_signal_and_leaves_nothing(site, tmp_path):
     root, _ = site
-    with serving(tmp_path, "--model_path", root / "models" / "model.safetensors", "--examples", "none") as (process, url):
+    with serving(tmp_path, "--model_path", root / "models" / "model.safetensors", "--examples", "none") as (
+        process,
+        url,
+    ):
         client = gradio_client.Client(url, verbose=False, download_files=False)
         client.submit(gradio_client.handle_file(str(root / "mine" / "other.png")), *SLOW, api_name="/translate")
         wait_for(lambda: list((tmp_path / "tmp").rglob("*.jpeg")))
@@ -300,8 +306,7 @@ def test_upload_and_translate(site, tab, tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "result.png")), made_by(text, root / "mine"))
 
 
-def test_an_example_is_chosen_by_a_click(site, tab):
-    root, _ = site
+def test_an_example_is_chosen_by_a_click(tab):
     tab.click("#examples .gallery-item >> nth=1")
     tab.wait_for_function("document.querySelector('#picture img').src.includes('second')")
     set_number(tab, "Steps", 6)

@@ -56,7 +56,9 @@ def free_port(host: str, port: int) -> int:
         try:
             probe.bind((name, 0))
         except OSError as error:
-            raise InputError(f"no page can be served there: {first_line(error)}", parameter="host", value=host) from None
+            raise InputError(
+                f"no page can be served there: {first_line(error)}", parameter="host", value=host
+            ) from None
         if port == 0:
             return probe.getsockname()[1]
     with socket.socket(family) as probe:
@@ -77,7 +79,7 @@ def warn_of_strangers(host: str) -> None:
 
 @contextlib.contextmanager
 def private_environment(offline: bool) -> Iterator[str]:
-    """What Gradio reads from the environment when it is imported: no telemetry, and a folder that is removed at the end.
+    """What Gradio reads from the environment when it is imported: no telemetry, and a folder that is removed later.
 
     offline: the Hugging Face Hub is not asked either.
     """

@@ -25,8 +25,8 @@ from .translate import LABELS, Frame, Model, Settings, Studio, explain
 
 TITLE = "Repaint a picture in another style"
 INTRODUCTION = (
-    "Choose a picture and press **Translate**. A diffusion model, which has only ever seen pictures of one kind, paints "
-    "one of its own kind with the layout and colours of yours."
+    "Choose a picture and press **Translate**. A diffusion model, which has only ever seen pictures of one kind, "
+    "paints one of its own kind with the layout and colours of yours."
 )
 MOST_STEPS = 250
 
@@ -180,7 +180,11 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                 raise gr.Error(words, title="That did not work", duration=12, print_exception=False) from None
 
         def begin() -> tuple[Any, Any, str]:
-            return gr.update(value=None, visible=True), gr.update(visible="hidden"), "Waiting until the device is free …"
+            return (
+                gr.update(value=None, visible=True),
+                gr.update(visible="hidden"),
+                "Waiting until the device is free …",
+            )
 
         def end(pair: Any, written: str | None) -> tuple[Any, Any, Any]:
             """The latest result comes back where there is one."""
@@ -255,7 +259,8 @@ def serve(page: Any, *, host: str, port: int, examples: str | None = None, priva
 
 def _theme() -> Any:
     """Fonts of the visitor's machine, and help texts dark enough to read."""
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Default(**fonts)  # type: ignore[reportPrivateImportUsage]
     return theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
 
 

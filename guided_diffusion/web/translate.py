@@ -26,8 +26,8 @@ from ..image_datasets import ImageError, measure_image, to_uint8
 from ..manifold import check_blocks
 from ..options import check, option
 from ..runtime import PRECISIONS, is_out_of_memory, pick_device
-from ..sddm import VARIANTS
 from ..script_util import NUM_CLASSES
+from ..sddm import VARIANTS
 from ..solvers import SOLVERS
 from ..translator import Target, TargetOptions, Translator, energy_names, load_target
 
@@ -49,8 +49,8 @@ class Settings:
     )
     range_t: float = option(
         0.2,
-        "The share of the steps, at the end, that the model takes without your picture. Larger: more realistic, further "
-        "from it.",
+        "The share of the steps, at the end, that the model takes without your picture. Larger: more realistic, "
+        "further from it.",
         least=0,
         most=0.95,
     )
@@ -102,7 +102,11 @@ LABELS = {
 
 # Names that the parts have for them.
 LABELS |= {"model_path": LABELS["model"], "blocks": LABELS["area"], "timestep_respacing": LABELS["steps"]}
-LABELS |= {"start_t": LABELS["start"], "down_n": "Reduction of the energy low_pass", "weights": "File of the energy vgg"}
+LABELS |= {
+    "start_t": LABELS["start"],
+    "down_n": "Reduction of the energy low_pass",
+    "weights": "File of the energy vgg",
+}
 
 
 def explain(error: BaseException) -> str:
@@ -204,7 +208,13 @@ class Studio:
         return [name for name in usable if name != "vgg" or os.path.exists(self.weights)]
 
     def translate(
-        self, model: str, picture: str | os.PathLike | None, settings: Settings, *, name: str | None = None, interval=0.3
+        self,
+        model: str,
+        picture: str | os.PathLike | None,
+        settings: Settings,
+        *,
+        name: str | None = None,
+        interval: float = 0.3,
     ) -> Iterator[Frame]:
         """Translate a picture file; yields a frame at least every `interval` seconds, the result in the last.
 
@@ -277,7 +287,13 @@ class _Run(threading.Thread):
 
     def __init__(self, studio: Studio, model: str, picture: str, name: str, settings: Settings) -> None:
         super().__init__(daemon=True, name=f"translation of {name!r}")
-        self.studio, self.model, self.picture, self.name_of_picture, self.settings = studio, model, picture, name, settings
+        self.studio, self.model, self.picture, self.name_of_picture, self.settings = (
+            studio,
+            model,
+            picture,
+            name,
+            settings,
+        )
         self.stop, self.done = threading.Event(), threading.Event()
         self.error: BaseException | None = None
         self.total = 0
@@ -301,8 +317,9 @@ class _Run(threading.Thread):
 
     def _sample(self, target: Target) -> None:
         wanted = self.settings
-        start = {} if wanted.start == 1 else {"start": wanted.start}
-        options = {"weights": self.studio.weights} if "vgg" in energy_names(wanted.energy) else {}
+        options: dict[str, Any] = {} if wanted.start == 1 else {"start": wanted.start}
+        if "vgg" in energy_names(wanted.energy):
+            options["weights"] = self.studio.weights
         translator = Translator(
             target,
             area=wanted.area,
@@ -312,7 +329,6 @@ class _Run(threading.Thread):
             variant=wanted.variant,
             sampler=wanted.sampler,
             class_index=wanted.class_index,
-            **start,
             **options,
         )
         self.reference = translator.read(self.picture)
