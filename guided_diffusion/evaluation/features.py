@@ -164,7 +164,7 @@ def _judge_features(path: Path, device: str | torch.device) -> Extractor:
     except InputError as error:
         raise InputError(error.reason, parameter="features", value=path) from None
     name = f"judge of {', '.join(judge.vendors)} {_digest(path)}"
-    return Extractor(name, lambda images: judge.extract(images * 2 - 1), judge.image_size, judge)
+    return Extractor(name, lambda images: judge.judge(images).features, judge.image_size, judge)
 
 
 def _digest(path: Path) -> str:

@@ -61,25 +61,31 @@ class Judge(nn.Module):
         self.vendor = nn.Linear(features, len(self.vendors))
         self.content = nn.Linear(features, embedding)
 
-    def extract(self, images: torch.Tensor) -> torch.Tensor:
-        """Features [N, D] of images [N, 3, image_size, image_size] in [-1, 1]."""
+    def _before_heads(self, images: torch.Tensor) -> torch.Tensor:
+        """What both heads see of images [N, 3, image_size, image_size] in [-1, 1]: [N, D]."""
         x, means = self.stem(images), []
         for i, level in enumerate(self.levels):
             x = level(x if i == 0 else self.downs[i - 1](x))
             means.append(F.silu(x).mean((2, 3)))
-        return self.features(torch.cat(means, 1))
+        return F.silu(self.features(torch.cat(means, 1)))
+
+    def _heads(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.vendor(features).float(), F.normalize(self.content(features).float(), dim=1)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [N, V] of the vendors and embeddings [N, E] of length 1, of images in [-1, 1]."""
-        features = self.extract(images)
-        return self.vendor(F.silu(features)).float(), F.normalize(self.content(F.silu(features)).float(), dim=1)
+        return self._heads(self._before_heads(images))
 
     @torch.no_grad()
     def judge(self, images: torch.Tensor) -> Judged:
-        """What it says of images [N, 3, image_size, image_size] in [0, 1], without gradients."""
-        features = self.extract(images * 2 - 1)
-        embeddings = F.normalize(self.content(F.silu(features)), dim=1)
-        return Judged(features, embeddings, self.vendor(F.silu(features)).softmax(1))
+        """What it says of images [N, 3, image_size, image_size] in [0, 1], without gradients.
+
+        Features are scaled to root mean square 1: a few pictures have large ones, and would decide every distance.
+        """
+        features = self._before_heads(images * 2 - 1)
+        logits, embeddings = self._heads(features)
+        scaled = F.normalize(features, dim=1) * features.shape[1] ** 0.5
+        return Judged(scaled, embeddings, logits.softmax(1))
 
     def metadata(self) -> dict[str, str]:
         """What a file of its weights says of itself."""
