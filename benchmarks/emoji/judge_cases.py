@@ -108,7 +108,7 @@ def main():
     parser.add_argument("--judge", type=Path, default=None, help="a judge's file instead of the repository's")
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "fluent3d_64.safetensors")
     parser.add_argument("--steps", type=int, default=50, help="of the schedule that denoises")
-    parser.add_argument("--count", type=int, default=60, help="pictures of each kind")
+    parser.add_argument("--count", type=int, default=48, help="pictures of each kind")
     parser.add_argument("--out", type=Path, default=HERE / "judge_cases.md")
     args = parser.parse_args()
 
@@ -152,7 +152,11 @@ def main():
     lines += [f"| {' | '.join(headings)} | taken for Fluent 3D ↑ |", "|---" * 5 + "|"]
     for name, (distance, (low, high), found, taken) in rows.items():
         lines.append(f"| {name} | {distance:.2f} | {low:.1f} to {high:.1f} | {found:.3f} | {taken:.3f} |")
-    lines += ["", f"{len(names)} pictures of each kind, `{args.model.name}` with {args.steps} steps, seed 0.", ""]
+    lines += [
+        "",
+        f"{len(names)} pictures of each kind, `{args.model.name}` with {args.steps} steps, seed 0. Intervals resample both sets.",
+        "",
+    ]
     lines += [f"- {claim}: {'yes' if holds else '**no**'}" for claim, holds in ordered.items()]
     text = "\n".join(lines) + "\n"
     text += "\n" + "\n".join(held_out_lines(judge, args.data)) + "\n"
