@@ -152,11 +152,8 @@ def main():
     lines += [f"| {' | '.join(headings)} | taken for Fluent 3D ↑ |", "|---" * 5 + "|"]
     for name, (distance, (low, high), found, taken) in rows.items():
         lines.append(f"| {name} | {distance:.2f} | {low:.1f} to {high:.1f} | {found:.3f} | {taken:.3f} |")
-    lines += [
-        "",
-        f"{len(names)} pictures of each kind, `{args.model.name}` with {args.steps} steps, seed 0. Intervals resample both sets.",
-        "",
-    ]
+    how = f"`{args.model.name}` with {args.steps} steps, seed 0. Intervals resample both sets."
+    lines += ["", f"{len(names)} pictures of each kind, {how}", ""]
     lines += [f"- {claim}: {'yes' if holds else '**no**'}" for claim, holds in ordered.items()]
     text = "\n".join(lines) + "\n"
     text += "\n" + "\n".join(held_out_lines(judge, args.data)) + "\n"
