@@ -62,7 +62,7 @@ def serve(given: Given) -> int:
                 time.sleep(60)
         except KeyboardInterrupt:
             studio.close()
-            blocks.close()
+            page.close(blocks)
     return command.DONE
 
 

@@ -413,3 +413,23 @@ def test_gradios_versions_stand_alike():
     needed = [line.split("#")[0].strip() for line in (ROOT / "requirements-demo.txt").read_text().splitlines()]
     needed = [line for line in needed if line]
     assert f"demo = {needed}".replace("'", '"') in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_shell_script_installs_once_and_passes_flags_on(tmp_path):
+    """With an interpreter that only notes how it is called."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {shlex.quote(str(tmp_path / "calls"))}\n')
+    python.chmod(0o755)
+    (tmp_path / ".requirements").write_bytes((ROOT / "requirements.txt").read_bytes())
+    script, environment = str(ROOT / "scripts" / "web_demo.sh"), {**os.environ, "VENV": str(tmp_path)}
+    told = [
+        subprocess.run(
+            ["bash", script, "--port", "0"], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    install, *served = (tmp_path / "calls").read_text().splitlines()
+    assert install.startswith("-m pip install ") and install.endswith(f"-r {ROOT / 'requirements-demo.txt'}")
+    assert served == [f"{ROOT / 'scripts' / 'web_demo.py'} --port 0"] * 2
+    assert "once" in told[0] and told[1] == ""

@@ -5,6 +5,7 @@ no file but uploads, results and examples can be read, and errors are one line.
 """
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
@@ -35,7 +36,7 @@ STYLE = """
 #preview, #compare { width: 100%; max-width: 440px; margin: 0 auto; aspect-ratio: 1; }
 #preview .image-container, #preview .image-container > button, #preview .image-frame { width: 100%; height: 100%; }
 #preview img { width: 100%; height: 100%; object-fit: contain; }
-#examples .gallery-item > *, #examples .gallery-item img { width: 3.6rem; height: 3.6rem; min-width: 0; }
+#examples .gallery-item .container, #examples .gallery-item img { width: 3.6rem; height: 3.6rem; }
 #command textarea { font-family: var(--font-mono); font-size: var(--text-sm); }
 """
 
@@ -255,6 +256,13 @@ def serve(page: Any, *, host: str, port: int, examples: str | None = None, priva
     except OSError as error:
         raise InputError(f"it cannot be used: {first_line(error)}", parameter="port", value=port) from None
     return address
+
+
+def close(page: Any) -> None:
+    """End the server at once; it would wait for open tabs, and report that it did not."""
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    page.server.force_exit = True
+    page.close(verbose=False)
 
 
 def _theme() -> Any:

@@ -57,7 +57,7 @@ class Settings:
     steps: int = option(
         100, "The result emerges from noise in this many steps. More: slower, finer.", least=1, most=1000
     )
-    seed: int = option(0, "Another number gives another result.", least=0, most=2**53 - 1)
+    seed: int = option(0, "Any number; another one gives another result.", least=0, most=2**53 - 1)
     start: float = option(
         1.0,
         "1 begins with pure noise. Less begins later, with your picture under so much noise: fewer steps.",
@@ -66,7 +66,8 @@ class Settings:
     )
     energy: str = option(
         "dct",
-        "Further guidance: edges and textures (dct), overall shapes (low_pass), features of a network (vgg).",
+        "Further guidance: edges and textures (dct), overall shapes (low_pass), features of a network (vgg, where its "
+        "file is present).",
     )
     variant: str = option(
         "manifold", "The method as the paper describes it, or as its authors' code computes it.", choices=VARIANTS
