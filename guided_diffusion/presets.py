@@ -57,7 +57,7 @@ SDDM = {"timestep_respacing": "100", "blocks": 16, "range_t": 0.5}
 ILVR = {"timestep_respacing": "100", "down_n": 32, "range_t": 0.2}
 EGSDE = {"start": 0.5, "ls": 500.0, "li": 2.0}
 BASELINES = {"ilvr": ILVR, "sdedit": {"start": 0.5}}
-# Flat to 3D emoji: SDDM's by eye; the others' by benchmarks/emoji/search.py (table.txt).
+# Flat to 3D emoji: SDDM's by eye; the others' by a search on training pictures.
 EMOJI = {"timestep_respacing": "100", "blocks": 32, "range_t": 0.2, "energy": "dct"}
 FAST = {**EMOJI, "timestep_respacing": "25", "sampler": "dpmpp_2m"}
 DOG, DEMO, EXTRACTOR = "models/afhq_dog_4m.pt", "models/fluent3d_64.safetensors", "models/fluent3d_64_dse.safetensors"

@@ -21,6 +21,9 @@ examples:
   python scripts/evaluate.py --outputs output/emoji --out results/emoji \\
       --truth data/emoji/fluent3d/test --targets data/emoji/fluent3d/test \\
       --features models/fluent3d_64.safetensors --image_size 64
+  python scripts/evaluate.py --outputs output/emoji --out results/judged \\
+      --truth data/emoji/fluent3d/test --targets data/emoji/fluent3d/test \\
+      --features judge --bootstrap 200
   python scripts/evaluate.py --targets data/afhq/val/dog --save_stats dog.npz"""
 PAIRING = (
     "searched recursively; outputs are paired with files of the same relative name, by order only where no name matches"
