@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, display_name
 
 
 def option(
@@ -110,13 +110,19 @@ def fitting(value: object, names: list) -> str:
 
 
 def near_miss(path: str) -> str:
-    """What a path may have been meant to be: "; did you mean X?" for a file beside it with a similar name, else ""."""
+    """What a path may have been meant to be: "; did you mean X?" for a similar name beside it, else "".
+
+    Names compare whole first, then without their suffixes.
+    """
     folder, name = os.path.split(path)
     try:
-        close = difflib.get_close_matches(name, os.listdir(folder or "."), 1)
+        names = os.listdir(folder or ".")
     except (OSError, ValueError):
         return ""
-    return f"; did you mean {os.path.join(folder, close[0])!r}?" if close else ""
+    stems = {os.path.splitext(other)[0]: other for other in names}
+    close = difflib.get_close_matches(name, names, 1, 0.7)
+    close = close or [stems[s] for s in difflib.get_close_matches(os.path.splitext(name)[0], list(stems), 1, 0.8)]
+    return f"; did you mean {display_name(os.path.join(folder, close[0]))}?" if close else ""
 
 
 class Registry(Mapping[str, Any]):

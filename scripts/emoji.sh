@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Flat -> glossy 3D emoji (280 held-out pictures with a ground truth, 64 px): all methods, with the demo model and the
-# features of its middle block for the distances. Needs nothing but the repository, the packages of requirements.txt and
-# npm. Every method has the setting that benchmarks/emoji/search.py found for it on training pictures (table.txt).
-# Further flags go to benchmark.py: --quick for a trial of some minutes, --only SDDM or --seeds 0 for a piece (a later run
-# with all resumes from there), --flags '--precision fp32', ...
+# Flat -> glossy 3D emoji (280 held-out pictures with a ground truth, 64 px): every method as a curve over its settings, with
+# the demo model, judged by a network that no method uses. Needs nothing but the repository, the packages of
+# requirements.txt and npm. Rows: benchmarks/emoji/table.txt. Results: benchmarks/emoji/fronts.md, its charts and pictures.
+# A run that was stopped resumes. First every setting with one seed, then those on or near a front with three.
+# Flags go to benchmark.py for a piece of it, without the comparison: --quick, --only SDEdit, --flags '--precision fp32', ...
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 . "$ROOT/scripts/tasks.sh"
@@ -12,6 +12,19 @@ task emoji
 need "$DSE" "the extractor, which comes with the repository"
 ready
 
-table="$(cat "$ROOT/benchmarks/emoji/table.txt")"
-benchmark --name "Flat to 3D emoji" --save_dir "$ROOT/output_emoji" --flags "--precision bf16" --batch_size 20 "$@" \
-    <<<"${table//\$DSE/"'$DSE'"}"
+SAVE="$ROOT/output_emoji"
+sample() ( # FILE of rows, further flags; a subshell, which becomes the benchmark
+    table="$(cat "$1")"
+    benchmark --name "Flat to 3D emoji" --save_dir "$SAVE" --flags "--precision bf16" --batch_size 20 "${@:2}" \
+        <<<"${table//\$DSE/"'$DSE'"}"
+)
+compare() { "$PYTHON" "$ROOT/benchmarks/emoji/fronts.py" --save_dir "$SAVE" --data "$DATA"; }
+
+if [ $# -gt 0 ]; then
+    sample "$ROOT/benchmarks/emoji/table.txt" "$@"
+    exit
+fi
+sample "$ROOT/benchmarks/emoji/table.txt" --seeds 0
+compare
+sample "$SAVE/near.txt"
+compare

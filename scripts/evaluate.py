@@ -19,6 +19,8 @@ examples:
   python scripts/evaluate.py --outputs output --sources ref_imgs --targets afhq/val/dog --out results/cat2dog
   python scripts/evaluate.py --outputs output --truth emoji/fluent/test --targets emoji/fluent/test \\
       --features models/fluent3d_64.safetensors --bootstrap 200 --out results/emoji
+  python scripts/evaluate.py --outputs output --truth emoji/fluent3d/test --targets emoji/fluent3d/test \\
+      --features judge --bootstrap 200 --out results/judged
   python scripts/evaluate.py --targets afhq/val/dog --save_stats dog.npz"""
 PAIRING = (
     "searched recursively; outputs are paired with files of the same relative name, by order only where no name matches"

@@ -61,6 +61,7 @@ SLOW_FILES = (
     "test_fast_paths",
     "test_fetch",
     "test_jobs",
+    "test_judge",
     "test_prepare_emoji",
     "test_processes",
     "test_registries",

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py on real runs of a tiny model, its table and report; the search of settings; the task scripts."""
+"""scripts/benchmark.py on real runs of a tiny model, its table and report; the emoji set's fronts; the task scripts."""
 
 import csv
 import html
@@ -7,17 +7,13 @@ import io
 import json
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from argparse import Namespace
 
-import publish
+import fronts
 import pytest
-import rescore
-import search
 import tiny
 from conftest import ROOT
 from PIL import Image
@@ -27,6 +23,7 @@ from guided_diffusion import evaluation
 from guided_diffusion.cli import rows as commands
 from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import Evaluation, charts, comparison, report
+from guided_diffusion.evaluation.fronts import hypervolume
 from guided_diffusion.run.monitor import curves
 
 benchmark = load_script("benchmark")
@@ -454,156 +451,108 @@ def test_pictures_are_those_that_every_row_made(data, tmp_path):
     assert page.count["img"] == 2 * 2 and "A & B" in page.text
 
 
-# The search of settings
+# The emoji benchmark: fronts of what was sampled
 
-
-def test_the_rule_is_the_lowest_sum_of_ranks():
-    assert search.choose([(0.5, 10.0), (0.6, 9.0), (0.4, 8.0)]) == (1, [5, 3, 4])
-    assert search.choose([(0.5, 9.0), (0.6, 10.0)]) == (1, [3, 3])  # a tie goes to the higher SSIM
-    assert search.choose([(0.5, 9.0), (0.5, 9.0)]) == (0, [2, 2])
-
-
-def test_candidates_are_rows_that_the_benchmark_reads():
-    tried = list(search.candidates())
-    rows = commands.parse_table("\n".join(search.line_of(candidate, "'a b.pt'") for candidate in tried))
-    assert [row.method for row in rows] == [candidate["method"] for candidate in tried]
-    assert {row.flags[row.flags.index("--dsepath") + 1] for row in rows if "--dsepath" in row.flags} == {"a b.pt"}
-    assert "--timestep_respacing 25 --area 8 --range_t 7" in search.line_of(
-        {"method": "SDDM", "area": 8, "share": 0.3}, "", 25
-    )
-
-
-def test_search_takes_training_pictures_without_skin_tones(tmp_path):
-    names = [f"{1000 + i:x}.png" for i in range(9)] + ["1f44b-1f3fb.png", "1f44b-1f3ff.png"]
-    for kind in ("twitter", "fluent3d"):
-        tiny.make_references(tmp_path / kind / "train", names)
-    sources, truth = search.prepare(tmp_path, tmp_path / "search", 5)
-    taken = sorted(path.name for path in sources.iterdir())
-    assert len(taken) == 5 and not any("1f3f" in name for name in taken)
-    assert taken == sorted(path.name for path in truth.iterdir())
-    assert taken == search.pick_sources(tmp_path / "twitter" / "train", 5)
-    search.prepare(tmp_path, tmp_path / "search", 3)
-    assert len(list(sources.iterdir())) == len(list(truth.iterdir())) == 3
-
-
-def test_search_writes_the_table_that_the_benchmark_reads(tmp_path):
-    tried = list(search.candidates())
-    results = [
-        (candidate, {"setting": search.setting_and_command(candidate, "")[0], "protocol": {"name": "p"},
-                     "mean": {"truth_ssim": 0.5, "fid": 1.0, "seconds_per_image": 0.1, "model_evaluations": 9}})
-        for candidate in tried
-    ]  # fmt: skip
-    chosen = [next(candidate for candidate in tried if candidate["method"] == method) for method in search.METHODS]
-    search.write(results, chosen, [2] * len(tried), Namespace(out=tmp_path, count=40))
-    table = (tmp_path / "table.txt").read_text()
-    rows = commands.parse_table(table.replace("$DSE", "x.pt"))
-    assert [row.method for row in rows] == ["SDEdit", "ILVR", "EGSDE", "SDDM", "SDDM", "SDDM", "SDDM, released"]
-    record = json.loads((tmp_path / "search.json").read_text())
-    assert [row["chosen"] for row in record["candidates"]].count(True) == len(search.METHODS)
-    assert (tmp_path / "search.md").read_text().count("| chosen |") == len(search.METHODS)
-
-
-def test_search_from_pictures_to_table(data, monkeypatch, tmp_path, capfd):
-    """Real runs over a small grid: a piece chooses nothing, the whole chooses by the rule and keeps the piece."""
-    ilvr = "ilvr_sample.py --timestep_respacing 3 --range_t 0 --down_N {down_N}"
-    grids = {
-        "ILVR": ({"down_N": (2, 8)}, "N={down_N}", ilvr),
-        "SDEdit": ({"t": (900,)}, "M={t}", "sdedit_sample.py --timestep_respacing 3 --t 2"),
-    }
-    monkeypatch.setattr(search, "METHODS", grids)
-    for kind in ("twitter", "fluent3d"):
-        tiny.make_references(tmp_path / "emoji" / kind / "train", [f"{100 + i:x}.png" for i in range(4)])
-    command = ["search.py", "--data", tmp_path / "emoji", "--model_path", data / "model.safetensors", "--count", 3]
-    command += ["--image_size", tiny.SIZE, "--flags", ""]
-    command += ["--save_dir", tmp_path / "save", "--out", tmp_path]
-    monkeypatch.setattr(sys, "argv", [*map(str, command), "--only", "N=8"])
-    assert search.main() == 0 and not (tmp_path / "table.txt").exists()
-    before = files(tmp_path / "save" / "runs")
-    monkeypatch.setattr(sys, "argv", list(map(str, command)))
-    assert search.main() == 0
-    after = files(tmp_path / "save" / "runs")
-    assert before and before.items() <= after.items()
-    rows = json.loads((tmp_path / "search.json").read_text())["candidates"]
-    assert [row["setting"] for row in rows] == ["N=2", "N=8", "M=900"] and rows[2]["chosen"]
-    winner, sums = search.choose([(row["truth_ssim"], row["fid"]) for row in rows[:2]])
-    assert [row["chosen"] for row in rows[:2]] == [winner == 0, winner == 1]
-    assert [row["rank_sum"] for row in rows[:2]] == sums
-    chosen = commands.parse_table((tmp_path / "table.txt").read_text())
-    assert [row.setting for row in chosen] == [rows[winner]["setting"], "M=900"]
-    assert (tmp_path / "search.md").read_text() in capfd.readouterr().out
-    ElementTree.fromstring((tmp_path / "search.svg").read_bytes())
-    tiny.make_encoder(tmp_path / "dse.safetensors", 2, head="I2Iout")
-    command = ["rescore.py", "--data", tmp_path / "emoji", "--dsepath", tmp_path / "dse.safetensors"]
-    command += ["--save_dir", tmp_path / "save", "--out", tmp_path]
-    monkeypatch.setattr(sys, "argv", list(map(str, command)))
-    assert rescore.main() == 0
-    ElementTree.fromstring((tmp_path / "search_extractor.svg").read_bytes())
-    lines = (tmp_path / "search_extractor.md").read_text().splitlines()[4:]
-    assert [line.split(" | ")[1] for line in lines] == ["N=2", "N=8", "M=900"]
-    assert [line.endswith("| would be chosen |") for line in lines].count(True) == 2
-    for line, row in zip(lines, rows):
-        assert line.split(" | ")[2] == f"{row['truth_ssim']:.4f}" and float(line.split(" | ")[3]) >= 0
-
-
-# What is published of the emoji benchmark
+ROWS = """
+SDEdit | M=1 | sdedit_sample.py --timestep_respacing 3 --t 1
+SDEdit | M=2 | sdedit_sample.py --timestep_respacing 3 --t 2
+SDDM, late start | 4x4 | ae_sample.py --timestep_respacing 4 --energy dct --area 4 --start_t 3 --range_t 1
+ILVR | not sampled | ilvr_sample.py --timestep_respacing 3 --range_t 0 --down_N 4
+"""
 
 
 @pytest.fixture(scope="module")
-def published(data, tmp_path_factory):
-    """publish.py on a benchmark whose truth is the target domain's test split; returns folders made and out."""
-    root = tmp_path_factory.mktemp("published")
-    shutil.copytree(data / "sources", root / "emoji" / "twitter" / "test")
-    shutil.copytree(data / "truth", root / "emoji" / "fluent3d" / "test")
-    tiny.make_references(root / "emoji" / "fluent3d" / "train", [f"{i}.png" for i in range(4)])  # the truth's pixels
-    tiny.make_encoder(root / "dse.safetensors", 2, head="I2Iout")
-    command = ["publish.py", "--save_dir", root / "made", "--data", root / "emoji", "--out", root, "--replicates", 20]
-    command += ["--model_path", data / "model.safetensors", "--dsepath", root / "dse.safetensors", "--pictures", 3]
+def emoji(data, tmp_path_factory):
+    """fronts.py on real runs of three rows, one of them with two seeds; returns folders made and out."""
+    root = tmp_path_factory.mktemp("emoji")
+    names = [f"{i}.png" for i in range(5)]
+    for vendor, part, own in (
+        ("twitter", "test", names),
+        ("fluent3d", "test", names[::-1]),
+        ("fluent3d", "train", names),
+    ):
+        tiny.make_references(root / "set" / vendor / part, own)
+    (root / "table.txt").write_text(ROWS)
+    tiny.make_judge(root / "judge.safetensors", ["twitter", "fluent3d"])
+    command = ["fronts.py", "--save_dir", root / "made", "--table", root / "table.txt", "--data", root / "set"]
+    command += ["--judge", root / "judge.safetensors", "--out", root, "--replicates", 20, "--pictures", 3]
+    rows = ["--table", root / "table.txt", "--base_samples", root / "set" / "twitter" / "test"]
+    rows += [word for name in ("--targets", "--truth") for word in (name, root / "set" / "fluent3d" / "test")]
     with pytest.MonkeyPatch.context() as patch:
-        run(patch, flags(data, root / "made"))
+        for only, seeds in (("SD", "0"), ("4x4", "0,1")):
+            run(patch, flags(data, root / "made", *rows, "--only", only, "--seeds", seeds))
         patch.setattr(sys, "argv", list(map(str, command)))
-        assert publish.main() == 0
+        fronts.main()
     return root / "made", root
 
 
-def test_published_numbers_are_the_benchmark_s(published):
-    made, out = published
-    for name in publish.COPIES:
-        assert (out / name).read_bytes() == (made / name).read_bytes()
-    rows = json.loads((made / "results.json").read_text())["rows"]
-    record = json.loads((out / "comparison.json").read_text())
-    for row, again in zip(rows, record["rows"], strict=True):
-        assert again["model"] == pytest.approx(row["mean"]["fid"], rel=1e-6)
-        assert again["truth_ssim"] == pytest.approx(row["mean"]["truth_ssim"], rel=1e-6, abs=1e-6)
-        assert 0 <= again["called_3d"] <= 1 and again["extractor"] > 0
-    truth = record["anchors"]["4 true pictures of other emoji"]  # the same pictures here, so nothing is between them
-    assert truth["model"] < 1e-9 and truth["extractor"] < 1e-9 and "truth_ssim" not in truth
+def test_fronts_are_of_the_outputs_of_every_seed(emoji):
+    made, out = emoji
+    record = json.loads((out / "fronts.json").read_text())
+    assert [row["setting"] for row in record["settings"]] == ["M=1", "M=2", "4x4"]
+    assert [row["seeds"] for row in record["settings"]] == [1, 1, 2] and record["missing"] == ["ILVR, not sampled"]
+    assert [row["evaluations"] for row in record["settings"]] == [1, 2, 3]
+    ruler = fronts.Ruler(out / "judge.safetensors", out / "set" / "fluent3d" / "test")
+    folders = [made / "SDDM_late_start_4x4" / f"seed_{seed}" for seed in (0, 1)]
+    again = [fronts.Setting(None, [ruler.measure(str(folder))]).score(ruler.target) for folder in folders]
+    for name, value in record["settings"][2].items():
+        if name in again[0]:
+            assert value == pytest.approx(statistics.fmean(score[name] for score in again))
+    assert again[0]["distance"] != again[1]["distance"]
 
 
-def test_differences_are_of_the_same_pictures(published):
-    _, out = published
-    base, other = json.loads((out / "comparison.json").read_text())["rows"]
-    assert set(map(tuple, base["difference"].values())) == {(0.0, 0.0, 0.0)}
-    for key, (difference, low, high) in other["difference"].items():
-        assert difference == pytest.approx(other[key] - base[key]) and low <= difference <= high
-    text = (out / "comparison.md").read_text()
-    assert "Differences to SDDM, 4 steps" in text and "| sources as they are |" in text
+def test_truths_are_at_distance_0_and_all_found_again(emoji):
+    _, out = emoji
+    truth = out / "set" / "fluent3d" / "test"
+    ruler = fronts.Ruler(out / "judge.safetensors", truth)
+    score = fronts.Setting(None, [ruler.measure(str(truth))]).score(ruler.target)
+    assert score["distance"] == pytest.approx(0, abs=1e-6) and score["ssim"] == pytest.approx(1)
+    assert score["content"] == 1
 
 
-def test_sheet_of_pictures_has_a_row_each(published):
-    with Image.open(published[1] / "pictures.png") as image:
-        assert image.size == (publish.LABEL + 3 * publish.CELL, 2 * publish.CELL)
+def test_areas_and_matched_settings_follow_from_the_table(emoji):
+    _, out = emoji
+    record = json.loads((out / "fronts.json").read_text())
+    points = {}
+    for row in record["settings"]:
+        points.setdefault(row["method"], []).append((row["ssim"], row["distance"]))
+    for method, (area, low, high) in record["areas"].items():
+        assert area == pytest.approx(hypervolume(points[method], record["reference"])) and low <= high
+    for pair in record["matched"]:
+        theirs = next(row for row in record["settings"] if f"{row['method']}, {row['setting']}" == pair["theirs"])
+        fitting = [distance for ssim, distance in points["SDDM, late start"] if ssim >= theirs["ssim"]]
+        assert (pair["ours"] is None) == (not fitting)
+        if fitting:
+            difference, low, high = pair["distance"]
+            assert difference == pytest.approx(min(fitting) - theirs["distance"]) and low <= high
+    ElementTree.fromstring((out / "fronts.svg").read_bytes())
+    text = (out / "fronts.md").read_text()
+    assert "Not sampled: ILVR, not sampled." in text and text.count(" * |") >= 2
 
 
-def test_publishing_needs_a_benchmark(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["publish.py", "--save_dir", str(tmp_path)])
-    assert publish.main() == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: --save_dir: {tmp_path} has no results.json that can be read (")
+def test_rows_near_a_front_are_read_as_a_table(emoji):
+    made, _ = emoji
+    rows = commands.parse_table((made / "near.txt").read_text())
+    assert {row.name for row in rows} <= {row.name for row in commands.parse_table(ROWS)}
+    assert "SDDM, late start, 4x4" in {row.name for row in rows}  # alone on its front
+
+
+def test_sheet_has_sources_a_row_for_each_method_and_truths(emoji):
+    with Image.open(emoji[1] / "pictures.png") as image:
+        assert image.size == (fronts.LABEL + 3 * fronts.CELL, 4 * fronts.CELL)
+
+
+def test_fronts_need_outputs(emoji, tmp_path, monkeypatch):
+    _, out = emoji
+    command = ["fronts.py", "--save_dir", tmp_path, "--table", out / "table.txt", "--data", out / "set"]
+    monkeypatch.setattr(sys, "argv", list(map(str, [*command, "--judge", out / "judge.safetensors"])))
+    with pytest.raises(InputError, match="has no finished row"):
+        fronts.main()
 
 
 def test_the_committed_table_can_be_read():
     rows = commands.parse_table((ROOT / "benchmarks" / "emoji" / "table.txt").read_text())
-    assert {row.method for row in rows} == set(search.METHODS)
+    assert {"SDEdit", "ILVR", "EGSDE", "SDDM", "SDDM, released", fronts.OURS} == {row.method for row in rows}
 
 
 # The scripts that users edit

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from guided_diffusion.checkpoint import save_model
+from guided_diffusion.evaluation.judge import Judge
 from guided_diffusion.script_util import create_classifier, create_model
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "ae_sample.py"
@@ -53,6 +55,14 @@ def make_encoder(path, classes, **head):
     flags = {**ENCODER, "num_class": classes}
     state = random_state(create_classifier(**flags, **head))
     save_model(path, state, model_type="ENCODER", flags={**flags, **PROCESS})
+    return path
+
+
+def make_judge(path, vendors):
+    """A judge with random weights; returns the path."""
+    torch.manual_seed(0)
+    judge = Judge(vendors, image_size=SIZE, width=8, features=12, embedding=6)
+    save_file({key: value.contiguous() for key, value in random_state(judge).items()}, path, judge.metadata())
     return path
 
 

@@ -5,7 +5,6 @@ the file's size, archives are checked against their checksums, and texts of a fi
 """
 
 import contextlib
-import difflib
 import io
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, display_name, first_line, one_line
+from ..options import near_miss
 from ..run.files import read_json
 
 # Keys that hold the weights. EMA entries are tried first: they are the ones to sample with.
@@ -127,7 +127,8 @@ def _open(path: str) -> tuple[str | io.BytesIO, bytes]:
         with open(path, "rb") as file:
             head = file.read(64)
     except FileNotFoundError:
-        raise InputError(f"{shown} does not exist{_near_miss(path)}") from None
+        where = near_miss(path) or "; models/README.md says where checkpoints are available"
+        raise InputError(f"{shown} does not exist{where}") from None
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -135,21 +136,6 @@ def _open(path: str) -> tuple[str | io.BytesIO, bytes]:
     if not head:
         raise InputError(f"{shown} is empty (0 bytes)")
     return path, head
-
-
-def _near_miss(path: str) -> str:
-    """What to say after "X does not exist": the file beside it that is meant, or where checkpoints are available."""
-    folder, name = os.path.split(path)
-    with contextlib.suppress(OSError, ValueError):
-        names = os.listdir(folder or ".")
-        stems = {os.path.splitext(other)[0]: other for other in names}
-        close = difflib.get_close_matches(name, names, 1, 0.7)
-        close = close or [
-            stems[stem] for stem in difflib.get_close_matches(os.path.splitext(name)[0], list(stems), 1, 0.8)
-        ]
-        if close:
-            return f"; did you mean {display_name(os.path.join(folder, close[0]))}?"
-    return "; models/README.md says where checkpoints are available"
 
 
 def _download(url: str) -> tuple[io.BytesIO, bytes]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from . import table
+from .fronts import front
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07d00", "#3a9bd9", "#7a4fbf", "#777777")
 DASHES = ("", "7 4", "2 3", "9 3 2 3", "12 4", "5 2", "1 4", "9 2 2 2 2 2")
@@ -199,15 +200,6 @@ def trade_off(results: Sequence[Mapping[str, Any]], against: str = "source_ssim"
         points = [on_logarithmic_axis(point) for point in points]
     title = f"{y_label} against {x_label} (lower right is better)"
     return chart(title, x_label, y_label, fronts, points, logarithmic)
-
-
-def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (similarity, distance) that no other one beats in both, sorted."""
-
-    def is_beaten(x: float, y: float) -> bool:
-        return any(a >= x and b <= y and (a, b) != (x, y) for a, b in points)
-
-    return sorted({point for point in points if not is_beaten(*point)})
 
 
 def on_logarithmic_axis(point: Point) -> Point:

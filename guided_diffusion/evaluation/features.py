@@ -17,6 +17,7 @@ from ..image_datasets import Reference
 from ..run import files
 from ..run import record as run_record
 from .images import Progress, in_batches, npz_names, size_words
+from .judge import DEFAULT_PATH, Judge, is_judge, load_judge
 from .packages import library, quiet_download, reason
 
 FEATURE_TIMESTEP = 50  # of the 1000 of training: nearly clean images, where middle features describe content
@@ -28,12 +29,14 @@ class Extractor:
     """What FID and KID are measured in.
 
     name: kind and, for a file, the beginning of its sha256, so that two results can be told apart. extract: images
-    [N, 3, H, W] float32 in [0, 1] -> features [N, D]. image_size: the side that images must have, None for any.
+    [N, 3, H, W] float32 in [0, 1] -> features [N, D]. image_size: the side that images must have, None for any. judge:
+    the network, where the features are a judge's.
     """
 
     name: str
     extract: Callable[[torch.Tensor], torch.Tensor]
     image_size: int | None = None
+    judge: Judge | None = None
 
 
 def feature_extractor(
@@ -48,7 +51,9 @@ def feature_extractor(
     "inception": the TF-ported Inception of pytorch-fid, 2048 features, weights from `inception_path` or pytorch-fid's
     own download. FILE.pt: a TorchScript module that maps images [N, 3, H, W] in [0, 1] to [N, D]; it is a program, and
     runs only with `trust_features`. FILE.safetensors: a diffusion model or encoder of this project; its features are
-    the spatial mean of the middle block at t = 50 of images at the model's size, fed in [-1, 1] without noise.
+    the spatial mean of the middle block at t = 50 of images at the model's size, fed in [-1, 1] without noise. "judge",
+    or the FILE.safetensors of a judge: the features before its heads, of images at its size; "judge" is the one in
+    models/.
     """
     if features == "inception":
         return _inception(inception_path, device)
@@ -58,13 +63,13 @@ def feature_extractor(
             parameter="inception_path",
             value=inception_path,
         )
-    path = Path(features)
+    path = DEFAULT_PATH if features == "judge" else Path(features)
     if path.suffix not in (".pt", ".safetensors"):
-        fitting = "it can be inception, a TorchScript FILE.pt or a FILE.safetensors"
+        fitting = "it can be inception, judge, a TorchScript FILE.pt or a FILE.safetensors"
         raise InputError(fitting, parameter="features", value=features)
     _require_file(path, "features")
     if path.suffix == ".safetensors":
-        return _diffusion_features(path, device)
+        return _judge_features(path, device) if names_judge(features) else _diffusion_features(path, device)
     if is_torchscript(path) and not trust_features:
         fitting = (
             "a TorchScript file is a program that can do whatever you can; give `trust_features` True if you trust it"
@@ -146,6 +151,20 @@ def _diffusion_features(path: Path, device: str | torch.device) -> Extractor:
 
     name = f"middle block of {type(model).__name__} {_digest(path)} at t = {FEATURE_TIMESTEP}"
     return Extractor(name, extract, image_size=int(info.flags["image_size"]))
+
+
+def names_judge(features: str) -> bool:
+    """Whether `features` means a judge: "judge", or a .safetensors file that says so."""
+    return features == "judge" or (features.endswith(".safetensors") and is_judge(features))
+
+
+def _judge_features(path: Path, device: str | torch.device) -> Extractor:
+    try:
+        judge = load_judge(path, device)
+    except InputError as error:
+        raise InputError(error.reason, parameter="features", value=path) from None
+    name = f"judge of {', '.join(judge.vendors)} {_digest(path)}"
+    return Extractor(name, lambda images: judge.judge(images).features, judge.image_size, judge)
 
 
 def _digest(path: Path) -> str:

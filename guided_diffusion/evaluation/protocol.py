@@ -29,8 +29,16 @@ from ..run import record as run_record
 from ..runtime import pick_device
 from . import table
 from .distances import bootstrap_distance, bootstrap_mean, gaussian_of_features, root_of_covariance
-from .features import Extractor, extract_features, feature_extractor, load_statistics, save_statistics
+from .features import (
+    Extractor,
+    extract_features,
+    feature_extractor,
+    load_statistics,
+    names_judge,
+    save_statistics,
+)
 from .images import Progress, in_batches, is_npz, list_images, npz_names, read_image, read_male2female
+from .judge import Judge, Judged
 from .pairs import MIN_MSSSIM_SIZE, MIN_SSIM_SIZE, Paired, measure, pair
 from .table import METRICS, ROLES, Measured, SetDistance
 
@@ -84,7 +92,8 @@ class Distances:
 
     features: str = option(
         "inception",
-        "inception (pytorch-fid's); a TorchScript FILE.pt from images [N, 3, H, W] in [0, 1] to features [N, D]; or a "
+        "inception (pytorch-fid's); judge, or the FILE.safetensors of a judge: adds the metrics content and "
+        "target_vendor; a TorchScript FILE.pt from images [N, 3, H, W] in [0, 1] to features [N, D]; or a "
         "FILE.safetensors of a model of this project, whose middle block is read at t = 50",
         metavar="NAME",
     )
@@ -210,6 +219,14 @@ class Instruments:
             inception_path=options.inception_path,
             trust_features=options.trust_features,
         )
+
+    @cached_property
+    def judge(self) -> Judge | None:
+        """The judge, where the features are a judge's."""
+        known = self._extractor
+        if known is None and not names_judge(self.options.features):
+            return None
+        return self.extractor.judge
 
     @cached_property
     def _paired(self) -> tuple[dict[str, Paired], list[str]]:
@@ -350,6 +367,8 @@ class _Measuring:
         if options.targets is not None:
             self.measure_distances(found, sets)
         images = self.measure_pairs(found, pairs) if pairs else []
+        if judge := self.instruments.judge:
+            images = self.measure_judged(judge, found, pairs.get("truth", {}), images)
         for parameter, seen in self.sizes.items():
             self.sizes[parameter] = [f"{width}x{height}" for width, height in sorted(seen)]
             if len(seen) > 1:
@@ -541,17 +560,61 @@ class _Measuring:
             values = np.array([row[key] for row in images if key in row])
             if len(values) == 0 or np.isnan(values).any():
                 continue
-            self.metrics[key] = float(values.mean())
             if not np.isfinite(values).all():
+                self.metrics[key] = float(values.mean())
                 self.warnings.append(
                     f"{np.isinf(values).sum()} of {len(values)} {role} pairs are equal images: their "
                     f"{METRICS[name].label} is infinite, and so is the mean"
                 )
                 continue
-            if len(values) > 1:
-                self.std[key] = float(values.std(ddof=1))
-            if self.options.bootstrap:
-                self.intervals[key] = bootstrap_mean(values, **self.interval)
+            self.summarise(key, values)
+
+    # What a judge says
+
+    def measure_judged(
+        self, judge: Judge, found: list[Reference], truth: dict[str, Reference], images: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """The judge's metrics, their values added to `images`, the list of the paired ones: the longer list.
+
+        truth: the partners of outputs; those without one count where no truth is needed.
+        """
+        outputs, truths, own = self.judged(judge, found), None, None
+        with_truth = [i for i, output in enumerate(found) if output.path in truth]
+        if truth:
+            others = list_images(str(self.options.truth), "truth")
+            place = {other.path: k for k, other in enumerate(others)}
+            truths = self.judged(judge, others)
+            own = torch.tensor([place[truth[found[i].path].path] for i in with_truth], device=outputs.features.device)
+        rows = {row["output"]: row for row in images}
+        for metric in table.judged():
+            if metric.needs_truth and truths is None:
+                continue
+            chosen = with_truth if truth else list(range(len(found)))
+            said = Judged(*(part[chosen] for part in outputs))
+            values = metric.compute(said, truths, own).cpu().double().numpy()  # type: ignore[misc]
+            for i, value in zip(chosen, values.tolist()):
+                rows.setdefault(found[i].name, {"output": found[i].name})[metric.name] = value
+            self.summarise(metric.name, values)
+        self.protocol["judge"] = f"{self.instruments.extractor.name}; target {judge.vendors[-1]}" + (
+            "; content: the nearest, by cosine similarity, of all images of the truth's folder is the output's own"
+        ) * bool(truth)
+        return list(rows.values())
+
+    def judged(self, judge: Judge, references: list[Reference]) -> Judged:
+        """What the judge says of images."""
+        options, parts = self.options, []
+        for batch in in_batches(references, options.batch_size, self.progress, "judge"):
+            images = [read_image(reference, judge.image_size, options.resize) for reference in batch]
+            parts.append(judge.judge(torch.stack(images).to(self.instruments.device)))
+        return Judged(*(torch.cat(part) for part in zip(*parts)))
+
+    def summarise(self, key: str, values: np.ndarray) -> None:
+        """Mean, deviation and interval of finite values [N]."""
+        self.metrics[key] = float(values.mean())
+        if len(values) > 1:
+            self.std[key] = float(values.std(ddof=1))
+        if self.options.bootstrap:
+            self.intervals[key] = bootstrap_mean(values, **self.interval)
 
 
 def _reader(options: Evaluation, instruments: Instruments) -> tuple[Read, str]:

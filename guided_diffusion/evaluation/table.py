@@ -77,6 +77,19 @@ class SetDistance(Metric):
 
 
 @dataclass(frozen=True)
+class JudgedMetric(Metric):
+    """What a judge says of outputs; measured where the features are a judge's.
+
+    compute: (outputs, truths, own) -> float [N]. outputs, truths: what `Judge.judge` says of N outputs and of all
+    images in the truth's folder; own: the place [N] of each output's truth among these. needs_truth: whether it looks
+    at truths at all; otherwise it may get None for both.
+    """
+
+    compute: Callable[..., Any] | None = None
+    needs_truth: bool = True
+
+
+@dataclass(frozen=True)
 class RecordedMetric(Metric):
     """A value that a run's run.json has under the metric's name. is_cost: it varies with the machine, not the seed."""
 
@@ -99,6 +112,11 @@ def paired_metric(name: str, label: str, **details: Any) -> Callable[[Callable],
 def set_distance(name: str, label: str, **details: Any) -> Callable[[Callable], Callable]:
     """A decorator that registers a function (x, y) -> a number; details: further fields of `SetDistance`."""
     return _registering(lambda compute: SetDistance(name, label, compute=compute, **details))
+
+
+def judged_metric(name: str, label: str, **details: Any) -> Callable[[Callable], Callable]:
+    """A decorator that registers (outputs, truths, own) -> [N]; details: further fields of `JudgedMetric`."""
+    return _registering(lambda compute: JudgedMetric(name, label, compute=compute, **details))
 
 
 def _registering(make: Callable[[Callable], Metric]) -> Callable[[Callable], Callable]:
@@ -128,6 +146,11 @@ def distances() -> list[SetDistance]:
 def paired() -> list[PairedMetric]:
     """The registered metrics of pairs."""
     return [metric for metric in METRICS.values() if isinstance(metric, PairedMetric)]
+
+
+def judged() -> list[JudgedMetric]:
+    """The registered metrics of a judge."""
+    return [metric for metric in METRICS.values() if isinstance(metric, JudgedMetric)]
 
 
 def recorded(costs: bool) -> list[RecordedMetric]:
@@ -185,13 +208,14 @@ def values() -> Iterator[Value]:
     yield from map(Value, distances())
     for role in ROLES:
         yield from (Value(metric, role) for metric in paired())
+    yield from map(Value, judged())
     yield from map(Value, recorded(costs=False))
 
 
 def columns() -> list[Value]:
     """The columns of a comparison, in their order."""
-    kinds = [distances(), *([paired()] * len(ROLES)), [*recorded(costs=False), *recorded(costs=True)]]
-    roles = ["", *ROLES, ""]
+    kinds = [distances(), *([paired()] * len(ROLES)), judged(), [*recorded(costs=False), *recorded(costs=True)]]
+    roles = ["", *ROLES, "", ""]
     found = []
     for role, kind in zip(roles, kinds):
         shown = [(metric.column, metric) for metric in kind if metric.column is not None]

@@ -1,0 +1,362 @@
+"""Compare methods as curves, on the outputs that scripts/emoji.sh made: fronts, areas under them, matched settings.
+
+Realism is the Fréchet distance to the true translations of the whole test split in the features of the judge, a network
+that no method uses. Faithfulness is SSIM to the true translation, which no method sees. Besides, the judge says how
+often what an output shows is found again (its nearest truth is its own), and how often it takes an output for the
+target vendor's drawing.
+
+    bash scripts/emoji.sh                        # samples every row of table.txt, and calls this
+    python benchmarks/emoji/fronts.py            # the tables, charts and pictures of what is there
+
+Rows that are not sampled yet are named and left out. It writes fronts.md, fronts.json, fronts.svg and pictures.png
+beside this file, and near.txt, the rows on or near their method's front, to the folder of the outputs.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from guided_diffusion.evaluation.judge import load_judge
+
+from guided_diffusion.cli import rows as tables
+from guided_diffusion.errors import InputError
+from guided_diffusion.evaluation import charts
+from guided_diffusion.evaluation.distances import frechet_of_roots, gaussian_of_features
+from guided_diffusion.evaluation.fronts import distance_at, front, hypervolume
+from guided_diffusion.evaluation.images import list_images
+from guided_diffusion.evaluation.pairs import ssim
+from guided_diffusion.evaluation.table import markdown_table
+from guided_diffusion.image_datasets import load_image, to_tensor
+from guided_diffusion.run import files
+
+OURS = "SDDM, late start"
+LOWEST_SSIM = 0.3  # of the hypervolume's reference point; its distance is that of the sources as they are
+LEVELS = (0.34, 0.35, 0.36, 0.37, 0.38, 0.39, 0.40)  # of SSIM, for the table of matched faithfulness
+NEAR = (
+    0.004,
+    0.05,
+)  # a setting is near the front if so much more SSIM and so large a share less distance puts it there
+BATCH = 40
+CELL, LABEL = 96, 236  # pixels of a picture and of the labels' column in pictures.png
+SKIN_TONE = re.compile(r"1f3f[b-f]")
+
+
+@dataclass
+class Setting:
+    """A row of the table with what was measured of it.
+
+    measured: of each seed, `features` [N, D], `ssim`, `content` and `target` [N]. costs: means over the seeds.
+    """
+
+    row: tables.Row
+    measured: list = field(default_factory=list)
+    costs: dict = field(default_factory=dict)
+
+    def score(self, target, chosen=slice(None)):
+        """Distance, SSIM to the truth, content found again and share of the target, of all or the chosen pictures."""
+        distances = [frechet_of_roots(*gaussian_of_features(m["features"][chosen]), *target) for m in self.measured]
+        means = {
+            name: float(np.mean([m[name][chosen] for m in self.measured])) for name in ("ssim", "content", "target")
+        }
+        return {"distance": float(np.mean(distances)), **means}
+
+
+class Ruler:
+    """The judge, and the true translations that everything is measured against."""
+
+    def __init__(self, path, truth_folder):
+        self.judge = load_judge(path)
+        self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+        self.truth = {r.stem: r.path for r in list_images(truth_folder, "truth")}
+        self.stems = sorted(self.truth)
+        self.images = self.read([self.truth[stem] for stem in self.stems])
+        seen = self.look(self.images)
+        self.embeddings = seen["embeddings"]
+        self.target = gaussian_of_features(seen["features"])
+
+    def read(self, paths):
+        """[N, 3, H, W] in [0, 1], at the judge's size."""
+        return (to_tensor([load_image(path, self.judge.image_size) for path in paths]) + 1) / 2
+
+    def look(self, images):
+        """What the judge sees: features, embeddings and vendors, float64 arrays."""
+        parts = [self.judge.judge(part) for part in images.split(BATCH)]
+        names = ("features", "embeddings", "vendors")
+        return {name: torch.cat([getattr(p, name) for p in parts]).double().numpy() for name in names}
+
+    def measure(self, folder):
+        """The measurements of a folder with an output for every truth; kept in a file beside it."""
+        paths = {r.stem: r.path for r in list_images(folder, "outputs", sampled=True)}
+        if missing := [stem for stem in self.stems if stem not in paths]:
+            raise InputError(f"{folder} has no output for {missing[0]} and {len(missing) - 1} more")
+        newest = max(os.path.getmtime(path) for path in paths.values())
+        kept, key = Path(f"{folder}.judge.npz"), f"{self.digest} {newest}"
+        if kept.is_file():
+            with np.load(kept, allow_pickle=False) as file:
+                if str(file["key"]) == key:
+                    return {name: file[name] for name in ("features", "ssim", "content", "target")}
+        images = self.read([paths[stem] for stem in self.stems])
+        seen = self.look(images)
+        own = (seen["embeddings"] @ self.embeddings.T).argmax(1) == np.arange(len(self.stems))
+        values = {
+            "features": seen["features"],
+            "ssim": ssim(images, self.images).double().numpy(),
+            "content": own.astype(float),
+            "target": (seen["vendors"].argmax(1) == len(self.judge.vendors) - 1).astype(float),
+        }
+        files.write_atomically(str(kept), lambda file: np.savez_compressed(file, key=key, **values))
+        return values
+
+
+def read_settings(table, save_dir, ruler):
+    """The table's rows that have a finished run, measured; and the names of those that have none."""
+    settings, missing = [], []
+    for row in tables.read_table(str(table)):
+        setting, costs = Setting(row), []
+        for folder in sorted((save_dir / row.folder).glob("seed_*")):
+            record = files.read_json_or_none(str(folder / "run.json")) if folder.is_dir() else None
+            if record and record.get("finished"):
+                setting.measured.append(ruler.measure(str(folder)))
+                costs.append([record.get("model_evaluations"), record.get("seconds_per_image")])
+        if costs:
+            setting.costs = dict(zip(("evaluations", "seconds"), np.mean(costs, axis=0).tolist()))
+            settings.append(setting)
+        else:
+            missing.append(row.name)
+    return settings, missing
+
+
+def bootstrap(settings, target, reference, replicates, seed=0):
+    """Of every resample of the pictures, the same for all settings: scores [R, settings, 4] and areas by method.
+
+    A resample repeats pictures, which raises every Fréchet distance. Distances are therefore shifted, each setting's by
+    the same amount in all resamples, so that their mean is the measured one.
+    """
+    rng = np.random.default_rng(seed)
+    count = len(settings[0].measured[0]["ssim"])
+    draws = []
+    for _ in range(replicates):
+        chosen = rng.integers(count, size=count)
+        draws.append([list(setting.score(target, chosen).values()) for setting in settings])
+    draws = np.array(draws)
+    full = np.array([list(setting.score(target).values()) for setting in settings])
+    draws[..., 0] += full[:, 0] - draws[..., 0].mean(axis=0)
+    areas = {}
+    for method in dict.fromkeys(setting.row.method for setting in settings):
+        own = [k for k, setting in enumerate(settings) if setting.row.method == method]
+        areas[method] = [hypervolume([(draw[k, 1], draw[k, 0]) for k in own], reference) for draw in draws]
+    return draws, {method: np.array(values) for method, values in areas.items()}
+
+
+def interval(values):
+    """95 % percentile interval."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return [float(low), float(high)]
+
+
+def matched(settings, scores, draws):
+    """Each other method's front setting beside the best of OURS that is at least as faithful.
+
+    Dicts with both names, and of distance, SSIM and content the difference (ours minus theirs) with its interval; ours
+    is None where no setting is as faithful.
+    """
+    ours = [k for k, setting in enumerate(settings) if setting.row.method == OURS]
+    found = []
+    for k, setting in enumerate(settings):
+        own = [
+            (s["ssim"], s["distance"]) for s, other in zip(scores, settings) if other.row.method == setting.row.method
+        ]
+        if k in ours or (scores[k]["ssim"], scores[k]["distance"]) not in front(own):
+            continue
+        entry = {"theirs": setting.row.name, "ours": None}
+        fitting = [i for i in ours if scores[i]["ssim"] >= scores[k]["ssim"]]
+        if fitting:
+            best = min(fitting, key=lambda i: scores[i]["distance"])
+            entry["ours"] = settings[best].row.name
+            for column, name in enumerate(("distance", "ssim", "content")):
+                difference = scores[best][name] - scores[k][name]
+                entry[name] = [difference, *interval(draws[:, best, column] - draws[:, k, column])]
+        found.append(entry)
+    return found
+
+
+def near(settings, scores):
+    """Indices of the settings on or near their method's front; see NEAR."""
+    chosen = []
+    for k, setting in enumerate(settings):
+        own = [s for s, other in zip(scores, settings) if other.row.method == setting.row.method]
+        better = scores[k]["ssim"] + NEAR[0], scores[k]["distance"] * (1 - NEAR[1])
+        if distance_at([(s["ssim"], s["distance"]) for s in own], better[0]) >= better[1]:
+            chosen.append(k)
+    return chosen
+
+
+def text_of(settings, scores, anchors, areas, volumes, pairs, missing, reference, notes):
+    """fronts.md."""
+    methods = list(dict.fromkeys(setting.row.method for setting in settings))
+    lines = ["# Flat to 3D emoji: fronts", ""]
+    head = ["method", "setting", "evaluations", "s/image", "judge distance ↓", "SSIM to truth ↑", "content found ↑"]
+    cells = []
+    for setting, score in zip(settings, scores):
+        own = [(s["ssim"], s["distance"]) for s, o in zip(scores, settings) if o.row.method == setting.row.method]
+        mark = " *" if (score["ssim"], score["distance"]) in front(own) else ""
+        costs = [f"{setting.costs['evaluations']:.0f}", f"{setting.costs['seconds']:.2f}"]
+        cells.append(
+            [setting.row.method, setting.row.setting + mark, *costs, *shown(score), str(len(setting.measured))]
+        )
+    cells += [[f"*{name}*", "", "", "", *shown(score), ""] for name, score in anchors.items()]
+    lines += [markdown_table([*head, "taken for 3D ↑", "seeds"], cells), "", "\\* on its method's front", ""]
+    lines += [f"## Area under the front, with SSIM above {reference[0]:g} and distance below {reference[1]:.2f}", ""]
+    cells = []
+    for method in methods:
+        low, high = interval(areas[method])
+        line = [method, f"{volumes[method]:.4f}", f"{low:.4f} to {high:.4f}"]
+        if OURS in areas and method != OURS:
+            low, high = interval(areas[OURS] - areas[method])
+            line.append(f"{volumes[OURS] - volumes[method]:+.4f} [{low:+.4f}, {high:+.4f}]")
+        cells.append([*line, ""][:4])
+    lines += [markdown_table(["method", "area ↑", "95 % interval", f"{OURS} minus it"], cells), ""]
+    lines += ["## At matched faithfulness", "", "The smallest judge distance with an SSIM to the truth of at least", ""]
+    cells = []
+    for method in methods:
+        own = [(s["ssim"], s["distance"]) for s, other in zip(scores, settings) if other.row.method == method]
+        best = [distance_at(own, level) for level in LEVELS]
+        cells.append([method, *("" if value == float("inf") else f"{value:.2f}" for value in best)])
+    lines += [markdown_table(["method", *(f"{level:.2f}" for level in LEVELS)], cells), ""]
+    lines += [f"Every setting of the other fronts beside the nearest of {OURS} that is at least as faithful:", ""]
+    cells = []
+    for pair in pairs:
+        values = [
+            f"{a:+.3f} [{b:+.3f}, {c:+.3f}]"
+            for a, b, c in (pair[n] for n in ("distance", "ssim", "content") if n in pair)
+        ]
+        cells.append([pair["theirs"], (pair["ours"] or "none").removeprefix(f"{OURS}, "), *(values or [""] * 3)])
+    lines += [markdown_table(["theirs", "ours", "judge distance", "SSIM to truth", "content found"], cells), ""]
+    if missing:
+        lines += [f"Not sampled: {'; '.join(missing)}.", ""]
+    return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
+
+
+def shown(score):
+    return [f"{score['distance']:.2f}", f"{score['ssim']:.3f}", f"{score['content']:.3f}", f"{score['target']:.3f}"]
+
+
+def chart_rows(settings, scores):
+    """The settings as `charts.trade_off` takes them."""
+    no_deviation = {"fid": None, "truth_ssim": None}
+    return [
+        {"method": setting.row.method, "setting": setting.row.setting, "std": no_deviation,
+         "published": {"fid": "", "source_ssim": ""}, "protocol": {"features": "judge"},
+         "mean": {"fid": score["distance"], "truth_ssim": score["ssim"]}}
+        for setting, score in zip(settings, scores)
+    ]  # fmt: skip
+
+
+def representatives(settings, scores, reference):
+    """For each method, its setting with the largest area of its own: how far it beats the reference in both."""
+    area = [hypervolume([(s["ssim"], s["distance"])], reference) for s in scores]
+    best = {}
+    for k, setting in enumerate(settings):
+        if setting.row.method not in best or area[k] > area[best[setting.row.method]]:
+            best[setting.row.method] = k
+    return best
+
+
+def sheet(named_folders, stems):
+    """pictures.png: sources, what each method made of them, and truths; a row each."""
+    image = Image.new("RGB", (LABEL + CELL * len(stems), CELL * len(named_folders)), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+    for i, (name, folder) in enumerate(named_folders):
+        draw.multiline_text((8, i * CELL + 26), name, fill="black", font=font, spacing=6)
+        for k, stem in enumerate(stems):
+            picture = Image.fromarray(load_image(f"{folder}/{stem}.png", CELL))
+            image.paste(picture, (LABEL + k * CELL, i * CELL))
+    return image
+
+
+def parse_flags():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save_dir", type=Path, default=ROOT / "output_emoji", help="what scripts/emoji.sh wrote")
+    parser.add_argument("--table", type=Path, default=HERE / "table.txt", help="the rows")
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "emoji", help="the emoji set")
+    parser.add_argument("--judge", default=str(ROOT / "models" / "emoji_judge_64.safetensors"), help="the judge's file")
+    parser.add_argument("--replicates", type=int, default=300, help="resamples (default 300)")
+    parser.add_argument("--pictures", type=int, default=12, help="columns of pictures.png (default 12)")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of the results (default this file's)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_flags()
+    test = {vendor: args.data / vendor / "test" for vendor in ("twitter", "fluent3d")}
+    ruler = Ruler(args.judge, test["fluent3d"])
+    settings, missing = read_settings(args.table, args.save_dir, ruler)
+    if not settings:
+        raise InputError(f"{args.save_dir} has no finished row of {args.table}; scripts/emoji.sh makes them")
+    scores = [setting.score(ruler.target) for setting in settings]
+    train = list_images(args.data / "fluent3d" / "train", "train")
+    others = sorted(train, key=lambda r: hashlib.sha256(r.name.encode()).hexdigest())[: len(ruler.stems)]
+    drawn = gaussian_of_features(ruler.look(ruler.read([r.path for r in others]))["features"])
+    sources = Setting(None, [ruler.measure(str(test["twitter"]))]).score(ruler.target)
+    anchors = {"sources as they are": sources}
+    reference = (LOWEST_SSIM, sources["distance"])
+    draws, areas = bootstrap(settings, ruler.target, reference, args.replicates)
+    volumes = {
+        method: hypervolume(
+            [(s["ssim"], s["distance"]) for s, o in zip(scores, settings) if o.row.method == method], reference
+        )
+        for method in areas
+    }
+    pairs = matched(settings, scores, draws)
+    notes = [
+        f"{len(ruler.stems)} pictures; judge {ruler.digest}; intervals by {args.replicates} resamples of the pictures",
+        f"true pictures of other emoji, of the training split, are {frechet_of_roots(*drawn, *ruler.target):.2f} away",
+    ]
+    text = text_of(settings, scores, anchors, areas, volumes, pairs, missing, reference, notes)
+    record = {
+        "settings": [
+            {"method": s.row.method, "setting": s.row.setting, "command": " ".join((s.row.script, *s.row.flags)),
+             "seeds": len(s.measured), **s.costs, **score}
+            for s, score in zip(settings, scores)
+        ],
+        "anchors": anchors, "reference": reference, "matched": pairs, "missing": missing,
+        "areas": {method: [volumes[method], *interval(values)] for method, values in areas.items()},
+    }  # fmt: skip
+    files.write_text(str(args.out / "fronts.md"), text)
+    files.write_json(str(args.out / "fronts.json"), record)
+    files.write_text(str(args.out / "fronts.svg"), charts.trade_off(chart_rows(settings, scores), "truth_ssim").file())
+    lines = [line for line in args.table.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    chosen = {settings[k].row.name for k in near(settings, scores)}
+    kept = [line for line in lines if tables.parse_row(line).name in chosen]
+    files.write_text(str(args.save_dir / "near.txt"), "\n".join([*kept, ""]))
+    stems = [stem for stem in ruler.stems if not SKIN_TONE.search(stem)]
+    stems = [stems[round(k)] for k in np.linspace(0, len(stems) - 1, min(args.pictures, len(stems)))]
+    best = representatives(settings, scores, reference)
+    rows = [settings[k].row for k in best.values()]
+    made = [
+        (f"{row.method}\n{row.setting}", sorted((args.save_dir / row.folder).glob("seed_*[0-9]"))[0]) for row in rows
+    ]
+    sheet([("source", test["twitter"]), *made, ("truth", test["fluent3d"])], stems).save(
+        args.out / "pictures.png", optimize=True
+    )
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
