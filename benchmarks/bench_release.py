@@ -218,31 +218,41 @@ def measure(children, batch, kind, rounds):
             "seconds": statistics.median(times[child.name]),
             "ratio": statistics.median(theirs / ours for theirs, ours in zip(first, times[child.name])),
             "peak_mib": child.peak,
+            "rounds": rounds,
         }
         for child in children
     ]
+
+
+def earlier(out, result):
+    """The rows that a file holds of the same machine and network."""
+    if not os.path.exists(f"{out}.json"):
+        return []
+    with open(f"{out}.json", encoding="utf-8") as file:
+        found = json.load(file)
+    same = all(found[key] == result[key] for key in ("machine", "device", "architecture", "blocks"))
+    return found["rows"] if same else []
 
 
 def report(result):
     """The results in words and a table."""
     import machine
 
-    first = result["rows"][0]["loop"]
     flags = ", ".join(f"{name} {value}" for name, value in result["architecture"].items())
     lines = [
         "# Beside the public release",
         "",
         f"{machine.sentence(result['machine'])}. On {result['device']}.",
         f"Random weights; {flags}. Energy `vgg`, {result['blocks']} blocks a side, variant `released`. Medians of "
-        f"{result['rounds']} rounds, in turns; the ratio is the median of the rounds' ratios to {first}, more is "
+        "rounds, in turns; the ratio is the median of the rounds' ratios to the loop that stands first, more is "
         "faster. Peak memory: of the process on a CPU, else what was allocated on the device.",
         "",
-        "| loop | batch | step | s | times as fast | peak MiB |",
-        "|---|---|---|---|---|---|",
+        "| loop | batch | step | rounds | s | times as fast | peak MiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for r in result["rows"]:
         times = f"{r['seconds']:.3f} | {r['ratio']:.2f} | {r['peak_mib']:.0f}"
-        lines.append(f"| {r['loop']} | {r['batch']} | {r['step']} | {times} |")
+        lines.append(f"| {r['loop']} | {r['batch']} | {r['step']} | {r['rounds']} | {times} |")
     lines += ["", "The release's own example, 100 steps with guidance until step 50, computed from these steps:", ""]
     lines += ["| loop | batch | s a run | images/s |", "|---|---|---|---|"]
     for loop, batch in dict.fromkeys((r["loop"], r["batch"]) for r in result["rows"]):
@@ -275,11 +285,12 @@ def main():
 
     children = [Child(name, args) for name in [*(["release"] if args.release else []), *args.ours.split(",")]]
     result = {"machine": machine.describe(), "device": args.device, "architecture": architecture}
-    result |= {"blocks": args.blocks, "rounds": args.rounds, "rows": []}
+    result |= {"blocks": args.blocks, "rows": []}
     try:
         for batch in map(int, args.batches.split(",")):
-            for kind in RUN:
-                result["rows"] += measure(children, batch, kind, args.rounds)
+            fresh = [row for kind in RUN for row in measure(children, batch, kind, args.rounds)]
+            result["rows"] = [row for row in earlier(args.out, result) if row["batch"] != batch] + fresh
+            result["rows"].sort(key=lambda row: row["batch"])
             with open(f"{args.out}.json", "w", encoding="utf-8") as file:
                 json.dump(result, file, indent=1)
                 file.write("\n")

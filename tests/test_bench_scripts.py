@@ -93,7 +93,10 @@ def test_beside_the_release(tmp_path, release):
         "bench_release.py", *flags[:2], "--batches", 1, "--rounds", 1, *flags[6:], "--architecture", json.dumps(SMALL)
     )
     assert alone.returncode == 0, alone.stderr
-    assert json.loads(out.with_suffix(".json").read_text())["rows"][0]["loop"] == "fp32"
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    loops = {batch: {row["loop"] for row in rows if row["batch"] == batch} for batch in (1, 2)}
+    ours = {"fp32", "bf16+fuse+cache2"}
+    assert loops == {1: ours, 2: ours | {"release"}}  # of the same machine, the other batch size stays
     missing = run("bench_release.py", "--release", tmp_path, "--out", out)
     assert (
         missing.returncode == 1 and missing.stderr.startswith("error: --release is") and missing.stderr.count("\n") == 1
