@@ -63,6 +63,8 @@ def cached(model: Callable, interval: int) -> Any:
     """
     if interval == 1:
         return model
+    if interval < 1:
+        raise InputError("it must be at least 1", parameter="cache_interval", value=interval)
     if isinstance(model, (UNetModel, ddpm.Model)) and not isinstance(model, SuperResModel):
         return CachedModel(model, interval)
     if dataclasses.is_dataclass(model) and hasattr(model, "model"):

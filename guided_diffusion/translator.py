@@ -303,7 +303,8 @@ class Translator:
 
 def bind_method(method: Any, target: Target, energies: Sequence[Energy] = ()) -> Callable[..., torch.Tensor]:
     """A method's sampler for a target: a function of (model, diffusion, ref, noise=, callback=)."""
-    cached(target.model, method.cache_interval)  # raises InputError for a model that cannot share features
+    # Raises InputError for a model that cannot share features.
+    cached(target.model, getattr(method, "cache_interval", 1))
     return method.bind(
         energies=energies, target=target, clip_denoised=target.clip_denoised, sigma_small=target.sigma_small
     )

@@ -220,6 +220,8 @@ def test_models_that_cannot_share_are_refused(model, words):
     with pytest.raises(InputError, match=words) as caught:
         cached(model(), 2)
     assert (caught.value.parameter, caught.value.value) == ("cache_interval", 2)
+    with pytest.raises(InputError, match="cache_interval is 0; it must be at least 1"):
+        cached(model(), 0)
 
 
 def test_options_are_refused_where_they_do_nothing():
