@@ -78,8 +78,8 @@ def create_cases(precision):
     return cases
 
 
-def measure(batch, precision, names, rounds, steps, range_t):
-    """Rows of images per second, speed-up and difference of outputs, one a case."""
+def measure(batch, precision, names, rounds, steps, range_t, deadline):
+    """Rows of images per second, speed-up and difference of outputs, one a case; deadline: of time.monotonic()."""
     networks = {}
     for fused in (False, True):
         model, info = load_model(os.path.join(MODELS, "fluent3d_64.safetensors"), dtype=DTYPES[precision])
@@ -110,16 +110,21 @@ def measure(batch, precision, names, rounds, steps, range_t):
             model(ref, torch.zeros(batch))
     times, outputs = {name: [] for name in cases}, {}
     for _ in range(rounds):
+        started = time.monotonic()
         for name, (_, *case) in cases.items():
             took, outputs[name] = run(*case)
             times[name].append(took)
+        if 2 * time.monotonic() - started > deadline:
+            break  # another round would end too late
     rows = []
     for name, (twin, *_) in cases.items():
         took = statistics.median(times[name])
         row = {"case": name, "batch": batch, "precision": precision, "seconds": took, "images_per_s": batch / took}
+        row["rounds"] = len(times[name])
         if twin:
             difference = (outputs[name] - outputs[twin]).square().mean().sqrt().item() * 127.5
-            row |= {"twin": twin, "speedup": statistics.median(times[twin]) / took, "rms_grey_levels": difference}
+            ratios = [theirs / ours for theirs, ours in zip(times[twin], times[name])]
+            row |= {"twin": twin, "speedup": statistics.median(ratios), "rms_grey_levels": difference}
         rows.append(row)
     return rows
 
@@ -131,17 +136,17 @@ def report(result):
         "",
         f"{machine.sentence(result['machine'])}.",
         f"Demo model at 64 px, {result['steps']} steps, guided above step {result['range_t']}; medians of "
-        f"{result['rounds']} runs, the cases of a batch size and precision in turns. RMS: difference of the outputs "
-        "from those of the twin with the same seeds, in grey levels of 255; few steps make it larger.",
+        "rounds, the cases of a batch size and precision in turns; the speed-up is the median of the rounds' ratios. "
+        "RMS: difference of the outputs from those of the twin with the same seeds, in grey levels of 255; few steps "
+        "make it larger.",
         "",
-        "| precision | batch | case | s | images/s | compared with | speed-up | RMS |",
-        "|---|---|---|---|---|---|---|---|",
+        "| precision | batch | case | rounds | s | images/s | compared with | speed-up | RMS |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in result["rows"]:
         twin = f"{r['twin']} | {r['speedup']:.2f} | {r['rms_grey_levels']:.2f}" if "twin" in r else "| |"
-        lines.append(
-            f"| {r['precision']} | {r['batch']} | {r['case']} | {r['seconds']:.2f} | {r['images_per_s']:.2f} | {twin} |"
-        )
+        case = f"{r['precision']} | {r['batch']} | {r['case']} | {r['rounds']}"
+        lines.append(f"| {case} | {r['seconds']:.2f} | {r['images_per_s']:.2f} | {twin} |")
     return "\n".join(lines) + "\n"
 
 
@@ -151,11 +156,13 @@ def main():
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--cases", default="", help="names of cases, joined by ;, with their twins; all by default")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=60, help="begin no round that would end later")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--range_t", type=int, default=6)
     parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results", "speed_cheaper"))
     args = parser.parse_args()
     keep_freed_memory()
+    deadline = time.monotonic() + 60 * args.minutes
     rows = []
     if os.path.exists(f"{args.out}.json"):
         with open(f"{args.out}.json", encoding="utf-8") as file:
@@ -163,12 +170,12 @@ def main():
     names = [name for name in args.cases.split(";") if name]
     for precision in args.precisions.split(","):
         for batch in map(int, args.batches.split(",")):
-            fresh = measure(batch, precision, names, args.rounds, args.steps, args.range_t)
+            fresh = measure(batch, precision, names, args.rounds, args.steps, args.range_t, deadline)
             keys = {(r["precision"], r["batch"], r["case"]) for r in fresh}
             rows = [r for r in rows if (r["precision"], r["batch"], r["case"]) not in keys] + fresh
             rows.sort(key=lambda r: (r["precision"] != "fp32", r["batch"]))
             result = {"machine": machine.describe(), "steps": args.steps, "range_t": args.range_t}
-            result |= {"rounds": args.rounds, "rows": rows}
+            result["rows"] = rows
             with open(f"{args.out}.json", "w", encoding="utf-8") as file:
                 json.dump(result, file, indent=1)
                 file.write("\n")

@@ -154,7 +154,9 @@ class BlockStatisticsEnergy:
     def _extract(self, x: torch.Tensor) -> torch.Tensor:
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+        if not self.bf16:
+            return self.features(x)
+        with torch.autocast(x.device.type, torch.bfloat16):
             return self.features(x).float()
 
 
