@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from . import baselines  # noqa: F401  (registers their methods)
 from .caching import WithClass, cached
 from .checkpoint import ModelInfo, load_model
 from .checkpoint.reconcile import ModelFlags

@@ -26,9 +26,9 @@ from guided_diffusion.training.data import batch_numbers
 from guided_diffusion.training.judge import JudgeImages, JudgeOptions, judge_images
 
 VENDORS = ("flat", "dotted", "shiny")
-SIZE, STEPS = 16, 60
+SIZE, STEPS = 16, 150
 RUN = ["--vendors", ",".join(VENDORS), "--image_size", str(SIZE), "--width", "8", "--batch_size", "8", "--ema_rate",
-       "0.8", "--iterations", str(STEPS), "--save_interval", "5", "--log_interval", "20", "--lr", "3e-3", "--device",
+       "0.8", "--iterations", str(STEPS), "--save_interval", "30", "--log_interval", "50", "--lr", "5e-3", "--device",
        "cpu"]  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def picture(code, vendor):
     if vendor == "dotted":
         pixels[::2, ::2] = 0
     if vendor == "shiny":
-        pixels = (pixels + np.linspace(0, 255, SIZE)[:, None, None]) / 2
+        pixels = (pixels + 255) / 2
     return Image.fromarray(pixels.astype(np.uint8))
 
 

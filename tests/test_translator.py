@@ -330,3 +330,10 @@ def test_the_package_names_it():
     assert guided_diffusion.Translator is Translator and "Translator" in guided_diffusion.__all__
     with pytest.raises(AttributeError, match="nothing"):
         guided_diffusion.nothing  # noqa: B018
+
+
+def test_the_import_of_translator_registers_every_method():
+    """In a process of its own, where nothing else has imported the baselines."""
+    code = "from guided_diffusion import Translator; from guided_diffusion import sddm; print(sorted(sddm.METHODS))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['egsde', 'ilvr', 'sddm', 'sdedit', 'unconditional']"

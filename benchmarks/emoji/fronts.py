@@ -28,14 +28,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from guided_diffusion.evaluation.judge import load_judge
-
 from guided_diffusion.cli import rows as tables
 from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import charts
 from guided_diffusion.evaluation.distances import frechet_of_roots, gaussian_of_features
 from guided_diffusion.evaluation.fronts import distance_at, front, hypervolume
 from guided_diffusion.evaluation.images import list_images
+from guided_diffusion.evaluation.judge import load_judge
 from guided_diffusion.evaluation.pairs import ssim
 from guided_diffusion.evaluation.table import markdown_table
 from guided_diffusion.image_datasets import load_image, to_tensor

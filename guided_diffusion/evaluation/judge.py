@@ -62,15 +62,16 @@ class Judge(nn.Module):
         self.content = nn.Linear(features, embedding)
 
     def _before_heads(self, images: torch.Tensor) -> torch.Tensor:
-        """What both heads see of images [N, 3, image_size, image_size] in [-1, 1]: [N, D]."""
+        """Features [N, D] of images [N, 3, image_size, image_size] in [-1, 1], not scaled."""
         x, means = self.stem(images), []
         for i, level in enumerate(self.levels):
             x = level(x if i == 0 else self.downs[i - 1](x))
             means.append(F.silu(x).mean((2, 3)))
-        return F.silu(self.features(torch.cat(means, 1)))
+        return self.features(torch.cat(means, 1))
 
     def _heads(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.vendor(features).float(), F.normalize(self.content(features).float(), dim=1)
+        seen = F.silu(features)
+        return self.vendor(seen).float(), F.normalize(self.content(seen).float(), dim=1)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [N, V] of the vendors and embeddings [N, E] of length 1, of images in [-1, 1]."""
