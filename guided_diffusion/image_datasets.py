@@ -385,6 +385,21 @@ def decode_image(path: str | os.PathLike[str], background: str = "white") -> Ima
         return _decode(file, colour, lambda image: image)
 
 
+def measure_image(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Width and height of an image file as it is stored, from its head alone. Raises ImageError."""
+    name = "image"
+    with _open_binary(os.fspath(path)) as file:
+        try:
+            head = file.read(_HEAD)
+            file.seek(0)
+            name, decoder = _identify(head)
+            return _icon_size(file) if name == "ICO" else decoder(file).size
+        except ImageError:
+            raise
+        except Exception as error:  # see _decode
+            raise ImageError(_decoding_reason(name, error)) from error
+
+
 def check_options(resize: str, background: str) -> tuple[int, int, int]:
     """The background as RGB; raises InputError for an option of `load_image` that it would refuse."""
     if resize not in RESIZE_MODES:

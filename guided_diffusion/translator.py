@@ -136,6 +136,19 @@ def load_target(options: TargetOptions, flags: ModelFlags, device: torch.device,
     )
 
 
+def adapt(target: Target, options: TargetOptions, flags: ModelFlags) -> Target:
+    """A loaded target's network with another schedule and class; target: from `load_target` with any_class.
+
+    What else the options and flags say about network and device is not looked at. Raises InputError for the class.
+    """
+    known = {**target.info.flags, "sigma_small": target.sigma_small}
+    return dataclasses.replace(
+        target,
+        model=_with_class(target.model, target.info, options.class_index, any_class=False),
+        diffusion=create_diffusion(**{**known, "timestep_respacing": flags.timestep_respacing or ""}),
+    )
+
+
 def _with_class(model: Callable, info: ModelInfo, given: int | str | None, any_class: bool) -> Callable:
     """The model with the class that is asked for, by number or name."""
     if not info.flags["class_cond"]:
@@ -182,7 +195,8 @@ class Translator:
     """Translates pictures into the domain of a diffusion model.
 
     Args:
-        model: path of a checkpoint, a diffusers folder, or a Hub id.
+        model: path of a checkpoint, a diffusers folder, or a Hub id; or a `Target` that `load_target` loaded with
+            any_class, which several translators can share. Device, precision and compilation are then the target's.
         method: `sddm`, `ilvr`, `sdedit` or `egsde`.
         steps: number of denoising steps; as `timestep_respacing`, a text like "ddim25" fits, too. None: all.
         energy: names of energies (SDDM), None for the default.
@@ -196,7 +210,7 @@ class Translator:
 
     def __init__(
         self,
-        model: str | os.PathLike,
+        model: str | os.PathLike | Target,
         *,
         method: str = "sddm",
         steps: int | str | None = None,
@@ -224,12 +238,16 @@ class Translator:
                 if name not in known:
                     raise TypeError(f"Translator got an unexpected option {PARAMETERS.get(name, name)!r} for {method}")
             built = {key: cls(**_chosen(given, cls)) for key, cls in parts.items() if key != "target"}
-            runtime = {"model_path": os.fspath(model), "precision": precision, "compile": compile}
+            path = model.info.path if isinstance(model, Target) else os.fspath(model)
+            runtime = {"model_path": path, "precision": precision, "compile": compile}
             wanted_target = TargetOptions(**{**_chosen(given, TargetOptions), **runtime})
             for each in built.values():
                 check(each)
             built["method"].check_fit(built["flags"].image_size, check_flags(wanted_target, built["flags"]))
-            self.target = load_target(wanted_target, built["flags"], pick_device(device))
+            if isinstance(model, Target):
+                self.target = adapt(model, wanted_target, built["flags"])
+            else:
+                self.target = load_target(wanted_target, built["flags"], pick_device(device))
             built["method"].check_fit(self.target.image_size, self.target.diffusion.num_timesteps)
             self.method = built["method"]
             self.energies = create_energies([built[name] for name in wanted], self.target)
@@ -255,13 +273,18 @@ class Translator:
         images = [Image.fromarray(image) for image in to_uint8(last["x"].nan_to_num())]
         return images if many else images[0]
 
-    def steps(self, picture: Any, *, seed: int = 0, name: str | None = None) -> Iterator[dict[str, Any]]:
+    def steps(
+        self, picture: Any, *, seed: int = 0, name: str | None = None, previews: bool = True
+    ) -> Iterator[dict[str, Any]]:
         """Translate one picture step by step; closing the generator stops.
 
-        Yields a dict after each step: the index `i`, the tensors `x` and `pred_xstart` [1, 3, H, W], `guided`, and
-        `preview`, the predicted x_0 as a PIL image.
+        Yields a dict after each step: the index `i`, the tensors `x` and `pred_xstart` [1, 3, H, W], `guided`, and,
+        unless previews is False, `preview`, the predicted x_0 as a PIL image.
         """
         for state in self._states([picture], seed, name):
+            if not previews:
+                yield state
+                continue
             preview = Image.fromarray(to_uint8(state["pred_xstart"].nan_to_num())[0])
             yield {**state, "preview": preview}
 

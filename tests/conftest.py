@@ -70,9 +70,13 @@ SLOW_FILES = (
     "test_training_faults",
     "test_training_runs",
     "test_translator",
+    "test_web_page",
 )
 # Others that take more than about two seconds, by file and function.
-SLOW_TESTS: tuple[str, ...] = ()
+SLOW_TESTS: tuple[str, ...] = (
+    "test_web::test_the_command_runs_in_a_shell",
+    "test_web::test_two_translations_at_once_share_the_model",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -32,6 +32,7 @@ LAYERS = (
     ("sddm", "manifold", "moo", "solvers", "energy", "baselines", "generation"),
     ("run",),
     ("translator", "evaluation", "training", "train_util", "diffusers_pipeline"),
+    ("web",),
     ("cli",),
 )  # fmt: skip
 
@@ -207,8 +208,10 @@ def test_every_module_can_be_imported_in_a_thread_without_side_effect():
     )
     assert done.returncode == 0, done.stderr
     failed, changed = json.loads(done.stdout.splitlines()[-1])
-    # The one module that needs an optional package says which.
+    # The modules that need an optional package say which.
     assert "pip install diffusers" in failed.pop("guided_diffusion.diffusers_pipeline", "pip install diffusers")
+    demo = "pip install -r requirements-demo.txt"
+    assert demo in failed.pop("guided_diffusion.web.page", demo)
     assert (failed, changed) == ({}, {}) and done.stderr == ""
 
 

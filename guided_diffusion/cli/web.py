@@ -1,0 +1,152 @@
+"""What surrounds the page in the browser: its flags, its port, its environment, and the command that it shows."""
+
+import contextlib
+import filecmp
+import hashlib
+import importlib.util
+import logging
+import os
+import shlex
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import InputError, first_line
+from ..options import check, option
+from .main import say
+
+if TYPE_CHECKING:
+    from ..web.page import Upload
+    from ..web.translate import Settings
+
+    Command = Callable[[str, Upload, Settings], str]
+
+ANYWHERE = ("0.0.0.0", "::", "[::]", "")
+
+
+@dataclass(frozen=True)
+class WebOptions:
+    """Where the page is served, and what it offers."""
+
+    port: int = option(7860, "port of the page; 0 for a free one", least=0, most=65535)
+    host: str = option("127.0.0.1", "address to serve at; 0.0.0.0 for the whole network", metavar="ADDRESS")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps or auto")
+    precision: str = option("fp32", "arithmetic that the page begins with", choices=("fp32", "bf16", "fp16", "auto"))
+    examples: str = option("ref_imgs", "folder of example pictures; none for no examples", metavar="FOLDER")
+    max_side: int = option(4096, "pictures with more pixels a side are refused", least=1)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def require_gradio() -> None:
+    """Raise InputError where Gradio is not installed. Nothing is imported."""
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("the web demo needs gradio: pip install -r requirements-demo.txt")
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, or a free one for 0. Raises InputError where it is in use or the address is not this machine's."""
+    name = host.strip("[]")
+    family = socket.AF_INET6 if ":" in name else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((name, 0))
+        except OSError as error:
+            raise InputError(
+                f"no page can be served there: {first_line(error)}", parameter="host", value=host
+            ) from None
+        if port == 0:
+            return probe.getsockname()[1]
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((name, port))
+        except OSError as error:
+            reason = f"it cannot be used ({first_line(error)}); give another one, or 0 for a free one"
+            raise InputError(reason, parameter="port", value=port) from None
+    return port
+
+
+def warn_of_strangers(host: str) -> None:
+    """One line where others than this machine's users can reach the page."""
+    if host in ANYWHERE or not host.startswith(("127.", "localhost", "::1", "[::1]")):
+        say(f"warning: with --host {host}, anybody in the network can use this device; there is no log-in")
+
+
+@contextlib.contextmanager
+def private_environment(offline: bool) -> Iterator[str]:
+    """What Gradio reads from the environment when it is imported: no telemetry, and a folder that is removed later.
+
+    offline: the Hugging Face Hub is not asked either.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    if offline:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio looks at its own page first
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost,127.0.0.1,::1"]))
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request otherwise
+    with tempfile.TemporaryDirectory(prefix="sddm_page_", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        yield folder
+
+
+def command_line(model: str, picture: str, settings: "Settings", *, root: str, device: str = "auto") -> str:
+    """The command that makes the page's very pixels, for a shell in the folder `root`.
+
+    model: as given to the page. picture: the file's name or path; only its last part counts for the result.
+    """
+    flags: dict[str, object] = {
+        "model_path": _seen_from(root, model),
+        "base_samples": f"./{picture}" if picture.startswith("-") else picture,
+        "timestep_respacing": settings.steps,
+        "area": settings.area,
+        "range_t": f"{settings.range_t:g}",
+        "energy": settings.energy,
+        "seed": settings.seed,
+    }
+    if settings.start != 1:
+        flags["start_t"] = f"{settings.start:g}"
+    usual = {"variant": "manifold", "sampler": "ancestral", "precision": "fp32", "class_index": None}
+    flags |= {name: getattr(settings, name) for name, value in usual.items() if getattr(settings, name) != value}
+    if device != "auto":
+        flags["device"] = device
+    text = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
+    # A folder of its own, since the command refuses one that holds a run with other flags.
+    folder = f"output/web_{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    return f"python scripts/ae_sample.py {text} --save_dir {folder}"
+
+
+def command_for(root: str, examples: str | None, device: str) -> "Command":
+    """What writes the command for the page; a picture of the folder `examples` stands in it with its path."""
+
+    def command(model: str, picture: "Upload", settings: "Settings") -> str:
+        name = picture.name
+        path = os.path.join(examples, name) if examples else ""
+        if os.path.isfile(path) and filecmp.cmp(path, picture.path, shallow=False):
+            name = _seen_from(root, path)
+        return command_line(model, name, settings, root=root, device=device)
+
+    return command
+
+
+def private_paths(models: Sequence[str], examples: str | None) -> list[str]:
+    """What the page never serves: the folders of models, or the models alone where the examples are in there."""
+    found = []
+    for path in map(os.path.abspath, models):
+        folder = os.path.dirname(path)
+        shared = examples is not None and os.path.commonpath([folder, os.path.abspath(examples)]) == folder
+        found.append(path if shared else folder)
+    return found
+
+
+def _seen_from(root: str, path: str) -> str:
+    """A path relative to a folder that holds it, else absolute; what is no file, such as a Hub id, as it is."""
+    if not os.path.exists(path):
+        return path
+    absolute = os.path.abspath(path)
+    relative = os.path.relpath(absolute, root)
+    return absolute if relative.startswith(os.pardir) else relative

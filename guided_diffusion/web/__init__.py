@@ -1,0 +1,1 @@
+"""A page in the browser. `translate` does the work without Gradio; `page`, which alone imports it, is the page."""

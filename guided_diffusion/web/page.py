@@ -1,0 +1,301 @@
+"""The page itself, in Gradio. Everything else of the web demo does without it.
+
+`build` makes the page of a `Studio`, `serve` serves it. Settings of safety are all here: nothing leaves the machine,
+no file but uploads, results and examples can be read, and errors are one line.
+"""
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+try:
+    import gradio as gr  # type: ignore[import-not-found]
+except ImportError as error:
+    raise ImportError("the web demo needs gradio: pip install -r requirements-demo.txt") from error
+
+from ..errors import InputError, first_line
+from ..image_datasets import ImageError, list_references
+from ..runtime import PRECISIONS
+from ..sddm import VARIANTS
+from ..solvers import SOLVERS
+from ..translator import energy_names
+from .translate import LABELS, Frame, Model, Settings, Studio, explain
+
+TITLE = "Repaint a picture in another style"
+INTRODUCTION = (
+    "Choose a picture and press **Translate**. A diffusion model, which has only ever seen pictures of one kind, "
+    "paints one of its own kind with the layout and colours of yours."
+)
+MOST_STEPS = 250
+
+STYLE = """
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+#preview, #compare { width: 100%; max-width: 440px; margin: 0 auto; aspect-ratio: 1; }
+#preview .image-container, #preview .image-container > button, #preview .image-frame { width: 100%; height: 100%; }
+#preview img { width: 100%; height: 100%; object-fit: contain; }
+#examples .gallery-item .container, #examples .gallery-item img { width: 3.6rem; height: 3.6rem; }
+#command textarea { font-family: var(--font-mono); font-size: var(--text-sm); }
+"""
+
+
+class Upload(NamedTuple):
+    """A picture file, and the name that it had on the visitor's machine."""
+
+    path: str
+    name: str
+
+
+Command = Callable[[str, Upload, Settings], str]
+
+
+def build(studio: Studio, command: Command, *, examples: str | None = None, note: str = "", **defaults: Any) -> Any:
+    """The page as a `gr.Blocks`.
+
+    command: the text of the command that does the same. examples: a folder of pictures. note: a line on what the models
+    are for. defaults: what the page begins with, in place of `Settings`' own.
+    """
+    first = next(iter(studio.models.values()))
+    settings = replace(Settings(**defaults), area=first.nearest_area(defaults.get("area", Settings.area)))
+    settings = replace(settings, steps=min(settings.steps, first.training_steps))
+    helps = {field.name: field.metadata["help"] for field in fields(Settings)}
+    pictures = [reference.path for reference in list_references(examples, parameter="examples")] if examples else []
+
+    def named(name: str) -> dict[str, Any]:
+        return {"label": LABELS[name], "info": helps.get(name)}
+
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.Markdown(f"# {TITLE}\n{INTRODUCTION}" + (f" {note}" if note else ""))
+        with gr.Row():
+            with gr.Column(min_width=300):
+                picture = gr.Image(
+                    pictures[0] if pictures else None,
+                    label=LABELS["picture"],
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    height=300,
+                    buttons=[],
+                    elem_id="picture",
+                )
+                setattr(picture, "preprocess", _upload)  # noqa: B010 - the bytes as they are, and their name
+                if pictures:
+                    # Not gr.Examples, which puts another component into the place of the picture's.
+                    offered = gr.Dataset(
+                        components=[picture], samples=[[path] for path in pictures], label="Examples", type="index",
+                        samples_per_page=24, elem_id="examples",
+                    )  # fmt: skip
+                model = gr.Dropdown(
+                    [(_short(path), path) for path in studio.models],
+                    value=first.path,
+                    visible=len(studio.models) > 1,
+                    **named("model"),
+                )
+            with gr.Column(min_width=300):
+                with gr.Row():
+                    go = gr.Button("Translate", variant="primary", min_width=100, elem_id="translate")
+                    stop = gr.Button("Stop", min_width=100, elem_id="stop")
+                status = gr.Textbox(
+                    "Press Translate to begin.", show_label=False, container=False, interactive=False, max_lines=6,
+                    elem_id="status",
+                )  # fmt: skip
+                preview = gr.Image(label="Result", format="jpeg", interactive=False, buttons=[], elem_id="preview")
+                compare = gr.ImageSlider(
+                    label="Before | after",
+                    format="png",
+                    type="filepath",
+                    image_mode=None,
+                    interactive=False,
+                    visible=False,
+                    elem_id="compare",
+                )
+        with gr.Row():
+            with gr.Column(min_width=240):
+                area = gr.Dropdown(first.areas, value=settings.area, **named("area"))
+            with gr.Column(min_width=240):
+                range_t = gr.Slider(0, 0.95, settings.range_t, step=0.05, **named("range_t"))
+            with gr.Column(min_width=240):
+                steps = gr.Slider(1, _most_steps(first), settings.steps, step=1, **named("steps"))
+            with gr.Column(min_width=240):
+                seed = gr.Number(settings.seed, precision=0, minimum=0, **named("seed"))
+        class_index = gr.Textbox(
+            settings.class_index or "", visible=first.classes > 0, placeholder=_classes(first), **named("class_index")
+        )
+        with gr.Accordion("More settings", open=False), gr.Row():
+            with gr.Column(min_width=300):
+                start = gr.Slider(0.05, 1, settings.start, step=0.05, **named("start"))
+                energy = gr.CheckboxGroup(studio.energies, value=energy_names(settings.energy), **named("energy"))
+            with gr.Column(min_width=300):
+                sampler = gr.Dropdown(list(SOLVERS), value=settings.sampler, **named("sampler"))
+                variant = gr.Dropdown(list(VARIANTS), value=settings.variant, **named("variant"))
+                precision = gr.Dropdown(list(PRECISIONS), value=settings.precision, **named("precision"))
+        text = gr.Textbox(
+            label="The same from the command line",
+            info="Run it in the project's folder, with your picture there.",
+            interactive=False,
+            visible=False,
+            lines=1,
+            max_lines=12,
+            buttons=["copy"],
+            elem_id="command",
+        )
+
+        def translate(
+            picture: Any,
+            area: int,
+            t0: float,
+            steps: int,
+            seed: int,
+            model: str,
+            late_start: float,
+            energy: list[str],
+            variant: str,
+            sampler: str,
+            precision: str,
+            class_index: str,
+        ) -> Iterator[tuple[Any, Any, str, Any]]:
+            """Translate a picture: (preview, (reference, translation), status, command)."""
+            same, shown = gr.skip(), gr.skip()
+            try:
+                wanted = Settings(
+                    area=area,
+                    range_t=round(t0, 4),
+                    steps=steps,
+                    seed=seed,
+                    start=round(late_start, 4),
+                    energy=",".join(energy) or "none",
+                    variant=variant,
+                    sampler=sampler,
+                    precision=precision,
+                    class_index=class_index.strip() or None,
+                )
+                path, name = picture or ("", "")
+                shown = command(model, picture, wanted) if picture else same
+                for frame in studio.translate(model, path, wanted, name=name):
+                    yield *_pictures(frame), frame.words, shown
+            except Exception as error:
+                words = explain(error)
+                yield same, same, words, same
+                raise gr.Error(words, title="That did not work", duration=12, print_exception=False) from None
+
+        def begin() -> tuple[Any, Any, str]:
+            return (
+                gr.update(value=None, visible=True),
+                gr.update(visible="hidden"),
+                "Waiting until the device is free …",
+            )
+
+        def end(pair: Any, written: str | None) -> tuple[Any, Any, Any]:
+            """The latest result comes back where there is one."""
+            shown = gr.update(visible=pair is None), gr.update(visible=True if pair else "hidden")
+            return *shown, gr.update(visible=bool(written))
+
+        def adapt(path: str, area: int, steps: int) -> tuple[Any, Any, Any]:
+            chosen = studio.models[path]
+            return (
+                gr.update(choices=chosen.areas, value=chosen.nearest_area(area)),
+                gr.update(maximum=_most_steps(chosen), value=min(steps, _most_steps(chosen))),
+                gr.update(visible=chosen.classes > 0, placeholder=_classes(chosen)),
+            )
+
+        private = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        begun = go.click(begin, None, [preview, compare, status], **private)
+        translation = begun.then(
+            translate,
+            [picture, area, range_t, steps, seed, model, start, energy, variant, sampler, precision, class_index],
+            [preview, compare, status, text],
+            api_name="translate",
+            show_progress="hidden",
+        )
+        ended = [preview, compare, text]
+        translation.success(end, [compare, text], ended, **private)
+        translation.failure(end, [compare, text], ended, **private)
+        stopped = stop.click(end, [compare, text], ended, cancels=[translation], **private)
+        stopped.then(lambda: "Stopped.", None, [status], **private)
+        if pictures:
+            offered.click(lambda number: pictures[number], [offered], [picture], **private)
+        model.change(adapt, [model, area, steps], [area, steps, class_index], **private)
+    return page
+
+
+def serve(page: Any, *, host: str, port: int, examples: str | None = None, private: Sequence[str] = ()) -> str:
+    """Serve a page until it is closed; returns its address. private: files and folders that are never served.
+
+    Raises InputError where the port has been taken meanwhile.
+    """
+    page.queue(max_size=16, default_concurrency_limit=1)
+    options: dict[str, Any] = {
+        "share": False,  # it would download a program that tunnels
+        "max_file_size": "20mb",
+        "show_error": True,
+        "run_history": False,
+        "footer_links": ["api"],
+        "enable_monitoring": False,
+        "mcp_server": False,
+        "ssr_mode": False,
+        "pwa": False,
+        "strict_cors": True,
+        "max_threads": 8,
+        "allowed_paths": [os.path.abspath(examples)] if examples else [],
+        "blocked_paths": [os.path.abspath(path) for path in private],
+    }
+    known = inspect.signature(page.launch).parameters  # versions before 6.20 or so have no history of runs
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            inbrowser=False,
+            theme=_theme(),
+            css=STYLE,
+            **{name: value for name, value in options.items() if name in known},
+        )
+    except OSError as error:
+        raise InputError(f"it cannot be used: {first_line(error)}", parameter="port", value=port) from None
+    return address
+
+
+def close(page: Any) -> None:
+    """End the server at once; it would wait for open tabs, and report that it did not."""
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    page.server.force_exit = True
+    page.close(verbose=False)
+
+
+def _theme() -> Any:
+    """Fonts of the visitor's machine, and help texts dark enough to read."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Default(**fonts)  # type: ignore[reportPrivateImportUsage]
+    return theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
+
+
+def _upload(payload: Any) -> Upload | None:
+    """What the page gets of a picture: the file as it was uploaded. Gradio would decode and rename it."""
+    if payload is None:
+        return None
+    if not payload.path:
+        raise gr.Error(explain(ImageError("a file is needed")), print_exception=False)
+    name = os.path.basename((payload.orig_name or payload.path).replace("\\", "/"))
+    return Upload(payload.path, name or "picture")
+
+
+def _pictures(frame: Frame) -> tuple[Any, Any]:
+    """What the preview and the comparison show of a frame."""
+    if frame.result:
+        return frame.result[1], frame.result
+    return frame.preview if frame.preview is not None else gr.skip(), gr.skip()
+
+
+def _short(path: str) -> str:
+    return os.path.basename(os.path.normpath(path)) if os.path.exists(path) else path
+
+
+def _most_steps(model: Model) -> int:
+    return min(MOST_STEPS, model.training_steps)
+
+
+def _classes(model: Model) -> str:
+    return f"0 to {model.classes - 1}"

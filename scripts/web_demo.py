@@ -1,0 +1,70 @@
+"""Serve a page in the browser that translates pictures (SDDM, ICML 2023). It needs gradio.
+
+example: python scripts/web_demo.py --model_path models/fluent3d_64.safetensors --port 7860
+"""
+
+import os
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)  # found from any working directory
+from guided_diffusion.cli import main as command
+
+command.start()
+
+import time
+
+from guided_diffusion.cli import web
+from guided_diffusion.cli.flags import Given, Parser
+
+DEMO = os.path.join(ROOT, "models", "fluent3d_64.safetensors")
+DEMO_NOTE = "This model has seen glossy 3D emoji and nothing else, so give it a drawing on a white background."
+VGG = os.path.join(ROOT, "models", "vgg_normalised.pth")
+
+
+def create_parser() -> Parser:
+    parser = Parser(__doc__, usage="[--model_path PATH] [flags]")
+    parser.add_argument(
+        "--model_path",
+        action="append",
+        metavar="PATH",
+        help="a model of the page: a file, a diffusers folder or a Hub id; may be repeated (default the demo's)",
+    )
+    parser.add(web.WebOptions, title="page", defaults={"examples": os.path.join(ROOT, "ref_imgs")})
+    return parser
+
+
+def serve(given: Given) -> int:
+    options = given.options(web.WebOptions)
+    web.require_gradio()  # before torch, whose import takes seconds
+    examples = None if options.examples == "none" else options.examples
+    port = web.free_port(options.host, options.port)
+    paths = list(dict.fromkeys(given.model_path or [DEMO]))
+
+    from guided_diffusion.checkpoint import hub
+    from guided_diffusion.web.translate import Studio
+
+    local = [path for path in paths if not hub.is_id(path)]
+    how = {"device": options.device, "precision": options.precision, "max_side": options.max_side}
+    studio = Studio(paths, **how, weights=VGG)
+    with web.private_environment(offline=local == paths):
+        from guided_diffusion.web import page
+
+        written = web.command_for(ROOT, examples, options.device)
+        note = "" if given.model_path else DEMO_NOTE
+        blocks = page.build(studio, written, examples=examples, note=note, precision=options.precision)
+        private = web.private_paths(local, examples)
+        address = page.serve(blocks, host=options.host, port=port, examples=examples, private=private)
+        web.warn_of_strangers(options.host)
+        command.say(f"The page is at {address} (Ctrl-C ends it)", sys.stdout)
+        try:
+            while True:
+                time.sleep(60)
+        except KeyboardInterrupt:
+            studio.close()
+            page.close(blocks)
+    return command.DONE
+
+
+if __name__ == "__main__":
+    command.run(serve, create_parser(), ranks="none")

@@ -1,0 +1,435 @@
+"""The web demo without Gradio: the generator of frames, the command that it shows, its flags and its environment."""
+
+import logging
+import os
+import shlex
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+from PIL import Image
+from scripts_in_process import load_script, message, run_script
+
+from guided_diffusion import Translator
+from guided_diffusion.checkpoint import ModelFlags, save_model
+from guided_diffusion.cli import web
+from guided_diffusion.errors import InputError
+from guided_diffusion.image_datasets import ImageError, measure_image
+from guided_diffusion.script_util import create_model
+from guided_diffusion.translator import TargetOptions, load_target
+from guided_diffusion.web import translate as module
+from guided_diffusion.web.translate import LABELS, Settings, Studio, explain
+
+SETTINGS = Settings(area=4, range_t=0.35, steps=6, seed=3)
+LONG = replace(SETTINGS, steps=250)
+AWKWARD = 'it\'s a "b" $HOME ä; `c`.png'
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two models, one with classes, and pictures with awkward names, transparency and EXIF; read only."""
+    root = tmp_path_factory.mktemp("web")
+    tiny.make_model(root / "model.safetensors")
+    torch.manual_seed(1)
+    classes = {**tiny.MODEL, "class_cond": True, "num_classes": 3}
+    flags = {**classes, **tiny.PROCESS}
+    save_model(root / "classes.safetensors", tiny.random_state(create_model(**classes)), model_type="ADM", flags=flags)
+    tiny.make_references(root, ["a.png", AWKWARD, "-x.png", "größe.webp"])
+    pixels = np.random.default_rng(9).integers(0, 256, (40, 24, 4), np.uint8)
+    Image.fromarray(pixels).save(root / "alpha.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels[..., :3].copy()).save(root / "turned.jpg", exif=exif)
+    return root
+
+
+@pytest.fixture(scope="module")
+def studio(data):
+    return Studio([str(data / "model.safetensors"), str(data / "classes.safetensors")], device="cpu")
+
+
+@pytest.fixture
+def first(data):
+    return str(data / "model.safetensors")
+
+
+def last(frames):
+    return list(frames)[-1]
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("translation")]
+
+
+def made_by(text, folder):
+    """The picture that a command line makes when it runs in a folder: uint8 [H, W, 3]."""
+    words = shlex.split(text)
+    assert words[:2] == ["python", "scripts/ae_sample.py"]
+    given = load_script("ae_sample").create_parser().parse(words[2:])
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert run_script("ae_sample", *words[2:]) == 0
+        return np.asarray(Image.open(output(given.base_samples, given.save_dir)))
+    finally:
+        os.chdir(before)
+
+
+def output(picture, save_dir):
+    return Path(save_dir) / f"{os.path.splitext(os.path.basename(picture))[0]}.png"
+
+
+# ---- the generator --------------------------------------------------------------------------------------------------
+
+
+def test_previews_come_first_and_the_result_last(studio, data, first):
+    frames = list(studio.translate(first, data / "a.png", SETTINGS))
+    assert frames[0].preview.size == (tiny.SIZE, tiny.SIZE) and frames[0].result is None
+    assert all(frame.result is None for frame in frames[:-1])
+    reference, result = frames[-1].result
+    assert np.array_equal(np.asarray(reference), np.asarray(Image.open(data / "a.png")))
+    assert np.array_equal(np.asarray(result), np.asarray(frames[-1].preview)), "at the last step both are one"
+    assert frames[-1].step == frames[-1].steps == 6 and frames[-1].words.startswith("Done: 6 steps in ")
+    assert not threads()
+
+
+@pytest.mark.parametrize("name", ["a.png", AWKWARD, "-x.png", "größe.webp", "alpha.png", "turned.jpg"])
+def test_the_command_makes_the_pages_pixels(studio, data, first, tmp_path, name):
+    (tmp_path / name).write_bytes((data / name).read_bytes())
+    _, result = last(studio.translate(first, data / name, SETTINGS)).result
+    text = web.command_line(first, name, SETTINGS, root=str(tmp_path), device="cpu")
+    assert np.array_equal(np.asarray(result), made_by(text, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"energy": "none"},
+        {"variant": "released", "steps": 9},
+        {"sampler": "ddim", "seed": 2**53 - 1},
+        {"sampler": "dpmpp_2m", "range_t": 0.0},
+        {"start": 0.55, "range_t": 0.95},
+        {"precision": "bf16"},
+        {"model": "classes.safetensors", "class_index": "2"},
+    ],
+    ids=str,
+)
+def test_every_setting_is_in_the_command(studio, data, tmp_path, changes):
+    model = str(data / changes.pop("model", "model.safetensors"))
+    wanted = replace(SETTINGS, **changes)
+    (tmp_path / "a.png").write_bytes((data / "a.png").read_bytes())
+    result = np.asarray(last(studio.translate(model, data / "a.png", wanted)).result[1])
+    text = web.command_line(model, "a.png", wanted, root=str(tmp_path), device="cpu")
+    assert np.array_equal(result, made_by(text, tmp_path))
+    plain = str(data / "model.safetensors")
+    other = np.asarray(last(studio.translate(plain, data / "a.png", replace(SETTINGS, steps=wanted.steps))).result[1])
+    assert not np.array_equal(result, other), "the setting changes the picture"
+
+
+def test_the_command_runs_in_a_shell(studio, data, first, tmp_path):
+    for name in ("scripts", "guided_diffusion", "resizer"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    (tmp_path / AWKWARD).write_bytes((data / "a.png").read_bytes())
+    text = web.command_line(first, AWKWARD, SETTINGS, root=str(tmp_path), device="cpu")
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    _, result = last(studio.translate(first, data / "a.png", SETTINGS, name=AWKWARD)).result
+    found = output(AWKWARD, tmp_path / shlex.split(text)[-1])
+    assert np.array_equal(np.asarray(result), np.asarray(Image.open(found)))
+
+
+def test_the_name_is_the_visitors(studio, data, first):
+    def pixels(**options):
+        return np.asarray(last(studio.translate(first, data / "a.png", SETTINGS, **options)).result[1])
+
+    assert np.array_equal(pixels(), pixels(name="a.png"))
+    assert not np.array_equal(pixels(), pixels(name="b.png"))
+
+
+def test_closing_ends_the_thread(studio, data, first):
+    frames = studio.translate(first, data / "a.png", LONG, interval=0.05)
+    shown = next(frames)
+    assert shown.step < shown.steps == 250 and shown.words.startswith("Step ") and len(threads()) == 1
+    frames.close()
+    assert not threads()
+    frames = studio.translate(first, data / "a.png", LONG, interval=0.05)
+    next(frames)
+    studio.close()
+    assert not threads()
+
+
+def test_a_slow_page_does_not_slow_the_sampler_down(studio, data, first):
+    frames = studio.translate(first, data / "a.png", SETTINGS, interval=0.001)
+    next(frames)
+    threads()[0].join(timeout=30)
+    rest = list(frames)
+    assert len(rest) <= 2 and rest[-1].result, "only the newest state is kept"
+
+
+def test_two_translations_at_once_share_the_model(studio, data, first, monkeypatch):
+    def exclusive(*arguments, **options):
+        assert studio._users == 0 and studio._target is None, "one model at a time is on the device"
+        return load_target(*arguments, **options)
+
+    monkeypatch.setattr(module, "load_target", exclusive)
+    other = str(data / "classes.safetensors")
+    jobs = [(first, SETTINGS), (first, LONG), (other, replace(SETTINGS, class_index="1")), (first, SETTINGS)]
+    alone = [np.asarray(last(studio.translate(model, data / "a.png", wanted)).result[1]) for model, wanted in jobs]
+    together = [None] * len(jobs)
+
+    def work(k):
+        model, wanted = jobs[k]
+        together[k] = np.asarray(last(studio.translate(model, data / "a.png", wanted, interval=0.05)).result[1])
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(len(jobs))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    for one, two in zip(alone, together):
+        assert np.array_equal(one, two)
+
+
+def test_waiting_for_the_model_can_be_given_up(studio, data, first):
+    busy = studio.translate(first, data / "a.png", LONG, interval=0.05)
+    next(busy)
+    other = str(data / "classes.safetensors")
+    waiting = studio.translate(other, data / "a.png", replace(SETTINGS, class_index="0"), interval=0.05)
+    assert next(waiting).words.startswith("Waiting")
+    waiting.close()
+    assert len(threads()) == 1
+    busy.close()
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({"area": 5}, "area"),
+        ({"area": 0}, "area"),
+        ({"range_t": 1.0}, "range_t"),
+        ({"steps": 0}, "steps"),
+        ({"seed": -1}, "seed"),
+        ({"seed": None}, "seed"),
+        ({"energy": "dct,nothing"}, "energy"),
+        ({"energy": "vgg"}, "weights"),
+        ({"sampler": "euler"}, "sampler"),
+        ({"variant": "other"}, "variant"),
+        ({"precision": "int8"}, "precision"),
+        ({"class_index": "1"}, "class_index"),
+        ({"model": "other.safetensors"}, "model"),
+        ({"picture": None}, "picture"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_one_line_in_the_pages_words(data, first, changes, name):
+    studio = Studio([first], device="cpu", weights=str(data / "missing.pth"))
+    model, picture = changes.pop("model", first), changes.pop("picture", data / "a.png")
+    with pytest.raises(InputError) as error:
+        list(studio.translate(model, picture, replace(SETTINGS, **changes)))
+    words = explain(error.value)
+    assert words.startswith(LABELS[name]) and "\n" not in words and "--" not in words and "`" not in words
+    assert not threads()
+    assert last(studio.translate(first, data / "a.png", SETTINGS)).result, "the next translation works"
+
+
+def test_pictures_that_cannot_be_used(studio, data, first, tmp_path):
+    chunk = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    head = struct.pack(">I", 13) + b"IHDR" + chunk + struct.pack(">I", zlib.crc32(b"IHDR" + chunk))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head)
+    (tmp_path / "text.png").write_bytes(b"hello")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "half.png").write_bytes((data / "a.png").read_bytes()[:200])
+    Image.new("RGB", (4097, 10)).save(tmp_path / "wide.png")
+    for name in ("bomb", "text", "empty", "half", "wide"):
+        since = time.monotonic()
+        with pytest.raises((ImageError, InputError)) as error:
+            list(studio.translate(first, tmp_path / f"{name}.png", SETTINGS))
+        words = explain(error.value)
+        assert words.startswith("Your picture") and "\n" not in words and str(tmp_path) not in words
+        assert time.monotonic() - since < 5
+    Image.new("RGB", (4096, 10)).save(tmp_path / "wide.png")
+    assert last(studio.translate(first, tmp_path / "wide.png", SETTINGS)).result
+
+
+def test_a_defect_is_one_line_on_the_page_and_a_traceback_in_the_log(studio, data, first, monkeypatch, caplog):
+    def broken(*arguments, **options):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(module, "Translator", broken)
+    with caplog.at_level(logging.ERROR, logger="sddm"), pytest.raises(RuntimeError) as error:
+        list(studio.translate(first, data / "a.png", SETTINGS))
+    assert "first line" in explain(error.value) and "\n" not in explain(error.value)
+    assert "Traceback" in caplog.text
+    assert "memory" in explain(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def test_models_are_looked_at_when_the_studio_opens(studio, data, tmp_path):
+    with pytest.raises(InputError):
+        Studio([str(data / "model.safetensors"), str(tmp_path / "none.safetensors")], device="cpu")
+    plain, classes = studio.models.values()
+    assert (plain.image_size, plain.training_steps, plain.classes, classes.classes) == (16, 1000, 0, 3)
+    assert plain.areas == [1, 2, 4, 8] and plain.nearest_area(32) == 8 and plain.nearest_area(4) == 4
+
+
+def test_sizes_are_measured_without_decoding(data, tmp_path):
+    for name, size in (
+        ("a.png", (16, 16)),
+        ("alpha.png", (24, 40)),
+        ("turned.jpg", (24, 40)),
+        ("größe.webp", (16, 16)),
+    ):
+        assert measure_image(data / name) == size
+    Image.new("RGB", (48, 48)).save(tmp_path / "a.ico", sizes=[(16, 16), (48, 48)])
+    assert measure_image(tmp_path / "a.ico") == (48, 48)
+    with pytest.raises(ImageError):
+        measure_image(tmp_path / "none.png")
+
+
+def test_translators_can_share_a_loaded_model(data):
+    options = TargetOptions(model_path=str(data / "classes.safetensors"))
+    target = load_target(options, ModelFlags(), torch.device("cpu"), any_class=True)
+    for steps, number in ((6, 0), (4, 2)):
+        given = {"steps": steps, "class_index": number, "area": 4, "range_t": 0.5}
+        shared = Translator(target, **given)
+        alone = Translator(data / "classes.safetensors", device="cpu", **given)
+        assert shared.evaluations == alone.evaluations == steps
+        assert np.array_equal(np.asarray(shared(data / "a.png")), np.asarray(alone(data / "a.png")))
+    with pytest.raises(InputError) as error:
+        Translator(target, steps=4, area=4)
+    assert error.value.parameter == "class_index"
+
+
+# ---- flags and environment ------------------------------------------------------------------------------------------
+
+
+def test_flags():
+    parser = load_script("web_demo").create_parser()
+    given = parser.parse(["--model_path", "a", "--model_path", "b", "--port", "0", "--max_side", "100"])
+    options = given.options(web.WebOptions)
+    assert given.model_path == ["a", "b"] and options.port == 0 and options.max_side == 100
+    assert options.host == "127.0.0.1" and options.precision == Settings.precision
+    assert Path(options.examples) == ROOT / "ref_imgs"
+    for wrong in (["--port", "70000"], ["--precision", "int8"], ["--max_side", "0"]):
+        with pytest.raises(InputError) as error:
+            parser.parse(wrong).options(web.WebOptions)
+        assert error.value.parameter == wrong[0].removeprefix("--")
+    with pytest.raises(InputError):
+        parser.parse(["--share"])
+
+
+WITHOUT_GRADIO = """
+import runpy, sys
+sys.modules["gradio"] = None
+sys.argv = ["web_demo.py"]
+try:
+    runpy.run_path("scripts/web_demo.py", run_name="__main__")
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+def test_without_gradio_there_is_one_line_before_torch_is_loaded():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_GRADIO], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: the web demo needs gradio: pip install -r requirements-demo.txt\n"
+
+
+def test_a_port_in_use_is_refused():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError) as error:
+            web.free_port("127.0.0.1", port)
+        assert (error.value.parameter, error.value.value) == ("port", port)
+        assert message("web_demo", error.value).startswith(f"--port is {port}; ")
+    assert web.free_port("127.0.0.1", port) == port
+    assert web.free_port("127.0.0.1", 0) > 0
+    with pytest.raises(InputError) as error:
+        web.free_port("203.0.113.7", 0)
+    assert error.value.parameter == "host"
+
+
+@pytest.mark.parametrize("host, lines", [("127.0.0.1", 0), ("localhost", 0), ("0.0.0.0", 1), ("192.168.0.7", 1)])
+def test_strangers_are_warned_of(host, lines, capsys):
+    web.warn_of_strangers(host)
+    assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+def test_the_environment_is_private(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"no_proxy": "example.org"})
+    with web.private_environment(offline=True) as folder:
+        Path(folder, "upload").write_text("x")
+        assert os.environ["GRADIO_TEMP_DIR"] == folder and stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+        assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False" and os.environ["HF_HUB_OFFLINE"] == "1"
+        assert os.environ["no_proxy"].startswith("example.org,localhost")
+    assert not os.path.exists(folder)
+    monkeypatch.setattr(os, "environ", {})
+    with web.private_environment(offline=False):
+        assert "HF_HUB_OFFLINE" not in os.environ
+
+
+def test_folders_of_models_are_private():
+    assert web.private_paths(["/m/a.pt"], "/e") == ["/m"]
+    assert web.private_paths(["/m/a.pt"], "/m/e") == ["/m/a.pt"]
+    assert web.private_paths(["/m/a.pt"], None) == ["/m"]
+
+
+def test_examples_stand_in_the_command_with_their_path(data, tmp_path):
+    from types import SimpleNamespace as Upload
+
+    (tmp_path / "ref").mkdir()
+    (tmp_path / "ref" / "a.png").write_bytes((data / "a.png").read_bytes())
+    command = web.command_for(str(tmp_path), str(tmp_path / "ref"), "auto")
+    same = command("owner/name", Upload(path=str(data / "a.png"), name="a.png"), SETTINGS)
+    assert "--base_samples ref/a.png " in same and "--model_path owner/name " in same and "--device" not in same
+    other = command("owner/name", Upload(path=str(data / AWKWARD), name="a.png"), SETTINGS)
+    assert "--base_samples a.png " in other
+
+
+def test_gradios_versions_stand_alike():
+    needed = [line.split("#")[0].strip() for line in (ROOT / "requirements-demo.txt").read_text().splitlines()]
+    needed = [line for line in needed if line]
+    assert f"demo = {needed}".replace("'", '"') in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_shell_script_installs_once_and_passes_flags_on(tmp_path):
+    """With an interpreter that only notes how it is called."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {shlex.quote(str(tmp_path / "calls"))}\n')
+    python.chmod(0o755)
+    (tmp_path / ".requirements").write_bytes((ROOT / "requirements.txt").read_bytes())
+    script, environment = str(ROOT / "scripts" / "web_demo.sh"), {**os.environ, "VENV": str(tmp_path)}
+    told = [
+        subprocess.run(
+            ["bash", script, "--port", "0"], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    install, *served = (tmp_path / "calls").read_text().splitlines()
+    assert install.startswith("-m pip install ") and install.endswith(f"-r {ROOT / 'requirements-demo.txt'}")
+    assert served == [f"{ROOT / 'scripts' / 'web_demo.py'} --port 0"] * 2
+    assert "once" in told[0] and told[1] == ""

@@ -1,0 +1,384 @@
+"""The page of the web demo, served by the real command: as an API, against strangers, and in a real browser.
+
+Only where gradio is installed; the browser's tests need playwright and chromium, too.
+"""
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+from conftest import ROOT
+from PIL import Image
+from scripts_in_process import load_script, run_script
+
+pytest.importorskip("gradio")
+httpx = pytest.importorskip("httpx")
+gradio_client = pytest.importorskip("gradio_client")
+
+NAME = 'it\'s ä "b" (1).png'
+TAMER = "ein ä 2.png"  # the Python client drops quotation marks from names, and some versions parentheses
+ARGUMENTS = (4, 0.35, 6, 3)  # area, T0, steps, seed
+SLOW = (4, 0.35, 250, 3)
+
+
+@contextlib.contextmanager
+def serving(root, *flags):
+    """The command as a process that serves; yields (process, address)."""
+    command = [sys.executable, ROOT / "scripts" / "web_demo.py", "--port", 0, "--device", "cpu", *flags]
+    environment = {**os.environ, "TMPDIR": str(root / "tmp"), "OMP_NUM_THREADS": "1"}
+    (root / "tmp").mkdir(exist_ok=True)
+    log = open(root / "log.txt", "w")
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=root, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+    )
+    try:
+        line = process.stdout.readline()
+        address = re.search(r"http://127\.0\.0\.1:\d+/", line)
+        assert address, (root / "log.txt").read_text()
+        yield process, address[0]
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        log.close()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder with a tiny model and pictures, and the address of a page that serves it."""
+    root = tmp_path_factory.mktemp("site")
+    (root / "models").mkdir()
+    tiny.make_model(root / "models" / "model.safetensors")
+    tiny.make_references(root / "examples", ["first.png", "second.png"])
+    tiny.make_references(root / "mine", ["other.png", NAME, TAMER])
+    with serving(root, "--model_path", "models/model.safetensors", "--examples", "examples") as (_, address):
+        yield root, address
+
+
+@pytest.fixture(scope="module")
+def client(site):
+    return gradio_client.Client(site[1], verbose=False, download_files=str(site[0] / "downloads"))
+
+
+def predict(client, path, *arguments, **options):
+    return client.predict(gradio_client.handle_file(path), *arguments, api_name="/translate", **options)
+
+
+def made_by(text, folder):
+    """The pixels that a command line makes when it runs in a folder."""
+    words = shlex.split(text)
+    given = load_script("ae_sample").create_parser().parse(words[2:])
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert run_script("ae_sample", *words[2:]) == 0
+        return np.asarray(
+            Image.open(f"{given.save_dir}/{os.path.splitext(os.path.basename(given.base_samples))[0]}.png")
+        )
+    finally:
+        os.chdir(before)
+
+
+# ---- as an API ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["other.png", TAMER])
+def test_the_client_gets_the_commands_pixels(site, client, name):
+    root, _ = site
+    _, pair, status, text = predict(client, str(root / "mine" / name), *ARGUMENTS)
+    assert status.startswith("Done: 6 steps")
+    reference, result = (np.asarray(Image.open(path)) for path in pair)
+    assert np.array_equal(reference, np.asarray(Image.open(root / "mine" / name)))
+    # The page does not know the folder of the models' paths; the command is for the project's.
+    assert np.array_equal(result, made_by(text, root / "mine"))
+
+
+def test_frames_arrive_while_it_samples(site, client):
+    job = client.submit(
+        gradio_client.handle_file(str(site[0] / "mine" / "other.png")), *SLOW, api_name="/translate"
+    )  # fmt: skip
+    job.result(timeout=120)
+    words = [output[2] for output in job.outputs()]
+    assert len(words) >= 2 and words[-1].startswith("Done: 250") and words[0].startswith(("Step ", "Waiting"))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((5, 0.35, 6, 3), "5"),
+        ((4, 1.5, 6, 3), "0.95"),
+        ((4, 0.35, 9999, 3), "250"),
+        ((4, 0.35, 6, -1), "0"),
+    ],
+)
+def test_values_outside_of_a_control_are_refused(site, client, arguments, words):
+    with pytest.raises(Exception) as error:
+        predict(client, str(site[0] / "mine" / "other.png"), *arguments)
+    assert words in str(error.value) and "Traceback" not in str(error.value)
+
+
+def test_errors_are_one_line_in_the_pages_words(site, client):
+    root, _ = site
+    (root / "text.png").write_text("hello")
+    before = len((root / "log.txt").read_text())
+    with pytest.raises(Exception) as error:
+        predict(client, str(root / "text.png"), *ARGUMENTS)
+    assert str(error.value).startswith("Your picture cannot be used: not an image") and str(root) not in str(
+        error.value
+    )
+    with pytest.raises(Exception) as error:
+        predict(client, str(root / "mine" / "other.png"), *ARGUMENTS, class_index="1")
+    assert str(error.value) == "Class is '1'; the model is not class-conditional"
+    assert "Traceback" not in (root / "log.txt").read_text()[before:]
+    assert predict(client, str(root / "mine" / "other.png"), *ARGUMENTS)[2].startswith("Done")
+
+
+# ---- against strangers ----------------------------------------------------------------------------------------------
+
+
+def test_foreign_files_are_not_served(site):
+    root, address = site
+    (root / "tmp" / "secret.txt").write_text("secret")
+    foreign = ["/etc/passwd", root / "models" / "model.safetensors", root / "log.txt", root / "mine" / "other.png"]
+    for path in (*foreign, root / "tmp" / "secret.txt", ROOT / "README.md", "README.md", "../log.txt"):
+        assert httpx.get(f"{address}gradio_api/file={path}").status_code in (403, 404), path
+    served = httpx.get(f"{address}gradio_api/file={root / 'examples' / 'first.png'}")
+    assert served.status_code == 200 and served.content == (root / "examples" / "first.png").read_bytes()
+
+
+def test_what_is_not_needed_is_closed(site):
+    _, address = site
+    for path in ("monitoring", "runs", "gradio_api/mcp/sse", "gradio_api/mcp"):
+        assert httpx.get(address + path).status_code in (403, 404), path
+    large = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.png", b"x" * (21 << 20))})
+    assert large.status_code == 413
+    headers = httpx.get(f"{address}config", headers={"Origin": "http://example.org"}).headers
+    assert headers.get("access-control-allow-origin") in (None, "")
+
+
+def call(address, picture):
+    """What the page answers to a picture as a bare request, without a client that uploads it first."""
+    rest = ["models/model.safetensors", 1, ["dct"], "manifold", "ancestral", "fp32", ""]
+    data = {"data": [{**picture, "meta": {"_type": "gradio.FileData"}}, *ARGUMENTS, *rest]}
+    event = httpx.post(f"{address}gradio_api/call/translate", json=data).json().get("event_id")
+    return httpx.get(f"{address}gradio_api/call/translate/{event}", timeout=30).text if event else ""
+
+
+def test_only_uploads_are_read(site):
+    root, address = site
+    for path in ("/etc/passwd", "models/model.safetensors", str(root / "mine" / "other.png")):
+        answer = call(address, {"path": path})
+        assert "event: complete" not in answer and "root:" not in answer, path
+    with open(root / "mine" / "other.png", "rb") as file:
+        uploaded = httpx.post(f"{address}gradio_api/upload", files={"files": ("other.png", file)}).json()[0]
+    assert "event: complete" in call(address, {"path": uploaded, "orig_name": "other.png"})
+
+
+def test_addresses_are_not_fetched(site):
+    """Neither as a path nor as the address of a picture."""
+    _, address = site
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.settimeout(0.5)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.png"
+        for picture in ({"path": url}, {"path": url, "url": url}, {"path": None, "url": url}):
+            assert "event: complete" not in call(address, picture)
+        assert "event: complete" not in call(address, {"path": None, "url": "data:image/png;base64,AAAA"})
+        with pytest.raises(TimeoutError):
+            listener.accept()
+
+
+# ---- start and end --------------------------------------------------------------------------------------------------
+
+
+def test_it_ends_with_a_signal_and_leaves_nothing(site, tmp_path):
+    root, _ = site
+    with serving(tmp_path, "--model_path", root / "models" / "model.safetensors", "--examples", "none") as (
+        process,
+        url,
+    ):
+        client = gradio_client.Client(url, verbose=False, download_files=False)
+        client.submit(gradio_client.handle_file(str(root / "mine" / "other.png")), *SLOW, api_name="/translate")
+        wait_for(lambda: list((tmp_path / "tmp").rglob("*.jpeg")))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
+    assert not list((tmp_path / "tmp").iterdir())
+    log = (tmp_path / "log.txt").read_text()
+    assert "Traceback" not in log and "HTTP Request" not in log, log
+
+
+def test_a_port_in_use_is_one_line(site):
+    port = site[1].rstrip("/").rpartition(":")[2]
+    command = [sys.executable, str(ROOT / "scripts" / "web_demo.py"), "--port", port]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: --port is {port}; ") and done.stderr.count("\n") == 1
+
+
+def wait_for(condition, seconds=30):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+# ---- in a browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    with playwright.sync_playwright() as started:
+        chrome = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield chrome
+        chrome.close()
+
+
+@pytest.fixture
+def tab(browser, site):
+    """The page in a tab of its own; every request that it makes stays on this machine."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    requests, errors = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(site[1])
+    page.wait_for_selector("#translate")
+    yield page
+    context.close()
+    hosts = {url.split("/")[2] for url in requests if url.startswith(("http", "ws"))}
+    assert hosts == {site[1].split("/")[2]} and not errors
+
+
+def status(tab):
+    return tab.input_value("#status textarea, #status input")
+
+
+def wait_for_status(tab, words, seconds=60):
+    script = "words => document.querySelector('#status textarea, #status input').value.startsWith(words)"
+    tab.wait_for_function(script, arg=words, timeout=seconds * 1000)
+
+
+def choose(tab, path):
+    before = tab.get_attribute("#picture img", "src")
+    tab.set_input_files("#picture input[type=file]", str(path))
+    tab.wait_for_function("old => (document.querySelector('#picture img')?.src ?? old) !== old", arg=before)
+
+
+def set_number(tab, label, value):
+    field = tab.get_by_label(f"number input for {label}")
+    field.fill(str(value))
+    field.press("Enter")
+
+
+def running(root):
+    """Whether the server samples: its newest preview is young."""
+    previews = list((root / "tmp").rglob("*.jpeg"))
+    return bool(previews) and time.time() - max(path.stat().st_mtime for path in previews) < 1.5
+
+
+def test_upload_and_translate(site, tab, tmp_path):
+    root, _ = site
+    choose(tab, root / "mine" / NAME)
+    set_number(tab, "Steps", 6)
+    tab.click("#translate")
+    wait_for_status(tab, "Done: 6 steps")
+    tab.wait_for_selector("#compare img")
+    text = tab.input_value("#command textarea")
+    assert NAME in shlex.split(text), "the name is the visitor's, to the last character"
+    with tab.expect_download() as download:
+        tab.click("#compare button[aria-label='Download']")
+    download.value.save_as(tmp_path / "result.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "result.png")), made_by(text, root / "mine"))
+
+
+def test_an_example_is_chosen_by_a_click(tab):
+    tab.click("#examples .gallery-item >> nth=1")
+    tab.wait_for_function("document.querySelector('#picture img').src.includes('second')")
+    set_number(tab, "Steps", 6)
+    tab.click("#translate")
+    wait_for_status(tab, "Done: 6 steps")
+    tab.wait_for_selector("#command textarea")
+    assert "second.png" in tab.input_value("#command textarea")
+
+
+def test_stop_ends_the_sampling_and_keeps_the_page(site, tab):
+    root, _ = site
+    choose(tab, root / "mine" / "other.png")
+    set_number(tab, "Steps", 250)
+    tab.click("#translate")
+    wait_for_status(tab, "Step ")
+    tab.click("#stop")
+    wait_for_status(tab, "Stopped")
+    time.sleep(2)
+    assert not running(root) and status(tab) == "Stopped."
+    set_number(tab, "Steps", 6)
+    tab.click("#translate")
+    wait_for_status(tab, "Done: 6 steps")
+
+
+def test_closing_the_tab_ends_the_sampling(site, browser):
+    root, address = site
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(address)
+    page.wait_for_selector("#translate")
+    choose(page, root / "mine" / "other.png")
+    set_number(page, "Steps", 250)
+    page.click("#translate")
+    wait_for_status(page, "Step ")
+    assert running(root)
+    context.close()
+    time.sleep(2.5)
+    assert not running(root)
+
+
+def test_an_error_keeps_the_picture_the_settings_and_the_last_result(site, tab):
+    root, _ = site
+    set_number(tab, "Steps", 6)
+    tab.click("#translate")
+    wait_for_status(tab, "Done")
+    tab.wait_for_selector("#compare img")
+    tab.get_by_label("Seed").fill("")
+    tab.click("#translate")
+    wait_for_status(tab, "Seed is missing")
+    tab.wait_for_selector("#compare img")
+    assert tab.locator("#picture img").count() == 1
+    assert "Traceback" not in tab.content()
+    (root / "broken.png").write_bytes((root / "mine" / "other.png").read_bytes()[:150])
+    tab.get_by_label("Seed").fill("1")
+    choose(tab, root / "broken.png")
+    tab.click("#translate")
+    wait_for_status(tab, "Your picture cannot be used: ")
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_nothing_is_wider_than_the_screen(site, browser, width):
+    context = browser.new_context(viewport={"width": width, "height": 800})
+    page = context.new_page()
+    page.goto(site[1])
+    page.wait_for_selector("#translate")
+    page.click("text=More settings")
+    set_number(page, "Steps", 6)
+    page.click("#translate")
+    wait_for_status(page, "Done")
+    page.wait_for_selector("#command textarea")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    sides = page.evaluate("(() => { const b = document.querySelector('#compare').getBoundingClientRect();"
+                          " return [b.width, b.height] })()")  # fmt: skip
+    assert min(sides) >= 300, "the result is large enough to be seen"
+    context.close()

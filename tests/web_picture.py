@@ -1,0 +1,37 @@
+"""Make docs/web_demo.png, the picture of the page after a translation. It needs playwright and chromium.
+
+example: bash scripts/web_demo.sh & python tests/web_picture.py http://127.0.0.1:7860/
+"""
+
+import io
+import shutil
+import sys
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+PICTURE = Path(__file__).resolve().parent.parent / "docs" / "web_demo.png"
+
+
+def screenshot(address: str) -> bytes:
+    """The page from its title to its controls, as a PNG."""
+    with sync_playwright() as started:
+        chrome = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = chrome.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+        page.goto(address)
+        page.click("#translate")
+        page.wait_for_function("document.querySelector('#status textarea, #status input').value.startsWith('Done')")
+        page.wait_for_selector("#compare img")
+        page.mouse.move(5, 5)
+        page.wait_for_timeout(1000)
+        box = page.locator("text=More settings").first.bounding_box()
+        taken = page.screenshot(clip={"x": 0, "y": 0, "width": 1280, "height": box["y"] - 16}, full_page=True)
+        chrome.close()
+    return taken
+
+
+if __name__ == "__main__":
+    image = Image.open(io.BytesIO(screenshot(sys.argv[1]))).convert("RGB")
+    image.quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(PICTURE, optimize=True)
+    print(f"{PICTURE}: {PICTURE.stat().st_size} bytes")
