@@ -55,9 +55,7 @@ def norm_silu(
     else:
         h = F.group_norm(x.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps)
     if scale is not None and shift is not None:
-        scale, shift = (1 + scale).to(h.dtype), shift.to(h.dtype)
-        # In one pass for half precision; it rounds otherwise than two, so not in float32.
-        h = h.mul_(scale).add_(shift) if x.dtype == torch.float32 else torch.addcmul(shift, h, scale, out=h)
+        h.mul_((1 + scale).to(h.dtype)).add_(shift.to(h.dtype))
     return F.silu(h, inplace=True).to(x.dtype)
 
 
