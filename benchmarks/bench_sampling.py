@@ -41,6 +41,15 @@ SHARED = {
 ARCHITECTURES = {
     "readme": {**SHARED, "num_res_blocks": 2, "learn_sigma": False},
     "ilvr": {**SHARED, "num_res_blocks": 1, "learn_sigma": True},
+    "tiny": {
+        **SHARED,
+        "image_size": 32,
+        "num_channels": 32,
+        "channel_mult": "1,2",
+        "num_res_blocks": 1,
+        "num_head_channels": 32,
+        "learn_sigma": False,
+    },
 }
 ENERGIES = ("none", "dct", "vgg", "low_pass", "dse", "dct+low_pass", "dct+low_pass+vgg")
 
@@ -57,7 +66,8 @@ def network(name, dtype, device):
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02, generator=generator)
     model = model.eval().requires_grad_(False).set_dtype(dtype)
-    return model.to(memory_format=torch.channels_last), 256, ARCHITECTURES[name]["learn_sigma"]
+    flags = ARCHITECTURES[name]
+    return model.to(memory_format=torch.channels_last), flags["image_size"], flags["learn_sigma"]
 
 
 def create_energies(names, size, device):
@@ -139,6 +149,12 @@ def peak_mib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def take(steps, count):
+    """Take so many steps of a run."""
+    for _ in itertools.islice(steps, count):
+        pass
+
+
 def measure_forward(name, batch, precisions, modes, rounds, device):
     """Rows of images per second, by precision and mode, and the fp32 output's distance in grey levels."""
     cases, rows, outputs = {}, {}, {}
@@ -146,7 +162,7 @@ def measure_forward(name, batch, precisions, modes, rounds, device):
         model, size, _ = network(name, DTYPES[precision], device)
         x = torch.randn(batch, 3, size, size, device=device, generator=torch.Generator(device).manual_seed(1))
         t = torch.full((batch,), 500, device=device)
-        row = rows[precision, mode] = {
+        row = {
             "model": name,
             "size": size,
             "batch": batch,
@@ -155,19 +171,26 @@ def measure_forward(name, batch, precisions, modes, rounds, device):
         }
         row["parameters"] = sum(p.numel() for p in model.parameters())
         row["gflop_per_image"] = flops(model, x, t) / batch / 1e9
-        run = model
+        mode, _, fused = mode.partition("+")
+        run = model.fuse() if fused else model
+        if mode == "no_graphs":
+            run = torch.compile(model, dynamic=False)
+            with torch.no_grad():
+                row["compile_seconds"] = seconds(functools.partial(run, x, t), device)
         if mode == "compiled":
             run = CompiledModel(model)
             with torch.no_grad():
                 row["compile_seconds"] = seconds(functools.partial(run, x, t), device)
             if run.compiled is None:
-                row["mode"] = "compiled, fell back to eager"
+                row["mode"] = f"{row['mode']}, fell back to eager"
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        cases[precision, mode] = lambda run=run, x=x, t=t: run(x, t)
+        key = precision, row["mode"]
+        cases[key] = lambda run=run, x=x, t=t: run(x, t)
         with torch.no_grad():
-            outputs[precision, mode] = run(x, t)
+            outputs[key] = run(x, t)
         row["peak_mib"] = peak_mib(device)
+        rows[key] = row
     with torch.no_grad():
         times = medians(cases, rounds, device)
     exact = outputs.get(("fp32", "eager"))
@@ -181,29 +204,25 @@ def measure_forward(name, batch, precisions, modes, rounds, device):
 
 def measure_overhead(name, batch, names, rounds, device, forward_s):
     """Rows of what a guided step costs besides its evaluation, for every energy with and without detail_merge."""
-    size, learned = (64, False) if name == "demo" else (256, ARCHITECTURES[name]["learn_sigma"])
+    flags = {"image_size": 64, "learn_sigma": False} if name == "demo" else ARCHITECTURES[name]
+    size, learned = flags["image_size"], flags["learn_sigma"]
     generator = torch.Generator(device).manual_seed(2)
     ref = torch.rand(batch, 3, size, size, device=device, generator=generator) * 2 - 1
-    steps = 4
-    diffusion = create_diffusion(timestep_respacing=str(steps), learn_sigma=learned)
+    steps = 4  # the last of a schedule is always a plain one, and is not taken
+    diffusion = create_diffusion(timestep_respacing=str(steps + 1), learn_sigma=learned)
     still = Still(torch.randn(batch, 6 if learned else 3, size, size, device=device, generator=generator) / 4)
     draw = torch.randn(ref.shape, device=device, generator=generator)
     cases = {}
     for label, detail in itertools.product(names, (False, True)):
         energies = create_energies(label, size, device)
-        cases[label, detail] = lambda energies=energies, detail=detail: sddm.sample(
-            still,
-            diffusion,
-            ref,
-            blocks=BLOCKS,
-            range_t=-1,
-            energies=energies,
-            detail_merge=detail,
-            noise=lambda _: draw,
-        )
+        options = {"range_t": 0, "energies": energies, "detail_merge": detail}
+        cases[label, detail] = lambda options=options: take(run(**options), steps)
+
+    def run(**options):
+        return sddm.sample.steps(still, diffusion, ref, blocks=BLOCKS, noise=lambda _: draw, **options)
 
     def plain():
-        sddm.sample(still, diffusion, ref, blocks=BLOCKS, range_t=steps, noise=lambda _: draw)
+        take(run(range_t=steps), steps)
 
     times = medians({**cases, ("plain step", False): plain}, rounds, device)
     return [
@@ -221,21 +240,21 @@ def measure_overhead(name, batch, names, rounds, device, forward_s):
     ]
 
 
-def measure_whole_run(precisions, device, batch=8):
+def measure_whole_run(precisions, device, batch=8, steps=100):
     """Seconds of whole runs of the demo model (100 steps, 80 guided), and their distance from fp32 in grey levels."""
     reference, rows = None, []
     for precision in precisions:
         model, size, _ = network("demo", DTYPES[precision], device)
         generator = torch.Generator(device).manual_seed(3)
         ref = torch.rand(batch, 3, size, size, device=device, generator=generator) * 2 - 1
-        draws = iter(torch.randn(101, *ref.shape, device=device, generator=generator))
+        draws = iter(torch.randn(steps + 1, *ref.shape, device=device, generator=generator))
         started = time.perf_counter()
         image = sddm.sample(
             model,
-            create_diffusion(timestep_respacing="100"),
+            create_diffusion(timestep_respacing=str(steps)),
             ref,
             blocks=BLOCKS,
-            range_t=20,
+            range_t=steps // 5,
             energies=[energy.dct(BLOCKS)],
             noise=lambda _, draws=draws: next(draws),
         )
@@ -249,19 +268,18 @@ def measure_whole_run(precisions, device, batch=8):
     return rows
 
 
-def profile_step(path, device, batch=8):
+def profile_step(path, device, batch=8, steps=12):
     """Write what guided steps of the demo model spend their time on; returns the count of waits for the device."""
     from torch.profiler import ProfilerActivity, profile
 
     model, size, _ = network("demo", torch.float32, device)
     ref = torch.rand(batch, 3, size, size, device=device) * 2 - 1
-    diffusion = create_diffusion(timestep_respacing="12")
+    diffusion = create_diffusion(timestep_respacing=str(steps + 1))
     draw = torch.randn_like(ref)
 
     def run():
-        sddm.sample(
-            model, diffusion, ref, blocks=BLOCKS, range_t=-1, energies=[energy.dct(BLOCKS)], noise=lambda _: draw
-        )
+        options = {"blocks": BLOCKS, "range_t": 0, "energies": [energy.dct(BLOCKS)], "noise": lambda _: draw}
+        take(sddm.sample.steps(model, diffusion, ref, **options), steps)
 
     run()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
@@ -274,9 +292,8 @@ def profile_step(path, device, batch=8):
     )
     key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     with open(path, "w", encoding="utf-8") as file:
-        file.write(
-            f"{machine.sentence(machine.describe())}\n12 guided steps of the demo model, batch {batch}, fp32, dct\n"
-        )
+        file.write(f"{machine.sentence(machine.describe())}\n")
+        file.write(f"{steps} guided steps of the demo model, batch {batch}, fp32, dct\n")
         file.write(f"waits for the device or reads of a value from it: {waits}\n\n")
         file.write("\n".join(line.rstrip() for line in table.table(sort_by=key, row_limit=30).splitlines()) + "\n")
     return waits
@@ -365,10 +382,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--cases", default="demo:1,demo:8,readme:1", help="model:batch pairs; models: demo, readme, ilvr"
+        "--cases", default="demo:1,demo:8,readme:1", help="model:batch pairs; models: demo, readme, ilvr, tiny"
     )
     parser.add_argument("--precisions", default="fp32,bf16", help="of fp32, bf16 and fp16")
-    parser.add_argument("--modes", default="eager", help="of eager and compiled")
+    modes = "of eager, compiled (with CUDA graphs on a GPU) and no_graphs, each also as eager+fuse"
+    parser.add_argument("--modes", default="eager", help=modes)
     parser.add_argument(
         "--energies", default=",".join(ENERGIES), help="energies of guided steps, joined by +; empty for none"
     )

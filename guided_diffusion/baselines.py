@@ -15,6 +15,7 @@ import torch
 
 from resizer import low_pass_filter
 
+from .caching import CacheOptions, GuidedCacheOptions, cached, share_features
 from .energy import dse, load_encoder, low_pass
 from .errors import InputError
 from .gaussian_diffusion import GaussianDiffusion, ModelVarType
@@ -35,6 +36,8 @@ def ilvr(
     down_n: int,
     range_t: int | float,
     start: int | float | None = None,
+    cache_interval: int = 1,
+    cache_guided: bool = False,
     noise: Noise | None = None,
     clip_denoised: bool | float = True,
 ) -> Iterator[State]:
@@ -42,7 +45,8 @@ def ilvr(
 
     Steps i = T'-1 … 0; while i > range_t, the step's result takes its low frequencies from the reference noised to i:
     x + phi(ref_i - x), where phi shrinks by down_n and enlarges again with a cubic kernel. Draws: x_T; then in every
-    step one for the step itself, and one for ref_i while i > range_t. start: late start, see `sddm.sample`.
+    step one for the step itself, and one for ref_i while i > range_t. start: late start;
+    cache_interval, cache_guided: see `sddm.sample`.
     """
     check_references(ref)
     check_down_n(down_n, ref.shape[2:])
@@ -54,9 +58,10 @@ def ilvr(
     x = noise(ref.shape)
     if start is not None:
         x = diffusion.q_sample(ref, at_step(ref, steps - 1), x)
+    guided, plain = share_features(model, cache_interval, cache_guided)
     for i in reversed(range(steps)):
         t = at_step(ref, i)
-        out = diffusion.p_sample(model, x, t, clip_denoised, noise=noise(ref.shape))
+        out = diffusion.p_sample(guided if i > range_t else plain, x, t, clip_denoised, noise=noise(ref.shape))
         x = out["sample"]
         if i > range_t:
             # As released, the reference has the noise of step i although x has just moved on to i-1.
@@ -72,14 +77,15 @@ def sdedit(
     *,
     start: int | float,
     variance: str = "fixed_small",
+    cache_interval: int = 1,
     noise: Noise | None = None,
 ) -> Iterator[State]:
     """SDEdit (Meng et al. 2022): noise the reference by `start` steps, then denoise it; `egsde` without energies.
 
-    See `egsde` for start, variance and the draws.
+    See `egsde` for start, variance and the draws, `sddm.sample` for cache_interval.
     """
     options: dict[str, Any] = {"ls": 0, "li": 0, "encoder": None, "down_n": None, "variance": variance, "noise": noise}
-    yield from egsde.steps(model, diffusion, ref, start=start, **options)
+    yield from egsde.steps(model, diffusion, ref, start=start, cache_interval=cache_interval, **options)
 
 
 @sampler
@@ -95,6 +101,8 @@ def egsde(
     down_n: int | None,
     variance: str = "fixed_small",
     timestep: Callable[[float], float] | None = None,
+    cache_interval: int = 1,
+    cache_guided: bool = False,
     noise: Noise | None = None,
 ) -> Iterator[State]:
     """Energy-guided SDE (Zhao et al. 2022, algorithm 1); published runs use the full 1000-step linear schedule.
@@ -104,6 +112,7 @@ def egsde(
     `energy.low_pass(down_n)`. An energy with weight 0 is not evaluated and needs no encoder or down_n. Few steps make
     beta_i large, and large weights then overshoot. The predicted x_0 is not clipped. variance: fixed_small, the
     posterior's, or fixed_large, beta; a variance that the model gives, in channels after the first C, is ignored.
+    With energies all steps are guided ones; cache_interval, cache_guided: see `sddm.sample`.
     Draws: e, the noise of every ref_i; then one per step.
     """
     check_references(ref)
@@ -114,6 +123,8 @@ def egsde(
         raise InputError(f"`ls` {ls:g} needs it; `ls` 0 does without the realism energy", parameter="encoder")
     if li and down_n is None:
         raise InputError(f"`li` {li:g} needs it; `li` 0 does without the faithfulness energy", parameter="down_n")
+    guided, plain = share_features(model, cache_interval, cache_guided)
+    model = guided if ls or li else plain
     diffusion = copy.copy(diffusion)
     diffusion.model_var_type = VARIANCES[variance]
     noise = noise or gaussian_like(ref)
@@ -145,13 +156,16 @@ def unconditional(
     *,
     use_ddim: bool = False,
     eta: float = 0.0,
+    cache_interval: int = 1,
     noise: Noise | None = None,
     clip_denoised: bool | float = True,
 ) -> Iterator[State]:
     """Images of the model's own: of ref only shape, type and device count.
 
     Ancestral sampling, or with use_ddim DDIM (Song et al. 2021), eta its share of noise. Draws: x_T; then one per step.
+    cache_interval: see `sddm.sample`.
     """
+    model = cached(model, cache_interval)
     noise = noise or gaussian_like(ref)
     x = noise(ref.shape)
     for i in reversed(range(diffusion.num_timesteps)):
@@ -170,7 +184,7 @@ def unconditional(
 
 @METHODS.add("ilvr")
 @dataclass(frozen=True)
-class ILVR:
+class ILVR(GuidedCacheOptions):
     """Options of `ilvr`."""
 
     down_n: int = option(32, "keep what an image of 1/N of the size shows", least=1)
@@ -203,7 +217,7 @@ class ILVR:
 
 @METHODS.add("sdedit")
 @dataclass(frozen=True)
-class SDEdit:
+class SDEdit(CacheOptions):
     """Options of `sdedit`. Predicted images are not clipped, learned variances are not used."""
 
     start: int | float = option(
@@ -224,12 +238,13 @@ class SDEdit:
 
     def bind(self, *, sigma_small: bool = True, **context: Any) -> Callable:
         """`sdedit` with these options: a function of (model, diffusion, ref, noise=, callback=)."""
-        return bind(sdedit, start=self.start, variance="fixed_small" if sigma_small else "fixed_large")
+        variance = "fixed_small" if sigma_small else "fixed_large"
+        return bind(sdedit, start=self.start, variance=variance, cache_interval=self.cache_interval)
 
 
 @METHODS.add("egsde")
 @dataclass(frozen=True)
-class EGSDE(SDEdit):
+class EGSDE(SDEdit, GuidedCacheOptions):
     """Options of `egsde`. Predicted images are not clipped, learned variances are not used."""
 
     ls: float = option(500.0, "weight of realism, 0 for none")
@@ -239,6 +254,9 @@ class EGSDE(SDEdit):
 
     def __post_init__(self) -> None:
         check(self)
+        if self.cache_interval > 1 and not self.cache_guided and (self.ls or self.li):
+            reason = "all steps are guided ones; `cache_guided` True is needed"
+            raise InputError(reason, parameter="cache_interval", value=self.cache_interval)
         if self.ls and not self.encoder:
             raise InputError(f"`ls` {self.ls:g} needs it; `ls` 0 does without the realism energy", parameter="encoder")
         if self.ls and "://" not in str(self.encoder) and not os.path.exists(str(self.encoder)):
@@ -246,7 +264,7 @@ class EGSDE(SDEdit):
 
     def ignored(self) -> set[str]:
         """Fields that have no effect with these values."""
-        return (set() if self.ls else {"encoder"}) | (set() if self.li else {"down_n"})
+        return super().ignored() | (set() if self.ls else {"encoder"}) | (set() if self.li else {"down_n"})
 
     def check_fit(self, image_size: int | None, steps: int | None) -> None:
         """As `sddm.SDDM.check_fit`."""
@@ -258,13 +276,14 @@ class EGSDE(SDEdit):
         """`egsde` with these options, its extractor loaded: a function of (model, diffusion, ref, …)."""
         network, timestep = load_encoder("encoder", str(self.encoder), target) if self.ls else (None, None)
         variance = "fixed_small" if sigma_small else "fixed_large"
-        weights = {"ls": self.ls, "li": self.li, "down_n": self.down_n}
-        return bind(egsde, start=self.start, encoder=network, timestep=timestep, variance=variance, **weights)
+        options = {"ls": self.ls, "li": self.li, "down_n": self.down_n, "start": self.start, "variance": variance}
+        options |= {"cache_interval": self.cache_interval, "cache_guided": self.cache_guided}
+        return bind(egsde, encoder=network, timestep=timestep, **options)
 
 
 @METHODS.add("unconditional")
 @dataclass(frozen=True)
-class Unconditional:
+class Unconditional(CacheOptions):
     """Options of `unconditional`."""
 
     use_ddim: bool = option(False, "DDIM instead of ancestral sampling")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .nn import norm_silu
+from .nn import norm_silu, upsampling_convolution
 
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
@@ -189,20 +189,53 @@ class Model(nn.Module):
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x: [N, C, H, W]; timesteps: [N] -> predicted noise [N, out_ch, H, W] in x's dtype."""
+        temb = self.embedding(timesteps)
+        down, middle, up = self.stages()
+        h, skips = x.to(self.dtype), []
+        for stage in down:
+            h = stage(h, temb)
+            skips.append(h)
+        h = middle(h, temb)
+        for stage in up:
+            h = stage(torch.cat([h, skips.pop()], dim=1), temb)
+        return self.head(h, x.dtype)
+
+    def embedding(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The vectors [N, 4 ch] of timesteps that all residual blocks get."""
         temb = timestep_embedding(timesteps, self.ch).to(self.temb.dense[0].weight.dtype)
-        temb = self.temb.dense[1](F.silu(self.temb.dense[0](temb)))
-        skips = [self.conv_in(x.to(self.dtype))]
+        return self.temb.dense[1](F.silu(self.temb.dense[0](temb)))
+
+    def stages(self) -> tuple[Sequence[Any], Any, Sequence[Any]]:
+        """The way down, the middle and the way up, all functions of (h, temb); see `unet.UNetModel.stages`."""
+        down = [_stage(self.conv_in)]
         for level in self.down:
-            for i, block in enumerate(level.block):
-                h = block(skips[-1], temb)
-                skips.append(level.attn[i](h) if level.attn else h)
-            if hasattr(level, "downsample"):
-                skips.append(level.downsample(skips[-1]))
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(skips[-1], temb)), temb)
+            down += [_stage(block, *level.attn[i : i + 1]) for i, block in enumerate(level.block)]
+            down += [_stage(level.downsample)] if hasattr(level, "downsample") else []
+        up = []
         for level in reversed(self.up):
+            last = [level.upsample] if hasattr(level, "upsample") else []
             for i, block in enumerate(level.block):
-                h = block(torch.cat([h, skips.pop()], dim=1), temb)
-                h = level.attn[i](h) if level.attn else h
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)).to(x.dtype)).contiguous()
+                up.append(_stage(block, *level.attn[i : i + 1], *(last if i == len(level.block) - 1 else [])))
+        return down, _stage(self.mid.block_1, self.mid.attn_1, self.mid.block_2), up
+
+    def fuse(self) -> "Model":
+        """Put faster forms in place of some layers, equal up to rounding; see `unet.UNetModel.fuse`."""
+        for level in self.up:
+            if hasattr(level, "upsample") and isinstance(level.upsample.conv, nn.Conv2d):
+                level.upsample = upsampling_convolution(level.upsample.conv)
+        return self
+
+    def head(self, h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The network's output in `dtype`, of what the way up gave."""
+        return self.conv_out(F.silu(self.norm_out(h)).to(dtype)).contiguous()
+
+
+def _stage(*layers: nn.Module) -> Any:
+    """A function of (h, temb) that applies layers one after another."""
+
+    def run(h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            h = layer(h, temb) if isinstance(layer, ResnetBlock) else layer(h)
+        return h
+
+    return run

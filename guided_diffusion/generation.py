@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from .caching import WithClass
 from .errors import InputError
 from .gaussian_diffusion import GaussianDiffusion
 from .options import check, option
@@ -150,7 +151,7 @@ def with_random_classes(sample: Callable[..., torch.Tensor], num_classes: int) -
         model: Callable, diffusion: GaussianDiffusion, ref: torch.Tensor, **options: Any
     ) -> torch.Tensor:
         labels = draw_labels(options["noise"], len(ref), num_classes, ref.device)
-        return sample(lambda x, t: model(x, t, labels), diffusion, ref, **options)
+        return sample(WithClass(model, labels), diffusion, ref, **options)
 
     return sample_classes
 

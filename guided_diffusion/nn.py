@@ -69,6 +69,24 @@ def _normalizes_halves(norm, x):
     return norm.num_channels >= 4 * norm.num_groups and x.shape[2] * x.shape[3] >= 1024
 
 
+@torch.no_grad()
+def upsampling_convolution(conv: nn.Conv2d) -> nn.ConvTranspose2d:
+    """Nearest-neighbour upsampling by 2 and a 3x3 convolution as one transposed convolution, equal up to rounding.
+
+    Every output pixel sees 2x2 different pixels, so 4 of 9 products are left.
+    """
+    kernel = conv.weight.new_zeros(conv.out_channels, conv.in_channels, 4, 4, dtype=torch.float32)
+    for row in (0, 1):
+        for column in (0, 1):
+            kernel[:, :, row : row + 3, column : column + 3] += conv.weight
+    shape, place = (conv.in_channels, conv.out_channels), {"device": conv.weight.device, "dtype": conv.weight.dtype}
+    folded = nn.ConvTranspose2d(*shape, 4, stride=2, padding=1, bias=conv.bias is not None, **place)
+    folded.weight.copy_(kernel.flip(2, 3).transpose(0, 1))
+    if conv.bias is not None and folded.bias is not None:
+        folded.bias.copy_(conv.bias)
+    return folded.requires_grad_(False).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+
+
 def zero_module(module: nn.Module) -> nn.Module:
     """Set all parameters of a module to zero and return it: a residual branch that starts as the identity."""
     for parameter in module.parameters():

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .caching import GuidedCacheOptions, share_features
 from .energy import Energy
 from .errors import InputError
 from .gaussian_diffusion import GaussianDiffusion
@@ -43,11 +44,14 @@ VARIANTS = Registry("variant")
 
 
 class Guide:
-    """What a run of SDDM computes at a step: the model's posterior, the score's parts, and the merged move."""
+    """What a run of SDDM computes at a step: the model's posterior, the score's parts, and the merged move.
+
+    model: the one that evaluates step i, model(i)(x, t).
+    """
 
     def __init__(
         self,
-        model: Callable,
+        model: Callable[[int], Callable],
         diffusion: GaussianDiffusion,
         ref: torch.Tensor,
         energies: Sequence[Energy],
@@ -66,7 +70,8 @@ class Guide:
     def posterior(self, x: torch.Tensor, i: int) -> dict[str, torch.Tensor]:
         """The solver's mean and log-variance of x_{i-1}, and the prediction of x_0."""
         t = at_step(x, i)
-        return self.solver.posterior(self.diffusion.p_mean_variance(self.model, x, t, self.clip_denoised), x, t)
+        out = self.diffusion.p_mean_variance(self.model(i), x, t, self.clip_denoised)
+        return self.solver.posterior(out, x, t)
 
     def parts(self, x: torch.Tensor, i: int, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """The move d along the manifold, the rest of the step (the score's normal part and the drift), and a record.
@@ -161,6 +166,8 @@ def sample(
     sampler: str = "ancestral",
     eta: float = 0.0,
     start: int | float | None = None,
+    cache_interval: int = 1,
+    cache_guided: bool = False,
     noise: Noise | None = None,
 ) -> Iterator[State]:
     """Translate references into the domain of the model; returns images [N, C, H, W].
@@ -182,6 +189,8 @@ def sample(
             the guided ones, which need fewer steps. Their posterior takes the place of the ancestral one.
         eta: DDIM's share of noise.
         start: late start: begin at step start - 1 from the reference noised to it, instead of at T'-1 from noise.
+        cache_interval: compute the network's deep levels in every so many plain evaluations alone; 1: in all.
+        cache_guided: count and share those of guided steps, too. See `caching`.
         noise: noise(shape), every random draw in order: x_T (or the noise of a late start) first, then one per step.
         callback: sees every step; see `solvers.sampler`. `sample.steps(...)` is the generator of the steps.
 
@@ -200,8 +209,9 @@ def sample(
         if own != blocks and manifold == "badain":
             raise InputError(f"an energy has {own} blocks; they must agree", parameter="blocks", value=blocks)
     merging = "linear" if moo == "linear" else "frank_wolfe" if variant == "released" else "exact"
+    guided, plain = share_features(model, cache_interval, cache_guided)
     guide = Guide(
-        model,
+        lambda i: guided if i > last_guided else plain,
         diffusion,
         ref,
         energies,
@@ -250,7 +260,7 @@ def merge(directions: list[torch.Tensor], blocks: int | None, solver: str) -> tu
 
 @METHODS.add("sddm")
 @dataclass(frozen=True)
-class SDDM:
+class SDDM(GuidedCacheOptions):
     """SDDM's options: guided above step T0, the plain diffusion model below it."""
 
     range_t: int | float = option(
@@ -285,6 +295,7 @@ class SDDM:
     def ignored(self) -> set[str]:
         """Fields that have no effect with these values."""
         unused = set() if getattr(SOLVERS.pick(self.sampler), "takes_eta", True) else {"eta"}
+        unused |= super().ignored()
         return unused | (set() if self.manifold == "low_pass" else {"down_n"})
 
     def check_fit(self, image_size: int | None, steps: int | None) -> None:

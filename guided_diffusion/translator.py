@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from . import baselines  # noqa: F401  (registers their methods)
+from .caching import WithClass, cached
 from .checkpoint import ModelInfo, load_model
 from .checkpoint.reconcile import ModelFlags
 from .energy import ENERGIES, Energy, class_number
@@ -54,6 +55,7 @@ class TargetOptions:
         "arithmetic of the network; auto: bf16 where the device computes in it, else fp32 (default fp32)",
         choices=PRECISIONS,
     )
+    fuse: bool = option(False, "faster forms of some layers, equal up to rounding")
     compile: bool = option(False, "compile the network first, which pays over many batches on a GPU", runtime=True)
     sigma_small: bool | None = option(
         None, "variance where the model has none: the posterior's, as released; False for beta (default True)"
@@ -64,13 +66,17 @@ class TargetOptions:
     def __post_init__(self) -> None:
         check(self)
 
+    def ignored(self) -> set[str]:
+        """Fields that have no effect with these values."""
+        return set() if self.fuse else {"fuse"}
+
 
 @dataclass(frozen=True)
 class Target:
     """A diffusion model that is ready to sample.
 
     model: model(x, t) with its class, if any; diffusion: the respaced process. sigma_small, clip_denoised: as given,
-    else as the model's scheduler file says, else True.
+    else as the model's scheduler file says, else True. fuse: energies take faster forms, too, equal up to rounding.
     """
 
     model: Callable[..., torch.Tensor]
@@ -80,6 +86,7 @@ class Target:
     precision: str
     sigma_small: bool
     clip_denoised: bool | float
+    fuse: bool = False
 
     @property
     def image_size(self) -> int:
@@ -116,6 +123,8 @@ def load_target(options: TargetOptions, flags: ModelFlags, device: torch.device,
     if info.flags.get("super_res"):
         raise InputError("it is a super-resolution model, which needs small images; super_res_sample takes it", **wrong)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] - convolutions are fastest in it
+    if options.fuse:
+        model.fuse()  # type: ignore[operator]
     sigma_small = info.choose("sigma_small", options.sigma_small)
     return Target(
         model=_with_class(CompiledModel(model) if options.compile else model, info, options.class_index, any_class),
@@ -125,6 +134,7 @@ def load_target(options: TargetOptions, flags: ModelFlags, device: torch.device,
         precision=precision,
         sigma_small=sigma_small,
         clip_denoised=info.choose("clip_denoised", options.clip_denoised),
+        fuse=options.fuse,
     )
 
 
@@ -153,12 +163,7 @@ def _with_class(model: Callable, info: ModelInfo, given: int | str | None, any_c
         classes = info.flags.get("num_classes", 1000)
         reason = f"the model is class-conditional and needs a class, 0 to {classes - 1}"
         raise InputError(reason, parameter="class_index")
-    number = class_number(given, info, "class_index")
-
-    def conditioned(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return model(x, t, torch.full((x.shape[0],), number, device=x.device))
-
-    return conditioned
+    return WithClass(model, class_number(given, info, "class_index"))
 
 
 def energy_names(given: str | Sequence[str] | None, weights: str | None = None) -> list[str]:
@@ -333,6 +338,8 @@ class Translator:
 
 def bind_method(method: Any, target: Target, energies: Sequence[Energy] = ()) -> Callable[..., torch.Tensor]:
     """A method's sampler for a target: a function of (model, diffusion, ref, noise=, callback=)."""
+    # Raises InputError for a model that cannot share features.
+    cached(target.model, getattr(method, "cache_interval", 1))
     return method.bind(
         energies=energies, target=target, clip_denoised=target.clip_denoised, sigma_small=target.sigma_small
     )

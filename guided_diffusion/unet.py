@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
-from .nn import hooked, norm_silu, normalization, timestep_embedding, zero_module
+from .nn import hooked, norm_silu, normalization, timestep_embedding, upsampling_convolution, zero_module
 
 
 class Upsample(nn.Module):
@@ -100,7 +100,8 @@ class ResBlock(nn.Module):
         if hooked(self.in_layers) and isinstance(self.resample, nn.Identity):
             h = self.in_layers(x)
         else:
-            h = conv_in(self.resample(norm_silu(norm_in, x, silu=silu_in)))
+            h = norm_silu(norm_in, x, silu=silu_in)
+            h = conv_in(h if isinstance(conv_in, nn.ConvTranspose2d) else self.resample(h))
         emb = self.emb_layers(emb)[:, :, None, None]
         norm_out, silu_out, dropout, conv_out = self.out_layers
         if self.use_scale_shift_norm:
@@ -113,8 +114,10 @@ class ResBlock(nn.Module):
         return self.skip_connection(self.resample(x)) + h
 
 
-def multi_head_attention(qkv: torch.Tensor, num_heads: int, new_order: bool) -> torch.Tensor:
+def multi_head_attention(qkv: torch.Tensor, num_heads: int, new_order: bool, fused: bool | None = None) -> torch.Tensor:
     """Scaled dot-product attention over packed projections.
+
+    fused: by the fused kernel of CPUs, too; None: in half precision without gradients.
 
     qkv: [N, 3 * C, L]. The published checkpoints pack it in two ways: the new order is q, k, v each with all heads;
     the legacy order is, head by head, q, k, v. Returns [N, C, L].
@@ -127,7 +130,7 @@ def multi_head_attention(qkv: torch.Tensor, num_heads: int, new_order: bool) -> 
         qkv = qkv.reshape(n, num_heads, 3, width // (3 * num_heads), length)
         q, k, v = qkv.unbind(2)
     q, k, v = (tensor.transpose(2, 3) for tensor in (q, k, v))
-    if qkv.dtype != torch.float32 and not qkv.requires_grad:
+    if (qkv.dtype != torch.float32 and not qkv.requires_grad) if fused is None else fused:
         # On CPUs the fused kernel wants rows in memory order; its backward pass is slower than that of the plain one.
         # In float32 it would differ from the published numbers by rounding, which the last steps amplify past 1e-4.
         q, k, v = (tensor.contiguous() for tensor in (q, k, v))
@@ -153,6 +156,7 @@ class AttentionBlock(nn.Module):
             raise ValueError(f"{channels} channels cannot be split among {self.num_heads} attention heads")
         self.use_checkpoint = use_checkpoint
         self.use_new_attention_order = use_new_attention_order
+        self.fused: bool | None = None
         self.norm = norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
@@ -164,7 +168,7 @@ class AttentionBlock(nn.Module):
 
     def _forward(self, x):
         h = self.qkv(self.norm(x).flatten(2))
-        h = multi_head_attention(h, self.num_heads, self.use_new_attention_order)
+        h = multi_head_attention(h, self.num_heads, self.use_new_attention_order, self.fused)
         return x + self.proj_out(h).reshape(x.shape)
 
 
@@ -402,16 +406,45 @@ class UNetModel(_UNetEncoder):
 
         Returns [N, out_channels, H, W] in x's dtype.
         """
-        if (y is not None) != (self.num_classes is not None):
-            raise ValueError("class labels y are needed by a class-conditional model, and only by it")
-        emb = self._embed(timesteps)
-        if y is not None:
-            emb = emb + self.label_emb(y)
+        emb = self.embedding(timesteps, y)
         skips = self._encode(x, emb)
         h = self.middle_block(skips[-1], emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h.to(x.dtype)).contiguous()
+        return self.head(h, x.dtype)
+
+    def embedding(self, timesteps: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        """The vectors [N, embed_dim] of timesteps and classes that all residual blocks get."""
+        if (y is not None) != (self.num_classes is not None):
+            raise ValueError("class labels y are needed by a class-conditional model, and only by it")
+        emb = self._embed(timesteps)
+        return emb if y is None else emb + self.label_emb(y)
+
+    def stages(self) -> tuple[Sequence[Any], Any, Sequence[Any]]:
+        """The way down, the middle and the way up, all functions of (h, emb); see `caching`.
+
+        The k-th stage up takes the output of the one before it, joined with that of the k-th last stage down.
+        """
+        return list(self.input_blocks), self.middle_block, list(self.output_blocks)
+
+    def fuse(self) -> "UNetModel":
+        """Put faster forms in place of some layers, equal up to rounding; for sampling, after the weights are there.
+
+        Upsampling and the convolution after it become one, and attention takes the fused kernel in float32, too.
+        """
+        for module in self.modules():
+            if isinstance(module, AttentionBlock):
+                module.fused = True
+            elif isinstance(module, ResBlock) and isinstance(module.resample, Upsample):
+                module.in_layers[2] = upsampling_convolution(module.in_layers[2])  # type: ignore[arg-type]
+        for block in self.output_blocks:
+            if isinstance(block[-1], Upsample) and isinstance(block[-1].conv, nn.Conv2d):  # type: ignore[index]
+                block[-1] = upsampling_convolution(block[-1].conv)  # type: ignore[index, operator]
+        return self
+
+    def head(self, h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The network's output in `dtype`, of what the way up gave."""
+        return self.out(h.to(dtype)).contiguous()
 
 
 class SuperResModel(UNetModel):

@@ -52,6 +52,7 @@ SLOW_FILES = (
     "test_ablations",
     "test_ae_sample",
     "test_baseline_scripts",
+    "test_bench_scripts",
     "test_benchmark",
     "test_diffusers_commands",
     "test_engine",

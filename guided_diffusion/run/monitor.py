@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,12 +52,7 @@ class Monitor:
 
     def counted(self, model: Callable) -> Callable:
         """The model, its evaluations counted."""
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            self.calls += 1
-            return model(*arguments, **options)
-
-        return call
+        return _Counted(model, self)
 
     def watch(self, sampler: Callable) -> Callable:
         """A sampler of (ref, noise=, callback=) whose batches are measured."""
@@ -101,6 +97,18 @@ class Monitor:
         """Remove parts whose sums a record has; by name, as in its entry `parts`."""
         for name in parts:
             _remove(self._part(name))
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A model that counts its evaluations."""
+
+    model: Callable
+    monitor: Monitor
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.monitor.calls += 1
+        return self.model(*arguments, **options)
 
 
 def _remove(path: str) -> None:

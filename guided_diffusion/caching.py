@@ -1,0 +1,119 @@
+"""Deep features shared by neighbouring evaluations of a run, as in DeepCache (Ma et al. 2024).
+
+From one step to the next, what the network finds in an image changes mostly at full resolution. So every N-th
+evaluation computes all levels, and those between compute the first level alone: its way down and its way up, which
+takes the features of the deeper levels from the last full evaluation.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import ddpm
+from .errors import InputError
+from .options import option
+from .runtime import CompiledModel
+from .unet import SuperResModel, UNetModel
+
+
+class CachedModel:
+    """A network with what it remembers of the images of one run; see `cached`.
+
+    network: a `UNetModel` or a `ddpm.Model`. interval: every so many evaluations are full ones; the first is, and so is
+    one of a batch of another shape.
+    """
+
+    def __init__(self, network: Any, interval: int) -> None:
+        self.network, self.interval = network, interval
+        self.calls = self.shallow = 0  # evaluations since the last full one; stages of the first level on either way
+        self.deep: torch.Tensor | None = None
+        self.shape: torch.Size | None = None
+
+    def __call__(self, x: torch.Tensor, timesteps: torch.Tensor, *labels: torch.Tensor) -> torch.Tensor:
+        network = self.network
+        down, middle, up = network.stages()
+        full = self.calls % self.interval == 0 or self.shape != x.shape
+        self.calls = 1 if full else self.calls + 1
+        self.shape = x.shape
+        emb = network.embedding(timesteps, *labels)
+        h, skips = x.to(network.dtype), []
+        for stage in down if full else down[: self.shallow]:
+            h = stage(h, emb)
+            skips.append(h)
+        if full:
+            self.shallow = sum(skip.shape[2:] == x.shape[2:] for skip in skips)
+            h = middle(h, emb)
+        else:
+            h = self.deep
+        for stage in up if full else up[-len(skips) :]:
+            if len(skips) == self.shallow:
+                self.deep = h
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb)  # type: ignore[list-item]
+        return network.head(h, x.dtype)
+
+
+def cached(model: Callable, interval: int) -> Any:
+    """A model that shares deep features among its evaluations; the model itself where interval is 1.
+
+    To be made for every run, whose images are the only ones that it may see. model: a network, or a dataclass around
+    one in its field `model`, such as `WithClass`. Raises InputError for other models.
+    """
+    if interval == 1:
+        return model
+    if interval < 1:
+        raise InputError("it must be at least 1", parameter="cache_interval", value=interval)
+    if isinstance(model, (UNetModel, ddpm.Model)) and not isinstance(model, SuperResModel):
+        return CachedModel(model, interval)
+    if dataclasses.is_dataclass(model) and hasattr(model, "model"):
+        return dataclasses.replace(model, model=cached(model.model, interval))  # type: ignore[type-var]
+    reason = "a compiled network computes all levels; give `compile` False, or 1"
+    if not isinstance(model, CompiledModel):
+        reason = f"it is for this project's networks, and the model is a {type(model).__name__}"
+    raise InputError(reason, parameter="cache_interval", value=interval)
+
+
+def share_features(model: Callable, interval: int, in_guided: bool) -> tuple[Any, Any]:
+    """The models of one run's guided and plain steps; in_guided: both share features, else the plain ones alone."""
+    plain = cached(model, interval)
+    return (plain if in_guided else model), plain
+
+
+@dataclass(frozen=True)
+class WithClass:
+    """A class-conditional model as model(x, t). labels: one class for all images, or those of a batch, long [N]."""
+
+    model: Callable
+    labels: int | torch.Tensor
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        labels = self.labels
+        if isinstance(labels, int):
+            labels = torch.full((x.shape[0],), labels, device=x.device)
+        return self.model(x, t, labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """The options of methods whose evaluations can share features."""
+
+    cache_interval: int = option(
+        1, "compute the network's deep levels in every N-th step alone; 1: in all", least=1, most=1000, metavar="N"
+    )
+
+    def ignored(self) -> set[str]:
+        """Fields that have no effect with these values."""
+        return {"cache_interval"} if self.cache_interval == 1 else set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedCacheOptions(CacheOptions):
+    """Those of methods that guide some of their steps."""
+
+    cache_guided: bool = option(False, "share deep levels in guided steps, too, not in plain ones alone")
+
+    def ignored(self) -> set[str]:
+        """Fields that have no effect with these values."""
+        return super().ignored() | ({"cache_guided"} if self.cache_interval == 1 or not self.cache_guided else set())
