@@ -552,7 +552,7 @@ def test_fronts_need_outputs(emoji, tmp_path, monkeypatch):
 
 def test_the_committed_table_can_be_read():
     rows = commands.parse_table((ROOT / "benchmarks" / "emoji" / "table.txt").read_text())
-    assert {"SDEdit", "ILVR", "EGSDE", "SDDM", "SDDM, released", fronts.OURS} == {row.method for row in rows}
+    assert {"SDEdit", "ILVR", "EGSDE", "SDDM", "SDDM, released", fronts.OURS} < {row.method for row in rows}
 
 
 # The scripts that users edit
