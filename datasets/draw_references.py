@@ -463,7 +463,7 @@ def write_pictures(folder, size=PLANE):
 class Options:
     """Where the pictures go, and their size."""
 
-    out: str = option("ref_imgs", "folder of the PNG files, made where it is missing", metavar="FOLDER")
+    out: str = option("ref_imgs", "folder of the PNG files, made where it is missing", metavar="DIR")
     size: int = option(PLANE, "side of the square pictures in pixels", least=SMALLEST, most=LARGEST)
 
     def __post_init__(self) -> None:

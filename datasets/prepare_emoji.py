@@ -344,9 +344,9 @@ class Options:
     """The set to make."""
 
     size: int = option(64, "side of the pictures in pixels", least=MIN_SIZE, most=MAX_SIZE)
-    out: str = option("data/emoji", "folder of the set", metavar="FOLDER")
+    out: str = option("data/emoji", "folder of the set", metavar="DIR")
     from_dir: str | None = option(
-        None, "folder with the tarballs of `npm pack`; without it npm fetches them", metavar="FOLDER"
+        None, "folder with the tarballs of `npm pack`; without it npm fetches them", metavar="DIR"
     )
     overwrite: bool = option(False, "replace another emoji set in the folder")
 

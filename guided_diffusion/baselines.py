@@ -189,10 +189,10 @@ class ILVR(GuidedCacheOptions):
 
     down_n: int = option(32, "keep what an image of 1/N of the size shows", least=1)
     range_t: int | float = option(
-        20, "guidance ends at this step of the schedule, or share of it as 0.3", least=0, metavar="STEP|SHARE"
+        20, "guidance ends at this step of the schedule, or share of it as 0.3", least=0, metavar="STEP"
     )
     start: int | float | None = option(
-        None, "late start: from the reference noised to this step, or share of the schedule", metavar="STEP|SHARE"
+        None, "late start: from the reference noised to this step, or share of the schedule", metavar="STEP"
     )
 
     def __post_init__(self) -> None:
@@ -221,7 +221,7 @@ class SDEdit(CacheOptions):
     """Options of `sdedit`. Predicted images are not clipped, learned variances are not used."""
 
     start: int | float = option(
-        500, "steps from the noised reference to the image, or share of the schedule", above=0, metavar="STEP|SHARE"
+        500, "steps from the noised reference to the image, or share of the schedule", above=0, metavar="STEP"
     )
 
     def __post_init__(self) -> None:

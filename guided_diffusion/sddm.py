@@ -267,14 +267,14 @@ class SDDM(GuidedCacheOptions):
         0,
         "T0: guidance ends at this step of the respaced schedule, or share of it as 0.3",
         least=0,
-        metavar="STEP|SHARE",
+        metavar="STEP",
     )
     blocks: int = option(16, "cut the image into so many blocks a side", least=1)
     variant: str = option(
         "manifold", "the method as described, or the arithmetic of the public release", choices=VARIANTS
     )
     start: int | float | None = option(
-        None, "late start: from the reference noised to this step, or share of the schedule", metavar="STEP|SHARE"
+        None, "late start: from the reference noised to this step, or share of the schedule", metavar="STEP"
     )
     detail_merge: bool = option(False, "merge directions per block instead of per channel")
     moo: str = option(

@@ -1,5 +1,6 @@
 """The whole job for people who write Python: a model, a method and its options in, translated pictures out.
 
+    translate = Translator(preset="emoji")
     translate = Translator("models/fluent3d_64.safetensors", range_t=0.3, area=16, steps=50)
     picture = translate("cat.png", seed=0)
     for state in translate.steps("cat.png"): ...
@@ -28,6 +29,7 @@ from .errors import InputError
 from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import check_options, load_image, load_picture, to_tensor, to_uint8
 from .options import check, fitting, option
+from .presets import preset_options
 from .respace import space_timesteps
 from .run.noise import ImageNoise, image_key
 from .runtime import DTYPES, PRECISIONS, CompiledModel, pick_device, pick_precision
@@ -59,7 +61,7 @@ class TargetOptions:
         None, "variance where the model has none: the posterior's, as released; False for beta (default True)"
     )
     clip_denoised: bool | None = option(None, "keep predicted images in range (default True)")
-    device: str = option("auto", "cpu, cuda, cuda:1, mps or auto", runtime=True)
+    device: str = option("auto", "cpu, cuda, cuda:1, mps or auto", runtime=True, metavar="NAME")
 
     def __post_init__(self) -> None:
         check(self)
@@ -197,6 +199,8 @@ class Translator:
     Args:
         model: path of a checkpoint, a diffusers folder, or a Hub id; or a `Target` that `load_target` loaded with
             any_class, which several translators can share. Device, precision and compilation are then the target's.
+            None: the preset's.
+        preset: a name in `presets.PRESETS`, whose options count where none are given.
         method: `sddm`, `ilvr`, `sdedit` or `egsde`.
         steps: number of denoising steps; as `timestep_respacing`, a text like "ddim25" fits, too. None: all.
         energy: names of energies (SDDM), None for the default.
@@ -210,8 +214,9 @@ class Translator:
 
     def __init__(
         self,
-        model: str | os.PathLike | Target,
+        model: str | os.PathLike | Target | None = None,
         *,
+        preset: str | None = None,
         method: str = "sddm",
         steps: int | str | None = None,
         energy: str | Sequence[str] | None = None,
@@ -230,6 +235,12 @@ class Translator:
             given["timestep_respacing"] = str(steps)
         with _speaking():
             kind = METHODS.pick(method)
+            recommended = preset_options(preset, method) if preset is not None else {}
+            checkpoint, energies = recommended.pop("model_path", None), recommended.pop("energy", None)
+            model, energy = checkpoint if model is None else model, energies if energy is None else energy
+            if model is None:
+                raise InputError("give a checkpoint or a preset", parameter="model")
+            given = {**recommended, **given}
             wanted = energy_names(energy, given.get("weights", "models/vgg_normalised.pth")) if method == "sddm" else []
             parts = {"method": kind, "flags": ModelFlags, "target": TargetOptions}
             parts |= {name: ENERGIES[name] for name in wanted}

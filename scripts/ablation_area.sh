@@ -10,16 +10,15 @@ task "$TASK"
 [ "$VGG" = none ] || need "$VGG" "AdaIN's VGG weights; models/README.md says where they are published"
 ready
 if [ "$TASK" = emoji ]; then
-    ENERGY="--energy dct" T0=30
+    SDDM="ae_sample.py --preset emoji --range_t 0.3"
     SIZES=(4 8 16) PUBLISHED=("" "" "")
 else
-    ENERGY="--energy vgg --vgg_path '$VGG'" T0=50
+    SDDM="ae_sample.py --preset $TASK --energy vgg --vgg_path '$VGG'"
     SIZES=(8 16 32) PUBLISHED=("" "" "")
     [ "$TASK" != cat2dog ] || PUBLISHED=("| 54.56 | 0.359" "| 62.29 | 0.422" "| 68.03 | 0.426")
 fi
 
 # method | setting | script and its flags | published FID | published SSIM
 for k in 0 1 2; do
-    echo "SDDM | ${SIZES[k]}x${SIZES[k]} blocks |" \
-        "ae_sample.py --timestep_respacing 100 --range_t $T0 --area ${SIZES[k]} $ENERGY ${PUBLISHED[k]}"
+    echo "SDDM | ${SIZES[k]}x${SIZES[k]} blocks | $SDDM --area ${SIZES[k]} ${PUBLISHED[k]}"
 done | benchmark --name "Blocks ($TASK)" --save_dir "$ROOT/output_ablation_area_$TASK" "$@"

@@ -12,9 +12,9 @@ need "$DSE" "a domain-specific extractor: EGSDE's, see models/README.md, or one 
 ready
 ONE="" SUM="" BOTH=""
 if [ "$TASK" = emoji ]; then
-    SDDM="ae_sample.py --timestep_respacing 100 --area 8 --range_t 30 --down_N 8" OWN="--energy dct"
+    SDDM="ae_sample.py --preset emoji --area 8 --range_t 0.3 --down_N 8" OWN="--energy dct"
 else
-    SDDM="ae_sample.py --timestep_respacing 100 --area 16 --range_t 50 --down_N 32" OWN="--energy vgg --vgg_path '$VGG'"
+    SDDM="ae_sample.py --preset $TASK" OWN="--energy vgg --vgg_path '$VGG'"
     [ "$TASK" != male2female ] || ONE="| 44.37 | 0.526" SUM="| 44.23 | 0.532" BOTH="| 42.24 | 0.535"
 fi
 DSE="--dsepath '$DSE'"

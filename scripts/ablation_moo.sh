@@ -11,9 +11,9 @@ task "$TASK"
 ready
 MOO="" LINEAR="" LOW_PASS=""
 if [ "$TASK" = emoji ]; then
-    SDDM="ae_sample.py --timestep_respacing 100 --area 8 --range_t 30 --energy dct" N=8
+    SDDM="ae_sample.py --preset emoji --area 8 --range_t 0.3" N=8
 else
-    SDDM="ae_sample.py --timestep_respacing 100 --area 16 --range_t 50 --energy vgg --vgg_path '$VGG'" N=32
+    SDDM="ae_sample.py --preset $TASK --energy vgg --vgg_path '$VGG'" N=32
     [ "$TASK" != cat2dog ] || MOO="| 62.29 | 0.422" LINEAR="| 64.93 | 0.421" LOW_PASS="| 67.56 | 0.411"
 fi
 

@@ -1,7 +1,6 @@
 """Translate every image under --base_samples into the domain of --model_path (SDDM, ICML 2023).
 
-example: python scripts/ae_sample.py --model_path models/fluent3d_64.safetensors --base_samples ref_imgs \\
-             --timestep_respacing 100 --range_t 20 --area 32 --save_dir output
+example: python scripts/ae_sample.py --preset emoji --base_samples ref_imgs
 """
 
 import os
@@ -67,8 +66,9 @@ def translate(given: Given, peers: Peers) -> int:
 
 
 def create_parser() -> Parser:
-    parser = Parser(__doc__, usage="--model_path FILE --base_samples FOLDER [flags]", spelling={"start": "start_t"})
-    parser.add(SDDM, title="method", description="SDDM: guided above step T0, the plain diffusion model below it.")
+    parser = Parser(__doc__, usage="--model_path FILE --base_samples DIR [flags]", spelling={"start": "start_t"})
+    sampling.add_first(parser, "sddm", "blocks", "range_t")
+    parser.add(SDDM, title="variants of the method")
     parser.add(EnergyOptions, *ENERGIES.values(), title="energies", defaults={"weights": VGG})
     sampling.add_common(parser)
     parser.add_without_effect(**dict.fromkeys(RELEASED))

@@ -2,8 +2,10 @@
 
 000000.png, 000001.png, ... in --save_dir; an image depends on the flags, --seed and its number alone.
 
-example: python scripts/classifier_sample.py --model_path 256x256_diffusion.pt \\
-             --classifier_path 256x256_classifier.pt --num_samples 64 --timestep_respacing 250 --save_dir output
+example:
+  python scripts/classifier_sample.py --model_path 256x256_diffusion.pt \\
+      --classifier_path 256x256_classifier.pt --num_samples 64 \\
+      --timestep_respacing 250
 """
 
 import os
@@ -18,10 +20,10 @@ from functools import partial
 
 import torch
 
-from guided_diffusion.checkpoint import load_model
+from guided_diffusion.checkpoint import ModelFlags, load_model
 from guided_diffusion.cli import sampling
 from guided_diffusion.cli.flags import Given, Parser
-from guided_diffusion.cli.generate import add_network, load_network, write_npz
+from guided_diffusion.cli.generate import NetworkOptions, add_network, load_network, write_npz
 from guided_diffusion.dist_util import Peers
 from guided_diffusion.errors import InputError
 from guided_diffusion.generation import ClassifierFlags, GuidanceOptions, classifier_guided, draw_labels
@@ -60,9 +62,12 @@ def generate(given: Given, peers: Peers) -> int:
 
 def create_parser() -> Parser:
     parser = Parser(__doc__, usage="--model_path FILE --classifier_path FILE [flags]")
-    parser.add(GuidanceOptions, title="guidance")
+    parser.add(GuidanceOptions, title="guidance", without=["classifier"])
+    parser.add(ModelFlags, title="guidance", only=[sampling.STEPS])
+    first = ("model_path", "classifier", "save_dir")
+    parser.add(NetworkOptions, GuidanceOptions, OutputOptions, title="input and output", only=first)
+    parser.add(OutputOptions, title="input and output", defaults={"batch_size": 16})
     parser.add(ClassifierFlags, title="classifier", description="read from its checkpoint where they are not given")
-    parser.add(OutputOptions, title="output and run", defaults={"batch_size": 16})
     add_network(parser)
     return parser
 

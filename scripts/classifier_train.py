@@ -1,11 +1,11 @@
 """Train a classifier of noised images, or EGSDE's domain-specific extractor: the energies `classifier`, `dse`.
 
 examples:
-  python scripts/classifier_train.py --data_dir data/train --val_data_dir data/val --image_size 128 --lr 3e-4
-  python scripts/classifier_train.py --domains data/emoji/twitter/train,data/emoji/fluent3d/train \\
-      --image_size 64 --channel_mult 1,2,4,4 --classifier_width 32 --save_dir output/extractor
-  python scripts/classifier_train.py --domains cat,wild,dog ...     # several sources, the target last
-  python scripts/ae_sample.py --energy dse --dsepath output/extractor/model.safetensors ...
+  python scripts/classifier_train.py --data_dir train --val_data_dir val
+  python scripts/classifier_train.py --domains my_sources,my_targets \\
+      --image_size 64 --channel_mult 1,2,4,4 --classifier_width 32
+  python scripts/classifier_train.py --domains cat,wild,dog  # the target last
+  python scripts/ae_sample.py --energy dse --dsepath extractor.safetensors ...
 
 Classes are the folders in --data_dir, or the parts of file names before the first underscore.
 """

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from guided_diffusion.checkpoint import ModelFlags
 from guided_diffusion.checkpoint.export import convert
-from guided_diffusion.cli.flags import Given, Parser
+from guided_diffusion.cli.flags import NO_EFFECT, Given, Parser
+from guided_diffusion.cli.sampling import TRAINING_FLAGS
 from guided_diffusion.options import check, option
 
 DESCRIPTION = """
@@ -22,8 +23,9 @@ diffusers reads, or, where --save_dir ends with .safetensors, as a file of this 
 and compared before it appears.
 
 examples:
-  python scripts/convert.py --model_path models/afhq_dog_4m.pt --save_dir afhq-dog
-  python scripts/convert.py --model_path google/ddpm-cat-256 --save_dir models/cat.safetensors
+  python scripts/convert.py --model_path models/afhq_dog_4m.pt --save_dir dog
+  python scripts/convert.py --model_path google/ddpm-cat-256 \\
+      --save_dir models/cat.safetensors
 """
 
 
@@ -31,8 +33,10 @@ examples:
 class Conversion:
     """What to convert to what."""
 
-    model_path: str = option(None, "checkpoint, folder or Hub id to read", file=True)
-    save_dir: str = option(None, "folder, or file that ends with .safetensors, to write; it must not exist")
+    model_path: str = option(None, "checkpoint, folder or Hub id to read", file=True, metavar="PATH")
+    save_dir: str = option(
+        None, "folder, or file that ends with .safetensors, to write; it must not exist", metavar="PATH"
+    )
     drop_variance: bool = option(False, "keep the mean alone where variances were learned: few schedulers take both")
 
     def __post_init__(self) -> None:
@@ -40,9 +44,10 @@ class Conversion:
 
 
 def create_parser() -> Parser:
-    parser = Parser(DESCRIPTION, usage="--model_path MODEL --save_dir FOLDER [flags]")
+    parser = Parser(DESCRIPTION, usage="--model_path PATH --save_dir PATH [flags]")
     parser.add(Conversion, title="conversion")
-    parser.add(ModelFlags, title="model", description="What the checkpoint does not tell.")
+    parser.add(ModelFlags, title="model", description="What the checkpoint does not tell.", without=TRAINING_FLAGS)
+    parser.add(ModelFlags, title=NO_EFFECT, only=TRAINING_FLAGS)
     return parser
 
 

@@ -6,5 +6,4 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 . "$ROOT/scripts/setup_env.sh"
 
 exec "$PYTHON" "$ROOT/scripts/ae_sample.py" \
-    --model_path "$ROOT/models/fluent3d_64.safetensors" --base_samples "$ROOT/ref_imgs" --save_dir "$ROOT/output_demo" \
-    --timestep_respacing 100 --area 32 --range_t 20 --batch_size 7 "$@"
+    --preset emoji --base_samples "$ROOT/ref_imgs" --save_dir "$ROOT/output_demo" --batch_size 7 "$@"

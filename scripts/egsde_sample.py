@@ -4,8 +4,9 @@ The reference is noised by --t steps, then denoised under two energies. Without 
 model was trained with count; --ls and --li are made for these. Predicted images are not clipped, learned variances are
 not used.
 
-example: python scripts/egsde_sample.py --model_path models/afhq_dog_4m.pt --dsepath models/cat2dog_dse.pt \\
-             --base_samples data/afhq/val/cat --t 500 --ls 500 --li 2 --save_dir output
+example:
+  python scripts/egsde_sample.py --preset cat2dog \\
+      --base_samples data/afhq/val/cat
 """
 
 import os
@@ -47,10 +48,9 @@ def translate(given: Given, peers: Peers) -> int:
 
 
 def create_parser() -> Parser:
-    parser = Parser(__doc__, usage="--model_path FILE --base_samples FOLDER [flags]")
-    parser.add(EGSDE, title="method")
+    parser = Parser(__doc__, usage="--model_path FILE --base_samples DIR [flags]")
+    sampling.add_first(parser, "egsde", "start", "ls", "li", "encoder", "down_n")
     sampling.add_common(parser)
-
     return parser
 
 

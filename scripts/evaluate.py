@@ -16,12 +16,15 @@ DESCRIPTION = """\
 Measure a folder of translated images: FID, KID, L2, PSNR, SSIM, MS-SSIM, LPIPS; JSON, CSV and Markdown out.
 
 examples:
-  python scripts/evaluate.py --outputs output --sources ref_imgs --targets afhq/val/dog --out results/cat2dog
-  python scripts/evaluate.py --outputs output --truth emoji/fluent/test --targets emoji/fluent/test \\
-      --features models/fluent3d_64.safetensors --bootstrap 200 --out results/emoji
-  python scripts/evaluate.py --outputs output --truth emoji/fluent3d/test --targets emoji/fluent3d/test \\
-      --features judge --bootstrap 200 --out results/judged
-  python scripts/evaluate.py --targets afhq/val/dog --save_stats dog.npz"""
+  python scripts/evaluate.py --outputs output/cat2dog --out results/cat2dog \\
+      --sources data/afhq/val/cat --targets data/afhq/val/dog
+  python scripts/evaluate.py --outputs output/emoji --out results/emoji \\
+      --truth data/emoji/fluent3d/test --targets data/emoji/fluent3d/test \\
+      --features models/fluent3d_64.safetensors --image_size 64
+  python scripts/evaluate.py --outputs output/emoji --out results/judged \\
+      --truth data/emoji/fluent3d/test --targets data/emoji/fluent3d/test \\
+      --features judge --bootstrap 200
+  python scripts/evaluate.py --targets data/afhq/val/dog --save_stats dog.npz"""
 PAIRING = (
     "searched recursively; outputs are paired with files of the same relative name, by order only where no name matches"
 )

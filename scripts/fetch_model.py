@@ -25,12 +25,12 @@ example:
 
 
 def create_parser() -> Parser:
-    parser = Parser(DESCRIPTION, usage="[NAME] [--save_dir FOLDER]")
+    parser = Parser(DESCRIPTION, usage="[NAME] [--save_dir DIR]")
     parser.add_argument("name", nargs="?", help="file to download; without it, all that are known are listed")
     parser.add_argument(
         "--save_dir",
         default=os.path.join(ROOT, "models"),
-        metavar="FOLDER",
+        metavar="DIR",
         help="folder for the file (default models)",
     )
     return parser

@@ -2,8 +2,8 @@
 
 The result keeps the low frequencies of the reference.
 
-example: python scripts/ilvr_sample.py --model_path models/fluent3d_64.safetensors --base_samples ref_imgs \\
-             --timestep_respacing 100 --down_N 8 --range_t 20 --save_dir output
+example:
+  python scripts/ilvr_sample.py --preset emoji --base_samples ref_imgs
 """
 
 import os
@@ -45,8 +45,9 @@ def translate(given: Given, peers: Peers) -> int:
 
 
 def create_parser() -> Parser:
-    parser = Parser(__doc__, usage="--model_path FILE --base_samples FOLDER [flags]", spelling={"start": "start_t"})
-    parser.add(ILVR, title="method")
+    parser = Parser(__doc__, usage="--model_path FILE --base_samples DIR [flags]", spelling={"start": "start_t"})
+    sampling.add_first(parser, "ilvr", "down_n", "range_t")
+    parser.add(ILVR, title="variants of the method")
     sampling.add_common(parser)
     parser.add_without_effect(use_ddim=None)
     return parser

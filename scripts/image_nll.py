@@ -3,7 +3,8 @@
 Writes guided-diffusion's vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz (means over images by step, from the last
 to the first), bpd.csv with a row per image, and every image's terms to terms/.
 
-example: python scripts/image_nll.py --model_path model.safetensors --data_dir data/test --save_dir output/nll
+example:
+  python scripts/image_nll.py --model_path my_model.pt --data_dir data/test
 """
 
 import os
@@ -15,7 +16,7 @@ from guided_diffusion.cli import main as command
 command.start()
 
 from guided_diffusion.cli.flags import Given, Parser
-from guided_diffusion.cli.generate import add_network, load_network
+from guided_diffusion.cli.generate import NetworkOptions, add_network, load_network
 from guided_diffusion.cli.progress import image_bar
 from guided_diffusion.dist_util import Peers
 from guided_diffusion.errors import InputError, display_name
@@ -45,7 +46,9 @@ def evaluate(given: Given, peers: Peers) -> int:
 
 def create_parser() -> Parser:
     parser = Parser(__doc__, usage="--model_path FILE --data_dir PATH [flags]")
-    parser.add(LikelihoodOptions, title="images and results")
+    first = ("model_path", "data_dir", "save_dir")
+    parser.add(NetworkOptions, LikelihoodOptions, title="input and output", only=first)
+    parser.add(LikelihoodOptions, title="input and output")
     add_network(parser)
     return parser
 

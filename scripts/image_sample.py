@@ -3,8 +3,9 @@
 An image depends on the flags, --seed and its number alone. A class-conditional model makes images of random classes,
 or of --class_index.
 
-example: python scripts/image_sample.py --model_path models/fluent3d_64.safetensors --num_samples 64 \\
-             --timestep_respacing ddim50 --use_ddim True --save_dir output
+example:
+  python scripts/image_sample.py --model_path models/fluent3d_64.safetensors \\
+      --num_samples 64 --timestep_respacing ddim50 --use_ddim True
 """
 
 import os
@@ -65,7 +66,9 @@ def sample(given: Given, peers: Peers) -> int:
 def create_parser() -> Parser:
     parser = Parser(__doc__, usage="--model_path FILE [flags]")
     parser.add(Images, Unconditional, title="images")
-    sampling.add_common(parser, OutputOptions)
+    parser.add(ModelFlags, title="images", only=[sampling.STEPS])
+    sampling.add_outputs(parser, OutputOptions)
+    sampling.add_common(parser)
     return parser
 
 

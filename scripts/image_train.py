@@ -1,11 +1,13 @@
 """Train a diffusion model on a folder of images, or fine-tune any checkpoint that the sampling scripts read.
 
 examples:
-  python scripts/image_train.py --data_dir data/emoji/fluent3d/train --save_dir output/fluent3d --image_size 64 \\
-      --num_channels 32 --channel_mult 1,2,4,4 --batch_size 16 --lr 5e-4 --ema_rate 0.999 --lr_anneal_steps 15000 \\
-      --save_interval 1000 --resume auto
-  python scripts/ae_sample.py --model_path output/fluent3d/model.safetensors --base_samples ref_imgs
-  torchrun --nproc_per_node 8 scripts/image_train.py --precision bf16 --p2_gamma 1 ...
+  python scripts/image_train.py --data_dir data/emoji/fluent3d/train \\
+      --save_dir output/fluent3d --image_size 64 --num_channels 32 \\
+      --channel_mult 1,2,4,4 --batch_size 16 --lr 5e-4 --ema_rate 0.999 \\
+      --lr_anneal_steps 15000 --save_interval 1000 --resume auto
+  python scripts/ae_sample.py --preset emoji --base_samples ref_imgs \\
+      --model_path output/fluent3d/model.safetensors
+  torchrun --nproc_per_node 8 scripts/image_train.py --precision bf16 ...
 """
 
 import os

@@ -1,9 +1,10 @@
 """Train the judge: a small network in whose features `evaluate.py --features judge` measures realism.
 
 examples:
-  python scripts/judge_train.py --data_dir data/emoji --iterations 1000 --save_dir output/judge
-  python scripts/judge_train.py --data_dir data/emoji --iterations 1000 --save_dir output/judge --resume auto
-  python scripts/evaluate.py --features output/judge/model.safetensors --outputs output --truth truth --targets truth
+  python scripts/judge_train.py --data_dir data/emoji --iterations 1000 \\
+      --save_dir output/judge --resume auto
+  python scripts/evaluate.py --features output/judge/model.safetensors \\
+      --outputs output --truth truth --targets truth
 
 It learns to tell which vendor drew a clean picture, and which code point it shows, from the folders VENDOR/train in
 --data_dir. Pictures of one code point have one file name. Held-out figures are of VENDOR/test, where it exists.

@@ -9,7 +9,7 @@ task male2female
 need "$DSE" "EGSDE's extractor; models/README.md says where it is published"
 need "$VGG" "AdaIN's VGG weights; models/README.md says where they are published"
 ready
-SDDM="ae_sample.py --timestep_respacing 100 --area 16 --range_t 50"
+SDDM="ae_sample.py --preset male2female"
 BOTH="--energy dse,low_pass --dsepath '$DSE'"
 
 # method | setting | script and its flags | published FID | published SSIM
@@ -18,7 +18,7 @@ SDDM           | vgg            | $SDDM --energy vgg --vgg_path '$VGG' | 44.37 |
 SDDM           | dse + low_pass | $SDDM $BOTH | 40.08 ± 0.13
 SDDM, released | vgg            | $SDDM --energy vgg --vgg_path '$VGG' --variant released | 44.37 | 0.526
 SDDM, released | dse + low_pass | $SDDM $BOTH --variant released | 40.08 ± 0.13
-EGSDE          | M=0.5T         | egsde_sample.py --t 500 --ls 700 --li 0.5 --dsepath '$DSE' | 41.93 ± 0.11
-SDEdit         | M=0.5T         | sdedit_sample.py --t 500
-ILVR           | N=32           | ilvr_sample.py --timestep_respacing 100 --down_N 32 --range_t 20
+EGSDE          | M=0.5T         | egsde_sample.py --preset male2female --dsepath '$DSE' | 41.93 ± 0.11
+SDEdit         | M=0.5T         | sdedit_sample.py --preset male2female
+ILVR           | N=32           | ilvr_sample.py --preset male2female
 TABLE

@@ -3,8 +3,8 @@
 The reference is noised by --t steps, then denoised. Without --timestep_respacing, all steps that the model was trained
 with count. Predicted images are not clipped, learned variances are not used.
 
-example: python scripts/sdedit_sample.py --model_path models/fluent3d_64.safetensors --base_samples ref_imgs \\
-             --t 500 --save_dir output
+example:
+  python scripts/sdedit_sample.py --preset emoji --base_samples ref_imgs
 """
 
 import os
@@ -46,10 +46,9 @@ def translate(given: Given, peers: Peers) -> int:
 
 
 def create_parser() -> Parser:
-    parser = Parser(__doc__, usage="--model_path FILE --base_samples FOLDER [flags]")
-    parser.add(SDEdit, title="method")
+    parser = Parser(__doc__, usage="--model_path FILE --base_samples DIR [flags]")
+    sampling.add_first(parser, "sdedit", "start")
     sampling.add_common(parser)
-
     return parser
 
 

@@ -25,10 +25,9 @@ export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-4}"     # or every process would 
 # --kill-on-bad-exit: when one process dies, all do, and at once. The processes find each other through a port that is
 # worked out from the job's number; export MASTER_PORT=... to choose another.
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-4}" "$PYTHON" scripts/ae_sample.py \
-    --model_path models/afhq_dog_4m.pt \
+    --preset cat2dog \
     --base_samples data/afhq/val/cat \
-    --save_dir output/cat2dog \
-    --timestep_respacing 100 --range_t 50 --area 16 \
+    --save_dir output/slurm \
     --batch_size 16 --seed 0 \
     "$@"
 # edit: the flags above; those given to sbatch after the file's name are added, as in: sbatch slurm.sh --seed 1

@@ -2,8 +2,9 @@
 
 Outputs keep their names; an output depends on the flags, --seed and its image's relative path alone.
 
-example: python scripts/super_res_sample.py --model_path 64_256_upsampler.pt --base_samples samples_16x64x64x3.npz \\
-             --timestep_respacing 250 --save_dir output
+example:
+  python scripts/super_res_sample.py --model_path 64_256_upsampler.pt \\
+      --base_samples samples_16x64x64x3.npz --timestep_respacing 250
 """
 
 import os
@@ -18,9 +19,10 @@ from functools import partial
 
 import torch
 
+from guided_diffusion.checkpoint import ModelFlags
 from guided_diffusion.cli import sampling
 from guided_diffusion.cli.flags import Given, Parser
-from guided_diffusion.cli.generate import add_network, load_network, write_npz
+from guided_diffusion.cli.generate import NetworkOptions, add_network, load_network, write_npz
 from guided_diffusion.dist_util import Peers
 from guided_diffusion.errors import InputError
 from guided_diffusion.generation import EnlargeOptions, super_resolution
@@ -60,8 +62,11 @@ def enlarge(given: Given, peers: Peers) -> int:
 def create_parser() -> Parser:
     usage = "--model_path FILE --base_samples PATH [flags]"
     parser = Parser(__doc__, usage=usage, spelling={"image_size": "large_size"})
-    parser.add(EnlargeOptions, title="super-resolution")
-    parser.add(OutputOptions, title="output and run", defaults={"batch_size": 16})
+    parser.add(EnlargeOptions, title="super-resolution", without=["base_samples"])
+    parser.add(ModelFlags, title="super-resolution", only=[sampling.STEPS])
+    first = ("model_path", "base_samples", "save_dir")
+    parser.add(NetworkOptions, EnlargeOptions, OutputOptions, title="input and output", only=first)
+    parser.add(OutputOptions, title="input and output", defaults={"batch_size": 16})
     add_network(parser)
     return parser
 

@@ -1,9 +1,13 @@
 """Train a super-resolution model: images of side --large_size from those of side --small_size, by diffusion.
 
-Small images are made of the training images by averaging. examples:
-  python scripts/super_res_train.py --data_dir data/emoji/fluent3d/train --save_dir output/upsampler --large_size 64 \\
-      --small_size 16 --num_channels 32 --batch_size 16 --lr_anneal_steps 15000 --save_interval 1000 --resume auto
-  python scripts/super_res_sample.py --model_path output/upsampler/model.safetensors --base_samples small_images
+Small images are made of the training images by averaging.
+
+examples:
+  python scripts/super_res_train.py --data_dir data/emoji/fluent3d/train \\
+      --save_dir output/upsampler --large_size 64 --small_size 16 \\
+      --num_channels 32 --batch_size 16 --lr_anneal_steps 15000 --resume auto
+  python scripts/super_res_sample.py --base_samples small_images \\
+      --model_path output/upsampler/model.safetensors
   torchrun --nproc_per_node 8 scripts/super_res_train.py --precision bf16 ...
 """
 

@@ -1,6 +1,7 @@
 """Serve a page in the browser that translates pictures (SDDM, ICML 2023). It needs gradio.
 
-example: python scripts/web_demo.py --model_path models/fluent3d_64.safetensors --port 7860
+example:
+  python scripts/web_demo.py --model_path models/fluent3d_64.safetensors
 """
 
 import os

@@ -9,13 +9,14 @@ task wild2dog
 need "$DSE" "EGSDE's extractor; models/README.md says where it is published"
 need "$VGG" "AdaIN's VGG weights; models/README.md says where they are published"
 ready
-SDDM="ae_sample.py --timestep_respacing 100 --area 16 --energy vgg --vgg_path '$VGG'"
+SDDM="ae_sample.py --preset wild2dog --energy vgg --vgg_path '$VGG'"
+EGSDE="egsde_sample.py --preset wild2dog --dsepath '$DSE'"
 
 # method | setting | script and its flags | published FID | published SSIM
 benchmark --name "Wild animal to dog" --save_dir "$ROOT/output_wild2dog" "$@" <<TABLE
-SDDM           | T0=0.5T | $SDDM --range_t 50 | 57.38 ± 0.53 | 0.328
-SDDM, released | T0=0.5T | $SDDM --range_t 50 --variant released | 57.38 ± 0.53 | 0.328
-EGSDE          | M=0.5T  | egsde_sample.py --t 500 --ls 500 --li 2 --dsepath '$DSE' | 59.75 | 0.343
-SDEdit         | M=0.5T  | sdedit_sample.py --t 500 | 68.51 | 0.343
-ILVR           | N=32    | ilvr_sample.py --timestep_respacing 100 --down_N 32 --range_t 20 | 75.33 | 0.287
+SDDM           | T0=0.5T | $SDDM | 57.38 ± 0.53 | 0.328
+SDDM, released | T0=0.5T | $SDDM --variant released | 57.38 ± 0.53 | 0.328
+EGSDE          | M=0.5T  | $EGSDE | 59.75 | 0.343
+SDEdit         | M=0.5T  | sdedit_sample.py --preset wild2dog | 68.51 | 0.343
+ILVR           | N=32    | ilvr_sample.py --preset wild2dog | 75.33 | 0.287
 TABLE

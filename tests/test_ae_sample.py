@@ -19,6 +19,7 @@ from scripts_in_process import load_script, message, run_script
 from guided_diffusion import energy, sddm
 from guided_diffusion.checkpoint import load_model
 from guided_diffusion.cli import main as command
+from guided_diffusion.cli.flags import shown_default
 from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import list_references, load_image, to_tensor, to_uint8
 from guided_diffusion.run.noise import ImageNoise
@@ -345,7 +346,7 @@ def test_errors_of_the_process_are_one_line(data, tmp_path):
 def test_help_groups_the_flags():
     text = load_script("ae_sample").create_parser().format_help()
     titles = [line.removesuffix(":") for line in text.splitlines() if line and line[0].isalpha() and line.endswith(":")]
-    wanted = ["method", "energies", "input and output", "model", "network and diffusion process"]
+    wanted = ["method", "input and output", "energies", "model", "network and diffusion process"]
     assert [title for title in titles if title in wanted] == wanted
     for flag in {*RELEASE.split()[::2], *REST_OF_RELEASE.split()[::2], "--seed", "--variant", "--energy"}:
         assert f"{flag} " in text
@@ -366,7 +367,7 @@ def test_help_of_every_command(name, tmp_path):
         default = parser.get_default(flag)
         assert f"--{flag} " in text
         if default is not None and field.metadata["help"]:
-            assert f"(default {default if default != '' else 'empty'})" in text
+            assert f"(default {shown_default(default)})" in text
 
 
 IMPORTS = """

@@ -5,12 +5,14 @@ import dataclasses
 import difflib
 import os
 import re
+import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from ..errors import InputError, shown
 from ..options import check, field_types
+from ..presets import PRESETS, ROOT, preset_options
 
 # Parameters whose flags have other names, mostly those of the public releases.
 SPELLING = {
@@ -24,6 +26,23 @@ SPELLING = {
 }
 METAVARS = {bool: "BOOL", int: "N", float: "X", str: "TEXT"}
 NO_EFFECT = "flags of the public release that have no effect"
+PRESET_HELP = "recommended flags by name; flags that are given win"
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Flags in two columns, paragraphs filled to the terminal's width, and examples as they are written."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        width = max(60, min(shutil.get_terminal_size().columns - 2, 118))
+        super().__init__(prog, **{"width": width, "max_help_position": 34 if width > 98 else 26, **options})
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = []
+        for paragraph in text.split("\n\n"):
+            written = re.search(r"^ |^\w+: +python |\\$", paragraph, re.MULTILINE)
+            filled = paragraph if written else textwrap.fill(" ".join(paragraph.split()), width - len(indent))
+            paragraphs.append(textwrap.indent(filled, indent))
+        return "\n\n".join(paragraphs)
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,13 +52,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=textwrap.dedent(description).strip(),
             usage=f"python scripts/%(prog)s {usage}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
         self.spelling = {**SPELLING, **(spelling or {})}
         self.owners: dict[str, list[type]] = {}  # flag -> the options classes that have it
         self.fields: dict[str, dataclasses.Field] = {}
         self.without_effect: dict[str, Any] = {}  # flag -> the value of which nothing needs to be said
+        self.method: str | None = None  # whose options presets set
 
     def spell(self, parameter: str) -> str:
         """The flag of a Python parameter."""
@@ -50,31 +70,47 @@ class Parser(argparse.ArgumentParser):
         *classes: type,
         title: str,
         description: str | None = None,
+        only: Sequence[str] | None = None,
         without: Iterable[str] = (),
         defaults: dict[str, Any] | None = None,
     ) -> None:
         """A group with a flag for every field of options dataclasses; a flag that several classes share is one flag.
 
-        without: fields that are no flags here. defaults: defaults by field name, in place of the fields' own.
+        only: the fields that become flags, in this order; the others can be added to another group. without: fields
+        that are no flags here. defaults: defaults by field name, in place of the fields' own.
         """
-        group = self.add_argument_group(title, description)
-        for cls in classes:
-            for field in dataclasses.fields(cls):
-                if field.name in without:
-                    continue
-                flag = self.spelling.get(field.name, field.name)
-                self.owners.setdefault(flag, []).append(cls)
-                if flag not in self.fields:
-                    self.fields[flag] = field
-                    self._add_flag(group, flag, field, (defaults or {}).get(field.name, field.default))
+        group = self._group(title, description)
+        found = [(field, cls) for cls in classes for field in dataclasses.fields(cls) if field.name not in without]
+        if only is not None:
+            found = [each for name in only for each in found if each[0].name == name]
+        for field, cls in found:
+            flag = self.spelling.get(field.name, field.name)
+            owners = self.owners.setdefault(flag, [])
+            if cls not in owners:
+                owners.append(cls)
+            if flag not in self.fields:
+                self.fields[flag] = field
+                self._add_flag(group, flag, field, (defaults or {}).get(field.name, field.default))
+
+    def _group(self, title: str, description: str | None = None) -> Any:
+        """The group of that title, made where it is missing."""
+        known = (group for group in self._action_groups if group.title == title)
+        return next(known, None) or self.add_argument_group(title, description)
+
+    def add_preset(self, method: str, title: str = "presets") -> None:
+        """The flag `preset` in a group of its own, whose description lists the presets of a method."""
+        self.method = method
+        group = self.add_argument_group(title, "\n".join(preset_lines(method)))
+        group.add_argument("--preset", metavar="NAME", help=PRESET_HELP)
 
     def _add_flag(self, group: Any, flag: str, field: dataclasses.Field, default: Any) -> None:
         kinds, meta = field_types(field), field.metadata
         choices = meta.get("choices")
-        metavar = meta.get("metavar") or ("|".join(choices) if choices else METAVARS.get(kinds[0], "TEXT"))
+        listed = f"{{{','.join(choices)}}}" if choices else None
+        metavar = meta.get("metavar") or listed or METAVARS.get(kinds[0], "TEXT")
         text = re.sub(r"`(\w+)`", lambda match: self.spell(match[1]), meta.get("help", ""))
         if default is not None:
-            text = f"{text} (default {default if default != '' else 'empty'})".strip()
+            text = f"{text} (default {shown_default(default)})".strip()
         optional: dict[str, Any] = {"nargs": "?", "const": True} if bool in kinds else {}
         group.add_argument(
             f"--{flag}", type=_reader(kinds), default=default, metavar=metavar, help=text.replace("%", "%%"), **optional
@@ -82,14 +118,27 @@ class Parser(argparse.ArgumentParser):
 
     def add_without_effect(self, **usual: Any) -> None:
         """Flags of the public release that are accepted and do nothing; by name the value that goes without saying."""
-        group = self.add_argument_group(NO_EFFECT)
+        group = self._group(NO_EFFECT)
         for name in usual:
-            group.add_argument(f"--{name}", metavar="VALUE", help=argparse.SUPPRESS if name in self.owners else None)
+            group.add_argument(f"--{name}", metavar="VALUE", help="has no effect")
         self.without_effect |= usual
 
     def parse(self, arguments: Sequence[str] | None = None) -> "Given":
-        """The flags of a command line; raises InputError for those that cannot be read."""
-        return Given(self, self.parse_args(arguments))
+        """The flags of a command line; raises InputError for those that cannot be read.
+
+        A preset's values take the place of defaults: flags that are given win.
+        """
+        values = self.parse_args(arguments)
+        if self.method is not None and values.preset is not None:
+            options = preset_options(values.preset, self.method)
+            chosen = {self.spelling.get(name, name): value for name, value in options.items()}
+            values = self.parse_args(arguments, argparse.Namespace(**chosen))
+        return Given(self, values)
+
+    def format_help(self) -> str:
+        """The help text. --help itself and the flags without effect come last."""
+        self._action_groups.sort(key=lambda group: (group is self._optionals) + 2 * (group.title == NO_EFFECT))
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
@@ -197,6 +246,36 @@ def read_float(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{shown(text)} is not a number") from None
+
+
+def shown_default(value: Any) -> str:
+    """A default as help texts show it: files of the repository from its folder on."""
+    text = str(value).removeprefix(ROOT + os.sep)
+    return text if text else "empty"
+
+
+def preset_flags(name: str, method: str) -> list[str]:
+    """A preset as words of a method's command line. Raises InputError for an unknown name or method."""
+    spelling = SPELLING if method in ("sdedit", "egsde") else {**SPELLING, "start": "start_t"}
+    words = []
+    for option, value in preset_options(name, method).items():
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        words += [f"--{spelling.get(option, option)}", text]
+    return words
+
+
+def preset_lines(method: str) -> list[str]:
+    """What the presets of a method set, for help texts: a line that says what for, and one or two of flags."""
+    lines = []
+    for name, preset in PRESETS.items():
+        if method in preset.methods:
+            words = [word.removeprefix(ROOT + os.sep) for word in preset_flags(name, method)]
+            pairs = [f"{flag} {value}" for flag, value in zip(words[::2], words[1::2])]
+            filled = textwrap.wrap(
+                " ".join(pair.replace(" ", "\0") for pair in pairs), 74, break_long_words=False, break_on_hyphens=False
+            )
+            lines += [f"{name:12} {preset.about}", *("  " + line.replace("\0", " ") for line in filled)]
+    return lines
 
 
 def existing(path: str | os.PathLike, **wrong: Any) -> str:

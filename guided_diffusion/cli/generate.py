@@ -17,8 +17,9 @@ from ..run.sources import npz_bytes
 from ..runtime import DTYPES, PRECISIONS, pick_device, pick_precision
 from ..script_util import create_diffusion
 from ..translator import Target
-from .flags import Given, Parser
+from .flags import NO_EFFECT, Given, Parser
 from .main import say
+from .sampling import TRAINING_FLAGS
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class NetworkOptions:
     model_path: str | None = option(None, "checkpoint of the diffusion model", file=True, metavar="FILE")
     sigma_small: bool = option(False, "the posterior's variance where the model has none of its own")
     precision: str | None = option(None, "precision of the network (default fp32)", choices=PRECISIONS)
-    device: str = option("auto", "cpu, cuda, cuda:1, mps or auto", runtime=True)
+    device: str = option("auto", "cpu, cuda, cuda:1, mps or auto", runtime=True, metavar="NAME")
 
     def __post_init__(self) -> None:
         check(self)
@@ -38,9 +39,10 @@ class NetworkOptions:
 
 def add_network(parser: Parser) -> None:
     """The flags of a network and how it computes."""
-    parser.add(NetworkOptions, title="network")
+    parser.add(NetworkOptions, title="model")
     description = "read from the checkpoint where they are not given"
-    parser.add(ModelFlags, title="model and diffusion", description=description)
+    parser.add(ModelFlags, title="network and diffusion process", description=description, without=TRAINING_FLAGS)
+    parser.add(ModelFlags, title=NO_EFFECT, only=TRAINING_FLAGS)
 
 
 def load_network(given: Given, local_rank: int) -> tuple[Target, dict[str, Any]]:

@@ -15,7 +15,7 @@ from ..energy import ENERGIES
 from ..errors import InputError, display_name, shown
 from ..evaluation.comparison import ROOT, Row, check_folder
 from ..options import check, option
-from .flags import SPELLING
+from .flags import SPELLING, preset_flags
 
 SCRIPTS = os.path.join(ROOT, "scripts")
 FILE_FLAGS = {  # of rows, looked for before anything is sampled
@@ -35,12 +35,12 @@ PATIENCE = 30  # seconds that a run has to end in when the benchmark is interrup
 class Sampling:
     """How rows are sampled."""
 
-    flags: str = option("", "flags for every row, as '--precision bf16'", metavar="'...'")
-    batch_size: int | str = option(8, "images at once, or auto", metavar="N|auto", runtime=True)
+    flags: str = option("", "flags for every row, as '--precision bf16'", metavar="TEXT")
+    batch_size: int | str = option(8, "images at once, or auto", metavar="N", runtime=True)
     device: str = option("auto", "auto, cpu, cuda, ...", metavar="NAME", runtime=True)
     processes: int = option(1, "processes per run here", least=1, most=4096, runtime=True)
     launch: str = option(
-        "", "what starts each run, as 'srun' or 'mpiexec -n 8'", metavar="'...'", runtime=True
+        "", "what starts each run, as 'srun' or 'mpiexec -n 8'", metavar="TEXT", runtime=True
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -119,10 +119,27 @@ def parse_row(line: str) -> Row:
     if not re.fullmatch(r"[a-z0-9_]+_sample\.py", script) or not os.path.isfile(os.path.join(SCRIPTS, script)):
         raise InputError(f"{shown(script)} is no sampling script, such as ae_sample.py")
     refuse_own_flags(flags, "the row")
+    flags = expand_preset(script, flags)
     published = (*cells[3:], "", "")
     row = Row(cells[0], cells[1], script, tuple(flags), (published[0], published[1]))
     check_folder(row)
     return row
+
+
+def expand_preset(script: str, flags: list[str]) -> list[str]:
+    """A row's flags with what its preset sets in the preset's place, so that results are known by their values.
+
+    The model is the benchmark's. Flags of the row follow and win.
+    """
+    joined = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--preset=") else [flag])]
+    if "--preset" not in joined:
+        return flags
+    at = joined.index("--preset")
+    rest = [*joined[:at], *joined[at + 2 :]]
+    method = {"ae": "sddm"}.get(script.removesuffix("_sample.py"), script.removesuffix("_sample.py"))
+    words = preset_flags((*joined, "")[at + 1], method)
+    kept = [(flag, value) for flag, value in zip(words[::2], words[1::2]) if flag not in ("--model_path", *rest)]
+    return [word for pair in kept for word in pair] + rest
 
 
 def refuse_own_flags(flags: Sequence[str], where: str) -> None:

@@ -18,9 +18,10 @@ from ..options import near_miss
 from ..run.job import Job, JobOptions
 from ..run.noise import ImageNoise, image_key
 from ..script_util import NUM_CLASSES, model_and_diffusion_defaults
+from ..sddm import METHODS
 from ..solvers import resolve_step
 from ..translator import Target, TargetOptions
-from .flags import Given, Parser
+from .flags import NO_EFFECT, Given, Parser
 from .main import AGAIN, DONE, FAILED, INTERRUPTED, cause, say
 from .progress import Progress
 
@@ -29,16 +30,30 @@ IMAGES = ("images", "an overview of them")
 
 # Flags of the network that say how it is run or trained; what is said of those given in vain.
 TRAINING_FLAGS = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
+STEPS = "timestep_respacing"
 
 log = logging.getLogger("sddm")
 
 
-def add_common(parser: Parser, outputs: type = JobOptions) -> None:
-    """The flags that all sampling commands have besides the method's."""
-    parser.add(outputs, title="input and output" if outputs is JobOptions else "output")
+def add_first(parser: Parser, method: str, *fields: str) -> None:
+    """What a method's help begins with: the flags that matter, the presets, input and output."""
+    parser.add(METHODS[method], ModelFlags, title="method", only=(*fields, STEPS))
+    parser.add_preset(method)
+    add_outputs(parser, JobOptions)
+
+
+def add_outputs(parser: Parser, outputs: type, title: str = "input and output") -> None:
+    """The flags of what is read and written, those that a run needs before the others."""
+    parser.add(TargetOptions, outputs, title=title, only=("model_path", "base_samples", "save_dir"))
+    parser.add(outputs, title=title)
+
+
+def add_common(parser: Parser) -> None:
+    """The other flags that all sampling commands have besides the method's."""
     parser.add(TargetOptions, title="model")
     description = "read from the checkpoint where they are not given; one that contradicts it is an error"
-    parser.add(ModelFlags, title="network and diffusion process", description=description)
+    parser.add(ModelFlags, title="network and diffusion process", description=description, without=TRAINING_FLAGS)
+    parser.add(ModelFlags, title=NO_EFFECT, only=TRAINING_FLAGS)
 
 
 def say_ignored(given: Given) -> None:

@@ -58,12 +58,12 @@ Read = Callable[..., torch.Tensor]
 class Images:
     """Folders, searched recursively, or samples_*.npz of image samplers."""
 
-    outputs: str | None = option(None, "the translated images", metavar="DIR|FILE.npz")
+    outputs: str | None = option(None, "the translated images", metavar="PATH")
     sources: str | None = option(None, "what was translated: L2, PSNR, SSIM, MS-SSIM, LPIPS", metavar="DIR")
     targets: str | None = option(
         None,
         "images of the target domain: FID and KID; or their statistics (mu and sigma, pytorch-fid's format): FID",
-        metavar="DIR|FILE.npz",
+        metavar="PATH",
     )
     truth: str | None = option(None, "the true translation of each source, where there is one", metavar="DIR")
     partial: bool = option(
@@ -115,7 +115,7 @@ class Pairs:
         "auto",
         "auto: measured where the lpips package and its weights are available, left out with a warning otherwise; "
         "True: an error otherwise",
-        metavar="auto|True|False",
+        metavar="{auto,True,False}",
     )
     lpips_net: str = option("alex", "LPIPS's backbone", choices=("alex", "vgg", "squeeze"))
 
@@ -127,8 +127,8 @@ class Confidence:
     bootstrap: int = option(
         0, "bootstrap replicates for the intervals of every value, 0 for none", least=0, most=MOST_RESAMPLES
     )
-    confidence: float = option(0.95, "that an interval has", metavar="P", above=0, most=0.9999)
-    seed: int = option(0, "of bootstrap and KID", least=0)
+    confidence: float = option(0.95, "confidence of the intervals", metavar="P", above=0, most=0.9999)
+    seed: int = option(0, "seed of bootstrap and KID", least=0)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Results:
     out: str | None = option(None, "write PREFIX.json, PREFIX.csv (one row) and PREFIX.md", metavar="PREFIX")
     per_image: bool = option(False, "write PREFIX_images.csv with the paired values of each output")
     save_stats: str | None = option(
-        None, "write the statistics of the targets to this file and measure nothing", metavar="FILE.npz"
+        None, "write the statistics of the targets to this file and measure nothing", metavar="FILE"
     )
 
     def check_with(self, options: Evaluation) -> None:

@@ -59,12 +59,12 @@ log = logging.getLogger("sddm")
 class OutputOptions:
     """Where outputs go, and how a run is made."""
 
-    save_dir: str = option("output", "folder for the outputs", runtime=True, metavar="FOLDER")
+    save_dir: str = option("output", "folder for the outputs", runtime=True, metavar="DIR")
     save_trajectory: bool = option(False, "also write the denoising of every image as an animation to trajectory/")
     trajectory: str = option("x0", "what the animation shows: the predicted x_0, or x_t", choices=("x0", "xt"))
     grid: int = option(24, "images shown in grid.png, 0 for none", least=0, most=10_000, runtime=True)
     overwrite: bool = option(False, "start over where the save folder holds another run", runtime=True)
-    batch_size: int | str = option(4, "images at once, or auto", least=1, runtime=True, metavar="N|auto")
+    batch_size: int | str = option(4, "images at once, or auto", least=1, runtime=True, metavar="N")
     seed: int = option(0, "with an image's relative path, determines its noise")
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ class LikelihoodOptions:
     """Which images, and where the results go."""
 
     data_dir: str | None = option(None, "folder of images (searched recursively), or one image", metavar="PATH")
-    save_dir: str = option("output/nll", "folder for the results", runtime=True, metavar="FOLDER")
+    save_dir: str = option("output/nll", "folder for the results", runtime=True, metavar="DIR")
     num_samples: int = option(1000, "evaluate only the first so many images", least=1)
     batch_size: int = option(1, "images at once", least=1, runtime=True)
     clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1]")

@@ -50,13 +50,15 @@ class TrainConfig:
     eval_interval: int = option(1000, "steps between evaluations on held-out data", least=1)
     keep: int = option(0, "checkpoints to keep, the newest; 0: all", least=0)
     resume: str = option(
-        "", "auto: resume from the newest checkpoint in the save folder, if there is one", metavar="auto"
+        "",
+        "auto: resume from the newest checkpoint in the save folder, if there is one; empty: start from scratch",
+        metavar="{auto}",
     )
     resume_checkpoint: str = option(
         "", "start from this model; a model*.pt resumes at its step, with its ema*.pt and opt*.pt", metavar="FILE"
     )
     export: str = option(
-        "", "the .safetensors file for sampling; default: model.safetensors in the save folder", metavar="FILE"
+        "", "the .safetensors file for sampling; empty: model.safetensors in the save folder", metavar="FILE"
     )
     export_dtype: str = option("fp16", "precision of the exported weights", choices=("fp16", "fp32"))
 
@@ -139,10 +141,10 @@ class ClassOptions:
     domains: str | None = option(
         None,
         "folders, sources first and the target last, instead of `data_dir`: train the extractor",
-        metavar="SOURCE,...,TARGET",
+        metavar="DIRS",
     )
     val_data_dir: str | None = option(None, "held-out images for `data_dir`", metavar="DIR")
-    val_domains: str | None = option(None, "held-out images for `domains`", metavar="SOURCE,...,TARGET")
+    val_domains: str | None = option(None, "held-out images for `domains`", metavar="DIRS")
     noised: bool = option(True, "noised images at random timesteps; False: clean ones at timestep 0")
     random_crop: bool = option(False, "read images 5/4 as large and cut out random windows")
 
@@ -203,7 +205,7 @@ class GridOptions:
 class RunOptions:
     """How to run it; the last two are other spellings for users of guided-diffusion."""
 
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", metavar="DEVICE")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", metavar="NAME")
     use_fp16: bool = option(False, "the same as `precision` fp16")
 
     def __post_init__(self) -> None:

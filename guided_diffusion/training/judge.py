@@ -36,7 +36,7 @@ class JudgeOptions:
         None, "what datasets/prepare_emoji.py wrote: VENDOR/train and VENDOR/test, pictures named by code point",
         metavar="DIR",
     )  # fmt: skip
-    vendors: str = option("twitter,google,fluent3d", "folders in `data_dir`, the target last", metavar="A,B,...")
+    vendors: str = option("twitter,google,fluent3d", "folders in `data_dir`, the target last", metavar="NAMES")
     image_size: int = option(64, "side of the pictures, a multiple of 16", least=16, most=LARGEST["image_size"])
     width: int = option(32, "channels of the first level, a multiple of 8", least=8, most=LARGEST["width"])
     temperature: float = option(0.1, "of the contrast between code points", above=0, most=10)

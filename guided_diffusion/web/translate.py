@@ -25,6 +25,7 @@ from ..errors import InputError, first_line
 from ..image_datasets import ImageError, measure_image, to_uint8
 from ..manifold import check_blocks
 from ..options import check, option
+from ..presets import PRESETS
 from ..runtime import PRECISIONS, is_out_of_memory, pick_device
 from ..script_util import NUM_CLASSES
 from ..sddm import VARIANTS
@@ -37,35 +38,42 @@ log = logging.getLogger("sddm")
 ENERGY_NAMES = ("dct", "low_pass", "vgg")
 
 
+RECOMMENDED = PRESETS["emoji"].options("sddm")
+"""The page's defaults: those of the demo's model."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What can be chosen on the page, with the page's defaults; the help texts stand below its controls."""
 
     area: int = option(
-        32,
+        RECOMMENDED["blocks"],
         "The picture is cut into this many blocks a side, and every block keeps the average colour and contrast of "
         "yours. More blocks: closer to your picture.",
         least=1,
     )
     range_t: float = option(
-        0.2,
+        RECOMMENDED["range_t"],
         "The share of the steps, at the end, that the model takes without your picture. Larger: more realistic, "
         "further from it.",
         least=0,
         most=0.95,
     )
     steps: int = option(
-        100, "The result emerges from noise in this many steps. More: slower, finer.", least=1, most=1000
+        int(RECOMMENDED["timestep_respacing"]),
+        "The result emerges from noise in this many steps. More: slower, finer.",
+        least=1,
+        most=1000,
     )
     seed: int = option(0, "Any number; another one gives another result.", least=0, most=2**53 - 1)
     start: float = option(
-        1.0,
+        RECOMMENDED.get("start", 1.0),
         "1 begins with pure noise. Less begins later, with your picture under so much noise: fewer steps.",
         least=0.05,
         most=1,
     )
     energy: str = option(
-        "dct",
+        RECOMMENDED["energy"],
         "Further guidance: edges and textures (dct), overall shapes (low_pass), features of a network (vgg, where its "
         "file is present).",
     )

@@ -1,0 +1,187 @@
+"""Make the pictures of docs/ and the README's table of presets again.
+
+examples:
+  python docs/make.py
+  python docs/make.py presets
+  python docs/make.py range_t_area demo --model_path output/target/model.safetensors
+"""
+
+import io
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # found from any working directory
+
+from guided_diffusion.cli import main as command
+
+command.start()
+
+from PIL import Image, ImageDraw, ImageFont
+
+from guided_diffusion import Translator
+from guided_diffusion.cli.flags import Given, Parser, preset_flags
+from guided_diffusion.errors import InputError
+from guided_diffusion.options import check, fitting, option
+from guided_diffusion.presets import PRESETS
+from guided_diffusion.run.files import write_bytes, write_text
+
+WIDTH, GAP, TEXT = 800, 4, 15  # pixels; 800 is the README's width
+LARGEST = 280_000
+AREAS, SHARES = (32, 16, 8, 4), (0.1, 0.2, 0.3, 0.5, 0.7)
+INK, PAPER = "#222222", "white"
+TABLE = re.compile(r"(<!-- presets: made by docs/make\.py -->\n).*?(<!-- end of presets -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What the pictures are made with."""
+
+    preset: str = option("emoji", "recommended flags by name", metavar="NAME")
+    model_path: str | None = option(None, "another model than the preset's", metavar="PATH")
+    base_samples: str = option(str(ROOT / "ref_imgs"), "drawings to translate", metavar="DIR")
+    drawing: str = option("cat_face.png", "the drawing of range_t_area.png", metavar="NAME")
+    steps: int | None = option(None, "another number of steps than the preset's, for a trial", least=1)
+    seed: int = option(0, "seed of the noise")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps or auto", metavar="NAME")
+    out: str = option(str(ROOT / "docs"), "folder for the pictures", metavar="DIR")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def translator(self, **options: object) -> Translator:
+        """The preset's translator with other options."""
+        steps = {} if self.steps is None else {"steps": self.steps}
+        return Translator(self.model_path, preset=self.preset, device=self.device, **{**steps, **options})
+
+    def drawings(self) -> list[Path]:
+        """All drawings, by name."""
+        return sorted(Path(self.base_samples).glob("*.png"))
+
+
+class Sheet:
+    """A white picture for cells with captions."""
+
+    def __init__(self, height: int) -> None:
+        self.image = Image.new("RGB", (WIDTH, height), PAPER)
+        self.draw = ImageDraw.Draw(self.image)
+
+    def picture(self, picture: Image.Image, left: float, top: float, side: int) -> None:
+        """A picture in a cell, enlarged or reduced."""
+        self.image.paste(
+            picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), (round(left), round(top))
+        )
+
+    def text(self, text: str, x: float, y: float, anchor: str = "ma", size: int = TEXT) -> None:
+        """A text at a point; anchor: as Pillow's, "ma" for centred below it."""
+        self.draw.text((x, y), text, INK, ImageFont.load_default(size), anchor)
+
+    def save(self, path: str) -> None:
+        """A PNG of at most about LARGEST bytes: with all colours where that suffices, else with 256, dithered."""
+        buffer = io.BytesIO()
+        self.image.save(buffer, "PNG", optimize=True)
+        if buffer.tell() > LARGEST:
+            buffer = io.BytesIO()
+            palette = self.image.quantize(256)
+            self.image.quantize(palette=palette).save(buffer, "PNG", optimize=True)
+        write_bytes(path, buffer.getvalue())
+
+
+def range_t_area(options: Pictures) -> Sheet:
+    """One drawing over both flags: rows of blocks, columns of T0."""
+    label, side = 62, 118
+    source = Path(options.base_samples) / options.drawing
+    left, top = side + 2 * GAP + label, 2 * TEXT + 24
+    sheet = Sheet(top + len(AREAS) * (side + GAP) + TEXT + 14)
+    middle = top + (len(AREAS) * (side + GAP) - side) / 2
+    with Image.open(source) as image:
+        sheet.picture(image, 0, middle, side)
+    sheet.text("the drawing", side / 2, middle + side + 6)
+    centre = left + len(SHARES) * (side + GAP) / 2
+    sheet.text("range_t: how early guidance ends. Larger: more realistic, further from the drawing", centre, 2)
+    sheet.text(
+        "area: blocks a side whose colours follow the drawing. Smaller: freer", centre, sheet.image.height - TEXT - 6
+    )
+    for column, share in enumerate(SHARES):
+        sheet.text(f"{share:g}", left + column * (side + GAP) + side / 2, TEXT + 14)
+    for row, area in enumerate(AREAS):
+        y = top + row * (side + GAP)
+        sheet.text(f"area {area}", left - 8, y + side / 2, "rm")
+        for column, share in enumerate(SHARES):
+            made = options.translator(area=area, range_t=share)(source, seed=options.seed)
+            sheet.picture(made, left + column * (side + GAP), y, side)
+    return sheet
+
+
+def pairs(options: Pictures, title: str, **changed: object) -> Sheet:
+    """Every drawing with its translation beside it."""
+    columns, drawings = 4, options.drawings()
+    side = WIDTH // (2 * columns) - GAP
+    top, rows = TEXT + 12, -(-len(drawings) // columns)
+    sheet = Sheet(top + rows * (side + GAP))
+    translate = options.translator(**changed)
+    for column in range(columns):
+        for half, name in enumerate(("drawing", title)):
+            sheet.text(name, (2 * column + half) * (side + GAP) + side / 2, 4)
+    for n, (path, made) in enumerate(zip(drawings, translate(drawings, seed=options.seed))):
+        x, y = n % columns * 2 * (side + GAP), top + n // columns * (side + GAP)
+        with Image.open(path) as image:
+            sheet.picture(image, x, y, side)
+        sheet.picture(made, x + side + GAP, y, side)
+    return sheet
+
+
+def demo(options: Pictures) -> Sheet:
+    """The drawings, and what the preset makes of them."""
+    return pairs(options, "3D")
+
+
+def half_schedule(options: Pictures) -> Sheet:
+    """The same where guidance ends at half of the schedule."""
+    return pairs(options, "T0 = 0.5 T", range_t=0.5)
+
+
+def presets_table() -> str:
+    """The README's table of presets, in Markdown."""
+    lines = ["| preset | for | sets |", "|---|---|---|"]
+    for name, preset in PRESETS.items():
+        words = [word.removeprefix(str(ROOT) + os.sep) for word in preset_flags(name, "sddm")]
+        lines.append(f"| `{name}` | {preset.about} | `{' '.join(words)}` |")
+    return "\n".join(lines) + "\n"
+
+
+def with_presets(text: str) -> str:
+    """A document with its table of presets up to date."""
+    return TABLE.sub(lambda match: match[1] + presets_table() + match[2], text)
+
+
+SHEETS = {"range_t_area": range_t_area, "demo": demo, "half_schedule": half_schedule}
+
+
+def make(given: Given) -> int:
+    options = given.options(Pictures)
+    for name in given.names or ("presets", *SHEETS):
+        if name == "presets":
+            readme = ROOT / "README.md"
+            write_text(str(readme), with_presets(readme.read_text(encoding="utf-8")))
+        elif name in SHEETS:
+            SHEETS[name](options).save(os.path.join(options.out, f"{name}.png"))
+        else:
+            raise InputError(fitting(name, ["presets", *SHEETS]), parameter="names", value=name)
+        command.say(f"{name} is made", sys.stdout)
+    return command.DONE
+
+
+def create_parser() -> Parser:
+    parser = Parser(__doc__, usage="[NAME ...] [flags]")
+    parser.usage = "python docs/make.py [NAME ...] [flags]"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to make: presets, {', '.join(SHEETS)} (all)")
+    parser.add(Pictures, title="pictures")
+    return parser
+
+
+if __name__ == "__main__":
+    command.run(make, create_parser(), ranks="none")

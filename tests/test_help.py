@@ -1,0 +1,108 @@
+"""--help of every command: every flag explained, one style of value names, defaults shown, what matters first."""
+
+import re
+
+import pytest
+from conftest import ROOT
+from scripts_in_process import load_script
+
+from guided_diffusion.cli.flags import NO_EFFECT, shown_default
+from guided_diffusion.cli.sampling import TRAINING_FLAGS
+
+NAMES = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
+SAMPLING = {  # the flags that matter, by command
+    "ae_sample": ["area", "range_t", "timestep_respacing"],
+    "ilvr_sample": ["down_N", "range_t", "timestep_respacing"],
+    "sdedit_sample": ["t", "timestep_respacing"],
+    "egsde_sample": ["t", "ls", "li", "dsepath", "down_N", "timestep_respacing"],
+}
+# Words for values: one capital word, or the choices in braces; [...] for a value that may be missing.
+METAVAR = re.compile(r"[A-Z]+|\{[\w\-.]+(,[\w\-.]+)*\}")
+
+
+@pytest.fixture(params=NAMES)
+def parser(request):
+    parser = load_script(request.param).create_parser()
+    parser.prog = f"{request.param}.py"
+    return parser
+
+
+def actions(parser):
+    return [action for action in parser._actions if action.option_strings and action.dest != "help"]
+
+
+def titles(text):
+    return re.findall(r"^([a-zA-Z].*):$", text, re.MULTILINE)
+
+
+def flags_of(text):
+    return re.findall(r"^  --(\w+)", text, re.MULTILINE)
+
+
+def test_every_flag_is_explained(parser):
+    for action in actions(parser):
+        assert action.help and len(action.help) > 5, action.option_strings
+        assert action.help[0] != " " and not re.search(r"[^.]\.$", action.help), action.option_strings
+
+
+def test_values_have_one_style_of_names(parser):
+    for action in actions(parser):
+        assert METAVAR.fullmatch(action.metavar), f"{action.option_strings}: {action.metavar}"
+        field = parser.fields.get(action.dest)
+        if field is not None and (choices := field.metadata.get("choices")):
+            assert action.metavar == "{" + ",".join(choices) + "}"
+
+
+def test_every_default_is_shown(parser):
+    for action in actions(parser):
+        if action.default is not None:
+            shown = f"(default {shown_default(action.default)})"
+            assert action.help.replace("%%", "%").endswith(shown), action.option_strings
+        assert action.help.count("(default ") <= 1, action.option_strings
+
+
+def test_defaults_are_those_of_the_dataclasses(parser):
+    """Where no command sets another: the values of options that are made without arguments."""
+    own = {"batch_size", "save_dir", "iterations", "lr", "ema_rate", "vgg_path", "examples"}  # set by commands
+    for flag, field in parser.fields.items():
+        if flag not in own:
+            assert parser.get_default(flag) == field.default, flag
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_it_fits_the_terminal(parser, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = parser.format_help().splitlines()
+    wide = [line for line in lines if len(line) > columns and not line.startswith("usage: ")]
+    assert not wide, wide
+    assert not any(line != line.rstrip() for line in lines)
+    if columns == 120:
+        assert max(map(len, lines)) > 80
+
+
+def test_what_has_no_effect_stands_at_the_end(parser):
+    text = parser.format_help()
+    if NO_EFFECT in titles(text):
+        assert titles(text)[-1] == NO_EFFECT
+        rest, last = text.split(f"\n{NO_EFFECT}:\n")
+        assert "no effect" not in rest
+        assert set(TRAINING_FLAGS) <= set(flags_of(last))
+        assert set(flags_of(last)) == set(TRAINING_FLAGS) | parser.without_effect.keys()
+    else:
+        assert not parser.without_effect and "no effect" not in text
+
+
+@pytest.mark.parametrize("name, first", SAMPLING.items())
+def test_the_flags_that_matter_come_first_then_input_and_output(name, first):
+    text = load_script(name).create_parser().format_help()
+    flags = flags_of(text)
+    assert sorted(flags[: len(first)]) == sorted(first)
+    assert flags[len(first) : len(first) + 4] == ["preset", "model_path", "base_samples", "save_dir"]
+    groups = [title for title in titles(text) if title != "example"]
+    assert groups[:3] == ["method", "presets", "input and output"]
+    assert len(set(flags)) == len(flags)
+
+
+def test_the_three_flags_of_the_readme_come_first_in_its_order():
+    rows = re.findall(r"^\| `--(\w+) \w+` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows[:3] == flags_of(load_script("ae_sample").create_parser().format_help())[:3] == SAMPLING["ae_sample"]

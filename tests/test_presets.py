@@ -1,0 +1,247 @@
+"""Presets: one table of values, which flags, Translator, help, shell scripts and documents take; given flags win."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import tiny
+from conftest import ROOT
+from scripts_in_process import load_script, message, run_script
+
+from guided_diffusion import Translator, presets
+from guided_diffusion.checkpoint.reconcile import ModelFlags
+from guided_diffusion.cli import rows
+from guided_diffusion.cli.flags import preset_flags
+from guided_diffusion.energy import ENERGIES
+from guided_diffusion.errors import InputError
+from guided_diffusion.options import check
+from guided_diffusion.presets import PRESETS, Preset
+from guided_diffusion.respace import space_timesteps
+from guided_diffusion.sddm import METHODS
+from guided_diffusion.translator import energy_names
+
+SCRIPT_OF = {"sddm": "ae_sample", "ilvr": "ilvr_sample", "sdedit": "sdedit_sample", "egsde": "egsde_sample"}
+PAIRS = [(name, method) for name, preset in PRESETS.items() for method in preset.methods]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A tiny model and two references; read only."""
+    root = tmp_path_factory.mktemp("data")
+    tiny.make_model(root / "model.safetensors")
+    tiny.make_references(root / "ref", ("a.png", "b.png"))
+    return root
+
+
+@pytest.fixture
+def own(data):
+    """A preset that suits the tiny model, registered for the time of a test."""
+    sddm = {"timestep_respacing": "6", "blocks": 4, "range_t": 0.34, "energy": "dct", "start": 0.84}
+    PRESETS.add("tiny")(Preset("a test", str(data / "model.safetensors"), {"sddm": sddm}))
+    yield sddm
+    del PRESETS._entries["tiny"]
+
+
+def parse(script, *flags):
+    return load_script(script).create_parser().parse(list(map(str, flags)))
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def test_the_names_that_documents_promise():
+    assert list(PRESETS) == ["cat2dog", "wild2dog", "male2female", "emoji", "fast"]
+    assert all("sddm" in preset.methods for preset in PRESETS.values())
+
+
+@pytest.mark.parametrize("name, method", PAIRS)
+def test_every_value_is_an_option_that_fits(name, method, monkeypatch):
+    """Each option belongs to the method, its energies or the model, and passes their checks and the schedule's."""
+    monkeypatch.setattr(os.path, "exists", lambda path: True)  # EGSDE looks for its extractor
+    options = PRESETS[name].options(method)
+    energy = energy_names(options.get("energy"))
+    known = {"model_path", "energy"} if method == "sddm" else {"model_path"}
+    for cls in (METHODS[method], ModelFlags, *(ENERGIES[each] for each in energy if method == "sddm")):
+        fields = {key: value for key, value in options.items() if key in cls.__dataclass_fields__}
+        made = cls(**fields)
+        check(made)
+        known |= fields.keys()
+        if cls is METHODS[method]:
+            size = 64 if "fluent3d_64" in options["model_path"] else 256
+            steps = len(space_timesteps(1000, options.get("timestep_respacing", "1000")))
+            made.check_fit(size, steps)
+    assert options.keys() <= known
+    for option in ("range_t", "start"):  # shares stay right when the number of steps changes
+        assert option not in options or 0 < options[option] < 1
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_models_have_the_names_of_the_documents(name):
+    text = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
+    for method in PRESETS[name].methods:
+        for path in (PRESETS[name].options(method).get(option) for option in presets.FILES):
+            assert path is None or (path.startswith("models/") and f"`{path.removeprefix('models/')}`" in text)
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, method", PAIRS)
+def test_a_preset_is_its_flags(name, method):
+    """--preset NAME gives what its words in help and documents give."""
+    chosen, written = parse(SCRIPT_OF[method], "--preset", name), parse(SCRIPT_OF[method], *preset_flags(name, method))
+    mine, theirs = chosen.digestible(), written.digestible()
+    assert mine.pop("preset") == name and theirs.pop("preset") == "None"
+    assert mine == theirs
+    assert mine != {**parse(SCRIPT_OF[method]).digestible(), "preset": None}
+
+
+def test_given_flags_win():
+    given = parse("ae_sample", "--area", 8, "--preset", "emoji", "--model_path", "mine.pt", "--timestep_respacing=7")
+    emoji = PRESETS["emoji"].options("sddm")
+    assert (given.area, given.model_path, given.timestep_respacing) == (8, "mine.pt", "7")
+    assert given.range_t == emoji["range_t"] and given.energy == emoji["energy"]
+    # Even where the value is the flag's default.
+    assert parse("ae_sample", "--preset", "emoji", "--area", 16, "--range_t", 0).range_t == 0
+    assert parse("ae_sample", "--preset", "emoji", "--area", 16).area == 16
+    parser = load_script("ae_sample").create_parser()
+    parser.parse(["--preset", "emoji"])
+    assert parser.parse([]).area == 16  # one command line's preset is not the next one's
+
+
+def test_unknown_names_are_refused_with_a_near_miss():
+    with pytest.raises(InputError) as caught:
+        parse("ae_sample", "--preset", "cat2dgo")
+    assert (caught.value.parameter, caught.value.value) == ("preset", "cat2dgo")
+    text = message("ae_sample", caught.value)
+    assert text.startswith("--preset is 'cat2dgo'; it can be cat2dog, ") and text.endswith("; did you mean cat2dog?")
+    with pytest.raises(InputError) as caught:
+        parse("ilvr_sample", "--preset", "fast")
+    assert message("ilvr_sample", caught.value) == "--preset is 'fast'; it has no options for ilvr; it has for sddm"
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("method, script", SCRIPT_OF.items())
+def test_help_lists_them_with_what_they_set(method, script, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = " ".join(load_script(script).create_parser().format_help().split())
+    for name, preset in PRESETS.items():
+        words = " ".join(preset_flags(name, method)) if method in preset.methods else None
+        assert (f"{name} {preset.about}" in text) == (words is not None)
+        assert words is None or words.replace(f"{ROOT}{os.sep}", "") in text
+
+
+def test_run_json_records_the_flags_and_either_spelling_resumes(data, own, tmp_path, capsys):
+    out, base = tmp_path / "out", ("--base_samples", data / "ref", "--device", "cpu")
+    assert run_script("ae_sample", "--preset", "tiny", *base, "--save_dir", out) == 0
+    settings = tiny.record(out)["settings"]
+    assert settings["area"] == 4 and settings["range_t"] == 2 and settings["start_t"] == 5
+    assert "preset" not in json.dumps(settings)
+    made = tiny.files(out)
+    (out / "b.png").unlink()
+    flags = ("--model_path", data / "model.safetensors", "--timestep_respacing", 6, "--area", 4, "--energy", "dct")
+    assert run_script("ae_sample", *flags, "--range_t", 2, "--start_t", 5, *base, "--save_dir", out) == 0
+    assert "1 done, 1 already present, 0 failed" in capsys.readouterr().out
+    assert tiny.files(out) == made and tiny.record(out)["settings"] == settings
+    assert run_script("ae_sample", "--preset", "tiny", *base, "--save_dir", out) == 0
+    with pytest.raises(InputError, match="area"):
+        run_script("ae_sample", "--preset", "tiny", "--area", 8, *base, "--save_dir", out)
+
+
+def test_the_command_refuses_in_one_line(tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "ae_sample.py", "--preset", "emojy", "--base_samples", "x"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: --preset is 'emojy'; ")
+    assert done.stderr.count("\n") == 1
+
+
+# ---- Python ---------------------------------------------------------------------------------------------------------
+
+
+def test_translator_takes_a_preset_and_gives_the_commands_pixels(data, own, tmp_path):
+    translate = Translator(preset="tiny", device="cpu")
+    assert translate.method == METHODS["sddm"](blocks=4, range_t=0.34, start=0.84)
+    assert translate.evaluations == 5 and [energy.blocks for energy in translate.energies] == [4]
+    flags = ("--base_samples", data / "ref", "--save_dir", tmp_path, "--batch_size", 1, "--device", "cpu")
+    assert run_script("ae_sample", "--preset", "tiny", *flags) == 0
+    picture = translate(data / "ref" / "a.png")
+    assert picture.tobytes() == tiny.Image.open(tmp_path / "a.png").tobytes()
+
+
+def test_given_options_of_translator_win(data, own):
+    translate = Translator(data / "model.safetensors", preset="tiny", steps=9, area=8, energy="none", device="cpu")
+    assert translate.target.diffusion.num_timesteps == 9 and translate.method.blocks == 8 and not translate.energies
+
+
+def test_translator_refuses_what_the_command_refuses(data):
+    with pytest.raises(InputError) as caught:
+        Translator(preset="cat2dgo")
+    assert caught.value.parameter == "preset" and "did you mean cat2dog?" in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        Translator(preset="fast", method="sdedit")
+    assert caught.value.parameter == "preset" and "sddm" in caught.value.reason
+    with pytest.raises(InputError) as caught:
+        Translator(range_t=0.3)
+    assert caught.value.parameter == "model"
+
+
+# ---- shell scripts and the benchmark's rows -------------------------------------------------------------------------
+
+
+def test_rows_know_their_presets_by_their_values():
+    """What is compared with a finished run is the values: a preset that changes makes its rows again."""
+    row = rows.parse_row("S | x | ae_sample.py --preset emoji --area 8")
+    assert "--preset" not in row.flags and "--model_path" not in row.flags
+    assert row.flags.count("--area") == 1 and row.flags[-2:] == ("--area", "8")
+    found, wanted = parse("ae_sample", *row.flags), parse("ae_sample", "--preset", "emoji", "--area", 8)
+    for flag in ("timestep_respacing", "range_t", "area", "energy", "sampler"):
+        assert getattr(found, flag) == getattr(wanted, flag)
+    assert rows.parse_row("S | x | ae_sample.py --preset=emoji --area 8").flags == row.flags
+    dse = rows.parse_row("E | x | egsde_sample.py --preset cat2dog")
+    assert rows.missing_files([dse]) == ["--dsepath models/cat2dog_dse.pt"]
+    for line in ("S | x | ae_sample.py --preset emojy", "S | x | ae_sample.py --preset"):
+        with pytest.raises(InputError):
+            rows.parse_row(line)
+
+
+@pytest.mark.parametrize("script", ["cat2dog", "wild2dog", "male2female", "emoji", "ablation_area", "ablation_energy",
+                                    "ablation_moo"])  # fmt: skip
+@pytest.mark.parametrize("task", ["emoji", "cat2dog"])
+def test_task_scripts_give_rows_that_their_commands_read(tmp_path, script, task):
+    """The real shell scripts with an interpreter that prints the table which benchmark.py would get."""
+    (tmp_path / "python").write_text("#!/bin/sh\ncat\n")
+    (tmp_path / "python").chmod(0o755)
+    bin_folder = tmp_path / "venv" / "bin"
+    bin_folder.mkdir(parents=True)
+    (tmp_path / "python").rename(bin_folder / "python")
+    (tmp_path / "venv" / ".requirements").write_bytes((ROOT / "requirements.txt").read_bytes())
+    files = {}
+    for name in ("MODEL", "SOURCES", "TARGETS", "DSE", "VGG"):
+        files[name] = tmp_path / name
+        files[name].mkdir()
+    environment = {**os.environ, "VENV": str(tmp_path / "venv"), "TASK": task, **{k: str(v) for k, v in files.items()}}
+    command = ["bash", ROOT / "scripts" / f"{script}.sh", "--quick"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    table = rows.parse_table(done.stdout)
+    assert len(table) >= 3
+    for row in table:
+        given = parse(row.script.removesuffix(".py"), *row.flags)
+        steps = len(space_timesteps(1000, given.timestep_respacing or "1000"))
+        T0 = re.search(r"(?:T0|M)=([\d.]+)T", row.setting)
+        if T0:
+            value = given.range_t if row.script == "ae_sample.py" else given.t
+            assert (value if value < 1 else value / steps) == pytest.approx(float(T0[1]), abs=0.03)
+
+
+def test_demo_and_slurm_use_presets():
+    for script, name in (("demo", "emoji"), ("slurm", "cat2dog")):
+        text = (ROOT / "scripts" / f"{script}.sh").read_text(encoding="utf-8")
+        assert f"--preset {name}" in text
+        command = re.search(r"scripts/ae_sample\.py\"? \\\n(.*?[^\\])\n", text, re.DOTALL)
+        words = shlex.split(command[1].replace("\\\n", " "))
+        assert not {"--area", "--range_t", "--timestep_respacing", "--model_path"} & set(words)

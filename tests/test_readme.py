@@ -1,0 +1,318 @@
+"""The documents, followed literally: commands and snippets that need no download run in a copy of the repository; all
+others are read by the real parsers of their scripts.
+
+What is changed when they run: flags in RUN are appended, so that fewer steps are taken, and EDITS are made in snippets.
+"""
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+from scripts_in_process import load_script, run_script
+
+from guided_diffusion import baselines
+from guided_diffusion.errors import InputError
+
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "models/README.md", "datasets/README.md")
+
+# Commands that run, with the flags that are appended. The order is that of the README: later ones use earlier results.
+RUN = {
+    "bash scripts/demo.sh": "--timestep_respacing 3",
+    "python scripts/ae_sample.py --preset emoji --base_samples my_pictures --save_dir output/mine":
+        "--timestep_respacing 3",
+    "python scripts/image_train.py --data_dir my_targets": "--iterations 2",
+    "python scripts/classifier_train.py --domains my_sources,my_targets": "--iterations 2",
+    "python scripts/ae_sample.py --model_path output/target/model.safetensors": "--timestep_respacing 3",
+    "python scripts/ae_sample.py --preset emoji --base_samples ref_imgs --save_dir output/late":
+        "--timestep_respacing 5 --num_samples 2",
+    "python scripts/fetch_model.py": "",
+}  # fmt: skip
+# Commands that need a download: a model, a data set, or a package that requirements.txt does not have.
+DOWNLOADS = (
+    "python scripts/ae_sample.py --preset cat2dog",
+    "python scripts/ae_sample.py --model_path google/ddpm-cat-256",
+    "python scripts/convert.py --model_path models/afhq_dog_4m.pt --save_dir output/afhq_dog_diffusers",
+    "python scripts/convert.py --model_path models/afhq_dog_4m.pt --save_dir afhq-dog",
+    "python scripts/evaluate.py --outputs output/cat2dog",
+    "python scripts/fetch_model.py NAME",
+    "python datasets/prepare_emoji.py --size 64 --out data/emoji",
+    "npm pack",
+    "bash download.sh",  # of another repository
+)
+# Commands that are checked in another way, or not at all, with the reason.
+OTHERS = {
+    "bash scripts/test.sh": "runs this test",
+    "bash .ci/run": "runs this test",
+    "bash scripts/demo.sh --range_t 0.5": "the demo once more; its flags are read",
+    "python3 -m venv .venv": "makes the environment that the tests run in",
+    ".venv/bin/pip install torch": "downloads PyTorch",
+    ".venv/bin/python -m pip install": "downloads the developers' packages",
+    ".venv/bin/pre-commit install": "needs the developers' packages",
+    "source .venv/bin/activate": "comes before every command that runs",
+    "torchrun": "tests/test_processes.py runs launchers",
+    "mpiexec": "tests/test_processes.py runs launchers",
+    "sbatch": "needs Slurm",
+    "python docs/make.py": "takes minutes; tests below make the table and the pictures with two steps",
+    "python notebooks/execute.py": "needs nbclient; tests/test_notebook.py runs the cells",
+    "python -c": "runs below, with a file's name in it",
+}
+# Python snippets by a text in them: replacements for running them, or None where they need a download.
+EDITS: dict[str, list[tuple[str, str]] | None] = {
+    'Translator(preset="emoji")': [('preset="emoji"', 'preset="emoji", steps=3')],
+    "sddm.sample(model": [('"timestep_respacing": "100"', '"timestep_respacing": "5"'), ("range_t=20", "range_t=1")],
+    "SDDMPipeline.from_pretrained": None,
+    "my_sampling.py": [],
+}
+BRIGHTNESS = (
+    "--manifold brightness --preset emoji --base_samples my_pictures --save_dir output/own --timestep_respacing 3"
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line of a document, on one line; inline: it stands in a sentence."""
+
+    document: str
+    section: str
+    text: str
+    inline: bool = False
+
+    @property
+    def words(self):
+        return shlex.split(self.text, comments=True)
+
+    def starts(self, prefix):
+        words = shlex.split(prefix)
+        return self.words[: len(words)] == words
+
+    @property
+    def script(self):
+        """The Python script that it starts, as scripts/ae_sample.py; a shell script that passes its flags on counts."""
+        found = [word for word in self.words if re.fullmatch(r"(scripts|datasets|docs)/\w+\.py|scripts/demo\.sh", word)]
+        return found[0].replace("demo.sh", "ae_sample.py") if found else None
+
+    @property
+    def flags(self):
+        return self.words[next(n for n, word in enumerate(self.words) if "/" in word and "." in word) + 1 :]
+
+
+def blocks(document):
+    """Code blocks: (section, language, text)."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    section = ""
+    for part in re.finditer(r"^#+ ([^\n]*)$|^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        if part[1] is not None:
+            section = part[1]
+        else:
+            yield section, part[2], part[3]
+
+
+def commands():
+    """All commands of all documents, those in sentences last."""
+    found, inline = [], []
+    for document in DOCUMENTS:
+        for section, language, text in blocks(document):
+            lines = text.replace("\\\n", " ").splitlines() if language in ("", "bash") else []
+            if re.search(r"^data/\S+ +\S|^data/\w+/$", text, re.MULTILINE):  # trees of files
+                continue
+            found += [Command(document, section, " ".join(line.split())) for line in lines if line.strip()]
+        text = re.sub(
+            r"^```.*?^```$", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+        )
+        for line in re.findall(r"`((?:bash|python|torchrun) [^`]+)`", text):
+            inline.append(Command(document, "", " ".join(line.split()), True))
+    return [*found, *inline]
+
+
+COMMANDS = commands()
+SNIPPETS = [
+    (document, section, text) for document in DOCUMENTS for section, kind, text in blocks(document) if kind == "python"
+]
+
+
+def kind(command):
+    """RUN, DOWNLOADS or OTHERS, by the longest beginning."""
+    tables = [(prefix, table) for table in (RUN, DOWNLOADS, OTHERS) for prefix in table if command.starts(prefix)]
+    return max(tables, key=lambda entry: len(entry[0]))[::-1] if tables else (None, None)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the repository with an environment in .venv that is the one of this test, and somebody's pictures."""
+    copy = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    folders = ("scripts", "guided_diffusion", "resizer", "models", "ref_imgs")
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*") if "__pycache__" not in path.parts]
+    names = listed.stdout.splitlines() or ["requirements.txt", *(str(path.relative_to(ROOT)) for path in found)]
+    for name in names:
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, copy / name)
+    folder = copy / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (folder / "python").chmod(0o755)
+    (folder / "activate").write_text(f'export PATH="{folder}:$PATH"\n')
+    shutil.copyfile(ROOT / "requirements.txt", copy / ".venv" / ".requirements")
+    drawings = sorted((ROOT / "ref_imgs").glob("*.png"))
+    for name, chosen in {"my_pictures": drawings[:2], "my_sources": drawings[:4], "my_targets": drawings[4:8]}.items():
+        (copy / name).mkdir()
+        for path in chosen:
+            shutil.copyfile(path, copy / name / path.name)
+    return copy
+
+
+def run(clone, line):
+    """A line as it is typed into bash in the clone's folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("PYTHONPATH", "VENV"):
+        environment.pop(name, None)
+    return subprocess.run(["bash", "-ec", f"source .venv/bin/activate\n{line}"], cwd=clone, env=environment,
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+
+
+# ---- every command --------------------------------------------------------------------------------------------------
+
+
+def test_every_command_is_accounted_for():
+    unknown = [f"{command.document}: {command.text}" for command in COMMANDS if kind(command)[0] is None]
+    assert not unknown, "\n".join(["", *unknown])
+    used = {kind(command)[1] for command in COMMANDS}
+    stale = {*RUN, *DOWNLOADS, *OTHERS} - used
+    assert not stale, stale
+    assert len(COMMANDS) > 25
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each.script], ids=lambda each: each.text[:60])
+def test_flags_exist_and_values_fit(command):
+    """By the parser of the script, and the checks of its options."""
+    assert (ROOT / command.script).is_file()
+    parser = load_script(f"../{command.script.removesuffix('.py')}").create_parser()
+    if command.flags[-1:] == ["..."] or command.words[:1] == ["sbatch"]:
+        return
+    mine = ["--preset", "emoji", "--base_samples", "ref_imgs"] if "demo.sh" in command.text else []
+    given = parser.parse([*mine, *command.flags])
+    for cls in {cls for owners in parser.owners.values() for cls in owners} - {baselines.EGSDE}:
+        given.options(cls)
+
+
+@pytest.mark.parametrize("prefix", RUN)
+def test_commands_that_need_no_download_run(clone, prefix):
+    (command, *_) = [each for each in COMMANDS if kind(each)[1] == prefix]
+    done = run(clone, f"{shlex.join(command.words)} {RUN[prefix]}")  # without the comment at its end
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    if (out := save_dir(command)) is not None:
+        assert (clone / out / "model.safetensors").exists() or (clone / out / "grid.png").exists()
+
+
+def save_dir(command):
+    """Where a command writes; None where that is no folder of its own."""
+    if command.script is None or command.flags[-1:] == ["..."]:
+        return None
+    for flag in ("--save_dir", "--out"):
+        if flag in command.flags:
+            return command.flags[command.flags.index(flag) + 1]
+    if "demo.sh" in command.text:
+        return "output_demo"
+    parser = load_script(f"../{command.script.removesuffix('.py')}").create_parser()
+    return None if "fetch_model" in command.script else parser.get_default("save_dir") or parser.get_default("out")
+
+
+def test_no_two_commands_of_a_document_write_to_the_same_folder():
+    for document in DOCUMENTS[:1]:
+        found = [(save_dir(command), command.text) for command in COMMANDS if command.document == document]
+        folders = [folder for folder, _ in found if folder is not None]
+        assert len(folders) > 8 and len(set(folders)) == len(folders), sorted(folders)
+        nested = [(a, b) for a in folders for b in folders if b.startswith(f"{a}/")]
+        assert not nested
+
+
+def test_the_command_that_shows_what_a_file_is(clone):
+    (command,) = [each for each in COMMANDS if each.starts("python -c")]
+    done = run(clone, command.text.replace("models/FILE", "models/fluent3d_64.safetensors"))
+    assert done.returncode == 0 and "ADM" in done.stdout, done.stderr
+
+
+# ---- snippets -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", dict.fromkeys(text for _, _, text in SNIPPETS), ids=lambda text: text.split("\n")[0][:60]
+)
+def test_snippets_run(clone, text):
+    (mark,) = [mark for mark in EDITS if mark in text]
+    edits = EDITS[mark]
+    code = compile(text, "snippet", "exec")
+    if edits is None:  # the names that it imports from this project exist
+        for module, names in re.findall(r"^from (guided_diffusion[\w.]*) import (.*)$", text, re.MULTILINE):
+            source = importlib.util.find_spec(module).origin
+            assert all(re.search(rf"^class {name}\b", open(source).read(), re.MULTILINE) for name in names.split(", "))
+        assert code
+        return
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (clone / "my_sampling.py").write_text(text)
+    flags = BRIGHTNESS if mark == "my_sampling.py" else ""
+    done = run(clone, f"PYTHONPATH=. python my_sampling.py {flags}")
+    assert done.returncode == 0, done.stderr
+    if flags:
+        assert '"manifold": "brightness"' in (clone / "output" / "own" / "run.json").read_text()
+
+
+# ---- tables, pictures and links -------------------------------------------------------------------------------------
+
+
+def test_the_table_of_presets_is_up_to_date():
+    """`python docs/make.py presets` writes it."""
+    make, text = load_script("../docs/make"), (ROOT / "README.md").read_text(encoding="utf-8")
+    assert make.presets_table() in text and make.with_presets(text) == text
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/architecture.md"])
+def test_links_lead_somewhere(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", text):
+        if "://" not in target:
+            assert ((ROOT / document).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["range_t_area", "demo", "half_schedule"])
+def test_pictures_are_light_and_have_the_readmes_width(name):
+    path = ROOT / "docs" / f"{name}.png"
+    assert f"](docs/{name}.png)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert path.stat().st_size < 300_000
+    with Image.open(path) as image:
+        assert image.width == 800
+
+
+def test_pictures_can_be_made_again(tmp_path, capsys):
+    """With two steps; the layout is that of the committed ones."""
+    make = load_script("../docs/make")
+    names = ("range_t_area", "demo", "half_schedule")
+    given = make.create_parser().parse([*names, "--steps", "2", "--out", str(tmp_path), "--device", "cpu"])
+    assert make.make(given) == 0
+    for name in names:
+        with Image.open(tmp_path / f"{name}.png") as mine, Image.open(ROOT / "docs" / f"{name}.png") as theirs:
+            assert mine.size == theirs.size
+    with pytest.raises(InputError, match="did you mean demo"):
+        make.make(make.create_parser().parse(["dmo"]))
+
+
+def test_the_demo_picture_shows_the_commands_results(tmp_path):
+    """docs/make.py and the command give the same pixels."""
+    make = load_script("../docs/make")
+    options = make.Pictures(steps=2, device="cpu")
+    mine = options.translator()(ROOT / "ref_imgs" / "star.png", seed=0)
+    flags = ("--preset", "emoji", "--timestep_respacing", 2, "--base_samples", ROOT / "ref_imgs" / "star.png")
+    assert run_script("ae_sample", *flags, "--save_dir", tmp_path, "--device", "cpu") == 0
+    assert Image.open(tmp_path / "star.png").tobytes() == mine.tobytes()
