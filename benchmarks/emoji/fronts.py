@@ -48,6 +48,7 @@ NEAR = (
     0.05,
 )  # a setting is near the front if so much more SSIM and so large a share less distance puts it there
 BATCH = 40
+BLOCK = re.compile(r"(<!-- fronts: made by benchmarks/emoji/fronts\.py -->\n).*?(<!-- end of fronts -->)", re.DOTALL)
 CELL, LABEL = 96, 236  # pixels of a picture and of the labels' column in pictures.png
 SKIN_TONE = re.compile(r"1f3f[b-f]")
 
@@ -248,6 +249,27 @@ def text_of(settings, scores, anchors, areas, volumes, pairs, missing, reference
     return "\n".join([*lines, *(f"- {note}" for note in notes), ""])
 
 
+def summary(record):
+    """The table of the project's README, from the content of fronts.json: the settings on every method's front."""
+    head = [
+        "method",
+        "setting",
+        "evaluations",
+        "judge distance ↓",
+        "SSIM to truth ↑",
+        "content found ↑",
+        "taken for 3D ↑",
+    ]
+    cells = []
+    for row in record["settings"]:
+        own = [(other["ssim"], other["distance"]) for other in record["settings"] if other["method"] == row["method"]]
+        if (row["ssim"], row["distance"]) in front(own):
+            evaluations = f"{row['evaluations']:.0f}"
+            cells.append([row["method"], row["setting"], evaluations, *shown(row)])
+    cells += [[f"*{name}*", "", "", *shown(score)] for name, score in record["anchors"].items()]
+    return markdown_table(head, cells)
+
+
 def shown(score):
     return [f"{score['distance']:.2f}", f"{score['ssim']:.3f}", f"{score['content']:.3f}", f"{score['target']:.3f}"]
 
@@ -294,6 +316,7 @@ def parse_flags():
     parser.add_argument("--replicates", type=int, default=300, help="resamples (default 300)")
     parser.add_argument("--pictures", type=int, default=12, help="columns of pictures.png (default 12)")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the results (default this file's)")
+    parser.add_argument("--readme", type=Path, help="a document whose table of fronts is to be made again")
     return parser.parse_args()
 
 
@@ -336,6 +359,9 @@ def main():
     files.write_text(str(args.out / "fronts.md"), text)
     files.write_json(str(args.out / "fronts.json"), record)
     files.write_text(str(args.out / "fronts.svg"), charts.trade_off(chart_rows(settings, scores), "truth_ssim").file())
+    if args.readme:
+        document = args.readme.read_text(encoding="utf-8")
+        files.write_text(str(args.readme), BLOCK.sub(lambda m: f"{m[1]}{summary(record)}\n{m[2]}", document))
     lines = [line for line in args.table.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
     chosen = {settings[k].row.name for k in near(settings, scores)}
     kept = [line for line in lines if tables.parse_row(line).name in chosen]
