@@ -24,6 +24,8 @@ from guided_diffusion.cli import rows as commands
 from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import Evaluation, charts, comparison, report
 from guided_diffusion.evaluation.fronts import hypervolume
+from guided_diffusion.evaluation.judge import DEFAULT_PATH
+from guided_diffusion.run import record as run_record
 from guided_diffusion.run.monitor import curves
 
 benchmark = load_script("benchmark")
@@ -548,6 +550,18 @@ def test_fronts_need_outputs(emoji, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", list(map(str, [*command, "--judge", out / "judge.safetensors"])))
     with pytest.raises(InputError, match="has no finished row"):
         fronts.main()
+
+
+def test_features_by_name_are_no_missing_file(data, tmp_path):
+    """`judge` is the repository's own file; its digest, not its name, says whether old measurements hold."""
+    options = comparison.Compared(
+        model_path=str(data / "model.safetensors"), base_samples=str(data / "sources"), save_dir=str(tmp_path)
+    )
+    for features, missing in (("judge", []), ("inception", []), ("no.pt", ["`features` no.pt"])):
+        assert comparison.missing_files(options, Evaluation(outputs="x", features=features)) == missing
+    judge = Evaluation(outputs="x", sources=str(data / "sources"), features="judge")
+    compared = comparison.Comparison(options, judge, commands.ScriptCommands(commands.Sampling()))
+    assert compared.key["features"] == run_record.sha256(DEFAULT_PATH)
 
 
 def test_the_committed_table_can_be_read():

@@ -20,6 +20,7 @@ from ..run import files
 from ..run import record as run_record
 from ..run.monitor import curves
 from . import charts, report, table
+from .features import features_file
 from .protocol import Evaluation, Instruments, evaluate
 
 log = logging.getLogger("sddm")
@@ -131,7 +132,7 @@ def select(options: Compared, rows: Sequence[Row]) -> tuple[Compared, list[Row]]
 def missing_files(options: Compared, measured: Evaluation) -> list[str]:
     """Names and paths of the options' files that do not exist, their parameters in backticks."""
     wanted = {name: getattr(options, name) for name in ("model_path", "base_samples", "targets", "truth")}
-    wanted["features"] = None if measured.features == "inception" else measured.features
+    wanted["features"] = features_file(measured.features)
     wanted["inception_path"] = measured.inception_path
     missing = {name: path for name, path in wanted.items() if path and not os.path.exists(path) and "://" not in path}
     return [f"`{name}` {display_name(path)}" for name, path in missing.items()]
@@ -154,7 +155,8 @@ class Comparison:
         self.model = run_record.sha256(options.model_path)
         # Names and values are those of version 0.1, whose measurements stay valid.
         self.key = {name: getattr(measured, name) for name in ("sources", "targets", "truth", "protocol", "image_size")}
-        digest = run_record.sha256(measured.features) if os.path.isfile(measured.features) else None
+        file = features_file(measured.features)
+        digest = run_record.sha256(file) if file and os.path.isfile(file) else None
         lpips = {"True": True, "False": False}.get(measured.lpips, measured.lpips)
         self.key |= {"features": digest or measured.features, "lpips": lpips}
 

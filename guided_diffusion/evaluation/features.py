@@ -63,7 +63,7 @@ def feature_extractor(
             parameter="inception_path",
             value=inception_path,
         )
-    path = DEFAULT_PATH if features == "judge" else Path(features)
+    path = Path(features_file(features) or features)
     if path.suffix not in (".pt", ".safetensors"):
         fitting = "it can be inception, judge, a TorchScript FILE.pt or a FILE.safetensors"
         raise InputError(fitting, parameter="features", value=features)
@@ -151,6 +151,11 @@ def _diffusion_features(path: Path, device: str | torch.device) -> Extractor:
 
     name = f"middle block of {type(model).__name__} {_digest(path)} at t = {FEATURE_TIMESTEP}"
     return Extractor(name, extract, image_size=int(info.flags["image_size"]))
+
+
+def features_file(features: str) -> str | None:
+    """The file that `features` means; None for "inception", which pytorch-fid finds by itself."""
+    return {"inception": None, "judge": str(DEFAULT_PATH)}.get(features, features)
 
 
 def names_judge(features: str) -> bool:
