@@ -31,7 +31,7 @@ from guided_diffusion.run.files import write_bytes, write_text
 
 WIDTH, GAP, TEXT = 800, 4, 15  # pixels; 800 is the README's width
 LARGEST = 280_000
-AREAS, SHARES = (32, 16, 8, 4), (0.1, 0.2, 0.3, 0.5, 0.7)
+AREAS, SHARES = (32, 16, 8, 4), (0.1, 0.2, 0.3, 0.4, 0.5)
 INK, PAPER = "#222222", "white"
 TABLE = re.compile(r"(<!-- presets: made by docs/make\.py -->\n).*?(<!-- end of presets -->)", re.DOTALL)
 
