@@ -552,6 +552,12 @@ def test_fronts_need_outputs(emoji, tmp_path, monkeypatch):
         fronts.main()
 
 
+def test_the_readmes_table_is_that_of_the_committed_fronts():
+    record = json.loads((ROOT / "benchmarks" / "emoji" / "fronts.json").read_text())
+    shown = fronts.BLOCK.search((ROOT / "README.md").read_text())[0]
+    assert shown.split("\n", 1)[1].rsplit("\n", 1)[0] == fronts.summary(record)
+
+
 def test_features_by_name_are_no_missing_file(data, tmp_path):
     """`judge` is the repository's own file; its digest, not its name, says whether old measurements hold."""
     options = comparison.Compared(

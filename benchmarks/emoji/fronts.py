@@ -47,6 +47,7 @@ NEAR = (
     0.004,
     0.05,
 )  # a setting is near the front if so much more SSIM and so large a share less distance puts it there
+FAR = 3  # times the smallest distance: farther settings are in the table, not in the chart
 BATCH = 40
 BLOCK = re.compile(r"(<!-- fronts: made by benchmarks/emoji/fronts\.py -->\n).*?(<!-- end of fronts -->)", re.DOTALL)
 CELL, LABEL = 96, 236  # pixels of a picture and of the labels' column in pictures.png
@@ -275,13 +276,15 @@ def shown(score):
 
 
 def chart_rows(settings, scores):
-    """The settings as `charts.trade_off` takes them."""
+    """The settings as `charts.trade_off` takes them, but those so distant that the others would lie on one line."""
+    largest = FAR * min(score["distance"] for score in scores)
     no_deviation = {"fid": None, "truth_ssim": None}
     return [
         {"method": setting.row.method, "setting": setting.row.setting, "std": no_deviation,
          "published": {"fid": "", "source_ssim": ""}, "protocol": {"features": "judge"},
          "mean": {"fid": score["distance"], "truth_ssim": score["ssim"]}}
         for setting, score in zip(settings, scores)
+        if score["distance"] <= largest
     ]  # fmt: skip
 
 

@@ -81,7 +81,9 @@ class Settings:
         "manifold", "The method as the paper describes it, or as its authors' code computes it.", choices=VARIANTS
     )
     sampler: str = option(
-        RECOMMENDED.get("sampler", "ancestral"), "How a step is taken. ddim and dpmpp_2m need fewer steps, such as 25.", choices=SOLVERS
+        RECOMMENDED.get("sampler", "ancestral"),
+        "How a step is taken. ddim and dpmpp_2m need fewer steps, such as 25.",
+        choices=SOLVERS,
     )
     precision: str = option(
         "fp32", "Arithmetic of the network. bf16 is faster on recent hardware, and less exact.", choices=PRECISIONS
