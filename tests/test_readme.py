@@ -51,6 +51,7 @@ DOWNLOADS = (
 OTHERS = {
     "bash scripts/test.sh": "runs this test",
     "bash .ci/run": "runs this test",
+    "bash scripts/emoji.sh": "takes hours; tests/test_benchmark.py runs its parts",
     "bash scripts/web_demo.sh": "installs Gradio; tests/test_web_page.py runs the page",
     "bash scripts/demo.sh --range_t 0.5": "the demo once more; its flags are read",
     "python3 -m venv .venv": "makes the environment that the tests run in",

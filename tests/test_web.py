@@ -32,7 +32,7 @@ from guided_diffusion.translator import TargetOptions, load_target
 from guided_diffusion.web import translate as module
 from guided_diffusion.web.translate import LABELS, Settings, Studio, explain
 
-SETTINGS = Settings(area=4, range_t=0.35, steps=6, seed=3)
+SETTINGS = Settings(area=4, range_t=0.35, steps=6, seed=3, start=1.0, sampler="ancestral")
 LONG = replace(SETTINGS, steps=250)
 AWKWARD = 'it\'s a "b" $HOME ä; `c`.png'
 
