@@ -39,6 +39,7 @@ from guided_diffusion.evaluation.pairs import ssim
 from guided_diffusion.evaluation.table import markdown_table
 from guided_diffusion.image_datasets import load_image, to_tensor
 from guided_diffusion.run import files
+from guided_diffusion.run.record import sha256
 
 OURS = "SDDM, late start"
 LOWEST_SSIM = 0.3  # of the hypervolume's reference point; its distance is that of the sources as they are
@@ -79,7 +80,7 @@ class Ruler:
 
     def __init__(self, path, truth_folder):
         self.judge = load_judge(path)
-        self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+        self.digest = sha256(path)[:12]
         self.truth = {r.stem: r.path for r in list_images(truth_folder, "truth")}
         self.stems = sorted(self.truth)
         self.images = self.read([self.truth[stem] for stem in self.stems])
@@ -139,6 +140,14 @@ def read_settings(table, save_dir, ruler):
     return settings, missing
 
 
+def points_of(settings, scores):
+    """The settings as points (SSIM, distance) by method."""
+    found = {}
+    for setting, score in zip(settings, scores):
+        found.setdefault(setting.row.method, []).append((score["ssim"], score["distance"]))
+    return found
+
+
 def bootstrap(settings, target, reference, replicates, seed=0):
     """Of every resample of the pictures, the same for all settings: scores [R, settings, 4] and areas by method.
 
@@ -173,13 +182,11 @@ def matched(settings, scores, draws):
     Dicts with both names, and of distance, SSIM and content the difference (ours minus theirs) with its interval; ours
     is None where no setting is as faithful.
     """
+    points = points_of(settings, scores)
     ours = [k for k, setting in enumerate(settings) if setting.row.method == OURS]
     found = []
     for k, setting in enumerate(settings):
-        own = [
-            (s["ssim"], s["distance"]) for s, other in zip(scores, settings) if other.row.method == setting.row.method
-        ]
-        if k in ours or (scores[k]["ssim"], scores[k]["distance"]) not in front(own):
+        if k in ours or (scores[k]["ssim"], scores[k]["distance"]) not in front(points[setting.row.method]):
             continue
         entry = {"theirs": setting.row.name, "ours": None}
         fitting = [i for i in ours if scores[i]["ssim"] >= scores[k]["ssim"]]
@@ -195,24 +202,22 @@ def matched(settings, scores, draws):
 
 def near(settings, scores):
     """Indices of the settings on or near their method's front; see NEAR."""
-    chosen = []
+    chosen, points = [], points_of(settings, scores)
     for k, setting in enumerate(settings):
-        own = [s for s, other in zip(scores, settings) if other.row.method == setting.row.method]
         better = scores[k]["ssim"] + NEAR[0], scores[k]["distance"] * (1 - NEAR[1])
-        if distance_at([(s["ssim"], s["distance"]) for s in own], better[0]) >= better[1]:
+        if distance_at(points[setting.row.method], better[0]) >= better[1]:
             chosen.append(k)
     return chosen
 
 
 def text_of(settings, scores, anchors, areas, volumes, pairs, missing, reference, notes):
     """fronts.md."""
-    methods = list(dict.fromkeys(setting.row.method for setting in settings))
+    points = points_of(settings, scores)
     lines = ["# Flat to 3D emoji: fronts", ""]
     head = ["method", "setting", "evaluations", "s/image", "judge distance ↓", "SSIM to truth ↑", "content found ↑"]
     cells = []
     for setting, score in zip(settings, scores):
-        own = [(s["ssim"], s["distance"]) for s, o in zip(scores, settings) if o.row.method == setting.row.method]
-        mark = " *" if (score["ssim"], score["distance"]) in front(own) else ""
+        mark = " *" if (score["ssim"], score["distance"]) in front(points[setting.row.method]) else ""
         costs = [f"{setting.costs['evaluations']:.0f}", f"{setting.costs['seconds']:.2f}"]
         cells.append(
             [setting.row.method, setting.row.setting + mark, *costs, *shown(score), str(len(setting.measured))]
@@ -221,7 +226,7 @@ def text_of(settings, scores, anchors, areas, volumes, pairs, missing, reference
     lines += [markdown_table([*head, "taken for 3D ↑", "seeds"], cells), "", "\\* on its method's front", ""]
     lines += [f"## Area under the front, with SSIM above {reference[0]:g} and distance below {reference[1]:.2f}", ""]
     cells = []
-    for method in methods:
+    for method in points:
         low, high = interval(areas[method])
         line = [method, f"{volumes[method]:.4f}", f"{low:.4f} to {high:.4f}"]
         if OURS in areas and method != OURS:
@@ -231,9 +236,8 @@ def text_of(settings, scores, anchors, areas, volumes, pairs, missing, reference
     lines += [markdown_table(["method", "area ↑", "95 % interval", f"{OURS} minus it"], cells), ""]
     lines += ["## At matched faithfulness", "", "The smallest judge distance with an SSIM to the truth of at least", ""]
     cells = []
-    for method in methods:
-        own = [(s["ssim"], s["distance"]) for s, other in zip(scores, settings) if other.row.method == method]
-        best = [distance_at(own, level) for level in LEVELS]
+    for method in points:
+        best = [distance_at(points[method], level) for level in LEVELS]
         cells.append([method, *("" if value == float("inf") else f"{value:.2f}" for value in best)])
     lines += [markdown_table(["method", *(f"{level:.2f}" for level in LEVELS)], cells), ""]
     lines += [f"Every setting of the other fronts beside the nearest of {OURS} that is at least as faithful:", ""]
@@ -338,12 +342,7 @@ def main():
     anchors = {"sources as they are": sources}
     reference = (LOWEST_SSIM, sources["distance"])
     draws, areas = bootstrap(settings, ruler.target, reference, args.replicates)
-    volumes = {
-        method: hypervolume(
-            [(s["ssim"], s["distance"]) for s, o in zip(scores, settings) if o.row.method == method], reference
-        )
-        for method in areas
-    }
+    volumes = {method: hypervolume(own, reference) for method, own in points_of(settings, scores).items()}
     pairs = matched(settings, scores, draws)
     notes = [
         f"{len(ruler.stems)} pictures; judge {ruler.digest}; intervals by {args.replicates} resamples of the pictures",
