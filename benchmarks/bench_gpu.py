@@ -115,6 +115,7 @@ def main():
     parser.add_argument("--dry_run", action="store_true", help="the same parts with tiny networks")
     parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results", "speed_gpu"))
     args = parser.parse_args()
+    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     started = time.monotonic()
     keep_freed_memory()
     device = torch.device(args.device)

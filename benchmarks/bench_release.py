@@ -101,7 +101,7 @@ def our_steps(case, architecture, device, blocks):
     import torch
 
     from guided_diffusion import energy, sddm
-    from guided_diffusion.runtime import DTYPES, CompiledModel, keep_freed_memory
+    from guided_diffusion.runtime import DTYPES, CompiledModel, keep_freed_memory, memory_format
     from guided_diffusion.script_util import create_diffusion, create_model
 
     keep_freed_memory()
@@ -109,7 +109,7 @@ def our_steps(case, architecture, device, blocks):
     flags = dict(architecture)
     respacing = flags.pop("timestep_respacing")
     model = random_weights(create_model(**flags), device).set_dtype(DTYPES[precision])
-    model = model.to(memory_format=torch.channels_last)
+    model = model.to(memory_format=memory_format(torch.device(device), "compile" in extras))
     if "fuse" in extras:
         model.fuse()
     if "compile" in extras:
@@ -283,6 +283,7 @@ def main():
         raise SystemExit(f"error: --release is {args.release!r}; a folder that holds guided_diffusion is needed")
     import machine
 
+    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     children = [Child(name, args) for name in [*(["release"] if args.release else []), *args.ours.split(",")]]
     result = {"machine": machine.describe(), "device": args.device, "architecture": architecture}
     result |= {"blocks": args.blocks, "rows": []}

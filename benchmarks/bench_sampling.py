@@ -26,7 +26,7 @@ import torch
 
 from guided_diffusion import energy, sddm
 from guided_diffusion.checkpoint import load_model
-from guided_diffusion.runtime import DTYPES, CompiledModel, keep_freed_memory
+from guided_diffusion.runtime import DTYPES, CompiledModel, keep_freed_memory, memory_format
 from guided_diffusion.script_util import create_classifier, create_diffusion, create_model
 
 BLOCKS = 16
@@ -54,11 +54,15 @@ ARCHITECTURES = {
 ENERGIES = ("none", "dct", "vgg", "low_pass", "dse", "dct+low_pass", "dct+low_pass+vgg")
 
 
-def network(name, dtype, device):
-    """(model, image size, whether it learned variances): the demo model, or an architecture with random weights."""
+def network(name, dtype, device, compiled=False):
+    """(model, image size, whether it learned variances): the demo model, or an architecture with random weights.
+
+    Its order in memory is the one that sampling has, eagerly or compiled.
+    """
+    order = memory_format(device, compiled)
     if name == "demo":
         model, info = load_model(os.path.join(ROOT, "models", "fluent3d_64.safetensors"), device=device, dtype=dtype)
-        return model.to(memory_format=torch.channels_last), info.flags["image_size"], info.flags["learn_sigma"]
+        return model.to(memory_format=order), info.flags["image_size"], info.flags["learn_sigma"]
     with torch.device("meta"):
         model = create_model(**ARCHITECTURES[name])
     model = model.to_empty(device=device)
@@ -67,7 +71,7 @@ def network(name, dtype, device):
         parameter.data.normal_(std=0.02, generator=generator)
     model = model.eval().requires_grad_(False).set_dtype(dtype)
     flags = ARCHITECTURES[name]
-    return model.to(memory_format=torch.channels_last), flags["image_size"], flags["learn_sigma"]
+    return model.to(memory_format=order), flags["image_size"], flags["learn_sigma"]
 
 
 def create_energies(names, size, device):
@@ -159,7 +163,7 @@ def measure_forward(name, batch, precisions, modes, rounds, device):
     """Rows of images per second, by precision and mode, and the fp32 output's distance in grey levels."""
     cases, rows, outputs = {}, {}, {}
     for precision, mode in itertools.product(precisions, modes):
-        model, size, _ = network(name, DTYPES[precision], device)
+        model, size, _ = network(name, DTYPES[precision], device, mode in ("compiled", "no_graphs"))
         x = torch.randn(batch, 3, size, size, device=device, generator=torch.Generator(device).manual_seed(1))
         t = torch.full((batch,), 500, device=device)
         row = {

@@ -42,16 +42,16 @@ def norm_silu(
     """SiLU(norm(x) (1 + scale) + shift) in x's dtype, without the affine part where scale is None.
 
     x: [N, C, H, W]; scale, shift: [N, C, 1, 1]. silu: the module to call for it, if the network has one. Where no
-    gradient is wanted and no hook is set on a module, it all happens in one buffer, and for half precision in float32
-    with one rounding at the end. In float32 both ways give the same bits.
+    gradient is wanted and no hook is set on a module, it all happens in one buffer, and on a CPU for half precision
+    mostly in float32 with one rounding at the end. In float32 both ways give the same bits.
     """
     if torch.is_grad_enabled() or hooked(norm, silu):
         h = norm(x)
         if scale is not None and shift is not None:
             h = h * (1 + scale.to(x.dtype)) + shift.to(x.dtype)
         return F.silu(h) if silu is None else silu(h)
-    if _normalizes_halves(norm, x):
-        h = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    if halves := _parameters_for_halves(norm, x):
+        h = F.group_norm(x, norm.num_groups, *halves, norm.eps)
     else:
         h = F.group_norm(x.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps)
     if scale is not None and shift is not None:
@@ -59,14 +59,19 @@ def norm_silu(
     return F.silu(h, inplace=True).to(x.dtype)
 
 
-def _normalizes_halves(norm, x):
-    """Whether the kernel that reads x in half precision, with float32 sums inside, is faster than a float32 copy of x.
+def _parameters_for_halves(norm, x):
+    """Weight and bias for the kernel that reads x in half precision, with float32 sums inside; None where x is float32,
+    or a float32 copy of x is faster.
 
-    It is on CPUs, but not with few channels a group, nor on small maps, which it does not share well among cores.
+    It is on CPUs with few channels a group, and on small maps, which the kernel does not share well among cores. The
+    kernel of GPUs wants both in x's dtype.
     """
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
-        return False
-    return norm.num_channels >= 4 * norm.num_groups and x.shape[2] * x.shape[3] >= 1024
+    if x.dtype == torch.float32:
+        return None
+    if x.device.type == "cuda":
+        return norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    large = norm.num_channels >= 4 * norm.num_groups and x.shape[2] * x.shape[3] >= 1024
+    return (norm.weight, norm.bias) if large and x.device.type == "cpu" and x.dtype == torch.bfloat16 else None
 
 
 @torch.no_grad()
@@ -126,5 +131,7 @@ def update_ema(
     target_params: Iterable[torch.Tensor], source_params: Iterable[torch.Tensor], rate: float = 0.99
 ) -> None:
     """Move an exponential moving average one step: target <- rate * target + (1 - rate) * source."""
-    for target, source in zip(target_params, source_params):
-        target.lerp_(source.to(target.dtype), 1 - rate)
+    pairs = [(target, source.to(target.dtype)) for target, source in zip(target_params, source_params)]
+    if pairs:
+        targets, sources = map(list, zip(*pairs))
+        torch._foreach_lerp_(targets, sources, 1 - rate)  # on a GPU a few kernels instead of one a parameter

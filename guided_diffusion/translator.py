@@ -32,7 +32,7 @@ from .options import check, fitting, option
 from .presets import preset_options
 from .respace import space_timesteps
 from .run.noise import ImageNoise, image_key
-from .runtime import DTYPES, PRECISIONS, CompiledModel, pick_device, pick_precision
+from .runtime import DTYPES, PRECISIONS, CompiledModel, memory_format, pick_device, pick_precision
 from .script_util import create_diffusion
 from .sddm import METHODS
 
@@ -122,7 +122,7 @@ def load_target(options: TargetOptions, flags: ModelFlags, device: torch.device,
         raise InputError("it is a classifier or extractor, not a diffusion model", **wrong)
     if info.flags.get("super_res"):
         raise InputError("it is a super-resolution model, which needs small images; super_res_sample takes it", **wrong)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] - convolutions are fastest in it
+    model.to(memory_format=memory_format(device, options.compile))  # type: ignore[call-overload]
     if options.fuse:
         model.fuse()  # type: ignore[operator]
     sigma_small = info.choose("sigma_small", options.sigma_small)

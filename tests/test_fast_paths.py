@@ -4,6 +4,7 @@ import itertools
 import platform
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from conftest import LinearModel, golden, golden_index, golden_model_and_diffusi
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from guided_diffusion import ddpm, energy, moo, runtime, sddm, unet
+from guided_diffusion import ddpm, energy, moo, nn, runtime, sddm, unet
 from guided_diffusion.ddpm import Model
 from guided_diffusion.manifold import block_mean
 from guided_diffusion.nn import GroupNorm32, norm_silu
@@ -60,6 +61,36 @@ def test_normalisation_in_one_buffer(dtype, channels, affine):
     else:
         # One rounding at the end, or a few on the way, of 2^-9 each.
         assert (fast - exact).abs().mean() <= (plain - exact).abs().mean() * 1.05 < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_normalisation_of_gpus_in_half_precision(dtype, monkeypatch):
+    """The kernel that reads halves, with parameters in x's dtype: twice the error of a copy in float32 at most."""
+    torch.manual_seed(0)
+    norm = GroupNorm32(32, 64)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x, (scale, shift) = 3 * torch.randn(2, 64, 16, 16) + 1, torch.randn(2, 2, 64, 1, 1)
+    exact = F.silu(F.group_norm(x.to(dtype).float(), 32, norm.weight, norm.bias, norm.eps) * (1 + scale) + shift)
+    with torch.no_grad():
+        copied = norm_silu(norm, x.to(dtype), scale, shift)
+        parameters = nn._parameters_for_halves(norm, types.SimpleNamespace(dtype=dtype, device=torch.device("cuda")))
+        assert [p.dtype for p in parameters] == [dtype, dtype]
+        monkeypatch.setattr(nn, "_parameters_for_halves", lambda norm, x: parameters)
+        read = norm_silu(norm, x.to(dtype), scale, shift)
+    assert read.dtype == dtype and not torch.equal(read, copied)
+    assert (read - exact).abs().mean() < 3 * (copied - exact).abs().mean()
+
+
+def test_order_in_memory():
+    """Eager GPUs alone keep PyTorch's own order; what is computed is the same."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert runtime.memory_format(gpu) is torch.contiguous_format
+    assert {runtime.memory_format(*case) for case in ((gpu, True), (cpu,), (cpu, True))} == {torch.channels_last}
+    model, x, t = tiny_network(), torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    with torch.no_grad():
+        plain = model.to(memory_format=runtime.memory_format(gpu))(x, t)
+        torch.testing.assert_close(model.to(memory_format=torch.channels_last)(x, t), plain, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale_shift", [False, True])

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..checkpoint import load_model
 from ..checkpoint.reconcile import ModelFlags
@@ -14,7 +13,7 @@ from ..options import check, option
 from ..run.files import write_bytes
 from ..run.job import Job
 from ..run.sources import npz_bytes
-from ..runtime import DTYPES, PRECISIONS, pick_device, pick_precision
+from ..runtime import DTYPES, PRECISIONS, memory_format, pick_device, pick_precision
 from ..script_util import create_diffusion
 from ..translator import Target
 from .flags import NO_EFFECT, Given, Parser
@@ -54,7 +53,7 @@ def load_network(given: Given, local_rank: int) -> tuple[Target, dict[str, Any]]
     model, info = load_model(str(options.model_path), device=device, dtype=DTYPES[precision], **flags.given())
     if info.model_type == "ENCODER":
         raise InputError("it is a classifier, not a diffusion model", parameter="model_path", value=options.model_path)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=memory_format(device))  # type: ignore[call-overload]
     target = Target(
         model=model,
         diffusion=create_diffusion(**{**info.flags, "sigma_small": options.sigma_small}),
