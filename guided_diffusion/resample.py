@@ -59,7 +59,11 @@ class ScheduleSampler(ABC):
         cumulative = np.cumsum(weights)
         t = np.searchsorted(cumulative / cumulative[-1], uniform, side="right")
         importance = self.importance(weights, t).astype(np.float32)  # not every device has float64
-        return torch.from_numpy(t).to(device), torch.from_numpy(importance).to(device)
+        # Copies that do not wait for the device, which may still compute the step before.
+        return (
+            torch.from_numpy(t).to(device, non_blocking=True),
+            torch.from_numpy(importance).to(device, non_blocking=True),
+        )
 
     def importance(self, weights: np.ndarray, t: np.ndarray) -> np.ndarray:
         """What the losses of timesteps t [N], drawn by `weights` [T], are multiplied with: float64 [N]."""

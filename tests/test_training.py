@@ -29,7 +29,9 @@ from guided_diffusion.training.data import (
     TrainImages,
     batch_numbers,
     class_labels,
+    counter_noise,
     list_images,
+    random_bits,
     random_uniform,
     sample_noise,
 )
@@ -231,7 +233,11 @@ def test_learning_rate_schedules():
 @given(seed=st.integers(0, 2**40), start=st.integers(0, 10**9), count=st.integers(1, 12), cut=st.integers(1, 12))
 def test_draws_depend_on_the_sample_number_only(seed, start, count, cut):
     numbers = np.arange(start, start + count)
-    for draw in (lambda n: random_uniform(seed, "flip", n), lambda n: sample_noise(seed, n, (2, 3), "cpu").numpy()):
+    for draw in (
+        lambda n: random_uniform(seed, "flip", n),
+        lambda n: sample_noise(seed, n, (2, 3), "cpu").numpy(),
+        lambda n: counter_noise(random_bits(seed, "noise", n), (3, 5), "cpu").numpy(),
+    ):
         whole = draw(numbers)
         parts = [draw(numbers[at : at + cut]) for at in range(0, count, cut)]
         assert np.array_equal(whole, np.concatenate(parts))
@@ -247,6 +253,37 @@ def test_draws_are_uniform_normal_and_independent_between_purposes():
     noise = sample_noise(1, np.arange(500), (64,), "cpu")
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
     assert abs((noise[1:] * noise[:-1]).mean()) < 0.03
+
+
+@settings(deadline=None, max_examples=25)
+@given(keys=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4), side=st.integers(1, 9))
+def test_noise_of_gpus_is_splitmix_and_box_muller(keys, side):
+    """Against the same in NumPy's unsigned integers and float64."""
+    pairs = (3 * side**2 + 1) // 2
+    with np.errstate(over="ignore"):
+        counters = np.arange(1, pairs + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x = np.array(keys, np.uint64)[:, None] + counters
+        x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        x = x ^ x >> np.uint64(31)
+    radius = np.sqrt(-2 * np.log(((x >> np.uint64(32)).astype(float) + 1) / 2**32))
+    angle = (x & np.uint64(0xFFFFFFFF)).astype(float) * (2 * np.pi / 2**32)
+    expected = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, : 3 * side**2]
+    found = counter_noise(np.array(keys, np.uint64), (3, side, side), "cpu")
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected.reshape(len(keys), 3, side, side), atol=5e-5)
+
+
+def test_noise_of_gpus_is_normal_and_white():
+    noise = counter_noise(random_bits(1, "noise", np.arange(2000)), (3, 16, 16), "cpu").flatten(1).double()
+    moments = [(noise**k).mean().item() for k in (1, 2, 3, 4)]
+    np.testing.assert_allclose(moments, [0, 1, 0, 3], atol=0.015)  # over 1.5 million draws
+    # Neighbouring pixels, the two halves of Box and Muller, neighbouring images, and the squares of the halves.
+    half = noise.shape[1] // 2
+    pairs = (noise[:, 1:], noise[:, :-1]), (noise[:, :half], noise[:, half:]), (noise[1:], noise[:-1])
+    pairs += ((noise[:, :half] ** 2 - 1, noise[:, half:] ** 2 - 1),)
+    for a, b in pairs:
+        assert abs((a * b).mean()) < 0.01
 
 
 @pytest.mark.parametrize("cache, workers", [("memory", 0), ("none", 0), ("none", 2)])

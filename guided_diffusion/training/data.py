@@ -8,6 +8,7 @@ sequence into pieces, and a run that resumes needs nothing but the number of its
 import functools
 import hashlib
 import itertools
+import math
 import os
 import posixpath
 import signal
@@ -50,12 +51,40 @@ def random_uniform(seed: object, purpose: str, numbers: Any) -> np.ndarray:
 
 
 def sample_noise(seed: object, numbers: Any, shape: Sequence[int], device: str | torch.device) -> torch.Tensor:
-    """Standard normal noise [N, *shape], float32; row i depends on the seed and numbers[i] alone."""
-    noise = torch.empty(len(numbers), *shape, device=device)
+    """Standard normal noise [N, *shape], float32; row i depends on the seed and numbers[i] alone.
+
+    The draws of a GPU are others than those of a CPU.
+    """
+    keys = random_bits(seed, "noise", numbers)
+    if torch.device(device).type == "cuda":
+        return counter_noise(keys, shape, device)
+    noise = torch.empty(len(keys), *shape, device=device)
     generator = torch.Generator(device)
-    for row, key in zip(noise, random_bits(seed, "noise", numbers)):
+    for row, key in zip(noise, keys):
         row.normal_(generator=generator.manual_seed(int(key)))
     return noise
+
+
+def counter_noise(keys: np.ndarray, shape: Sequence[int], device: str | torch.device) -> torch.Tensor:
+    """Standard normal noise [N, *shape], float32, of uint64 keys [N]: SplitMix64 bits, made normal by Box and Muller.
+
+    All rows at once: a generator for every row would take hundreds of launches, more than a step of a small model.
+    """
+    pairs = (math.prod(shape) + 1) // 2
+    counters = torch.arange(1, pairs + 1, device=device) * _signed(0x9E3779B97F4A7C15)
+    x = torch.from_numpy(keys.view(np.int64)).to(device, non_blocking=True)[:, None] + counters
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * _signed(factor)  # the mask makes the shift a logical one
+    x = x ^ (x >> 31 & (1 << 33) - 1)
+    radius = (((x >> 32 & 0xFFFFFFFF) + 1).float() * 2.0**-32).log().mul(-2).sqrt()
+    angle = (x & 0xFFFFFFFF).float() * (2 * math.pi * 2.0**-32)
+    noise = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return noise[:, : math.prod(shape)].reshape(len(keys), *shape)
+
+
+def _signed(bits: int) -> int:
+    """64 bits as the signed integer that PyTorch takes them for."""
+    return bits - (1 << 64) if bits >> 63 else bits
 
 
 def batch_numbers(start: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[np.ndarray]:
@@ -341,7 +370,8 @@ class TrainImages:
         """uint8 [N, 3, S, S] for arrays of sample numbers, S the stored size."""
         if self.cache != "none":
             images = self._decoded(device if self.cache == "device" else "cpu")
-            return (images[torch.from_numpy(self.indices(current)).to(images.device)] for current in numbers)
+            chosen = (torch.from_numpy(self.indices(current)) for current in numbers)
+            return (images[indices.to(images.device, non_blocking=True)] for indices in chosen)
         workers: dict[str, Any] = {}
         if self.num_workers:
             workers = {"num_workers": self.num_workers, "prefetch_factor": 4, "worker_init_fn": _ignore_interrupts}
@@ -378,7 +408,7 @@ class TrainImages:
     def _augment(self, raw, numbers):
         images = self._crop(raw, numbers)
         if self.random_flip:
-            flip = torch.from_numpy(random_uniform(self.seed, "flip", numbers) < 0.5).to(raw.device)
+            flip = torch.from_numpy(random_uniform(self.seed, "flip", numbers) < 0.5).to(raw.device, non_blocking=True)
             images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         return self._normalise(images)
 
