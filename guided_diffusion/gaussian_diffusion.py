@@ -523,15 +523,12 @@ class GaussianDiffusion:
             terms["vb"] = self.variational_bound(frozen, x_start, x_t, t)
             if self.loss_type is LossType.RESCALED_MSE:
                 terms["vb"] = terms["vb"] * (self.num_timesteps / 1000.0)
-        target = self.mse_target(x_start, x_t, t, noise)
+        target = self._mse_target(x_start, x_t, t, noise)
         terms["mse"] = mean_flat((target - prediction) ** 2)
         terms["loss"] = sum(terms.values())
         return terms
 
-    def mse_target(
-        self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
-        """What the network is to predict at x_t = q_sample(x_start, t, noise), of x_start's shape."""
+    def _mse_target(self, x_start, x_t, t, noise):
         if self.model_mean_type is ModelMeanType.EPSILON:
             return noise
         if self.model_mean_type is ModelMeanType.START_X:

@@ -54,8 +54,7 @@ def train(given: Given, ranks: Ranks) -> int:
             references, start.flags["image_size"], labels=start.labels, seed=config.seed, **data.reading()
         )
         diffusion = create_diffusion(**start.flags)
-        weights = loss_weights(diffusion, loss.p2_gamma, loss.p2_k, loss.min_snr_gamma)
-        losses = diffusion_loss(diffusion, weights, loss.coarse_weight)
+        losses = diffusion_loss(diffusion, loss_weights(diffusion, loss.p2_gamma, loss.p2_k, loss.min_snr_gamma))
         sample = grid_sampler(start, grid, config.seed) if config.sample_interval else None
         if ranks.rank == 0:
             describe(start, images, device, config)

@@ -583,7 +583,7 @@ def test_noising_and_velocity_are_the_librarys():
     noised = diffusion.q_sample(data["x0"], data["t"], data["noise"])
     # The library's own tables are float32: one value differs by 1.13e-6, and by 1.2e-7 from the float64 formula.
     torch.testing.assert_close(noised, data["noised"], rtol=0, atol=1.2e-6)
-    velocity = diffusion.mse_target(data["x0"], noised, data["t"], data["noise"])
+    velocity = diffusion._mse_target(data["x0"], noised, data["t"], data["noise"])
     torch.testing.assert_close(velocity, data["velocity"], rtol=0, atol=1e-6)
     torch.testing.assert_close(diffusion._pred_xstart(velocity, noised, data["t"]), data["x0"], rtol=0, atol=1e-5)
 

@@ -161,9 +161,6 @@ class LossOptions:
     )
     p2_k: float = option(1.0, "k of the P2 weighting", above=0)
     min_snr_gamma: float = option(0.0, "min-SNR weighting; 0: none, its paper has 5", least=0)
-    coarse_weight: float = option(
-        0.0, "weight of the error of means over 8x8 pixels, added to the loss; keeps colours of areas true", least=0
-    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType
-from ..nn import mean_flat
 from .data import random_uniform, sample_noise
 
 if TYPE_CHECKING:
@@ -75,38 +74,17 @@ def loss_weights(
     return weights
 
 
-def diffusion_loss(
-    diffusion: GaussianDiffusion, weights: torch.Tensor | None = None, coarse_weight: float = 0.0
-) -> Loss:
-    """The diffusion model's loss: `GaussianDiffusion.training_losses`, its squared error weighted by weights[t].
-
-    coarse_weight adds so many times the squared error of means over 8x8 pixels, as its own term `coarse`. Block means
-    of white noise are small, so the plain error hardly sees a wrong tint of a whole area. The minimum is the same,
-    the posterior mean, since it is quadratic in the prediction. Raises InputError where nothing squared is trained.
-    """
-    if coarse_weight and diffusion.loss_type in (LossType.KL, LossType.RESCALED_KL):
-        raise InputError(
-            "it weights a squared error, and `use_kl` True has none; leave one of them out",
-            parameter="coarse_weight",
-            value=coarse_weight,
-        )
+def diffusion_loss(diffusion: GaussianDiffusion, weights: torch.Tensor | None = None) -> Loss:
+    """The diffusion model's loss: `GaussianDiffusion.training_losses`, its squared error weighted by weights[t]."""
 
     def losses(model, x, t, noise, y):
-        outputs = []
-
         def in_float32(*args, **kwargs):
-            outputs.append(model(*args, **kwargs).float())
-            return outputs[-1]
+            return model(*args, **kwargs).float()
 
         kwargs = {} if y is None else {"y": y}
         terms = diffusion.training_losses(in_float32, x, t, model_kwargs=kwargs, noise=noise)
         if weights is not None:
             terms["loss"] = terms["loss"] + (weights.to(x.device)[t] - 1) * terms["mse"]
-        if coarse_weight:
-            target = diffusion.mse_target(x, diffusion.q_sample(x, t, noise=noise), t, noise)
-            means = F.adaptive_avg_pool2d(target - outputs[-1][:, : x.shape[1]], max(1, x.shape[-1] // 8))
-            terms["coarse"] = mean_flat(means**2)
-            terms["loss"] = terms["loss"] + coarse_weight * terms["coarse"]
         return terms
 
     return losses
