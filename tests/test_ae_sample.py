@@ -189,6 +189,13 @@ def test_other_flags_of_the_method_reach_the_sampler(data, tmp_path):
     )
 
 
+@pytest.mark.parametrize("start, range_t, guided", [(5, 4, False), (5, 3, True), (0.5, 0.5, False), (None, 5, False)])
+def test_a_run_without_a_guided_step_says_so(data, tmp_path, caplog, start, range_t, guided):
+    late = [] if start is None else ["--start_t", start]
+    assert run_here(data, tmp_path / "out", "--energy", "dct", "--range_t", range_t, *late, "--batch_size", 1) == 0
+    assert (f"--range_t {range_t} leaves no step to guide" in caplog.text) != guided
+
+
 def test_a_share_of_the_schedule_is_the_step_that_it_stands_for(data, tmp_path, caplog):
     caplog.set_level("INFO")
     out = tmp_path / "out"

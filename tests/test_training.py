@@ -124,32 +124,6 @@ def test_min_snr_weight_of_a_model_that_predicts_the_velocity():
     np.testing.assert_allclose(loss_weights(diffusion, min_snr_gamma=5.0).numpy(), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("process", [{}, {"predict_v": True}, {"predict_xstart": True}, {"learn_sigma": True}])
-def test_coarse_term_is_the_error_of_means_over_8x8_pixels(process):
-    """A network that errs by a tint alone: its squared error is the tint's square, and so is that of its means."""
-    diffusion = create_gaussian_diffusion(steps=50, **process)
-    x, t, noise = torch.rand(2, 3, 16, 16), torch.tensor([3, 40]), torch.randn(2, 3, 16, 16)
-    target = diffusion.mse_target(x, diffusion.q_sample(x, t, noise=noise), t, noise)
-    tint, grain = 0.1, torch.randn(2, 3, 16, 16)
-    grain -= torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(grain, 8), scale_factor=8)
-
-    def model(x_t, steps):
-        output = target + tint + grain
-        return torch.cat([output, torch.zeros_like(output)], 1) if process.get("learn_sigma") else output
-
-    plain = diffusion_loss(diffusion)(model, x, t, noise, None)
-    terms = diffusion_loss(diffusion, coarse_weight=3.0)(model, x, t, noise, None)
-    torch.testing.assert_close(terms["coarse"], torch.full([2], tint**2), rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(terms["loss"], plain["loss"] + 3 * terms["coarse"])
-    assert "coarse" not in plain
-
-
-def test_coarse_term_needs_a_squared_error():
-    with pytest.raises(InputError) as caught:
-        diffusion_loss(create_gaussian_diffusion(steps=50, use_kl=True), coarse_weight=1.0)
-    assert caught.value.parameter == "coarse_weight"
-
-
 def test_weighting_leaves_the_variance_term_alone(folder, tmp_path):
     flags = {**FLAGS, "learn_sigma": True}
     loop, diffusion = make_loop(folder, tmp_path, flags=flags, weighting={"p2_gamma": 1.0}, batch_size=4)

@@ -84,9 +84,12 @@ def announce(target: Target, words: str, method: Any, given: Given) -> None:
     counted = f"{total} steps" if steps == total else f"{steps} of {total} steps"
     network = target.info.model_type
     log.info("%s UNet, %d px, %s on %s; %s", network, target.image_size, counted, target.device, words)
-    for name, step in resolved(method, total).items():
+    found = resolved(method, total)
+    for name, step in found.items():
         if getattr(given, name) != step:
             log.info("--%s %s is step %d of %d", name, getattr(given, name), step, total)
+    if found.get("range_t", -1) >= steps - 1:
+        log.warning("--range_t %s leaves no step to guide: the run begins at step %d", given.range_t, steps - 1)
 
 
 def energy_words(names: Sequence[str], given: Given) -> str:
