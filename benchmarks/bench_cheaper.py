@@ -47,9 +47,9 @@ def one_pass(norm, x, scale=None, shift=None, silu=None):
     """`nn.norm_silu` with the affine part in one pass, for half precision."""
     if x.dtype == torch.float32 or scale is None or torch.is_grad_enabled():
         return nn.norm_silu(norm, x, scale, shift, silu)
-    halves = nn._normalizes_halves(norm, x)
-    parts = (norm.num_groups, norm.weight, norm.bias, norm.eps)
-    h = F.group_norm(x if halves else x.float(), *parts)
+    halves = nn._parameters_for_halves(norm, x)
+    weight, bias = halves or (norm.weight, norm.bias)
+    h = F.group_norm(x if halves else x.float(), norm.num_groups, weight, bias, norm.eps)
     torch.addcmul(shift.to(h.dtype), h, (1 + scale).to(h.dtype), out=h)
     return F.silu(h, inplace=True).to(x.dtype)
 

@@ -8,6 +8,7 @@ example: python benchmarks/bench_gpu.py --minutes 9 --release ../sddm
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -24,15 +25,16 @@ import torch
 from guided_diffusion.errors import first_line
 from guided_diffusion.runtime import DTYPES, is_out_of_memory, keep_freed_memory
 
-BOTH, ALL = ["fp32", "bf16"], ["eager", "eager+fuse", "compiled"]
-# model:batch, precisions, modes; `compiled` takes CUDA graphs on a GPU, `no_graphs` does not.
+BOTH, ALL = ["fp32", "bf16"], ["eager", "eager+fuse", "channels_last", "compiled"]
+# model:batch, precisions, modes; `compiled` takes CUDA graphs on a GPU, `no_graphs` does not; `channels_last` is eager
+# evaluation in the order in memory that CPUs have.
 FORWARDS = [
     ("readme:8", BOTH, ALL),
     ("demo:8", BOTH, ["eager", "eager+fuse", "no_graphs", "compiled"]),
-    ("readme:32", BOTH, ["eager", "eager+fuse"]),
+    ("readme:32", BOTH, ["eager", "eager+fuse", "channels_last"]),
     ("readme:1", BOTH, ["eager"]),
     ("demo:1", BOTH, ["eager"]),
-    ("demo:64", BOTH, ["eager", "eager+fuse"]),
+    ("demo:64", BOTH, ["eager", "eager+fuse", "channels_last"]),
     ("readme:32", ["bf16"], ["compiled"]),
     ("demo:64", ["bf16"], ["compiled"]),
     ("readme:64", ["bf16"], ["eager"]),
@@ -40,6 +42,7 @@ FORWARDS = [
     ("readme:4", BOTH, ["eager"]),
     ("demo:4", BOTH, ["eager"]),
 ]
+IN_PLACE = [("demo", 64, "eager"), ("demo", 64, "compiled"), ("readme", 32, "eager"), ("readme", 32, "compiled")]
 DRY = [("tiny:1", BOTH, ["eager", "eager+fuse"]), ("tiny:2", ["fp32"], ["eager"])]
 
 
@@ -61,7 +64,7 @@ def release(args, dry):
     out = f"{args.out}_release"
     command = [sys.executable, os.path.join(ROOT, "benchmarks", "bench_release.py"), "--release", args.release]
     command += ["--device", args.device, "--rounds", str(args.rounds), "--out", out]
-    command += ["--ours", "fp32,bf16,bf16+fuse,bf16+compile"]
+    command += ["--ours", "fp32,bf16,bf16+fuse"]  # compiling at three batch sizes would take the time of all others
     if dry:
         small = {"image_size": 32, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2"}
         command += [
@@ -89,6 +92,9 @@ def parts(args, device, result):
                 f"overhead {case}",
                 lambda case=case, e=energies: overhead(case, e, rounds, device, result["forward"]),
             )
+    for name, batch, mode in [("tiny", 1, "eager")] if args.dry_run else IN_PLACE:
+        measure = functools.partial(bench.measure_in_place, name, batch, "bf16", mode, ["none", "dct", "vgg"], device)
+        yield f"in place {name}:{batch} {mode}", lambda measure=measure: {"in_place": measure()}
     if args.release:
         yield "release", lambda: release(args, args.dry_run)
     steps = 5 if args.dry_run else 100
@@ -119,7 +125,8 @@ def main():
     started = time.monotonic()
     keep_freed_memory()
     device = torch.device(args.device)
-    result = {"forward": [], "overhead": [], "whole_run": [], "waits": [], "release": "", "done": [], "missing": {}}
+    result = {name: [] for name in ("forward", "overhead", "in_place", "whole_run", "waits", "done")}
+    result |= {"release": "", "missing": {}}
     if os.path.exists(f"{args.out}.json"):
         with open(f"{args.out}.json", encoding="utf-8") as file:
             result = json.load(file)

@@ -163,7 +163,7 @@ def measure_forward(name, batch, precisions, modes, rounds, device):
     """Rows of images per second, by precision and mode, and the fp32 output's distance in grey levels."""
     cases, rows, outputs = {}, {}, {}
     for precision, mode in itertools.product(precisions, modes):
-        model, size, _ = network(name, DTYPES[precision], device, mode in ("compiled", "no_graphs"))
+        model, size, _ = network(name, DTYPES[precision], device, not mode.startswith("eager"))
         x = torch.randn(batch, 3, size, size, device=device, generator=torch.Generator(device).manual_seed(1))
         t = torch.full((batch,), 500, device=device)
         row = {
@@ -242,6 +242,47 @@ def measure_overhead(name, batch, names, rounds, device, forward_s):
         }
         for (label, detail), took in times.items()
     ]
+
+
+def measure_in_place(name, batch, precision, mode, names, device, steps=8):
+    """Rows of what guided steps cost with their evaluations, beside the evaluations alone, and of a late-start run.
+
+    Launching a step's kernels then hides behind the network's, as far as it does. mode: eager, channels_last or
+    compiled. The run: a schedule of 25 steps from 0.6 T, guided by `dct` until 0.4 T, 15 evaluations.
+    """
+    plain, size, _ = network(name, DTYPES[precision], device, mode != "eager")
+    model = CompiledModel(plain) if mode == "compiled" else plain
+    generator = torch.Generator(device).manual_seed(4)
+    ref = torch.rand(batch, 3, size, size, device=device, generator=generator) * 2 - 1
+    draw = torch.randn(ref.shape, device=device, generator=generator)
+    t = torch.full((batch,), 500, device=device)
+    options = {"blocks": BLOCKS, "noise": lambda _: draw}
+
+    def evaluations():
+        for _ in range(steps):
+            model(ref, t)
+
+    def guided(energies):
+        diffusion = create_diffusion(timestep_respacing=str(4 * steps + 1))
+        moving = sddm.sample.steps(model, diffusion, ref, range_t=0, energies=energies, **options)
+        return lambda: take(moving, steps)
+
+    def late_start():
+        diffusion = create_diffusion(timestep_respacing="25")
+        sddm.sample(model, diffusion, ref, start=0.6, range_t=0.4, energies=[energy.dct(BLOCKS)], **options)
+
+    with torch.no_grad():
+        cases = {label: guided(create_energies(label, size, device)) for label in names}
+        times = medians({"evaluations": evaluations, **cases}, 3, device)
+        seconds(late_start, device)
+        took = seconds(late_start, device)
+    alone = times.pop("evaluations")
+    case = {"model": name, "size": size, "batch": batch, "precision": precision, "mode": mode}
+    rows = [
+        {**case, "energy": label, "step_s": value / steps, "overhead": value / alone - 1}
+        for label, value in times.items()
+    ]
+    return [*rows, {**case, "energy": "late start", "seconds": took, "images_per_s": batch / took}]
 
 
 def measure_whole_run(precisions, device, batch=8, steps=100):
@@ -324,12 +365,12 @@ def report(result):
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in result["forward"]:
-        error, build = r.get("output_error"), r.get("compile_seconds")
+        error, build, peak = (r.get(name) for name in ("output_error", "compile_seconds", "peak_mib"))
         share = r["gflop_per_image"] * 1e9 * r["evaluations_per_s"] / result["matrix_flops"][r["precision"]]
         lines.append(
             f"| {r['model']} {r['parameters'] / 1e6:.1f}M | {r['size']} | {r['batch']} | {r['precision']} | "
             f"{r['mode']} | {r['forward_s']:.4f} | {r['evaluations_per_s']:.2f} | {r['gflop_per_image']:.1f} | "
-            f"{share:.0%} | {r['peak_mib']:.0f} | {'' if error is None else f'{error:.4f}'} | "
+            f"{share:.0%} | {'' if peak is None else round(peak)} | {'' if error is None else f'{error:.4f}'} | "
             f"{'' if build is None else f'{build:.0f}'} |"
         )
     lines += [
@@ -346,6 +387,21 @@ def report(result):
             f"| {r['model']} | {r['size']} | {r['batch']} | {r['energy']} | {r['detail_merge']} | "
             f"{r['step_s'] * 1e3:.2f} | {r['overhead']:.2%} |"
         )
+    if result.get("in_place"):
+        lines += [
+            "",
+            "Guided steps with their evaluations, and what they cost more than these alone; and whole runs of 25 steps "
+            "from 0.6 T, guided by `dct` until 0.4 T (15 evaluations).",
+            "",
+            "| model | px | batch | precision | mode | steps | ms a step | overhead | images/s |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+    for r in result.get("in_place", []):
+        case = f"| {r['model']} | {r['size']} | {r['batch']} | {r['precision']} | {r['mode']} | {r['energy']} |"
+        if "seconds" in r:
+            lines.append(f"{case} | | {r['images_per_s']:.1f} |")
+        else:
+            lines.append(f"{case} {r['step_s'] * 1e3:.2f} | {r['overhead']:.1%} | |")
     if result["whole_run"]:
         lines += [
             "",
@@ -389,7 +445,9 @@ def main():
         "--cases", default="demo:1,demo:8,readme:1", help="model:batch pairs; models: demo, readme, ilvr, tiny"
     )
     parser.add_argument("--precisions", default="fp32,bf16", help="of fp32, bf16 and fp16")
-    modes = "of eager, compiled (with CUDA graphs on a GPU) and no_graphs, each also as eager+fuse"
+    modes = (
+        "of eager, channels_last, compiled (with CUDA graphs on a GPU) and no_graphs, the first two also as eager+fuse"
+    )
     parser.add_argument("--modes", default="eager", help=modes)
     parser.add_argument(
         "--energies", default=",".join(ENERGIES), help="energies of guided steps, joined by +; empty for none"

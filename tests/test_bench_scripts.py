@@ -111,12 +111,13 @@ def test_gpu_table_without_a_gpu(tmp_path, release):
     done = run("bench_gpu.py", *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.with_suffix(".json").read_text())
-    assert len(result["done"]) == 6 and result["missing"] == {}
+    assert len(result["done"]) == 7 and result["missing"] == {}
     assert [(row["batch"], row["precision"], row["mode"]) for row in result["forward"]] == [
         (1, "fp32", "eager"), (1, "fp32", "eager+fuse"), (1, "bf16", "eager"), (1, "bf16", "eager+fuse"),
         (2, "fp32", "eager"),
     ]  # fmt: skip
     assert {row["energy"] for row in result["overhead"]} == {"none", "dct", "plain step"}
+    assert [row["energy"] for row in result["in_place"]] == ["none", "dct", "vgg", "late start"]
     assert [row["precision"] for row in result["whole_run"]] == ["fp32", "bf16"]
     assert "12 guided steps" in (tmp_path / "gpu_profile.txt").read_text()
     text = out.with_suffix(".md").read_text()
