@@ -23,16 +23,20 @@ command.start()
 from PIL import Image, ImageDraw, ImageFont
 
 from guided_diffusion import Translator
+from guided_diffusion.checkpoint import load_model
 from guided_diffusion.cli.flags import Given, Parser, preset_flags
 from guided_diffusion.errors import InputError
 from guided_diffusion.options import check, fitting, option
-from guided_diffusion.presets import PRESETS
+from guided_diffusion.presets import PRESETS, preset_options
 from guided_diffusion.run.files import write_bytes, write_text
+from guided_diffusion.script_util import create_diffusion
+from guided_diffusion.training.loop import draw_samples
 
 WIDTH, GAP, TEXT = 800, 4, 15  # pixels; 800 is the README's width
 LARGEST = 280_000
 AREAS, SHARES = (32, 16, 8, 4), (0.1, 0.2, 0.3, 0.4, 0.5)
-FREE = "ancestral"  # where guidance ends early, dpmpp_2m leaves speckles
+FREE = {"sampler": "ancestral"}  # where guidance ends early, dpmpp_2m leaves speckles
+SAMPLES = 50  # of samples.png
 INK, PAPER = "#222222", "white"
 TABLE = re.compile(r"(<!-- presets: made by docs/make\.py -->\n).*?(<!-- end of presets -->)", re.DOTALL)
 
@@ -112,7 +116,7 @@ def range_t_area(options: Pictures) -> Sheet:
         y = top + row * (side + GAP)
         sheet.text(f"area {area}", left - 8, y + side / 2, "rm")
         for column, share in enumerate(SHARES):
-            made = options.translator(area=area, range_t=share, sampler=FREE)(source, seed=options.seed)
+            made = options.translator(area=area, range_t=share, **FREE)(source, seed=options.seed)
             sheet.picture(made, left + column * (side + GAP), y, side)
     return sheet
 
@@ -142,7 +146,21 @@ def demo(options: Pictures) -> Sheet:
 
 def half_schedule(options: Pictures) -> Sheet:
     """The same where guidance ends at half of the schedule."""
-    return pairs(options, "T0 = 0.5 T", range_t=0.5, sampler=FREE)
+    return pairs(options, "T0 = 0.5 T", range_t=0.5, **FREE)
+
+
+def samples(options: Pictures) -> Sheet:
+    """What the model draws from noise alone, without a reference."""
+    columns = 10
+    side = WIDTH // columns - GAP
+    network, info = load_model(options.model_path or preset_options(options.preset, "sddm")["model_path"])
+    diffusion = create_diffusion(**{**info.flags, "timestep_respacing": str(options.steps or 100)})
+    sheet = Sheet(-(-SAMPLES // columns) * (side + GAP))
+    made = draw_samples(network.eval(), diffusion, SAMPLES, info.flags["image_size"], use_ddim=False, seed=options.seed)
+    for n, picture in enumerate(made):
+        place = n % columns * (side + GAP), n // columns * (side + GAP)
+        sheet.picture(Image.fromarray(picture), *place, side)
+    return sheet
 
 
 def presets_table() -> str:
@@ -159,7 +177,7 @@ def with_presets(text: str) -> str:
     return TABLE.sub(lambda match: match[1] + presets_table() + match[2], text)
 
 
-SHEETS = {"range_t_area": range_t_area, "demo": demo, "half_schedule": half_schedule}
+SHEETS = {"range_t_area": range_t_area, "demo": demo, "half_schedule": half_schedule, "samples": samples}
 
 
 def make(given: Given) -> int:

@@ -300,7 +300,7 @@ def test_pictures_are_light_and_have_the_readmes_width(name):
 def test_pictures_can_be_made_again(tmp_path, capsys):
     """With two steps; the layout is that of the committed ones."""
     make = load_script("../docs/make")
-    names = ("range_t_area", "demo", "half_schedule")
+    names = ("range_t_area", "demo", "half_schedule", "samples")
     given = make.create_parser().parse([*names, "--steps", "2", "--out", str(tmp_path), "--device", "cpu"])
     assert make.make(given) == 0
     for name in names:
