@@ -42,7 +42,7 @@ from guided_diffusion.run import files
 from guided_diffusion.run.record import sha256
 
 OURS = "SDDM, late start"
-DETAILS = ("SDDM, 100 steps", "SDDM, late start, 20 steps")  # methods for fronts.md alone: README, chart and pictures leave them out
+DETAILS = ("SDDM, 100 steps", "SDDM, late start, 20 steps")  # in fronts.md alone, not in README, chart and pictures
 LOWEST_SSIM = 0.3  # of the hypervolume's reference point; its distance is that of the sources as they are
 LEVELS = (0.34, 0.35, 0.36, 0.37, 0.38, 0.39, 0.40)  # of SSIM, for the table of matched faithfulness
 NEAR = (
