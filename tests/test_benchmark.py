@@ -7,12 +7,14 @@ import io
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
 import fronts
+import numpy as np
 import pytest
 import tiny
 from conftest import ROOT
@@ -503,6 +505,22 @@ def test_fronts_are_of_the_outputs_of_every_seed(emoji):
     assert again[0]["distance"] != again[1]["distance"]
 
 
+def test_seconds_of_several_devices_are_left_out(emoji, tmp_path):
+    made, out = emoji
+    assert "| s/image |" in (out / "fronts.md").read_text()
+    ruler = fronts.Ruler(out / "judge.safetensors", out / "set" / "fluent3d" / "test")
+    copy = tmp_path / "made"
+    shutil.copytree(made, copy)
+    record = copy / "SDEdit_M=1" / "seed_0" / "run.json"
+    record.write_text(record.read_text().replace('"device": "cpu"', '"device": "cuda:0"'))
+    settings, _, devices = fronts.read_settings(out / "table.txt", copy, ruler)
+    assert devices == ["cpu", "cuda:0"] and [sorted(each.costs) for each in settings] == [["evaluations"]] * 3
+    scores = [{"distance": 1.0, "ssim": 0.5, "content": 0.5, "target": 0.5}] * 3
+    areas = {each.row.method: np.ones(3) for each in settings}
+    text = fronts.text_of(settings, scores, {}, areas, dict.fromkeys(areas, 1.0), [], [], (0.3, 2.0), [])
+    assert "s/image" not in text and "| method | setting | evaluations | judge distance" in text
+
+
 def test_truths_are_at_distance_0_and_all_found_again(emoji):
     _, out = emoji
     truth = out / "set" / "fluent3d" / "test"
@@ -573,6 +591,10 @@ def test_features_by_name_are_no_missing_file(data, tmp_path):
 def test_the_committed_table_can_be_read():
     rows = commands.parse_table((ROOT / "benchmarks" / "emoji" / "table.txt").read_text())
     assert {"SDEdit", "ILVR", "EGSDE", "SDDM", "SDDM, released", fronts.OURS} < {row.method for row in rows}
+    assert set(fronts.DETAILS) < {row.method for row in rows}
+    text = (ROOT / "benchmarks" / "emoji" / "variations.md").read_text()
+    for row in commands.parse_table((ROOT / "benchmarks" / "emoji" / "variations.txt").read_text()):
+        assert f"| {row.method} | {row.setting} |" in text
 
 
 # The scripts that users edit
