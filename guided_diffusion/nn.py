@@ -134,4 +134,5 @@ def update_ema(
     pairs = [(target, source.to(target.dtype)) for target, source in zip(target_params, source_params)]
     if pairs:
         targets, sources = map(list, zip(*pairs))
-        torch._foreach_lerp_(targets, sources, 1 - rate)  # on a GPU a few kernels instead of one a parameter
+        # On a GPU a few kernels instead of one a parameter.
+        torch._foreach_lerp_(targets, sources, 1 - rate)  # type: ignore[attr-defined]
