@@ -65,7 +65,7 @@ def test_normalisation_in_one_buffer(dtype, channels, affine):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_normalisation_of_gpus_in_half_precision(dtype, monkeypatch):
-    """The kernel that reads halves, with parameters in x's dtype: twice the error of a copy in float32 at most."""
+    """The kernel that reads halves, with parameters in x's dtype: less than three times the error of a float32 copy."""
     torch.manual_seed(0)
     norm = GroupNorm32(32, 64)
     torch.nn.init.normal_(norm.weight)

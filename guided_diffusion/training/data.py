@@ -31,6 +31,9 @@ AUTO_CACHE_BYTES = 2 << 30
 
 # ---- numbers instead of a generator's state -------------------------------------------------------------------------
 
+# SplitMix64: the step of its counter, then rounds of (right shift, factor) and a last shift.
+_COUNTER, _ROUNDS, _LAST = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)), 31
+
 
 def random_bits(seed: object, purpose: str, numbers: Any) -> np.ndarray:
     """Uniform 64-bit integers, uint64, one for every sample number: a SplitMix64 sequence of (seed, purpose).
@@ -39,10 +42,10 @@ def random_bits(seed: object, purpose: str, numbers: Any) -> np.ndarray:
     """
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     start = np.array([int.from_bytes(digest[:8], "little")], dtype=np.uint64)
-    x = np.asarray(numbers).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = np.asarray(numbers).astype(np.uint64) * np.uint64(_COUNTER) + start
+    for shift, factor in _ROUNDS:
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(_LAST))
 
 
 def random_uniform(seed: object, purpose: str, numbers: Any) -> np.ndarray:
@@ -71,11 +74,11 @@ def counter_noise(keys: np.ndarray, shape: Sequence[int], device: str | torch.de
     All rows at once: a generator for every row would take hundreds of launches, more than a step of a small model.
     """
     pairs = (math.prod(shape) + 1) // 2
-    counters = torch.arange(1, pairs + 1, device=device) * _signed(0x9E3779B97F4A7C15)
+    counters = torch.arange(1, pairs + 1, device=device) * _signed(_COUNTER)
     x = torch.from_numpy(keys.view(np.int64)).to(device, non_blocking=True)[:, None] + counters
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+    for shift, factor in _ROUNDS:
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * _signed(factor)  # the mask makes the shift a logical one
-    x = x ^ (x >> 31 & (1 << 33) - 1)
+    x = x ^ (x >> _LAST & (1 << 64 - _LAST) - 1)
     radius = (((x >> 32 & 0xFFFFFFFF) + 1).float() * 2.0**-32).log().mul(-2).sqrt()
     angle = (x & 0xFFFFFFFF).float() * (2 * math.pi * 2.0**-32)
     noise = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
