@@ -129,7 +129,7 @@ def main():
     result |= {"release": "", "missing": {}}
     if os.path.exists(f"{args.out}.json"):
         with open(f"{args.out}.json", encoding="utf-8") as file:
-            result = json.load(file)
+            result |= json.load(file)
         if result["machine"] != machine.describe():
             raise SystemExit(f"error: --out is {args.out!r}; it holds measurements of another machine")
     else:

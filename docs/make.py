@@ -29,6 +29,7 @@ from guided_diffusion.errors import InputError
 from guided_diffusion.options import check, fitting, option
 from guided_diffusion.presets import PRESETS, preset_options
 from guided_diffusion.run.files import write_bytes, write_text
+from guided_diffusion.runtime import pick_device
 from guided_diffusion.script_util import create_diffusion
 from guided_diffusion.training.loop import draw_samples
 
@@ -153,7 +154,8 @@ def samples(options: Pictures) -> Sheet:
     """What the model draws from noise alone, without a reference."""
     columns = 10
     side = WIDTH // columns - GAP
-    network, info = load_model(options.model_path or preset_options(options.preset, "sddm")["model_path"])
+    path = options.model_path or preset_options(options.preset, "sddm")["model_path"]
+    network, info = load_model(path, device=pick_device(options.device))
     diffusion = create_diffusion(**{**info.flags, "timestep_respacing": str(options.steps or 100)})
     sheet = Sheet(-(-SAMPLES // columns) * (side + GAP))
     made = draw_samples(network.eval(), diffusion, SAMPLES, info.flags["image_size"], use_ddim=False, seed=options.seed)
