@@ -625,7 +625,8 @@ def test_a_name_that_cannot_be_written_fails_alone(data, tmp_path):
 def test_a_save_folder_that_is_removed_ends_the_run(data, tmp_path, batch):
     def remove(painter):
         if len(painter.batches) == batch:
-            shutil.rmtree(tmp_path / "out")
+            # Moved first: the writer, which runs beside this, renames files while they are being removed.
+            shutil.rmtree((tmp_path / "out").rename(tmp_path / "removed"))
 
     error = refused(paint, data / "ref", tmp_path / "out", remove, batch_size=1)
     assert error.parameter == "save_dir" and error.reason == "it was removed while the run was writing to it"
@@ -839,6 +840,17 @@ def test_errors_of_writing_name_the_file(tmp_path):
     message = error_of(run_files.write_png, str(tmp_path / "folder.png"), np.zeros((4, 4, 3), np.uint8))
     assert message == f"{tmp_path}/folder.png cannot be written: Is a directory"
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.png"]
+
+
+def test_writing_below_a_root_makes_folders_but_never_the_root(tmp_path):
+    root, image = tmp_path / "out", np.zeros((4, 4, 3), np.uint8)
+    message = error_of(run_files.write_png, str(root / "more" / "a.png"), image, str(root))
+    assert message.endswith("cannot be written: No such file or directory") and not root.exists()
+    error_of(run_files.write_png, str(root / "a.png"), image, str(root))
+    assert not root.exists()
+    root.mkdir()
+    run_files.write_png(str(root / "very" / "deep" / "a.png"), image, f"{root}/")
+    assert list(pictures(root)) == ["very/deep/a.png"]
 
 
 def test_what_fails_in_writing_leaves_the_old_file(tmp_path):

@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,11 +23,11 @@ LARGEST_RECORD = 512 << 20
 """Bytes of a JSON file beyond which it is none of ours."""
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any], root: str | None = None) -> None:
     """Call write(file) on a temporary file beside `path`, then rename it to `path`.
 
-    Missing folders are made. Raises InputError, naming the file, where the
-    disk is full or the folder cannot be written.
+    Missing folders are made; where `root` is given, those below it alone, so that a folder that somebody removes stays
+    removed. Raises InputError, naming the file, where the disk is full or the folder cannot be written.
     """
     path = os.fspath(path)
     folder, name = os.path.split(path)
@@ -34,7 +35,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
     temporary = os.path.join(folder, f".{digest}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
     try:
-        os.makedirs(folder or ".", exist_ok=True)
+        _make_folders(folder or ".", root)
         try:
             with open(temporary, "wb") as file:
                 write(file)
@@ -48,6 +49,15 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
             raise
     except OSError as error:
         raise InputError(_disk_reason(path, error)) from error
+
+
+def _make_folders(folder: str, root: str | None) -> None:
+    if root is None:
+        os.makedirs(folder, exist_ok=True)
+        return
+    for parent in (*reversed(Path(folder).parents), Path(folder)):
+        if Path(root) in parent.parents and not parent.is_dir():
+            parent.mkdir(exist_ok=True)
 
 
 def _disk_reason(path: str, error: OSError) -> str:
@@ -165,15 +175,18 @@ def lock(folder: str | os.PathLike, parameter: str = "save_dir") -> int | None:
         return None
 
 
-def write_png(path: str, image: np.ndarray) -> None:
-    """Write uint8 [H, W, 3] as PNG."""
+def write_png(path: str, image: np.ndarray, root: str | None = None) -> None:
+    """Write uint8 [H, W, 3] as PNG; root as in `write_atomically`."""
     from PIL import Image
 
-    write_atomically(path, lambda file: Image.fromarray(image).save(file, "PNG"))
+    write_atomically(path, lambda file: Image.fromarray(image).save(file, "PNG"), root)
 
 
-def write_animation(path: str, frames: Sequence[np.ndarray], seconds: float = 4.0) -> None:
-    """Write uint8 frames [H, W, 3] as an animated GIF that stays on the last frame for a while and repeats."""
+def write_animation(path: str, frames: Sequence[np.ndarray], seconds: float = 4.0, root: str | None = None) -> None:
+    """Write uint8 frames [H, W, 3] as an animated GIF that stays on the last frame for a while and repeats.
+
+    root: as in `write_atomically`.
+    """
     from PIL import Image
 
     images = [Image.fromarray(frame) for frame in frames]
@@ -182,7 +195,7 @@ def write_animation(path: str, frames: Sequence[np.ndarray], seconds: float = 4.
     def save(file):
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
 
-    write_atomically(path, save)
+    write_atomically(path, save, root)
 
 
 class Writer:

@@ -448,13 +448,14 @@ class Job:
 
     def _write(self, item: Item, image: np.ndarray, frames: Sequence[np.ndarray]) -> None:
         path, animation = self._paths(item.key)
-        files.check_present(self.options.save_dir, "save_dir")
+        root = self.options.save_dir
         try:
             # The image goes last: where it exists, all is written.
             if frames:
-                files.write_animation(animation, frames)
-            files.write_png(path, image)
+                files.write_animation(animation, frames, root=root)
+            files.write_png(path, image, root)
         except InputError as error:
+            files.check_present(root, "save_dir")
             if getattr(error.__cause__, "errno", None) not in NAME_ERRORS:
                 raise
             self._fail(item, f"its output cannot be written: {os.strerror(error.__cause__.errno)}")  # type: ignore[union-attr]
