@@ -1,7 +1,9 @@
 """The one exception for bad input. It speaks of Python parameters; `cli.main` alone turns them into flags."""
 
+import contextlib
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 LONGEST = 200  # characters of a value or of another program's message that an error line shows
 
@@ -55,3 +57,31 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type where it has none."""
     lines = str(error).strip().splitlines()
     return one_line(lines[0]) if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike, kind: str | None = None) -> Iterator[None]:
+    """Context in which a file is opened and parsed: any exception becomes one `InputError` that names the file.
+
+    Decoders raise whatever a damaged file makes them trip over, so parse inside and do not list what can be wrong::
+
+        with reading(path, "an optimizer's state"):
+            content = torch.load(path, weights_only=True)
+            steps = int(content["train"]["samples"])
+
+    The messages are "PATH does not exist", "PATH cannot be read: Permission denied" and "PATH is damaged or not KIND:
+    …" ("PATH cannot be read: …" without `kind`). An InputError that is raised inside passes unchanged, and so do
+    interrupts. Keep what is not the file's fault, such as computing with its content, outside.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        file = display_name(os.fspath(path))
+        if isinstance(error, FileNotFoundError):
+            raise InputError(f"{file} does not exist") from error
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(f"{file} cannot be read: {error.strerror}") from error
+        reason = f"it has no entry {one_line(error, 60)}" if isinstance(error, KeyError) else first_line(error)
+        raise InputError(f"{file} {f'is damaged or not {kind}' if kind else 'cannot be read'}: {reason}") from error

@@ -29,7 +29,7 @@ from guided_diffusion.checkpoint.export import convert
 from guided_diffusion.checkpoint.loading import build
 from guided_diffusion.checkpoint.reading import read_content
 from guided_diffusion.ddpm import Model
-from guided_diffusion.errors import InputError
+from guided_diffusion.errors import InputError, reading
 from guided_diffusion.script_util import attention_factors, channel_multipliers, create_classifier, create_model
 from guided_diffusion.unet import EncoderUNetModel
 
@@ -1324,6 +1324,26 @@ def test_architectures_that_cannot_be_built(tmp_path):
     # 33 channels cannot be normalised in 32 groups.
     shapes = {k: tuple(33 if n == 32 else 132 if n == 128 else n for n in s) for k, s in network_shapes("ddpm").items()}
     assert "cannot be built" in refusal(saved(tmp_path / "m.pt", zeros(shapes)), image_size=16)
+
+
+@pytest.mark.parametrize(
+    "raised, says",
+    [
+        (FileNotFoundError(2, "No such file"), "/a/b does not exist"),
+        (PermissionError(13, "Permission denied"), "/a/b cannot be read: Permission denied"),
+        (KeyError("step"), "/a/b is damaged or not a table: it has no entry 'step'"),
+        (RecursionError("too deep\nsecond line"), "/a/b is damaged or not a table: too deep"),
+        (MemoryError(), "/a/b is damaged or not a table: MemoryError"),
+        (InputError("another reason"), "another reason"),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_reading_turns_any_exception_into_one_line(raised, says):
+    with pytest.raises(InputError) as caught, reading(Path("/a/b"), "a table"):
+        raise raised
+    assert str(caught.value) == says
+    with pytest.raises(KeyboardInterrupt), reading("x"):
+        raise KeyboardInterrupt
 
 
 # ---- nothing in a file is run ----------------------------------------------------------------------------------------
