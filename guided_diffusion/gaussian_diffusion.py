@@ -112,8 +112,9 @@ class LossType(enum.Enum):
 class GaussianDiffusion:
     """The forward process and its approximate reversal.
 
-    betas: float64 [T], in (0, 1]. rescale_timesteps: the model gets t * 1000 / T. The arrays `alphas_cumprod`,
-    `posterior_variance`, `posterior_mean_coef1`, … keep guided-diffusion's names.
+    betas: float64 [T], in (0, 1]. rescale_timesteps: the model gets t * 1000 / T. alpha_bars: see `from_alpha_bars`.
+    The arrays `alphas_cumprod`, `posterior_variance`, `posterior_mean_coef1`, … keep guided-diffusion's names.
+    `timestep_map` [T] holds the original timesteps, which the model is called with.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class GaussianDiffusion:
         model_var_type: ModelVarType,
         loss_type: LossType = LossType.MSE,
         rescale_timesteps: bool = False,
+        alpha_bars: np.ndarray | None = None,
     ) -> None:
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
@@ -133,11 +135,13 @@ class GaussianDiffusion:
         betas = np.array(betas, dtype=np.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
             raise ValueError("betas must be one-dimensional with values in (0, 1]")
+        self.num_timesteps = self.original_num_steps = len(betas)
+        self.timestep_map: list[int] | list[float] = list(range(len(betas)))
         self.betas = betas
-        self.num_timesteps = len(betas)
-        alphas = 1.0 - betas
+        # Small values of one are rounded away in the other two.
+        alphas = 1.0 - betas if alpha_bars is None else alpha_bars / np.append(1.0, alpha_bars[:-1])
         self.alphas = alphas
-        self.alphas_cumprod = np.cumprod(alphas)
+        self.alphas_cumprod = np.cumprod(alphas) if alpha_bars is None else alpha_bars
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
         self.one_minus_alphas_cumprod = 1.0 - self.alphas_cumprod
@@ -148,6 +152,7 @@ class GaussianDiffusion:
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
 
         # q(x_{t-1} | x_t, x_0); its variance is 0 at t = 0, where the logarithm takes the next entry instead.
+        self.posterior_share = betas / (betas + alphas * (1.0 - self.alphas_cumprod_prev))
         self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
         second = self.posterior_variance[1] if len(betas) > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(second, self.posterior_variance[1:]))
@@ -156,18 +161,61 @@ class GaussianDiffusion:
         self.fixed_large_variance = np.append(second, betas[1:])
         self._tables = {}
 
+    @staticmethod
+    def from_alpha_bars(
+        alpha_bars: Sequence[float] | np.ndarray,
+        *,
+        model_mean_type: ModelMeanType,
+        model_var_type: ModelVarType = ModelVarType.FIXED_SMALL,
+        timesteps: Sequence[float] | np.ndarray | None = None,
+    ) -> "GaussianDiffusion":
+        """The process that has given values of alpha_bar.
+
+        alpha_bars: [T], from image to noise: strictly falling, above 0 and below 1; kept as they are, in float64.
+        timesteps: [T], what the model is called with at each step (`timestep_map`), 0 to T - 1 by default; the model
+        gets them as int64 where they are integers, otherwise as float32. Raises InputError for either.
+        """
+        alpha_bars = np.array(alpha_bars, dtype=np.float64)
+        before = np.append(1.0, alpha_bars.ravel()[:-1])
+        if alpha_bars.ndim != 1 or not alpha_bars.size or not ((alpha_bars > 0) & (alpha_bars < before)).all():
+            reason = "it must be a list of numbers below 1 and above 0, each smaller than the one before"
+            raise InputError(reason, parameter="alpha_bars", value=alpha_bars.tolist())
+        types = {"model_mean_type": model_mean_type, "model_var_type": model_var_type}
+        diffusion = GaussianDiffusion(betas=1 - alpha_bars / before, alpha_bars=alpha_bars, **types)
+        if timesteps is not None:
+            diffusion.timestep_map = np.asarray(timesteps).tolist()
+            if np.shape(timesteps) != alpha_bars.shape:
+                reason = f"it must have one number for each of the {len(alpha_bars)} entries of `alpha_bars`"
+                raise InputError(reason, parameter="timesteps", value=diffusion.timestep_map)
+        return diffusion
+
     def extract(self, name: str, t: torch.Tensor, ndim: int = 4) -> torch.Tensor:
-        """Entries of the coefficient array `name` at t [N], float32, shaped to broadcast over data of `ndim` axes."""
-        key = name, t.device
-        if key not in self._tables:
-            values = getattr(self, name, None)
-            values = np.log(getattr(self, name.removeprefix("log_"))) if values is None else values
-            self._tables[key] = torch.from_numpy(values).to(t.device, torch.float32)
-        return self._tables[key][t].reshape(-1, *[1] * (ndim - 1))
+        """Entries of a coefficient array at t [N], float32, shaped to broadcast over data of `ndim` axes.
+
+        name: an attribute, perhaps after `sqrt_`, `log_` and `one_minus_`, which are computed in float64.
+        """
+        return self._table(name, t.device)[t].reshape(-1, *[1] * (ndim - 1))
+
+    def _table(self, name, device):
+        """The array `name` on a device, in float32, or int64 where it holds integers."""
+        if (name, device) not in self._tables:
+            values = np.asarray(self._array(name))
+            # A tensor made in inference mode could not be used in training later; MPS has no float64.
+            with torch.inference_mode(False):
+                dtype = torch.int64 if values.dtype.kind in "iu" else torch.float32
+                self._tables[name, device] = torch.from_numpy(values).to(dtype).to(device)
+        return self._tables[name, device]
+
+    def _array(self, name):
+        for prefix, function in (("sqrt_", np.sqrt), ("log_", np.log), ("one_minus_", lambda values: 1 - values)):
+            if not hasattr(self, name) and name.startswith(prefix):
+                return function(self._array(name.removeprefix(prefix)))
+        return getattr(self, name)
 
     def model_timesteps(self, t: torch.Tensor) -> torch.Tensor:
-        """Indices t [N] of this process as the timesteps that the model was trained with."""
-        return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
+        """Step indices t [N] as what the model is called with: original timesteps, long or float32."""
+        timesteps = self._table("timestep_map", t.device)[t]
+        return timesteps.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else timesteps
 
     # ---- the forward process: data of any rank, [N, ...] ----
 
@@ -286,8 +334,8 @@ class GaussianDiffusion:
 
     def eps_from_xstart(self, x: torch.Tensor, t: torch.Tensor, pred_xstart: torch.Tensor) -> torch.Tensor:
         """The noise that x_t and x_0 imply."""
-        signal = self.extract("sqrt_recip_alphas_cumprod", t, x.ndim)
-        return (signal * x - pred_xstart) / self.extract("sqrt_recipm1_alphas_cumprod", t, x.ndim)
+        signal = self.extract("sqrt_alphas_cumprod", t, x.ndim)
+        return (x - signal * pred_xstart) / self.extract("sqrt_one_minus_alphas_cumprod", t, x.ndim)
 
     def condition_mean(
         self, cond_fn: Callable, p_mean_var: Step, x: torch.Tensor, t: torch.Tensor, model_kwargs: dict | None = None
@@ -308,9 +356,9 @@ class GaussianDiffusion:
         cond_fn: as in `condition_mean`. Song et al. 2020; Dhariwal & Nichol 2021, algorithm 2. The prediction of x_0
         is not clipped again.
         """
-        alpha_bar = self.extract("alphas_cumprod", t, x.ndim)
         eps = self.eps_from_xstart(x, t, p_mean_var["pred_xstart"])
-        eps = eps - (1 - alpha_bar).sqrt() * cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
+        gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
+        eps = eps - self.extract("sqrt_one_minus_alphas_cumprod", t, x.ndim) * gradient
         pred_xstart = self.xstart_from_eps(x, t, eps)
         mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
         return {**p_mean_var, "pred_xstart": pred_xstart, "mean": mean}
@@ -374,10 +422,11 @@ class GaussianDiffusion:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean [N, C, H, W] and standard deviation [N, 1, 1, 1] of a DDIM step from x with a prediction of x_0."""
         eps = self.eps_from_xstart(x, t, pred_xstart)
-        alpha_bar = self.extract("alphas_cumprod", t, x.ndim)
-        alpha_bar_prev = self.extract("alphas_cumprod_prev", t, x.ndim)
-        sigma = eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
-        return pred_xstart * alpha_bar_prev.sqrt() + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps, sigma
+        # sigma^2 = eta^2 s (1 - alpha_bar_prev) with s = beta / (1 - alpha_bar), so that this much of the noise is left:
+        left = (1 - eta**2 * self.extract("posterior_share", t, x.ndim)).sqrt()
+        noise = left * self.extract("sqrt_one_minus_alphas_cumprod_prev", t, x.ndim)
+        mean = self.extract("sqrt_alphas_cumprod_prev", t, x.ndim) * pred_xstart + noise * eps
+        return mean, eta * self.extract("sqrt_posterior_variance", t, x.ndim)
 
     def ddim_reverse_sample(
         self,
@@ -397,8 +446,8 @@ class GaussianDiffusion:
             raise InputError("only the deterministic path, 0, can be reversed", parameter="eta", value=eta)
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         eps = self.eps_from_xstart(x, t, out["pred_xstart"])
-        alpha_bar_next = self.extract("alphas_cumprod_next", t, x.ndim)
-        sample = out["pred_xstart"] * alpha_bar_next.sqrt() + torch.sqrt(1 - alpha_bar_next) * eps
+        signal = self.extract("sqrt_alphas_cumprod_next", t, x.ndim)
+        sample = signal * out["pred_xstart"] + self.extract("sqrt_one_minus_alphas_cumprod_next", t, x.ndim) * eps
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     # ---- from noise to image ----

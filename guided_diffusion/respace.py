@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from .errors import InputError, one_line
 from .gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
@@ -119,19 +118,11 @@ class SpacedDiffusion(GaussianDiffusion):
     """
 
     def __init__(self, use_timesteps: Iterable[int], *, betas: Any, **kwargs: Any) -> None:
-        self.original_num_steps = len(betas)
-        self.timestep_map = sorted(use_timesteps)
-        alphas_cumprod = np.cumprod(1.0 - np.array(betas, dtype=np.float64))
-        kept = alphas_cumprod[self.timestep_map]
+        timesteps = sorted(use_timesteps)
+        kept = np.cumprod(1.0 - np.array(betas, dtype=np.float64))[timesteps]
         super().__init__(betas=1 - kept / np.append(1.0, kept[:-1]), **kwargs)
-        self._maps = {}
-
-    def model_timesteps(self, t: torch.Tensor) -> torch.Tensor:
-        """Step indices t [N] as original timesteps, long, or float and rescaled with `rescale_timesteps`."""
-        if t.device not in self._maps:
-            self._maps[t.device] = torch.tensor(self.timestep_map, device=t.device)
-        original = self._maps[t.device][t]
-        return original.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else original
+        self.original_num_steps = len(betas)
+        self.timestep_map = timesteps
 
     def _scale_timesteps(self, t):
         # As in guided-diffusion, where the model that a respaced process gets is wrapped to do it.

@@ -121,6 +121,69 @@ def test_bad_betas(betas):
         GaussianDiffusion(betas=betas, model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.FIXED_SMALL)
 
 
+# --- a process of given alpha_bars
+
+
+def of_alpha_bars(alpha_bars, mean=ModelMeanType.START_X, **options):
+    return GaussianDiffusion.from_alpha_bars(alpha_bars, model_mean_type=mean, **options)
+
+
+def test_tables_of_alpha_bars_are_those_of_their_betas():
+    full = process()
+    diffusion = of_alpha_bars(full.alphas_cumprod)
+    assert (diffusion.alphas_cumprod == full.alphas_cumprod).all()
+    for name, values in vars(full).items():
+        if isinstance(values, np.ndarray):
+            np.testing.assert_allclose(getattr(diffusion, name), values, rtol=1e-8, err_msg=name)
+
+
+@pytest.mark.parametrize("mean", [ModelMeanType.START_X, ModelMeanType.VELOCITY])
+@pytest.mark.parametrize("last", [1e-9, 1e-30])
+def test_alpha_bar_may_be_next_to_its_limits(last, mean):
+    """A perfect model recovers the image from (nearly) pure noise, over (nearly) noiseless steps, for every eta."""
+    diffusion = of_alpha_bars([1 - 1e-12, 0.99, 0.5, 1e-3, last], mean)
+    assert diffusion.alphas_cumprod[-1] == last and diffusion.alphas[-1] == last / 1e-3
+    x_start, noise, _ = images(2)
+
+    def model(x, t):
+        if mean is ModelMeanType.START_X:
+            return x_start
+        signal, part = (diffusion.extract(f"sqrt_{name}alphas_cumprod", t) for name in ("", "one_minus_"))
+        return (signal * x - x_start) / part
+
+    for eta in (0.0, 0.5, 1.0):
+        result = diffusion.ddim_sample_loop(model, noise.shape, noise=noise, eta=eta)
+        torch.testing.assert_close(result, x_start, atol=1e-4, rtol=0)
+    torch.testing.assert_close(diffusion.p_sample_loop(model, noise.shape, noise=noise), x_start, atol=1e-4, rtol=0)
+
+
+def test_ddim_is_the_euler_step_of_flow_matching():
+    """x = (1 - s) x_0 + s noise, divided by sqrt((1 - s)^2 + s^2), is a process with alpha_bar (1 - s)^2 over that."""
+    s = np.linspace(0.02, 0.998, 12)
+    size = np.sqrt((1 - s) ** 2 + s**2)
+    diffusion = of_alpha_bars(((1 - s) / size) ** 2, timesteps=1000 * s)
+    model, x = LinearModel(), torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
+    for i in reversed(range(1, len(s))):
+        out = diffusion.ddim_sample(model, x / size[i], torch.full((2,), i), clip_denoised=False)
+        x = x + (s[i - 1] - s[i]) * (x - out["pred_xstart"]) / s[i]
+        torch.testing.assert_close(out["sample"] * size[i - 1], x, atol=2e-5, rtol=1e-5)
+        assert model.timesteps[-1].tolist() == pytest.approx([1000 * s[i]] * 2)
+
+
+def test_timesteps_of_given_alpha_bars():
+    for timesteps, dtype in ((None, torch.int64), ([7, 9], torch.int64), ([0.5, 800.25], torch.float32)):
+        given = of_alpha_bars([0.9, 0.1], timesteps=timesteps).model_timesteps(torch.tensor([1, 0]))
+        assert given.dtype == dtype and given.tolist() == (timesteps or [0, 1])[::-1]
+    with pytest.raises(InputError, match="timesteps is .* one number for each of the 2 entries of alpha_bars"):
+        of_alpha_bars([0.9, 0.1], timesteps=[1])
+
+
+@pytest.mark.parametrize("bad", [[], [0.5, 0.0], [0.5, 0.5], [0.1, 0.5], [1.0, 0.5], [0.5, math.nan], [[0.5]]], ids=str)
+def test_alpha_bars_that_are_none(bad):
+    with pytest.raises(InputError, match="alpha_bars is .* below 1 and above 0, each smaller than the one before"):
+        of_alpha_bars(bad)
+
+
 @pytest.mark.parametrize(
     "text, steps, expected",
     [
