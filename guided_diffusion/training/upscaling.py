@@ -1,0 +1,145 @@
+"""Training of an upscaler: pairs of a small crop, somewhat degraded, and the large crop that it should become."""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ..checkpoint import load_state_dict
+from ..errors import InputError, display_name, first_line
+from ..image_datasets import Reference, load_image, normalise
+from ..options import check, option
+from ..upscaler import Upscaler
+from .config import TrainConfig
+from .data import TrainImages, list_images, random_uniform
+from .losses import Loss
+from .start import resume_path
+
+Batches = Iterator[tuple[torch.Tensor, None]]
+
+
+@dataclass(frozen=True)
+class UpscalerOptions:
+    """Pictures to learn from, their degradation, and the size of the network."""
+
+    data_dir: str | None = option(None, "large training images, searched recursively", metavar="DIR")
+    copies: str = option(
+        "", "folders, comma-separated, of small copies that the model made of the images, under the same names: half of "
+        "the inputs", metavar="DIRS",
+    )  # fmt: skip
+    large_size: int = option(256, "side of the large images", least=2, most=1 << 13)
+    factor: int = option(4, "by which sides are enlarged", least=2, most=16)
+    crop: int = option(32, "side of the small crops", least=4, most=1 << 10)
+    blur: float = option(0.5, "largest share of the inputs' 3x3 binomial blur", least=0, most=1)
+    noise: float = option(0.04, "largest standard deviation of the inputs' noise", least=0, most=2)
+    channels: int = option(64, "width of the network", least=1, most=1 << 10)
+    blocks: int = option(8, "residual blocks", least=0, most=64)
+    model: str = option("", "name of the diffusion model that it belongs to, for the file's metadata", metavar="NAME")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.large_size % self.factor:
+            raise InputError(
+                f"it must be a multiple of the factor, {self.factor}", parameter="large_size", value=self.large_size
+            )
+        if self.crop * self.factor > self.large_size:
+            most = self.large_size // self.factor
+            raise InputError(f"it can be at most the small side, {most}", parameter="crop", value=self.crop)
+
+
+class UpscalerImages(TrainImages):
+    """Random crops of images, each in two sizes; sample n is one crop.
+
+    A batch is [N, 3 + 3 f^2, S, S] for a factor f: the small crops, and the large ones rearranged by `pixel_unshuffle`.
+    Small images are Lanczos-shrunk large ones or, in half of the samples, copies made by the model.
+    """
+
+    def __init__(self, references: Sequence[Reference], options: UpscalerOptions, seed: int = 0) -> None:
+        super().__init__(references, options.large_size, random_flip=True, cache="memory", seed=seed)
+        self.options = options
+        self._small: list[list[torch.Tensor]] = []  # for every image its shrunk self, then its copies
+
+    def batches(self, numbers: Iterator[np.ndarray], device: str | torch.device) -> Batches:
+        """Batches for an iterator over arrays of sample numbers."""
+        large = self._decoded("cpu")
+        self._small = self._small or self._read_small(large)
+        options, seed = self.options, self.seed
+        size, side = options.crop, options.large_size // options.factor
+        for current in numbers:
+            tops, lefts = ((random_uniform(seed, a, current) * (side - size + 1)).astype(int) for a in ("top", "left"))
+            which, strength, flip = (random_uniform(seed, a, current) for a in ("copy", "blur", "flip"))
+            pairs = []
+            for i, y, x, u, flipped in zip(self.indices(current), tops, lefts, which, flip < 0.5):
+                shrunk, *copies = self._small[i]
+                small = copies[int((2 * u - 1) * len(copies))] if copies and u >= 0.5 else shrunk
+                small = small[:, y : y + size, x : x + size]
+                y, x, length = (options.factor * place for place in (y, x, size))
+                pair = small, large[i, :, y : y + length, x : x + length]
+                pairs.append([part.flip(-1) if flipped else part for part in pair])
+            small, detailed = (normalise(torch.stack(part)) for part in zip(*pairs))
+            share = torch.from_numpy(options.blur * strength**2).float()[:, None, None, None]
+            small = small.lerp(binomial_blur(small), share)
+            yield torch.cat([small, F.pixel_unshuffle(detailed, options.factor)], 1).to(device), None
+
+    def _read_small(self, large: torch.Tensor) -> list[list[torch.Tensor]]:
+        codec, side = Upscaler(self.options.factor, 1, 0), self.options.large_size // self.options.factor
+        shrunk = [
+            [(codec.encode(normalise(image[None]))[0] * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)]
+            for image in large
+        ]
+        for folder in filter(None, self.options.copies.split(",")):
+            places = {reference.name: i for i, reference in enumerate(self.references)}
+            found = [reference for reference in list_images(folder, "copies") if reference.name in places]
+            if not found:
+                raise InputError("it has no image under the name of one in `data_dir`", parameter="copies", value=folder)
+            with ThreadPoolExecutor(max_workers=8) as pool:
+                for reference, image in zip(found, pool.map(lambda reference: load_image(reference, side), found)):
+                    shrunk[places[reference.name]].append(torch.from_numpy(image).permute(2, 0, 1))
+        return shrunk
+
+
+def binomial_blur(images: torch.Tensor) -> torch.Tensor:
+    """Images [N, 3, H, W] under the kernel (1 2 1) / 4 along both axes; the edge is repeated."""
+    kernel = torch.tensor([1.0, 2.0, 1.0]).to(images) / 4
+    weight = torch.outer(kernel, kernel).expand(3, 1, 3, 3)
+    return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), weight, groups=3)
+
+
+def upscaler_loss(options: UpscalerOptions) -> Loss:
+    """Absolute error of the pixels, plus that of the differences between neighbours along both axes."""
+
+    def losses(
+        model: Upscaler, x: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, y: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        small, large = x[:, :3], F.pixel_shuffle(x[:, 3:], options.factor)
+        # Like the blur's share, the noise's level is most often small; it follows from the noise itself.
+        level = options.noise * (0.5 + 0.5 * torch.erf(noise[:, 3, 0, 0] / 2**0.5)) ** 2
+        error = model(small + level[:, None, None, None] * noise[:, :3]).float() - large
+        pixels = error.abs().mean((1, 2, 3))
+        differences = sum(error.diff(dim=axis).abs().mean((1, 2, 3)) for axis in (2, 3))
+        return {"loss": pixels + differences, "l1": pixels, "mse": error.square().mean((1, 2, 3))}
+
+    return losses
+
+
+def begin(config: TrainConfig, options: UpscalerOptions) -> tuple[Upscaler, str]:
+    """Network of a run in float32 on the CPU, and the checkpoint that its weights come from or "".
+
+    Raises InputError where the checkpoint is of another network.
+    """
+    checkpoint = resume_path(config)
+    torch.manual_seed(config.seed)
+    upscaler = Upscaler(options.factor, options.channels, options.blocks, options.model)
+    if checkpoint:
+        try:
+            upscaler.load_state_dict(load_state_dict(checkpoint))
+        except RuntimeError as error:
+            raise InputError(f"{display_name(checkpoint)} does not fit: {first_line(error)}") from None
+    return upscaler, checkpoint
+
+
+__all__ = ["UpscalerImages", "UpscalerOptions", "begin", "upscaler_loss"]
