@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from resizer import Resizer
 
 from .checkpoint.reading import read
-from .errors import InputError, display_name, first_line
+from .errors import InputError, reading, shown
 from .runtime import memory_format
 
 MODEL_TYPE = "UPSCALER"
@@ -27,7 +27,7 @@ class Upscaler(nn.Module):
     enlarges. Without training, `decode` is bicubic interpolation.
     """
 
-    def __init__(self, factor: int = 4, channels: int = 64, blocks: int = 8, model: str = "") -> None:
+    def __init__(self, factor: int = 4, channels: int = 64, blocks: int = 10, model: str = "") -> None:
         super().__init__()
         self.factor, self.model = factor, model
         self.head = nn.Conv2d(3, channels, 3, padding=1)
@@ -79,19 +79,20 @@ def load_upscaler(path: str | os.PathLike, device: str | torch.device = "cpu") -
     Width and depth are those of the tensors; `factor` and `model` come from the metadata. Raises InputError, naming the
     file, for a file that is no upscaler.
     """
-    state, metadata = read(path)
-    where = display_name(os.fspath(path))
-    if metadata.get("model_type") != MODEL_TYPE:
-        raise InputError(f"{where} is not an upscaler: its metadata lack model_type {MODEL_TYPE}")
-    try:
+    with reading(path, "an upscaler"):
+        state, metadata = read(path)
+        if metadata.get("model_type") != MODEL_TYPE:
+            raise ValueError(f"its metadata lack model_type {MODEL_TYPE}")
         blocks = sum(name.startswith("blocks.") and name.endswith(".first.weight") for name in state)
         with torch.device("meta"):  # without memory: the file may ask for any size
             upscaler = Upscaler(int(metadata["factor"]), len(state["head.weight"]), blocks, metadata.get("model", ""))
+        wanted = upscaler.state_dict()
+        for name in wanted | state:
+            if name not in wanted or name not in state or state[name].shape != wanted[name].shape:
+                raise ValueError(f"its tensor {shown(name)} is missing, unknown or of another shape")
         upscaler.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{where} is not a whole upscaler: {first_line(error)}") from None
-    if not all(value.isfinite().all() for value in state.values()):
-        raise InputError(f"{where} is damaged: it has weights that are NaN or infinite")
+        if not all(value.isfinite().all() for value in state.values()):
+            raise ValueError("it has weights that are NaN or infinite")
     device = torch.device(device)
     return upscaler.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)  # type: ignore[call-overload]
 

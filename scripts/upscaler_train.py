@@ -8,7 +8,9 @@ examples:
       --base_samples data/emoji/fluent3d/train --timestep_respacing 25 \\
       --sampler ddim --start_t 0.2 --range_t 0.3 --save_dir output/copies/0.2
   python scripts/upscaler_train.py --data_dir data/emoji256/fluent3d/train \\
-      --copies output/copies/0.2 --model fluent3d_64 --resume auto
+      --copies output/copies/0.2 --model fluent3d_64 --lr 1e-3 \\
+      --lr_anneal_steps 10000 --lr_schedule cosine --lr_warmup_steps 500 \\
+      --grad_clip 0.2 --precision bf16 --save_interval 1000 --resume auto
 """
 
 import os
@@ -32,10 +34,7 @@ from guided_diffusion.training.data import list_images
 from guided_diffusion.training.files import owned, write_run
 from guided_diffusion.training.loop import Trainer, process_group
 
-DEFAULTS = {
-    "save_dir": "output/upscaler", "iterations": 15000, "lr": 1e-3, "lr_schedule": "cosine", "lr_anneal_steps": 15000,
-    "lr_warmup_steps": 200, "batch_size": 8, "ema_rate": "0.999", "grad_clip": 1.0, "save_interval": 1000,
-}  # fmt: skip
+DEFAULTS = {"save_dir": "output/upscaler", "iterations": 10000, "lr": 5e-4, "batch_size": 12, "ema_rate": "0.999"}
 WITHOUT = ["sample_interval", "eval_interval", "schedule_sampler", "sigma_mean", "sigma_std", "microbatch"]
 
 
@@ -59,9 +58,9 @@ def train(given: Given, ranks: Ranks) -> int:
             command.say(f"{len(images)} images, {count:.2f} M parameters, {device}")
         with process_group(ranks, device):
             trainer = Trainer(
-                upscaler, upscaling.upscaler_loss(options), images, config, UniformSampler(SimpleNamespace(num_timesteps=1)),
-                device=device, ranks=ranks, checkpoint=checkpoint, metadata=upscaler.metadata(),
-                progress=sys.stderr.isatty(),
+                upscaler, upscaling.upscaler_loss(options), images, config,
+                UniformSampler(SimpleNamespace(num_timesteps=1)), device=device, ranks=ranks, checkpoint=checkpoint,
+                metadata=upscaler.metadata(), progress=sys.stderr.isatty(),
             )  # fmt: skip
             finished = trainer.run()
     return loop_flags.end(finished, config, ranks, "python benchmarks/emoji/upscaler.py --upscaler {path}")

@@ -73,6 +73,7 @@ SLOW_FILES = (
     "test_training_faults",
     "test_training_runs",
     "test_translator",
+    "test_upscaler",
     "test_web_page",
 )
 # Others that take more than about two seconds, by file and function.

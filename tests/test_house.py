@@ -29,7 +29,7 @@ LAYERS = (
     ("unet", "ddpm", "nn", "losses", "gaussian_diffusion", "respace", "resample", "script_util", "dist_util",
      "image_datasets", "fp16_util", "logger", "runtime", "caching"),
     ("checkpoint",),
-    ("sddm", "manifold", "moo", "solvers", "energy", "baselines", "generation", "presets"),
+    ("sddm", "manifold", "moo", "solvers", "energy", "baselines", "generation", "presets", "upscaler"),
     ("run",),
     ("translator", "evaluation", "training", "train_util", "diffusers_pipeline"),
     ("web",),

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from guided_diffusion.evaluation.judge import load_judge
 from guided_diffusion.image_datasets import load_image, to_tensor, to_uint8
-from guided_diffusion.upscaler import Upscaler, load_upscaler
+from guided_diffusion.upscaler import load_upscaler
 from resizer import Resizer
 
 TILE, COLUMNS = 64, 6
@@ -88,14 +88,19 @@ def main():
     inputs = {"truths": torch.cat([to_tensor(to_uint8(upscaler.encode(part))) for part in truths.split(16)])}
     if args.translations:
         inputs["translations"] = pictures([args.translations / name for name in names], TILE)
-    rows = [f"{len(names)} held-out pictures", "", "| pictures | enlarged by | PSNR, dB | distance |", "|---|---|---|---|"]
+    rows = [
+        f"{len(names)} held-out pictures",
+        "",
+        "| pictures | enlarged by | PSNR, dB | distance |",
+        "|---|---|---|---|",
+    ]
     for kind, small in inputs.items():
         for name, enlarge in enlargements(upscaler).items():
             decibels, distance = measured(enlarge, judge, small, truths)
             rows.append(f"| {kind} | {name} | {decibels:.2f} | {distance:.3f} |")
     print("\n".join(rows))
     if args.table:
-        table = f"Made by `python benchmarks/emoji/upscaler.py`; see its first lines for what is measured.\n\n"
+        table = "Made by `python benchmarks/emoji/upscaler.py`; see its first lines for what is measured.\n\n"
         args.table.write_text("# Upscaler\n\n" + table + "\n".join(rows) + "\n", encoding="utf-8")
     if args.grid:
         chosen = np.linspace(0, len(names) - 1, 24).round().astype(int)

@@ -1,6 +1,5 @@
 """Training of an upscaler: pairs of a small crop, somewhat degraded, and the large crop that it should become."""
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 
 from ..checkpoint import load_state_dict
 from ..errors import InputError, display_name, first_line
-from ..image_datasets import Reference, load_image, normalise
+from ..image_datasets import Reference, load_image, normalise, to_uint8
 from ..options import check, option
 from ..upscaler import Upscaler
 from .config import TrainConfig
@@ -28,16 +27,17 @@ class UpscalerOptions:
 
     data_dir: str | None = option(None, "large training images, searched recursively", metavar="DIR")
     copies: str = option(
-        "", "folders, comma-separated, of small copies that the model made of the images, under the same names: half of "
-        "the inputs", metavar="DIRS",
-    )  # fmt: skip
+        "",
+        "folders, comma-separated, of the model's small copies of the images, under the same names: half of the inputs",
+        metavar="DIRS",
+    )
     large_size: int = option(256, "side of the large images", least=2, most=1 << 13)
     factor: int = option(4, "by which sides are enlarged", least=2, most=16)
     crop: int = option(32, "side of the small crops", least=4, most=1 << 10)
     blur: float = option(0.5, "largest share of the inputs' 3x3 binomial blur", least=0, most=1)
     noise: float = option(0.04, "largest standard deviation of the inputs' noise", least=0, most=2)
     channels: int = option(64, "width of the network", least=1, most=1 << 10)
-    blocks: int = option(8, "residual blocks", least=0, most=64)
+    depth: int = option(10, "residual blocks", least=0, most=64)
     model: str = option("", "name of the diffusion model that it belongs to, for the file's metadata", metavar="NAME")
 
     def __post_init__(self) -> None:
@@ -61,6 +61,16 @@ class UpscalerImages(TrainImages):
     def __init__(self, references: Sequence[Reference], options: UpscalerOptions, seed: int = 0) -> None:
         super().__init__(references, options.large_size, random_flip=True, cache="memory", seed=seed)
         self.options = options
+        places = {reference.name: i for i, reference in enumerate(references)}
+        self._copies: list[list[Reference]] = [[] for _ in references]
+        for folder in filter(None, options.copies.split(",")):
+            found = [copy for copy in list_images(folder, "copies") if copy.name in places]
+            if not found:
+                raise InputError(
+                    "it has no image under the name of one in `data_dir`", parameter="copies", value=folder
+                )
+            for copy in found:
+                self._copies[places[copy.name]].append(copy)
         self._small: list[list[torch.Tensor]] = []  # for every image its shrunk self, then its copies
 
     def batches(self, numbers: Iterator[np.ndarray], device: str | torch.device) -> Batches:
@@ -87,19 +97,14 @@ class UpscalerImages(TrainImages):
 
     def _read_small(self, large: torch.Tensor) -> list[list[torch.Tensor]]:
         codec, side = Upscaler(self.options.factor, 1, 0), self.options.large_size // self.options.factor
-        shrunk = [
-            [(codec.encode(normalise(image[None]))[0] * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)]
-            for image in large
-        ]
-        for folder in filter(None, self.options.copies.split(",")):
-            places = {reference.name: i for i, reference in enumerate(self.references)}
-            found = [reference for reference in list_images(folder, "copies") if reference.name in places]
-            if not found:
-                raise InputError("it has no image under the name of one in `data_dir`", parameter="copies", value=folder)
-            with ThreadPoolExecutor(max_workers=8) as pool:
-                for reference, image in zip(found, pool.map(lambda reference: load_image(reference, side), found)):
-                    shrunk[places[reference.name]].append(torch.from_numpy(image).permute(2, 0, 1))
-        return shrunk
+
+        def small(image: torch.Tensor, copies: list[Reference]) -> list[torch.Tensor]:
+            shrunk = to_uint8(codec.encode(normalise(image[None])))[0]
+            images = [shrunk, *(load_image(copy, side) for copy in copies)]
+            return [torch.from_numpy(array).permute(2, 0, 1) for array in images]
+
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            return list(pool.map(small, large, self._copies))
 
 
 def binomial_blur(images: torch.Tensor) -> torch.Tensor:
@@ -133,7 +138,7 @@ def begin(config: TrainConfig, options: UpscalerOptions) -> tuple[Upscaler, str]
     """
     checkpoint = resume_path(config)
     torch.manual_seed(config.seed)
-    upscaler = Upscaler(options.factor, options.channels, options.blocks, options.model)
+    upscaler = Upscaler(options.factor, options.channels, options.depth, options.model)
     if checkpoint:
         try:
             upscaler.load_state_dict(load_state_dict(checkpoint))
