@@ -1,11 +1,11 @@
 """How well an upscaler enlarges: PSNR and a distance in the judge's features, beside bicubic and Lanczos.
 
-    python benchmarks/emoji/upscaler.py [--upscaler FILE] [--translations DIR] [--count N] [--grid FILE]
+    python benchmarks/emoji/upscaler.py [--upscaler FILE] [--inputs NAME=DIR ...] [--table FILE] [--grid FILE]
 
-Truths are held-out pictures of 256 pixels, shrunk and enlarged again. Translations, if a folder is named, are what the
-demo's preset makes of the drawings with the same names; they are compared with the truths, which they resemble in
-content only. The distance is the root mean square difference of the judge's features (scaled to 1) on the 16 tiles of
-64 pixels, 0 for equal pictures. Writes a table in Markdown to --table, and a grid of translations to --grid.
+Truths are the held-out pictures at 256 pixels. They are shrunk and enlarged again, and so is every folder of --inputs,
+which has small pictures under the truths' names. The distance is the root mean square difference to the truth's
+features in the judge (scaled to 1) over the 16 tiles of 64 pixels: 0 for equal pictures, about 1.4 for unrelated ones.
+The grid shows 24 pictures of the last input, each enlarged by bicubic interpolation and by the upscaler.
 """
 
 import argparse
@@ -75,10 +75,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upscaler", default=str(ROOT / "models" / "fluent3d_upscaler.safetensors"))
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "emoji256", help="the emoji set at 256 pixels")
-    parser.add_argument("--translations", type=Path, help="the preset's outputs of 64 pixels, named as the truths")
+    parser.add_argument(
+        "--inputs", nargs="*", default=[], metavar="NAME=DIR", help="small pictures, named as the truths"
+    )
     parser.add_argument("--count", type=int, default=0, help="pictures, evenly spaced by name; 0: all (default)")
     parser.add_argument("--table", type=Path, help="file for the table; without, it is printed only")
-    parser.add_argument("--grid", type=Path, help="file for 24 translations, each bicubic and learned")
+    parser.add_argument("--grid", type=Path, help="file for the grid")
     args = parser.parse_args()
     upscaler, judge = load_upscaler(args.upscaler), load_judge()
     names = sorted(path.name for path in (args.data / "fluent3d" / "test").glob("*.png"))
@@ -86,12 +88,12 @@ def main():
         names = [names[i] for i in np.linspace(0, len(names) - 1, args.count).round().astype(int)]
     truths = pictures([args.data / "fluent3d" / "test" / name for name in names], TILE * upscaler.factor)
     inputs = {"truths": torch.cat([to_tensor(to_uint8(upscaler.encode(part))) for part in truths.split(16)])}
-    if args.translations:
-        inputs["translations"] = pictures([args.translations / name for name in names], TILE)
+    for kind, _, folder in (text.partition("=") for text in args.inputs):
+        inputs[kind] = pictures([Path(folder) / name for name in names], TILE)
     rows = [
         f"{len(names)} held-out pictures",
         "",
-        "| pictures | enlarged by | PSNR, dB | distance |",
+        "| input | enlarged by | PSNR, dB | distance |",
         "|---|---|---|---|",
     ]
     for kind, small in inputs.items():
@@ -104,7 +106,7 @@ def main():
         args.table.write_text("# Upscaler\n\n" + table + "\n".join(rows) + "\n", encoding="utf-8")
     if args.grid:
         chosen = np.linspace(0, len(names) - 1, 24).round().astype(int)
-        small = inputs["translations" if args.translations else "truths"][chosen]
+        small = inputs[list(inputs)[-1]][chosen]
         ways = enlargements(upscaler)
         shown = [torch.cat([ways[name](x[None]) for name in ("bicubic", "upscaler")], 3) for x in small]
         rows_of = [np.concatenate([to_uint8(x)[0] for x in shown[i : i + 3]], 1) for i in range(0, 24, 3)]
