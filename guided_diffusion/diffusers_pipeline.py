@@ -28,7 +28,7 @@ except ImportError as error:
 
 from . import energy as energies
 from . import sddm
-from .checkpoint.diffusers_format import Source, process_flags, refuse_other_processes
+from .checkpoint.diffusers import process_flags, refuse_other_processes
 from .errors import InputError
 from .gaussian_diffusion import ModelMeanType, ModelVarType, get_named_beta_schedule
 from .image_datasets import _fit, _flatten, to_tensor
@@ -251,7 +251,7 @@ class SDDMPipeline(DiffusionPipeline):
     def _process(self, num_inference_steps: int) -> tuple[SpacedDiffusion, bool | float]:
         """(the scheduler's process over its own list of timesteps, in float64; how far x_0 is clipped)."""
         config = _configuration(self.scheduler)
-        flags = process_flags(Source("scheduler", ".", {}, "config.json", config, "scheduler_config.json"))
+        flags = process_flags(config, "scheduler")
         betas = get_named_beta_schedule(flags["noise_schedule"], flags["diffusion_steps"])
         if not 1 <= num_inference_steps <= len(betas):
             raise InputError(f"it can be 1 to {len(betas)}", parameter="num_inference_steps", value=num_inference_steps)

@@ -10,14 +10,13 @@ from guided_diffusion.cli import main as command
 
 command.start()
 
-import time
+import socket
 
-from guided_diffusion.checkpoint.fetch import FILES, fetch
+from guided_diffusion.checkpoint.remote import FILES, fetch
 from guided_diffusion.cli.flags import Given, Parser
 
 DESCRIPTION = """
-Download a published checkpoint. A download that was cut off resumes when the command is run again, and what arrives is
-verified as far as the server's and the file's own checksums allow.
+Download a published checkpoint. The file is read, and so compared with its own checksums, before it gets its name.
 
 example:
   python scripts/fetch_model.py 256x256_diffusion_uncond.pt
@@ -36,25 +35,13 @@ def create_parser() -> Parser:
     return parser
 
 
-class Progress:
-    """A line on stderr every ten seconds."""
-
-    def __init__(self) -> None:
-        self.told = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self.told >= 10:
-            self.told = time.monotonic()
-            share = f", {100 * done // total}%" if total else ""
-            command.say(f"{done >> 20} MiB{share}")
-
-
 def main(given: Given) -> int:
     if given.name is None:
         for name, remote in FILES.items():
             print(f"{name:36} {remote.what}")
         return command.DONE
-    print(f"{fetch(given.name, given.save_dir, report=Progress())} is complete")
+    socket.setdefaulttimeout(60)  # seconds without a byte
+    print(f"{fetch(given.name, given.save_dir, progress=sys.stderr.isatty())} is complete")
     return command.DONE
 
 

@@ -42,10 +42,10 @@ def serve(given: Given) -> int:
     port = web.free_port(options.host, options.port)
     paths = list(dict.fromkeys(given.model_path or [DEMO]))
 
-    from guided_diffusion.checkpoint import hub
+    from guided_diffusion.checkpoint import remote
     from guided_diffusion.web.translate import Studio
 
-    local = [path for path in paths if not hub.is_id(path)]
+    local = [path for path in paths if not remote.is_id(path)]
     how = {"device": options.device, "precision": options.precision, "max_side": options.max_side}
     studio = Studio(paths, **how, weights=VGG)
     with web.private_environment(offline=local == paths):

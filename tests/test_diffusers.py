@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from guided_diffusion.checkpoint import fingerprint, hub, load_model, load_state_dict, save_model
-from guided_diffusion.checkpoint.diffusers_format import FIELDS, describe, locate
+from guided_diffusion.checkpoint import fingerprint, load_model, load_state_dict, remote, save_model
+from guided_diffusion.checkpoint.diffusers import FIELDS, describe, locate
 from guided_diffusion.checkpoint.export import convert
 from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import ModelMeanType, get_named_beta_schedule
@@ -787,7 +787,7 @@ def test_fingerprints_tell_models_apart(folder, tmp_path):
 )
 def test_which_paths_name_a_model_of_the_hub(path, known, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert hub.is_id(path) == known
+    assert remote.is_id(path) == known
 
 
 def test_existing_paths_win(tmp_path, monkeypatch):
@@ -863,4 +863,4 @@ def test_errors_of_the_client_are_one_line(name, tmp_path, monkeypatch):
 def test_description_needs_no_weights(folder):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     description = describe(locate(str(folder)))
-    assert (description.kind, description.found["num_channels"]) == ("DDPM", 32)
+    assert (description.kind.name, description.found["num_channels"]) == ("DDPM", 32)

@@ -155,7 +155,7 @@ def test_super_res_train(data, tmp_path):
 @pytest.mark.parametrize("size, attention, factors", [(256, "32,16,8", (8, 16, 32)), (512, "32,16", (16, 32))])
 def test_published_upsamplers_are_recognised(tmp_path, size, attention, factors):
     """From shapes alone: tensors of zeros that take no room, in the layout of the published files."""
-    from guided_diffusion.checkpoint.architecture import detect
+    from guided_diffusion.checkpoint.architecture import adm, detect, takes_six_channels
     from guided_diffusion.checkpoint.published import published
 
     with torch.device("meta"):
@@ -163,9 +163,10 @@ def test_published_upsamplers_are_recognised(tmp_path, size, attention, factors)
             size, 192, 2, attention_resolutions=attention, num_heads=4, num_head_channels=64 if size == 512 else -1,
             class_cond=True, learn_sigma=True, resblock_updown=True, use_scale_shift_norm=True, super_res=True,
         )  # fmt: skip
-    found = detect("ADM", model.state_dict())
-    assert found["super_res"] and found["attention_factors"] == factors
-    row = published("ADM", found)
+    state = model.state_dict()
+    found = detect(adm, state)
+    assert takes_six_channels(state) and found["attention_factors"] == factors
+    row = published("ADM", {**found, "super_res": True})
     assert row is not None and row.flags["image_size"] == size
     assert row.flags["num_head_channels"] == (64 if size == 512 else -1)
 

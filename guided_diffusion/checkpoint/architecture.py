@@ -9,71 +9,61 @@ shape leaves the architecture known, so that an error can name that tensor.
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
 import torch
 
 from ..errors import one_line
+from .reading import is_average
 
 State = Mapping[str, torch.Tensor]
 
-# The time embedding, which every network of a kind has; what precedes it in a name is a wrapper's prefix ("module.").
-EMBEDDINGS = {
-    "ADM": re.compile(r"(.*\.)?time_embed\.[02]\.(weight|bias)", re.DOTALL),
-    "DDPM": re.compile(r"(.*\.)?temb\.dense\.[01]\.(weight|bias)", re.DOTALL),
+
+class UnknownArchitecture(Exception):
+    """The tensors fit no network of a kind; the message says what is missing or what was found."""
+
+
+# Networks that are not supported, by a tensor that only they have.
+OTHERS = {
+    r"^first_stage_model\.|\.transformer_blocks\.": "a latent diffusion model (it has {}); a model of pixels is needed",
+    r"(^|\.)(map_noise|map_layer0|emb_noise|emb_fourier|enc\.\d+x\d+_\w+)\.": (
+        "a network of EDM's code (it has {}), whose noise is not that of DDPM; it is not supported"
+    ),
+    r"(^|\.)all_modules\.\d+\.": "a network of score_sde's code (it has {}), which is not supported",
 }
 
 
-class UnknownArchitecture(Exception):
-    """The tensors are those of no known network; the message says what is missing or what was found."""
-
-
-def unwrap(state: State) -> tuple[str, State]:
-    """(kind, tensors without the prefixes of wrappers around the network); kind is "ADM", "DDPM" or "ENCODER".
-
-    Averaged weights are taken where a file has both.
-    """
-    for kind, embedding in EMBEDDINGS.items():
-        prefixes = {match[1] or "" for match in map(embedding.fullmatch, state) if match}
-        if prefixes:
-            prefix = min(prefixes, key=lambda p: (not is_average(p), len(p), p))
-            _refuse_latent(state, prefix)
-            state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-            if kind == "ADM" and not any(key.startswith("output_blocks.") for key in state):
-                kind = "ENCODER"
-            return kind, state
-    raise UnknownArchitecture(
-        f"is no network that is known here (ADM UNet, its encoder, DDPM UNet): its tensors begin with "
-        f"{', '.join(one_line(key, 60) for key in list(state)[:3])}"
-    )
-
-
-def is_average(name: str) -> bool:
-    """Whether a name, like "ema_0.9999" or "model_ema.", is one of averaged weights."""
-    return re.search(r"(?<![a-z])ema(?![a-z])", name, re.IGNORECASE) is not None
-
-
-def _refuse_latent(state: State, prefix: str) -> None:
-    """Latent diffusion models share the UNet's names, but neither its input nor its conditioning."""
+def refuse_others(state: State) -> None:
+    """Raise UnknownArchitecture, saying what it is, for a network that is known and not supported."""
     for key in state:
-        if key.startswith("first_stage_model.") or (key.startswith(prefix) and ".transformer_blocks." in key):
-            raise UnknownArchitecture(
-                f"is a latent diffusion model (it has {one_line(key, 100)}); a model of pixels is needed"
-            )
+        for pattern, what in OTHERS.items():
+            if re.search(pattern, key):
+                raise UnknownArchitecture(f"is {what.format(one_line(key, 100))}")
 
 
-def detect(kind: str, state: State, depth: int | None = None) -> dict[str, Any]:
-    """The architecture of a network of a kind that `unwrap` found, as a dict of flags.
+def unwrap(state: State, embedding: str) -> State | None:
+    """The tensors of a network without the prefixes of wrappers around it ("module."); None where there is no such one.
 
-    depth: the supposed classifier_depth, which counts where an encoder's tensors allow several. Flags that leave no
-    trace in this network are left out. Raises UnknownArchitecture where tensors that tell the architecture are missing.
+    embedding: a pattern for the tensors of its time embedding. Averaged weights are taken where a file has both.
+    """
+    pattern = re.compile(rf"(.*\.)?{embedding}\.(weight|bias)", re.DOTALL)
+    prefixes = {match[1] or "" for match in map(pattern.fullmatch, state) if match}
+    if not prefixes:
+        return None
+    prefix = min(prefixes, key=lambda p: (not is_average(p), len(p), p))
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def detect(detector: Callable[..., dict[str, Any]], state: State, **options: Any) -> dict[str, Any]:
+    """The architecture by one of the detectors below, as a dict of flags.
+
+    Flags that leave no trace in this network are left out. Raises UnknownArchitecture where tensors that tell the
+    architecture are missing.
     """
     try:
-        if kind == "ENCODER":
-            return _encoder_flags(state, depth)
-        return {"ADM": _adm_flags, "DDPM": _ddpm_flags}[kind](state)
+        return detector(state, **options)
     except KeyError as error:
         name = error.args[0]
         if name in state:
@@ -168,8 +158,8 @@ def _has_six_channels(state, layer):
         return False
 
 
-def _adm_flags(state):
-    """Architecture of an ADM UNet, with attention given as downsampling factors."""
+def adm(state: State) -> dict[str, Any]:
+    """Architecture of an ADM UNet, or of a super-resolution model."""
     modules = _modules(state)
     base = _embedding_base(state, "time_embed.0", "time_embed.2")
     blocks = _count(state, "output_blocks.")
@@ -199,13 +189,16 @@ def _adm_flags(state):
         flags["resblock_updown"] = not any(name.endswith(".0.op") for name in modules)
     if flags["class_cond"]:
         flags["num_classes"] = _size(state, ("label_emb.weight", 0))
-    first = state["input_blocks.0.0.weight"]
-    if first.ndim == 4 and first.shape[1] == 6:  # the image, and the small one beside it
-        flags["super_res"] = True
     return flags
 
 
-def _ddpm_flags(state):
+def takes_six_channels(state: State) -> bool:
+    """Whether a UNet takes a small image beside the noisy one."""
+    first = state.get("input_blocks.0.0.weight")
+    return first is not None and first.dim() == 4 and first.shape[1] == 6
+
+
+def ddpm(state: State) -> dict[str, Any]:
     """Architecture of a DDPM UNet, in the ADM UNet's flag names."""
     modules = _modules(state)
     base = _embedding_base(state, "temb.dense.0", "temb.dense.1")
@@ -221,8 +214,11 @@ def _ddpm_flags(state):
     }
 
 
-def _encoder_flags(state, depth):
-    """Architecture of an encoder, in the flag names of the classifier."""
+def encoder(state: State, depth: int | None = None) -> dict[str, Any]:
+    """Architecture of an encoder, in the flag names of the classifier.
+
+    depth: the supposed classifier_depth, which counts where the tensors allow several.
+    """
     modules = _modules(state)
     base = _embedding_base(state, "time_embed.0", "time_embed.2")
     head = "I2Iout" if "I2Iout" in modules else "out"

@@ -7,7 +7,7 @@ import torch
 
 from ..errors import InputError, display_name
 from ..script_util import attention_factors, channel_multipliers
-from .diffusers_format import FIELDS
+from .diffusers import FIELDS, Description
 from .reconcile import ModelInfo
 
 RESNET = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
@@ -79,11 +79,11 @@ def _modules(kind: str, found: Mapping[str, Any]) -> Iterator[tuple[str, str, tu
 
 
 def to_ours(
-    state: Mapping[str, torch.Tensor], kind: str, found: Mapping[str, Any]
+    state: Mapping[str, torch.Tensor], description: Description
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors under our names, their name by ours). Tensors of no module keep their names."""
-    rest, ours, names = dict(state), {}, {}
-    for module, theirs, parts in _modules(kind, found):
+    rest, ours, names, kind = dict(state), {}, {}, description.kind.name
+    for module, theirs, parts in _modules(kind, description.found):
         for end in ("weight", "bias"):
             sources = [f"{theirs}.{part}.{end}" for part in parts] if parts else [f"{theirs}.{end}"]
             name = f"{module}.{end}"

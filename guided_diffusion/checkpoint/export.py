@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, display_name, one_line
-from .diffusers_format import CONFIG, INDEX, SCHEDULER, WEIGHTS
+from .diffusers import CONFIG, INDEX, SCHEDULER, WEIGHTS
 from .diffusers_tensors import to_diffusers
 from .loading import contiguous, load_model, save_model, write_safetensors
 from .reconcile import ModelInfo

@@ -1,40 +1,88 @@
-"""Build the network that a checkpoint holds and fill it, and save one that describes itself."""
+"""Recognise the kind of a checkpoint, build its network and fill it; and save one that describes itself.
 
-import hashlib
+`CHECKPOINTS` has the kinds of checkpoints. A kind is a function: it gets what stands at a path, and returns None for
+another kind of checkpoint, or the network with its tensors. `load_model` checks the tensors and fills the network::
+
+    @CHECKPOINTS.add("toy")
+    def toy(source, flags):
+        if "toy.weight" not in source.tensors:
+            return None
+        size = flags.get("image_size", 64)
+        info = ModelInfo(source.path, "TOY", {"image_size": size, **diffusion_defaults()})
+        return Network(Toy(size), info, source.tensors)
+"""
+
 import inspect
 import json
-import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from ..errors import InputError, display_name, first_line, one_line
+from ..options import Registry
 from ..run.files import write_bytes
 from ..script_util import attention_factors, channel_multipliers, create_classifier, create_model
-from . import diffusers_format, hub
-from .architecture import UnknownArchitecture, detect, unwrap
+from . import architecture, diffusers, remote
+from .architecture import State, UnknownArchitecture
 from .diffusers_tensors import to_ours
-from .reading import read
-from .reconcile import (
-    FLAGS,
-    MODEL_TYPES,
-    ModelInfo,
-    Stated,
-    belongs,
-    reconcile,
-    scheduler_in_metadata,
-    stated_in_metadata,
-    stated_in_run,
-)
+from .published import not_ddpm
+from .reading import Contents, hash_file, read_file
+from .reconcile import ADM, DDPM, ENCODER, FLAGS, Kind, ModelInfo, reconcile
+from .stated import hyper_parameters, scheduler_in_metadata, stated_in_file
 
-log = logging.getLogger(__name__)
+CHECKPOINTS = Registry("kind of checkpoint")
+"""Kinds of checkpoints by name: functions (source, flags) -> Network or None. The last one added is asked first."""
 
-State = Mapping[str, torch.Tensor]
+MODEL_TYPES = (ADM.name, DDPM.name, ENCODER.name)
 
 ROOM = 1 << 30
 """Bytes that a network may take beyond four times what was read: views that overlap are small in a file."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A checkpoint that was recognised: its network, what is known of it, and its tensors under the network's names.
+
+    model: may be on the device "meta". names: the file's name of a tensor, where that is another. fingerprint: of the
+    files that were read, where it is not that of `Source.contents`.
+    """
+
+    model: torch.nn.Module
+    info: ModelInfo
+    state: State
+    names: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: str | None = None
+
+
+class Source:
+    """What stands at a path, a file or a folder. A file is read when its contents are asked for."""
+
+    def __init__(self, path: str, contents: Contents | None = None) -> None:
+        self.path = path
+        if contents is not None:
+            self.contents = contents
+
+    @cached_property
+    def contents(self) -> Contents:
+        """The contents of a file; empty for a folder. Raises InputError."""
+        return Contents(self.path) if os.path.isdir(self.path) else read_file(self.path)
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The file's tensors by name."""
+        return self.contents.tensors
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The texts of a .safetensors file."""
+        return self.contents.metadata
+
+
+_loaded: dict[str, str] = {}  # by path, the fingerprint of what this process read last
 
 
 def load_model(
@@ -50,12 +98,12 @@ def load_model(
     for half-precision inference, default float32 (or float16 with use_fp16=True). Raises InputError with one line for a
     file that cannot be used and for a flag that contradicts it. The file is not needed any more afterwards.
     """
-    path = hub.resolve(os.fspath(path))
-    state, info, names = _load(path, flags)
-    model = build(info)
-    wanted = model.state_dict()
-    _check_tensors(path, state, wanted, names)
-    model.load_state_dict(_prepared(path, state, wanted, device), assign=True)
+    path = os.fspath(path)
+    place, identity = remote.resolve(path)
+    network = _recognise(Source(place), flags)
+    _loaded[_key(path)] = identity or network.fingerprint or path
+    model, info = network.model, network.info
+    model.load_state_dict(_prepared(network, device), assign=True)
     if dtype is None and (info.flags.get("use_fp16") or info.flags.get("classifier_use_fp16")):
         dtype = torch.float16
     if dtype not in (None, torch.float32):
@@ -66,76 +114,260 @@ def load_model(
 def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint file by name, as they are in it but for nesting (`ema`, `model`, …).
 
-    Those of a diffusers model have our names.
+    Those of a diffusers model have our names. Raises InputError where a weight or bias is not a plain floating-point
+    tensor of finite values.
     """
-    path = hub.resolve(os.fspath(path))
-    source = diffusers_format.locate(path)
-    if source is None:
-        return read(path)[0]
-    description = diffusers_format.describe(source)
-    return to_ours(diffusers_format.read_weights(source), description.kind, description.found)[0]
+    path = os.fspath(path)
+    place, identity = remote.resolve(path)
+    folder = diffusers.locate(place)
+    if folder is None:
+        contents = read_file(place)
+        state, found = contents.tensors, contents.fingerprint
+    else:
+        description = diffusers.describe(folder)
+        tensors, hashes = diffusers.read_weights(folder)
+        state, found = to_ours(tensors, description)[0], folder.fingerprint(hashes)
+    _loaded[_key(path)] = identity or found or path
+    for name, value in state.items():
+        if name.endswith(("weight", "bias")) and not value.is_floating_point():
+            what = f"{one_line(name, 100)} is {_plain(value)}; a floating-point tensor is needed"
+            raise InputError(f"{display_name(path)}: {what}")
+    refuse_not_finite(path, state)
+    return dict(state)
 
 
-def _load(path: str, flags: Mapping[str, Any]) -> tuple[State, ModelInfo, dict[str, str]]:
-    """(tensors under our names, what they are, the file's name of a tensor where it differs)."""
-    source = diffusers_format.locate(path)
-    if source is None:
-        state, metadata = read(path)
-        source = _renamed_source(path, state)
-    if source is None:
-        state, info = identify(path, state, metadata, **flags)
-        return state, info, {}
-    given = _given(flags)
-    description = diffusers_format.describe(source)
-    info = reconcile(path, description.kind, description.found, given, stated=description.stated)
-    info.scheduler = description.scheduler
-    state, names = to_ours(diffusers_format.read_weights(source), description.kind, description.found)
-    diffusers_format.report(source, description)
-    return state, info, names
-
-
-def _renamed_source(path: str, state: State) -> diffusers_format.Source | None:
-    """The diffusers model that a weights file of any name is part of."""
-    if "time_embedding.linear_1.weight" not in state:
-        return None
-    file, folder = display_name(path), os.path.dirname(path)
-    if "://" in path or not os.path.isfile(os.path.join(folder, diffusers_format.CONFIG)):
-        needed = f"its {diffusers_format.CONFIG} is needed beside it"
-        raise InputError(f"{file} has the tensors of a diffusers model; {needed}")
-    return diffusers_format.from_weights(path)
-
-
-def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = flags.keys() - FLAGS
-    if unknown:
-        raise TypeError(f"there is no flag {min(unknown)}")
-    return {name: value for name, value in flags.items() if value is not None}
+def identify(
+    path: str | os.PathLike, state: State, metadata: Mapping[str, str], **flags: Any
+) -> tuple[State, ModelInfo]:
+    """(tensors without wrappers' prefixes, ModelInfo) of what `read` gave; flags as in `load_model`."""
+    path = os.fspath(path)
+    network = _recognise(Source(path, Contents(path, state, metadata)), flags)
+    return network.state, network.info
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-    """What tells one checkpoint from another in a run's record.
+    """The identity of a checkpoint in a run's record: of the bytes that this process loaded last from the path, if any.
 
     "sha256 …" of a file's bytes, or of a diffusers model's files (names and contents); owner/name@commit for a model of
     the Hugging Face hub; any other path as it is.
     """
     path = os.fspath(path)
-    if hub.is_id(path):
-        return hub.identity(path)
-    source = diffusers_format.locate(path) if os.path.exists(path) else None
-    if source is not None:
-        digest = hashlib.sha256()
-        for file in diffusers_format.files(source):
-            digest.update(f"{source.relative(file)}\0{_sha256(file)}\n".encode("utf-8", "surrogateescape"))
-        return f"sha256 {digest.hexdigest()}"
-    return f"sha256 {_sha256(path)}" if os.path.isfile(path) else path
+    if _key(path) in _loaded:
+        return _loaded[_key(path)]
+    place, identity = remote.resolve(path)
+    if identity or not os.path.exists(place):
+        return identity or path
+    folder = diffusers.locate(place)
+    if folder is not None:
+        return folder.fingerprint({name: hash_file(name) for name in diffusers.weight_files(folder)})
+    return f"sha256 {hash_file(place)}" if os.path.isfile(place) else path
 
 
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _key(path: str) -> str:
+    return path if "://" in path or remote.is_id(path) else os.path.abspath(path)
+
+
+# ---- kinds of checkpoints --------------------------------------------------------------------------------------------
+
+
+def _recognise(source: Source, flags: Mapping[str, Any]) -> Network:
+    """The network at a path, by the first kind that knows it; InputError where none does."""
+    unknown = flags.keys() - FLAGS
+    if unknown:
+        raise TypeError(f"there is no flag {min(unknown)}")
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        for recognise in reversed(list(CHECKPOINTS.values())):
+            network = recognise(source, given)
+            if network is not None:
+                return network
+        architecture.refuse_others(source.tensors)
+    except UnknownArchitecture as error:
+        raise InputError(f"{display_name(source.path)} {error}") from None
+    begin = ", ".join(one_line(key, 60) for key in list(source.tensors)[:3])
+    what = f"is no network that is known here ({', '.join(CHECKPOINTS)}): its tensors begin with {begin}"
+    raise InputError(f"{display_name(source.path)} {what}")
+
+
+def _network(source: Source, given: Mapping[str, Any], kind: Kind, state: State, found: dict[str, Any]) -> Network:
+    """A network of a known kind in one file: its flags from all sources, built on the device "meta"."""
+    contents = source.contents
+    stated = stated_in_file(contents, found)
+    told = "noise_schedule" in given or (stated is not None and "noise_schedule" in stated.flags)
+    names = [*hyper_parameters(contents), *contents.metadata, *(stated.flags if stated else ())]
+    if reason := not_ddpm(source.path, found, names, told):
+        what = f"is a model of EDM or a consistency model ({reason}); a model of DDPM's process is needed"
+        raise InputError(f"{display_name(source.path)} {what}")
+    info = reconcile(source.path, kind, found, given, metadata=contents.metadata, stated=stated)
+    info.scheduler = scheduler_in_metadata(contents)
+    return Network(build(info), info, state, fingerprint=contents.fingerprint)
+
+
+def _guided(source: Source) -> tuple[State | None, bool]:
+    """(the tensors of a network of guided-diffusion, whether it is a whole UNet); (None, False) for others."""
+    state = architecture.unwrap(source.tensors, "time_embed.[02]")
+    return state, state is not None and any(key.startswith("output_blocks.") for key in state)
+
+
+@CHECKPOINTS.add("ADM")
+def adm(source: Source, given: Mapping[str, Any]) -> Network | None:
+    """guided-diffusion's UNet."""
+    state, whole = _guided(source)
+    if state is None or not whole:
+        return None
+    architecture.refuse_others(source.tensors)
+    return _network(source, given, ADM, state, architecture.detect(architecture.adm, state))
+
+
+@CHECKPOINTS.add("super_res")
+def super_res(source: Source, given: Mapping[str, Any]) -> Network | None:
+    """guided-diffusion's super-resolution model: a UNet that takes the small image beside the noisy one."""
+    state, whole = _guided(source)
+    if state is None or not whole or not architecture.takes_six_channels(state):
+        return None
+    return _network(source, given, ADM, state, architecture.detect(architecture.adm, state) | {"super_res": True})
+
+
+@CHECKPOINTS.add("encoder")
+def encoder(source: Source, given: Mapping[str, Any]) -> Network | None:
+    """guided-diffusion's noisy-image classifier, and EGSDE's domain-specific extractor."""
+    state, whole = _guided(source)
+    if state is None or whole:
+        return None
+    stated = stated_in_file(source.contents)
+    depth = given.get("classifier_depth", stated.flags.get("classifier_depth") if stated else None)
+    return _network(source, given, ENCODER, state, architecture.detect(architecture.encoder, state, depth=depth))
+
+
+@CHECKPOINTS.add("DDPM")
+def ddpm(source: Source, given: Mapping[str, Any]) -> Network | None:
+    """The UNet of DDPM's ports to PyTorch."""
+    state = architecture.unwrap(source.tensors, "temb.dense.[01]")
+    return state and _network(source, given, DDPM, state, architecture.detect(architecture.ddpm, state))
+
+
+@CHECKPOINTS.add("diffusers")
+def diffusers_model(source: Source, given: Mapping[str, Any]) -> Network | None:
+    """A UNet2DModel of diffusers: a folder, or a weights file with its config.json beside it."""
+    folder = diffusers.locate(source.path)
+    if folder is None and "time_embedding.linear_1.weight" in source.tensors:
+        folder = diffusers.from_weights(source.path)
+    if folder is None:
+        return None
+    description = diffusers.describe(folder)
+    info = reconcile(source.path, description.kind, description.found, given, stated=description.stated)
+    info.scheduler = description.scheduler
+    model = build(info)
+    tensors, hashes = diffusers.read_weights(folder)
+    state, names = to_ours(tensors, description)
+    diffusers.report(folder, description)
+    return Network(model, info, state, names, folder.fingerprint(hashes))
+
+
+def build(info: ModelInfo) -> torch.nn.Module:
+    """The network that a ModelInfo describes, without memory for its parameters (on the device "meta")."""
+    flags = info.flags
+    try:
+        with torch.device("meta"):
+            if info.model_type == DDPM.name:
+                return _ddpm_network(flags)
+            create = create_model if info.model_type == ADM.name else create_classifier
+            # Half precision is set once the weights are there.
+            names = set(inspect.signature(create).parameters) - {"use_fp16", "classifier_use_fp16"}
+            return create(**{name: flags[name] for name in names if name in flags})
+    except Exception as error:  # whatever the layers raise for sizes that do not fit together
+        what = f"describes a network that cannot be built: {first_line(error)}"
+        raise InputError(f"{display_name(info.path)} {what}") from None
+
+
+def _ddpm_network(flags: Mapping[str, Any]) -> torch.nn.Module:
+    from ..ddpm import Model
+
+    size = flags["image_size"]
+    return Model(
+        ch=flags["num_channels"],
+        out_ch=6 if flags["learn_sigma"] else 3,
+        ch_mult=channel_multipliers(flags["channel_mult"], size),
+        num_res_blocks=flags["num_res_blocks"],
+        attn_resolutions=[size // factor for factor in attention_factors(flags["attention_resolutions"], size)],
+        image_size=size,
+        dropout=flags["dropout"],
+    )
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _prepared(network: Network, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """The tensors that a network needs, checked, in float32 on a device, each with memory of its own.
+
+    A tensor is copied only where that is needed. Its strides count too: convolutions choose their method by them.
+    """
+    path, state, wanted = network.info.path, network.state, network.model.state_dict()
+    file = display_name(path)
+    _check_tensors(file, state, wanted, network.names)
+    held = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
+    needed = sum(4 * like.numel() for like in wanted.values())
+    if needed > 4 * sum(held.values()) + ROOM:
+        what = f"its {sum(held.values())} bytes of tensors describe a network of {needed} bytes"
+        raise InputError(f"{file} is refused: {what}")
+    prepared, places = {}, set()
+    try:
+        for key, like in wanted.items():
+            value = state[key].detach().to(device, torch.float32)
+            storage = value.untyped_storage()
+            alone = storage.nbytes() == value.nbytes and storage.data_ptr() not in places
+            if not alone or value.stride() != like.stride():
+                value = value.clone(memory_format=torch.contiguous_format)
+            places.add(value.untyped_storage().data_ptr())
+            prepared[key] = value
+    except RuntimeError as error:
+        raise InputError(f"{file} does not fit into the memory of {device}: {first_line(error)}") from None
+    refuse_not_finite(path, prepared)
+    return prepared
+
+
+def _check_tensors(file: str, state: State, wanted: State, names: Mapping[str, str]) -> None:
+    """Raise InputError unless the tensors are the network's. names: those of the file, where they differ."""
+
+    def first(keys: list[str]) -> str:
+        return one_line(names.get(keys[0], keys[0]), 100) + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+
+    if missing := [key for key in wanted if key not in state]:
+        raise InputError(f"{file} lacks the tensor {first(missing)}, which its architecture needs")
+    # Counters and tables that training code keeps beside the weights are no part of any network.
+    others = {key: value for key, value in state.items() if key not in wanted and value.is_floating_point()}
+    if extra := [key for key, value in others.items() if value.numel() != 1 and ("." in key or value.dim() != 1)]:
+        raise InputError(f"{file} has the tensor {first(extra)}, which its architecture does not have")
+    entry = next((key for key, like in wanted.items() if like.dim() == 4), None)
+    for key, like in wanted.items():
+        value, name = state[key], names.get(key, key)
+        if value.shape != like.shape:
+            what = f"{name} has shape {list(value.shape)}, its architecture needs {list(like.shape)}"
+            if key == entry and value.dim() == 4 and value.shape[1] != like.shape[1]:
+                what = f"it is for images of {value.shape[1]} channels, and {like.shape[1]} are needed ({what})"
+            raise InputError(f"{file}: {what}")
+        if not value.is_floating_point():
+            raise InputError(f"{file}: {name} is {_plain(value)}; a floating-point tensor is needed")
+
+
+def _plain(value: torch.Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def refuse_not_finite(path: str, state: State) -> None:
+    """Raise InputError for the first tensor that has NaN or infinite values."""
+    floats = {key: value for key, value in state.items() if value.is_floating_point() and value.itemsize > 1}
+    # A sum is several times as fast as a look at every value, and finite unless a value is not, or an overflow.
+    sums = [value.sum(dtype=torch.float32) for value in floats.values()]
+    if sums and not torch.stack(sums).isfinite().all():
+        for key, value in floats.items():
+            if not value.isfinite().all():
+                what = f"the tensor {one_line(key, 100)} has values that are NaN or infinite; the file is damaged"
+                raise InputError(f"{display_name(path)}: {what}")
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
 
 
 def save_model(
@@ -190,132 +422,14 @@ def write_safetensors(path: str, state: dict[str, torch.Tensor], metadata: dict[
     write_bytes(path, data)
 
 
-def identify(
-    path: str | os.PathLike, state: State, metadata: Mapping[str, str], *, stated: Stated | None = None, **flags: Any
-) -> tuple[State, ModelInfo]:
-    """(tensors without wrappers' prefixes, ModelInfo) of what `read` gave; flags as in `load_model`.
-
-    stated: flags that stand elsewhere than in the metadata, in a diffusers folder's configuration for example.
-    """
-    path = os.fspath(path)
-    given = _given(flags)
-    stated = stated or stated_in_metadata(path, metadata)
-    run = stated_in_run(path) if stated is None else None
-    stated = stated or run
-    depth = given.get("classifier_depth", stated.flags.get("classifier_depth") if stated else None)
-    try:
-        kind, state = unwrap(state)
-        found = detect(kind, state, depth)
-    except UnknownArchitecture as error:
-        raise InputError(f"{display_name(path)} {error}") from None
-    if run is not None and not belongs(run, found):
-        log.warning("%s is not the network that %s describes, which is not used", display_name(path), run.where)
-        stated = None
-    info = reconcile(path, kind, found, given, metadata=metadata, stated=stated)
-    info.scheduler = scheduler_in_metadata(path, metadata)
-    return state, info
-
-
-def build(info: ModelInfo) -> torch.nn.Module:
-    """The network that a ModelInfo describes, without memory for its parameters (on the device "meta")."""
-    try:
-        with torch.device("meta"):
-            return _create(info)
-    except (ValueError, TypeError, RuntimeError, AssertionError, OverflowError, ZeroDivisionError) as error:
-        raise InputError(
-            f"{display_name(info.path)} describes a network that cannot be built: {first_line(error)}"
-        ) from None
-
-
-def _create(info: ModelInfo) -> torch.nn.Module:
-    flags = info.flags
-    if info.model_type != "DDPM":
-        create = create_model if info.model_type == "ADM" else create_classifier
-        # Half precision is set once the weights are there.
-        names = set(inspect.signature(create).parameters) - {"use_fp16", "classifier_use_fp16"}
-        return create(**{name: flags[name] for name in names if name in flags})
-    from ..ddpm import Model
-
-    size = flags["image_size"]
-    return Model(
-        ch=flags["num_channels"],
-        out_ch=6 if flags["learn_sigma"] else 3,
-        ch_mult=channel_multipliers(flags["channel_mult"], size),
-        num_res_blocks=flags["num_res_blocks"],
-        attn_resolutions=[size // factor for factor in attention_factors(flags["attention_resolutions"], size)],
-        image_size=size,
-        dropout=flags["dropout"],
-    )
-
-
-def _check_tensors(path: str, state: State, wanted: State, names: Mapping[str, str]) -> None:
-    """Raise InputError unless the tensors are those that the architecture needs.
-
-    names: what the file calls a tensor, where that is something else.
-    """
-    file = display_name(path)
-    missing = [key for key in wanted if key not in state]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        name = names.get(missing[0], missing[0])
-        raise InputError(f"{file} lacks the tensor {name}{more}, which its architecture needs")
-    # Counters that training code keeps beside the weights are no part of any network.
-    extra = [k for k, value in state.items() if k not in wanted and value.is_floating_point() and value.numel() != 1]
-    if extra:
-        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise InputError(f"{file} has the tensor {one_line(extra[0], 100)}{more}, which its architecture does not have")
-    for key, like in wanted.items():
-        value = state[key]
-        if value.shape != like.shape:
-            key = names.get(key, key)
-            raise InputError(f"{file}: {key} has shape {list(value.shape)}, its architecture needs {list(like.shape)}")
-        if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
-            what = "meta, without values" if value.is_meta else f"{value.dtype}, {value.layout}".replace("torch.", "")
-            raise InputError(f"{file}: {names.get(key, key)} is {what}; a plain floating-point tensor is needed")
-
-
-def _prepared(path: str, state: State, wanted: State, device: str | torch.device) -> dict[str, torch.Tensor]:
-    """The wanted tensors in float32 on a device, each with memory of its own and nothing but finite values.
-
-    A tensor is copied only where that is needed. Its strides count too: convolutions choose their method by them.
-    """
-    held = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
-    needed = sum(4 * like.numel() for like in wanted.values())
-    if needed > 4 * sum(held.values()) + ROOM:
-        file = display_name(path)
-        raise InputError(
-            f"{file} is refused: its {sum(held.values())} bytes of tensors describe a network of {needed} bytes"
-        )
-    prepared, places = {}, set()
-    try:
-        for key, like in wanted.items():
-            value = state[key].detach().to(device, torch.float32)
-            storage = value.untyped_storage()
-            alone = storage.nbytes() == value.nbytes and storage.data_ptr() not in places
-            if not alone or value.stride() != like.stride():
-                value = value.clone(memory_format=torch.contiguous_format)
-            places.add(value.untyped_storage().data_ptr())
-            prepared[key] = value
-    except RuntimeError as error:
-        raise InputError(
-            f"{display_name(path)} does not fit into the memory of {device}: {first_line(error)}"
-        ) from None
-    refuse_not_finite(path, prepared)
-    return prepared
-
-
-def refuse_not_finite(path: str, state: State) -> None:
-    """Raise InputError for the first tensor that has NaN or infinite values."""
-    floats = {key: value for key, value in state.items() if value.is_floating_point() and value.itemsize > 1}
-    # A sum is several times as fast as a look at every value, and finite unless a value is not, or an overflow.
-    sums = [value.sum(dtype=torch.float32) for value in floats.values()]
-    if sums and not torch.stack(sums).isfinite().all():
-        for key, value in floats.items():
-            if not value.isfinite().all():
-                name = one_line(key, 100)
-                raise InputError(
-                    f"{display_name(path)}: the tensor {name} has values that are NaN or infinite; the file is damaged"
-                )
-
-
-__all__ = ["build", "fingerprint", "identify", "load_model", "load_state_dict", "save_model"]
+__all__ = [
+    "CHECKPOINTS",
+    "Network",
+    "Source",
+    "build",
+    "fingerprint",
+    "identify",
+    "load_model",
+    "load_state_dict",
+    "save_model",
+]

@@ -1,9 +1,12 @@
-"""What tensors cannot tell of the published models.
+"""Flags of the published models that their tensors cannot tell.
 
-A row applies only to a network that has all that the row says in `tensors`; `flags` is what it then adds. Sources: the
+A row applies only to a network that has all of the row's `tensors`; it then adds `flags`. Sources: the
 README files of guided-diffusion, improved-diffusion, ILVR, P2-weighting, EGSDE and the DDPM ports.
 """
 
+import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,4 +136,31 @@ def published(model_type: str, found: dict[str, Any]) -> Published | None:
     for row in PUBLISHED:
         if row.model_type == model_type and all(found.get(name) == value for name, value in row.tensors.items()):
             return row
+    return None
+
+
+# Models of EDM's and of consistency models' processes in guided-diffusion's network: alike but for these.
+_FOUR = {"num_channels": 192, "num_res_blocks": 3, "channel_mult": FOUR, "attention_factors": (2, 4, 8)}
+_SIX = {"num_channels": 256, "num_res_blocks": 2, "channel_mult": SIX, "attention_factors": (8, 16, 32)}
+_ALIKE = {"learn_sigma": False, "resblock_updown": True, "use_scale_shift_norm": True}
+EDM_LAYOUTS = (
+    {**_FOUR, **_ALIKE, "class_cond": True, "num_classes": 1000},
+    {**_SIX, **_ALIKE, "class_cond": False},
+)
+EDM_NAMES = re.compile(r"(?<![a-z])(edm2?|consistency|(cd|ct)[-_](imagenet|bedroom|cat|cifar|lsun))(?![a-z])", re.I)
+EDM_FLAGS = {"sigma_data", "sigma_max", "sigma_min", "weight_schedule", "training_mode", "P_mean", "P_std"}
+
+
+def not_ddpm(path: str, found: dict[str, Any], entries: Iterable[str], told: bool) -> str | None:
+    """The reason why a network's process is EDM's or a consistency model's; None for one of DDPM's.
+
+    found: the architecture. entries: names of hyper-parameters and metadata. told: whether something says which noise
+    schedule the model has; then its layout is no reason.
+    """
+    if sigmas := EDM_FLAGS & {*entries}:
+        return f"its file has the entry {min(sigmas)}"
+    if name := EDM_NAMES.search(os.path.basename(path)):
+        return f"its name has {name[0]!r}"
+    if not told and any(layout.items() <= found.items() for layout in EDM_LAYOUTS):
+        return "it has their layout; give `noise_schedule` if it is none"
     return None

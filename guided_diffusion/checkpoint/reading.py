@@ -4,44 +4,45 @@ Files of torch.save (zip archives and the older pickles) and `.safetensors`, loc
 the file's size, archives are checked against their checksums, and texts of a file reach an error line shortened.
 """
 
-import contextlib
+import hashlib
 import io
 import json
+import logging
 import os
-import pickle
 import re
+import stat
 import warnings
 import zipfile
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, BinaryIO
 
 import torch
 
-from ..errors import InputError, display_name, first_line, one_line
+from ..errors import InputError, display_name, first_line, one_line, reading
 from ..options import near_miss
-from ..run.files import read_json
 
-# Keys that hold the weights. EMA entries are tried first: they are the ones to sample with.
+log = logging.getLogger(__name__)
+
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net", "module")
-
-
-LARGEST_JSON = 64 << 20
-"""Bytes of a JSON file beyond which it is no configuration."""
+"""Keys that hold the weights. Averaged weights (`is_average`), the ones to sample with, are tried before them."""
 
 
 class Placeholder:
-    """What stands for harmless objects beside the weights (numpy scalars, parsed flags): it keeps and does nothing."""
+    """Stands for harmless objects beside the weights (numpy scalars, parsed flags), and keeps their entries."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Placeholder":
-        return object.__new__(cls)
+    entries: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        if isinstance(state, dict):
+            self.entries = state
 
 
-# Globals of pickles that become placeholders. What they would make is never looked at.
+# Globals of pickles that become placeholders.
 HARMLESS = (
     *("argparse.Namespace", "types.SimpleNamespace", "_codecs.encode"),
     *(f"numpy.{package}.multiarray.{name}" for package in ("core", "_core") for name in ("scalar", "_reconstruct")),
@@ -52,184 +53,185 @@ HARMLESS = (
 )
 
 
-def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors by name, metadata) of a .safetensors or torch file; metadata is {} for the latter.
+@dataclass(frozen=True)
+class Contents:
+    """Everything that is used of a checkpoint file, in memory: later changes of the file do not matter.
 
-    The tensors are in memory: what becomes of the file afterwards does not change them. Raises InputError.
+    tensors: the weights by name, the averaged ones where the file has several sets. metadata: texts of a .safetensors
+    file. beside: the other entries of a torch file (hyper-parameters, betas, counters). sha256: of the bytes that were
+    read; None for a URL.
     """
+
+    path: str
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str | None = None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The identity of the file in a run's record."""
+        return f"sha256 {self.sha256}" if self.sha256 else None
+
+
+def read_file(path: str | os.PathLike) -> Contents:
+    """Read a .safetensors or torch file. Raises InputError for a file that is damaged, unsafe, or holds no weights."""
     path = os.fspath(path)
-    shown = display_name(path)
-    source, head = _open(path)
-    if head[8:9] == b"{" or (path.endswith(".safetensors") and not head.startswith(b"PK")):
-        return _read_safetensors(path, source, head)
-    content = _read_pickle(path, source, head)
-    state = _find_state(content)
-    if state is None:
-        names = (
-            [one_line(name, 60) for name in list(content)[:8] if isinstance(name, str)]
-            if isinstance(content, dict)
-            else []
-        )
-        what = f"its entries are {', '.join(names)}" if names else f"it is a {type(content).__name__}"
-        raise InputError(f"{shown} holds no weights: {one_line(what)}")
-    return state, {}
+    content, metadata, digest = _read(path)
+    found = (content, {}) if metadata is not None else _find_state(content)
+    if found is None:
+        entries = list(content)[:8] if isinstance(content, dict) else []
+        names = ", ".join(one_line(name, 60) for name in entries if isinstance(name, str))
+        what = f"its entries are {names}" if names else f"it is a {type(content).__name__}"
+        raise InputError(f"{display_name(path)} holds no weights: {one_line(what)}")
+    for name, value in found[0].items():
+        if value.is_nested or value.layout != torch.strided or value.is_quantized or value.is_meta:
+            odd = value.layout if value.layout != torch.strided else value.dtype
+            what = "nested" if value.is_nested else "on the device meta, without values" if value.is_meta else odd
+            raise InputError(f"{display_name(path)}: the tensor {one_line(name, 100)} is {what}; a dense one is needed")
+    return Contents(path, found[0], metadata or {}, found[1], digest)
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors by name, metadata) of a .safetensors or torch file; metadata is {} for the latter. Raises InputError."""
+    contents = read_file(path)
+    return dict(contents.tensors), dict(contents.metadata)
 
 
 def read_content(path: str | os.PathLike) -> Any:
-    """The whole content of a file of torch.save, as an optimizer's state; checked like `read`. Raises InputError."""
-    path = os.fspath(path)
-    source, head = _open(path)
-    return _read_pickle(path, source, head)
+    """The whole content of a file of torch.save, such as an optimizer's state; checked as in `read_file`."""
+    return _read(os.fspath(path), safetensors=False)[0]
 
 
-def read_json_object(path: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError, naming the file, for what is none."""
-    shown = display_name(path)
-    if not os.path.isfile(path):
-        raise InputError(f"{shown} is missing or not a regular file")
-    if os.path.getsize(path) > LARGEST_JSON:
-        raise InputError(f"{shown} has {os.path.getsize(path)} bytes, too many for its kind")
-    content = read_json(path)
+def read_json_object(path: str) -> tuple[dict[str, Any], str]:
+    """(the object in a JSON file, SHA-256 of the file). Raises InputError, naming the file, for anything else."""
+    _check_place(path)
+    with reading(path), open(path, "rb") as file:
+        data = file.read()
+        content = json.loads(data)
     if not isinstance(content, dict):
-        raise InputError(f"{shown} cannot be read: it is not a JSON object")
-    return content
+        raise InputError(f"{display_name(path)} cannot be read: it is not a JSON object")
+    return content, hashlib.sha256(data).hexdigest()
 
 
-def _read_pickle(path: str, source: str | io.BytesIO, head: bytes) -> Any:
+def hash_file(path: str) -> str:
+    """SHA-256 of a file's bytes as hexadecimal digits. Raises InputError."""
+    with reading(path), open(path, "rb") as file:
+        return _hash(file)
+
+
+def _hash(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def is_average(name: str) -> bool:
+    """Whether a name, like "ema_0.9999" or "model_ema.", is one of averaged weights."""
+    return re.search(r"(?<![a-z])ema(?![a-z])", name, re.IGNORECASE) is not None
+
+
+def _read(path: str, safetensors: bool = True) -> tuple[Any, dict[str, str] | None, str | None]:
+    """(content, metadata of a .safetensors file, SHA-256 of a local file)."""
+    if "://" in path:
+        return *_parse(path, _download(path), safetensors), None
+    _check_place(path)
+    with reading(path), open(path, "rb") as file:
+        before = os.fstat(file.fileno())
+        digest = _hash(file)
+        parsed = _parse(path, file, safetensors)
+        after = os.stat(path)
+    if any(getattr(before, name) != getattr(after, name) for name in ("st_ino", "st_dev", "st_size", "st_mtime_ns")):
+        raise InputError(f"{display_name(path)} was changed while it was read; run the same command again")
+    return *parsed, digest
+
+
+def _check_place(path: str) -> None:
+    """Raise InputError where there is no regular file at a path."""
     shown = display_name(path)
+    with reading(path):
+        try:
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:
+            where = near_miss(path) or "; models/README.md says where checkpoints are available"
+            raise InputError(f"{shown} does not exist{where}") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise InputError(f"{shown} is {kind}; a checkpoint file is needed")
+
+
+def _download(url: str) -> io.BytesIO:
+    log.info("%s is downloaded; without a network, it takes a minute or two until this fails", display_name(url))
+    with reading(url):
+        import blobfile
+
+        with blobfile.BlobFile(url, "rb") as file:
+            return io.BytesIO(file.read())
+
+
+def _parse(path: str, file: BinaryIO, safetensors: bool) -> tuple[Any, dict[str, str] | None]:
+    """(content, metadata of a .safetensors file) of an open file; the format is told by its first bytes."""
+    file.seek(0)
+    head = file.read(64)
+    shown = display_name(path)
+    if not head:
+        raise InputError(f"{shown} is empty (0 bytes)")
+    if safetensors and head[8:9] == b"{":
+        return _read_safetensors(path, file)
     if not head.startswith((b"PK", b"\x80")):
-        raise InputError(f"{shown} is not a checkpoint: {_looks_like(head)}")
+        kind = "a safetensors file" if path.endswith(".safetensors") else "a checkpoint"
+        raise InputError(f"{shown} is not {kind}: {_looks_like(head)}")
     if head.startswith(b"PK"):
-        _check_archive(shown, source)
-    if path.endswith(".safetensors") and isinstance(source, str):
-        # torch.load believes the name.
-        with open(path, "rb") as file:
-            source = io.BytesIO(file.read())
+        _check_archive(path, file)
+    file.seek(0)
     harmless: list[Any] = [(Placeholder, name) for name in HARMLESS]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(harmless):
             warnings.simplefilter("ignore")  # about the age of the file's format, which is no concern of the reader's
-            return torch.load(source, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True), None
     except Exception as error:  # damaged files raise whatever the unpickler trips over
-        raise InputError(f"{shown} {_why_not_loaded(error, source)}") from None
+        raise InputError(f"{shown} {_why_not_loaded(error)}") from None
 
 
-def _open(path: str) -> tuple[str | io.BytesIO, bytes]:
-    """(what to read from: the path, or a buffer for a URL; its first bytes)."""
-    if "://" in path:
-        return _download(path)
-    shown = display_name(path)
-    try:
-        if os.path.isdir(path):
-            raise InputError(f"{shown} is a folder; a checkpoint file is needed")
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise InputError(f"{shown} is not a regular file; a checkpoint file is needed")
-        with open(path, "rb") as file:
-            head = file.read(64)
-    except FileNotFoundError:
-        where = near_miss(path) or "; models/README.md says where checkpoints are available"
-        raise InputError(f"{shown} does not exist{where}") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path!r} cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from None
-    if not head:
-        raise InputError(f"{shown} is empty (0 bytes)")
-    return path, head
-
-
-def _download(url: str) -> tuple[io.BytesIO, bytes]:
-    shown = display_name(url)
-    try:
-        import blobfile
-
-        with blobfile.BlobFile(url, "rb") as file:
-            data = file.read()
-    except ImportError:
-        raise InputError(f"{shown} cannot be read: the package blobfile is not installed") from None
-    except Exception as error:  # blobfile raises types of its own, of several storage services and of urllib3
-        raise InputError(f"{shown} cannot be read: {first_line(error)}") from None
-    if not data:
-        raise InputError(f"{shown} is empty (0 bytes)")
-    return io.BytesIO(data), data[:64]
-
-
-def _read_safetensors(
-    path: str, source: str | io.BytesIO, head: bytes
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read_safetensors(path: str, file: BinaryIO) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     from safetensors import safe_open
     from safetensors.torch import load
 
-    shown = display_name(path)
-    if head[8:9] != b"{":
-        raise InputError(f"{shown} is not a safetensors file: {_looks_like(head)}")
-    try:
-        if not isinstance(source, str):
-            data = source.getvalue()
+    with reading(path, "a safetensors file"):
+        if isinstance(file, io.BytesIO):
+            data = file.getvalue()
             length = int.from_bytes(data[:8], "little")
             return load(data), json.loads(data[8 : 8 + length]).get("__metadata__") or {}
-        with safe_open(source, framework="pt") as file:
+        with safe_open(path, framework="pt") as opened:
             # The tensors are windows on the file, which may change.
-            names = list(file.keys())
-            return {key: file.get_tensor(key).clone() for key in names}, file.metadata() or {}
-    except Exception as error:  # the library's errors have types of their own
-        raise InputError(f"{shown} is truncated or not a safetensors file: {first_line(error)}") from None
+            return {key: opened.get_tensor(key).clone() for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
 
 
-def _size(source: str | io.BytesIO) -> int:
-    return os.path.getsize(source) if isinstance(source, str) else source.getbuffer().nbytes
-
-
-def _check_archive(shown: str, source: str | io.BytesIO) -> None:
+def _check_archive(path: str, file: BinaryIO) -> None:
     """Raise InputError for an archive that unpacks to far more than its size, or that differs from its checksums."""
-    try:
-        with zipfile.ZipFile(source) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-            if unpacked > 4 * _size(source) + (64 << 20):
-                raise InputError(
-                    f"{shown} is refused: it would unpack to {unpacked} bytes, {_size(source)} are in the file"
-                )
-            for entry in archive.infolist():
-                with archive.open(entry) as file:
-                    while file.read(1 << 22):  # the end of an entry compares its checksum
-                        pass
-    except InputError:
-        raise
-    except zipfile.BadZipFile as error:
-        if "CRC" in str(error):
-            raise InputError(f"{shown} is damaged: {first_line(error)}; download or copy it again") from None
-        raise InputError(f"{shown} is truncated or damaged: {first_line(error)}") from None
-    except Exception as error:  # zipfile and zlib raise many types for a damaged archive
-        raise InputError(f"{shown} is truncated or damaged: {first_line(error)}") from None
-    finally:
-        if not isinstance(source, str):
-            source.seek(0)
+    size = file.seek(0, os.SEEK_END)
+    with reading(path, "a whole archive"), zipfile.ZipFile(file) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > 4 * size + (64 << 20):
+            what = f"it would unpack to {unpacked} bytes, {size} are in the file"
+            raise InputError(f"{display_name(path)} is refused: {what}")
+        for entry in archive.infolist():
+            with archive.open(entry) as part:
+                while part.read(1 << 22):  # the end of an entry compares its checksum
+                    pass
 
 
-def _why_not_loaded(error: Exception, source: str | io.BytesIO) -> str:
-    """What an error of torch.load says about a file, as the rest of a sentence that begins with the file's name."""
+def _why_not_loaded(error: Exception) -> str:
+    """The reason of an error of torch.load, as the rest of a sentence that begins with the file's name."""
     text = str(error)
-    refused = re.search(r"GLOBAL (\S+)", text)
-    if refused:
-        return (
-            f"holds more than tensors ({one_line(refused[1], 100)}), and loading that could run code: refused. "
-            "Save its state dict alone"
-        )
+    if refused := re.search(r"GLOBAL (\S+)", text):
+        what = f"holds more than tensors ({one_line(refused[1], 100)}), and loading that could run code: refused"
+        return f"{what}. Save its state dict alone"
     if "TorchScript" in text:
         return "is a TorchScript program, which would be run: refused. Save its state dict alone"
-    if isinstance(error, pickle.UnpicklingError):
-        operand = re.search(r"Unsupported operand (\d+)", text)
-        if operand:
-            return (
-                f"is damaged or was not written with torch.save's own pickle protocol, 2: it has the instruction "
-                f"{operand[1]}, which is not known to be safe"
-            )
-        reason = re.search(r"WeightsUnpickler error: *(.+)", text)
-        return f"is damaged or no torch checkpoint: {one_line(reason[1]) if reason else first_line(error)}"
-    with contextlib.suppress(Exception), zipfile.ZipFile(source) as archive:
-        if not any(name.endswith("/data.pkl") for name in archive.namelist()):
-            return "is a zip archive, but not one of torch.save"
-    return f"is truncated or damaged: {first_line(error)}"
+    reason = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+    return f"is damaged or not a torch checkpoint: {one_line(reason[1]) if reason else first_line(error)}"
 
 
 def _looks_like(head: bytes) -> str:
@@ -241,14 +243,14 @@ def _looks_like(head: bytes) -> str:
     return f"it begins with {head[:16]!r}"
 
 
-def _find_state(content: Any, levels: int = 4, seen: set[int] | None = None) -> dict[str, torch.Tensor] | None:
-    """The dictionary of tensors in what torch.load gave, averaged weights first; None where there is none.
+def _find_state(
+    content: Any, levels: int = 4, seen: set[int] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """(the tensors by name, what stands beside them) in what torch.load gave, averaged weights first.
 
-    Counters and the like beside the weights do no harm; optimizer states, which are tensors too, are passed over. A
-    container that was looked into, a file that contains itself for example, is not looked into again.
+    None where there are no weights. Optimizer states, which are tensors too, are passed over. A container that was
+    looked into, as in a file that contains itself, is not looked into again.
     """
-    from .architecture import is_average
-
     seen = set() if seen is None else seen
     if id(content) in seen or not isinstance(content, (dict, list, tuple)):
         return None
@@ -260,12 +262,12 @@ def _find_state(content: Any, levels: int = 4, seen: set[int] | None = None) -> 
     names = [name for name in content if isinstance(name, str)]
     averaged = [name for name in names if is_average(name) and not name.startswith("opt")]
     for name in [*averaged, *STATE_DICT_KEYS] if levels else ():
-        if isinstance(content.get(name), dict):
-            state = _find_state(content[name], levels - 1, seen)
-            if state:
-                return state
+        found = _find_state(content[name], levels - 1, seen) if isinstance(content.get(name), dict) else None
+        if found:
+            return found[0], {**{other: content[other] for other in names if other != name}, **found[1]}
     tensors = {name: content[name] for name in names if isinstance(content[name], torch.Tensor)}
-    return tensors if any(value.ndim for value in tensors.values()) else None
+    beside = {name: content[name] for name in names if name not in tensors}
+    return (tensors, beside) if any(value.dim() for value in tensors.values()) else None
 
 
-__all__ = ["HARMLESS", "STATE_DICT_KEYS", "Placeholder", "read", "read_content"]
+__all__ = ["HARMLESS", "STATE_DICT_KEYS", "Contents", "Placeholder", "read", "read_content", "read_file"]

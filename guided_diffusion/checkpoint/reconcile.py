@@ -1,19 +1,19 @@
-"""Join what tensors, metadata, published tables, flags and defaults say of a network, and report what contradicts.
+"""Join what tensors, metadata, published tables, flags and defaults say of a network, and report contradictions.
 
 In rising order of weight: the defaults of `script_util`, the table of published models, what is stated beside the
-tensors (metadata, train.json, a scheduler file), and flags that are given. What the tensors tell is never overruled.
+tensors (metadata, train.json, betas, hyper-parameters, a scheduler file), and flags that are given. What the tensors
+tell is never overruled.
 """
 
 import dataclasses
-import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError, display_name, one_line, shown
+from ..gaussian_diffusion import get_named_beta_schedule
 from ..options import check, check_value, option
 from ..script_util import (
     CHANNEL_MULT,
@@ -26,43 +26,56 @@ from ..script_util import (
     str2bool,
 )
 from .published import published
-from .reading import read_json_object
+from .stated import TRAINING_FLAGS, UNDETECTABLE_FLAGS, Stated
 
 log = logging.getLogger(__name__)
 
-MODEL_TYPES = ("ADM", "DDPM", "ENCODER")
-
-# Flags that shape the network but leave no trace in its tensors.
-UNDETECTABLE_FLAGS = (
-    *("image_size", "num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order", "dropout"),
-    *("norm_groups", "norm_eps", "sines_first", "pad_end", "middle_norm"),
-)
-# Flags that describe how the network was trained, and so how it must be used.
-TRAINING_FLAGS = ("diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps", "predict_v")
 # Flags that concern one use of a model only, so that any value fits any file.
 RUNTIME_FLAGS = (
-    "use_checkpoint",
-    "use_fp16",
-    "timestep_respacing",
-    "use_kl",
-    "rescale_learned_sigmas",
-    "dropout",
+    *("use_checkpoint", "use_fp16", "timestep_respacing", "use_kl", "rescale_learned_sigmas", "dropout"),
     "sigma_small",
 )
-
 EXTENSIONS = extension_defaults()
-# What these are in every DDPM UNet.
-DDPM_EXTENSIONS = {"norm_groups": 32, "norm_eps": 1e-6, "sines_first": True, "pad_end": True, "middle_norm": True}
-
 FLAGS = {
     *model_and_diffusion_defaults(),
     *classifier_defaults(),
     *EXTENSIONS,
     *RUNTIME_FLAGS,
-    "num_classes",
-    "num_class",
-    "head",
+    *("num_classes", "num_class", "head"),
 }
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known of all networks of one kind.
+
+    name: `ModelInfo.model_type`. defaults: the kind's flags and their usual values. fixed: flags that are the same in
+    all of its networks and no option. width, sides: its flags for the base width and for the sides with attention.
+    heads: whether the number or the width of attention heads is an option.
+    """
+
+    name: str
+    defaults: Mapping[str, Any]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    width: str = "num_channels"
+    sides: str = "attention_resolutions"
+    heads: bool = True
+
+
+UNET_FLAGS = {**model_and_diffusion_defaults(), **EXTENSIONS}
+ADM = Kind("ADM", UNET_FLAGS)
+DDPM = Kind(
+    "DDPM",
+    UNET_FLAGS,
+    fixed={"norm_groups": 32, "norm_eps": 1e-6, "sines_first": True, "pad_end": True, "middle_norm": True},
+    heads=False,
+)
+ENCODER = Kind(
+    "ENCODER",
+    {**classifier_defaults(), "num_head_channels": 64, **diffusion_defaults()},
+    width="classifier_width",
+    sides="classifier_attention_resolutions",
+)
 
 
 @dataclass(frozen=True)
@@ -143,150 +156,81 @@ class ModelInfo:
         return given if given is not None else self.scheduler.get(name, True)
 
 
-@dataclass(frozen=True)
-class Stated:
-    """Flags that a file states beside its tensors. where: the place, the beginning of an error line about it."""
-
-    flags: Mapping[str, Any]
-    where: str
-    complete: bool = True  # what is left out has its default; else it is unknown
-
-
-def stated_in_metadata(path: str, metadata: Mapping[str, str]) -> Stated | None:
-    """The flags that a .safetensors file's metadata states; None where it has no entry for them."""
-    if "flags" not in metadata:
-        return None
-    try:
-        flags = json.loads(metadata["flags"])
-    except (ValueError, RecursionError):
-        flags = None
-    if not isinstance(flags, dict):
-        raise InputError(f"{display_name(path)}: the entry `flags` of its metadata is not a JSON object")
-    return Stated(
-        {flag: value for flag, value in flags.items() if value is not None}, f"{display_name(path)}: its metadata"
-    )
-
-
-def stated_in_run(path: str) -> Stated | None:
-    """The flags of the training run that a file without metadata belongs to: train.json beside it; None without one."""
-    record = os.path.join(os.path.dirname(path), "train.json")
-    if "://" in path or not os.path.isfile(record):
-        return None
-    try:
-        flags = read_json_object(record).get("model")
-    except InputError as error:
-        log.warning("%s; it is not used for %s", error, display_name(path))
-        return None
-    if not isinstance(flags, dict):
-        return None  # another program's file of that name
-    return Stated({flag: value for flag, value in flags.items() if value is not None}, display_name(record))
-
-
-def belongs(stated: Stated, found: Mapping[str, Any]) -> bool:
-    """Whether a run's flags are those of a network with the sizes that its tensors tell."""
-    sizes = ("num_channels", "num_res_blocks", "classifier_width", "classifier_depth", "class_cond", "learn_sigma")
-    return all(stated.flags.get(name, found.get(name)) == found.get(name) for name in sizes)
-
-
-def scheduler_in_metadata(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a converted model's scheduler file said of `sigma_small` and `clip_denoised`; {} where there was none."""
-    try:
-        entries = json.loads(metadata.get("scheduler", "{}"))
-    except (ValueError, RecursionError):
-        entries = None
-    if not isinstance(entries, dict):
-        raise InputError(f"{display_name(path)}: the entry `scheduler` of its metadata is not a JSON object")
-    clip = entries.get("clip_denoised")
-    said = {"sigma_small": entries.get("sigma_small")} if isinstance(entries.get("sigma_small"), bool) else {}
-    if isinstance(clip, bool) or (isinstance(clip, (int, float)) and 0 < clip < math.inf):
-        said["clip_denoised"] = clip
-    return said
-
-
 def reconcile(
     path: str,
-    kind: str,
+    kind: Kind,
     found: dict[str, Any],
     given: Mapping[str, Any],
     *,
     metadata: Mapping[str, str] | None = None,
     stated: Stated | None = None,
 ) -> ModelInfo:
-    """What is known about a network.
+    """Everything that is known of a network.
 
-    kind, found: from `architecture`. given: flags that the caller knows, none of them None. stated: what the file says
-    besides. Raises InputError for what contradicts itself, naming the flag where one was given.
+    kind, found: its kind and architecture. given: flags that the caller knows, none of them None. stated: those of the
+    file. Raises InputError for contradictions, naming the flag where one was given.
     """
-    file = display_name(path)
-    metadata = metadata or {}
-    if metadata.get("model_type", kind) != kind:
-        raise InputError(
-            f"{file}: its metadata has model_type={_brief(metadata['model_type'])}, its tensors are of type {kind}"
-        )
-    encoder = kind == "ENCODER"
-    defaults = (
-        {**classifier_defaults(), "num_head_channels": 64, **diffusion_defaults()}
-        if encoder
-        else {**model_and_diffusion_defaults(), **EXTENSIONS}
-    )
-    sides = "classifier_attention_resolutions" if encoder else "attention_resolutions"
-    row = published(kind, found)
+    file, metadata, where = display_name(path), metadata or {}, stated.where if stated else display_name(path)
+    if metadata.get("model_type", kind.name) != kind.name:
+        tensors = f"its tensors are of type {kind.name}"
+        raise InputError(f"{file}: its metadata has model_type={_brief(metadata['model_type'])}, {tensors}")
+    row = published(kind.name, found)
     known = dict(row.flags) if row else {}
-    likes = {**defaults, **found}
-    said = _typed(stated.flags, likes, stated.where) if stated else {}
+    likes = {**kind.defaults, **found}
+    said = _typed(stated.flags, likes, where) if stated else {}
     given = _typed(given, likes)
 
     found = dict(found)
     usual = next((size for size, mult in CHANNEL_MULT.items() if _text(mult) == found["channel_mult"]), None)
     sources = (given, found, said, known)
     image_size = next((source["image_size"] for source in sources if "image_size" in source), usual)
-    factors = found.pop("attention_factors")
-    multiple = 2 ** found["channel_mult"].count(",")
+    factors, multiple = found.pop("attention_factors"), 2 ** found["channel_mult"].count(",")
     if image_size is None:
         raise InputError(f"{file} does not tell it; give a multiple of {multiple}", parameter="image_size")
     if not 1 <= image_size <= 1 << 16 or image_size % multiple:
         if "image_size" in given:
             raise _misfit("image_size", image_size, f"{file} needs a multiple of {multiple}")
         raise InputError(f"{file}: image_size={image_size} does not suit its levels; a multiple of {multiple} does")
-    found[sides] = ",".join(str(image_size // factor) for factor in factors)
+    found[kind.sides] = ",".join(str(image_size // factor) for factor in factors)
 
     untold = {flag: value for flag, value in said.items() if flag in UNDETECTABLE_FLAGS + TRAINING_FLAGS}
-    if kind == "DDPM":
-        untold |= DDPM_EXTENSIONS
-    elif stated and stated.complete and not encoder:
-        untold = {**{name: value for name, value in EXTENSIONS.items() if name not in found}, **untold}
+    untold |= kind.fixed
+    if stated and stated.complete and not kind.fixed:
+        usual_ones = {name: value for name, value in EXTENSIONS.items() if name in likes and name not in found}
+        untold = {**usual_ones, **untold}
     for flag, value in given.items():
         if flag not in RUNTIME_FLAGS and value != untold.get(flag, value):
             raise _misfit(flag, value, f"{file} was trained with {flag}={_brief(untold[flag])}")
     for flag, value in [*given.items(), *said.items()]:
+        is_given = flag in given and value == given[flag]
         try:
-            agrees = flag not in found or _agree(flag, value, found, image_size)
+            agrees = flag not in found or _agree(flag, value, found, image_size, kind.width)
         except InputError as error:
-            if flag in given and value == given[flag]:
+            if is_given:
                 raise
-            raise InputError(f"{stated.where if stated else file} has {flag}={_brief(value)}; {error.reason}") from None
+            raise InputError(f"{where} has {flag}={_brief(value)}; {error.reason}") from None
         if not agrees:
             fits = f"{flag}={_brief(found[flag]) if found[flag] != '' else 'none'}"
-            if flag in given:
-                usual_ones = (
-                    f" (empty means {_text(CHANNEL_MULT[image_size])})"
-                    if value == "" and flag == "channel_mult"
-                    else ""
-                )
-                raise _misfit(flag, value, f"{file} has {fits}{usual_ones}")
-            where = stated.where if stated else file
+            if is_given:
+                empty = value == "" and flag == "channel_mult"
+                means = f" (empty means {_text(CHANNEL_MULT[image_size])})" if empty else ""
+                raise _misfit(flag, value, f"{file} has {fits}{means}")
             raise InputError(f"{where} has {flag}={_brief(value)}, but its tensors have {fits}")
-    flags = {**defaults, **known, **untold, **{k: v for k, v in given.items() if k in defaults}, **found}
+    flags = {**kind.defaults, **known, **untold, **{k: v for k, v in given.items() if k in kind.defaults}, **found}
     flags["image_size"] = image_size
-    left_out = DDPM_EXTENSIONS if kind == "DDPM" else {}
-    flags = {k: v for k, v in flags.items() if k not in EXTENSIONS or (k not in left_out and v != EXTENSIONS[k])}
+    flags = {k: v for k, v in flags.items() if k not in EXTENSIONS or (k not in kind.fixed and v != EXTENSIONS[k])}
     if "num_heads" in given and "num_head_channels" not in {*given, *untold}:
-        # Who says how many heads there are does not want the published width of a head.
-        flags["num_head_channels"] = -1
-    info = ModelInfo(path, kind, flags, dict(metadata))
-    if kind != "DDPM":
-        _check_heads(info, factors, given)
-    _report(info, sources, row.files if row else None, stated)
+        flags["num_head_channels"] = -1  # `num_heads` overrides the published `num_head_channels`
+    info = ModelInfo(path, kind.name, flags, dict(metadata))
+    try:
+        get_named_beta_schedule(flags["noise_schedule"], flags["diffusion_steps"])
+    except InputError as error:
+        if "noise_schedule" in given or "diffusion_steps" in given:
+            raise
+        raise InputError(f"{where} has noise_schedule={_brief(flags['noise_schedule'])}; {error.reason}") from None
+    if kind.heads:
+        _check_heads(info, kind, factors, given)
+    _report(info, kind, sources, row.files if row else None, stated)
     return info
 
 
@@ -298,32 +242,41 @@ def _brief(value: Any) -> str:
     return one_line(value, 60)
 
 
-def _report(info: ModelInfo, sources: tuple[Mapping[str, Any], ...], files: str | None, stated: Stated | None) -> None:
+def _report(
+    info: ModelInfo, kind: Kind, sources: tuple[Mapping[str, Any], ...], files: str | None, stated: Stated | None
+) -> None:
     """One log line on what is assumed, and one where a given flag differs from what was published."""
     given, found, said, known = sources
+    file = display_name(info.path)
+
+    def text(names: Any, values: Mapping[str, Any] = info.flags) -> str:
+        return ", ".join(f"{name}={_brief(values[name])}" for name in names)
+
     differing = [
         flag for flag, value in given.items() if flag in known and value != known[flag] and flag not in RUNTIME_FLAGS
     ]
     if differing:
-        log.warning(
-            "%s has the layout of a published model (%s), which has %s; %s is used, as given",
-            display_name(info.path),
-            files,
-            ", ".join(f"{flag}={known[flag]}" for flag in differing),
-            ", ".join(f"{flag}={given[flag]}" for flag in differing),
-        )
+        line = "%s has the layout of a published model (%s), which has %s; %s is used, as given"
+        log.warning(line, file, files, text(differing, known), text(differing, given))
+    assumed: list[str] = []
     told = {*given, *found, *said, *known}
-    heads = ("num_head_channels",) if info.model_type == "ENCODER" else ("num_heads", "num_head_channels")
-    assumed = [] if info.model_type == "DDPM" or {"num_heads", "num_head_channels"} & told else list(heads)
-    if not (stated and stated.complete):
-        others = ["image_size", *(["use_new_attention_order"] if info.model_type == "ADM" else []), *TRAINING_FLAGS]
+    if kind.heads and not {"num_heads", "num_head_channels"} & told:
+        assumed += [name for name in ("num_heads", "num_head_channels") if name in info.flags]
+    complete = stated is not None and stated.complete
+    if not complete:
+        others = ("image_size", *(["use_new_attention_order"] if kind.heads else []), *TRAINING_FLAGS)
         assumed += [flag for flag in others if flag not in told and flag in info.flags]
     info.assumed = tuple(assumed)
+    from_file = [] if complete or not said else [name for name in said if name in info.flags and name not in given]
+    read = f"{stated.where.removeprefix(f'{file}: ')} tells {text(from_file)}" if stated and from_file else ""
     if assumed:
-        named = ", ".join(f"{flag}={info.flags[flag]}" for flag in assumed if info.flags[flag] != -1)
+        named = text(flag for flag in assumed if info.flags[flag] != -1)
         # A command line has flags for its model only.
-        advice = "Convert it to .safetensors with" if info.model_type == "ENCODER" else "Give"
-        log.warning("%s does not tell everything; assumed: %s. %s what differs", display_name(info.path), named, advice)
+        advice = "Convert it to .safetensors with" if kind is ENCODER else "Give"
+        rest = f". Besides, {read}" if read else ""
+        log.warning("%s does not tell everything; assumed: %s. %s what differs%s", file, named, advice, rest)
+    elif read:
+        log.info("%s: %s", file, read)
 
 
 def _typed(flags: Mapping[str, Any], likes: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:
@@ -362,22 +315,18 @@ def _converted(value: Any, like: Any) -> Any:
         return None
 
 
-def _base_width(flags: Mapping[str, Any]) -> int:
-    return flags["num_channels"] if "num_channels" in flags else flags["classifier_width"]
-
-
 def _text(multipliers: tuple[float, ...]) -> str:
     return ",".join(f"{m:g}" for m in multipliers)
 
 
-def _agree(flag: str, value: Any, found: Mapping[str, Any], image_size: int) -> bool:
+def _agree(flag: str, value: Any, found: Mapping[str, Any], image_size: int, width: str) -> bool:
     """Whether a flag's value means what the tensors have."""
     fits = found[flag]
     if flag == "channel_mult":
         if value == "" and image_size not in CHANNEL_MULT:
             return True
-        base = _base_width(found)
         try:
+            base = found[width]
             widths, fitting = ([int(m * base) for m in channel_multipliers(v, image_size)] for v in (value, fits))
         except OverflowError:  # 1e308 times the base
             return False
@@ -389,19 +338,16 @@ def _agree(flag: str, value: Any, found: Mapping[str, Any], image_size: int) -> 
     return value == fits
 
 
-def _check_heads(info: ModelInfo, factors: tuple[int, ...], given: Mapping[str, Any]) -> None:
+def _check_heads(info: ModelInfo, kind: Kind, factors: tuple[int, ...], given: Mapping[str, Any]) -> None:
     """Raise InputError where the channels of an attention layer cannot be shared among its heads."""
     flags = info.flags
-    base = _base_width(flags)
     mults = channel_multipliers(flags["channel_mult"], flags["image_size"])
-    outer = {int(mult * base) for level, mult in enumerate(mults) if 2**level in factors}
-    inner = {*outer, int(mults[-1] * base)}
-    if info.model_type == "ENCODER" or flags["num_head_channels"] != -1:
+    outer = {int(mult * flags[kind.width]) for level, mult in enumerate(mults) if 2**level in factors}
+    inner = {*outer, int(mults[-1] * flags[kind.width])}
+    if flags["num_head_channels"] != -1 or "num_heads" not in flags:
         checks = [("num_head_channels", inner)]
     else:
-        checks = [("num_heads", inner)]
-        if flags["num_heads_upsample"] != -1:
-            checks.append(("num_heads_upsample", outer))
+        checks = [("num_heads", inner)] + [("num_heads_upsample", outer)] * (flags["num_heads_upsample"] != -1)
     for flag, widths in checks:
         value, shared = flags[flag], math.gcd(*widths)
         if shared and (value < 1 or shared % value):
@@ -409,15 +355,13 @@ def _check_heads(info: ModelInfo, factors: tuple[int, ...], given: Mapping[str, 
             needs = f"attention layers of {channels} channels, so it must divide {shared}"
             if flag in given:
                 raise _misfit(flag, value, f"{file} has {needs}")
-            give = f"convert it to .safetensors with `{flag}`" if info.model_type == "ENCODER" else f"give `{flag}`"
-            raise InputError(
-                f"{file}: {flag}={value}, which its tensors do not tell, does not fit: it has {needs}; {give}"
-            )
+            give = f"convert it to .safetensors with `{flag}`" if kind is ENCODER else f"give `{flag}`"
+            untold = f"{flag}={value}, which its tensors do not tell, does not fit"
+            raise InputError(f"{file}: {untold}: it has {needs}; {give}")
 
 
 __all__ = [
     "FLAGS",
-    "MODEL_TYPES",
     "RUNTIME_FLAGS",
     "TRAINING_FLAGS",
     "UNDETECTABLE_FLAGS",

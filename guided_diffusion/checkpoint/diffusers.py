@@ -1,0 +1,560 @@
+"""Models of diffusers: find their files, and read their configuration in our terms; without importing diffusers.
+
+A UNet2DModel of the DDPM and ADM families is `ddpm.Model` or `unet.UNetModel` under other names (`diffusers_tensors`).
+Others are refused before weights are read. Fields that a configuration lacks have the library's defaults.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import InputError, display_name, one_line, shown
+from ..gaussian_diffusion import get_named_beta_schedule
+from .architecture import multiple
+from .reading import read_file, read_json_object
+from .reconcile import ADM, DDPM, Kind
+from .stated import Stated
+
+log = logging.getLogger(__name__)
+
+INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
+WEIGHTS = "diffusion_pytorch_model"
+IN_PYTHON = "in Python, SDDMPipeline takes any UNet2DModel"
+
+# Fields of a UNet2DModel's configuration with the library's defaults.
+FIELDS: dict[str, Any] = {
+    "sample_size": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [224, 448, 672, 896],
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "downsample_padding": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "dropout": 0.0,
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
+    "norm_eps": 1e-5,
+    "resnet_time_scale_shift": "default",
+    "add_attention": True,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "num_train_timesteps": None,
+}
+# Fields that EMAModel adds to what it saves.
+OF_AVERAGES = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
+
+# Blocks: how they resample ("" where a field decides) and whether they attend.
+DOWN_BLOCKS, UP_BLOCKS = (
+    {f"{way}Block2D": ("conv", False), f"Resnet{way}sampleBlock2D": ("resnet", False), f"Attn{way}Block2D": ("", True)}
+    for way in ("Down", "Up")
+)
+
+# Schedulers that share DDPM's forward process.
+CLIPPING = ("DDPM", "DDPMParallel", "DDIM", "DDIMParallel")
+SCHEDULERS = (
+    *CLIPPING,
+    *("PNDM", "DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep", "LMSDiscrete"),
+    *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
+)
+OTHER_PROCESSES = {
+    r"ScoreSde|KarrasVe": "a variance-exploding model",
+    r"CMStochastic|LCM|TCD": "a consistency model",
+    r"FlowMatch": "a flow-matching model",
+    r"EDM": "a model with EDM's preconditioning",
+}
+NEEDED = "a model of DDPM's process is needed"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The files of a diffusers model.
+
+    path: the place that was asked for; place: the folder of the network's files. config, scheduler, index: the content
+    of the JSON files, {} for one that is missing; files: the paths of those that were read, and hashes: theirs.
+    weights: the file, where one was asked for.
+    """
+
+    path: str
+    place: str
+    weights: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    index: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The path for a message."""
+        return display_name(self.path)
+
+    def relative(self, path: str) -> str:
+        """The name of one of its files for a message."""
+        return display_name(os.path.relpath(path, self.path if os.path.isdir(self.path) else self.place))
+
+    def file(self, part: str) -> str:
+        """The name of config.json or the scheduler's file for a message."""
+        return self.relative(self.files[part]) if part in self.files else part
+
+    def fingerprint(self, hashes: Mapping[str, str]) -> str:
+        """The identity of the model in a run's record; hashes: of the weights' files, by path."""
+        digest = hashlib.sha256()
+        for path, value in {**self.hashes, **hashes}.items():
+            digest.update(f"{self.relative(path)}\0{value}\n".encode("utf-8", "surrogateescape"))
+        return f"sha256 {digest.hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Description:
+    """The configuration in our terms.
+
+    kind, found, stated: as for `reconcile`. scheduler: its entries for `sigma_small` and `clip_denoised`.
+    """
+
+    kind: Kind
+    found: dict[str, Any]
+    stated: Stated
+    scheduler: dict[str, Any]
+
+
+# ---- finding the files -----------------------------------------------------------------------------------------------
+
+
+def locate(path: str) -> Folder | None:
+    """The diffusers model at a path; None where there is none: a file of another kind, or nothing.
+
+    A path is a folder with model_index.json (the network in unet/ or beside it), the network's own folder, a
+    checkpoint-N of diffusers' training scripts (averaged weights before others), or a weights file beside config.json.
+    Raises InputError for a folder that holds no such model.
+    """
+    if os.path.isfile(path):
+        config = os.path.join(os.path.dirname(path), CONFIG)
+        return from_weights(path) if os.path.basename(path).startswith(WEIGHTS) and os.path.isfile(config) else None
+    if not os.path.isdir(path):
+        return None
+    if os.path.isfile(os.path.join(path, INDEX)):
+        inner = os.path.join(path, "unet")
+        return _read(path, inner if os.path.isdir(inner) else path, os.path.join(path, INDEX))
+    averaged, plain = (os.path.join(path, name) for name in ("unet_ema", "unet"))
+    for place in (path, averaged, plain):
+        if os.path.isfile(os.path.join(place, CONFIG)):
+            if place == averaged and os.path.isdir(plain):
+                log.info("%s: the averaged weights in unet_ema are taken, not those in unet", display_name(path))
+            return _read(path, place)
+    held = sorted(name for name in os.listdir(path) if name.endswith((".pt", ".pth", ".ckpt", ".safetensors")))
+    hint = f"; it holds {', '.join(display_name(name) for name in held[:3])}" if held else ""
+    needed = f"a checkpoint file or a diffusers model is needed{hint}"
+    raise InputError(f"{display_name(path)} is a folder without {INDEX} or {CONFIG}; {needed}")
+
+
+def from_weights(path: str) -> Folder:
+    """The model that a weights file of any name belongs to; config.json must be beside it."""
+    place = os.path.dirname(path) or "."
+    if "://" in path or not os.path.isfile(os.path.join(place, CONFIG)):
+        needed = f"its {CONFIG} is needed beside it"
+        raise InputError(f"{display_name(path)} has the tensors of a diffusers model; {needed}")
+    return _read(path, place, weights=path)
+
+
+def _read(path: str, place: str, index: str | None = None, weights: str | None = None) -> Folder:
+    """Read the configuration files; place: the network's folder."""
+    if not os.path.isfile(os.path.join(place, CONFIG)):
+        raise InputError(f"{display_name(path)}: {display_name(os.path.join(place, CONFIG))} is missing")
+    whole = os.path.abspath(place)
+    above = os.path.dirname(whole)
+    if index is None and os.path.basename(whole) in ("unet", "unet_ema"):
+        index = os.path.join(above, INDEX)
+    start = os.path.dirname(os.path.abspath(index)) if index and os.path.isfile(index) else whole
+    places = [os.path.join(start, "scheduler"), start, os.path.join(above, "scheduler"), whole]
+    # A training's checkpoint-N has its scheduler one folder higher.
+    training = [folder for folder in (start, above) if os.path.basename(folder).startswith("checkpoint-")]
+    places += [os.path.join(os.path.dirname(folder), "scheduler") for folder in training]
+    wanted = {
+        "index": [index or ""],
+        "config": [os.path.join(place, CONFIG)],
+        "scheduler": [os.path.join(folder, SCHEDULER) for folder in places],
+    }
+    parts: dict[str, Any] = {"files": {}, "hashes": {}}
+    for part, paths in wanted.items():
+        if (file := next((p for p in paths if os.path.isfile(p)), None)) is not None:
+            parts[part], parts["hashes"][file] = read_json_object(file)
+            parts["files"][part] = file
+    return Folder(path, place, weights, **parts)
+
+
+def weight_files(folder: Folder) -> list[str]:
+    """The files of the weights, as diffusers chooses them: shards before a whole file, safetensors before pickles.
+
+    Half precision only where nothing else is available. Raises InputError.
+    """
+    if folder.weights:
+        return [folder.weights]
+    for variant in ("", ".fp16"):
+        for suffix in ("safetensors", "bin"):
+            whole = os.path.join(folder.place, f"{WEIGHTS}{variant}.{suffix}")
+            # With a variant, shards and their index are named model.safetensors.index.fp16.json.
+            index = os.path.join(folder.place, f"{WEIGHTS}.{suffix}.index{variant}.json")
+            if os.path.isfile(index):
+                files = _shards(folder, index)
+            elif os.path.isfile(whole):
+                files = [whole]
+            else:
+                continue
+            if variant:
+                log.info("%s: only half-precision weights are available (%s)", folder.name, folder.relative(files[0]))
+            return files
+    raise InputError(f"{folder.name}: {folder.file('config')} has no {WEIGHTS}.safetensors or .bin beside it")
+
+
+def _shards(folder: Folder, index: str) -> list[str]:
+    names = read_json_object(index)[0].get("weight_map")
+    wrong = f"{folder.name}: {folder.relative(index)}"
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{wrong} has no `weight_map` of file names")
+    files = []
+    for name in sorted(set(names.values())):
+        if name in ("", ".", "..") or os.path.basename(name) != name or "\\" in name or "\0" in name:
+            raise InputError(f"{wrong} names {shown(name)}, which is no file of its folder")
+        files.append(os.path.join(folder.place, name))
+        if not os.path.isfile(files[-1]):
+            raise InputError(f"{wrong} names {display_name(name)}, which is missing")
+    return files
+
+
+def read_weights(folder: Folder) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(the network's tensors under diffusers' present names, hashes of the files by path)."""
+    state: dict[str, torch.Tensor] = {}
+    hashes = {}
+    for file in weight_files(folder):
+        contents = read_file(file)
+        state |= contents.tensors
+        hashes[file] = contents.sha256 or ""
+    renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    pattern = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)(\.)")
+    names = {key: pattern.sub(lambda match: match[1] + renamed[match[2]] + match[3], key) for key in state}
+    return {names[key]: value for key, value in state.items()}, hashes
+
+
+# ---- configuration to flags ------------------------------------------------------------------------------------------
+
+
+def describe(folder: Folder) -> Description:
+    """The network and process of a diffusers model in our terms. Raises InputError for others."""
+    _refuse_other_kinds(folder)
+    config = _Fields(f"{folder.name}: {folder.file('config')}", FIELDS, folder.config, IN_PYTHON)
+    config.refuse_unknown()
+    process = process_flags(folder.scheduler, f"{folder.name}: {folder.file('scheduler')}")
+    found, flags = _network(config)
+    variance, clip = process.pop("variance_type"), process.pop("clip_denoised", None)
+    learned = variance == "learned_range"
+    config.expect("in_channels", 3)
+    if config["out_channels"] == 6 and not learned:
+        where = folder.file("scheduler") if folder.scheduler else "no scheduler file"
+        raise config.wrong("out_channels", f"6 channels need variance_type learned_range ({where} has {variance})")
+    config.expect("out_channels", 6 if learned else 3)
+    found["learn_sigma"] = learned
+    scheduler = {} if clip is None else {"clip_denoised": clip}
+    if variance in ("fixed_small", "fixed_large"):
+        scheduler["sigma_small"] = variance == "fixed_small"
+    flags |= process
+    kind = _kind(found, flags)
+    return Description(kind, found, Stated(flags, f"{folder.name}: {folder.file('config')}"), scheduler)
+
+
+def report(folder: Folder, description: Description) -> None:
+    """One log line on the scheduler file's content, or on what is assumed without one."""
+    if not folder.scheduler:
+        assumed = "noise_schedule=linear, diffusion_steps=1000, the prediction of noise"
+        log.warning("%s has no scheduler file; assumed: %s. Give what differs", folder.name, assumed)
+        return
+    names = ("diffusion_steps", "noise_schedule", "predict_xstart", "predict_v")
+    said = {name: description.stated.flags[name] for name in names if description.stated.flags[name] is not False}
+    text = ", ".join(f"{name}={one_line(value, 40)}" for name, value in {**said, **description.scheduler}.items())
+    log.info("%s: from its scheduler file: %s", folder.name, text)
+
+
+class _Fields:
+    """The fields of a JSON file with the library's defaults, and errors that name them. hint: the end of an error."""
+
+    def __init__(self, file: str, defaults: Mapping[str, Any], given: Mapping[str, Any], hint: str = "") -> None:
+        self.file, self.defaults, self.given, self.hint = file, defaults, given, hint and f"; {hint}"
+
+    def __getitem__(self, name: str) -> Any:
+        return self.given.get(name, self.defaults[name])
+
+    def wrong(self, name: str, reason: str | None = None) -> InputError:
+        """An error that names a field, its value, and what would fit."""
+        value = one_line(json.dumps(self.given.get(name, self.defaults.get(name)), default=str), 100)
+        reason = f"; {reason}" if reason else ", which is not supported"
+        return InputError(f"{self.file} has {one_line(name, 60)}={value}{reason}{self.hint}")
+
+    def expect(self, name: str, *values: Any) -> None:
+        """Raise unless the field has one of these values."""
+        if not any(self[name] == value and isinstance(self[name], bool) == isinstance(value, bool) for value in values):
+            raise self.wrong(name, f"it must be {' or '.join(json.dumps(value) for value in values)}")
+
+    def number(self, name: str) -> int:
+        """A whole number within bounds."""
+        if type(self[name]) is not int or not 1 <= self[name] <= 1 << 16:
+            raise self.wrong(name, f"it must be a whole number from 1 to {1 << 16}")
+        return self[name]
+
+    def real(self, name: str, most: float = 1.0) -> float:
+        """A number above 0 and below a bound."""
+        if type(self[name]) not in (int, float) or not 0 < self[name] < most:
+            raise self.wrong(name, "it must be a number above 0" + (f" and below {most:g}" if most < math.inf else ""))
+        return float(self[name])
+
+    def refuse_unknown(self) -> None:
+        """Raise for a field that is not known and has a value."""
+        for name, value in self.given.items():
+            known = name in self.defaults or name.startswith("_") or name in OF_AVERAGES
+            if not known and value is not None and value is not False:
+                raise self.wrong(name, "this field is not known here")
+
+
+def _class(content: Mapping[str, Any], otherwise: str) -> str:
+    name = content.get("_class_name") or otherwise
+    return one_line(name if isinstance(name, str) else json.dumps(name), 60)
+
+
+def _refuse_other_kinds(folder: Folder) -> None:
+    """Raise InputError, saying what it is, for other networks, and for models that are not of pixels."""
+    name, network = folder.name, _class(folder.config, "UNet2DModel")
+    # [null, null] is no part.
+    parts = {part for part, kind in folder.index.items() if not isinstance(kind, list) or any(kind)}
+    if network == "UNet2DConditionModel" or "text_encoder" in parts:
+        raise InputError(f"{name} is a text-conditional model (its network is a {network}), which is not supported")
+    whole = os.path.abspath(folder.place)
+    inside = os.path.basename(whole) == "unet"
+    for part in ("vqvae", "vae", "movq"):
+        if part in parts or (inside and os.path.isdir(os.path.join(os.path.dirname(whole), part))):
+            needed = "and one of pixels is needed; in Python, SDDMPipeline takes it"
+            raise InputError(f"{name} is a latent diffusion model (it has {part}), {needed}")
+    if network != "UNet2DModel":
+        raise InputError(f"{name}: its network is a {network}; a UNet2DModel is needed")
+    refuse_other_processes(name, folder.scheduler)
+
+
+def refuse_other_processes(name: str, config: Mapping[str, Any] | None) -> None:
+    """Raise InputError for a scheduler that is not of DDPM's process. config: its configuration."""
+    scheduler = _class(config or {}, "DDPMScheduler")
+    for pattern, what in OTHER_PROCESSES.items():
+        if re.match(pattern, scheduler):
+            raise InputError(f"{name} is {what} (its scheduler is a {scheduler}); {NEEDED}")
+    if scheduler.removesuffix("Scheduler") not in SCHEDULERS:
+        raise InputError(f"{name}: its scheduler is a {scheduler}, which is not supported; {NEEDED}")
+
+
+def process_flags(config: Mapping[str, Any], file: str = SCHEDULER) -> dict[str, Any]:
+    """The flags of a scheduler's process, with `variance_type` and perhaps `clip_denoised`.
+
+    config: its configuration, {} without one. file: its name for messages. Raises InputError.
+    """
+    given = dict(config)
+    name = _class(given, "DDPMScheduler").removesuffix("Scheduler")
+    if "timesteps" in given:  # so in 2022
+        given.setdefault("num_train_timesteps", given["timesteps"])
+    if given.get("predict_epsilon") is False:  # so in 2022
+        given.setdefault("prediction_type", "sample")
+    ddpm = name.startswith("DDPM")
+    defaults = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "trained_betas": None,
+        "prediction_type": "epsilon",
+        "variance_type": "fixed_small" if ddpm else None,
+        "clip_sample": name in CLIPPING,
+        "clip_sample_range": 1.0,
+        "thresholding": False,
+        "rescale_betas_zero_snr": False,
+        "use_flow_sigmas": False,
+    }
+    fields = _Fields(file, defaults, given)
+    if fields["rescale_betas_zero_snr"] not in (False, None):
+        raise fields.wrong("rescale_betas_zero_snr", "its alpha_bar ends at 0, where x_0 is undefined")
+    for field_name in ("thresholding", "use_flow_sigmas"):
+        fields.expect(field_name, False, None)
+    fields.expect("prediction_type", "epsilon", "sample", "v_prediction")
+    fixed = ("fixed_small", "fixed_large", "learned_range")
+    fields.expect("variance_type", *fixed, *(("fixed_small_log", "fixed_large_log") if ddpm else (None,)))
+    if not config:
+        return {"variance_type": None}
+    process = {
+        "diffusion_steps": fields.number("num_train_timesteps"),
+        "noise_schedule": _schedule(fields),
+        "predict_xstart": fields["prediction_type"] == "sample",
+        "predict_v": fields["prediction_type"] == "v_prediction",
+        "rescale_timesteps": False,
+        "variance_type": (fields["variance_type"] or "").removesuffix("_log") or None,
+    }
+    if fields["trained_betas"] is not None:
+        process["diffusion_steps"] = len(fields["trained_betas"])
+    try:
+        get_named_beta_schedule(process["noise_schedule"], process["diffusion_steps"])
+    except InputError as error:
+        betas = "beta_start" if fields["trained_betas"] is None else "trained_betas"
+        raise fields.wrong(betas, error.reason) from None
+    if name in CLIPPING:
+        fields.expect("clip_sample", True, False, None)
+        limit = fields.real("clip_sample_range", math.inf)
+        process["clip_denoised"] = bool(fields["clip_sample"]) and (True if limit == 1 else limit)
+    return process
+
+
+def _schedule(fields: _Fields) -> str:
+    """The value of `noise_schedule` for a scheduler's betas."""
+    betas = fields["trained_betas"]
+    if betas is not None:
+        if not isinstance(betas, list) or not betas or not all(type(b) in (int, float) and 0 < b < 1 for b in betas):
+            raise fields.wrong("trained_betas", "it must be a list of numbers above 0 and below 1")
+        return "betas:" + ",".join(repr(float(beta)) for beta in betas)
+    fields.expect("beta_schedule", "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+    name = fields["beta_schedule"]
+    if name in ("squaredcos_cap_v2", "laplace"):
+        return "cosine" if name != "laplace" else name
+    start, end, steps = fields.real("beta_start"), fields.real("beta_end"), fields.number("num_train_timesteps")
+    ours = math.isclose(start, 0.1 / steps, rel_tol=1e-12) and math.isclose(end, 20 / steps, rel_tol=1e-12)
+    return "linear" if name == "linear" and ours else f"{name}:{start!r},{end!r}"
+
+
+# Fields of the network that have one meaning here.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "time_embedding_type": ("positional",),
+    "act_fn": ("silu", "swish"),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "add_attention": (True,),
+    "mid_block_scale_factor": (1,),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "downsample_padding": (0, 1),
+}
+
+
+def _network(config: _Fields) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the flags that tensors tell, those that they do not) of the network."""
+    for name, values in FIXED.items():
+        config.expect(name, *values)
+    widths = config["block_out_channels"]
+    if not isinstance(widths, list) or not widths or not all(type(w) is int and 0 < w <= 1 << 16 for w in widths):
+        raise config.wrong("block_out_channels", "it must be a list of widths")
+    config.expect("time_embedding_dim", None, 4 * widths[0])
+    sines_first = config["flip_sin_to_cos"] is False
+    config.expect("flip_sin_to_cos", True, False)
+    config.expect("freq_shift", 1 if sines_first else 0)
+    attends, resampling = _levels(config, len(widths))
+    groups, head = config.number("norm_num_groups"), config["attention_head_dim"]
+    config.expect("attn_norm_num_groups", None, groups)
+    if wrong := [width for width in widths if width % groups]:
+        raise config.wrong("norm_num_groups", f"it must divide {wrong[0]}")
+    attended = [width for width, at in zip(widths, attends) if at] + widths[-1:]
+    if head is not None and any(width % config.number("attention_head_dim") for width in attended):
+        raise config.wrong("attention_head_dim", f"it must divide {', '.join(map(str, sorted(set(attended))))}")
+    shifts, dropout = config["resnet_time_scale_shift"] == "scale_shift", config["dropout"]
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise config.wrong("dropout", "it must be a number from 0 on and below 1")
+    classes = None if config["num_class_embeds"] is None else config.number("num_class_embeds")
+    found = {
+        "num_channels": widths[0],
+        "num_res_blocks": config.number("layers_per_block"),
+        "channel_mult": ",".join(multiple(width, widths[0]) for width in widths),
+        "attention_factors": tuple(2**level for level, at in enumerate(attends) if at),
+        "class_cond": classes is not None,
+        "use_scale_shift_norm": shifts,
+    }
+    if len(widths) > 1:
+        found["resblock_updown"] = resampling == "resnet"
+    if classes is not None:
+        found["num_classes"] = classes
+    flags = {
+        "num_heads": 1 if head is None else 4,
+        "num_head_channels": -1 if head is None else head,
+        "num_heads_upsample": -1,
+        "use_new_attention_order": True,
+        "dropout": float(dropout),
+        "norm_groups": groups,
+        "norm_eps": config.real("norm_eps"),
+        "sines_first": sines_first,
+        "pad_end": config["downsample_padding"] == 0 and resampling == "conv",
+        "middle_norm": not (shifts and config["attn_norm_num_groups"] is None),
+    }
+    size = config["sample_size"]
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    if size is not None:
+        if type(size) is not int or not 1 <= size <= 1 << 16:
+            raise config.wrong("sample_size", "it must be the side of a square in pixels")
+        flags["image_size"] = size
+    return found, flags
+
+
+def _levels(config: _Fields, levels: int) -> tuple[list[bool], str]:
+    """Which levels attend, and how all of them resample: "conv" or "resnet"."""
+    attends: dict[str, list[bool]] = {}
+    kinds = {}
+    for name, known, way in (
+        ("down_block_types", DOWN_BLOCKS, "downsample_type"),
+        ("up_block_types", UP_BLOCKS, "upsample_type"),
+    ):
+        blocks = config[name]
+        if not isinstance(blocks, list) or len(blocks) != levels:
+            raise config.wrong(name, f"it must be a list of {levels} blocks")
+        for block in blocks:
+            if not isinstance(block, str) or block not in known:
+                raise config.wrong(name, f"{one_line(block, 40)} is not supported")
+        attends[name] = [known[block][1] for block in blocks]
+        # The last block of a list does not resample.
+        for block in blocks[:-1]:
+            kind = known[block][0] or config[way]
+            if kind not in ("conv", "resnet"):
+                raise config.wrong(way, 'it must be "conv" or "resnet"')
+            kinds.setdefault(kind, name if known[block][0] else way)
+    if attends["up_block_types"] != attends["down_block_types"][::-1]:
+        raise config.wrong("up_block_types", "it must mirror down_block_types")
+    if len(kinds) > 1:
+        one = "all levels must resample in one way, by a convolution or in a residual block"
+        raise config.wrong(list(kinds.values())[1], one)
+    return attends["down_block_types"], next(iter(kinds), "conv")
+
+
+def _kind(found: dict[str, Any], flags: dict[str, Any]) -> Kind:
+    """Whether the network is a DDPM UNet or an ADM UNet; its flags lose those that say nothing for a DDPM UNet."""
+    is_ddpm = (
+        all(flags[name] == value for name, value in DDPM.fixed.items() if name != "pad_end")
+        and (flags["pad_end"] or "resblock_updown" not in found)
+        and not found.get("resblock_updown")
+        and flags["num_head_channels"] == -1
+        and not found["use_scale_shift_norm"]
+        and not found["class_cond"]
+        and "." not in found["channel_mult"]
+    )
+    if not is_ddpm:
+        return ADM
+    for name in ("num_heads", "num_head_channels", "num_heads_upsample", "use_new_attention_order", *DDPM.fixed):
+        del flags[name]
+    for name in ("use_scale_shift_norm", "resblock_updown"):
+        found.pop(name, None)
+    return DDPM

@@ -1,0 +1,181 @@
+"""Checkpoints that are elsewhere: models of the Hugging Face hub, and the published files that have a name here.
+
+Models of the hub go through the package huggingface_hub, where it is installed, with its own settings: HF_HOME (the
+cache), HF_TOKEN, HF_HUB_OFFLINE. Only configurations and weights are downloaded, never code. Processes that ask for the
+same model at once wait for each other in the client's cache.
+"""
+
+import logging
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import InputError, display_name, first_line, shown
+from ..options import fitting
+from .reading import hash_file, read_file
+
+log = logging.getLogger(__name__)
+
+SCHEME = "hf://"
+ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".npz", ".json")
+CONFIGURATION = (
+    *("model_index.json", "config.json", "scheduler_config.json", "scheduler/scheduler_config.json"),
+    *("unet/config.json", "diffusion_pytorch_model*.json", "unet/diffusion_pytorch_model*.json"),
+)
+WEIGHTS = ("diffusion_pytorch_model*.{}", "unet/diffusion_pytorch_model*.{}")
+
+# Exceptions of the client by name, since their place changed between versions.
+REASONS = {
+    "RepositoryNotFoundError": "is neither a file here nor a model of the Hugging Face hub that you may read",
+    "GatedRepoError": "needs its terms to be accepted on the Hugging Face hub, and HF_TOKEN set",
+    "RevisionNotFoundError": "has no such revision",
+    "LocalEntryNotFoundError": "is not in the local cache of the Hugging Face hub, and the hub cannot be reached",
+    "OfflineModeIsEnabled": "is not in the local cache of the Hugging Face hub, and HF_HUB_OFFLINE is set",
+    "HFValidationError": "is no name of a model on the Hugging Face hub",
+}
+
+
+def is_id(path: str) -> bool:
+    """Whether a path names a model of the hub: hf://owner/name, or owner/name that is no path here."""
+    if path.startswith(SCHEME):
+        return True
+    if os.path.exists(path) or not ID.fullmatch(path) or path.lower().endswith(SUFFIXES):
+        return False
+    return not os.path.isdir(path.split("/")[0])  # models/x is a file that is missing
+
+
+def resolve(path: str) -> tuple[str, str | None]:
+    """(the folder of a hub model, downloaded where it is missing, and owner/name@commit); (path, None) for other paths.
+
+    Raises InputError.
+    """
+    if not is_id(path):
+        return path, None
+    match = ID.fullmatch(path.removeprefix(SCHEME))
+    if not match:
+        written = f"it is written {SCHEME}owner/name@revision"
+        raise InputError(f"{display_name(path)} is no model of the Hugging Face hub; {written}")
+    name, revision = match[1], match[2]
+    try:
+        from huggingface_hub import snapshot_download  # type: ignore[import-not-found]
+    except ImportError:
+        install = "to load it from the Hugging Face hub, pip install huggingface_hub"
+        raise InputError(f"{name} does not exist here; {install}") from None
+    options: dict[str, Any] = {"revision": revision}
+    patterns = [*CONFIGURATION, *(pattern.format("safetensors") for pattern in WEIGHTS)]
+    try:
+        folder = snapshot_download(name, allow_patterns=patterns, **options)
+        if not _holds(folder, ".safetensors"):
+            # Not all models have safe weights; the pickles of others are read without running them.
+            folder = snapshot_download(name, allow_patterns=[*patterns, *(p.format("bin") for p in WEIGHTS)], **options)
+    except Exception as error:  # of the client, of its HTTP library, of the disk
+        kind = next((base.__name__ for base in type(error).__mro__ if base.__name__ in REASONS), None)
+        reason = REASONS[kind] if kind else f"cannot be loaded from the Hugging Face hub: {first_line(error)}"
+        raise InputError(f"{name}{f'@{revision}' if revision else ''} {reason}") from None
+    commit = os.path.basename(folder)
+    log.info("%s, commit %s, from the Hugging Face hub; cached in %s", name, commit, folder)
+    return folder, f"{name}@{commit}"
+
+
+def _holds(folder: str, suffix: str) -> bool:
+    places = (folder, os.path.join(folder, "unet"))
+    return any(name.endswith(suffix) for place in places if os.path.isdir(place) for name in os.listdir(place))
+
+
+# ---- published files -------------------------------------------------------------------------------------------------
+
+GUIDED = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
+IMPROVED = "https://openaipublic.blob.core.windows.net/diffusion/march-2021/"
+ADAIN = "https://github.com/naoto0804/pytorch-AdaIN/releases/download/v0.0.0/"
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A published file: its address, its description and, where it is known, its SHA-256."""
+
+    url: str
+    what: str
+    sha256: str | None = None
+
+
+FILES = {
+    **{
+        f"{name}.pt": Remote(f"{GUIDED}{name}.pt", what)
+        for name, what in {
+            "256x256_diffusion_uncond": "ImageNet, 256 px, without classes",
+            "256x256_diffusion": "ImageNet, 256 px, class-conditional",
+            "512x512_diffusion": "ImageNet, 512 px, class-conditional",
+            "128x128_diffusion": "ImageNet, 128 px, class-conditional",
+            "64x64_diffusion": "ImageNet, 64 px, class-conditional",
+            "256x256_classifier": "noisy-image classifier, 256 px",
+            "512x512_classifier": "noisy-image classifier, 512 px",
+            "128x128_classifier": "noisy-image classifier, 128 px",
+            "64x64_classifier": "noisy-image classifier, 64 px",
+            "lsun_bedroom": "LSUN bedrooms, 256 px",
+            "lsun_cat": "LSUN cats, 256 px",
+            "lsun_horse": "LSUN horses, 256 px",
+            "lsun_horse_nodropout": "LSUN horses without dropout, 256 px",
+        }.items()
+    },
+    **{
+        f"{name}.pt": Remote(f"{IMPROVED}{name}.pt", what)
+        for name, what in {
+            "imagenet64_uncond_100M_1500K": "improved-diffusion's ImageNet, 64 px",
+            "imagenet64_uncond_vlb_100M_1500K": "the same, trained on the bound",
+            "imagenet64_cond_270M_250K": "improved-diffusion's ImageNet, 64 px, class-conditional",
+            "cifar10_uncond_50M_500K": "improved-diffusion's CIFAR-10, 32 px",
+            "cifar10_uncond_vlb_50M_500K": "the same, trained on the bound",
+            "lsun_uncond_100M_1200K_bs128": "improved-diffusion's LSUN bedrooms, 256 px",
+            "lsun_uncond_100M_2400K_bs64": "the same, trained for longer",
+        }.items()
+    },
+    "vgg_normalised.pth": Remote(f"{ADAIN}vgg_normalised.pth", "AdaIN's VGG-19, for the energy vgg"),
+}
+
+
+def fetch(name: str, folder: str | os.PathLike, *, remote: Remote | None = None, progress: bool = False) -> str:
+    """Download a published file into a folder; returns its path. A file that is already present is verified.
+
+    remote: its place, default that of `FILES`. progress: show a bar on stderr. The file gets its name once it was read
+    and compared with its hash, so that it is whole or missing. Raises InputError.
+    """
+    if remote is None:
+        name = next((known for known in FILES if name in (known, os.path.splitext(known)[0])), name)
+        if name not in FILES:
+            raise InputError(f"{shown(name)} is not a published file that is known: {fitting(name, list(FILES))}")
+        remote = FILES[name]
+    path = os.path.join(folder, name)
+    if os.path.lexists(path):
+        _verify(path, remote, "; delete it to download it again")
+        log.info("%s is already present", display_name(path))
+        return path
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as place:
+            part = os.path.join(place, name)
+            torch.hub.download_url_to_file(remote.url, part, progress=progress)
+            _verify(part, remote, f" (downloaded from {remote.url})")
+            os.replace(part, path)
+    except InputError:
+        raise
+    except Exception as error:  # of urllib, of http.client, of the disk, and of answers that they do not expect
+        raise InputError(f"{name} cannot be downloaded from {remote.url} to {path}: {first_line(error)}") from None
+    return path
+
+
+def _verify(path: str, remote: Remote, rest: str) -> None:
+    """Raise InputError for a file that is not the published one, or that no checkpoint can be read from."""
+    if remote.sha256 is not None and hash_file(path) != remote.sha256:
+        raise InputError(f"{display_name(path)} is not the published file: its SHA-256 differs{rest}")
+    try:
+        read_file(path)
+    except InputError as error:
+        raise InputError(f"{error}{rest}") from None
+
+
+__all__ = ["FILES", "Remote", "fetch", "is_id", "resolve"]
