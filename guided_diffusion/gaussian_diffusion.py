@@ -48,13 +48,19 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     if name == "betas":
         if len(numbers) != n:
             raise InputError(f"it has {len(numbers)} betas, and `diffusion_steps` is {n}", **wrong)
-        return np.array(numbers, dtype=np.float64)
-    low, high = numbers
-    if name == "linear":
-        return np.linspace(low, high, n, dtype=np.float64)
-    if name == "scaled_linear":
-        return np.linspace(low**0.5, high**0.5, n, dtype=np.float64) ** 2
-    return 1 / (1 + np.exp(-np.linspace(-6, 6, n, dtype=np.float64))) * (high - low) + low
+        betas = np.array(numbers, dtype=np.float64)
+    else:
+        low, high = numbers
+        if name == "linear":
+            betas = np.linspace(low, high, n, dtype=np.float64)
+        elif name == "scaled_linear":
+            betas = np.linspace(low**0.5, high**0.5, n, dtype=np.float64) ** 2
+        else:
+            betas = 1 / (1 + np.exp(-np.linspace(-6, 6, n, dtype=np.float64))) * (high - low) + low
+    alpha_bars = np.cumprod(1 - betas)
+    if not (np.diff(alpha_bars, prepend=1.0) < 0).all() or alpha_bars[-1] < 1e-30:
+        raise InputError("its alpha_bar must fall at every step, and stay above 1e-30", **wrong)
+    return betas
 
 
 def _betas(text: str) -> list[float]:

@@ -2,9 +2,13 @@
 
 import argparse
 import inspect
+import logging
 import math
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .errors import InputError
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
@@ -12,6 +16,8 @@ from .respace import SpacedDiffusion, space_timesteps
 
 if TYPE_CHECKING:
     from .unet import EncoderUNetModel, SuperResModel, UNetModel
+
+log = logging.getLogger(__name__)
 
 NUM_CLASSES = 1000
 
@@ -185,7 +191,7 @@ def channel_multipliers(channel_mult: str | None, image_size: int) -> tuple[floa
 def attention_factors(attention_resolutions: str, image_size: int) -> tuple[int, ...]:
     """`attention_resolutions` ("16,8": sides of the feature map) as downsampling factors."""
     sides = [part.strip() for part in str(attention_resolutions).split(",") if part.strip()]
-    if not all(side.isdigit() and int(side) for side in sides):
+    if not all(re.fullmatch(r"[0-9]{1,9}", side) and int(side) for side in sides):
         raise InputError(
             "it is a list of sides of the feature map like 16,8",
             parameter="attention_resolutions",
@@ -228,15 +234,23 @@ def create_model(
 
     if super_res and channel_mult in ("", None) and image_size in SR_CHANNEL_MULT:
         channel_mult = ",".join(map(str, SR_CHANNEL_MULT[image_size]))
+    factors, mults = attention_factors(attention_resolutions, image_size), channel_multipliers(channel_mult, image_size)
+    if factors and not {2**level for level in range(len(mults))} & {*factors} and not torch.empty(0).is_meta:
+        sides = ", ".join(str(image_size >> level) for level in range(len(mults)))
+        log.warning(
+            "attention_resolutions=%s: no level has such a side (they have %s), so that only the middle block attends",
+            attention_resolutions,
+            sides,
+        )
     return (SuperResModel if super_res else UNetModel)(
         image_size=image_size,
         in_channels=3,
         model_channels=num_channels,
         out_channels=6 if learn_sigma else 3,
         num_res_blocks=num_res_blocks,
-        attention_resolutions=attention_factors(attention_resolutions, image_size),
+        attention_resolutions=factors,
         dropout=dropout,
-        channel_mult=channel_multipliers(channel_mult, image_size),
+        channel_mult=mults,
         num_classes=num_classes if class_cond else None,
         use_checkpoint=use_checkpoint,
         use_fp16=use_fp16,

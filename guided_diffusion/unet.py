@@ -138,6 +138,14 @@ def multi_head_attention(qkv: torch.Tensor, num_heads: int, new_order: bool, fus
     return out.transpose(2, 3).reshape(n, width // 3, length)
 
 
+def _number_of_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
+    """The heads of an attention layer; num_head_channels: the width of one, -1 for any."""
+    name, value = ("num_heads", num_heads) if num_head_channels == -1 else ("num_head_channels", num_head_channels)
+    if value < 1 or channels % value:
+        raise InputError(f"it must divide the {channels} channels of an attention layer", parameter=name, value=value)
+    return value if name == "num_heads" else channels // value
+
+
 class AttentionBlock(nn.Module):
     """Self-attention over all pixels, residual."""
 
@@ -151,9 +159,7 @@ class AttentionBlock(nn.Module):
         norm: Any = normalization,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
-        if channels % self.num_heads:
-            raise ValueError(f"{channels} channels cannot be split among {self.num_heads} attention heads")
+        self.num_heads = _number_of_heads(channels, num_heads, num_head_channels)
         self.use_checkpoint = use_checkpoint
         self.use_new_attention_order = use_new_attention_order
         self.fused: bool | None = None
@@ -180,7 +186,7 @@ class AttentionPool2d(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn(channels, side * side + 1) / channels**0.5)
         self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
         self.c_proj = nn.Conv1d(channels, out_channels, 1)
-        self.num_heads = channels // num_head_channels
+        self.num_heads = _number_of_heads(channels, 1, num_head_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(2)

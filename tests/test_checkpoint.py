@@ -3,6 +3,7 @@
 import argparse
 import functools
 import gzip
+import hashlib
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from guided_diffusion.checkpoint.loading import build
 from guided_diffusion.checkpoint.reading import read_content
 from guided_diffusion.ddpm import Model
 from guided_diffusion.errors import InputError, reading
+from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
 from guided_diffusion.script_util import attention_factors, channel_multipliers, create_classifier, create_model
 from guided_diffusion.unet import EncoderUNetModel
 
@@ -1002,14 +1004,16 @@ def test_large_values_are_not_taken_for_infinite(tmp_path):
         (torch.zeros(32, dtype=torch.complex64), "complex64"),
         (torch.zeros(32).to_sparse(), "sparse"),
         (torch.zeros(32, device="meta"), "meta"),
+        (torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)]), "nested"),
     ],
     ids=lambda v: "" if isinstance(v, str) else f"{v.dtype} {v.layout} {v.device}",
 )
 def test_tensors_that_hold_no_plain_numbers(value, says, tmp_path):
-    message = refusal(
-        saved(tmp_path / "m.pt", {**tiny_state(), "out.0.weight": value}), image_size=16, num_head_channels=16
-    )
+    path = saved(tmp_path / "m.pt", {**tiny_state(), "out.0.weight": value})
+    message = refusal(path, image_size=16, num_head_channels=16)
     assert "out.0.weight" in message and says in message
+    with pytest.raises(InputError, match=says):
+        load_state_dict(path)  # such as the weights of the energy vgg
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
@@ -1315,10 +1319,14 @@ def test_latent_diffusion_models_are_told_so(tmp_path):
         assert "latent diffusion model" in message
 
 
-def test_networks_for_other_channels_are_told_so(tmp_path):
-    shapes = {**network_shapes("updown"), "input_blocks.0.0.weight": (32, 4, 3, 3)}
-    message = refusal(saved(tmp_path / "m.pt", zeros(shapes)), **network_flags("updown"))
-    assert "input_blocks.0.0.weight has shape [32, 4, 3, 3]" in message
+@pytest.mark.parametrize(
+    "kind, first", [("updown", "input_blocks.0.0"), ("ddpm", "conv_in"), ("encoder adaptive", "input_blocks.0.0")]
+)
+def test_networks_for_other_channels_are_told_so(kind, first, tmp_path):
+    for channels in (1, 4):
+        shapes = {**network_shapes(kind), f"{first}.weight": (32, channels, 3, 3)}
+        message = refusal(saved(tmp_path / "m.pt", zeros(shapes)), **network_flags(kind))
+        assert f"it is for images of {channels} channels, and 3 are needed" in message
 
 
 def test_architectures_that_cannot_be_built(tmp_path):
@@ -1592,3 +1600,157 @@ def test_extractor_of_the_index_is_an_encoder(tmp_path):
     loaded, info = load_model(saved(tmp_path / "m.pt", model.state_dict()), num_head_channels=32)
     assert info.flags["classifier_attention_resolutions"] == "16"
     torch.testing.assert_close(output_of(loaded, 32), output_of(model, 32), rtol=0, atol=0)
+
+
+# ---- schedules and hyper-parameters that a file states ---------------------------------------------------------------
+
+
+def betas_of(schedule, steps=500, dtype=torch.float32):
+    return torch.from_numpy(get_named_beta_schedule(schedule, steps)).to(dtype)
+
+
+def alpha_bars_of(schedule, steps=500):
+    return torch.from_numpy(np.cumprod(1 - get_named_beta_schedule(schedule, steps))).float()
+
+
+def prefixed(prefix):
+    return {f"{prefix}{key}": value for key, value in tiny_state().items()}
+
+
+LIGHTNING = {"timesteps": 500, "beta_schedule": "linear", "linear_start": 0.0015, "linear_end": 0.0195}
+STATEMENTS = {
+    "betas beside": (lambda: {"model": tiny_state(), "betas": betas_of("cosine")}, "cosine"),
+    "betas among the tensors": (lambda: {**tiny_state(), "betas": betas_of("linear")}, "linear"),
+    "alphas under a prefix": (
+        lambda: {**prefixed("denoise_fn."), "diffusion.alphas_cumprod": alpha_bars_of("scaled_linear:0.0015,0.0195")},
+        "scaled_linear:0.0015,0.0195",
+    ),
+    "float64": (lambda: {"ema": tiny_state(), "betas": betas_of("linear:0.0001,0.02", 500, torch.float64)},
+                "linear:0.0001,0.02"),
+    "a list": (lambda: {"model": tiny_state(), "betas": betas_of("cosine").tolist()}, "cosine"),
+    "Lightning": (lambda: {"state_dict": prefixed("model."), "hyper_parameters": LIGHTNING},
+                  "scaled_linear:0.0015,0.0195"),
+    "betas before hyper-parameters": (
+        lambda: {"state_dict": {**prefixed("model."), "betas": betas_of("cosine")}, "hyper_parameters": LIGHTNING},
+        "cosine",
+    ),
+    "parsed flags": (
+        lambda: {"model": tiny_state(), "args": argparse.Namespace(noise_schedule="cosine", diffusion_steps=500, lr=1)},
+        "cosine",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_schedules_that_a_file_holds_are_used_and_said(name, tmp_path, caplog):
+    content, schedule = STATEMENTS[name]
+    path = saved(tmp_path / "m.pt", content())
+    with caplog.at_level(logging.INFO):
+        _, info = assert_tiny(path)
+    assert (info.flags["noise_schedule"], info.flags["diffusion_steps"]) == (schedule, 500)
+    (line,) = caplog.messages
+    assert f"noise_schedule={schedule}" in line and "use_new_attention_order" in line
+    assert not {"noise_schedule", "diffusion_steps"} & {*info.assumed}
+    error = refused(path, image_size=16, num_head_channels=16, diffusion_steps=1000)
+    assert (error.parameter, error.value) == ("diffusion_steps", 1000)
+
+
+def test_tables_without_a_name_stay_as_they_are(tmp_path):
+    betas = torch.linspace(0.001, 0.3, 20).sqrt() ** 3
+    _, info = assert_tiny(saved(tmp_path / "m.pt", {"model": tiny_state(), "betas": betas}))
+    schedule = get_named_beta_schedule(info.flags["noise_schedule"], info.flags["diffusion_steps"])
+    np.testing.assert_array_equal(schedule, betas.double().numpy())
+
+
+@pytest.mark.parametrize(
+    "entries, flags",
+    [
+        ({"parameterization": "x0", "image_size": 16, "num_heads": 2}, {"predict_xstart": True, "num_heads": 2}),
+        ({"objective": "pred_v"}, {"predict_v": True}),
+        ({"rescale_timesteps": True, "num_channels": 3, "dropout": "many"}, {"rescale_timesteps": True}),
+        ({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.01}, {"noise_schedule": "linear:0.0001,0.01"}),
+    ],
+)
+def test_hyper_parameters_tell_what_tensors_cannot(entries, flags, tmp_path):
+    entries = {name: value for name, value in entries.items() if value != "many"}
+    path = saved(tmp_path / "m.ckpt", {"state_dict": tiny_state(), "hyper_parameters": entries})
+    _, info = load_model(path, image_size=16, **({} if "num_heads" in entries else {"num_head_channels": 16}))
+    assert {name: info.flags[name] for name in flags} == flags
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ({"betas": torch.linspace(0, 1, 20)}, "its entry betas is no noise schedule"),
+        ({"betas": torch.full((20,), 1e-20, dtype=torch.float64)}, "alpha_bar must fall"),
+        ({"alphas_cumprod": torch.full((20,), float("nan"))}, "its entry alphas_cumprod is no noise schedule"),
+        ({"hyper_parameters": {"objective": "flow"}}, "objective='flow', which is not supported"),
+        ({"hyper_parameters": {"beta_schedule": "exp"}}, "noise_schedule=exp; it can be linear"),
+        ({"hyper_parameters": {"timesteps": -4}}, "diffusion_steps=-4; it must be from 1"),
+        ({"hyper_parameters": {"sigma_data": 0.5}}, "EDM"),
+        ({"args": argparse.Namespace(weight_schedule="karras")}, "consistency"),
+    ],
+)
+def test_statements_that_cannot_be(content, says, tmp_path):
+    path = saved(tmp_path / "m.pt", {"model": tiny_state(), **content})
+    assert says in refusal(path, image_size=16, num_head_channels=16)
+
+
+@pytest.mark.parametrize(
+    "name", ["edm_bedroom256_ema.pt", "cd_imagenet64_l2.pt", "my-consistency-model.pt", "x_EDM2.pt"]
+)
+def test_other_processes_are_known_by_their_names(name, tmp_path):
+    message = refusal(
+        saved(tmp_path / name, tiny_state()), image_size=16, num_head_channels=16, noise_schedule="linear"
+    )
+    assert "EDM or a consistency model" in message
+    train_record(tmp_path)  # of a training here
+    load_model(path)
+
+
+def test_names_that_only_look_like_other_processes(tmp_path):
+    for name in ("redmi.pt", "ct_scans.pt", "cd.pt", "inconsistency.pt"):
+        assert_tiny(saved(tmp_path / name, tiny_state()))
+
+
+def test_other_processes_are_known_by_their_layouts(tmp_path):
+    flags = {"learn_sigma": False, "resblock_updown": True, "use_scale_shift_norm": True, "num_head_channels": 64}
+    small = layout(image_size=64, num_channels=192, num_res_blocks=3, channel_mult="1,2,3,4",
+                   attention_resolutions="32,16,8", class_cond=True, **flags)  # fmt: skip
+    large = layout(image_size=256, num_channels=256, num_res_blocks=2, channel_mult="1,1,2,2,4,4",
+                   attention_resolutions="32,16,8", **flags)  # fmt: skip
+    for state in (small, large):
+        path = saved(tmp_path / "m.pt", state)
+        assert "EDM or a consistency model" in refusal(path)
+        _, info = checkpoint.identify(str(path), *read(str(path)), noise_schedule="cosine", num_head_channels=64)
+        assert info.flags["noise_schedule"] == "cosine"
+
+
+@pytest.mark.parametrize("key, says", [("model.map_layer0.weight", "EDM"), ("all_modules.0.W", "score_sde")])
+def test_networks_of_other_projects_are_named(key, says, tmp_path):
+    assert says in refusal(saved(tmp_path / "m.pt", {key: torch.zeros(3, 3)}))
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_record_names_the_bytes_that_were_loaded(tiny_file, tmp_path):
+    first = checkpoint.fingerprint(tiny_file)
+    assert first == f"sha256 {hashlib.sha256(tiny_file.read_bytes()).hexdigest()}"
+    load_model(tiny_file, image_size=16, num_head_channels=16)
+    saved(tiny_file, other_state())
+    assert checkpoint.fingerprint(tiny_file) == first
+    load_state_dict(tiny_file)
+    assert checkpoint.fingerprint(tiny_file) == f"sha256 {hashlib.sha256(tiny_file.read_bytes()).hexdigest()}" != first
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tiny_file, monkeypatch):
+    load = torch.load
+
+    def slow(*args, **options):
+        saved(tiny_file, other_state())
+        return load(*args, **options)
+
+    monkeypatch.setattr(torch, "load", slow)
+    message = refusal(tiny_file, image_size=16)
+    assert "changed while it was read" in message or "damaged" in message

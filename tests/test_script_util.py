@@ -349,3 +349,20 @@ def test_importing_the_core_stays_light():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_attention_at_no_level_is_said(caplog):
+    create_model(**{**TINY, "image_size": 48, "attention_resolutions": "16,8"})
+    assert "only the middle block attends" in caplog.text and "48, 24" in caplog.text
+    caplog.clear()
+    create_model(**TINY)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "heads", [{"num_head_channels": 48}, {"num_head_channels": 0}, {"num_heads": 3}, {"num_heads": 0}]
+)
+def test_heads_that_do_not_divide_the_channels(heads):
+    with pytest.raises(InputError) as caught:
+        create_model(**TINY, **heads)
+    assert caught.value.parameter in heads

@@ -193,9 +193,10 @@ def _network(source: Source, given: Mapping[str, Any], kind: Kind, state: State,
     """A network of a known kind in one file: its flags from all sources, built on the device "meta"."""
     contents = source.contents
     stated = stated_in_file(contents, found)
-    told = "noise_schedule" in given or (stated is not None and "noise_schedule" in stated.flags)
+    described = stated is not None and "noise_schedule" in stated.flags
+    told = described or "noise_schedule" in given
     names = [*hyper_parameters(contents), *contents.metadata, *(stated.flags if stated else ())]
-    if reason := not_ddpm(source.path, found, names, told):
+    if reason := not_ddpm(source.path, found, names, described=described, told=told):
         what = f"is a model of EDM or a consistency model ({reason}); a model of DDPM's process is needed"
         raise InputError(f"{display_name(source.path)} {what}")
     info = reconcile(source.path, kind, found, given, metadata=contents.metadata, stated=stated)

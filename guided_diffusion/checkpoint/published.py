@@ -151,15 +151,16 @@ EDM_NAMES = re.compile(r"(?<![a-z])(edm2?|consistency|(cd|ct)[-_](imagenet|bedro
 EDM_FLAGS = {"sigma_data", "sigma_max", "sigma_min", "weight_schedule", "training_mode", "P_mean", "P_std"}
 
 
-def not_ddpm(path: str, found: dict[str, Any], entries: Iterable[str], told: bool) -> str | None:
+def not_ddpm(path: str, found: dict[str, Any], entries: Iterable[str], *, described: bool, told: bool) -> str | None:
     """The reason why a network's process is EDM's or a consistency model's; None for one of DDPM's.
 
-    found: the architecture. entries: names of hyper-parameters and metadata. told: whether something says which noise
-    schedule the model has; then its layout is no reason.
+    found: the architecture. entries: names of hyper-parameters and metadata. described: whether its own
+    record describes the model; then its name is no reason. told: whether something, perhaps the caller, says which noise
+    schedule it has; then its layout is no reason either.
     """
     if sigmas := EDM_FLAGS & {*entries}:
         return f"its file has the entry {min(sigmas)}"
-    if name := EDM_NAMES.search(os.path.basename(path)):
+    if not described and (name := EDM_NAMES.search(os.path.basename(path))):
         return f"its name has {name[0]!r}"
     if not told and any(layout.items() <= found.items() for layout in EDM_LAYOUTS):
         return "it has their layout; give `noise_schedule` if it is none"

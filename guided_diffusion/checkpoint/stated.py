@@ -1,5 +1,6 @@
 """Flags that a file states beside its tensors: in metadata, in a train.json, by its betas and hyper-parameters."""
 
+import contextlib
 import json
 import logging
 import math
@@ -158,8 +159,8 @@ def _named_schedule(kind: str, table: np.ndarray, where: str) -> str:
     digits = 6 if kind == "betas" else 3  # what a difference of float32 values has
     ends = ",".join(repr(float(f"{betas[i]:.{digits}g}")) for i in (0, -1))
     for name in ("linear", "cosine", f"linear:{ends}", f"scaled_linear:{ends}"):
-        with np.errstate(all="ignore"):
-            named = np.log(np.cumprod(1 - get_named_beta_schedule(name, len(betas))))
-        if np.allclose(named, np.log(alpha_bars), rtol=1e-4, atol=1e-5):
-            return name
+        with contextlib.suppress(InputError), np.errstate(all="ignore"):
+            named = np.cumprod(1 - get_named_beta_schedule(name, len(betas)))
+            if np.allclose(np.log(named), np.log(alpha_bars), rtol=1e-4, atol=1e-5):
+                return name
     return "betas:" + ",".join(repr(float(beta)) for beta in betas)
