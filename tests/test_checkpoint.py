@@ -1700,9 +1700,8 @@ def test_statements_that_cannot_be(content, says, tmp_path):
     "name", ["edm_bedroom256_ema.pt", "cd_imagenet64_l2.pt", "my-consistency-model.pt", "x_EDM2.pt"]
 )
 def test_other_processes_are_known_by_their_names(name, tmp_path):
-    message = refusal(
-        saved(tmp_path / name, tiny_state()), image_size=16, num_head_channels=16, noise_schedule="linear"
-    )
+    path = saved(tmp_path / name, tiny_state())
+    message = refusal(path, image_size=16, num_head_channels=16, noise_schedule="linear")
     assert "EDM or a consistency model" in message
     train_record(tmp_path)  # of a training here
     load_model(path)

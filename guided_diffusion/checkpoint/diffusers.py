@@ -29,39 +29,73 @@ INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.
 WEIGHTS = "diffusion_pytorch_model"
 IN_PYTHON = "in Python, SDDMPipeline takes any UNet2DModel"
 
-# Fields of a UNet2DModel's configuration with the library's defaults.
-FIELDS: dict[str, Any] = {
-    "sample_size": None,
-    "in_channels": 3,
-    "out_channels": 3,
-    "center_input_sample": False,
-    "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "freq_shift": 0,
-    "flip_sin_to_cos": True,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-    "mid_block_type": "UNetMidBlock2D",
-    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [224, 448, 672, 896],
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "downsample_padding": 1,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "dropout": 0.0,
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "norm_num_groups": 32,
-    "attn_norm_num_groups": None,
-    "norm_eps": 1e-5,
-    "resnet_time_scale_shift": "default",
-    "add_attention": True,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-    "num_train_timesteps": None,
+# Values that a field may have: a list of them, or (words, test).
+WHOLE = f"a whole number from 1 to {1 << 16}", lambda v: type(v) is int and 1 <= v <= 1 << 16
+PART = "a number above 0 and below 1", lambda v: type(v) in (int, float) and 0 < v < 1
+POSITIVE = "a number above 0", lambda v: type(v) in (int, float) and 0 < v < math.inf
+DROPOUT = "a number from 0 on and below 1", lambda v: type(v) in (int, float) and 0 <= v < 1
+SIDE = "the side of a square in pixels", lambda v: v is None or WHOLE[1](v) or (_square(v) and WHOLE[1](v[0]))
+WIDTHS = "a list of widths", lambda v: isinstance(v, list) and v and all(map(WHOLE[1], v))
+BLOCKS = "a list of blocks", lambda v: isinstance(v, list)
+BETAS = (
+    "a list of numbers above 0 and below 1",
+    lambda v: v is None or (isinstance(v, list) and v and all(map(PART[1], v))),
+)
+MAYBE_WHOLE = WHOLE[0], lambda v: v is None or WHOLE[1](v)
+ANY = "", lambda v: True
+
+# Fields of a UNet2DModel's configuration: the library's default, and the values that have a meaning here.
+UNET: dict[str, tuple[Any, Any]] = {
+    "sample_size": (None, SIDE),
+    "in_channels": (3, [3]),
+    "out_channels": (3, [3, 6]),
+    "center_input_sample": (False, [False]),
+    "time_embedding_type": ("positional", ["positional"]),
+    "time_embedding_dim": (None, ANY),
+    "freq_shift": (0, [0, 1]),
+    "flip_sin_to_cos": (True, [True, False]),
+    "down_block_types": (["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"], BLOCKS),
+    "mid_block_type": ("UNetMidBlock2D", ["UNetMidBlock2D"]),
+    "up_block_types": (["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"], BLOCKS),
+    "block_out_channels": ([224, 448, 672, 896], WIDTHS),
+    "layers_per_block": (2, WHOLE),
+    "mid_block_scale_factor": (1, [1]),
+    "downsample_padding": (1, [0, 1]),
+    "downsample_type": ("conv", ["conv", "resnet"]),
+    "upsample_type": ("conv", ["conv", "resnet"]),
+    "dropout": (0.0, DROPOUT),
+    "act_fn": ("silu", ["silu", "swish"]),
+    "attention_head_dim": (8, MAYBE_WHOLE),
+    "norm_num_groups": (32, WHOLE),
+    "attn_norm_num_groups": (None, MAYBE_WHOLE),
+    "norm_eps": (1e-5, PART),
+    "resnet_time_scale_shift": ("default", ["default", "scale_shift"]),
+    "add_attention": (True, [True]),
+    "class_embed_type": (None, [None]),
+    "num_class_embeds": (None, MAYBE_WHOLE),
+    "num_train_timesteps": (None, ANY),
 }
+FIELDS = {name: default for name, (default, _) in UNET.items()}
 # Fields that EMAModel adds to what it saves.
 OF_AVERAGES = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
+
+# Fields of a scheduler's configuration.
+PROCESS: dict[str, tuple[Any, Any]] = {
+    "num_train_timesteps": (1000, WHOLE),
+    "beta_start": (0.0001, PART),
+    "beta_end": (0.02, PART),
+    "beta_schedule": ("linear", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]),
+    "trained_betas": (None, BETAS),
+    "prediction_type": ("epsilon", ["epsilon", "sample", "v_prediction"]),
+    "variance_type": (
+        *(None, [None, "fixed_small", "fixed_large", "learned_range", "fixed_small_log", "fixed_large_log"]),
+    ),
+    "clip_sample": (None, [True, False, None]),
+    "clip_sample_range": (1.0, POSITIVE),
+    "thresholding": (False, [False, None]),
+    "rescale_betas_zero_snr": (False, [False, None]),
+    "use_flow_sigmas": (False, [False, None]),
+}
 
 # Blocks: how they resample ("" where a field decides) and whether they attend.
 DOWN_BLOCKS, UP_BLOCKS = (
@@ -261,24 +295,15 @@ def read_weights(folder: Folder) -> tuple[dict[str, torch.Tensor], dict[str, str
 def describe(folder: Folder) -> Description:
     """The network and process of a diffusers model in our terms. Raises InputError for others."""
     _refuse_other_kinds(folder)
-    config = _Fields(f"{folder.name}: {folder.file('config')}", FIELDS, folder.config, IN_PYTHON)
-    config.refuse_unknown()
     process = process_flags(folder.scheduler, f"{folder.name}: {folder.file('scheduler')}")
-    found, flags = _network(config)
     variance, clip = process.pop("variance_type"), process.pop("clip_denoised", None)
-    learned = variance == "learned_range"
-    config.expect("in_channels", 3)
-    if config["out_channels"] == 6 and not learned:
-        where = folder.file("scheduler") if folder.scheduler else "no scheduler file"
-        raise config.wrong("out_channels", f"6 channels need variance_type learned_range ({where} has {variance})")
-    config.expect("out_channels", 6 if learned else 3)
-    found["learn_sigma"] = learned
     scheduler = {} if clip is None else {"clip_denoised": clip}
     if variance in ("fixed_small", "fixed_large"):
         scheduler["sigma_small"] = variance == "fixed_small"
+    config = _Fields(f"{folder.name}: {folder.file('config')}", UNET, folder.config, IN_PYTHON)
+    found, flags = _network(config, learned=variance == "learned_range")
     flags |= process
-    kind = _kind(found, flags)
-    return Description(kind, found, Stated(flags, f"{folder.name}: {folder.file('config')}"), scheduler)
+    return Description(_kind(found, flags), found, Stated(flags, config.file), scheduler)
 
 
 def report(folder: Folder, description: Description) -> None:
@@ -293,44 +318,39 @@ def report(folder: Folder, description: Description) -> None:
     log.info("%s: from its scheduler file: %s", folder.name, text)
 
 
-class _Fields:
-    """The fields of a JSON file with the library's defaults, and errors that name them. hint: the end of an error."""
+class _Fields(dict[str, Any]):
+    """The fields of a JSON file, checked, with the library's defaults. hint: the end of an error line about one."""
 
-    def __init__(self, file: str, defaults: Mapping[str, Any], given: Mapping[str, Any], hint: str = "") -> None:
-        self.file, self.defaults, self.given, self.hint = file, defaults, given, hint and f"; {hint}"
-
-    def __getitem__(self, name: str) -> Any:
-        return self.given.get(name, self.defaults[name])
-
-    def wrong(self, name: str, reason: str | None = None) -> InputError:
-        """An error that names a field, its value, and what would fit."""
-        value = one_line(json.dumps(self.given.get(name, self.defaults.get(name)), default=str), 100)
-        reason = f"; {reason}" if reason else ", which is not supported"
-        return InputError(f"{self.file} has {one_line(name, 60)}={value}{reason}{self.hint}")
-
-    def expect(self, name: str, *values: Any) -> None:
-        """Raise unless the field has one of these values."""
-        if not any(self[name] == value and isinstance(self[name], bool) == isinstance(value, bool) for value in values):
-            raise self.wrong(name, f"it must be {' or '.join(json.dumps(value) for value in values)}")
-
-    def number(self, name: str) -> int:
-        """A whole number within bounds."""
-        if type(self[name]) is not int or not 1 <= self[name] <= 1 << 16:
-            raise self.wrong(name, f"it must be a whole number from 1 to {1 << 16}")
-        return self[name]
-
-    def real(self, name: str, most: float = 1.0) -> float:
-        """A number above 0 and below a bound."""
-        if type(self[name]) not in (int, float) or not 0 < self[name] < most:
-            raise self.wrong(name, "it must be a number above 0" + (f" and below {most:g}" if most < math.inf else ""))
-        return float(self[name])
-
-    def refuse_unknown(self) -> None:
-        """Raise for a field that is not known and has a value."""
-        for name, value in self.given.items():
-            known = name in self.defaults or name.startswith("_") or name in OF_AVERAGES
+    def __init__(self, file: str, schema: Mapping[str, Any], given: Mapping[str, Any], hint: str = "") -> None:
+        super().__init__({name: given.get(name, default) for name, (default, _) in schema.items()})
+        self.file, self.hint = file, hint and f"; {hint}"
+        for name, value in given.items():
+            known = name in schema or name.startswith("_") or name in OF_AVERAGES or schema is not UNET
             if not known and value is not None and value is not False:
-                raise self.wrong(name, "this field is not known here")
+                raise self.wrong(name, "this field is not known here", value)
+        for name, (_, fits) in schema.items():
+            self.expect(name, fits)
+
+    def wrong(self, name: str, reason: str, value: Any = None) -> InputError:
+        """An error that names a field, its value, and what would fit."""
+        text = one_line(json.dumps(self.get(name, value), default=str), 100)
+        return InputError(f"{self.file} has {one_line(name, 60)}={text}; {reason}{self.hint}")
+
+    def expect(self, name: str, fits: Any) -> None:
+        """Raise unless a field's value is one of a list, or passes the test of a pair (words, test)."""
+        value = self[name]
+        words = " or ".join(map(json.dumps, fits)) if isinstance(fits, list) else fits[0]
+        fit = (
+            fits[1](value)
+            if isinstance(fits, tuple)
+            else any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in fits)
+        )
+        if not fit:
+            raise self.wrong(name, f"it must be {words}")
+
+
+def _square(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and value[0] == value[1]
 
 
 def _class(content: Mapping[str, Any], otherwise: str) -> str:
@@ -371,167 +391,106 @@ def process_flags(config: Mapping[str, Any], file: str = SCHEDULER) -> dict[str,
 
     config: its configuration, {} without one. file: its name for messages. Raises InputError.
     """
-    given = dict(config)
-    name = _class(given, "DDPMScheduler").removesuffix("Scheduler")
-    if "timesteps" in given:  # so in 2022
-        given.setdefault("num_train_timesteps", given["timesteps"])
-    if given.get("predict_epsilon") is False:  # so in 2022
-        given.setdefault("prediction_type", "sample")
-    ddpm = name.startswith("DDPM")
-    defaults = {
-        "num_train_timesteps": 1000,
-        "beta_start": 0.0001,
-        "beta_end": 0.02,
-        "beta_schedule": "linear",
-        "trained_betas": None,
-        "prediction_type": "epsilon",
-        "variance_type": "fixed_small" if ddpm else None,
-        "clip_sample": name in CLIPPING,
-        "clip_sample_range": 1.0,
-        "thresholding": False,
-        "rescale_betas_zero_snr": False,
-        "use_flow_sigmas": False,
-    }
-    fields = _Fields(file, defaults, given)
-    if fields["rescale_betas_zero_snr"] not in (False, None):
-        raise fields.wrong("rescale_betas_zero_snr", "its alpha_bar ends at 0, where x_0 is undefined")
-    for field_name in ("thresholding", "use_flow_sigmas"):
-        fields.expect(field_name, False, None)
-    fields.expect("prediction_type", "epsilon", "sample", "v_prediction")
-    fixed = ("fixed_small", "fixed_large", "learned_range")
-    fields.expect("variance_type", *fixed, *(("fixed_small_log", "fixed_large_log") if ddpm else (None,)))
+    name = _class(config, "DDPMScheduler").removesuffix("Scheduler")
+    usual: dict[str, Any] = {"clip_sample": name in CLIPPING}
+    if name.startswith("DDPM"):
+        usual["variance_type"] = "fixed_small"
+    if "timesteps" in config:  # so in 2022
+        usual["num_train_timesteps"] = config["timesteps"]
+    if config.get("predict_epsilon") is False:  # so in 2022
+        usual["prediction_type"] = "sample"
+    fields = _Fields(file, PROCESS, {**usual, **config})
     if not config:
         return {"variance_type": None}
+    betas, steps, predicted = fields["trained_betas"], fields["num_train_timesteps"], fields["prediction_type"]
     process = {
-        "diffusion_steps": fields.number("num_train_timesteps"),
+        "diffusion_steps": steps if betas is None else len(betas),
         "noise_schedule": _schedule(fields),
-        "predict_xstart": fields["prediction_type"] == "sample",
-        "predict_v": fields["prediction_type"] == "v_prediction",
+        "predict_xstart": predicted == "sample",
+        "predict_v": predicted == "v_prediction",
         "rescale_timesteps": False,
         "variance_type": (fields["variance_type"] or "").removesuffix("_log") or None,
     }
-    if fields["trained_betas"] is not None:
-        process["diffusion_steps"] = len(fields["trained_betas"])
     try:
         get_named_beta_schedule(process["noise_schedule"], process["diffusion_steps"])
     except InputError as error:
-        betas = "beta_start" if fields["trained_betas"] is None else "trained_betas"
-        raise fields.wrong(betas, error.reason) from None
+        raise fields.wrong("beta_start" if betas is None else "trained_betas", error.reason) from None
     if name in CLIPPING:
-        fields.expect("clip_sample", True, False, None)
-        limit = fields.real("clip_sample_range", math.inf)
-        process["clip_denoised"] = bool(fields["clip_sample"]) and (True if limit == 1 else limit)
+        limit = fields["clip_sample_range"]
+        process["clip_denoised"] = bool(fields["clip_sample"]) and (True if limit == 1 else float(limit))
     return process
 
 
 def _schedule(fields: _Fields) -> str:
     """The value of `noise_schedule` for a scheduler's betas."""
-    betas = fields["trained_betas"]
-    if betas is not None:
-        if not isinstance(betas, list) or not betas or not all(type(b) in (int, float) and 0 < b < 1 for b in betas):
-            raise fields.wrong("trained_betas", "it must be a list of numbers above 0 and below 1")
-        return "betas:" + ",".join(repr(float(beta)) for beta in betas)
-    fields.expect("beta_schedule", "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
-    name = fields["beta_schedule"]
+    if fields["trained_betas"] is not None:
+        return "betas:" + ",".join(repr(float(beta)) for beta in fields["trained_betas"])
+    name, start, end = fields["beta_schedule"], float(fields["beta_start"]), float(fields["beta_end"])
     if name in ("squaredcos_cap_v2", "laplace"):
-        return "cosine" if name != "laplace" else name
-    start, end, steps = fields.real("beta_start"), fields.real("beta_end"), fields.number("num_train_timesteps")
+        return "cosine" if name == "squaredcos_cap_v2" else name
+    steps = fields["num_train_timesteps"]
     ours = math.isclose(start, 0.1 / steps, rel_tol=1e-12) and math.isclose(end, 20 / steps, rel_tol=1e-12)
     return "linear" if name == "linear" and ours else f"{name}:{start!r},{end!r}"
 
 
-# Fields of the network that have one meaning here.
-FIXED: dict[str, tuple[Any, ...]] = {
-    "time_embedding_type": ("positional",),
-    "act_fn": ("silu", "swish"),
-    "mid_block_type": ("UNetMidBlock2D",),
-    "add_attention": (True,),
-    "mid_block_scale_factor": (1,),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "resnet_time_scale_shift": ("default", "scale_shift"),
-    "downsample_padding": (0, 1),
-}
-
-
-def _network(config: _Fields) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the flags that tensors tell, those that they do not) of the network."""
-    for name, values in FIXED.items():
-        config.expect(name, *values)
-    widths = config["block_out_channels"]
-    if not isinstance(widths, list) or not widths or not all(type(w) is int and 0 < w <= 1 << 16 for w in widths):
-        raise config.wrong("block_out_channels", "it must be a list of widths")
-    config.expect("time_embedding_dim", None, 4 * widths[0])
-    sines_first = config["flip_sin_to_cos"] is False
-    config.expect("flip_sin_to_cos", True, False)
-    config.expect("freq_shift", 1 if sines_first else 0)
+def _network(config: _Fields, learned: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the flags that tensors tell, those that they do not); learned: whether the scheduler expects variances."""
+    if config["out_channels"] != (6 if learned else 3):
+        raise config.wrong(
+            "out_channels", "3 is for a scheduler without variance_type learned_range, 6 for one with it"
+        )
+    widths, groups, head = (config[name] for name in ("block_out_channels", "norm_num_groups", "attention_head_dim"))
+    sines_first = not config["flip_sin_to_cos"]
+    config.expect("time_embedding_dim", [None, 4 * widths[0]])
+    config.expect("freq_shift", [int(sines_first)])
+    config.expect("attn_norm_num_groups", [None, groups])
     attends, resampling = _levels(config, len(widths))
-    groups, head = config.number("norm_num_groups"), config["attention_head_dim"]
-    config.expect("attn_norm_num_groups", None, groups)
-    if wrong := [width for width in widths if width % groups]:
-        raise config.wrong("norm_num_groups", f"it must divide {wrong[0]}")
     attended = [width for width, at in zip(widths, attends) if at] + widths[-1:]
-    if head is not None and any(width % config.number("attention_head_dim") for width in attended):
-        raise config.wrong("attention_head_dim", f"it must divide {', '.join(map(str, sorted(set(attended))))}")
-    shifts, dropout = config["resnet_time_scale_shift"] == "scale_shift", config["dropout"]
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise config.wrong("dropout", "it must be a number from 0 on and below 1")
-    classes = None if config["num_class_embeds"] is None else config.number("num_class_embeds")
+    for name, value, divided in (("norm_num_groups", groups, widths), ("attention_head_dim", head or 1, attended)):
+        if any(width % value for width in divided):
+            raise config.wrong(name, f"it must divide {', '.join(map(str, sorted(set(divided))))}")
+    shifts, classes, size = (config[n] for n in ("resnet_time_scale_shift", "num_class_embeds", "sample_size"))
     found = {
         "num_channels": widths[0],
-        "num_res_blocks": config.number("layers_per_block"),
+        "num_res_blocks": config["layers_per_block"],
         "channel_mult": ",".join(multiple(width, widths[0]) for width in widths),
         "attention_factors": tuple(2**level for level, at in enumerate(attends) if at),
         "class_cond": classes is not None,
-        "use_scale_shift_norm": shifts,
+        "use_scale_shift_norm": shifts == "scale_shift",
+        **({"resblock_updown": resampling == "resnet"} if len(widths) > 1 else {}),
+        **({"num_classes": classes} if classes is not None else {}),
+        "learn_sigma": learned,
     }
-    if len(widths) > 1:
-        found["resblock_updown"] = resampling == "resnet"
-    if classes is not None:
-        found["num_classes"] = classes
     flags = {
         "num_heads": 1 if head is None else 4,
         "num_head_channels": -1 if head is None else head,
         "num_heads_upsample": -1,
         "use_new_attention_order": True,
-        "dropout": float(dropout),
+        "dropout": float(config["dropout"]),
         "norm_groups": groups,
-        "norm_eps": config.real("norm_eps"),
+        "norm_eps": float(config["norm_eps"]),
         "sines_first": sines_first,
         "pad_end": config["downsample_padding"] == 0 and resampling == "conv",
-        "middle_norm": not (shifts and config["attn_norm_num_groups"] is None),
+        "middle_norm": shifts != "scale_shift" or config["attn_norm_num_groups"] is not None,
     }
-    size = config["sample_size"]
-    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
-        size = size[0]
     if size is not None:
-        if type(size) is not int or not 1 <= size <= 1 << 16:
-            raise config.wrong("sample_size", "it must be the side of a square in pixels")
-        flags["image_size"] = size
+        flags["image_size"] = size[0] if isinstance(size, list) else size
     return found, flags
 
 
 def _levels(config: _Fields, levels: int) -> tuple[list[bool], str]:
     """Which levels attend, and how all of them resample: "conv" or "resnet"."""
-    attends: dict[str, list[bool]] = {}
-    kinds = {}
+    attends, kinds = {}, {}
     for name, known, way in (
         ("down_block_types", DOWN_BLOCKS, "downsample_type"),
         ("up_block_types", UP_BLOCKS, "upsample_type"),
     ):
         blocks = config[name]
-        if not isinstance(blocks, list) or len(blocks) != levels:
-            raise config.wrong(name, f"it must be a list of {levels} blocks")
-        for block in blocks:
-            if not isinstance(block, str) or block not in known:
-                raise config.wrong(name, f"{one_line(block, 40)} is not supported")
+        if len(blocks) != levels or not all(isinstance(block, str) and block in known for block in blocks):
+            raise config.wrong(name, f"it must be a list of {levels} of {', '.join(known)}")
         attends[name] = [known[block][1] for block in blocks]
         # The last block of a list does not resample.
-        for block in blocks[:-1]:
-            kind = known[block][0] or config[way]
-            if kind not in ("conv", "resnet"):
-                raise config.wrong(way, 'it must be "conv" or "resnet"')
-            kinds.setdefault(kind, name if known[block][0] else way)
+        kinds |= {known[block][0] or config[way]: name if known[block][0] else way for block in blocks[:-1]}
     if attends["up_block_types"] != attends["down_block_types"][::-1]:
         raise config.wrong("up_block_types", "it must mirror down_block_types")
     if len(kinds) > 1:

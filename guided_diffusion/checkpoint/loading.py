@@ -86,11 +86,7 @@ _loaded: dict[str, str] = {}  # by path, the fingerprint of what this process re
 
 
 def load_model(
-    path: str | os.PathLike,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    **flags: Any,
+    path: str | os.PathLike, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, **flags: Any
 ) -> tuple[torch.nn.Module, ModelInfo]:
     """Build the model that a checkpoint holds and load it: (model in eval mode, ModelInfo).
 

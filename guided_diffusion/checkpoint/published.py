@@ -108,8 +108,7 @@ PUBLISHED = (
     _adm("128_512_upsampler.pt", 192, 2, SIX, (16, 32), {"image_size": 512, **LINEAR}, class_cond=True, super_res=True),
     # improved-diffusion; what its README does not say has that project's defaults, rescaled timesteps among them.
     _improved(
-        *("imagenet64_uncond_*.pt", 128, 3, FOUR, (4, 8)),
-        {"image_size": 64, **COSINE_4000, "rescale_timesteps": True},
+        *("imagenet64_uncond_*.pt", 128, 3, FOUR, (4, 8)), {"image_size": 64, **COSINE_4000, "rescale_timesteps": True}
     ),
     _improved(
         *("cifar10_uncond_*.pt", 128, 3, "1,2,2,2", (2, 4)),
@@ -143,10 +142,7 @@ def published(model_type: str, found: dict[str, Any]) -> Published | None:
 _FOUR = {"num_channels": 192, "num_res_blocks": 3, "channel_mult": FOUR, "attention_factors": (2, 4, 8)}
 _SIX = {"num_channels": 256, "num_res_blocks": 2, "channel_mult": SIX, "attention_factors": (8, 16, 32)}
 _ALIKE = {"learn_sigma": False, "resblock_updown": True, "use_scale_shift_norm": True}
-EDM_LAYOUTS = (
-    {**_FOUR, **_ALIKE, "class_cond": True, "num_classes": 1000},
-    {**_SIX, **_ALIKE, "class_cond": False},
-)
+EDM_LAYOUTS = ({**_FOUR, **_ALIKE, "class_cond": True, "num_classes": 1000}, {**_SIX, **_ALIKE, "class_cond": False})
 EDM_NAMES = re.compile(r"(?<![a-z])(edm2?|consistency|(cd|ct)[-_](imagenet|bedroom|cat|cifar|lsun))(?![a-z])", re.I)
 EDM_FLAGS = {"sigma_data", "sigma_max", "sigma_min", "weight_schedule", "training_mode", "P_mean", "P_std"}
 
@@ -154,9 +150,9 @@ EDM_FLAGS = {"sigma_data", "sigma_max", "sigma_min", "weight_schedule", "trainin
 def not_ddpm(path: str, found: dict[str, Any], entries: Iterable[str], *, described: bool, told: bool) -> str | None:
     """The reason why a network's process is EDM's or a consistency model's; None for one of DDPM's.
 
-    found: the architecture. entries: names of hyper-parameters and metadata. described: whether its own
-    record describes the model; then its name is no reason. told: whether something, perhaps the caller, says which noise
-    schedule it has; then its layout is no reason either.
+    found: the architecture. entries: names of hyper-parameters and metadata. described: whether the model has a record
+    of its own; then its name is no reason. told: whether something, perhaps the caller, tells the noise schedule; then
+    its layout is no reason either.
     """
     if sigmas := EDM_FLAGS & {*entries}:
         return f"its file has the entry {min(sigmas)}"

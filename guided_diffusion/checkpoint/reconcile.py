@@ -360,12 +360,4 @@ def _check_heads(info: ModelInfo, kind: Kind, factors: tuple[int, ...], given: M
             raise InputError(f"{file}: {untold}: it has {needs}; {give}")
 
 
-__all__ = [
-    "FLAGS",
-    "RUNTIME_FLAGS",
-    "TRAINING_FLAGS",
-    "UNDETECTABLE_FLAGS",
-    "ModelFlags",
-    "ModelInfo",
-    "reconcile",
-]
+__all__ = ["FLAGS", "RUNTIME_FLAGS", "TRAINING_FLAGS", "UNDETECTABLE_FLAGS", "ModelFlags", "ModelInfo", "reconcile"]
