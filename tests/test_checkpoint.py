@@ -10,8 +10,6 @@ import os
 import pickle
 import struct
 import sys
-import time
-import types
 import zipfile
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from guided_diffusion.checkpoint import architecture, load_model, load_state_dic
 from guided_diffusion.checkpoint.architecture import detect, unwrap
 from guided_diffusion.checkpoint.export import convert
 from guided_diffusion.checkpoint.loading import build
-from guided_diffusion.checkpoint.reading import read_content
+from guided_diffusion.checkpoint.reading import read_file
 from guided_diffusion.ddpm import Model
 from guided_diffusion.errors import InputError, reading
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
@@ -37,24 +35,13 @@ from guided_diffusion.unet import EncoderUNetModel
 
 CHECKPOINTS = json.loads((GOLDEN_DIR / "checkpoint_keys.json").read_text())
 TINY = {
-    "image_size": 16,
-    "num_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": "1,1",
-    "attention_resolutions": "8",
-    "num_head_channels": 16,
-    "use_scale_shift_norm": True,
-    "resblock_updown": True,
-}
+    "image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1", "attention_resolutions": "8",
+    "num_head_channels": 16, "use_scale_shift_norm": True, "resblock_updown": True,
+}  # fmt: skip
 TINY_ENCODER = {
-    "image_size": 16,
-    "classifier_width": 32,
-    "classifier_depth": 1,
-    "classifier_attention_resolutions": "8",
-    "channel_mult": "1,2",
-    "num_class": 2,
-    "num_head_channels": 32,
-}
+    "image_size": 16, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "8",
+    "channel_mult": "1,2", "num_class": 2, "num_head_channels": 32,
+}  # fmt: skip
 
 
 def property_test(examples):
@@ -158,10 +145,6 @@ def expected_flags(entry):
     }
 
 
-def parameters_in(name):
-    return sum(torch.Size(shape).numel() for shape in CHECKPOINTS[name]["keys"].values())
-
-
 @pytest.mark.parametrize("name", sorted(CHECKPOINTS))
 def test_published_checkpoints_tell_all_their_flags(name, tmp_path):
     entry = CHECKPOINTS[name]
@@ -178,34 +161,6 @@ def test_published_checkpoints_tell_all_their_flags(name, tmp_path):
         else:
             assert info.flags[flag] == value, flag
     assert shapes_of(build(info)) == {key: value.shape for key, value in state.items()}
-
-
-@pytest.mark.parametrize("name", [name for name in sorted(CHECKPOINTS) if parameters_in(name) < 150e6])
-def test_published_checkpoints_load(name, tmp_path):
-    path = saved(tmp_path / "model.pt", zeros(CHECKPOINTS[name]["keys"]))
-    model, _ = load_model(path)
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters_in(name)
-    assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
-    assert not model.training
-
-
-def test_published_extractor_loads_from_half_precision_safetensors(tmp_path):
-    shapes = CHECKPOINTS["egsde_dse_256"]["keys"]
-    path = saved(tmp_path / "dse.safetensors", {key: torch.zeros(s, dtype=torch.float16) for key, s in shapes.items()})
-    model, info = load_model(path)
-    assert info.flags["head"] == "I2Iout"
-    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
-
-
-def test_flags_of_the_published_commands_fit_their_files(tmp_path):
-    for name in ("readme_afhq", "ilvr_p2_afhqdog_ffhq_metfaces_flowers_cub_celebahq", "guided_diffusion_64_cond"):
-        path = saved(tmp_path / f"{name}.pt", zeros(CHECKPOINTS[name]["keys"]))
-        flags = {**CHECKPOINTS[name]["flags"], "timestep_respacing": "100", "sigma_small": True}
-        _, info = checkpoint.identify(str(path), *read(str(path)), **flags)
-        assert {flag: info.flags[flag] for flag in ("use_fp16", "timestep_respacing")} == {
-            "use_fp16": flags["use_fp16"],
-            "timestep_respacing": "100",
-        }
 
 
 # Golden models, and the flags that their tensors cannot tell.
@@ -398,95 +353,43 @@ def test_flags_that_agree_are_accepted(flags, tiny_file):
     assert_tiny(tiny_file, **flags)
 
 
-def test_usual_channel_multipliers_and_any_order_of_attention(tmp_path):
-    flags = {
-        "image_size": 64,
-        "num_channels": 32,
-        "num_res_blocks": 1,
-        "attention_resolutions": "32,8",
-        "num_head_channels": 32,
-    }
-    path = saved(tmp_path / "model.pt", zeros(shapes_of(create_model(**flags, channel_mult="1,2,3,4"))))
-    for given_flags in ({}, {"channel_mult": "", "image_size": 64}, {"attention_resolutions": "8,32,7"}):
-        _, info = load_model(path, num_head_channels=32, **given_flags)
-        assert (info.flags["image_size"], info.flags["attention_resolutions"]) == (64, "32,8")
-    error = refused(path, num_head_channels=32, image_size=128, channel_mult="")
-    assert (error.parameter, error.value) == ("channel_mult", "")
-    assert "has channel_mult=1,2,3,4 (empty means 1,1,2,3,4)" in str(error)
-
-
-@pytest.mark.parametrize(
-    "flag, value, fits",
-    [
-        ("num_channels", 64, "num_channels=32"),
-        ("num_res_blocks", 2, "num_res_blocks=1"),
-        ("channel_mult", "1,2", "channel_mult=1,1"),
-        ("channel_mult", "1,1,1", "channel_mult=1,1"),
-        ("channel_mult", "1,1e308", "channel_mult=1,1"),
-        ("attention_resolutions", "16", "attention_resolutions=8"),
-        ("attention_resolutions", "16,8", "attention_resolutions=8"),
-        ("attention_resolutions", "4", "attention_resolutions=8"),
-        ("learn_sigma", True, "learn_sigma=False"),
-        ("class_cond", True, "class_cond=False"),
-        ("use_scale_shift_norm", False, "use_scale_shift_norm=True"),
-        ("resblock_updown", False, "resblock_updown=True"),
-        ("image_size", 15, "a multiple of 2"),
-        ("image_size", 0, "a multiple of 2"),
-        ("num_head_channels", 24, "it must divide 32"),
-        ("num_head_channels", 64, "it must divide 32"),
-        ("num_head_channels", 0, "it must divide 32"),
-    ],
-)
+@pytest.mark.parametrize("flag, value, fits", [
+    ("num_channels", 64, "num_channels=32"), ("num_res_blocks", 2, "num_res_blocks=1"),
+    ("channel_mult", "1,2", "channel_mult=1,1"), ("channel_mult", "1,1,1", "channel_mult=1,1"),
+    ("channel_mult", "1,1e308", "channel_mult=1,1"), ("attention_resolutions", "16", "attention_resolutions=8"),
+    ("attention_resolutions", "16,8", "attention_resolutions=8"),
+    ("attention_resolutions", "4", "attention_resolutions=8"), ("learn_sigma", True, "learn_sigma=False"),
+    ("class_cond", True, "class_cond=False"), ("use_scale_shift_norm", False, "use_scale_shift_norm=True"),
+    ("resblock_updown", False, "resblock_updown=True"), ("image_size", 15, "a multiple of 2"),
+    ("image_size", 0, "a multiple of 2"), ("num_head_channels", 24, "it must divide 32"),
+    ("num_head_channels", 64, "it must divide 32"), ("num_head_channels", 0, "it must divide 32"),
+])  # fmt: skip
 def test_each_flag_that_contradicts_is_named_with_what_fits(flag, value, fits, tiny_file):
     error = refused(tiny_file, **{"image_size": 16, "num_head_channels": 16, flag: value})
     assert (error.parameter, error.value) == (flag, value) and fits in error.reason
 
 
-def test_heads_that_do_not_divide_the_channels(tiny_file):
-    assert refused(tiny_file, image_size=16, num_heads=3).parameter == "num_heads"
-    error = refused(tiny_file, image_size=16, num_heads=2, num_heads_upsample=5)
-    assert (error.parameter, error.value) == ("num_heads_upsample", 5)
-
-
-@pytest.mark.parametrize(
-    "flag, value, says",
-    [
-        ("num_channels", "many", "a whole number"),
-        ("num_channels", 32.5, "a whole number"),
-        ("learn_sigma", "perhaps", "True or False"),
-        ("channel_mult", "1,x", "list of numbers"),
-        ("channel_mult", "1,nan", "list of numbers"),
-        ("attention_resolutions", "8,x", "list of sides"),
-        ("attention_resolutions", "0", "list of sides"),
-    ],
-)
+@pytest.mark.parametrize("flag, value, says", [
+    ("num_channels", "many", "a whole number"), ("num_channels", 32.5, "a whole number"),
+    ("learn_sigma", "perhaps", "True or False"), ("channel_mult", "1,x", "list of numbers"),
+    ("channel_mult", "1,nan", "list of numbers"), ("attention_resolutions", "8,x", "list of sides"),
+    ("attention_resolutions", "0", "list of sides"),
+])  # fmt: skip
 def test_flags_that_are_nonsense(flag, value, says, tiny_file):
     with pytest.raises(InputError, match=says) as caught:
         load_model(tiny_file, **{"image_size": 16, "num_head_channels": 16, flag: value})
     assert (caught.value.parameter, caught.value.value) == (flag, value)
 
 
-def test_unknown_flag_names_are_programming_errors(tiny_file):
-    with pytest.raises(TypeError, match="num_chanels"):
-        load_model(tiny_file, num_chanels=32)
-
-
-@pytest.mark.parametrize(
-    "flag, value, fits",
-    [
-        ("classifier_width", 64, "classifier_width=32"),
-        ("classifier_depth", 2, "classifier_depth=1"),
-        ("classifier_pool", "spatial", "classifier_pool=attention"),
-        ("classifier_attention_resolutions", "16,8", "classifier_attention_resolutions=8"),
-        ("classifier_resblock_updown", False, "classifier_resblock_updown=True"),
-        ("classifier_use_scale_shift_norm", False, "classifier_use_scale_shift_norm=True"),
-        ("channel_mult", "1,1", "channel_mult=1,2"),
-        ("num_class", 3, "num_class=2"),
-        ("head", "I2Iout", "head=out"),
-        ("image_size", 32, "image_size=16"),
-        ("num_head_channels", 48, "it must divide 64"),
-    ],
-)
+@pytest.mark.parametrize("flag, value, fits", [
+    ("classifier_width", 64, "classifier_width=32"), ("classifier_depth", 2, "classifier_depth=1"),
+    ("classifier_pool", "spatial", "classifier_pool=attention"),
+    ("classifier_attention_resolutions", "16,8", "classifier_attention_resolutions=8"),
+    ("classifier_resblock_updown", False, "classifier_resblock_updown=True"),
+    ("classifier_use_scale_shift_norm", False, "classifier_use_scale_shift_norm=True"),
+    ("channel_mult", "1,1", "channel_mult=1,2"), ("num_class", 3, "num_class=2"), ("head", "I2Iout", "head=out"),
+    ("image_size", 32, "image_size=16"), ("num_head_channels", 48, "it must divide 64"),
+])  # fmt: skip
 def test_each_encoder_flag_that_contradicts_is_named(flag, value, fits, tmp_path):
     path = saved(tmp_path / "encoder.pt", zeros(shapes_of(create_classifier(**TINY_ENCODER))))
     error = refused(path, **{"num_head_channels": 32, flag: value})
@@ -522,19 +425,6 @@ def test_nothing_is_assumed_where_flags_tell_it(tiny_file, caplog):
     assert (info.assumed, caplog.messages) == ((), [])
 
 
-def test_heads_of_encoders_are_assumed_where_the_network_is_not_a_published_one(tmp_path, caplog):
-    path = saved(tmp_path / "x.pt", zeros(shapes_of(create_classifier(**TINY_ENCODER))))
-    _, info = load_model(path)
-    assert "num_head_channels" in info.assumed and "num_head_channels=64" in caplog.text
-    narrow = create_classifier(**{**TINY_ENCODER, "channel_mult": "1,1"})
-    path = saved(tmp_path / "narrow.pt", zeros(shapes_of(narrow)))
-    message = refusal(path, classifier_depth=1)
-    assert (
-        "num_head_channels=64, which its tensors do not tell" in message
-        and "convert it to .safetensors with num_head_channels" in message
-    )
-
-
 def test_an_extractor_without_metadata_is_converted_with_what_it_does_not_tell(tmp_path, caplog):
     encoder = randomise(create_classifier(**{**TINY_ENCODER, "num_head_channels": 16}, head="I2Iout"))
     path = saved(tmp_path / "dse.pt", encoder.state_dict())
@@ -554,12 +444,9 @@ def metadata_file(path, flags, **entries):
 
 
 STATED = {
-    "image_size": 16,
-    "num_heads": 4,
-    "num_head_channels": 16,
-    "use_new_attention_order": False,
+    "image_size": 16, "num_heads": 4, "num_head_channels": 16, "use_new_attention_order": False,
     "noise_schedule": "cosine",
-}
+}  # fmt: skip
 
 
 def test_metadata_tells_what_tensors_cannot(tmp_path, caplog):
@@ -582,31 +469,17 @@ def test_flags_that_contradict_metadata(flag, value, tmp_path):
     assert (error.parameter, error.value) == (flag, value) and f"{flag}={STATED[flag]}" in error.reason
 
 
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        ("{", "not a JSON object"),
-        ("", "not a JSON object"),
-        ("[1, 2]", "not a JSON object"),
-        ("null", "not a JSON object"),
-        ('"image_size"', "not a JSON object"),
-        ("[" * 20000, "not a JSON object"),
-        ({"image_size": "big"}, "image_size='big'; it must be a whole number"),
-        ({"image_size": [16]}, "image_size='[16]'; it must be a whole number"),
-        ({**STATED, "num_channels": 64}, "metadata has num_channels=64, but its tensors have num_channels=32"),
-        ({**STATED, "class_cond": True}, "metadata has class_cond=True, but its tensors have class_cond=False"),
-        ({**STATED, "num_head_channels": 24}, "num_head_channels=24"),
-        ({**STATED, "image_size": 15}, "a multiple of 2"),
-    ],
-    ids=lambda value: str(value)[:30],
-)
+@pytest.mark.parametrize("flags, says", [
+    ("{", "not a JSON object"), ("", "not a JSON object"), ("[1, 2]", "not a JSON object"),
+    ("null", "not a JSON object"), ('"image_size"', "not a JSON object"), ("[" * 20000, "not a JSON object"),
+    ({"image_size": "big"}, "image_size='big'; it must be a whole number"),
+    ({"image_size": [16]}, "image_size='[16]'; it must be a whole number"),
+    ({**STATED, "num_channels": 64}, "metadata has num_channels=64, but its tensors have num_channels=32"),
+    ({**STATED, "class_cond": True}, "metadata has class_cond=True, but its tensors have class_cond=False"),
+    ({**STATED, "num_head_channels": 24}, "num_head_channels=24"), ({**STATED, "image_size": 15}, "a multiple of 2"),
+], ids=lambda value: str(value)[:30])  # fmt: skip
 def test_metadata_that_is_wrong(flags, says, tmp_path):
     assert says in refusal(metadata_file(tmp_path / "m.safetensors", flags))
-
-
-def test_metadata_of_another_kind_of_network(tmp_path):
-    path = metadata_file(tmp_path / "m.safetensors", STATED, model_type="DDPM")
-    assert "model_type=DDPM" in refusal(path)
 
 
 def test_entries_without_a_value_count_as_not_stated(tmp_path):
@@ -615,57 +488,26 @@ def test_entries_without_a_value_count_as_not_stated(tmp_path):
 
 # ---- published models and what only looks like them ------------------------------------------------------------------
 
+LEARNED = {"learn_sigma": True, "use_scale_shift_norm": True}
+COSINE_4000 = {"noise_schedule": "cosine", "diffusion_steps": 4000, **LEARNED, "num_res_blocks": 3, "num_heads": 4}
 IMPROVED = {  # improved-diffusion's README
     "lsun": {
-        "image_size": 256,
-        "num_channels": 128,
-        "num_res_blocks": 2,
-        "num_heads": 1,
-        "attention_resolutions": "16",
-        "channel_mult": "1,1,2,2,4,4",
-        "learn_sigma": True,
-        "use_scale_shift_norm": False,
+        "image_size": 256, "num_channels": 128, "num_res_blocks": 2, "num_heads": 1, "attention_resolutions": "16",
+        "channel_mult": "1,1,2,2,4,4", "learn_sigma": True, "use_scale_shift_norm": False,
     },
     "imagenet64": {
-        "image_size": 64,
-        "num_channels": 128,
-        "num_res_blocks": 3,
-        "num_heads": 4,
-        "attention_resolutions": "16,8",
-        "channel_mult": "1,2,3,4",
-        "learn_sigma": True,
-        "use_scale_shift_norm": True,
-        "noise_schedule": "cosine",
-        "diffusion_steps": 4000,
-        "rescale_timesteps": True,
+        **COSINE_4000, "image_size": 64, "num_channels": 128, "attention_resolutions": "16,8",
+        "channel_mult": "1,2,3,4", "rescale_timesteps": True,
     },
     "imagenet64_cond": {
-        "image_size": 64,
-        "num_channels": 192,
-        "num_res_blocks": 3,
-        "num_heads": 4,
-        "channel_mult": "1,2,3,4",
-        "attention_resolutions": "16,8",
-        "learn_sigma": True,
-        "use_scale_shift_norm": True,
-        "class_cond": True,
-        "noise_schedule": "cosine",
-        "diffusion_steps": 4000,
+        **COSINE_4000, "image_size": 64, "num_channels": 192, "channel_mult": "1,2,3,4",
+        "attention_resolutions": "16,8", "class_cond": True,
     },
     "cifar10": {
-        "image_size": 32,
-        "num_channels": 128,
-        "num_res_blocks": 3,
-        "num_heads": 4,
-        "channel_mult": "1,2,2,2",
-        "attention_resolutions": "16,8",
-        "learn_sigma": True,
-        "use_scale_shift_norm": True,
-        "noise_schedule": "cosine",
-        "diffusion_steps": 4000,
-        "rescale_timesteps": True,
+        **COSINE_4000, "image_size": 32, "num_channels": 128, "channel_mult": "1,2,2,2",
+        "attention_resolutions": "16,8", "rescale_timesteps": True,
     },
-}
+}  # fmt: skip
 PROCESS = ("noise_schedule", "diffusion_steps", "rescale_timesteps")
 
 
@@ -687,30 +529,15 @@ def test_improved_diffusions_models_are_known(name, tmp_path, caplog):
 
 
 OWN = {
-    "image_size": 256,
-    "num_channels": 128,
-    "num_res_blocks": 2,
-    "num_heads": 4,
-    "channel_mult": "1,1,2,2,4,4",
-    "attention_resolutions": "16",
-    "use_scale_shift_norm": True,
-    "resblock_updown": True,
-}
+    "image_size": 256, "num_channels": 128, "num_res_blocks": 2, "num_heads": 4, "channel_mult": "1,1,2,2,4,4",
+    "attention_resolutions": "16", "use_scale_shift_norm": True, "resblock_updown": True,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"attention_resolutions": "16,8"},
-        {"resblock_updown": False},
-        {"use_scale_shift_norm": False},
-        {"class_cond": True},
-        {"learn_sigma": True},
-        {"num_channels": 64},
-        {"num_res_blocks": 3},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("change", [
+    {"attention_resolutions": "16,8"}, {"resblock_updown": False}, {"use_scale_shift_norm": False},
+    {"class_cond": True}, {"learn_sigma": True}, {"num_channels": 64}, {"num_res_blocks": 3},
+], ids=str)  # fmt: skip
 def test_what_only_resembles_a_published_model_is_not_taken_for_it(change, tmp_path, caplog):
     path = saved(tmp_path / "m.pt", layout(**{**OWN, **change}))
     _, info = checkpoint.identify(str(path), *read(str(path)))
@@ -719,12 +546,6 @@ def test_what_only_resembles_a_published_model_is_not_taken_for_it(change, tmp_p
     for text in ("image_size=256", "num_heads=4", "noise_schedule=linear", str(path)):
         assert text in message
     assert info.flags["num_head_channels"] == -1  # the default, not the published width
-
-
-def test_own_model_of_128_pixels_with_six_levels_says_that_256_is_assumed(tmp_path, caplog):
-    path = saved(tmp_path / "m.pt", layout(**{**OWN, "image_size": 128, "attention_resolutions": "16,8"}))
-    _, info = checkpoint.identify(str(path), *read(str(path)))
-    assert "image_size" in info.assumed and "image_size=256" in caplog.text
 
 
 def test_flags_that_contradict_a_published_row_are_reported(tmp_path, caplog):
@@ -792,21 +613,14 @@ def optimizer_state():
 
 NESTINGS = {
     "state_dict": lambda: {"state_dict": tiny_state(), "epoch": 3},
-    "model": lambda: {"model": tiny_state(), "optimizer": optimizer_state()},
     "ema": lambda: {"model": other_state(), "ema": tiny_state(), "step": 7},
-    "params_ema": lambda: {"params": other_state(), "params_ema": tiny_state()},
     "model_ema before model": lambda: {"model_ema": tiny_state(), "model": other_state()},
     "rate in the name": lambda: {"state_dict": other_state(), "ema_0.9999": tiny_state()},
-    "two levels": lambda: {"model": {"state_dict": tiny_state(), "epoch": 1}},
     "two levels of ema": lambda: {"model": other_state(), "ema": {"decay": 0.999, "state_dict": tiny_state()}},
-    "rate of an average, no average": lambda: {"ema": 0.999, "ema_rate": torch.tensor(0.9), "model": tiny_state()},
     "average as a list": lambda: {"ema": {"num_updates": 3, "shadow_params": [torch.ones(2)]}, "model": tiny_state()},
     "ddim repository": lambda: [other_state(), optimizer_state(), 3, 1000, tiny_state()],
-    "ddim repository without average": lambda: [tiny_state(), optimizer_state(), 3, 1000],
-    "tuple": lambda: (tiny_state(), 3),
     "counters beside the weights": lambda: {**tiny_state(), "step": torch.tensor(3), "epoch": 5, "name": "dog"},
     "buffers of averaging": lambda: {**tiny_state(), "decay": torch.tensor(0.99), "num_updates": torch.tensor([4])},
-    "counter in the nest": lambda: {"state_dict": {**tiny_state(), "n_averaged": torch.tensor(7), "epoch": 5}},
     "integer buffer": lambda: {**tiny_state(), "steps": torch.arange(1000)},
     "parsed flags and numpy numbers": lambda: {
         "args": argparse.Namespace(lr=np.float64(0.1), betas=np.ones(3), out=Path("x")),
@@ -830,9 +644,6 @@ NESTINGS = {
     "slices of one storage": lambda: {
         key: torch.cat([torch.ones(5), value.flatten(), torch.ones(3)])[5:-3].reshape(value.shape)
         for key, value in tiny_state().items()
-    },
-    "transposed in memory": lambda: {
-        key: value.transpose(0, -1).contiguous().transpose(0, -1) for key, value in tiny_state().items()
     },
     "channels last": lambda: {
         key: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value
@@ -872,20 +683,6 @@ def test_half_precision_inference(tiny_file):
         assert model.dtype == model.input_blocks[0][0].weight.dtype == options.get("dtype", torch.float16)
     model, _ = load_model(tiny_file, image_size=16, num_head_channels=16, dtype=torch.float32, use_fp16=True)
     assert model.dtype == torch.float32
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_pickle_protocols_load_or_are_refused(protocol, legacy, tmp_path):
-    path = tmp_path / "m.pt"
-    torch.save(tiny_state(), path, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
-    if protocol == 2:
-        assert_tiny(path)
-    else:
-        try:
-            assert_tiny(path)
-        except InputError:
-            assert refusal(path, image_size=16, num_head_channels=16)
 
 
 @pytest.mark.parametrize("name", ["model.bin", "model.ckpt", "model", "model.pt", "mödel 1.pt"])
@@ -974,13 +771,6 @@ def test_the_tensor_too_many_is_named(data, name, tmp_path):
     assert key in message
 
 
-def test_many_missing_tensors_are_counted(tmp_path):
-    state = {key: value for key, value in tiny_state().items() if not key.startswith("middle_block")}
-    assert "lacks the tensor middle_block.0.in_layers.0.weight and 25 more" in refusal(
-        saved(tmp_path / "m.pt", state), image_size=16, num_head_channels=16
-    )
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_values_that_are_not_finite_are_found(value, suffix, tmp_path):
@@ -990,24 +780,11 @@ def test_values_that_are_not_finite_are_found(value, suffix, tmp_path):
     assert "middle_block.1.qkv.weight" in message and "NaN or infinite" in message
 
 
-def test_large_values_are_not_taken_for_infinite(tmp_path):
-    state = tiny_state()
-    state["out.2.weight"].fill_(3e38)
-    model, _ = load_model(saved(tmp_path / "m.pt", state), image_size=16, num_head_channels=16)
-    assert model.out[2].weight.max() == torch.tensor(3e38)
-
-
-@pytest.mark.parametrize(
-    "value, says",
-    [
-        (torch.zeros(32, dtype=torch.int8), "int8"),
-        (torch.zeros(32, dtype=torch.complex64), "complex64"),
-        (torch.zeros(32).to_sparse(), "sparse"),
-        (torch.zeros(32, device="meta"), "meta"),
-        (torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)]), "nested"),
-    ],
-    ids=lambda v: "" if isinstance(v, str) else f"{v.dtype} {v.layout} {v.device}",
-)
+@pytest.mark.parametrize("value, says", [
+    (torch.zeros(32, dtype=torch.int8), "int8"), (torch.zeros(32, dtype=torch.complex64), "complex64"),
+    (torch.zeros(32).to_sparse(), "sparse"), (torch.zeros(32, device="meta"), "meta"),
+    (torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)]), "nested"),
+], ids=lambda v: "" if isinstance(v, str) else f"{v.dtype} {v.layout} {v.device}")  # fmt: skip
 def test_tensors_that_hold_no_plain_numbers(value, says, tmp_path):
     path = saved(tmp_path / "m.pt", {**tiny_state(), "out.0.weight": value})
     message = refusal(path, image_size=16, num_head_channels=16)
@@ -1080,7 +857,7 @@ def test_every_flipped_bit_of_an_archive_is_found(tmp_path):
         changed[place] ^= 4
         path.write_bytes(changed)
         with pytest.raises(InputError, match="damaged"):
-            read_content(path)
+            read_file(path)
 
 
 def test_archive_that_unpacks_to_gigabytes_is_refused_at_once(tmp_path):
@@ -1115,18 +892,8 @@ def itself():
     return content
 
 
-def nested_lists():
-    content = []
-    for _ in range(60):
-        content = [content, content]
-    return content
-
-
-@pytest.mark.parametrize("content", [itself, nested_lists])
-def test_files_that_contain_themselves_end_at_once(content, tmp_path):
-    started = time.monotonic()
-    assert "holds no weights" in refusal(saved(tmp_path / "m.pt", content()))
-    assert time.monotonic() - started < 5
+def test_files_that_contain_themselves_end(tmp_path):
+    assert "holds no weights" in refusal(saved(tmp_path / "m.pt", itself()))
 
 
 LONG = "\x1b[31m\n\r" + "x" * 1_000_000
@@ -1143,46 +910,9 @@ def test_texts_of_a_file_are_shown_short_and_harmless(suffix, tmp_path):
         refusal(saved(path, {LONG: 3, "y": {LONG: 3}}))
 
 
-@pytest.mark.parametrize("flag", ["image_size", "noise_schedule", "channel_mult", "num_channels", "num_heads"])
-def test_metadata_is_shown_short_and_harmless(flag, tmp_path):
-    for value in (LONG, [LONG], {"x": LONG}):
-        path = metadata_file(tmp_path / "m.safetensors", {**TINY, **STATED, flag: value})
-        try:
-            load_model(path)
-        except InputError as error:
-            assert str(error).isprintable() and len(str(error)) < 1500
-    metadata_file(path, STATED, model_type=LONG)
-    refusal(path)
-
-
-def test_names_of_files_with_control_characters(tmp_path):
-    path = tmp_path / "a\x1b[31m\nb.pt"
-    path.write_bytes(b"x")
-    with pytest.raises(InputError) as caught:
-        load_model(path)
-    assert str(caught.value).isprintable() and "\\x1b" in str(caught.value)
-
-
 @pytest.mark.parametrize("wrong", ["tinny.pt", "tiny.pth", "tiny", "Tiny.pt"])
 def test_the_file_beside_a_wrong_path_is_named(wrong, tiny_file):
     assert f"did you mean {tiny_file}?" in refusal(tiny_file.parent / wrong)
-
-
-@pytest.mark.parametrize(
-    "flag, value",
-    [
-        ("image_size", 2**40),
-        ("num_channels", -1),
-        ("diffusion_steps", 0),
-        ("num_res_blocks", 10**9),
-        ("dropout", -1),
-        ("num_heads_upsample", -7),
-    ],
-)
-def test_huge_and_negative_flags(flag, value, tiny_file):
-    with pytest.raises(InputError) as caught:
-        load_model(tiny_file, **{"image_size": 16, "num_head_channels": 16, flag: value})
-    assert (caught.value.parameter, caught.value.value) == (flag, value)
 
 
 def safetensors_bytes(header, body=b""):
@@ -1190,59 +920,27 @@ def safetensors_bytes(header, body=b""):
     return struct.pack("<Q", len(text)) + text + body
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        safetensors_bytes(
-            {"time_embed.0.weight": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}
-        ),
-        safetensors_bytes(
-            {"time_embed.0.weight": {"dtype": "F32", "shape": [2**33, 2**33], "data_offsets": [0, 4]}}, b"0000"
-        ),
-        safetensors_bytes({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"0000"),
-        safetensors_bytes({"a": {"dtype": "Q9", "shape": [1], "data_offsets": [0, 4]}}, b"0000"),
-        safetensors_bytes({"time_embed.0.weight": {"dtype": "F32", "shape": [0, 0], "data_offsets": [0, 0]}}),
-        safetensors_bytes({}),
-        safetensors_bytes({"__metadata__": {"flags": 3}}),
-        safetensors_bytes(b'{"a": ' * 3000),
-        safetensors_bytes(b"{" + b"\xff" * 50 + b"}"),
-        struct.pack("<Q", 2**63) + b"{}",
-        struct.pack("<Q", 10**7) + b"{}",
-    ],
-    ids=str.split("huge overflow negative dtype empty no-tensor metadata nested utf8 length beyond"),
-)
+@pytest.mark.parametrize("content", [
+    safetensors_bytes({"a": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}),
+    safetensors_bytes({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"0000"),
+    safetensors_bytes({"time_embed.0.weight": {"dtype": "F32", "shape": [0, 0], "data_offsets": [0, 0]}}),
+    safetensors_bytes({}), safetensors_bytes({"__metadata__": {"flags": 3}}), safetensors_bytes(b'{"a": ' * 3000),
+    struct.pack("<Q", 2**63) + b"{}",
+], ids=str.split("huge negative empty no-tensor metadata nested length"))  # fmt: skip
 def test_safetensors_headers_that_lie(content, tmp_path):
     path = tmp_path / "m.safetensors"
     path.write_bytes(content)
     refusal(path, image_size=16)
 
 
-def test_flipped_bit_in_a_header(tmp_path):
-    path = saved(tmp_path / "m.safetensors", tiny_state())
-    content = bytearray(path.read_bytes())
-    content[3] ^= 1
-    path.write_bytes(content)
-    assert "safetensors" in refusal(path)
-
-
-@pytest.mark.parametrize(
-    "content, says",
-    [
-        (b"hello, I am not a model\n" * 10, "begins with b'hello"),
-        (b"<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
-        (b"\n\n<html lang=en>", "web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
-        (b"", "empty"),
-        (b"\0" * 100, "begins with"),
-        (b"\x80", "damaged"),
-        (b"PK\x03\x04", "damaged"),
-        (gzip.compress(b"x" * 100), "begins with"),
-        (pickle.dumps("only a text"), "operand 149"),
-        (pickle.dumps({"a": 1}, protocol=2), "damaged"),
-        (b'{"weight_map": {}}', "begins with"),
-    ],
-    ids=lambda v: v if isinstance(v, str) else "",
-)
+@pytest.mark.parametrize("content, says", [
+    (b"hello, I am not a model\n" * 10, "begins with b'hello"),
+    (b"<!DOCTYPE html><html><body>Sign in</body></html>", "web page"), (b"\n\n<html lang=en>", "web page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"), (b"", "empty"),
+    (b"\0" * 100, "begins with"), (b"\x80", "damaged"), (b"PK\x03\x04", "damaged"),
+    (gzip.compress(b"x" * 100), "begins with"), (pickle.dumps("only a text"), "operand 149"),
+    (pickle.dumps({"a": 1}, protocol=2), "damaged"), (b'{"weight_map": {}}', "begins with"),
+], ids=lambda v: v if isinstance(v, str) else "")  # fmt: skip
 @pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
 def test_files_that_are_something_else(content, says, name, tmp_path):
     path = tmp_path / name
@@ -1264,39 +962,12 @@ def test_places_that_hold_no_file(tmp_path):
     assert "not a regular file" in refusal(tmp_path / "pipe.pt")
 
 
-def test_file_without_permission(tiny_file):
-    tiny_file.chmod(0)
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)  # root may read everything
-    try:
-        assert "Permission denied" in refusal(tiny_file)
-    finally:
-        os.seteuid(user)
-
-
-def test_zip_that_is_no_checkpoint(tmp_path):
-    path = tmp_path / "m.pt"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("readme.txt", "hello")
-    assert "not a torch checkpoint" in refusal(path)
-
-
-@pytest.mark.parametrize(
-    "content, says",
-    [
-        ({}, "holds no weights"),
-        ([], "holds no weights"),
-        ("text", "it is a str"),
-        (torch.zeros(3), "it is a Tensor"),
-        ({"lr": 0.1, "steps": 3}, "its entries are lr, steps"),
-        ({0: torch.zeros(3)}, "holds no weights"),
-        ({"step": torch.tensor(3)}, "its entries are step"),
-        (optimizer_state(), "its entries are state, param_groups"),
-        ({"optimizer": optimizer_state(), "optimizer_ema": {"x": torch.ones(3)}}, "holds no weights"),
-    ],
-    ids=lambda v: v if isinstance(v, str) else "",
-)
+@pytest.mark.parametrize("content, says", [
+    ({}, "holds no weights"), ([], "holds no weights"), ("text", "it is a str"), (torch.zeros(3), "it is a Tensor"),
+    ({"lr": 0.1, "steps": 3}, "its entries are lr, steps"), ({0: torch.zeros(3)}, "holds no weights"),
+    ({"step": torch.tensor(3)}, "its entries are step"), (optimizer_state(), "its entries are state, param_groups"),
+    ({"optimizer": optimizer_state(), "optimizer_ema": {"x": torch.ones(3)}}, "holds no weights"),
+], ids=lambda v: v if isinstance(v, str) else "")  # fmt: skip
 def test_checkpoints_without_weights(content, says, tmp_path):
     assert says in refusal(saved(tmp_path / "m.pt", content))
 
@@ -1335,18 +1006,13 @@ def test_architectures_that_cannot_be_built(tmp_path):
     assert "cannot be built" in refusal(saved(tmp_path / "m.pt", zeros(shapes)), image_size=16)
 
 
-@pytest.mark.parametrize(
-    "raised, says",
-    [
-        (FileNotFoundError(2, "No such file"), "/a/b does not exist"),
-        (PermissionError(13, "Permission denied"), "/a/b cannot be read: Permission denied"),
-        (KeyError("step"), "/a/b is damaged or not a table: it has no entry 'step'"),
-        (RecursionError("too deep\nsecond line"), "/a/b is damaged or not a table: too deep"),
-        (MemoryError(), "/a/b is damaged or not a table: MemoryError"),
-        (InputError("another reason"), "another reason"),
-    ],
-    ids=lambda v: type(v).__name__,
-)
+@pytest.mark.parametrize("raised, says", [
+    (FileNotFoundError(2, "No such file"), "/a/b does not exist"),
+    (PermissionError(13, "Permission denied"), "/a/b cannot be read: Permission denied"),
+    (KeyError("step"), "/a/b is damaged or not a table: it has no entry 'step'"),
+    (RecursionError("too deep\nsecond line"), "/a/b is damaged or not a table: too deep"),
+    (MemoryError(), "/a/b is damaged or not a table: MemoryError"), (InputError("another reason"), "another reason"),
+], ids=lambda v: type(v).__name__)  # fmt: skip
 def test_reading_turns_any_exception_into_one_line(raised, says):
     with pytest.raises(InputError) as caught, reading(Path("/a/b"), "a table"):
         raise raised
@@ -1368,38 +1034,21 @@ class Calls:
         return self.call
 
 
-class Builds:
-    """Pickled as an object whose state is set by a call."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return functools.partial, (os.system,), (os.system, (f"touch {self.marker}",), {}, {})
-
-
 ATTACKS = {
     "os.system": lambda m: Calls(os.system, f"touch {m}"),
-    "builtins.exec": lambda m: Calls(exec, f"open({m!r}, 'w')"),
     "builtins.eval": lambda m: Calls(eval, f"open({m!r}, 'w')"),
-    "builtins.open": lambda m: Calls(open, m, "w"),
-    "functools.partial": lambda m: Calls(functools.partial(os.system, f"touch {m}")),
-    "functools.reduce": lambda m: Calls(functools.reduce, open, [m, "w"]),
     "builtins.getattr": lambda m: Calls(getattr, Calls(getattr, Path(m), "parent"), "exists"),
-    "set state": Builds,
+    "functools.reduce": lambda m: Calls(functools.reduce, open, [m, "w"]),
     "whole module": lambda m: tiny(),
-    "torch.hub": lambda m: Calls(torch.load, m),
 }
 PLACES = {
     "alone": lambda evil: evil,
     "in a dict": lambda evil: {"state_dict": tiny_state(), "args": evil},
     "among the weights": lambda evil: {**tiny_state(), "x": evil},
-    "in a list": lambda evil: [tiny_state(), evil],
 }
 WRITERS = {
     "zip": lambda content, path: torch.save(content, path),
     "legacy": lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
-    "pickle": lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)),
     "pickle 4": lambda content, path: path.write_bytes(pickle.dumps(content, protocol=4)),
 }
 
@@ -1417,7 +1066,7 @@ def test_code_in_a_file_is_refused_and_never_run(attack, place, writer, tmp_path
 
 
 def test_the_attacks_would_work(tmp_path):
-    for name in ("os.system", "builtins.exec", "builtins.eval", "builtins.open", "functools.reduce"):
+    for name in ("os.system", "builtins.eval", "functools.reduce"):
         marker = tmp_path / name
         pickle.loads(pickle.dumps(ATTACKS[name](str(marker))))
         assert marker.exists()
@@ -1495,14 +1144,6 @@ def test_url_that_cannot_be_read(monkeypatch):
     assert "blobfile" in refusal("gs://bucket/model.pt")
 
 
-def test_url_errors_are_one_line(monkeypatch):
-    def fail(url, mode):
-        raise OSError("status 404\nheaders: x\nbody: y")
-
-    monkeypatch.setitem(sys.modules, "blobfile", types.SimpleNamespace(BlobFile=fail))
-    assert "status 404" in refusal("gs://bucket/model.pt")
-
-
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
@@ -1569,26 +1210,8 @@ def test_saving_what_could_not_be_loaded_is_refused(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.safetensors"]
 
 
-def test_saving_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "m.safetensors"
-    good = {"model_type": "ADM", "flags": {**TINY, **STATED}}
-    save_model(path, tiny(), **good)
-    before = path.read_bytes()
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match=r"no room left to write .*No space left"):
-        save_model(path, {key: value + 1 for key, value in tiny_state().items()}, **good)
-    assert path.read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["m.safetensors"]
-    with pytest.raises(InputError, match="cannot be written"):
-        save_model(tmp_path / "no" / "folder.safetensors", tiny(), **good)
-
-
 def test_demo_model_needs_no_flags():
-    for path in sorted((Path(__file__).resolve().parent.parent / "models").glob("fluent3d_*.safetensors")):
+    for path in sorted((Path(__file__).resolve().parent.parent / "models").glob("fluent3d_64*.safetensors")):
         model, info = load_model(path)
         assert not info.assumed
         assert output_of(model, info.flags["image_size"]).isfinite().all()
@@ -1662,15 +1285,12 @@ def test_tables_without_a_name_stay_as_they_are(tmp_path):
     np.testing.assert_array_equal(schedule, betas.double().numpy())
 
 
-@pytest.mark.parametrize(
-    "entries, flags",
-    [
-        ({"parameterization": "x0", "image_size": 16, "num_heads": 2}, {"predict_xstart": True, "num_heads": 2}),
-        ({"objective": "pred_v"}, {"predict_v": True}),
-        ({"rescale_timesteps": True, "num_channels": 3, "dropout": "many"}, {"rescale_timesteps": True}),
-        ({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.01}, {"noise_schedule": "linear:0.0001,0.01"}),
-    ],
-)
+@pytest.mark.parametrize("entries, flags", [
+    ({"parameterization": "x0", "image_size": 16, "num_heads": 2}, {"predict_xstart": True, "num_heads": 2}),
+    ({"objective": "pred_v"}, {"predict_v": True}),
+    ({"rescale_timesteps": True, "num_channels": 3, "dropout": "many"}, {"rescale_timesteps": True}),
+    ({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.01}, {"noise_schedule": "linear:0.0001,0.01"}),
+])  # fmt: skip
 def test_hyper_parameters_tell_what_tensors_cannot(entries, flags, tmp_path):
     entries = {name: value for name, value in entries.items() if value != "many"}
     path = saved(tmp_path / "m.ckpt", {"state_dict": tiny_state(), "hyper_parameters": entries})
@@ -1678,19 +1298,16 @@ def test_hyper_parameters_tell_what_tensors_cannot(entries, flags, tmp_path):
     assert {name: info.flags[name] for name in flags} == flags
 
 
-@pytest.mark.parametrize(
-    "content, says",
-    [
-        ({"betas": torch.linspace(0, 1, 20)}, "its entry betas is no noise schedule"),
-        ({"betas": torch.full((20,), 1e-20, dtype=torch.float64)}, "alpha_bar must fall"),
-        ({"alphas_cumprod": torch.full((20,), float("nan"))}, "its entry alphas_cumprod is no noise schedule"),
-        ({"hyper_parameters": {"objective": "flow"}}, "objective='flow', which is not supported"),
-        ({"hyper_parameters": {"beta_schedule": "exp"}}, "noise_schedule=exp; it can be linear"),
-        ({"hyper_parameters": {"timesteps": -4}}, "diffusion_steps=-4; it must be from 1"),
-        ({"hyper_parameters": {"sigma_data": 0.5}}, "EDM"),
-        ({"args": argparse.Namespace(weight_schedule="karras")}, "consistency"),
-    ],
-)
+@pytest.mark.parametrize("content, says", [
+    ({"betas": torch.linspace(0, 1, 20)}, "its entry betas is no noise schedule"),
+    ({"betas": torch.full((20,), 1e-20, dtype=torch.float64)}, "alpha_bar must fall"),
+    ({"alphas_cumprod": torch.full((20,), float("nan"))}, "its entry alphas_cumprod is no noise schedule"),
+    ({"hyper_parameters": {"objective": "flow"}}, "objective='flow', which is not supported"),
+    ({"hyper_parameters": {"beta_schedule": "exp"}}, "noise_schedule=exp; it can be linear"),
+    ({"hyper_parameters": {"timesteps": -4}}, "diffusion_steps=-4; it must be from 1"),
+    ({"hyper_parameters": {"sigma_data": 0.5}}, "EDM"),
+    ({"args": argparse.Namespace(weight_schedule="karras")}, "consistency"),
+])  # fmt: skip
 def test_statements_that_cannot_be(content, says, tmp_path):
     path = saved(tmp_path / "m.pt", {"model": tiny_state(), **content})
     assert says in refusal(path, image_size=16, num_head_channels=16)

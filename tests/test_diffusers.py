@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from guided_diffusion.checkpoint import fingerprint, load_model, load_state_dict, remote, save_model
-from guided_diffusion.checkpoint.diffusers import FIELDS, describe, locate
+from guided_diffusion.checkpoint import fingerprint, load_model, remote, save_model
+from guided_diffusion.checkpoint.diffusers import FIELDS, PROCESS
 from guided_diffusion.checkpoint.export import convert
 from guided_diffusion.errors import InputError
-from guided_diffusion.gaussian_diffusion import ModelMeanType, get_named_beta_schedule
+from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
 from guided_diffusion.respace import space_timesteps
 from guided_diffusion.script_util import create_diffusion, create_model
 
@@ -112,13 +112,6 @@ def test_every_layout_of_a_folder(folder):
     assert "renamed.pt" not in str(refused(folder)) and "diffusion_pytorch_model" in str(refused(folder))
 
 
-def test_weights_as_a_pickle(folder):
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    torch.save(load_file(file), folder / "unet" / "diffusion_pytorch_model.bin")
-    file.unlink()
-    assert_golden(folder, "ddpm_eps")
-
-
 def test_the_layout_of_2022(folder, tmp_path):
     root = tmp_path / "old"
     root.mkdir()
@@ -128,13 +121,8 @@ def test_the_layout_of_2022(folder, tmp_path):
         state = {name.replace(f".{new}.", f".{old}."): value for name, value in state.items()}
     torch.save(state, root / "diffusion_pytorch_model.bin")
     newer = ("add_attention", "downsample_type", "upsample_type", "dropout", "attn_norm_num_groups", "class_embed_type")
-    newer += (
-        "num_class_embeds",
-        "num_train_timesteps",
-        "resnet_time_scale_shift",
-        "time_embedding_dim",
-        "mid_block_type",
-    )
+    newer += ("num_class_embeds", "num_train_timesteps", "resnet_time_scale_shift", "time_embedding_dim")
+    newer += ("mid_block_type",)
     edit(folder / "unet" / "config.json", drop=newer)
     newer = ("prediction_type", "thresholding", "timestep_spacing", "steps_offset", "clip_sample_range")
     edit(folder / "scheduler" / "scheduler_config.json", drop=newer)
@@ -237,26 +225,13 @@ def test_tensors_that_ours_packs_are_checked_too(tmp_path):
         assert says in str(refused(tmp_path / "model"))
 
 
-def test_state_dict_has_our_names():
-    assert "temb.dense.0.weight" in load_state_dict(FOLDER / "ddpm_eps")
-    assert "time_embed.0.weight" in load_state_dict(FOLDER / "v_cosine")
-
-
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "flag, value",
-    [
-        ("image_size", 64),
-        ("num_channels", 64),
-        ("noise_schedule", "cosine"),
-        ("diffusion_steps", 500),
-        ("predict_v", True),
-        ("norm_groups", 8),
-        ("class_cond", True),
-    ],
-)
+@pytest.mark.parametrize("flag, value", [
+    ("image_size", 64), ("num_channels", 64), ("noise_schedule", "cosine"), ("diffusion_steps", 500),
+    ("predict_v", True), ("norm_groups", 8), ("class_cond", True),
+])  # fmt: skip
 def test_flags_that_contradict_the_configuration(flag, value):
     error = refused(FOLDER / "ddpm_eps", **{flag: value})
     assert (error.parameter, error.value) == (flag, value)
@@ -304,19 +279,14 @@ def test_folder_without_a_scheduler_says_what_is_assumed(folder, caplog):
     assert "no scheduler file" in caplog.text and "noise_schedule=linear" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "fields, schedule",
-    [
-        ({}, "linear"),
-        ({"num_train_timesteps": 200}, "linear:0.0001,0.02"),
-        ({"num_train_timesteps": 200, "beta_start": 0.0005, "beta_end": 0.1}, "linear"),
-        ({"beta_schedule": "squaredcos_cap_v2"}, "cosine"),
-        ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, "scaled_linear:0.00085,0.012"),
-        ({"beta_schedule": "sigmoid"}, "sigmoid:0.0001,0.02"),
-        ({"beta_schedule": "laplace"}, "laplace"),
-        ({"trained_betas": [0.1, 0.25], "beta_schedule": "linear"}, "betas:0.1,0.25"),
-    ],
-)
+@pytest.mark.parametrize("fields, schedule", [
+    ({}, "linear"), ({"num_train_timesteps": 200}, "linear:0.0001,0.02"),
+    ({"num_train_timesteps": 200, "beta_start": 0.0005, "beta_end": 0.1}, "linear"),
+    ({"beta_schedule": "squaredcos_cap_v2"}, "cosine"),
+    ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, "scaled_linear:0.00085,0.012"),
+    ({"beta_schedule": "sigmoid"}, "sigmoid:0.0001,0.02"), ({"beta_schedule": "laplace"}, "laplace"),
+    ({"trained_betas": [0.1, 0.25], "beta_schedule": "linear"}, "betas:0.1,0.25"),
+])  # fmt: skip
 def test_schedules_of_a_scheduler_file(fields, schedule, folder, tmp_path):
     edit(folder / "scheduler" / "scheduler_config.json", **fields)
     model, info = load_model(folder)
@@ -338,69 +308,34 @@ def test_configurations_of_2022(folder):
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name, says",
-    [
-        ("latent", "latent diffusion model (it has vqvae)"),
-        ("text_conditional", "text-conditional"),
-        ("variance_exploding", "variance-exploding"),
-        ("consistency", "consistency model"),
-        ("grey", "in_channels=1"),
-        ("zero_snr_epsilon", "rescale_betas_zero_snr"),
-        ("learned_variance", 'variance_type="learned"'),
-        ("class_from_embedding", "class_embed_type"),
-        ("unknown_block", "KDownBlock2D"),
-        ("no_weights", "diffusion_pytorch_model"),
-    ],
-)
+@pytest.mark.parametrize("name, says", [
+    ("latent", "latent diffusion model (it has vqvae)"), ("text_conditional", "text-conditional"),
+    ("variance_exploding", "variance-exploding"), ("consistency", "consistency model"), ("grey", "in_channels=1"),
+    ("zero_snr_epsilon", "rescale_betas_zero_snr"), ("learned_variance", 'variance_type="learned"'),
+    ("class_from_embedding", "class_embed_type"), ("unknown_block", "KDownBlock2D"),
+    ("no_weights", "diffusion_pytorch_model"),
+])  # fmt: skip
 def test_what_cannot_be_is_refused_before_weights_are_read(name, says):
     assert says in str(refused(FOLDER / "refused" / name))
     assert sorted(INDEX["refused"]) == sorted(p.name for p in (FOLDER / "refused").iterdir())
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("down_block_types", ["SkipDownBlock2D", "AttnDownBlock2D"]),
-        ("down_block_types", ["AttnDownBlock2D", "AttnDownBlock2D"]),
-        ("down_block_types", ["DownBlock2D"]),
-        ("up_block_types", ["AttnUpBlock2D", "AttnUpBlock2D"]),
-        ("down_block_types", ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]),
-        ("up_block_types", 3),
-        ("time_embedding_type", "fourier"),
-        ("time_embedding_dim", 64),
-        ("freq_shift", 0),
-        ("act_fn", "gelu"),
-        ("mid_block_type", "UNetMidBlock2DCrossAttn"),
-        ("add_attention", False),
-        ("mid_block_scale_factor", 1.414),
-        ("center_input_sample", True),
-        ("class_embed_type", "identity"),
-        ("attention_head_dim", 48),
-        ("attention_head_dim", -1),
-        ("norm_num_groups", 24),
-        ("norm_num_groups", None),
-        ("norm_num_groups", 0),
-        ("attn_norm_num_groups", 8),
-        ("norm_eps", 0),
-        ("in_channels", 4),
-        ("out_channels", 6),
-        ("out_channels", 1),
-        ("layers_per_block", 10**9),
-        ("layers_per_block", "2"),
-        ("block_out_channels", []),
-        ("block_out_channels", [32, "64"]),
-        ("block_out_channels", [32, 10**12]),
-        ("downsample_padding", 2),
-        ("dropout", 2),
-        ("num_class_embeds", 0),
-        ("sample_size", [16, 32]),
-        ("sample_size", "large"),
-        ("resnet_time_scale_shift", "spatial"),
-        ("attention_legacy_order", True),
-        ("mystery\x1b[31m" + "x" * 10000, "\x1b[31m" * 10000),
-    ],
-)
+@pytest.mark.parametrize("field, value", [
+    ("down_block_types", ["SkipDownBlock2D", "AttnDownBlock2D"]),
+    ("down_block_types", ["AttnDownBlock2D", "AttnDownBlock2D"]), ("down_block_types", ["DownBlock2D"]),
+    ("up_block_types", ["AttnUpBlock2D", "AttnUpBlock2D"]),
+    ("down_block_types", ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]), ("up_block_types", 3),
+    ("time_embedding_type", "fourier"), ("time_embedding_dim", 64), ("freq_shift", 0), ("act_fn", "gelu"),
+    ("mid_block_type", "UNetMidBlock2DCrossAttn"), ("add_attention", False), ("mid_block_scale_factor", 1.414),
+    ("center_input_sample", True), ("class_embed_type", "identity"), ("attention_head_dim", 48),
+    ("attention_head_dim", -1), ("norm_num_groups", 24), ("norm_num_groups", None), ("norm_num_groups", 0),
+    ("attn_norm_num_groups", 8), ("norm_eps", 0), ("in_channels", 4), ("out_channels", 6), ("out_channels", 1),
+    ("layers_per_block", 10**9), ("layers_per_block", "2"), ("block_out_channels", []),
+    ("block_out_channels", [32, "64"]), ("block_out_channels", [32, 10**12]), ("downsample_padding", 2),
+    ("dropout", 2), ("num_class_embeds", 0), ("sample_size", [16, 32]), ("sample_size", "large"),
+    ("resnet_time_scale_shift", "spatial"), ("attention_legacy_order", True),
+    ("mystery\x1b[31m" + "x" * 10000, "\x1b[31m" * 10000),
+])  # fmt: skip
 def test_fields_of_the_network_that_cannot_be(field, value, folder):
     edit(folder / "unet" / "config.json", **{field: value})
     shutil.rmtree(folder / "scheduler")
@@ -453,33 +388,16 @@ def test_damaged_configurations(file, text, folder):
 
 
 JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from(["conv", "resnet", 0.5]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["conv", 0.5]),
     lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=4), values, max_size=2),
     max_leaves=6,
 )
-OF_SCHEDULERS = (
-    *(
-        "_class_name",
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "variance_type",
-    ),
-    *("prediction_type", "clip_sample", "clip_sample_range", "thresholding", "rescale_betas_zero_snr", "timesteps"),
-)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(
     unet=st.dictionaries(st.sampled_from(["_class_name", "mystery", *sorted(FIELDS)]), JSON, max_size=2),
-    scheduler=st.dictionaries(st.sampled_from(OF_SCHEDULERS), JSON, max_size=2),
+    scheduler=st.dictionaries(st.sampled_from(["_class_name", "timesteps", *PROCESS]), JSON, max_size=2),
     index=st.dictionaries(st.sampled_from(["vqvae", "vae", "text_encoder", "unet", "_class_name"]), JSON, max_size=1),
 )
 def test_any_values_load_or_are_refused_in_one_line(unet, scheduler, index, tmp_path_factory):
@@ -529,19 +447,10 @@ def test_schedules_are_the_librarys(name):
     np.testing.assert_allclose(np.cumprod(1 - betas), data[f"{name}.alphas_cumprod"].double(), rtol=3e-5, atol=1e-6)
 
 
-def test_linear_with_another_number_of_steps_is_not_ours():
-    assert (
-        np.abs(get_named_beta_schedule("linear", 200) - get_named_beta_schedule("linear:0.0001,0.02", 200)).max() > 0.01
-    )
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("linear:", "linear:0.1", "linear:0.1,0.2,0.3", "linear:0,0.1", "sigmoid:0.1,1", "betas:", "betas:0.1,x"),
-        *("laplace:1,2", "cosine:1", "linear:nan,0.1", "betas:0.1,0.2,0.3", "Linear"),
-    ],
-)
+@pytest.mark.parametrize("text", [
+    *("linear:", "linear:0.1", "linear:0.1,0.2,0.3", "linear:0,0.1", "sigmoid:0.1,1", "betas:", "betas:0.1,x"),
+    *("laplace:1,2", "cosine:1", "linear:nan,0.1", "betas:0.1,0.2,0.3", "Linear"),
+])  # fmt: skip
 def test_schedules_that_are_none(text):
     with pytest.raises(InputError) as caught:
         get_named_beta_schedule(text, 2)
@@ -563,14 +472,6 @@ def test_timesteps_are_the_librarys():
         assert sorted(space_timesteps(total, text), reverse=True) == expected, name
 
 
-@pytest.mark.parametrize("total", [200, 500, 1000])
-def test_named_spacings_always_have_their_number_of_steps(total):
-    for count in range(1, total + 1):
-        for name in ("linspace", "leading", "trailing"):
-            steps = space_timesteps(total, f"{name}{count}")
-            assert len(steps) == count and min(steps) >= 0 and max(steps) < total
-
-
 @pytest.mark.parametrize(
     "text", ["linspace0", "leading201", "trailing-1", "leading200+1", "linspace10+1", "leading10+", "lead10"]
 )
@@ -589,12 +490,6 @@ def test_noising_and_velocity_are_the_librarys():
     velocity = diffusion._mse_target(data["x0"], noised, data["t"], data["noise"])
     torch.testing.assert_close(velocity, data["velocity"], rtol=0, atol=1e-6)
     torch.testing.assert_close(diffusion._pred_xstart(velocity, noised, data["t"]), data["x0"], rtol=0, atol=1e-5)
-
-
-def test_a_model_predicts_one_thing():
-    assert create_diffusion(predict_v=True).model_mean_type is ModelMeanType.VELOCITY
-    with pytest.raises(InputError, match="predict_v"):
-        create_diffusion(predict_v=True, predict_xstart=True)
 
 
 RUNS = INDEX["runs"] if (FOLDER / "runs.safetensors").exists() else {}
@@ -711,15 +606,12 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        ({"num_head_channels": -1, "num_heads": 4}, "num_heads=4 in layers of 32, 64 channels"),
-        ({"num_head_channels": -1, "num_heads": 2, "num_heads_upsample": 4}, "num_heads_upsample"),
-        ({"rescale_timesteps": True, "diffusion_steps": 4000}, "rescale_timesteps"),
-        ({"num_channels": 64, "channel_mult": "0.5,1"}, "in diffusers both are one"),
-    ],
-)
+@pytest.mark.parametrize("flags, says", [
+    ({"num_head_channels": -1, "num_heads": 4}, "num_heads=4 in layers of 32, 64 channels"),
+    ({"num_head_channels": -1, "num_heads": 2, "num_heads_upsample": 4}, "num_heads_upsample"),
+    ({"rescale_timesteps": True, "diffusion_steps": 4000}, "rescale_timesteps"),
+    ({"num_channels": 64, "channel_mult": "0.5,1"}, "in diffusers both are one"),
+])  # fmt: skip
 def test_models_that_the_library_cannot_express(flags, says, tmp_path):
     flags = {**TINY, **flags}
     network = {name: value for name, value in flags.items() if name not in ("rescale_timesteps", "diffusion_steps")}
@@ -861,9 +753,3 @@ def test_errors_of_the_client_are_one_line(name, tmp_path, monkeypatch):
     with pytest.raises(InputError) as caught:
         load_model("owner/name@v1")
     assert str(caught.value).startswith("owner/name@v1 ") and str(caught.value).isprintable()
-
-
-def test_description_needs_no_weights(folder):
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    description = describe(locate(str(folder)))
-    assert (description.kind.name, description.found["num_channels"]) == ("DDPM", 32)

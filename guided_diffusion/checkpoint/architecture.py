@@ -113,29 +113,14 @@ def _size(state: State, *places: tuple[Any, ...], among: tuple[int, ...] | None 
 
 def _embedding_base(state, first, second):
     """The base width, from the two layers of the time embedding, which are four times as wide."""
-    return _size(
-        state,
-        (f"{first}.weight", 1),
-        (f"{first}.weight", 0, 4),
-        (f"{first}.bias", 0, 4),
-        (f"{second}.weight", 0, 4),
-        (f"{second}.weight", 1, 4),
-        (f"{second}.bias", 0, 4),
-    )
+    wide = ((f"{first}.weight", 0), (f"{first}.bias", 0), *((f"{second}.{name}", 0) for name in ("weight", "bias")))
+    return _size(state, (f"{first}.weight", 1), *((*place, 4) for place in (*wide, (f"{second}.weight", 1))))
 
 
 def _width(state, block, first="in_layers.2", norm="out_layers.0", second="out_layers.3"):
     """Output channels of a residual block; by default the names of its layers are the ADM networks'."""
-    return _size(
-        state,
-        (f"{block}.{second}.weight", 0),
-        (f"{block}.{second}.weight", 1),
-        (f"{block}.{second}.bias", 0),
-        (f"{block}.{norm}.weight", 0),
-        (f"{block}.{norm}.bias", 0),
-        (f"{block}.{first}.weight", 0),
-        (f"{block}.{first}.bias", 0),
-    )
+    rows = [(f"{block}.{layer}.{name}", 0) for layer in (second, norm, first) for name in ("weight", "bias")]
+    return _size(state, rows[0], (f"{block}.{second}.weight", 1), *rows[1:])
 
 
 def _shifts_and_scales(state):

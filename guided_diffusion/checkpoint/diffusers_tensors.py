@@ -8,7 +8,7 @@ import torch
 from ..errors import InputError, display_name
 from ..script_util import attention_factors, channel_multipliers
 from .diffusers import FIELDS, Description
-from .reconcile import ModelInfo
+from .reconcile import DDPM, EXTENSIONS, ModelInfo
 
 RESNET = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
 NAMES = {
@@ -107,81 +107,64 @@ def to_ours(
 
 
 def to_diffusers(
-    state: Mapping[str, torch.Tensor], info: ModelInfo, *, drop_variance: bool = False
+    state: Mapping[str, torch.Tensor], info: ModelInfo
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any], dict[str, Any]]:
     """(tensors, unet configuration, scheduler configuration, index) of a diffusers model that computes the same.
 
-    drop_variance: keep the mean's three channels of a model that learned variances, since only the DDPM scheduler takes
-    six. Raises InputError for a model that diffusers cannot express.
+    Raises InputError for a model that diffusers cannot express.
     """
     flags, kind, file = info.flags, info.model_type, display_name(info.path)
     if kind == "ENCODER":
         raise InputError(f"{file} is a classifier or extractor, for which diffusers has no class")
     if flags.get("super_res"):
         raise InputError(f"{file} is a super-resolution model, for which diffusers has no pipeline")
-    size = flags["image_size"]
+    size, base = flags["image_size"], flags["num_channels"]
     mults = channel_multipliers(flags["channel_mult"], size)
-    base = flags["num_channels"]
     widths = [int(mult * base) for mult in mults]
     if widths[0] != base:
         raise InputError(f"{file}: its first level is {widths[0]} wide, its base {base}; in diffusers both are one")
-    factors = attention_factors(flags["attention_resolutions"], size)
-    attends = [2**level in factors for level in range(len(widths))]
     if flags["rescale_timesteps"] and flags["diffusion_steps"] != 1000:
         raise InputError(f"{file}: its timesteps are rescaled (rescale_timesteps), which diffusers cannot do")
-    head = _head_width(file, flags, widths, attends) if kind == "ADM" else None
-    residual = kind == "ADM" and flags["resblock_updown"]
+    factors = attention_factors(flags["attention_resolutions"], size)
+    attends = [2**level in factors for level in range(len(widths))]
+    adm = kind == "ADM"
+    head = _head_width(file, flags, widths, attends) if adm else None
+    residual, scale_shift = adm and flags["resblock_updown"], adm and flags["use_scale_shift_norm"]
     found = {
-        "channel_mult": flags["channel_mult"] if flags["channel_mult"] else ",".join(map(str, mults)),
-        "num_res_blocks": flags["num_res_blocks"],
-        "attention_factors": tuple(factors),
+        **flags,
+        "channel_mult": ",".join(map(str, mults)),
+        "attention_factors": factors,
         "resblock_updown": residual,
-        "class_cond": flags["class_cond"],
     }
-    scale_shift = kind == "ADM" and flags["use_scale_shift_norm"]
-    extensions = {
-        "norm_groups": 32,
-        "norm_eps": 1e-6 if kind == "DDPM" else 1e-5,
-        "sines_first": kind == "DDPM",
-        "pad_end": kind == "DDPM",
-        "middle_norm": True,
-    }
-    extensions |= {name: flags[name] for name in extensions if name in flags}
-    if not extensions["middle_norm"] and not scale_shift:
+    fixed = {name: flags.get(name, value) for name, value in (EXTENSIONS if adm else DDPM.fixed).items()}
+    if not fixed["middle_norm"] and not scale_shift:
         raise InputError(f"{file}: without middle_norm, diffusers needs use_scale_shift_norm")
-    learned = flags["learn_sigma"] and not drop_variance
     plain = "Resnet{}sampleBlock2D" if residual else "{}Block2D"
-    down = ["AttnDownBlock2D" if at else plain.format("Down") for at in attends]
-    up = ["AttnUpBlock2D" if at else plain.format("Up") for at in reversed(attends)]
     config = {
         **{name: value for name, value in FIELDS.items() if name != "num_train_timesteps"},
         "_class_name": "UNet2DModel",
         "sample_size": size,
-        "out_channels": 6 if learned else 3,
-        "freq_shift": int(extensions["sines_first"]),
-        "flip_sin_to_cos": not extensions["sines_first"],
-        "down_block_types": down,
-        "up_block_types": up,
+        "out_channels": 6 if flags["learn_sigma"] else 3,
+        "freq_shift": int(fixed["sines_first"]),
+        "flip_sin_to_cos": not fixed["sines_first"],
+        "down_block_types": ["AttnDownBlock2D" if at else plain.format("Down") for at in attends],
+        "up_block_types": ["AttnUpBlock2D" if at else plain.format("Up") for at in reversed(attends)],
         "block_out_channels": widths,
         "layers_per_block": flags["num_res_blocks"],
-        "downsample_padding": 0 if extensions["pad_end"] else 1,
+        "downsample_padding": 0 if fixed["pad_end"] else 1,
         "downsample_type": "resnet" if residual else "conv",
         "upsample_type": "resnet" if residual else "conv",
         "dropout": flags["dropout"],
         "attention_head_dim": head,
-        "norm_num_groups": extensions["norm_groups"],
-        "attn_norm_num_groups": extensions["norm_groups"] if extensions["middle_norm"] and kind == "ADM" else None,
-        "norm_eps": extensions["norm_eps"],
+        "norm_num_groups": fixed["norm_groups"],
+        "attn_norm_num_groups": fixed["norm_groups"] if fixed["middle_norm"] and adm else None,
+        "norm_eps": fixed["norm_eps"],
         "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
         "num_class_embeds": flags.get("num_classes") if flags["class_cond"] else None,
     }
-    index = {
-        "_class_name": "DDPMPipeline",
-        "_diffusers_version": "0.21.0",
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "unet": ["diffusers", "UNet2DModel"],
-    }
-    return _their_tensors(state, info, found, head, drop_variance), config, _their_scheduler(info, learned), index
+    parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    index = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.21.0", **parts}
+    return _their_tensors(state, info, found, head), config, _their_scheduler(info), index
 
 
 def _head_width(file: str, flags: Mapping[str, Any], widths: list[int], attends: list[bool]) -> int | None:
@@ -201,7 +184,7 @@ def _head_width(file: str, flags: Mapping[str, Any], widths: list[int], attends:
 
 
 def _their_tensors(
-    state: Mapping[str, torch.Tensor], info: ModelInfo, found: Mapping[str, Any], head: int | None, drop_variance: bool
+    state: Mapping[str, torch.Tensor], info: ModelInfo, found: Mapping[str, Any], head: int | None
 ) -> dict[str, torch.Tensor]:
     theirs: dict[str, torch.Tensor] = {}
     for module, target, parts in _modules(info.model_type, found):
@@ -220,40 +203,34 @@ def _their_tensors(
                 continue
             if end == "weight" and (module.endswith("proj_out") or target.endswith(QKV)):
                 value = value.reshape(value.shape[0], -1)
-            if drop_variance and target == "conv_out":
-                value = value[:3]
             theirs[f"{target}.{end}"] = value
     return theirs
 
 
-def _their_scheduler(info: ModelInfo, learned: bool) -> dict[str, Any]:
+def _their_scheduler(info: ModelInfo) -> dict[str, Any]:
     """The configuration of a DDPMScheduler for the model's process; its "N" steps are linspace, as ours."""
     flags = info.flags
     steps, schedule = flags["diffusion_steps"], flags["noise_schedule"]
-    betas: dict[str, Any] = {"beta_schedule": "linear", "beta_start": 0.1 / steps, "beta_end": 20 / steps}
     name, _, text = schedule.partition(":")
-    if schedule == "cosine":
+    betas: dict[str, Any] = {"beta_schedule": name, "beta_start": 0.0001, "beta_end": 0.02, "trained_betas": None}
+    if schedule == "linear":
+        betas |= {"beta_start": 0.1 / steps, "beta_end": 20 / steps}
+    elif schedule == "cosine":
         betas["beta_schedule"] = "squaredcos_cap_v2"
     elif name == "betas":
-        betas["trained_betas"] = [float(beta) for beta in text.split(",")]
-    elif schedule != "linear":
-        betas["beta_schedule"] = name
-        if text:
-            betas["beta_start"], betas["beta_end"] = (float(part) for part in text.split(","))
-    if schedule in ("cosine", "laplace"):
-        betas |= {"beta_start": 0.0001, "beta_end": 0.02}
+        betas |= {"beta_schedule": "linear", "trained_betas": [float(beta) for beta in text.split(",")]}
+    elif text:
+        betas["beta_start"], betas["beta_end"] = (float(part) for part in text.split(","))
     clip = info.choose("clip_denoised")
     fixed = "fixed_small" if info.choose("sigma_small") else "fixed_large"
-    variance = "learned_range" if learned else fixed
     predictions = {"predict_xstart": "sample", "predict_v": "v_prediction"}
     return {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": "0.21.0",
         "num_train_timesteps": steps,
-        "trained_betas": None,
         **betas,
         "prediction_type": next((text for flag, text in predictions.items() if flags.get(flag)), "epsilon"),
-        "variance_type": variance,
+        "variance_type": "learned_range" if flags["learn_sigma"] else fixed,
         "clip_sample": bool(clip),
         "clip_sample_range": float(clip) if clip else 1.0,
         "thresholding": False,

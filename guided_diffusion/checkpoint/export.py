@@ -1,10 +1,9 @@
 """Write a checkpoint in another format: a diffusers folder, or a .safetensors file that describes itself."""
 
-import contextlib
 import json
 import logging
 import os
-import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, display_name, one_line
+from ..run.files import write_json, write_text
 from .diffusers import CONFIG, INDEX, SCHEDULER, WEIGHTS
 from .diffusers_tensors import to_diffusers
 from .loading import contiguous, load_model, save_model, write_safetensors
@@ -55,68 +55,47 @@ def convert(
     if not os.path.isdir(parent):
         raise InputError(f"there is no folder {display_name(parent)}", parameter="save_dir", value=target)
     model, info = load_model(path, **flags)
-    state = {name: value.detach() for name, value in model.state_dict().items()}
-    shown_info, drop = info, drop_variance and info.flags.get("learn_sigma", False)
-    if drop_variance and not drop:
+    state, written = dict(model.state_dict()), info
+    if drop_variance and info.flags.get("learn_sigma"):
+        last = "out.2" if info.model_type == "ADM" else "conv_out"
+        state |= {f"{last}.{end}": state[f"{last}.{end}"][:3] for end in ("weight", "bias")}
+        written = replace(info, flags={**info.flags, "learn_sigma": False})
+    elif drop_variance:
         log.info("%s has learned no variance; there is nothing to drop", display_name(path))
-    # Beside the target, so that renaming is one step; the name says what it is should the process be killed.
-    partial = os.path.join(parent, f".{os.path.basename(target)[:40]}.{os.getpid()}.partial")
-    partial += ".safetensors" if target.endswith(".safetensors") else ""
     try:
-        if target.endswith(".safetensors"):
-            if drop:
-                state, shown_info = _without_variance(state, info)
-            save_model(partial, state, model_type=info.model_type, flags=shown_info.flags, metadata=_metadata(info))
-        else:
-            _write_folder(partial, target, state, info, drop)
-        _compare(partial, target, model, info)
-        os.rename(partial, target)
+        with tempfile.TemporaryDirectory(prefix=".convert-", dir=parent) as beside:
+            partial = os.path.join(beside, os.path.basename(target))
+            if target.endswith(".safetensors"):
+                save_model(partial, state, model_type=info.model_type, flags=written.flags, metadata=_metadata(info))
+            else:
+                _write_folder(partial, state, written, dropped=written is not info)
+            _compare(partial, target, model, info)
+            os.rename(partial, target)
     except OSError as error:
         raise InputError(f"it cannot be written: {error.strerror}", parameter="save_dir", value=target) from None
-    finally:
-        if os.path.isdir(partial):
-            shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            os.remove(partial)
     return info
 
 
 def _metadata(info: ModelInfo) -> dict[str, str]:
-    """The texts that go along, and what the scheduler file said."""
+    """The texts that go along, and the entries of the scheduler file."""
     kept = {name: text for name, text in info.metadata.items() if name not in ("format", "flags", "model_type")}
     return {**kept, **({"scheduler": json.dumps(info.scheduler)} if info.scheduler else {})}
 
 
-def _without_variance(state: dict[str, torch.Tensor], info: ModelInfo) -> tuple[dict[str, torch.Tensor], ModelInfo]:
-    """The state and description of a network that predicts the mean alone."""
-    last = "out.2" if info.model_type == "ADM" else "conv_out"
-    cut = {f"{last}.{end}": state[f"{last}.{end}"][:3] for end in ("weight", "bias")}
-    return {**state, **cut}, replace(info, flags={**info.flags, "learn_sigma": False})
-
-
-def _write_folder(folder: str, target: str, state: Mapping[str, torch.Tensor], info: ModelInfo, drop: bool) -> None:
-    tensors, config, scheduler, index = to_diffusers(state, info, drop_variance=drop)
-    for part in ("unet", "scheduler"):
-        os.makedirs(os.path.join(folder, part))
-    _write_json(os.path.join(folder, INDEX), index)
-    _write_json(os.path.join(folder, "unet", CONFIG), config)
-    _write_json(os.path.join(folder, "scheduler", SCHEDULER), scheduler)
+def _write_folder(folder: str, state: Mapping[str, torch.Tensor], info: ModelInfo, dropped: bool) -> None:
+    tensors, config, scheduler, index = to_diffusers(state, info)
+    write_json(os.path.join(folder, INDEX), index)
+    write_json(os.path.join(folder, "unet", CONFIG), config)
+    write_json(os.path.join(folder, "scheduler", SCHEDULER), scheduler)
     write_safetensors(os.path.join(folder, "unet", f"{WEIGHTS}.safetensors"), contiguous(tensors), {"format": "pt"})
     licence = info.metadata.get("license") or info.metadata.get("licence")
     text = README.format(
         licence=f"license: {json.dumps(one_line(licence))}\n" if licence else "",
-        title=one_line(os.path.basename(target)),
+        title=one_line(os.path.basename(folder)),
         source=one_line(os.path.basename(os.path.normpath(info.path))),
-        variance="The variance that it learned was dropped." if drop else "",
+        variance="The variance that it learned was dropped." if dropped else "",
     )
-    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
-
-
-def _write_json(path: str, content: Mapping[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")
+    write_text(os.path.join(folder, "README.md"), text)
 
 
 def _compare(written: str, target: str, model: torch.nn.Module, info: ModelInfo) -> None:
@@ -132,12 +111,12 @@ def _compare(written: str, target: str, model: torch.nn.Module, info: ModelInfo)
     side = info.flags["image_size"]
     x = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([info.flags["diffusion_steps"] // 2])
-    labels = {"y": torch.zeros(1, dtype=torch.long)} if info.flags["class_cond"] else {}
+    extra = {"y": torch.zeros(1, dtype=torch.long)} if info.flags["class_cond"] else {}
+    extra |= {"low_res": x} if info.flags.get("super_res") else {}
     with torch.no_grad():
-        before, after = model(x, t, **labels)[:, :3], again(x, t, **labels)[:, :3]
+        before, after = model(x, t, **extra)[:, :3], again(x, t, **extra)[:, :3]
     difference = float((after - before).abs().max())
-    if difference > TOLERANCE * max(1.0, float(before.abs().max())):
-        raise InputError(
-            f"{display_name(target)} would differ from the original by {difference:.1e}; it was not written"
-        )
+    if not difference <= TOLERANCE * max(1.0, float(before.abs().max())):
+        what = f"would differ from the original by {difference:.1e}; it was not written"
+        raise InputError(f"{display_name(target)} {what}")
     log.info("%s: read back, it differs from the original by at most %.1e", display_name(target), difference)

@@ -98,11 +98,6 @@ def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, st
     return dict(contents.tensors), dict(contents.metadata)
 
 
-def read_content(path: str | os.PathLike) -> Any:
-    """The whole content of a file of torch.save, such as an optimizer's state; checked as in `read_file`."""
-    return _read(os.fspath(path), safetensors=False)[0]
-
-
 def read_json_object(path: str) -> tuple[dict[str, Any], str]:
     """(the object in a JSON file, SHA-256 of the file). Raises InputError, naming the file, for anything else."""
     _check_place(path)
@@ -132,15 +127,15 @@ def is_average(name: str) -> bool:
     return re.search(r"(?<![a-z])ema(?![a-z])", name, re.IGNORECASE) is not None
 
 
-def _read(path: str, safetensors: bool = True) -> tuple[Any, dict[str, str] | None, str | None]:
+def _read(path: str) -> tuple[Any, dict[str, str] | None, str | None]:
     """(content, metadata of a .safetensors file, SHA-256 of a local file)."""
     if "://" in path:
-        return *_parse(path, _download(path), safetensors), None
+        return *_parse(path, _download(path)), None
     _check_place(path)
     with reading(path), open(path, "rb") as file:
         before = os.fstat(file.fileno())
         digest = _hash(file)
-        parsed = _parse(path, file, safetensors)
+        parsed = _parse(path, file)
         after = os.stat(path)
     if any(getattr(before, name) != getattr(after, name) for name in ("st_ino", "st_dev", "st_size", "st_mtime_ns")):
         raise InputError(f"{display_name(path)} was changed while it was read; run the same command again")
@@ -170,14 +165,14 @@ def _download(url: str) -> io.BytesIO:
             return io.BytesIO(file.read())
 
 
-def _parse(path: str, file: BinaryIO, safetensors: bool) -> tuple[Any, dict[str, str] | None]:
+def _parse(path: str, file: BinaryIO) -> tuple[Any, dict[str, str] | None]:
     """(content, metadata of a .safetensors file) of an open file; the format is told by its first bytes."""
     file.seek(0)
     head = file.read(64)
     shown = display_name(path)
     if not head:
         raise InputError(f"{shown} is empty (0 bytes)")
-    if safetensors and head[8:9] == b"{":
+    if head[8:9] == b"{":
         return _read_safetensors(path, file)
     if not head.startswith((b"PK", b"\x80")):
         kind = "a safetensors file" if path.endswith(".safetensors") else "a checkpoint"
@@ -270,4 +265,4 @@ def _find_state(
     return (tensors, beside) if any(value.dim() for value in tensors.values()) else None
 
 
-__all__ = ["HARMLESS", "STATE_DICT_KEYS", "Contents", "Placeholder", "read", "read_content", "read_file"]
+__all__ = ["HARMLESS", "STATE_DICT_KEYS", "Contents", "Placeholder", "read", "read_file"]
