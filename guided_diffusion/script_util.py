@@ -3,7 +3,6 @@
 import argparse
 import inspect
 import logging
-import math
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -183,7 +182,7 @@ def channel_multipliers(channel_mult: str | None, image_size: int) -> tuple[floa
         numbers = [float(part) for part in str(channel_mult).split(",")]
     except ValueError:
         numbers = []
-    if not numbers or not all(0 < number < math.inf for number in numbers):
+    if not numbers or not all(0 < number <= 1 << 16 for number in numbers):
         raise InputError("it is a list of numbers like 1,2,4", parameter="channel_mult", value=channel_mult)
     return tuple(int(number) if number == int(number) else number for number in numbers)
 

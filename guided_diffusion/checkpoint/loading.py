@@ -115,14 +115,10 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     path = os.fspath(path)
     place, identity = remote.resolve(path)
-    folder = diffusers.locate(place)
-    if folder is None:
-        contents = read_file(place)
-        state, found = contents.tensors, contents.fingerprint
-    else:
-        description = diffusers.describe(folder)
-        tensors, hashes = diffusers.read_weights(folder)
-        state, found = to_ours(tensors, description)[0], folder.fingerprint(hashes)
+    source = Source(place)
+    network = diffusers_model(source, {}) if diffusers.locate(place) else None
+    state = network.state if network else source.tensors
+    found = network.fingerprint if network else source.contents.fingerprint
     _loaded[_key(path)] = identity or found or path
     for name, value in state.items():
         if name.endswith(("weight", "bias")) and not value.is_floating_point():
@@ -240,7 +236,9 @@ def encoder(source: Source, given: Mapping[str, Any]) -> Network | None:
 def ddpm(source: Source, given: Mapping[str, Any]) -> Network | None:
     """The UNet of DDPM's ports to PyTorch."""
     state = architecture.unwrap(source.tensors, "temb.dense.[01]")
-    return state and _network(source, given, DDPM, state, architecture.detect(architecture.ddpm, state))
+    if state is None:
+        return None
+    return _network(source, given, DDPM, state, architecture.detect(architecture.ddpm, state))
 
 
 @CHECKPOINTS.add("diffusers")
@@ -417,16 +415,3 @@ def write_safetensors(path: str, state: dict[str, torch.Tensor], metadata: dict[
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise InputError(f"{display_name(path)} cannot be written: its folder does not exist")
     write_bytes(path, data)
-
-
-__all__ = [
-    "CHECKPOINTS",
-    "Network",
-    "Source",
-    "build",
-    "fingerprint",
-    "identify",
-    "load_model",
-    "load_state_dict",
-    "save_model",
-]

@@ -138,11 +138,12 @@ def published(model_type: str, found: dict[str, Any]) -> Published | None:
     return None
 
 
-# Models of EDM's and of consistency models' processes in guided-diffusion's network: alike but for these.
-_FOUR = {"num_channels": 192, "num_res_blocks": 3, "channel_mult": FOUR, "attention_factors": (2, 4, 8)}
-_SIX = {"num_channels": 256, "num_res_blocks": 2, "channel_mult": SIX, "attention_factors": (8, 16, 32)}
+# Models of EDM's process and consistency models in guided-diffusion's network: ImageNet of 64 pixels, LSUN of 256.
 _ALIKE = {"learn_sigma": False, "resblock_updown": True, "use_scale_shift_norm": True}
-EDM_LAYOUTS = ({**_FOUR, **_ALIKE, "class_cond": True, "num_classes": 1000}, {**_SIX, **_ALIKE, "class_cond": False})
+EDM_LAYOUTS = (
+    {"num_channels": 192, "num_res_blocks": 3, "channel_mult": FOUR, "attention_factors": (2, 4, 8), **_ALIKE},
+    {"num_channels": 256, "num_res_blocks": 2, "channel_mult": SIX, "attention_factors": (8, 16, 32), **_ALIKE},
+)
 EDM_NAMES = re.compile(r"(?<![a-z])(edm2?|consistency|(cd|ct)[-_](imagenet|bedroom|cat|cifar|lsun))(?![a-z])", re.I)
 EDM_FLAGS = {"sigma_data", "sigma_max", "sigma_min", "weight_schedule", "training_mode", "P_mean", "P_std"}
 

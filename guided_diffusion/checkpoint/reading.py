@@ -263,6 +263,3 @@ def _find_state(
     tensors = {name: content[name] for name in names if isinstance(content[name], torch.Tensor)}
     beside = {name: content[name] for name in names if name not in tensors}
     return (tensors, beside) if any(value.dim() for value in tensors.values()) else None
-
-
-__all__ = ["HARMLESS", "STATE_DICT_KEYS", "Contents", "Placeholder", "read", "read_file"]

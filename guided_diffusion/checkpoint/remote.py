@@ -176,6 +176,3 @@ def _verify(path: str, remote: Remote, rest: str) -> None:
         read_file(path)
     except InputError as error:
         raise InputError(f"{error}{rest}") from None
-
-
-__all__ = ["FILES", "Remote", "fetch", "is_id", "resolve"]

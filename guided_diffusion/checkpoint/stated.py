@@ -115,7 +115,9 @@ def _stated_beside(contents: Contents) -> Stated | None:
     """The flags that a torch file tells by its betas and hyper-parameters; only those that tensors cannot tell."""
     entries, file = hyper_parameters(contents), display_name(contents.path)
     where = f"{file}: its list of hyper-parameters"
-    simple = {name: value for name, value in entries.items() if isinstance(value, (bool, int, float, str))}
+    simple: dict[str, Any] = {
+        name: value for name, value in entries.items() if isinstance(value, (bool, int, float, str))
+    }
     flags = {name: simple[name] for name in (*UNDETECTABLE_FLAGS, *TRAINING_FLAGS) if name in simple}
     if steps := [simple[name] for name in STEPS if name in simple]:
         flags.setdefault("diffusion_steps", steps[0])
