@@ -1258,6 +1258,23 @@ STATEMENTS = {
         lambda: {"state_dict": {**prefixed("model."), "betas": betas_of("cosine")}, "hyper_parameters": LIGHTNING},
         "cosine",
     ),
+    "LDM without a name": (
+        lambda: {"model": tiny_state(), "hparams": {n: v for n, v in LIGHTNING.items() if n != "beta_schedule"}},
+        "scaled_linear:0.0015,0.0195",
+    ),
+    "nested, of numpy": (
+        lambda: {
+            "model": tiny_state(),
+            "config": argparse.Namespace(diffusion={
+                "beta_schedule": "linear", "beta_start": np.float64(1e-4), "beta_end": 0.02,
+                "num_diffusion_timesteps": np.int64(500),
+            }),
+        },
+        "linear:0.0001,0.02",
+    ),
+    "a numpy array": (
+        lambda: {"model": tiny_state(), "betas": get_named_beta_schedule("cosine", 500)}, "cosine"
+    ),
     "parsed flags": (
         lambda: {"model": tiny_state(), "args": argparse.Namespace(noise_schedule="cosine", diffusion_steps=500, lr=1)},
         "cosine",

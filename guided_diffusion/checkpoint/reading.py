@@ -4,6 +4,7 @@ Files of torch.save (zip archives and the older pickles) and `.safetensors`, loc
 the file's size, archives are checked against their checksums, and texts of a file reach an error line shortened.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -15,9 +16,9 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from ..errors import InputError, display_name, first_line, one_line, reading
@@ -30,16 +31,30 @@ STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net", "module")
 
 
 class Placeholder:
-    """Stands for harmless objects beside the weights (numpy scalars, parsed flags), and keeps their entries."""
-
-    entries: Mapping[str, Any] = MappingProxyType({})
+    """Stands for harmless objects beside the weights (numpy arrays and numbers, parsed flags): keeps what made them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        self.args, self.state = args, None
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.entries = state
+        self.state = state
+
+    def value(self) -> Any:
+        """The dictionary, array or number that it stands for; itself for others."""
+        with contextlib.suppress(Exception):  # of other objects, and of damaged ones
+            if isinstance(self.state, dict):
+                return self.state
+            array = isinstance(self.state, tuple)
+            dtype, raw = (self.state[2], self.state[4]) if array else self.args
+            text, encoding = raw.args if isinstance(raw, Placeholder) else (raw.decode("latin1"), "latin1")
+            found = np.frombuffer(text.encode(encoding), dtype.args[0]).copy()
+            return found if array else found[0].item()
+        return self
+
+
+def plain(value: Any) -> Any:
+    """What a placeholder stands for; other values as they are."""
+    return value.value() if isinstance(value, Placeholder) else value
 
 
 # Globals of pickles that become placeholders.

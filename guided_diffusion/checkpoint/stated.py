@@ -14,7 +14,7 @@ import torch
 
 from ..errors import InputError, display_name, reading, shown
 from ..gaussian_diffusion import get_named_beta_schedule
-from .reading import Contents, Placeholder, read_json_object
+from .reading import Contents, plain, read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -104,10 +104,11 @@ def hyper_parameters(contents: Contents) -> dict[str, Any]:
     """The hyper-parameters that stand beside the weights of a torch file."""
     found: dict[str, Any] = {}
     for name in HYPER_PARAMETERS:
-        entries = contents.beside.get(name)
-        entries = entries.entries if isinstance(entries, Placeholder) else entries
+        entries = plain(contents.beside.get(name))
         if isinstance(entries, Mapping):
-            found = {**{str(key): value for key, value in entries.items()}, **found}
+            inner = [plain(entries[part]) for part in ("diffusion", "model") if part in entries]
+            for each in (entries, *(each for each in inner if isinstance(each, Mapping))):
+                found = {**{str(key): plain(value) for key, value in each.items()}, **found}
     return found
 
 
@@ -125,12 +126,13 @@ def _stated_beside(contents: Contents) -> Stated | None:
         if simple[name] not in PREDICTIONS:
             raise InputError(f"{where} has {name}={shown(simple[name])}, which is not supported")
         flags |= PREDICTIONS[simple[name]]
-    if "beta_schedule" in simple and "noise_schedule" not in simple:
-        name = {"squaredcos_cap_v2": "cosine"}.get(simple["beta_schedule"], simple["beta_schedule"])
+    if {"beta_schedule", "linear_start", "beta_start"} & simple.keys() and "noise_schedule" not in simple:
+        name = simple.get("beta_schedule", "linear")
+        name = "cosine" if name == "squaredcos_cap_v2" else name
         # CompVis' linear is linear in the square root; its ends have names of their own.
         name = "scaled_linear" if name == "linear" and "linear_start" in simple else name
         ends = [simple[end] for end in ("linear_start", "beta_start", "linear_end", "beta_end") if end in simple]
-        flags["noise_schedule"] = f"{name}:{ends[0]},{ends[-1]}" if ends and name != "cosine" else name
+        flags["noise_schedule"] = f"{name}:{ends[0]},{ends[-1]}" if len(ends) == 2 and name != "cosine" else name
     for source in (contents.beside, entries, contents.tensors):
         with reading(contents.path):
             table = _schedule_table(source)
@@ -145,7 +147,8 @@ def _schedule_table(source: Mapping[str, Any]) -> tuple[str, np.ndarray] | None:
     """(betas or alphas_cumprod, its values in float64) where a mapping has one, under any prefix."""
     for kind in ("betas", "alphas_cumprod"):
         for name, value in source.items():
-            if str(name).rpartition(".")[2] == kind and isinstance(value, (torch.Tensor, list, tuple)):
+            value = plain(value) if str(name).rpartition(".")[2] == kind else None
+            if isinstance(value, (torch.Tensor, np.ndarray, list, tuple)):
                 table = torch.as_tensor(value)
                 if table.dim() == 1 and len(table) > 9 and table.is_floating_point():
                     return kind, table.double().cpu().numpy()
