@@ -58,7 +58,7 @@ def generate(given: Given, peers: Peers) -> int:
     status = sampling.execute(job, sample, target, target.diffusion.num_timesteps, settings, sampling.IMAGES)
     if guidance.npz and status == 0 and peers.rank == 0:
         keys = [image_key(output.seed, item.reference.name, item.sample) for item in job.items.values()]
-        write_npz(job, labels(ImageNoise(keys, torch.device("cpu")), len(keys)).tolist())
+        write_npz(job, target.image_size, labels(ImageNoise(keys, torch.device("cpu")), len(keys)).tolist())
     return status
 
 

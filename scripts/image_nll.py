@@ -1,7 +1,7 @@
 """The likelihood of images under a diffusion model: the variational bound in bits per dimension, with its terms.
 
 Writes guided-diffusion's vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz (means over images by step, from the last
-to the first), bpd.csv with a row per image, and every image's terms to terms/.
+to the first), bpd.csv with a row per image, and every image's terms to images.jsonl.
 
 example:
   python scripts/image_nll.py --model_path my_model.pt --data_dir data/test
@@ -20,28 +20,34 @@ from guided_diffusion.cli.generate import NetworkOptions, add_network, load_netw
 from guided_diffusion.cli.progress import image_bar
 from guided_diffusion.dist_util import Peers
 from guided_diffusion.errors import InputError, display_name
-from guided_diffusion.run.likelihood import Likelihood, LikelihoodOptions
+from guided_diffusion.run.likelihood import DataImages, LikelihoodJob, LikelihoodLoop, LikelihoodOptions
+from guided_diffusion.run.opening import open_plan
+from guided_diffusion.run.sources import listed
 
 
 def evaluate(given: Given, peers: Peers) -> int:
     options = given.options(LikelihoodOptions)
-    images = Likelihood(options, peers)
+    images = listed(options.data_dir, options.num_samples, peers, "data_dir")
     target, settings = load_network(given, peers.local_rank)
     if target.info.flags.get("super_res"):
         raise InputError("it is a super-resolution model", parameter="model_path", value=given.model_path)
-    images.prepare({**settings, **given.settings([options]), "method": "likelihood"})
-    with image_bar(len(images.missing), peers.rank) as bar:
-        mean = images.run(
-            target.model, target.diffusion, target.image_size, target.device,
-            labels=images.labels() if target.info.flags["class_cond"] else None,
-            progress=lambda done: bar.update(done - bar.n),
+    source = DataImages(images, target.info.flags["class_cond"])
+    job = LikelihoodJob(options, peers, target.device, source, target.diffusion.num_timesteps)
+    plan = open_plan(job, target.image_size, {**settings, **given.settings([options]), "method": "likelihood"})
+    with image_bar(len(job.items), peers.rank) as bar:
+        loop = LikelihoodLoop(
+            job, plan, target.model, target.diffusion, options.clip_denoised,
+            progress=lambda _, images: bar.update(images - bar.n),
         )  # fmt: skip
-    for name, reason in images.failed.items() if peers.rank == 0 else ():
+        failed = loop.run().failed
+    mean = loop.finish()
+    if mean is None:
+        return command.DONE
+    for name, reason in failed.items():
         command.say(f"failed: {display_name(name)}: {reason}")
-    if mean is not None:
-        done = len(images.references) - len(images.failed)
-        command.say(f"{done} images: {mean:.4f} bits per dimension; the terms are in {display_name(options.save_dir)}")
-    return command.FAILED if images.failed else command.DONE
+    done = len(job.items) - len(failed)
+    command.say(f"{done} images: {mean:.4f} bits per dimension; the terms are in {display_name(options.save_dir)}")
+    return command.FAILED if failed else command.DONE
 
 
 def create_parser() -> Parser:

@@ -59,7 +59,7 @@ def sample(given: Given, peers: Peers) -> int:
     steps = target.diffusion.num_timesteps
     status = sampling.execute(job, sampler, target, steps, settings, sampling.IMAGES)
     if images.npz and status == 0 and peers.rank == 0:
-        generate.write_npz(job, sampling.labels_of(job, target, wanted))
+        generate.write_npz(job, target.image_size, sampling.labels_of(job, target, wanted))
     return status
 
 

@@ -15,10 +15,6 @@ from guided_diffusion.cli import main as command
 
 command.start()
 
-from functools import partial
-
-import torch
-
 from guided_diffusion.checkpoint import ModelFlags
 from guided_diffusion.cli import sampling
 from guided_diffusion.cli.flags import Given, Parser
@@ -32,30 +28,25 @@ from guided_diffusion.run.sources import SmallImages
 
 def enlarge(given: Given, peers: Peers) -> int:
     options, output = given.options(EnlargeOptions), given.options(OutputOptions)
-    source = SmallImages(options.base_samples, options.small_size, options.num_samples)
+    source = SmallImages(options.base_samples, peers, options.small_size, options.num_samples, options.class_index)
     target, settings = load_network(given, peers.local_rank)
     info = target.info
     if not info.flags.get("super_res"):
         raise InputError("it is no super-resolution model", parameter="model_path", value=given.model_path)
     if info.flags["class_cond"] and source.labels is None and options.class_index is None:
         raise InputError("the model is class-conditional: give a class", parameter="class_index")
-    run = partial(super_resolution, large_size=target.image_size, use_ddim=options.use_ddim,
-                  clip_denoised=options.clip_denoised)  # fmt: skip
 
-    def sample(model, diffusion, ref, noise, callback):
-        labels = None
-        if info.flags["class_cond"]:
-            names = [name.split("/", 1)[1].rsplit("#", 1)[0] for name in noise.names]  # of "SEED/NAME#SAMPLE"
-            known = source.labels or {}
-            chosen = [known[name] if options.class_index is None else options.class_index for name in names]
-            labels = torch.tensor(chosen, device=target.device)
-        return run(model, diffusion, ref, labels=labels, noise=noise, callback=callback)
+    def sample(model, diffusion, ref, labels=None, **more):
+        return super_resolution(
+            model, diffusion, ref, labels=labels if info.flags["class_cond"] else None, large_size=target.image_size,
+            use_ddim=options.use_ddim, clip_denoised=options.clip_denoised, **more,
+        )  # fmt: skip
 
     job = Job(output, peers, target.device, source)
     settings |= {**given.settings([options, output]), "method": "super_resolution"}
     status = sampling.execute(job, sample, target, target.diffusion.num_timesteps, settings, sampling.IMAGES)
     if options.npz and status == 0 and peers.rank == 0:
-        write_npz(job, None)
+        write_npz(job, target.image_size, None)
     return status
 
 

@@ -1,7 +1,6 @@
-"""The sampler's ablations, and the monitor: linear sum, low-pass manifold, and what is recorded of guided steps."""
+"""The sampler's ablations: linear sum, low-pass manifold; and what is recorded of guided steps."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -10,9 +9,10 @@ from conftest import LinearModel
 from guided_diffusion import energy as energies
 from guided_diffusion.errors import InputError
 from guided_diffusion.manifold import BlockManifold, LowPassManifold, block_statistics, split
-from guided_diffusion.run.monitor import Monitor, _record_of, curves
+from guided_diffusion.run import journal
 from guided_diffusion.script_util import create_diffusion
 from guided_diffusion.sddm import LAMBDA, merge, sample
+from guided_diffusion.target import count_evaluations, counted
 from resizer import low_pass_filter
 
 STEPS, RANGE_T = 8, 2
@@ -30,6 +30,12 @@ class Towards:
     def energy_and_grad(self, x, t, alpha_bar):
         grad = x - self.goal
         return grad.square().flatten(1).sum(1) / 2, grad
+
+
+def columns(*told, **named):
+    """The columns that a run records of a guided evaluation, by name."""
+    found = journal.record_of(*told, **named)
+    return {"tangent": found[:, 0], "normal": found[:, 1], "negative": found[:, 2].bool(), "weights": found[:, 3:]}
 
 
 def setup(n=2, size=16, seed=0):
@@ -165,7 +171,7 @@ def test_records_of_guided_steps(variant, detail_merge):
         assert told.keys() == {"tangent", "normal", "move", "weights"}
         assert told["tangent"].shape == told["normal"].shape == told["move"].shape == ref.shape
         assert told["weights"].shape == ((2, 3, 4, 4, 3) if detail_merge else (2, 3, 3))
-        record = _record_of(**told)
+        record = columns(**told)
         assert record["tangent"].shape == record["normal"].shape == record["negative"].shape == (2,)
         assert record["weights"].shape == (2, 3)
         torch.testing.assert_close(record["weights"].sum(1), torch.ones(2))
@@ -175,7 +181,7 @@ def test_records_of_guided_steps(variant, detail_merge):
     out = diffusion.p_mean_variance(model, start, torch.full((2,), STEPS - 1))
     g = out["mean"] - start / float(diffusion.alphas[-1]) ** 0.5
     tangent, normal = BlockManifold(ref, 4).split(start, g, float(diffusion.alphas_cumprod[-1]))
-    record = _record_of(**records[0][1])
+    record = columns(**records[0][1])
     torch.testing.assert_close(record["tangent"], tangent.flatten(1).norm(dim=1), rtol=1e-3, atol=0)
     torch.testing.assert_close(record["normal"], normal.flatten(1).norm(dim=1), rtol=1e-3, atol=0)
     torch.testing.assert_close(records[0][1]["tangent"] + records[0][1]["normal"], g, rtol=0, atol=1e-4)
@@ -187,7 +193,7 @@ def test_a_record_of_known_parts():
     tangent[:, 0, 0] = torch.tensor([3.0, 4.0])
     move = tangent * torch.tensor([2.0, -1.0, -1e-6])[:, None, None, None]
     for weights in (torch.tensor([[0.5, 0.5], [0.7, 0.3], [1.0, 0.0]])[:, None], torch.rand(3, 1, 4, 4, 2)):
-        record = _record_of(tangent, 2 * tangent, move, weights)
+        record = columns(tangent, 2 * tangent, move, weights)
         assert record["tangent"].tolist() == [5, 5, 5] and record["normal"].tolist() == [10, 10, 10]
         assert record["negative"].tolist() == [False, True, False]  # the last cancels up to rounding errors
         torch.testing.assert_close(record["weights"], weights.reshape(3, -1, 2).mean(1))
@@ -206,8 +212,8 @@ def test_the_sum_may_harm_the_score_and_the_minimum_norm_point_never_does():
     _, linear = run([Against(ref)], moo="linear")
     _, merged = run([Against(ref)])
     assert len(linear) == len(merged) == STEPS - 1 - RANGE_T
-    assert all(_record_of(**told)["negative"].all() for _, told in linear)
-    assert not any(_record_of(**told)["negative"].any() for _, told in merged)
+    assert all(columns(**told)["negative"].all() for _, told in linear)
+    assert not any(columns(**told)["negative"].any() for _, told in merged)
 
 
 def test_a_callback_changes_nothing():
@@ -220,169 +226,56 @@ def test_a_callback_changes_nothing():
     assert torch.equal(watched[0], alone)
 
 
-# The monitor of a run
+# What is recorded of a run
 
 
-def tell(i, n, value):
-    """The state after a step of n images with known records: norms `value` and 2 `value`, weights 3/4 and 1/4."""
+def record(i, n, value):
+    """A guided evaluation of n images: norms `value` and 2 `value`, weights 3/4 and 1/4."""
     tangent = torch.zeros(n, 3, 4, 4)
     tangent[:, 0, 0, 0] = value
     weights = torch.tensor([0.75, 0.25]).expand(n, 3, 2)
-    sign = -1 if value > 4.5 else 1
-    return {"i": i, "guided": [{"tangent": tangent, "normal": 2 * tangent, "move": sign * tangent, "weights": weights}]}
+    return i, journal.record_of(tangent, 2 * tangent, (-1 if value > 4.5 else 1) * tangent, weights)
 
 
-def sampler(model, ref, value=1.0, noise=None, callback=None):
-    """Two guided steps with known records, a plain one, and three evaluations of the model."""
-    for i in (5, 4):
-        callback(tell(i, len(ref), value * i))
-    callback({"i": 3, "guided": []})
-    return model(model(model(ref)))
+def test_lines_of_images_add_up_to_means():
+    steps = [*journal.steps_of([record(5, 4, 5.0), record(4, 4, 4.0)], 4), *journal.steps_of([record(5, 2, 3.0)], 2)]
+    assert steps[0] == {"5": [1, 5, 10, 1, 0.75, 0.25], "4": [1, 4, 8, 0, 0.75, 0.25]}
+    entries = [{"seconds": 1.5, "evaluations": 3, "steps": each} for each in steps]
+    total = json.loads(json.dumps(journal.total(entries)))
+    assert total["negative_impact"] == pytest.approx(4 / 10) and total["energy_weights"] == [0.25]
+    assert total["model_evaluations"] == 3 and total["seconds_per_image"] == 1.5 and total["monitor"]["images"] == 6
+    first, second = journal.curves(total)
+    assert (first["i"], second["i"]) == (5, 4) and first["weights"] == second["weights"] == [0.75, 0.25]
+    assert first["tangent"] == pytest.approx((4 * 5 + 2 * 3) / 6) and first["negative"] == pytest.approx(4 / 6)
+    assert second["normal"] == 8
 
 
-def opened(folder, name="0", earlier=None, overwrite=False):
-    """The monitor of one process of a run; only rank 0 begins."""
-    folder.mkdir(exist_ok=True)
-    monitor = Monitor(str(folder), name)
-    if name.startswith("0"):
-        monitor.begin(earlier, overwrite)
-    return monitor
-
-
-def work(monitor, batches, value=1.0):
-    watched = monitor.watch(partial(sampler, monitor.counted(lambda x: x), value=value))
-    states = []
-    for n in batches:
-        watched(torch.zeros(n, 3, 4, 4), noise=None, callback=states.append)
-    assert [state["i"] for state in states] == [5, 4, 3] * len(batches)
-
-
-def finish(monitor):
-    """What rank 0 does at the end: the sums go into the record, then their parts are removed."""
-    record = json.loads(json.dumps(monitor.total()))
-    monitor.forget(record["monitor"]["parts"])
-    return record
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_sums_over_processes_and_restarts(tmp_path):
-    """Two ranks, killed and started again, then a finished run that is resumed."""
-    out = tmp_path / "out"
-    monitors = [opened(out, name) for name in ("0-first", "1-first")]
-    work(monitors[0], [4, 2], value=1.0)
-    work(monitors[1], [3], value=3.0)
-    assert names(out) == [".monitor-0-first.json", ".monitor-1-first.json"]
-
-    monitors = [opened(out, name) for name in ("0-second", "1-second")]
-    work(monitors[1], [3], value=1.0)
-    record = finish(monitors[0])
-    assert record["negative_impact"] == pytest.approx((12 + 3) / 24)  # all twelve at i = 5, and 3 · 4 > 4.5
-    assert record["model_evaluations"] == 3 and record["monitor"]["images"] == 12
-    assert record["seconds_per_image"] >= 0
-    steps = curves(record)
-    assert [step["i"] for step in steps] == [5, 4]
-    assert steps[0]["tangent"] == pytest.approx((9 * 5 + 3 * 15) / 12) and steps[0]["normal"] == 2 * steps[0]["tangent"]
-    assert steps[1]["weights"] == [0.75, 0.25] and steps[1]["negative"] == 0.25
-    assert names(out) == []
-
-    monitor = opened(out, "0-third", earlier=record["monitor"])
-    work(monitor, [12])
-    record = finish(monitor)
-    assert record["monitor"]["images"] == 24 and record["negative_impact"] == pytest.approx((15 + 12) / 48)
-    assert names(out) == []
-
-
-def test_parts_that_are_counted_already_are_not_counted_twice(tmp_path):
-    """A run that is killed between writing the sums and removing what they were made of."""
-    out = tmp_path / "out"
-    monitor = opened(out, "0-first")
-    work(monitor, [5])
-    record = json.loads(json.dumps(monitor.total()))
-    assert names(out) == [".monitor-0-first.json"]
-    monitor = opened(out, "0-second", earlier=record["monitor"])
-    assert finish(monitor)["monitor"]["images"] == 5
-
-
-def test_parts_of_a_killed_run_are_added_to_an_earlier_record(tmp_path):
-    out = tmp_path / "out"
-    monitor = opened(out, "0-first")
-    work(monitor, [5])
-    record = finish(monitor)
-    work(opened(out, "0-killed", earlier=record["monitor"]), [3])
-    assert names(out) == [".monitor-0-killed.json", ".monitor-earlier.json"]
-    # Its record was lost with it, or still there: the earlier sums count once.
-    for earlier in (None, record["monitor"]):
-        assert opened(out, "0-again", earlier=earlier).total()["monitor"]["images"] == 8
-
-
-def test_overwriting_starts_the_sums_over(tmp_path):
-    out = tmp_path / "out"
-    monitor = opened(out, "0-first")
-    work(monitor, [5])
-    monitor = opened(out, "0-second", earlier=monitor.total()["monitor"], overwrite=True)
-    work(monitor, [2])
-    assert finish(monitor)["monitor"]["images"] == 2
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{}", "[]", '{"images": 1, "seconds": 1, "evaluations": 1, "steps": {"a": [1]}}']
-)
-def test_parts_that_cannot_be_read_do_not_count(tmp_path, content):
-    out = tmp_path / "out"
-    monitor = opened(out, "0-first")
-    (out / ".monitor-1-broken.json").write_text(content)
-    work(monitor, [5])
-    assert finish(monitor)["monitor"]["images"] == 5
-    for earlier in (None, 3, [], {}, {"images": "many"}):
-        assert opened(out, "0-second", earlier=earlier).total()["monitor"]["images"] == 0
-
-
-def test_a_run_without_guidance_has_costs_only(tmp_path):
-    monitor = opened(tmp_path / "out")
-    watched = monitor.watch(lambda ref, noise, callback: monitor.counted(torch.neg)(ref))
-    watched(torch.zeros(2, 3, 4, 4), noise=None, callback=lambda state: None)
-    record = finish(monitor)
-    assert record["negative_impact"] is None and record["model_evaluations"] == 1 and curves(record) == []
-    assert curves({}) == []
-
-
-def test_a_run_without_images_has_no_means(tmp_path):
-    record = finish(opened(tmp_path / "out"))
-    assert record["model_evaluations"] is record["seconds_per_image"] is record["negative_impact"] is None
-
-
-def test_a_run_that_did_not_finish_is_left_alone(tmp_path):
-    """Until rank 0 has written the record, the parts stay."""
-    monitor = opened(tmp_path / "out", "0-first")
-    work(monitor, [2])
-    monitor.total()
-    assert names(tmp_path / "out") == [".monitor-0-first.json"]
+def test_a_run_without_guidance_has_costs_only():
+    total = journal.total([{"seconds": 1, "evaluations": 2, "steps": {}}])
+    assert total["negative_impact"] is None and total["model_evaluations"] == 2 and journal.curves(total) == []
+    empty = journal.total([])
+    assert empty["model_evaluations"] is empty["seconds_per_image"] is empty["negative_impact"] is None
 
 
 @pytest.mark.parametrize("variant", ["manifold", "released"])
-def test_a_watched_run_is_measured(tmp_path, variant):
-    """The sampler itself under a monitor: its evaluations, its guided steps, and the image that it gives alone."""
+def test_evaluations_and_guided_steps_of_the_sampler_are_recorded(variant):
     model, diffusion, ref, draws = setup()
-    monitor = opened(tmp_path / "out")
     options = {"blocks": 4, "range_t": RANGE_T, "energies": [energies.dct(4)], "variant": variant}
+    guided, rest = [], list(draws)
 
-    def replay():
-        rest = list(draws)
-        return lambda shape: rest.pop(0)
+    def keep(state):
+        guided.extend((state["i"], each) for each in state["guided"])
 
-    watched = monitor.watch(partial(sample, monitor.counted(model), diffusion, **options))
-    result = watched(ref, noise=replay(), callback=lambda state: None)
-    states, records = run([energies.dct(4)], variant=variant)
-    assert torch.equal(result, states[0])
-    record = finish(monitor)
-    assert record["model_evaluations"] == STEPS + (3 if variant == "released" else 0)
-    guided = [i for i, _ in records]
-    assert record["monitor"]["steps"].keys() == {str(i) for i in guided}
-    for step in curves(record):
-        own = [_record_of(**told) for i, told in records if i == step["i"]]
-        assert step["tangent"] == pytest.approx(float(torch.stack([each["tangent"] for each in own]).mean()))
-        assert step["weights"] == pytest.approx(torch.stack([each["weights"] for each in own]).mean((0, 1)).tolist())
-        assert record["monitor"]["steps"][str(step["i"])][0] == 2 * len(own)
+    with count_evaluations() as count:
+        sample(counted(model), diffusion, ref, noise=lambda shape: rest.pop(0), callback=keep, **options)
+    assert count.total == 2 * (STEPS + (3 if variant == "released" else 0))
+    steps = journal.steps_of([(i, journal.record_of(**each)) for i, each in guided], 2)
+    total = journal.total([{"seconds": 1, "evaluations": 1, "steps": each} for each in steps])
+    for step in journal.curves(total):
+        own = [each for i, each in guided if i == step["i"]]
+        norms = torch.stack([each["tangent"].flatten(1).norm(dim=1) for each in own])
+        assert step["tangent"] == pytest.approx(float(norms.mean()), rel=1e-5)
+        assert step["weights"] == pytest.approx(
+            torch.stack([each["weights"].flatten(1, -2).mean(1) for each in own]).mean((0, 1)).tolist(), rel=1e-5
+        )
+        assert total["monitor"]["steps"][str(step["i"])][0] == 2 * len(own)

@@ -113,7 +113,7 @@ def test_the_release_command_line_runs_unchanged(tmp_path):
     ):
         assert f"--{name} has no effect" in done.stderr
     assert "1 done, 0 already present, 0 failed" in done.stdout
-    assert sorted(os.listdir(tmp_path / "output")) == ["grid.png", "heart.png", "run.json"]
+    assert sorted(os.listdir(tmp_path / "output")) == ["grid.png", "heart.png", "images.jsonl", "run.json"]
     made = np.asarray(Image.open(tmp_path / "output" / "heart.png"))
     assert made.shape == (256, 256, 3) and made.std() > 1
     record = json.loads((tmp_path / "output" / "run.json").read_text())

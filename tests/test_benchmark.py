@@ -28,7 +28,7 @@ from guided_diffusion.evaluation import Evaluation, charts, comparison, report
 from guided_diffusion.evaluation.fronts import hypervolume
 from guided_diffusion.evaluation.judge import DEFAULT_PATH
 from guided_diffusion.run import record as run_record
-from guided_diffusion.run.monitor import curves
+from guided_diffusion.run.journal import curves
 
 benchmark = load_script("benchmark")
 

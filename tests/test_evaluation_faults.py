@@ -35,7 +35,7 @@ from guided_diffusion.evaluation import (
     table,
     target_statistics,
 )
-from guided_diffusion.run.monitor import curves
+from guided_diffusion.run.journal import curves
 
 SIZE = 16
 

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -10,9 +12,13 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from scripts_in_process import load_script, run_script
 from tiny import MODEL, PROCESS, make_encoder, make_model, make_references, random_state
 
+from guided_diffusion import dist_util
 from guided_diffusion.checkpoint import load_model, save_model
+from guided_diffusion.errors import InputError
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.generation import draw_labels
 from guided_diffusion.image_datasets import load_image, to_tensor
 from guided_diffusion.run.noise import ImageNoise
@@ -96,19 +102,105 @@ def test_image_nll(data, tmp_path):
     assert record["bits_per_dimension"] == pytest.approx(mean + float(rows[0]["prior_bpd"]), rel=1e-4)
     # Resumed: the same bytes.
     before = (tmp_path / "a" / "bpd.csv").read_bytes()
-    (tmp_path / "a" / "terms" / "b" / "c.png.npz").unlink()
+    lines = (tmp_path / "a" / "images.jsonl").read_text().splitlines(True)
+    (tmp_path / "a" / "images.jsonl").write_text("".join(lines[::2]) + lines[1][:-20])
     run("image_nll", *flags, "--save_dir", tmp_path / "a", "--batch_size", "3")
     assert before == (tmp_path / "a" / "bpd.csv").read_bytes()
     error = run("image_nll", *flags, "--save_dir", tmp_path / "a", "--seed", "1", status=2)
     assert "--seed was 0 and is 1" in error
 
 
-def test_unreadable_image_of_a_likelihood(data, tmp_path):
-    make_references(tmp_path / "images", ["a.png", "b.png"])
-    (tmp_path / "images" / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    flags = ["--model_path", data / "model.safetensors", "--data_dir", tmp_path / "images"]
-    text = run("image_nll", *flags, "--timestep_respacing", "2", "--save_dir", tmp_path / "out", status=1)
-    assert "failed: b.png" in text and "1 images" in text
+def nll(data, images, out, *flags):
+    """image_nll.py in this process; returns its exit status."""
+    script = load_script("image_nll")
+    given = ["--model_path", data / "model.safetensors", "--data_dir", images, "--save_dir", out, "--device", "cpu"]
+    parsed = script.create_parser().parse([*map(str, [*given, "--timestep_respacing", "2", *flags])])
+    return script.evaluate(parsed, dist_util.connect(dist_util.Ranks()))
+
+
+def test_a_likelihood_knows_its_images(data, tmp_path, caplog):
+    """Unreadable ones fail alone; one that is replaced is evaluated again; equal ones elsewhere are known."""
+    images, out = make_references(tmp_path / "images", ["a.png", "b.png", "c.png"]), tmp_path / "out"
+    (images / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert nll(data, images, out) == 1
+    shutil.copy(images / "c.png", images / "b.png")
+    shutil.copy(images / "c.png", images / "a.png")
+    caplog.clear()
+    assert nll(data, shutil.copytree(images, tmp_path / "elsewhere"), out) == 0
+    assert caplog.messages == ["1 outputs are made again, because their sources have changed, such as a.png"]
+    assert nll(data, images, tmp_path / "fresh") == 0
+    assert (out / "bpd.csv").read_bytes() == (tmp_path / "fresh" / "bpd.csv").read_bytes()
+    assert json.loads((out / "run.json").read_text())["failed"] == {}
+
+
+DAMAGES = {
+    "another kind": lambda out: (out / "run.json").write_text("[]"),
+    "settings": lambda out: (out / "run.json").write_text('{"settings": [1]}'),
+    "version 0.2": lambda out: (out / "run.json").write_text('{"format": 1, "settings": {}, "versions": {}}'),
+    "a pipe": lambda out: ((out / "images.jsonl").unlink(), os.mkfifo(out / "images.jsonl")),
+    "a folder": lambda out: ((out / "images.jsonl").unlink(), (out / "images.jsonl").mkdir()),
+}
+
+
+def test_damaged_results_of_a_likelihood_are_one_line(data, tmp_path):
+    images = make_references(tmp_path / "images", ["a.png"])
+    assert nll(data, images, tmp_path / "sound") == 0
+    for name, damage in DAMAGES.items():
+        out = shutil.copytree(tmp_path / "sound", tmp_path / name)
+        damage(out)
+        with pytest.raises(InputError, match=r"run.json is damaged|not a regular file"):
+            nll(data, images, out)
+    # Results are not written through links.
+    out = shutil.copytree(tmp_path / "sound", tmp_path / "linked")
+    (tmp_path / "mine").write_text("mine")
+    for name in ("images.jsonl", "bpd.csv", "vb_terms.npz"):
+        (out / name).unlink()
+        (out / name).symlink_to(tmp_path / "mine")
+    assert nll(data, images, out, "--overwrite") == 0 and (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_likelihood_needs_float64_on_the_cpu_alone(data, tmp_path, monkeypatch):
+    """As on Apple's GPUs: a tensor there cannot become float64."""
+
+    class OnDevice(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.double:
+                raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+            found = super().__torch_function__(function, types, args, kwargs or {})
+            return found.as_subclass(torch.Tensor) if function is torch.Tensor.cpu else found
+
+    calc = GaussianDiffusion.calc_bpd_loop
+
+    def on_device(*arguments, **options):
+        return {name: terms.as_subclass(OnDevice) for name, terms in calc(*arguments, **options).items()}
+
+    monkeypatch.setattr(GaussianDiffusion, "calc_bpd_loop", on_device)
+    assert nll(data, make_references(tmp_path / "images", ["a.png"]), tmp_path / "out") == 0
+
+
+def test_a_second_array_does_not_get_the_first_ones_results(data, tmp_path):
+    small = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
+    flags = ["--model_path", data / "upsampler.safetensors", "--timestep_respacing", "2", "--device", "cpu"]
+    for name, images, labels in (("x", small, [0, 1, 2]), ("y", np.stack([small[0], *small[:0:-1]]), [1, 1, 2])):
+        np.savez(tmp_path / f"{name}.npz", images, labels)
+        for out in ("shared", f"fresh {name}"):
+            run_script("super_res_sample", *flags, "--base_samples", tmp_path / f"{name}.npz", "--save_dir", tmp_path / out)
+    with np.load(tmp_path / "shared" / "samples_3x16x16x3.npz") as found:
+        with np.load(tmp_path / "fresh y" / "samples_3x16x16x3.npz") as wanted:
+            assert np.array_equal(found["arr_0"], wanted["arr_0"])
+    (tmp_path / "empty.npz").write_bytes(b"")
+    with pytest.raises(InputError, match=r"empty\.npz is damaged or not an \.npz file of images"):
+        run_script("super_res_sample", *flags, "--base_samples", tmp_path / "empty.npz", "--save_dir", tmp_path / "e")
+
+
+def test_junk_among_outputs_that_are_gathered_is_one_line(data, tmp_path):
+    flags = ["--model_path", data / "model.safetensors", "--num_samples", "2", "--timestep_respacing", "2", "--npz"]
+    flags += ["--save_dir", tmp_path / "out", "--device", "cpu"]
+    assert run_script("image_sample", *flags) == 0
+    (tmp_path / "out" / "000001.png").write_text("junk")
+    with pytest.raises(InputError, match=r"out/000001\.png cannot be read: not an image"):
+        run_script("image_sample", *flags)
 
 
 def test_super_res_sample(data, tmp_path):

@@ -26,7 +26,7 @@ from guided_diffusion.checkpoint import load_model
 from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType
 from guided_diffusion.options import field_types
-from guided_diffusion.run.files import lock
+from guided_diffusion.run.files import Folder
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.training import config as options
 from guided_diffusion.training import files
@@ -289,11 +289,12 @@ def test_an_export_does_not_overwrite_what_training_starts_from(command, folder,
 
 
 def test_two_trainings_do_not_share_a_folder(resume, run):
-    handle = lock(str(run))
+    held = Folder(run)
+    held.lock()
     with pytest.raises(InputError) as error:
         resume()
     assert error.value.parameter == "save_dir"
-    os.close(handle)
+    held.release()
     assert resume() == 0
 
 
@@ -304,10 +305,10 @@ def test_a_killed_run_does_not_keep_its_folder_locked_by_its_loaders(folder, tmp
     while not (tmp_path / "model000002.pt").exists() and process.poll() is None:
         time.sleep(0.01)
     with pytest.raises(InputError):
-        lock(str(tmp_path))
+        Folder(tmp_path).lock()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    os.close(lock(str(tmp_path)))
+    Folder(tmp_path).lock()
     process.communicate()
 
 

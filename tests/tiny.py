@@ -1,6 +1,7 @@
 """A model and references so small that whole runs take a fraction of a second; for tests of the engine."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -87,10 +88,9 @@ def record(out):
 
 
 def files(out):
-    """Every file of a run but run.json, by relative name, hidden and temporary ones included: its bytes."""
+    """Every file of a run but its records, by relative name, hidden and temporary ones included: its bytes."""
     found = {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(Path(out).rglob("*")) if p.is_file()}
-    found.pop("run.json", None)
-    return found
+    return {name: content for name, content in found.items() if not re.fullmatch(r"run\.json|images.*\.jsonl", name)}
 
 
 def pictures(out):

@@ -66,12 +66,10 @@ def load_network(given: Given, local_rank: int) -> tuple[Target, dict[str, Any]]
     return target, given.settings([options], **info.flags, precision=precision)
 
 
-def write_npz(job: Job, labels: list[int] | None) -> None:
+def write_npz(job: Job, image_size: int, labels: list[int] | None) -> None:
     """guided-diffusion's file: all images as arr_0, uint8 [N, H, W, 3], and their classes, if any, as arr_1 [N]."""
-    from ..image_datasets import load_image
-
-    images = np.stack([load_image(job.path(item), job.image_size) for item in job.items.values()])
+    images = np.stack([job.image(item, image_size) for item in job.items.values()])
     arrays = [images] if labels is None else [images, np.array(labels)]
-    path = os.path.join(job.options.save_dir, f"samples_{'x'.join(map(str, images.shape))}.npz")
+    path = os.path.join(job.folder.path, f"samples_{'x'.join(map(str, images.shape))}.npz")
     write_bytes(path, npz_bytes(*arrays))
     say(f"all images are in {display_name(path)}")

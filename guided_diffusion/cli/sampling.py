@@ -16,10 +16,13 @@ from ..errors import InputError, display_name
 from ..generation import draw_labels
 from ..options import near_miss
 from ..run.job import Job, JobOptions
+from ..run.loop import Loop, Summary
 from ..run.noise import ImageNoise, image_key
+from ..run.opening import open_plan
 from ..script_util import NUM_CLASSES, model_and_diffusion_defaults
 from ..sddm import METHODS
 from ..solvers import resolve_step
+from ..target import Batch, counted
 from ..translator import Target, TargetOptions
 from .flags import NO_EFFECT, Given, Parser
 from .main import AGAIN, DONE, FAILED, INTERRUPTED, cause, say
@@ -129,38 +132,39 @@ def execute(
 ) -> int:
     """Do a job with progress and say what came of it; returns the exit status of this rank.
 
-    sampler(model, diffusion, ref, noise=, callback=): calls back `steps` times an image. made: words for the outputs
-    and for what grid.png shows.
+    sampler(model, diffusion, ref, noise=, callback=): calls back `steps` times an image; gets labels=, too, where the
+    references have classes. made: words for the outputs and for what grid.png shows.
     """
-    job.prepare(target.image_size, settings)
-    model = job.monitor.counted(target.model)
+    model = counted(target.model)
 
-    def sample(ref: Any, **options: Any) -> Any:
-        return sampler(model, target.diffusion, ref, **options)
+    def sample(batch: Batch, /, **options: Any) -> Any:
+        labels = {} if batch.labels is None else {"labels": batch.labels}
+        return sampler(model, target.diffusion, batch.ref, **labels, **options)
 
-    wanted, skipped = len(job.items), job.summary.skipped
-    if skipped:
-        log.info("%d of %d images are already present", skipped, wanted)
-    progress = Progress(job.image_steps(steps), steps, wanted, skipped) if job.peers.rank == 0 else None
+    plan = open_plan(job, target.image_size, settings)
+    if plan.skipped:
+        log.info("%d of %d images are already present", plan.skipped, len(job.items))
+    progress = Progress(plan.image_steps(steps), steps, len(job.items), plan.skipped) if job.peers.rank == 0 else None
+    loop = Loop(job, plan, sample, steps, progress or (lambda image_steps, images: None))
     try:
         try:
-            summary = job.run(sample, steps, progress or (lambda image_steps, images: None))
+            summary = loop.run()
         finally:
             if progress is not None:
                 progress.close()
-        job.finish()
+        loop.finish()
     except KeyboardInterrupt as error:
         if job.peers.interrupted():
             again = "run the same command without --overwrite to resume" if job.options.overwrite else AGAIN
-            say(f"{cause(error, job.peers)}: {job.made()} of {wanted} images are done; {again}")
+            say(f"{cause(error, job.peers)}: {job.made()} of {len(job.items)} images are done; {again}")
         return INTERRUPTED
     if job.peers.rank:
         return DONE  # rank 0 reports on all; a launcher would end it if another status came first
     return report(job, summary, made)
 
 
-def report(job: Job, summary: Any, made: tuple[str, str]) -> int:
-    """Say what became of a job's references; returns the exit status."""
+def report(job: Job, summary: Summary, made: tuple[str, str]) -> int:
+    """Say how a run ended; returns the exit status."""
     for name, reason in sorted(summary.failed.items()):
         say(f"failed: {display_name(name)}: {reason}")
     done, skipped, failed = summary.done, summary.skipped, len(summary.failed)

@@ -18,7 +18,7 @@ from ..image_datasets import list_references
 from ..options import check, option
 from ..run import files
 from ..run import record as run_record
-from ..run.monitor import curves
+from ..run.journal import curves
 from . import charts, report, table
 from .features import features_file
 from .protocol import Evaluation, Instruments, evaluate

@@ -1,4 +1,4 @@
-"""Files of a run: each appears whole or not at all, and none of them keeps the sampler waiting."""
+"""Files of a run: each is written whole or not at all, into the folder that the run began in."""
 
 import contextlib
 import errno
@@ -8,113 +8,91 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..errors import InputError, display_name, first_line, one_line
+from ..errors import InputError, display_name, first_line, reading
 
 TEMPORARY = ".writing"
-"""Suffix of files that are being written; they are hidden, and a later run removes what a killed one leaves."""
+"""Suffix of files that are being written. They are hidden, and the next run removes those of a killed one."""
 
-LARGEST_RECORD = 512 << 20
-"""Bytes of a JSON file beyond which it is none of ours."""
+LOCK = ".lock"
+"""File in a folder that is locked while a run writes there."""
+
+# What a file system without locks says, such as NFS without a lock service.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any], root: str | None = None) -> None:
-    """Call write(file) on a temporary file beside `path`, then rename it to `path`.
+class Folder:
+    """A folder to write to, made and tried out.
 
-    Missing folders are made; where `root` is given, those below it alone, so that a folder that somebody removes stays
-    removed. Raises InputError, naming the file, where the disk is full or the folder cannot be written.
+    parameter: the option that names the folder, for errors. Raises InputError where it cannot be written.
     """
-    path = os.fspath(path)
-    folder, name = os.path.split(path)
-    # Short, since file systems bound a name's length, and the final name may just fit.
-    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
-    temporary = os.path.join(folder, f".{digest}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
-    try:
-        _make_folders(folder or ".", root)
+
+    def __init__(self, path: str | os.PathLike, parameter: str = "save_dir") -> None:
+        self.path, self._parameter = os.fspath(path), parameter
+        self._lock: Any = None
+        self._known: tuple[int, int] | None = None
+        make_folder(path, parameter)
+
+    def _refuse(self, reason: str) -> InputError:
+        return InputError(reason, parameter=self._parameter, value=self.path)
+
+    def lock(self) -> None:
+        """Keep other runs out until `release`; raises InputError where one is in it.
+
+        On a file system without locks nothing is kept out.
+        """
+        import filelock
+
+        file = os.path.join(self.path, LOCK)
+        lock = filelock.FileLock(file, thread_local=False)
+        busy = self._refuse("another run is writing there now; wait for it or give another folder")
         try:
-            with open(temporary, "wb") as file:
-                write(file)
-                # Some file systems report a full disk only now; and a crash must not leave an empty file.
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
-            raise
-    except OSError as error:
-        raise InputError(_disk_reason(path, error)) from error
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise busy from None
+        except NotImplementedError:
+            lock = None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise self._refuse(f"it cannot be locked: {error.strerror or first_line(error)}") from None
+            lock = None
+        if lock is not None and not os.path.exists(file):  # another run ended between opening and locking
+            lock.release()
+            raise busy
+        self._lock = lock
+        self.watch()
 
+    def watch(self) -> None:
+        """Remember which folder it is, for `check`."""
+        self._known = self._identity()
 
-def _make_folders(folder: str, root: str | None) -> None:
-    if root is None:
-        os.makedirs(folder, exist_ok=True)
-        return
-    for parent in (*reversed(Path(folder).parents), Path(folder)):
-        if Path(root) in parent.parents and not parent.is_dir():
-            parent.mkdir(exist_ok=True)
+    def _identity(self) -> tuple[int, int]:
+        file = os.path.join(self.path, LOCK)
+        # The lock's file stays open, so no other one gets its number; a folder's is given away at once.
+        status = os.stat(file if os.path.exists(file) else self.path)
+        return status.st_dev, status.st_ino
 
+    def check(self) -> None:
+        """Raise InputError where the folder is gone, or another one than at `lock` or `watch`."""
+        try:
+            same = self._known is None or self._identity() == self._known
+        except OSError:
+            raise self._refuse("it was removed while the run was writing to it") from None
+        if not same:
+            raise self._refuse("it was removed while the run was writing to it, and another one is in its place")
 
-def _disk_reason(path: str, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            f"no room left to write {display_name(path)} ({error.strerror}); make room and run the same command again"
-        )
-    return f"{display_name(path)} cannot be written: {error.strerror or first_line(error)}"
-
-
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file atomically."""
-    write_atomically(path, lambda file: file.write(data))
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a UTF-8 file atomically. File names need not be valid UTF-8: their bytes are written."""
-    write_bytes(path, text.encode("utf-8", "surrogateescape"))
-
-
-def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write a JSON file that people can read."""
-    write_text(path, json_text(content))
-
-
-def json_text(content: Any) -> str:
-    """What `write_json` writes."""
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
-def read_json(path: str | os.PathLike) -> Any:
-    """The content of a JSON file.
-
-    Raises FileNotFoundError where there is none, and InputError, naming the file, where it cannot be read or is none.
-    """
-    path = os.fspath(path)
-    try:
-        if not os.path.isfile(path) and os.path.exists(path):
-            raise InputError(f"{display_name(path)} is not a regular file")
-        if os.path.getsize(path) > LARGEST_RECORD:
-            raise InputError(f"{display_name(path)} is too large to be a record ({os.path.getsize(path)} bytes)")
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{display_name(path)} cannot be read: {one_line(error)}") from None
-
-
-def read_json_or_none(path: str | os.PathLike) -> Any:
-    """The content of a JSON file; None where there is none that can be read."""
-    try:
-        return read_json(path)
-    except (FileNotFoundError, InputError):
-        return None
+    def release(self) -> None:
+        """Let other runs in; nothing happens where the folder is not locked."""
+        if self._lock is not None:
+            with contextlib.suppress(InputError, OSError):
+                self.check()
+                os.remove(os.path.join(self.path, LOCK))
+            self._lock.release()
+        self._lock = self._known = None
 
 
 def make_folder(folder: str | os.PathLike, parameter: str) -> None:
@@ -137,13 +115,106 @@ def make_folder(folder: str | os.PathLike, parameter: str) -> None:
         raise InputError(f"it cannot be written: {reason}", **wrong) from None
 
 
-def check_present(folder: str, parameter: str) -> None:
-    """Raise InputError where the folder of a run is gone: what is written later would be half a run."""
-    if not os.path.isdir(folder):
-        raise InputError("it was removed while the run was writing to it", parameter=parameter, value=folder)
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any], folder: Folder | None = None) -> None:
+    """Call write(file) on a temporary file beside `path`, then rename it to `path`.
+
+    Missing folders are made. With `folder`, only those below it, and nothing is written once it is another folder.
+    Raises InputError, naming the file, where the disk is full or the file cannot be written.
+    """
+    path = os.fspath(path)
+    parent, name = os.path.split(path)
+    # Short, because file systems limit a name's length, and the final name may just fit.
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
+    temporary = os.path.join(parent, f".{digest}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
+    try:
+        _make_folders(parent or ".", folder)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        try:
+            with open(temporary, "xb") as file:  # never through a link
+                write(file)
+                # Some file systems report a full disk only now; and a crash must not leave an empty file.
+                file.flush()
+                os.fsync(file.fileno())
+            # Where the folder is replaced after this, the temporary file is gone, too, and renaming fails.
+            if folder is not None:
+                folder.check()
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
+    except OSError as error:
+        if folder is not None:
+            folder.check()
+        raise InputError(disk_reason(path, error)) from error
 
 
-def remove_temporaries(folder: str) -> None:
+def _make_folders(parent: str, folder: Folder | None) -> None:
+    if folder is None:
+        os.makedirs(parent, exist_ok=True)
+        return
+    for each in (*reversed(Path(parent).parents), Path(parent)):
+        if Path(folder.path) in each.parents and not each.is_dir():
+            each.mkdir(exist_ok=True)
+
+
+def disk_reason(path: str, error: OSError) -> str:
+    """Why a file could not be written, as a sentence that names it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"no room left to write {display_name(path)} ({error.strerror}); make room and run the same command again"
+        )
+    return f"{display_name(path)} cannot be written: {error.strerror or first_line(error)}"
+
+
+def write_bytes(path: str | os.PathLike, data: bytes, folder: Folder | None = None) -> None:
+    """Write a file; folder as in `write_atomically`."""
+    write_atomically(path, lambda file: file.write(data), folder)
+
+
+def write_text(path: str | os.PathLike, text: str, folder: Folder | None = None) -> None:
+    """Write a UTF-8 file. File names in it need not be valid UTF-8: their bytes are written."""
+    write_bytes(path, text.encode("utf-8", "surrogateescape"), folder)
+
+
+def write_json(path: str | os.PathLike, content: Any, folder: Folder | None = None) -> None:
+    """Write a JSON file that people can read."""
+    write_text(path, json_text(content), folder)
+
+
+def json_text(content: Any) -> str:
+    """The text that `write_json` writes."""
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The content of a JSON file.
+
+    Raises FileNotFoundError where there is no file, and InputError, naming the file, where it cannot be read.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+    check_regular(path)
+    with reading(path), open(path, encoding="utf-8", errors="surrogateescape") as file:
+        return json.load(file)
+
+
+def check_regular(path: str | os.PathLike) -> None:
+    """Raise InputError where something other than a file is at `path`: opening a pipe would wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{display_name(os.fspath(path))} is not a regular file")
+
+
+def read_json_or_none(path: str | os.PathLike) -> Any:
+    """The content of a JSON file; None where there is none that can be read."""
+    try:
+        return read_json(path)
+    except (FileNotFoundError, InputError):
+        return None
+
+
+def remove_temporaries(folder: str | os.PathLike) -> None:
     """Remove the half-written files of killed runs below `folder`."""
     for root, _, names in os.walk(folder):
         for name in names:
@@ -152,40 +223,19 @@ def remove_temporaries(folder: str) -> None:
                     os.remove(os.path.join(root, name))
 
 
-def lock(folder: str | os.PathLike, parameter: str = "save_dir") -> int | None:
-    """Take a folder for this process; raises InputError where another process has it.
-
-    Returns the descriptor that holds the lock until it is closed, or None where the file system has no locks.
-    """
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return handle
-    except BlockingIOError:
-        os.close(handle)
-        reason = "another run is writing there now; wait for it or give another folder"
-        raise InputError(reason, parameter=parameter, value=folder) from None
-    except OSError:
-        os.close(handle)
-        return None
-
-
-def write_png(path: str, image: np.ndarray, root: str | None = None) -> None:
-    """Write uint8 [H, W, 3] as PNG; root as in `write_atomically`."""
+def write_png(path: str, image: np.ndarray, folder: Folder | None = None) -> None:
+    """Write uint8 [H, W, 3] as PNG; folder as in `write_atomically`."""
     from PIL import Image
 
-    write_atomically(path, lambda file: Image.fromarray(image).save(file, "PNG"), root)
+    write_atomically(path, lambda file: Image.fromarray(image).save(file, "PNG"), folder)
 
 
-def write_animation(path: str, frames: Sequence[np.ndarray], seconds: float = 4.0, root: str | None = None) -> None:
-    """Write uint8 frames [H, W, 3] as an animated GIF that stays on the last frame for a while and repeats.
+def write_animation(
+    path: str, frames: Sequence[np.ndarray], seconds: float = 4.0, folder: Folder | None = None
+) -> None:
+    """Write uint8 frames [H, W, 3] as an animated GIF that shows the last frame for longer and repeats.
 
-    root: as in `write_atomically`.
+    folder: as in `write_atomically`.
     """
     from PIL import Image
 
@@ -195,40 +245,4 @@ def write_animation(path: str, frames: Sequence[np.ndarray], seconds: float = 4.
     def save(file):
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
 
-    write_atomically(path, save, root)
-
-
-class Writer:
-    """Runs writing tasks on threads; at most `depth` of them wait, then `submit` does.
-
-    The first error comes out of the next `submit` or of `close`; what was submitted after it is not written.
-    """
-
-    def __init__(self, threads: int = 2, depth: int = 64) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="writer")
-        self._room = threading.Semaphore(depth)
-        self._error: BaseException | None = None
-
-    def submit(self, task: Callable, *arguments: Any) -> None:
-        """Run task(*arguments) soon; raises the first error of an earlier task."""
-        self._raise()
-        self._room.acquire()
-        self._pool.submit(self._run, task, arguments)
-
-    def _run(self, task, arguments):
-        try:
-            if self._error is None:
-                task(*arguments)
-        except BaseException as error:
-            self._error = self._error or error
-        finally:
-            self._room.release()
-
-    def _raise(self):
-        if self._error is not None:
-            raise self._error
-
-    def close(self) -> None:
-        """Wait until everything is written."""
-        self._pool.shutdown(wait=True)
-        self._raise()
+    write_atomically(path, save, folder)

@@ -1,17 +1,17 @@
-"""The likelihood of a folder of images under a model, in bits per dimension: image by image, resumable, over any ranks.
+"""The likelihood of images under a model, in bits per dimension: image by image, resumable, over any number of ranks.
 
-Every image's terms are a file of their own in `terms/`, which appears whole: a killed run resumes when started again.
-An image's noise depends on the seed and its relative path alone. At the end rank 0 writes guided-diffusion's files
-(vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz, means over images by step, from the last to the first) and
-bpd.csv, a row per image.
+Every image's terms are a line of images.jsonl. An image's noise depends on the seed and its relative path alone. At the
+end rank 0 writes guided-diffusion's files (vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz, means over images by
+step, from the last to the first) and bpd.csv, a row per image.
 """
 
+import contextlib
 import csv
 import io
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,164 +20,152 @@ import torch
 from ..dist_util import Peers
 from ..errors import InputError, display_name
 from ..gaussian_diffusion import GaussianDiffusion
-from ..image_datasets import ImageError, Reference, class_names, list_references, load_image, to_tensor
-from ..options import check, option
-from . import files, record
-from .noise import ImageNoise, image_key
-from .sources import npz_bytes
+from ..image_datasets import Reference, class_names, load_image
+from ..options import option
+from ..target import Batch
+from . import journal, record
+from .files import write_bytes, write_text
+from .job import Job, RunOptions
+from .loop import NOT_FINITE, Loop
+from .opening import now
+from .plan import Item, Plan
+from .sources import Source, fingerprint, npz_bytes
 
-SUMS = ("vb", "mse", "xstart_mse")
+SUMS = ("vb", "mse", "xstart_mse")  # one value per step
+ONES = ("total_bpd", "prior_bpd")  # one value
 
 
 @dataclass(frozen=True)
-class LikelihoodOptions:
+class LikelihoodOptions(RunOptions):
     """Which images, and where the results go."""
 
-    data_dir: str | None = option(None, "folder of images (searched recursively), or one image", metavar="PATH")
     save_dir: str = option("output/nll", "folder for the results", runtime=True, metavar="DIR")
-    num_samples: int = option(1000, "evaluate only the first so many images", least=1)
-    batch_size: int = option(1, "images at once", least=1, runtime=True)
+    data_dir: str | None = option(None, "folder of images (searched recursively), or one image", metavar="PATH")
+    num_samples: int = option(1000, "evaluate only the first so many images", least=1, runtime=True)
+    batch_size: int | str = option(1, "images at once, or auto", least=1, runtime=True, metavar="N")
     clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1]")
-    seed: int = option(0, "with an image's relative path, determines its noise")
-    overwrite: bool = option(False, "start over where the save folder holds another run", runtime=True)
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.data_dir is None:
             raise InputError("give a folder of images", parameter="data_dir")
 
 
-class Likelihood:
-    """A folder of images and their likelihoods, checked before a model is loaded. `prepare`, then `run`.
+class DataImages(Source):
+    """Images, and with `classes` their classes, named as for training."""
 
-    labels: whether the images have classes, named as for training.
-    """
-
-    def __init__(self, options: LikelihoodOptions, peers: Peers) -> None:
-        self.options, self.peers = options, peers
-        files.make_folder(os.path.join(options.save_dir, "terms"), "save_dir")
-        if peers.rank == 0:
-            found = _listed(options)
-            peers.publish("images", [(reference.path, reference.name) for reference in found])
-        else:
-            found = [Reference(*entry) for entry in peers.wait_for("images")]
-        self.references = found
-        self.failed: dict[str, str] = {}
-
-    def labels(self) -> dict[str, int]:
-        """The class of every image by name."""
-        names = class_names(self.references)
+    def __init__(self, entries: list[Reference], classes: bool = False) -> None:
+        super().__init__(entries)
+        names = class_names(entries) if classes else []
         numbers = {name: number for number, name in enumerate(sorted(set(names)))}
-        return {reference.name: numbers[name] for reference, name in zip(self.references, names)}
+        self._labels = {reference.name: numbers[name] for reference, name in zip(entries, names)}
 
-    def _path(self, reference: Reference) -> str:
-        return os.path.join(self.options.save_dir, "terms", *f"{reference.name}.npz".split("/"))
+    def read(self, reference: Reference, image_size: int) -> np.ndarray:
+        """As in `Source`: uint8 [image_size, image_size, 3]."""
+        return load_image(reference, image_size)
 
-    def prepare(self, settings: dict[str, Any]) -> None:
-        """Check the save folder against run.json and write the record; settings: all that determines the results."""
-        if self.peers.rank:
-            self.missing = set(self.peers.wait_for("missing"))
-            return
-        folder = self.options.save_dir
-        self._lock = files.lock(folder)
-        path = os.path.join(folder, record.NAME)
-        if self.options.overwrite:
-            for reference in self.references:
-                if os.path.exists(self._path(reference)):
-                    os.remove(self._path(reference))
-        elif os.path.exists(path):
-            record.check_same(folder, files.read_json(path).get("settings", {}), settings)
-        self.record = {"format": record.FORMAT, "settings": settings, "versions": record.versions(), "finished": None}
-        files.write_json(path, self.record)
-        self.missing = {reference.name for reference in self.references if not os.path.exists(self._path(reference))}
-        self.peers.publish("missing", sorted(self.missing))
+    def fingerprint(self, reference: Reference) -> str | None:
+        """As in `Source`; the class, which depends on the other folders, belongs to the content."""
+        return f"{fingerprint(reference.path)} {self.label(reference)}"
 
-    def run(
+    def label(self, reference: Reference) -> int | None:
+        """As in `Source`."""
+        return self._labels.get(reference.name)
+
+
+class LikelihoodJob(Job):
+    """The images whose terms are wanted; done are those that images.jsonl has. steps: of the model's process."""
+
+    def __init__(
+        self, options: LikelihoodOptions, peers: Peers, device: torch.device, source: DataImages, steps: int
+    ) -> None:
+        self.steps = steps
+        super().__init__(options, peers, device, source)
+
+    def paths(self, key: str, samples: int | None = None) -> tuple[str, ...]:
+        """Empty: an image has no file of its own."""
+        return ()
+
+    def own_files(self) -> list[str]:
+        """As in `Job`."""
+        names = [*(f"{name}_terms.npz" for name in SUMS), "bpd.csv", journal.NAME, record.NAME]
+        return [os.path.join(self.options.save_dir, name) for name in names]
+
+    def exists(self, item: Item) -> bool:
+        """Whether an item's terms were known when this was asked first."""
+        return item.key in self._known
+
+    @cached_property
+    def _known(self) -> set[str]:
+        return set(self.terms())
+
+    def terms(self) -> dict[str, dict[str, np.ndarray]]:
+        """The terms that are known, by key; damaged ones are left out."""
+        found = {}
+        for entry in journal.entries(self.folder.path):
+            with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+                terms = {name: np.array(entry[name], np.float64) for name in (*SUMS, *ONES)}
+                if all(values.shape == ((self.steps,) if name in SUMS else ()) for name, values in terms.items()):
+                    found[entry["key"]] = terms
+        return found
+
+
+class LikelihoodLoop(Loop):
+    """One rank's share of a likelihood. On rank 0, `finish` returns the mean in bits per dimension."""
+
+    job: LikelihoodJob
+
+    def __init__(
         self,
+        job: LikelihoodJob,
+        plan: Plan,
         model: Callable[..., torch.Tensor],
         diffusion: GaussianDiffusion,
-        image_size: int,
-        device: torch.device,
-        *,
-        labels: dict[str, int] | None = None,
-        progress: Callable[[int], None] = lambda images: None,
-    ) -> float | None:
-        """Evaluate what is missing; on rank 0 write the results and return the mean in bits per dimension.
+        clip_denoised: bool = True,
+        progress: Callable[[int, int], None] = lambda image_steps, images: None,
+    ) -> None:
+        def terms(batch: Batch, noise: Callable) -> dict[str, torch.Tensor]:
+            kwargs = {} if batch.labels is None else {"y": batch.labels}
+            return diffusion.calc_bpd_loop(model, batch.ref, clip_denoised, kwargs, noise=noise)
 
-        progress(images): called on rank 0 with the images done in this run, over all ranks. None on other ranks.
-        """
-        size = self.options.batch_size
-        batches = [self.references[i : i + size] for i in range(0, len(self.references), size)]
-        # Where one image of a batch is missing, the batch is evaluated as before: its size decides the rounding.
-        batches = [batch for batch in batches if any(reference.name in self.missing for reference in batch)]
-        while (index := self.peers.count("claimed") - 1) < len(batches):
-            self._evaluate(batches[index], model, diffusion, image_size, device, labels)
-            wanted = sum(reference.name in self.missing for reference in batches[index])
-            progress(self.peers.count("evaluated", wanted))
-            self.peers.watch()
-        if self.peers.rank:
-            self.peers.publish(f"failed/{self.peers.rank}", self.failed)
-            self.peers.count("finished")
+        super().__init__(job, plan, terms, 1, progress)
+
+    def _translate(self, items: list) -> None:
+        batch, noise = self._inputs(items)
+        terms: Any = self.sample(batch, noise)
+        # On the CPU first: not every device has float64.
+        found = {name: terms[name].cpu().double() for name in (*SUMS, *ONES)}
+        for n, (item, (_, content)) in enumerate(items):
+            if not all(values[n].isfinite().all() for values in found.values()):
+                self._fail(item, NOT_FINITE)
+            elif not self.job.exists(item):
+                lists = {name: values[n].tolist() for name, values in found.items()}
+                self._journal.add({"key": item.key, "source": content, **lists})
+                self.summary.done += 1
+        self._report(len(items))
+
+    def finish(self) -> float | None:
+        """Write the results of all images and release the folder (rank 0)."""
+        folder, failed = self.job.folder, self.summary.failed
+        if self.job.peers.rank:
             return None
-        while self.peers.count("finished", 0) < self.peers.world_size - 1:
-            time.sleep(0.1)
-            self.peers.watch()
-        for rank in range(1, self.peers.world_size):
-            self.failed |= self.peers.wait_for(f"failed/{rank}")
-        return self._finish()
-
-    def _evaluate(self, batch, model, diffusion, image_size, device, labels):
-        readable = []
-        for reference in batch:
-            try:
-                readable.append((reference, load_image(reference, image_size)))
-            except ImageError as error:
-                self.failed[reference.name] = str(error)
-        if not readable:
-            return
-        names = [reference.name for reference, _ in readable]
-        noise = ImageNoise([image_key(self.options.seed, name) for name in names], device)
-        kwargs = {} if labels is None else {"y": torch.tensor([labels[name] for name in names], device=device)}
-        x = to_tensor([image for _, image in readable]).to(device)
-        terms = diffusion.calc_bpd_loop(model, x, self.options.clip_denoised, kwargs, noise=noise)
-        arrays = {name: values.double().cpu().numpy() for name, values in terms.items()}
-        for n, (reference, _) in enumerate(readable):
-            if reference.name not in self.missing:
-                continue
-            path = self._path(reference)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            files.write_bytes(path, npz_bytes(**{name: values[n] for name, values in arrays.items()}))
-
-    def _finish(self):
-        """Write the results of all images, and release the folder."""
-        folder, rows, tables = self.options.save_dir, [], {name: [] for name in SUMS}
-        for reference in self.references:
-            if reference.name in self.failed:
-                continue
-            with np.load(self._path(reference), allow_pickle=False) as terms:
-                rows.append([reference.name, float(terms["total_bpd"]), float(terms["prior_bpd"])])
-                for name in SUMS:
-                    tables[name].append(terms[name])
-        if not rows:
-            name, reason = next(iter(self.failed.items()))
-            raise InputError(f"none of the images can be read; the first: {display_name(name)}: {reason}")
-        for name, values in tables.items():
-            means = np.mean(values, axis=0).astype(np.float32)
-            files.write_bytes(os.path.join(folder, f"{name}_terms.npz"), npz_bytes(means))
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([["name", "total_bpd", "prior_bpd"], *rows])
-        files.write_text(os.path.join(folder, "bpd.csv"), text.getvalue())
-        mean = float(np.mean([row[1] for row in rows]))
-        self.record |= {"finished": True, "images": len(rows), "failed": self.failed, "bits_per_dimension": mean}
-        files.write_json(os.path.join(folder, record.NAME), self.record)
-        if self._lock is not None:
-            os.close(self._lock)
-        return mean
-
-
-def _listed(options: LikelihoodOptions) -> list[Reference]:
-    try:
-        return list_references(str(options.data_dir))[: options.num_samples]
-    except InputError as error:
-        reason = error.reason if error.parameter else str(error)
-        raise InputError(reason, parameter="data_dir", value=options.data_dir) from None
+        try:
+            journal.gather(folder)
+            known = self.job.terms()
+            terms = {item.reference.name: known[key] for key, item in self.job.items.items() if key in known}
+            if not terms:
+                name, reason = next(iter(failed.items()))
+                raise InputError(f"none of the images can be evaluated; the first: {display_name(name)}: {reason}")
+            for name in SUMS:
+                means = np.mean([each[name] for each in terms.values()], axis=0).astype(np.float32)
+                write_bytes(os.path.join(folder.path, f"{name}_terms.npz"), npz_bytes(means), folder)
+            rows = [[name, *(float(each[one]) for one in ONES)] for name, each in terms.items()]
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([["name", *ONES], *rows])
+            write_text(os.path.join(folder.path, "bpd.csv"), text.getvalue(), folder)
+            mean = float(np.mean([row[1] for row in rows]))
+            ended = {"finished": now(), "images": len(rows), "failed": failed, "bits_per_dimension": mean}
+            record.write(folder, {**self.plan.record, **ended})
+            return mean
+        finally:
+            folder.release()

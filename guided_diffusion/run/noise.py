@@ -16,7 +16,7 @@ class ImageNoise:
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.generators = [torch.Generator().manual_seed(seed_of(name)) for name in names]
-        self.names, self.device = tuple(names), device
+        self.device = device
         self._pool = ThreadPoolExecutor(1) if device.type == "cuda" else None
         self._next: Future | None = None
 
@@ -35,7 +35,7 @@ class ImageNoise:
 
 
 def image_key(seed: int, name: str, sample: int = 0) -> str:
-    """What determines the draws of an image: the run's seed, the reference's relative path and the sample's number."""
+    """The text that determines an image's draws, of the run's seed, its relative path and the sample's number."""
     return f"{seed}/{name}#{sample}"
 
 

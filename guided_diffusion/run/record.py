@@ -3,7 +3,7 @@
 The record holds the settings (all that determines the outputs: options, checkpoints' hashes, the seed), versions,
 counts, times, and the plan: the batches into which the outputs are divided. Keeping the plan makes a restarted run
 compute each image in the same company as the first did, and so to the same last bit; and it tells what a run has
-written. `job.Job` is the only writer.
+written.
 """
 
 import hashlib
@@ -13,12 +13,12 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from ..errors import InputError, display_name, one_line, shown
-from .files import json_text, read_json
+from ..errors import InputError, display_name, reading, shown
+from .files import Folder, json_text, read_json, write_json
 
 NAME = "run.json"
-FORMAT = 1
-"""Changes when earlier records cannot be resumed any more."""
+FORMAT = 2
+"""Changes when programs that know earlier formats alone cannot resume a run. Records of format 1 can be resumed."""
 
 
 def sha256(path: str | os.PathLike) -> str | None:
@@ -33,7 +33,7 @@ def sha256(path: str | os.PathLike) -> str | None:
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-    """What stands in a record for a checkpoint: the hash of its content, or the address where it is no local file."""
+    """The identity of a checkpoint in a record: the hash of its content, or the address where it is no local file."""
     from ..checkpoint import fingerprint as of_checkpoint
 
     return of_checkpoint(path)
@@ -46,56 +46,35 @@ def versions() -> dict[str, str]:
 
 
 def read(save_dir: str | os.PathLike) -> dict[str, Any] | None:
-    """The record in a folder, or None. Raises InputError where it cannot be understood."""
+    """The record in a folder, or None. Raises InputError where it cannot be resumed."""
     path = os.path.join(save_dir, NAME)
     try:
-        record = read_json(path)
-        _check_entries(record)
-        return record
-    except FileNotFoundError:
-        return None
+        with reading(path, "the record of a run"):
+            found = read_json(path)
+            if found["format"] not in (1, FORMAT):
+                known = f"this version reads formats 1 to {FORMAT}"
+                raise InputError(f"{display_name(path)} has format {shown(found['format'])}, and {known}")
+            _check_entries(found)
+            return found
     except InputError as error:
-        reason = error.reason.removeprefix(f"{display_name(path)} ")
-    except RecursionError:
-        reason = "its entries are nested too deeply"
-    except (ValueError, TypeError) as error:
-        reason = one_line(error)
-    raise InputError(f"{display_name(path)} cannot be resumed ({reason}); `overwrite` True starts over") from None
+        if not os.path.exists(path):
+            return None
+        raise InputError(f"{error.reason}; it cannot be resumed, and `overwrite` True starts over") from None
 
 
-def _check_entries(record: Any) -> None:
-    """Raise ValueError unless a record has what resuming reads."""
-    if not isinstance(record, dict) or "format" not in record:
-        raise ValueError("its entries are not those of a run")
-    if record["format"] != FORMAT:
-        raise ValueError(
-            f"it has format {shown(record['format'])}, of another version of this program; this one has {FORMAT}"
-        )
-    entries = {"settings": dict, "batch_size": int, "plan": list, "started": str, "seconds": (int, float)}
-    for name, kind in entries.items():
-        if not isinstance(record.get(name), kind):
-            raise ValueError(f"its entry {name!r} is missing or damaged")
-    # A comparison refuses NaN, and a bound what is no number of seconds.
-    if not 0 <= record["seconds"] < 1e12:
-        raise ValueError("its entry 'seconds' is damaged")
-    if not isinstance(record.get("versions", {}), dict):
-        raise ValueError("its entry 'versions' is damaged")
-    samples = record["settings"].get("samples_per_image", 1)
-    if not isinstance(samples, int) or samples < 1:
-        raise ValueError("its entry 'samples_per_image' is damaged")
-    for batch in record["plan"]:
-        if not isinstance(batch, list) or not all(isinstance(key, str) and "#" in key for key in batch):
-            raise ValueError("its entry 'plan' is damaged")
-        if not all(_is_path(key) for key in batch):
-            raise ValueError("its entry 'plan' names what cannot be a file")
-    json_text(record).encode("utf-8", "surrogateescape")  # as it will be written again
-
-
-def _is_path(key: str) -> bool:
-    try:
-        return b"\0" not in os.fsencode(key)
-    except UnicodeEncodeError:
-        return False
+def _check_entries(found: dict[str, Any]) -> None:
+    """Raise an exception unless the entries of a record are what resuming needs."""
+    kinds = {"settings": dict, "versions": dict, "plan": list, "batch_size": int, "started": str}
+    for name, kind in kinds.items():
+        if not isinstance(found[name], kind):
+            raise ValueError(f"its entry {name} is of another type")
+    if not 0 <= found["seconds"] < 1e12 or found["settings"].get("samples_per_image", 1) < 1:
+        raise ValueError("its numbers are out of range")
+    for batch in found["plan"]:
+        for key in batch:
+            if not isinstance(batch, list) or b"\0" in os.fsencode(key) or int(key.rpartition("#")[2]) < 0:
+                raise ValueError("its plan names what cannot be outputs")
+    json_text(found).encode("utf-8", "surrogateescape")  # as it will be written again
 
 
 def check_same(save_dir: str, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -113,3 +92,8 @@ def check_same(save_dir: str, old: dict[str, Any], new: dict[str, Any]) -> None:
             f"it holds a run with other settings: {differences}. Give another folder, or `overwrite` True to start over"
         )
         raise InputError(reason, parameter="save_dir", value=save_dir)
+
+
+def write(folder: Folder, record: dict[str, Any]) -> None:
+    """Write the record of a run into its folder."""
+    write_json(os.path.join(folder.path, NAME), record, folder)

@@ -1,69 +1,184 @@
-"""Small images to enlarge, for `job.Job`: a folder of images, or an .npz file as guided-diffusion writes it."""
+"""What a run makes images from: references, small images to enlarge, or nothing but numbers."""
 
+import hashlib
 import io
-import zipfile
+import math
 
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError, display_name, first_line
-from ..image_datasets import Reference, find_collisions, list_references, load_image
+from ..dist_util import Peers
+from ..errors import first_line, reading
+from ..image_datasets import ImageError, Reference, find_collisions, is_url, list_references, load_image
+from .files import check_regular
 
 
-class SmallImages:
-    """The images to enlarge to side large_size, and their classes: `labels` by name, or None.
+class Source:
+    """The entries of a run, and how they are read.
 
-    base: a folder, searched recursively, or an image; or an .npz file whose first array is uint8 [N, H, W, 3] and whose
-    second are the classes [N]. count: take only the first so many. Raises InputError for `base_samples`.
+    entries: what is made, with names relative to the save folder. failed: reasons for others, by name. base: the file
+    or folder that they lie in, if any. samples: outputs of each. strict: whether the first failure ends the run.
     """
 
-    def __init__(self, base: str, small_size: int, count: int | None = None) -> None:
-        self.small_size = small_size
-        self.array: np.ndarray | None = None
-        self.labels: dict[str, int] | None = None
-        if base.endswith(".npz"):
-            self.array, labels = _read_npz(base)
-            names = [f"{number:06d}.png" for number in range(len(self.array))][:count]
-            self.entries = [Reference(name, name) for name in names]
-            self.failed: dict[str, str] = {}
-            if labels is not None:
-                self.labels = {name: int(label) for name, label in zip(names, labels)}
-        else:
-            found = list_references(base)[:count]
-            self.failed = find_collisions(found, reserved=["grid.png"])
-            self.entries = [reference for reference in found if reference.name not in self.failed]
+    def __init__(self, entries: list[Reference], failed: dict[str, str] | None = None) -> None:
+        self.entries, self.failed = entries, failed or {}
+        self.base: str | None = None
+        self.samples, self.strict = 1, False
 
     def read(self, reference: Reference, image_size: int) -> np.ndarray:
-        """A small image as uint8 [h, w, 3]; raises ImageError."""
-        if self.array is None:
-            return load_image(reference, self.small_size)
-        return self.array[int(reference.name.removesuffix(".png"))]
+        """An image as uint8 [h, w, 3]; raises ImageError. Here black: only its size counts."""
+        return np.zeros((image_size, image_size, 3), np.uint8)
+
+    def fingerprint(self, reference: Reference) -> str | None:
+        """A text that is equal for equal content, whatever its path; None where there is none. Raises ImageError."""
+        return None
+
+    def label(self, reference: Reference) -> int | None:
+        """The class of an image, where it has one of its own."""
+        return None
 
     def row(self, reference: Reference, made: list[np.ndarray], image_size: int) -> list[np.ndarray]:
-        """What grid.png shows: the small image, its pixels enlarged, and what was made of it."""
+        """The pictures that grid.png shows of an entry, given its outputs."""
+        return made
+
+    def layout(self, rows: int, image_size: int) -> tuple[int, int]:
+        """The side of the pictures in grid.png, and how many rows stand beside each other."""
+        return min(256, image_size), math.ceil(rows**0.5)
+
+
+class Numbers(Source):
+    """Images of a model's own, made from nothing but noise: 000000.png, 000001.png, …"""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(_numbered(count))
+
+
+class References(Source):
+    """The images below a folder or an address, or a single one, listed once for all ranks.
+
+    count: take only the first so many. resize, background: as in `load_image`.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        peers: Peers,
+        count: int | None = None,
+        *,
+        samples: int = 1,
+        strict: bool = False,
+        **options: str,
+    ) -> None:
+        # Several samples have folders of their own.
+        found = listed(base, count, peers)
+        failed = find_collisions(found, reserved=["grid.png"] if samples == 1 else [])
+        super().__init__([reference for reference in found if reference.name not in failed], failed)
+        self.base, self.samples, self.strict, self._options = base, samples, strict, options
+
+    def read(self, reference: Reference, image_size: int) -> np.ndarray:
+        """As in `Source`: uint8 [image_size, image_size, 3]."""
+        return load_image(reference, image_size, **self._options)
+
+    def fingerprint(self, reference: Reference) -> str | None:
+        """As in `Source`."""
+        return fingerprint(reference.path)
+
+    def row(self, reference: Reference, made: list[np.ndarray], image_size: int) -> list[np.ndarray]:
+        """As in `Source`: the reference, and what was made of it."""
+        return [self.read(reference, image_size), *made]
+
+    def layout(self, rows: int, image_size: int) -> tuple[int, int]:
+        """As in `Source`."""
+        return min(256, max(128, image_size)), max(1, round((rows / (1 + self.samples)) ** 0.5))
+
+
+class SmallImages(References):
+    """Small images to enlarge, and their classes, if any.
+
+    base: a folder, searched recursively, or an image; or an .npz file whose first array is uint8 [N, H, W, 3] and whose
+    second are the classes [N]. small_size: side to which images of files are brought. class_index: the class of all.
+    Raises InputError for `base`.
+    """
+
+    def __init__(
+        self, base: str, peers: Peers, small_size: int, count: int | None = None, class_index: int | None = None
+    ) -> None:
+        self.small_size, self.class_index = small_size, class_index
+        self.array, self.labels = _read_npz(base) if base.endswith(".npz") else (None, None)
+        if self.array is None:
+            super().__init__(base, peers, count)
+        else:
+            Source.__init__(self, _numbered(len(self.array))[:count])
+
+    def read(self, reference: Reference, image_size: int) -> np.ndarray:
+        """As in `Source`."""
+        return load_image(reference, self.small_size) if self.array is None else self.array[_number(reference)]
+
+    def fingerprint(self, reference: Reference) -> str | None:
+        """As in `Source`; the class belongs to the content."""
+        if self.array is None:
+            return fingerprint(reference.path)
+        image = self.read(reference, 0)
+        return _digest(image.tobytes(), f"{image.shape} {self.label(reference)}")
+
+    def label(self, reference: Reference) -> int | None:
+        """As in `Source`."""
+        if self.class_index is not None or self.labels is None:
+            return self.class_index
+        return int(self.labels[_number(reference)])
+
+    def row(self, reference: Reference, made: list[np.ndarray], image_size: int) -> list[np.ndarray]:
+        """As in `Source`: the small image, its pixels enlarged, and what was made of it."""
         small = Image.fromarray(self.read(reference, image_size))
         return [np.asarray(small.resize((image_size, image_size), Image.Resampling.NEAREST)), *made]
 
-    def layout(self, rows: int, image_size: int) -> tuple[int, int]:
-        """The side of the pictures in grid.png and how many rows stand beside each other."""
-        return min(256, max(128, image_size)), max(1, round((rows / 2) ** 0.5))
+
+def listed(base: str, count: int | None, peers: Peers, parameter: str = "base_samples") -> list[Reference]:
+    """The first `count` images below a folder or address, as rank 0 finds them; errors name `parameter`."""
+    if peers.rank:
+        return [Reference(*entry) for entry in peers.wait_for("references")]
+    found = list_references(base, parameter=parameter)[:count]
+    peers.publish("references", [(reference.path, reference.name) for reference in found])
+    return found
+
+
+def _numbered(count):
+    names = [f"{number:06d}.png" for number in range(count)]
+    return [Reference(name, name) for name in names]
+
+
+def _number(reference):
+    return int(reference.name.removesuffix(".png"))
+
+
+def fingerprint(path: str) -> str:
+    """Size and hash of a file's bytes, or of what is at an address; raises ImageError."""
+    try:
+        if is_url(path):
+            import blobfile
+
+            with blobfile.BlobFile(path, "rb") as blob:
+                return _digest(blob.read())
+        check_regular(path)
+        with open(path, "rb") as file:
+            return _digest(file.read())
+    except Exception as error:  # each service has errors of its own
+        raise ImageError(first_line(error)) from error
+
+
+def _digest(data: bytes, more: str = "") -> str:
+    return f"{len(data)} {hashlib.blake2b(data + more.encode(), digest_size=16).hexdigest()}"
 
 
 def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = [file[name] for name in file.files[:2]]
-    except (OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
-        raise InputError(f"{display_name(path)} cannot be read: {first_line(error)}") from None
-    images = arrays[0] if arrays else np.empty(0)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
-        raise InputError(
-            f"{display_name(path)} does not hold images: its first array is {images.dtype} {list(images.shape)}, uint8 "
-            "[N, H, W, 3] is needed"
-        )
-    labels = arrays[1] if len(arrays) > 1 else None
-    if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
-        raise InputError(f"{display_name(path)} has {labels.dtype} {list(labels.shape)} for classes of its images")
+    check_regular(path)
+    with reading(path, "an .npz file of images"), np.load(path, allow_pickle=False) as file:
+        images, labels = ([file[name] for name in file.files[:2]] + [None, None])[:2]
+        if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+            found = "nothing" if images is None else f"{images.dtype} {list(images.shape)}"
+            raise ValueError(f"its first array is {found}, uint8 [N, H, W, 3] is needed")
+        if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
+            raise ValueError(f"it has {labels.dtype} {list(labels.shape)} for classes of its images")
     return images, labels
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, display_name, first_line, shown
-from ..run.files import lock, make_folder, read_json, write_bytes, write_json
+from ..run.files import Folder, make_folder, read_json, write_bytes, write_json
 from ..run.record import versions
 from .config import TrainConfig
 
@@ -38,26 +38,14 @@ def owned(config: TrainConfig, writes: bool = True) -> Iterator[None]:
     writes: whether this process is the one that writes. Raises InputError where a folder cannot be written, or another
     run is in it.
     """
-    make_folder(config.save_dir, "save_dir")
+    folder = Folder(config.save_dir)
     make_folder(os.path.dirname(config.export_path()) or ".", "export" if config.export else "save_dir")
-    handle = lock(config.save_dir) if writes else None
-    if handle is None:
-        yield
-        return
-    holder = [handle]
-
-    def leave() -> None:
-        # A loader process outlives a killed run by seconds, and must not keep its folder locked.
-        for descriptor in holder:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-
-    os.register_at_fork(after_in_child=leave)
+    if writes:
+        folder.lock()
     try:
         yield
     finally:
-        holder.clear()
-        os.close(handle)
+        folder.release()
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,311 @@
+"""Make what a plan lacks: batches of references through a sampler, and their outputs to disk.
+
+Ranks take batches from a common counter and share nothing else. The sampler is a function of tensors.
+"""
+
+import errno
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from ..errors import InputError, display_name
+from ..image_datasets import ImageError, to_tensor, to_uint8
+from ..runtime import is_out_of_memory
+from ..target import Batch, count_evaluations
+from . import files, journal, record
+from .grid import contact_sheet
+from .job import Job, OutputOptions
+from .noise import ImageNoise, image_key
+from .opening import now
+from .plan import Item, Plan
+
+TRAJECTORY_FRAMES = 48
+NOT_FINITE = "the model gave values that are NaN or infinite (too low a precision for it?)"
+WAITING = 64
+"""Outputs that wait to be written; the sampler waits for the disk where there are more."""
+
+# Errors of a file system that concern one name alone: too long, or with characters that it does not take.
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+
+log = logging.getLogger("sddm")
+
+
+@dataclass
+class Summary:
+    """Outcome of a run: numbers of outputs, and a reason for each failure."""
+
+    done: int = 0
+    skipped: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Loop:
+    """One rank's share of a run. `run` makes what is missing; then `finish` completes the folder.
+
+    sample(batch, noise=, callback=): images [N, 3, S, S] in [-1, 1] for a `Batch`. noise(shape) is the next draw;
+    callback(state) is called after every step, with a dict of `i`, `x`, `pred_xstart`, and `guided`, a list of dicts of
+    what `journal.record_of` takes. steps: calls of callback per image. picture(x): pictures [N, 3, S, S] of states
+    [N, C, H, W], for trajectories. progress(image_steps, images): called on rank 0 with the image-steps done since the
+    last call, over all ranks, and the number of outputs that exist; `plan.image_steps(steps)` is what the former add up
+    to.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        plan: Plan,
+        sample: Callable[..., Any],
+        steps: int,
+        progress: Callable[[int, int], None] = lambda image_steps, images: None,
+        picture: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+    ) -> None:
+        self.job, self.plan, self.sample, self.steps = job, plan, sample, steps
+        self.progress, self.picture = progress, picture
+        self.summary = Summary(skipped=plan.skipped, failed=dict(job.source.failed))
+        self._journal = journal.Journal(job.folder, job.peers.rank)
+        self._writing: deque[Future] = deque()
+        self._limit: int | None = None
+        self._own_steps, self._untold, self._told_at = 0, 0, 0.0
+        self._own_images, self._all_steps = 0, 0
+
+    def run(self) -> Summary:
+        """Make what is missing; on rank 0, returns what all ranks did."""
+        started, job, batches = time.monotonic(), self.job, self.plan.batches
+        try:
+            with ThreadPoolExecutor(2) as self._writers:  # what is finished is written, whatever comes
+                while (index := job.peers.count("claimed") - 1) < len(batches):
+                    items = self._read(batches[index])
+                    # Where only broken references are missing, the others of the batch are not made again.
+                    if all(job.exists(item) for item, _ in items):
+                        items = []
+                    self._make(items)
+                    self._report((len(batches[index]) - len(items)) * self.steps)
+                self._wait_for_writing(0)
+            self._gather()
+        except BaseException:
+            job.folder.release()
+            raise
+        finally:
+            self._journal.close()
+        self.summary.seconds = time.monotonic() - started
+        return self.summary
+
+    def _read(self, keys: list[str]) -> list[tuple[Item, tuple[np.ndarray, str | None]]]:
+        """The readable items with their images, uint8 [H, W, 3], and fingerprints; notes the others as failed."""
+        source, size = self.job.source, self.plan.image_size
+
+        def read(key: str) -> Any:
+            item = self.job.items[key]
+            try:
+                # In this order: a file that is replaced in between does not match its fingerprint in the next run.
+                content = source.fingerprint(item.reference)
+                return item, (source.read(item.reference, size), content)
+            except ImageError as error:
+                return item, error
+
+        with ThreadPoolExecutor(8) as pool:
+            results = list(pool.map(read, keys))
+        for item, result in results:
+            if isinstance(result, ImageError):
+                self._fail(item, str(result))
+        return [(item, result) for item, result in results if not isinstance(result, ImageError)]
+
+    def _fail(self, item: Item, reason: str) -> None:
+        if self.job.source.strict:
+            raise InputError(f"{display_name(item.reference.name)}: {reason}")
+        self.summary.failed[item.reference.name] = reason
+
+    def _make(self, items: list) -> None:
+        """Translate a batch; with batch_size="auto", in parts of half the size once memory has not sufficed."""
+        device = self.job.device
+        while items:
+            size = min(len(items), self._limit or len(items))
+            before = self._own_steps
+            try:
+                self._translate(items[:size])
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            else:
+                items = items[size:]
+                continue
+            # Outside of the handler, which keeps the failed attempt's tensors alive.
+            self._report(before - self._own_steps)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            failed = f"out of memory at batch size {size} on {device}"
+            if size == 1:
+                raise InputError(f"{failed}: one image does not fit; another `precision` or `device` may")
+            self._limit = (size + 1) // 2
+            if self.job.options.batch_size != "auto":
+                raise InputError(f"{failed}; give `batch_size` {self._limit} or less, or auto")
+            log.info("%s; continuing with %d", failed, self._limit)
+
+    def _inputs(self, items: list) -> tuple[Batch, ImageNoise]:
+        device, labels = self.job.device, [self.job.source.label(item.reference) for item, _ in items]
+        batch = Batch(
+            ref=to_tensor([image for _, (image, _) in items]).to(device),
+            names=tuple(item.reference.name for item, _ in items),
+            labels=None if None in labels else torch.tensor(labels, device=device),
+        )
+        seed = self.job.options.seed
+        return batch, ImageNoise([image_key(seed, item.reference.name, item.sample) for item, _ in items], device)
+
+    def _translate(self, items: list) -> None:
+        options, started = cast(OutputOptions, self.job.options), time.monotonic()
+        kept = trajectory_steps(self.steps) if options.save_trajectory else set()
+        shown = "pred_xstart" if options.trajectory == "x0" else "x"
+        frames: list[np.ndarray] = []
+        guided: list[tuple[int, torch.Tensor]] = []
+        step = 0
+
+        def callback(state: dict[str, Any]) -> None:
+            nonlocal step
+            guided.extend((state["i"], journal.record_of(**each)) for each in state["guided"])
+            if step in kept:
+                frames.append(to_uint8(self.picture(state[shown]).nan_to_num()))
+            step += 1
+            self._report(len(items))
+
+        batch, noise = self._inputs(items)
+        with count_evaluations() as count:
+            x = self.sample(batch, noise=noise, callback=callback)
+        valid = x.isfinite().flatten(1).all(1).tolist()  # a GPU has not finished before
+        cost = {"seconds": (time.monotonic() - started) / len(items), "evaluations": count.total / len(items)}
+        images, did = to_uint8(x.nan_to_num()), journal.steps_of(guided, len(items))
+        for n, (item, (_, content)) in enumerate(items):
+            if not valid[n]:
+                self._fail(item, NOT_FINITE)
+            elif not self.job.exists(item):
+                entry = {"key": item.key, "source": content, **cost, "steps": did[n]}
+                self._wait_for_writing(WAITING)
+                task = self._writers.submit(self._write, item, images[n], [frame[n] for frame in frames], entry)
+                self._writing.append(task)
+
+    def _write(self, item: Item, image: np.ndarray, frames: Sequence[np.ndarray], entry: dict[str, Any]) -> bool:
+        path, animation = self.job.paths(item.key)
+        try:
+            self._journal.add(entry)
+            # The image goes last: where it exists, all is written.
+            if frames:
+                files.write_animation(animation, frames, folder=self.job.folder)
+            files.write_png(path, image, self.job.folder)
+            return True
+        except InputError as error:
+            number = getattr(error.__cause__, "errno", None)
+            if number not in NAME_ERRORS:
+                raise
+            self._fail(item, f"its output cannot be written: {os.strerror(number)}")
+            return False
+
+    def _wait_for_writing(self, most: int) -> None:
+        """Wait until at most so many outputs are unwritten; raises the first error of those that are done."""
+        while self._writing and (len(self._writing) > most or self._writing[0].done()):
+            self.summary.done += self._writing.popleft().result()
+
+    # ---- progress and other ranks -----------------------------------------------------------------------------------
+
+    def _report(self, image_steps: int) -> None:
+        """Report progress of this rank: at once if alone, at most twice a second among others."""
+        self._own_steps += image_steps
+        self._untold += image_steps
+        if self.job.peers.world_size == 1 or time.monotonic() - self._told_at > 0.5:
+            self._flush()
+
+    def _flush(self) -> None:
+        peers = self.job.peers
+        peers.watch()
+        steps = peers.count("image_steps", self._untold)
+        images = peers.count("images", self.summary.done - self._own_images)
+        self._own_images, self._untold, self._told_at = self.summary.done, 0, time.monotonic()
+        if peers.rank == 0:
+            self.progress(steps - self._all_steps, images + self.summary.skipped)
+            self._all_steps = steps
+
+    def _gather(self) -> None:
+        """Rank 0 waits for the others' last batches and collects what they did."""
+        self._flush()
+        peers = self.job.peers
+        if peers.rank:
+            peers.publish(f"summary/{peers.rank}", [self.summary.done, self.summary.failed])
+            peers.count("finished")
+            return
+        while peers.count("finished", 0) < peers.world_size - 1:
+            time.sleep(0.1)
+            self._flush()
+        self._flush()
+        for rank in range(1, peers.world_size):
+            done, failed = peers.wait_for(f"summary/{rank}")
+            self.summary.done += done
+            self.summary.failed.update(failed)
+
+    # ---- after the run ----------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Write grid.png, complete run.json and release the folder, in this order (rank 0)."""
+        job, content, failed = self.job, self.plan.record, self.summary.failed
+        if job.peers.rank:
+            return
+        try:
+            job.folder.check()
+            for item in job.items.values():
+                if item.reference.name not in failed and not job.exists(item):
+                    failed[item.reference.name] = "its output was removed while the run was going"
+            self._write_grid()
+            journal.gather(job.folder)
+            totals = journal.total(journal.entries(job.folder.path))
+            self._say_idle(totals["energy_weights"])
+            counts = {
+                "references": len({r.name for r in job.source.entries} | failed.keys()),
+                "outputs": job.made(),
+                "failed": len(failed),
+            }
+            seconds = round(content["seconds"] + self.summary.seconds, 3)
+            ended = {"finished": now(), "counts": counts, "failed": failed, "seconds": seconds}
+            record.write(job.folder, {**content, **ended, **totals})
+        finally:
+            job.folder.release()
+
+    def _say_idle(self, weights: list[float]) -> None:
+        """Log energies that had next to no weight in this run's guided steps."""
+        names = self.plan.record["settings"].get("energy")
+        names = names if isinstance(names, list) and len(names) == len(weights) else range(len(weights))
+        idle = [f"{name} {100 * weight:.2g} %" for name, weight in zip(names, weights) if weight < 0.01]
+        if idle:
+            log.info("energies that hardly acted, by their mean weight in guided steps: %s", ", ".join(idle))
+
+    def _write_grid(self) -> None:
+        job, size, rows = self.job, self.plan.image_size, []
+        for reference in job.source.entries:
+            if len(rows) == cast(OutputOptions, job.options).grid:
+                break
+            made = [job.items[f"{reference.name}#{k}"] for k in range(job.source.samples)]
+            if reference.name in self.summary.failed or not all(map(job.exists, made)):
+                continue
+            try:
+                rows.append(job.source.row(reference, [job.image(item, size) for item in made], size))
+            except (ImageError, InputError):  # made earlier, and changed by somebody since
+                continue
+        if rows:
+            sheet = contact_sheet(rows, *job.source.layout(len(rows), size))
+            files.write_png(os.path.join(job.folder.path, "grid.png"), sheet, job.folder)
+
+
+def trajectory_steps(steps: int) -> set[int]:
+    """Which of a run's steps an animation shows, counted from its start: few of the noisy half, most of the rest."""
+    early, half = TRAJECTORY_FRAMES // 4, steps // 2
+    return _spread(0, half - 1, early) | _spread(half, steps - 1, TRAJECTORY_FRAMES - early)
+
+
+def _spread(low: int, high: int, count: int) -> set[int]:
+    """About `count` whole numbers from low to high, both among them."""
+    return {round(low + i * (high - low) / max(1, count - 1)) for i in range(count)} if high >= low else set()
