@@ -733,7 +733,9 @@ def test_a_save_folder_that_becomes_another_runs_ends_the_run(data, tmp_path, fi
 
     error = refused(paint, data / "ref", out, replace, batch_size=2)
     assert error.parameter == "save_dir"
-    assert re.fullmatch("it was removed while the run was writing to it(, and another one is in its place)?", error.reason)
+    assert re.fullmatch(
+        "it was removed while the run was writing to it(, and another one is in its place)?", error.reason
+    )
     paint(data / "ref", out, **second)
     paint(data / "ref", tmp_path / "alone", **second)
     assert files(out) == files(tmp_path / "alone") and record(out)["settings"]["seed"] == 1

@@ -27,7 +27,7 @@ LAYERS = (
     ("errors",),
     ("options",),
     ("unet", "ddpm", "nn", "losses", "gaussian_diffusion", "respace", "resample", "script_util", "dist_util",
-     "image_datasets", "fp16_util", "logger", "runtime", "caching"),
+     "image_datasets", "fp16_util", "logger", "runtime", "caching", "target"),
     ("checkpoint",),
     ("sddm", "manifold", "moo", "solvers", "energy", "baselines", "generation", "presets", "upscaler"),
     ("run",),

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -212,6 +212,16 @@ def read_json_or_none(path: str | os.PathLike) -> Any:
         return read_json(path)
     except (FileNotFoundError, InputError):
         return None
+
+
+def remove_files(paths: Iterable[str]) -> None:
+    """Remove files and links that exist; raises InputError for one that cannot be removed."""
+    for path in paths:
+        try:
+            if os.path.lexists(path):
+                os.remove(path)
+        except OSError as error:
+            raise InputError(f"{display_name(path)} cannot be removed: {error.strerror}") from None
 
 
 def remove_temporaries(folder: str | os.PathLike) -> None:

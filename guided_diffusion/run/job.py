@@ -5,6 +5,7 @@ that. What is done is what exists on disk: outputs appear whole, so a killed run
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..errors import InputError, display_name, reading
 from ..image_datasets import RESIZE_MODES, check_options, is_url, load_image
 from ..options import check, option
 from . import journal, record
-from .files import Folder
+from .files import Folder, remove_files
 from .plan import Item, exists, output_paths
 from .sources import Numbers, References, Source
 
@@ -112,6 +113,10 @@ class Job:
     def exists(self, item: Item) -> bool:
         """Whether an item's image is there."""
         return exists(self.path(item))
+
+    def discard(self, keys: Iterable[str]) -> None:
+        """Remove the outputs of keys."""
+        remove_files(path for key in keys for path in self.paths(key))
 
     def made(self) -> int:
         """How many of the wanted outputs exist."""

@@ -9,7 +9,7 @@ import contextlib
 import csv
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -40,7 +40,9 @@ class LikelihoodOptions(RunOptions):
     """Which images, and where the results go."""
 
     save_dir: str = option("output/nll", "folder for the results", runtime=True, metavar="DIR")
-    data_dir: str | None = option(None, "folder of images (searched recursively), or one image", metavar="PATH")
+    data_dir: str | None = option(
+        None, "folder of images (searched recursively), or one image", runtime=True, metavar="PATH"
+    )
     num_samples: int = option(1000, "evaluate only the first so many images", least=1, runtime=True)
     batch_size: int | str = option(1, "images at once, or auto", least=1, runtime=True, metavar="N")
     clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1]")
@@ -91,8 +93,12 @@ class LikelihoodJob(Job):
         names = [*(f"{name}_terms.npz" for name in SUMS), "bpd.csv", journal.NAME, record.NAME]
         return [os.path.join(self.options.save_dir, name) for name in names]
 
+    def discard(self, keys: Iterable[str]) -> None:
+        """As in `Job`."""
+        self._known.difference_update(keys)
+
     def exists(self, item: Item) -> bool:
-        """Whether an item's terms were known when this was asked first."""
+        """Whether an item's terms are known from before."""
         return item.key in self._known
 
     @cached_property

@@ -5,14 +5,13 @@ import glob
 import logging
 import os
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..errors import InputError, display_name, one_line
 from ..image_datasets import ImageError, Reference
 from . import journal, record
-from .files import remove_temporaries
+from .files import remove_files, remove_temporaries
 from .job import Job
 from .plan import Plan, divide, without
 from .sources import Source
@@ -57,12 +56,11 @@ def _open(job, image_size, settings):
         record.check_same(folder.path, old["settings"], settings)
         _report_versions(old["versions"])
     remove_temporaries(folder.path)
-    _remove(glob.glob(os.path.join(glob.escape(folder.path), ".monitor-*.json")))  # of version 0.2
+    remove_files(glob.glob(os.path.join(glob.escape(folder.path), ".monitor-*.json")))  # of version 0.2
     present = {key for key, item in job.items.items() if job.exists(item)}
     recorded = {entry["key"]: entry["source"] for entry in journal.entries(folder.path)}
     changed = changed_sources(job.source, {key: job.items[key].reference for key in present}, recorded)
-    for key in changed:
-        _remove(job.paths(key))
+    job.discard(changed)
     present -= changed
     missing = job.items.keys() - present
     journal.gather(folder, keep=lambda entry: entry["key"] not in missing)
@@ -139,16 +137,7 @@ def _forget(job):
     # The record goes last: a run that is killed in here is still known for what it is.
     root = os.path.realpath(job.folder.path)
     inside = [path for path in wanted if os.path.commonpath([root, os.path.realpath(os.path.dirname(path))]) == root]
-    _remove([*inside, *journal.parts(job.folder.path), *job.own_files()])
-
-
-def _remove(paths: Iterable[str]) -> None:
-    for path in paths:
-        try:
-            if os.path.lexists(path):
-                os.remove(path)
-        except OSError as error:
-            raise InputError(f"{display_name(path)} cannot be removed: {error.strerror}") from None
+    remove_files([*inside, *journal.parts(job.folder.path), *job.own_files()])
 
 
 def _report_versions(old: dict[str, str]) -> None:
