@@ -34,7 +34,8 @@ class Placeholder:
     """Stands for harmless objects beside the weights (numpy arrays and numbers, parsed flags): keeps what made them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args, self.state = args, None
+        self.args: tuple[Any, ...] = args
+        self.state: Any = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
