@@ -173,7 +173,7 @@ def _check_place(path: str) -> None:
 
 
 def _download(url: str) -> io.BytesIO:
-    log.info("%s is downloaded; without a network, it takes a minute or two until this fails", display_name(url))
+    log.info("downloading %s; without a network, this fails only after a minute or two", display_name(url))
     with reading(url):
         import blobfile
 
