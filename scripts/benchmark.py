@@ -10,6 +10,7 @@ from guided_diffusion.cli import main as command
 command.start()
 
 from guided_diffusion.cli import rows
+from guided_diffusion.cli.extensions import Extensions
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import comparison, protocol
@@ -36,10 +37,12 @@ def create_parser() -> Parser:
     parser.add(rows.Sampling, title="how it is sampled")
     for part, without in EVALUATION.items():
         parser.add(part, title=f"how it is evaluated: {part.__name__.lower()}", without=without)
+    parser.add(Extensions, title="extensions")
     return parser
 
 
 def compare(given: Given) -> None:
+    given.options(Extensions).load()
     options = given.options(comparison.Compared)
     sampling = given.options(rows.Sampling)
     values = {name: value for part in EVALUATION for name, value in given.values(part).items()}

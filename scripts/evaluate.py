@@ -9,6 +9,7 @@ from guided_diffusion.cli import main as command
 
 command.start()
 
+from guided_diffusion.cli.extensions import Extensions
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.evaluation import protocol, table
 
@@ -23,10 +24,11 @@ examples:
       --features models/fluent3d_64.safetensors --image_size 64
   python scripts/evaluate.py --outputs output/emoji --out results/judged \\
       --truth data/emoji/fluent3d/test --targets data/emoji/fluent3d/test \\
-      --features judge --bootstrap 200
+      --features models/emoji_judge_64.safetensors --bootstrap 200
   python scripts/evaluate.py --targets data/afhq/val/dog --save_stats dog.npz"""
 PAIRING = (
-    "searched recursively; outputs are paired with files of the same relative name, by order only where no name matches"
+    "searched recursively; outputs are paired with files of the same relative name, by number or order only where no "
+    "name matches"
 )
 PARTS = {
     "images": protocol.Images,
@@ -42,11 +44,13 @@ def create_parser() -> Parser:
     parser = Parser(DESCRIPTION)
     for title, part in PARTS.items():
         parser.add(part, title=title, description=PAIRING if title == "images" else None)
+    parser.add(Extensions, title="extensions")
     parser.add(protocol.Results, title="result")
     return parser
 
 
 def measure(given: Given) -> None:
+    given.options(Extensions).load()
     options = protocol.Evaluation(**{k: v for part in PARTS.values() for k, v in given.values(part).items()})
     results = given.options(protocol.Results)
     results.check_with(options)

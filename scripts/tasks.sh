@@ -33,7 +33,7 @@ task() { # cat2dog, wild2dog, male2female or emoji
         MODEL="${MODEL:-$ROOT/models/fluent3d_64.safetensors}"
         DSE="${DSE:-$ROOT/models/fluent3d_64_dse.safetensors}"
         VGG=none # the filter bank `dct` stands in, so that the result does not depend on a download
-        PROTOCOL=(--truth "$TARGETS" --features judge --image_size 64)
+        PROTOCOL=(--truth "$TARGETS" --features "$ROOT/models/emoji_judge_64.safetensors" --image_size 64)
         need "$MODEL" "the demo model, which comes with the repository"
         ;;
     *)

@@ -58,6 +58,7 @@ SLOW_FILES = (
     "test_engine",
     "test_evaluate",
     "test_evaluation_faults",
+    "test_extensions_metric",
     "test_fast_paths",
     "test_fetch",
     "test_jobs",

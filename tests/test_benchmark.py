@@ -1,7 +1,6 @@
 """scripts/benchmark.py on real runs of a tiny model, its table and report; the emoji set's fronts; the task scripts."""
 
 import csv
-import html
 import html.parser
 import io
 import json
@@ -25,8 +24,6 @@ from guided_diffusion import evaluation
 from guided_diffusion.cli import rows as commands
 from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import Evaluation, charts, comparison, report
-from guided_diffusion.evaluation.fronts import hypervolume
-from guided_diffusion.evaluation.judge import DEFAULT_PATH
 from guided_diffusion.run import record as run_record
 from guided_diffusion.run.journal import curves
 
@@ -58,33 +55,20 @@ def test_rows_of_a_table():
     [
         ("# nothing\n\n", "t.txt: no row in it"),
         ("A | b", "t.txt, line 1: 2 columns"),
-        ("A | b | ilvr_sample.py | 1 | 2 | 3", "line 1: 6 columns"),
         ("\nA | b | ilvr_sample.py --x 'y", "line 2: the command cannot be read .No closing quotation"),
         ("A | b | evaluate.py", "line 1: 'evaluate.py' is no sampling script"),
-        ("A | b | nowhere_sample.py", "line 1: 'nowhere_sample.py' is no sampling script"),
-        ("A | b | ", "line 1: '' is no sampling script"),
         ("A | b c | ilvr_sample.py\na | B_C | ilvr_sample.py", "line 2: a second row with the name 'a, B_C'"),
         # What would start other programs
         ("A | b | ../scripts/ilvr_sample.py", "line 1: '../scripts/ilvr_sample.py' is no sampling script"),
-        (f"A | b | {ROOT}/scripts/ilvr_sample.py", "line 1: '.*' is no sampling script"),
-        ("A | b | sub/x_sample.py", "line 1: 'sub/x_sample.py' is no sampling script"),
         ("A | b | python ilvr_sample.py", "line 1: 'python' is no sampling script"),
         # What would write or read elsewhere, or sample something else than the other rows
         (".. | | ilvr_sample.py", "line 1: a row cannot be called '..'"),
-        (". | | ilvr_sample.py", "line 1: a row cannot be called '.'"),
-        ("/ | | ilvr_sample.py", "line 1: a row cannot be called '/'"),
         ("Table.md | | ilvr_sample.py", "line 1: a row cannot be called 'Table.md'"),
-        ("A | b | ilvr_sample.py --save_dir /tmp/x", "line 1: the row has --save_dir"),
         ("A | b | ilvr_sample.py --save_dir=/tmp/x", "line 1: the row has --save_dir"),
-        ("A | b | ilvr_sample.py --model_path x.pt", "line 1: the row has --model_path"),
-        ("A | b | ilvr_sample.py --base_samples x", "line 1: the row has --base_samples"),
         ("A | b | ilvr_sample.py --seed 7", "line 1: the row has --seed"),
-        ("A | b | ilvr_sample.py --num_samples 7", "line 1: the row has --num_samples"),
         # What would break lines and terminals
         ("A\x1b[2J | b | ilvr_sample.py", "line 1: .* has control characters"),
-        ("A | b | ilvr_sample.py '\x07'", "line 1: .* has control characters"),
         (f"A | {'b' * 300} | ilvr_sample.py", "line 1: .* has more than 200 characters"),
-        (f"A | b | ilvr_sample.py {'x' * 10**6}", "line 1: .* has control characters or more than"),
         ("# " + "x" * 2 * 10**6, "t.txt is longer than"),
     ],
 )
@@ -167,7 +151,9 @@ def test_results_are_those_of_the_folders(data, made):
     shares = [step["negative"] for seed in (0, 1) for step in curves_of(made, guided, seed)]
     assert guided["mean"]["negative_impact"] == pytest.approx(statistics.fmean(shares), abs=1e-9)
     assert "negative_impact" not in plain["mean"]
-    assert "4 images for" in " ".join(results["notes"]) and "seeds 0, 1; mean ± standard deviation" in results["notes"]
+    assert (
+        "4 images for" in " ".join(guided["warnings"]) and "seeds 0, 1; mean ± standard deviation" in results["notes"]
+    )
 
 
 def test_tables_have_mean_and_deviation_and_the_published_row_beside(made):
@@ -187,6 +173,9 @@ def test_tables_have_mean_and_deviation_and_the_published_row_beside(made):
     assert rows[1]["command"] == "ilvr_sample.py --timestep_respacing 3 --range_t 0 --down_N 4"
 
 
+VOID = ("meta", "img")
+
+
 class Page(html.parser.HTMLParser):
     """What a page holds: images and links by address, cells, text, and that every element is closed."""
 
@@ -199,14 +188,14 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.addresses += [value for name, value in attributes if name in ("src", "href")]
         self.count[tag] = self.count.get(tag, 0) + 1
-        if tag not in ("meta", "img"):
+        if tag not in VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
         self.count[tag] = self.count.get(tag, 0) + 1
 
     def handle_endtag(self, tag):
-        if tag not in ("meta", "img"):
+        if tag not in VOID:
             assert self.open.pop() == tag
 
     def handle_data(self, data):
@@ -215,34 +204,36 @@ class Page(html.parser.HTMLParser):
 
 def test_report_is_one_page_with_pictures_and_charts(made):
     text = (made / "report.html").read_text(encoding="utf-8")
-    page = Page(text)
+    page = Page(text[text.index("<html") :])
     assert page.count["img"] == 4 * 4  # source, two rows and truth of four references
-    assert page.addresses and all(address.startswith("data:image/webp;base64,") for address in page.addresses)
-    assert "http" not in text and "Tiny <test>" in page.text and "62.29 ± 0.63" in page.text
-    drawn = re.findall(r"<figcaption>(.*?)</figcaption>(<svg.*?</svg>)", text)
-    for _, chart in drawn:
-        ElementTree.fromstring(chart)
-    titles = [html.unescape(title) for title, _ in drawn]
-    assert len(titles) == 6 and titles[2:] == [
-        "Norm of the score's tangent part", "Norm of the score's normal part", "Weight of the score's tangent part",
-        "Weight of the energy dct",
-    ]  # fmt: skip
-    assert '<meta name="viewport" content="width=device-width' in text and "prefers-color-scheme: dark" in text
-    assert "protocol: egsde" in page.text
-    assert "Fréchet distance against SSIM" in page.text and "(published)" not in page.text
+    images = [address for address in page.addresses if not address.startswith("#")]
+    assert images and all(address.startswith("data:image/webp;base64,") for address in images)
+    assert "Tiny <test>" in page.text and "62.29 ± 0.63" in page.text and "protocol: egsde" in page.text
+    # Pictures come first, then numbers and charts; protocol and commands are folded.
+    order = ["<img", "<h2>Results", "<h2>Charts", "<h2>Weights in the merge", "<details><summary>Protocol"]
+    assert sorted(order, key=text.index) == order and page.count["details"] == 2
+    assert page.count["figure"] == 6 and "Fréchet distance against SSIM" in page.text
+    assert "(published)" not in page.text and "Grey values come from too few pictures." in page.text
+    assert 'class="few" title="from too few pictures">' in text
+
+
+def test_report_has_the_mean_weights_of_energies(made):
+    guided = json.loads((made / "results.json").read_text())["rows"][0]
+    names, ((method, setting, *weights),) = report.mean_weights([guided])
+    assert names == ["score", "dct"] and (method[0], setting[0]) == ("SDDM", "4 steps")
+    for k, (cell, _) in enumerate(weights):
+        assert cell == f"{statistics.fmean(step['weights'][k] for step in guided['curves']):.3f}"
 
 
 def test_trade_offs_are_files_with_title_and_key(made):
     for name, where in (("trade_off.svg", "the source"), ("trade_off_truth.svg", "the true translation")):
-        root = ElementTree.fromstring((made / name).read_bytes())
-        text = " ".join(element.text for element in root.iter("{http://www.w3.org/2000/svg}text"))
-        assert f"Fréchet distance against SSIM to {where}" in text and {"ILVR", "SDDM"} <= set(text.split())
-        assert len(points_of(root)) == 2
+        words = " ".join(texts(ElementTree.fromstring((made / name).read_bytes())))
+        assert f"Fréchet distance against SSIM to {where}" in words and {"ILVR", "SDDM"} <= set(words.split())
 
 
-def points_of(root):
-    """The marks of rows in a chart, without those of its key."""
-    return [element for element in root.iter() if element.get("class") == "point"]
+def texts(root):
+    """The texts of an SVG."""
+    return ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
 def files(folder):
@@ -295,22 +286,16 @@ def test_trial_takes_the_first_row_of_each_method_and_three_references(data, mon
     [
         (["--only", "SDEdit"], ("only", "SDEdit")),
         (["--table", "no.txt"], ("table", "no.txt")),
-        (["--table", "."], ("table", ".")),
         (["--seeds", "1,1"], ("seeds", "1,1")),
-        (["--seeds", "one"], ("seeds", "one")),
         (["--seeds", "9" * 10**6], ("seeds", "9" * 10**6)),
         (["--num_samples", "0"], ("num_samples", 0)),
-        (["--num_samples", "1000000000000"], ("num_samples", 10**12)),
-        (["--pictures", "1000000000000"], ("pictures", 10**12)),
         (["--batch_size", "many"], ("batch_size", "many")),
-        (["--batch_size", "0"], ("batch_size", 0)),
         (["--name", "a\x1b[2J"], ("name", "a\x1b[2J")),
         (["--processes", "2", "--launch", "srun"], ("processes", 2)),
         (["--launch", "'"], ("launch", "'")),
         (["--flags", "--save_dir /tmp/x"], "flags has --save_dir"),
         (["--model_path", "no.pt", "--truth", "nowhere"], "missing: model_path no.pt; truth nowhere"),
         (["--features", "no.safetensors"], "missing: features no.safetensors"),
-        (["--only", "ILVR", "--lpips", "maybe"], ("lpips", "maybe")),
     ],
 )
 def test_what_does_not_fit_is_said_before_sampling(data, monkeypatch, tmp_path, more, wanted):
@@ -345,7 +330,7 @@ def test_a_row_that_fails_ends_the_command_with_one_line(data, tmp_path):
     """A process of its own: the sampling script's message, then the benchmark's, status 2."""
     command = [sys.executable, ROOT / "scripts" / "benchmark.py", *flags(data, tmp_path / "out", "--table", "-")]
     table = "ILVR | N=5 | ilvr_sample.py --timestep_respacing 3 --range_t 0 --down_N 5"
-    done = subprocess.run(list(map(str, command)), input=table, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(list(map(str, command)), input=table, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     assert "--down_N is 5; it must be at least 1 and divide the image size 16" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ILVR, N=5, seed 0: ended with status 2: ")
@@ -363,96 +348,94 @@ def row_of(method="A", setting="b", fid=60.0, ssim=0.4, features="inception (pyt
     }  # fmt: skip
 
 
-def drawn(chart):
-    return ElementTree.fromstring(chart.file())
+def lines_of(figure):
+    """The lines of a chart by the label in its key: lists of points."""
+    (axes,) = figure.axes
+    return {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines() if line.get_label()[0] != "_"}
+
+
+def title_of(figure):
+    return figure.axes[0].get_title()
+
+
+def labels_of(figure):
+    return [text.get_text() for text in figure.axes[0].texts]
 
 
 def test_published_results_are_drawn_beside_fids_of_inception_only():
     published = {"fid": "62.29 ± 0.63", "source_ssim": "0.422"}
     row = row_of(published=published)
     chart = charts.trade_off([row])
-    titles = [title.text for title in drawn(chart).iter("{http://www.w3.org/2000/svg}title")]
-    assert titles == ["A, b", "A, b (published)"] and "FID against SSIM" in chart.title
+    hollow = [line for line in chart.axes[0].get_lines() if line.get_markerfacecolor() == "white"]
+    assert [line.get_xydata().tolist() for line in hollow] == [[[0.422, 62.29]]] and "FID against SSIM" in title_of(
+        chart
+    )
+    assert "A, b" in labels_of(chart) or "A, b (published)" in labels_of(chart)
     other = charts.trade_off([row_of(published=published, features="middle block of UNetModel")])
-    assert len(points_of(drawn(other))) == 1 and "Fréchet distance against SSIM" in other.title
+    assert "Fréchet distance against SSIM" in title_of(other) and labels_of(other) == ["A, b"]
     assert charts.trade_off([row_of(mean={})]) is None
-    assert charts.trade_offs([row]) == {"trade_off.svg": charts.trade_off([row])}  # no truth was measured
+    assert list(charts.trade_offs([row])) == ["trade_off.svg"]  # no truth was measured
+    assert charts.svg(charts.trade_off([row])) == charts.svg(charts.trade_off([row]))
 
 
 def test_distances_of_several_magnitudes_have_a_logarithmic_axis():
     rows = [row_of(setting=str(fid), fid=fid) for fid in (10.0, 100.0, 1000.0)]
-    heights = [float(dot.get("cy")) for dot in points_of(drawn(charts.trade_off(rows)))]
-    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2) and heights[0] > heights[1]
-    assert len(points_of(drawn(charts.trade_off(rows[:1])))) == 1
+    assert charts.trade_off(rows).axes[0].get_yscale() == "log"
+    assert charts.trade_off(rows[:2]).axes[0].get_yscale() == "linear"
 
 
 def test_a_method_has_one_line_through_its_front():
     """Settings that another one of the method beats in both are points, and not on the line."""
     points = [(0.3, 5.0), (0.5, 9.0), (0.4, 6.0), (0.35, 8.0), (0.5, 9.0), (0.2, 5.0)]
-    assert charts.front(points) == [(0.3, 5.0), (0.4, 6.0), (0.5, 9.0)]
     rows = [row_of("A", str(k), fid, ssim) for k, (ssim, fid) in enumerate(points)]
     rows += [row_of("B", "x", 7.0, 0.3), row_of("B", "y", 8.0, 0.45)]
-    chart = charts.trade_off(rows)
-    lines = [part for part in chart.parts if 'fill="none"' in part]
-    assert len(points_of(drawn(chart))) == 8 and [line.count("L") for line in lines] == [2, 1]
-    assert [label for label, _ in chart.key] == ["A", "B"]
+    lines = lines_of(charts.trade_off(rows))
+    assert lines == {"A": [[0.3, 5.0], [0.4, 6.0], [0.5, 9.0]], "B": [[0.3, 7.0], [0.45, 8.0]]}
 
 
-def test_methods_are_told_by_dash_and_marker_and_rows_by_colour():
-    steps = [{"i": i, "tangent": 1.0, "normal": 2.0, "negative": 0, "weights": [0.5, 0.5]} for i in (3, 2)]
+def test_methods_are_told_by_dash_and_marker_and_constant_charts_are_left_out():
+    steps = [{"i": i, "tangent": i, "normal": 2.0, "negative": 0, "weights": [1 / i, 1 - 1 / i]} for i in (3, 2)]
     rows = [row_of("A", "1", curves=steps, energies=["vgg"]), row_of("A", "2", curves=steps, energies=["dct"]),
             row_of("B", "1", curves=steps), row_of("C", "1")]  # fmt: skip
     looks = charts.styles(rows)
-    assert len({style.dash for style in looks.values()}) == len({style.marker for style in looks.values()}) == 3
-    looks = charts.row_styles(rows)
-    assert len({style.colour for style in looks.values()}) == 3
-    assert looks["A, 1"].dash == looks["A, 2"].dash != looks["B, 1"].dash
-    found = {chart.title: [label for label, _ in chart.key] for chart in charts.step_charts(rows)}
-    assert found["Norm of the score's normal part"] == ["A, 1", "A, 2", "B, 1"]
+    assert all(len({style[part] for style in looks.values()}) == 3 for part in ("color", "linestyle", "marker"))
+    found = {title_of(chart): list(lines_of(chart)) for chart in charts.step_charts(rows)}
+    assert found["Norm of the score's tangent part"] == ["A, 1", "A, 2", "B, 1"]
+    assert "Norm of the score's normal part" not in found
     assert found["Weight of the energy vgg"] == ["A, 1"] and found["Weight of the energy dct"] == ["A, 2"]
-    assert found["Weight of the energy 1"] == ["B, 1"]  # results of before do not name them
+    assert found["Weight of the energy 1"] == ["B, 1"]  # older results do not name them
+    constant = [{**step, "tangent": 2.0, "weights": [1.0]} for step in steps]
+    assert charts.step_charts([row_of(curves=constant)]) == []
 
 
 @pytest.mark.parametrize("count", [5, 300])
-def test_labels_of_a_chart_do_not_cover_each_other_nor_dots(count):
-    """Labels for which there is no room are left to the pointer."""
-    style = charts.Style("#000", "", "circle")
-    places = [(1 + k % 20 / 50, 2 - k // 20 / 80 - k % 20 / 400) for k in range(count)]
-    points = [charts.Point(place, style, ("A", f"M={k}")) for k, place in enumerate(places)]
-    root = drawn(charts.chart("t", "x", "y", [], points))
-    dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in points_of(root)]
-    boxes = []
-    for text in root.iter("{http://www.w3.org/2000/svg}text"):
-        if text.text.startswith("M="):
-            x, y = float(text.get("x")), float(text.get("y"))
-            x -= 20 if text.get("text-anchor") == "end" else 0
-            boxes.append((x, y - 21, x + 20, y))
-    assert len(dots) == count and (len(boxes) == 5 if count == 5 else 5 < len(boxes) < count)
-    titles = [title.text for title in root.iter("{http://www.w3.org/2000/svg}title")]
-    assert titles == [f"A, M={k}" for k in range(count)]
+def test_labels_of_a_chart_do_not_cover_each_other_nor_points(count):
+    """Labels without room are left out."""
+    rows = [row_of(setting=f"M={k}", fid=2 - k // 20 / 80 - k % 20 / 400, ssim=1 + k % 20 / 50, std=dict.fromkeys(
+        ("fid", "source_ssim"))) for k in range(count)]  # fmt: skip
+    figure = charts.trade_off(rows)
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 5 if count == 5 else 5 < len(boxes) < count
+    points = [axes.transData.transform((row["mean"]["source_ssim"], row["mean"]["fid"])) for row in rows]
     for k, box in enumerate(boxes):
-        assert not any(charts.overlap(box, other) for other in boxes[:k])
-        assert not any(charts.overlap(box, (x - 4, y - 4, x + 4, y + 4)) for x, y in dots)
+        assert not any(box.overlaps(other) for other in boxes[:k])
+        assert not any(box.contains(*point) for point in points)
 
 
-@pytest.mark.parametrize("low, high", [(0.1, 0.9), (-3, 250), (4.001, 4.002), (0, 1e-9)])
-def test_ticks_are_round_and_in_range(low, high):
-    marks = charts.ticks(low, high)
-    assert 2 <= len(marks) <= 8 and all(low - 1e-12 <= mark <= high + 1e-12 for mark in marks)
-    assert charts.padded([2.0, 2.0])[0] < 2 < charts.padded([2.0, 2.0])[1]
-
-
-def test_powers_are_round_numbers():
-    assert [round(10**value, 9) for value in charts.powers(-1.2, 1.2)] == [0.1, 0.2, 0.5, 1, 2, 5, 10]
-    assert charts.powers(-2.5, 3.5) == [-2, -1, 0, 1, 2, 3]
-    assert len(charts.powers(0.05, 0.2)) >= 2  # no round number in between: some others
+def test_charts_without_matplotlib_are_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match="the report's charts needs the package matplotlib .*: pip install matplotlib"):
+        charts.trade_off([row_of()])
 
 
 def test_pictures_are_those_that_every_row_made(data, tmp_path):
     tiny.make_references(tmp_path / "row", NAMES[1:])
     folders = report.Folders(str(data / "sources"), str(tmp_path))
-    page = Page(report.pictures([{"method": "A & B", "setting": "", "folder": "row"}], folders, 2))
-    assert page.count["img"] == 2 * 2 and "A & B" in page.text
+    columns = report.pictures([{"method": "A & B", "setting": "", "folder": "row"}], folders, 2)
+    assert [(name, [image["alt"] for image in images]) for name, images in columns] == [
+        ("source", ["b.png", "e.png"]), ("A & B", ["b.png", "e.png"]),
+    ]  # fmt: skip
 
 
 # The emoji benchmark: fronts of what was sampled
@@ -537,7 +520,7 @@ def test_areas_and_matched_settings_follow_from_the_table(emoji):
     for row in record["settings"]:
         points.setdefault(row["method"], []).append((row["ssim"], row["distance"]))
     for method, (area, low, high) in record["areas"].items():
-        assert area == pytest.approx(hypervolume(points[method], record["reference"])) and low <= high
+        assert area == pytest.approx(fronts.hypervolume(points[method], record["reference"])) and low <= high
     for pair in record["matched"]:
         theirs = next(row for row in record["settings"] if f"{row['method']}, {row['setting']}" == pair["theirs"])
         fitting = [distance for ssim, distance in points["SDDM, late start"] if ssim >= theirs["ssim"]]
@@ -576,16 +559,16 @@ def test_the_readmes_table_is_that_of_the_committed_fronts():
     assert shown.split("\n", 1)[1].rsplit("\n", 1)[0] == fronts.summary(record)
 
 
-def test_features_by_name_are_no_missing_file(data, tmp_path):
-    """`judge` is the repository's own file; its digest, not its name, says whether old measurements hold."""
+def test_a_feature_files_digest_says_whether_measurements_hold(data, tmp_path):
     options = comparison.Compared(
         model_path=str(data / "model.safetensors"), base_samples=str(data / "sources"), save_dir=str(tmp_path)
     )
-    for features, missing in (("judge", []), ("inception", []), ("no.pt", ["`features` no.pt"])):
+    file = data / "model.safetensors"
+    for features, missing in ((str(file), []), ("inception", []), ("no.pt", ["`features` no.pt"])):
         assert comparison.missing_files(options, Evaluation(outputs="x", features=features)) == missing
-    judge = Evaluation(outputs="x", sources=str(data / "sources"), features="judge")
-    compared = comparison.Comparison(options, judge, commands.ScriptCommands(commands.Sampling()))
-    assert compared.key["features"] == run_record.sha256(DEFAULT_PATH)
+    measured = Evaluation(outputs="x", sources=str(data / "sources"), features=file)
+    compared = comparison.Comparison(options, measured, commands.ScriptCommands(commands.Sampling()))
+    assert compared.key["features"] == run_record.sha256(file)
 
 
 def test_the_committed_table_can_be_read():
@@ -618,7 +601,7 @@ def test_task_scripts_name_what_is_missing_and_where_to_get_it(tmp_path, script,
         (tmp_path / "scripts" / path.name).write_bytes(path.read_bytes())
     clean = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
     command = ["bash", f"scripts/{script}.sh"]
-    done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=600)
     head, *lines = done.stderr.splitlines()
     assert done.returncode == 2 and done.stdout == "" and head == f"error: {len(missing)} files or folders are missing:"
     for line, name in zip(lines, missing, strict=True):

@@ -18,7 +18,6 @@ from PIL import Image
 from scripts_in_process import load_script
 
 from guided_diffusion import evaluation
-from guided_diffusion.checkpoint import load_model
 from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import Evaluation, Instruments
 
@@ -80,7 +79,6 @@ def data(tmp_path_factory):
     write_images(root / "truth", ["gold-" + name for name in names], seed=3)
     write_images(root / "targets", [f"{i // 7}/{i}.png" for i in range(21)], seed=4)
     write_images(root / "few", names[:5], seed=5)
-    write_images(root / "wide", ["0.png", "1.png"], size=(24, 16), seed=6)
     write_images(root / "one", ["00.png"])
     write_images(root / "mixed", ["0.png", "1.png"])
     write_images(root / "mixed", ["2.png"], size=(24, 24))
@@ -93,9 +91,8 @@ def data(tmp_path_factory):
     save_torchscript(Spatial(), root / "spatial.pt")
     save_torchscript(LogOfDark(), root / "log.pt")
     torch.save({"weight": torch.zeros(2)}, root / "weights.pt")
+    (root / "broken.py").write_text("import guided_diffusion.nowhere")
     (root / "text.npz").write_text("not an archive")
-    np.savez(root / "other.npz", mean=np.zeros(12))
-    np.savez(root / "shapes.npz", mu=np.zeros(12), sigma=np.eye(11))
     np.savez(root / "narrow.npz", mu=np.zeros(11), sigma=np.eye(11))
     np.savez(root / "inception.npz", mu=np.zeros(12), sigma=np.eye(12), features="inception (pytorch-fid, 2048-d)")
     return root
@@ -130,41 +127,11 @@ def fid_by_eigenvalues(x, y):
 def test_one_command_measures_everything(data, tmp_path):
     """A process of its own, elsewhere, without PYTHONPATH; a second extractor run gives the same numbers."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    flags = [
-        "--outputs",
-        data / "outputs",
-        "--sources",
-        data / "sources",
-        "--targets",
-        data / "targets",
-        "--truth",
-        data / "truth",
-        "--features",
-        data / "blocks.pt",
-        "--image_size",
-        16,
-        "--bootstrap",
-        40,
-        "--lpips",
-        False,
-        "--batch_size",
-        7,
-        "--per_image",
-        "True",
-        "--out",
-        "new/result",
-        "--device",
-        "cpu",
-        "--trust_features",
-    ]
-    run = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, flags)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    flags = [f"--{name}={data / name}" for name in ("outputs", "sources", "targets", "truth")]
+    flags += [f"--features={data / 'blocks.pt'}", "--trust_features", *["--image_size", "16", "--bootstrap", "40"]]
+    flags += ["--lpips", "False", "--batch_size", "7", "--per_image", "True", "--out", "new/result", "--device", "cpu"]
+    command = [sys.executable, str(SCRIPT), *flags]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "new" / "result.json").read_text())
     values, intervals = result["metrics"], result["intervals"]
@@ -187,18 +154,13 @@ def test_one_command_measures_everything(data, tmp_path):
     assert all(low < values[name] < high for name, (low, high) in intervals.items())
 
     assert result["pairing"] == {"source": "stem", "truth": "order"}
-    assert result["counts"] == {
-        "outputs": 20,
-        "sources": 20,
-        "targets": 21,
-        "truth": 20,
-        "source_pairs": 20,
-        "truth_pairs": 20,
-    }
+    twenty = dict.fromkeys(["outputs", "sources", "truth", "source_pairs", "truth_pairs"], 20)
+    assert result["counts"] == {**twenty, "targets": 21}
     assert result["sizes"]["sources"] == ["32x32"] and result["sizes"]["outputs"] == ["16x16"]
     assert result["protocol"]["features"].startswith("torchscript ") and result["protocol"]["dimensions"] == 12
     assert "16x16" in result["protocol"]["paired"]
-    assert "warning: no file name in outputs occurs in truth: paired by order of names" in run.stderr
+    first = "00.png with gold-00.png, 01.png with gold-01.png, 02.png with gold-02.png, ..."
+    assert f"warning: no file name in outputs occurs in truth: paired by order of names, {first}\n" in run.stderr
     assert "warning: MS-SSIM is left out: its scales need images of 161 pixels or more" in run.stderr
 
     (row,) = csv.DictReader((tmp_path / "new" / "result.csv").open())
@@ -210,66 +172,8 @@ def test_one_command_measures_everything(data, tmp_path):
     text = (tmp_path / "new" / "result.md").read_text()
     assert text == run.stdout
     assert f"| Fréchet | {values['fid']:.6g} |" in text and "| SSIM, truth |" in text and "paired by order" in text
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
-        "result.csv",
-        "result.json",
-        "result.md",
-        "result_images.csv",
-    ]
-
-
-def pytorch_fid(x, y):
-    """pytorch-fid's own computation; newer SciPy lacks the argument `disp` that it passes."""
-    from pytorch_fid import fid_score
-
-    sqrtm = fid_score.linalg.sqrtm
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fid_score.linalg, "sqrtm", lambda m, disp=True: sqrtm(m) if disp else (sqrtm(m), 0.0))
-        return fid_score.calculate_frechet_distance(
-            x.mean(axis=0), np.cov(x, rowvar=False), y.mean(axis=0), np.cov(y, rowvar=False)
-        )
-
-
-def test_fid_equals_pytorch_fid_on_the_same_features(monkeypatch, data, tmp_path):
-    result = measured(
-        monkeypatch,
-        data,
-        tmp_path,
-        "--outputs",
-        "outputs",
-        "--targets",
-        "targets",
-        "--features",
-        "blocks.pt",
-        "--image_size",
-        "16",
-    )
-    x, y = block_means(data / "outputs"), block_means(data / "targets")
-    assert result["metrics"]["fid"] == pytest.approx(pytorch_fid(x, y), rel=1e-4)
-
-
-def test_features_of_the_projects_own_extractor(monkeypatch, data, tmp_path):
-    """The committed domain classifier: FID of its middle block's spatial means at t = 50, images at its 64 pixels."""
-    path = ROOT / "models" / "fluent3d_64_dse.safetensors"
-    result = measured(monkeypatch, data, tmp_path, "--outputs", "few", "--targets", "sources/", "--features", path)
-    encoder, _ = load_model(str(path))
-    features = []
-    for folder in ("few", "sources"):
-        images = []
-        for file in sorted((data / folder).rglob("*.png")):
-            with Image.open(file) as image:
-                pixels = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC), np.float32)
-            images.append(torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)
-        with torch.no_grad():
-            middle = encoder.eval().middle_features(torch.stack(images), torch.full((len(images),), 50))
-        features.append(middle.mean(dim=(2, 3)).double().numpy())
-    x, y = ((values - values.mean(axis=0)) / math.sqrt(len(values) - 1) for values in features)
-    # The singular covariances' overlap, in the small space of the images: the nuclear norm of X Yᵀ.
-    expected = np.sum((features[0].mean(axis=0) - features[1].mean(axis=0)) ** 2) + np.sum(x**2) + np.sum(y**2)
-    expected -= 2 * np.linalg.norm(x @ y.T, "nuc")
-    assert result["metrics"]["fid"] == pytest.approx(expected, rel=1e-4)
-    assert "at t = 50" in result["protocol"]["features"] and "64x64" in result["protocol"]["features"]
-    assert result["protocol"]["dimensions"] == features[0].shape[1] and result["sizes"]["outputs"] == ["16x16"]
+    written = ["result.csv", "result.json", "result.md", "result_images.csv"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == written
 
 
 @pytest.mark.parametrize("name", golden_metrics())
@@ -289,7 +193,7 @@ def test_identical_folders(monkeypatch, data, tmp_path):
     assert result["metrics"]["kid"] <= 0  # unbiased: an image is compared with itself between the sets only
     assert result["metrics"]["truth_ssim"] == pytest.approx(1)
     assert result["metrics"]["truth_psnr"] is None
-    assert any("20 of 20 truth pairs are equal images: their PSNR is infinite" in w for w in result["warnings"])
+    assert any("truth_psnr: PSNR of 20 of 20 images is infinite" in w for w in result["warnings"])
 
 
 def test_statistics_file_in_place_of_a_folder(monkeypatch, data, tmp_path):
@@ -308,17 +212,12 @@ def test_statistics_file_in_place_of_a_folder(monkeypatch, data, tmp_path):
     assert result["warnings"] == ["KID is left out: it needs the target images, not their statistics"]
 
 
-def test_kid_by_subsets_has_a_standard_deviation(monkeypatch, data, tmp_path):
-    flags = ("--outputs", "outputs", "--targets", "targets", "--features", "blocks.pt", "--image_size", 16)
-    result = measured(monkeypatch, data, tmp_path, *flags, "--kid_subset_size", 10, "--kid_subsets", 30)
-    assert result["std"]["kid"] > 0
-    assert "30 subsets of 10 images" in result["protocol"]["kid"]
-
-
-def test_too_few_images_for_fid_are_said(monkeypatch, data, tmp_path):
-    flags = ("--outputs", "few", "--targets", "targets", "--features", "blocks.pt", "--image_size", 16)
-    result = measured(monkeypatch, data, tmp_path, *flags)
-    (warning,) = result["warnings"]
+def test_kid_by_subsets_and_too_few_images(monkeypatch, data, tmp_path):
+    flags = ("--targets", "targets", "--features", "blocks.pt", "--image_size", 16)
+    subsets = ("--kid_subset_size", 10, "--kid_subsets", 30)
+    result = measured(monkeypatch, data, tmp_path, "--outputs", "outputs", *flags, *subsets)
+    assert result["std"]["kid"] > 0 and "30 subsets of 10 images" in result["protocol"]["kid"]
+    (warning,) = measured(monkeypatch, data, tmp_path, "--outputs", "few", *flags)["warnings"]
     assert warning.startswith("outputs: too few images for FID's rank: 5 images for 12 features")
 
 
@@ -330,7 +229,7 @@ def test_native_size_leaves_pixels_alone(monkeypatch, data, tmp_path):
     assert "images at their own size" in result["protocol"]["features"]
     resized = measured(monkeypatch, data, tmp_path, *flags, "--image_size", 20)
     assert resized["protocol"]["dimensions"] == 3 * 20
-    with pytest.raises(InputError, match="48 features of the outputs' size and 96 of the targets': with native_size"):
+    with pytest.raises(InputError, match="it has 96 features, and outputs has 48; both need"):
         evaluate(monkeypatch, data, *flags, "--native_size", "True", "--targets", "sources")
 
 
@@ -428,55 +327,33 @@ ERRORS = {  # flags: the parameter that is named and its value, or the beginning
     "": ("outputs", None),
     "--outputs outputs": ("outputs", "outputs"),
     "--outputs nowhere --truth few": ("outputs", "nowhere"),
-    "--outputs outputs --truth nowhere": ("truth", "nowhere"),
     "--outputs outputs --sources empty": ("sources", "empty"),
-    f"--outputs outputs --targets empty {BLOCKS}": ("targets", "empty"),
     "--outputs blocks.pt --truth few": ("outputs", "blocks.pt"),
     "--outputs few --truth outputs": "outputs has 5 images and truth 20, but 15 have no partner of the same name",
-    "--outputs few --truth truth": "no file name in outputs occurs in truth and the counts differ .5 and 20 images.",
-    "--outputs broken --truth broken": "broken/02.png: .*truncated",
-    f"--outputs few --targets broken {BLOCKS}": "broken/02.png: .*truncated",
+    "--outputs broken --truth broken": "broken/02.png",
     f"--outputs one --targets few {BLOCKS}": ("outputs", "one"),
     f"--outputs few --targets mixed {BLOCKS} --native_size True": "mixed/2.png is 24x24 and mixed/0.png is 16x16",
-    f"--outputs few --targets mixed {BLOCKS} --native_size --batch_size 2": "mixed/2.png is 24x24 and mixed/0.png",
-    f"--outputs few --targets missing.npz {BLOCKS}": ("targets", "missing.npz"),
-    f"--outputs few --targets text.npz {BLOCKS}": ("targets", "text.npz"),
-    f"--outputs few --targets other.npz {BLOCKS}": ("targets", "other.npz"),
-    f"--outputs few --targets shapes.npz {BLOCKS}": ("targets", "shapes.npz"),
+    f"--outputs few --targets missing.npz {BLOCKS}": "missing.npz does not exist",
+    f"--outputs few --targets text.npz {BLOCKS}": "text.npz is damaged or not",
     f"--outputs few --targets narrow.npz {BLOCKS}": ("targets", "narrow.npz"),
     f"--outputs few --targets inception.npz {BLOCKS}": ("targets", "inception.npz"),
-    "--outputs other.npz --truth few": ("outputs", "other.npz"),
     "--outputs few --targets few --features resnet": ("features", "resnet"),
     "--outputs few --targets few --features missing.pt": ("features", "missing.pt"),
     "--outputs few --targets few --features weights.pt": ("features", "weights.pt"),
     "--outputs few --targets few --features blocks.pt --trust_features False": ("features", "blocks.pt"),
     "--outputs few --targets few --features spatial.pt": ".*it returns .5, 1, 256, 256. for 5 images",
-    "--outputs few --targets few --inception_path missing.pth": ("inception_path", "missing.pth"),
     "--outputs few --targets few --inception_path weights.pt": ("inception_path", "weights.pt"),
     f"--outputs few --targets few {BLOCKS} --inception_path weights.pt": ("inception_path", "weights.pt"),
     f"--outputs few --targets few {BLOCKS} --protocol egsde-male2female": ("protocol", "egsde-male2female"),
     "--outputs few --truth few --image_size 10": ("image_size", 10),
-    "--outputs few --truth few --image_size 0": ("image_size", 0),
-    "--outputs few --truth few --image_size 100000": ("image_size", 100000),
-    "--outputs few --truth few --bootstrap 1000000000000": ("bootstrap", 10**12),
-    "--outputs few --truth few --kid_subsets 1000000000000": ("kid_subsets", 10**12),
-    "--outputs few --truth few --kid_subset_size 1000000000000": ("kid_subset_size", 10**12),
-    "--outputs few --truth few --batch_size 1000000000000": ("batch_size", 10**12),
-    "--outputs few --truth few --batch_size many": "argument --batch_size: 'many' is not a whole number",
-    "--outputs few --truth few --partial maybe": "argument --partial: 'maybe' is neither True nor False",
     "--outputs few --truth few --lpips maybe": ("lpips", "maybe"),
-    "--outputs few --truth few --lpips_net resnet": ("lpips_net", "resnet"),
-    "--outputs few --truth few --seed -1": ("seed", -1),
-    "--outputs few --truth few --confidence 95": ("confidence", 95.0),
     "--outputs few --truth few --confidence nan": "confidence is nan",
-    "--outputs few --truth few --device abacus": ("device", "abacus"),
     "--outputs few --truth few --per_image True": ("per_image", True),
     "--outputs few --truth few --out blocks.pt/x": ("out", "blocks.pt"),
     "--targets few --outputs few --save_stats x.npz": ("save_stats", "x.npz"),
     f"--targets few --save_stats folder.npz {BLOCKS}": "folder.npz cannot be written: .*[Dd]irectory",
-    "--outputs few --truth few --image_size 16 --out folder": "folder.json cannot be written: .*[Dd]irectory",
-    "--targets few --save_stats x.txt": ("save_stats", "x.txt"),
-    "--outputs few --truth few --outptus x": "unrecognized arguments: --outptus x; did you mean --outputs",
+    "--outputs few --truth few --extend missing.py": "missing.py does not exist",
+    "--outputs few --truth few --extend broken.py": "broken.py is damaged or not a Python file that registers",
 }
 
 
@@ -500,30 +377,49 @@ def test_features_that_are_not_finite_are_refused(monkeypatch, data, tmp_path):
         evaluate(monkeypatch, data, "--outputs", tmp_path, "--targets", tmp_path, "--features", "log.pt")
 
 
-def test_images_that_are_not_square_fail_in_a_torchscript_of_one_shape(monkeypatch, data, tmp_path):
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 4))
-    save_torchscript(model, tmp_path / "linear.pt")
-    flags = ("--outputs", "wide", "--targets", "few", "--features", tmp_path / "linear.pt")
-    with pytest.raises(InputError, match=r"torchscript .* it fails on images of 24x16: ") as caught:
-        evaluate(monkeypatch, data, *flags, "--native_size", "True")
-    assert "\n" not in str(caught.value)
-    evaluate(monkeypatch, data, *flags, "--image_size", 16)
-
-
 def test_the_process_ends_with_one_line_and_status_2(data):
-    run = subprocess.run(
-        [sys.executable, str(SCRIPT), "--outputs", "few", "--truth", "nowhere"],
-        cwd=data,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, str(SCRIPT), "--outputs", "few", "--truth", "nowhere"]
+    run = subprocess.run(command, cwd=data, capture_output=True, text=True, timeout=600)
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.startswith("error: --truth is 'nowhere'; ") and run.stderr.count("\n") == 1
 
 
-def test_help_is_grouped():
-    run = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0
-    for group in ("images:", "protocol:", "FID and KID:", "LPIPS:", "confidence:", "run:", "result:", "examples:"):
-        assert f"\n{group}\n" in run.stdout
+GOOD = {"mu": np.zeros(12), "sigma": np.eye(12)}
+IMPOSSIBLE = {
+    "negative covariance": {"sigma": -np.eye(12)},
+    "a negative eigenvalue": {"sigma": np.eye(12) - 0.2},
+    "asymmetric covariance": {"sigma": np.triu(np.ones((12, 12)))},
+    "complex means": {"mu": 1j * np.zeros(12)},
+    "complex covariance": {"sigma": 1j * np.eye(12)},
+    "texts": {"mu": np.array(["0"] * 12)},
+    "truth values": {"sigma": np.eye(12) > 0},
+    "objects": {"mu": np.array([None] * 12)},
+    "NaN": {"mu": np.full(12, np.nan)},
+    "infinity": {"sigma": np.diag([np.inf] + [1.0] * 11)},
+    "wrong shapes": {"sigma": np.eye(11)},
+    "a column": {"mu": np.zeros((12, 1))},
+    "nothing": {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
+    "no covariance": {"sigma": None},
+    "a negative count": {"count": -5},
+    "a count of one": {"count": 1},
+    "half a picture": {"count": 2.5},
+    "several counts": {"count": [21, 21]},
+}
+
+
+@pytest.mark.parametrize("change", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_statistics_that_no_pictures_can_have(change, monkeypatch, data, tmp_path):
+    arrays = {name: value for name, value in {**GOOD, **change}.items() if value is not None}
+    np.savez(tmp_path / "s.npz", **arrays)
+    with pytest.raises(InputError, match=r"s\.npz is damaged or not statistics of images") as caught:
+        evaluate(monkeypatch, data, "--outputs", "few", "--targets", tmp_path / "s.npz", *BLOCKS.split())
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_statistics_of_few_pictures_and_halves_of_precision_are_fine(kind, monkeypatch, data, tmp_path):
+    """A singular covariance with rounding errors; pytorch-fid writes no count."""
+    x = np.random.default_rng(0).normal(size=(4, 12)).astype(kind)
+    np.savez(tmp_path / "s.npz", mu=x.mean(0), sigma=np.cov(x, rowvar=False).astype(kind))
+    flags = ("--outputs", "few", "--targets", tmp_path / "s.npz", *BLOCKS.split())
+    assert measured(monkeypatch, data, tmp_path, *flags)["metrics"]["fid"] > 0

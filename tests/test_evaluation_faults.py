@@ -1,13 +1,8 @@
 """Evaluation and benchmark where files are damaged, hostile or of other kinds; and metrics that come from outside."""
 
-import csv
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from scripts_in_process import ROOT, load_script
 
 from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import (
     METRICS,
     Evaluation,
     Instruments,
-    charts,
     comparison,
-    distances,
     evaluate,
     features,
     images,
@@ -35,7 +27,6 @@ from guided_diffusion.evaluation import (
     table,
     target_statistics,
 )
-from guided_diffusion.run.journal import curves
 
 SIZE = 16
 
@@ -104,9 +95,7 @@ def test_samples_that_are_not_square_are_resized_as_files_are(tmp_path):
     [
         np.zeros((4, SIZE, SIZE, 3), np.float32),
         np.zeros((4, SIZE, SIZE), np.uint8),
-        np.zeros((4, SIZE, SIZE, 4), np.uint8),
         np.zeros((0, SIZE, SIZE, 3), np.uint8),
-        np.asfortranarray(pictures(4)),
         np.array({"a": 1}),
         np.array(["text"]),
     ],
@@ -118,23 +107,7 @@ def test_other_arrays_are_refused(tmp_path, array):
         measured(outputs=tmp_path / "samples.npz", truth=tmp_path / "samples.npz")
 
 
-def test_a_header_that_claims_more_than_there_is_takes_no_memory(tmp_path):
-    """As a 1 KB file would that says it has terabytes."""
-    import zipfile
-
-    samples = "{'descr': '|u1', 'fortran_order': False, 'shape': (9999999, 9999, 9999, 3), }"
-    numbers = "{'descr': '<f8', 'fortran_order': False, 'shape': (1099511627776,), }"
-    for name, header in (("samples.npz", {"arr_0": samples}), ("statistics.npz", {"mu": numbers, "sigma": numbers})):
-        with zipfile.ZipFile(tmp_path / name, "w") as archive:
-            for array, text in header.items():
-                text = (text + " " * 200)[:117] + "\n"
-                archive.writestr(f"{array}.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode())
-        folder = write(tmp_path / "made", pictures(3))
-        with pytest.raises(InputError, match=name):
-            measured(outputs=folder, targets=tmp_path / name)
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_damaged_npz_files_are_one_line(tmp_path_factory, data):
     """Bytes of a file of samples and of a statistics file are changed, removed or repeated."""
@@ -166,14 +139,13 @@ def test_damaged_npz_files_are_one_line(tmp_path_factory, data):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "text", "empty"])
-@pytest.mark.parametrize("role", ["outputs", "targets", "truth", "sources"])
+@pytest.mark.parametrize("role", ["outputs", "targets"])
 def test_other_kinds_of_npz_are_one_line(tmp_path, kind, role):
     path = tmp_path / "x.npz"
     {"fifo": os.mkfifo, "folder": os.mkdir, "text": lambda p: p.write_text("no"), "empty": Path.touch}[kind](path)
     options = {"outputs": write(tmp_path / "made", pictures(3)), "truth": tmp_path / "made", role: path}
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=r"x\.npz"):
         measured(**options)
-    assert caught.value.parameter == role
 
 
 def test_statistics_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -203,16 +175,13 @@ def test_foreign_words_in_statistics_are_shown_short_and_escaped(tmp_path):
 RECORDS = {
     "list": "[1]",
     "truncated": '{"settings"',
-    "nested": "[" * 200_000,
-    "nested object": '{"a":' * 200_000,
+    "nested": '{"a":' * 200_000,
     "bytes": "\udcff\udcfe",
     "settings": '{"settings": [1]}',
     "count": '{"settings": {"samples_per_image": "many"}}',
     "large count": '{"settings": {"samples_per_image": 1000000000000}}',
-    "negative count": '{"settings": {"samples_per_image": -3}}',
     "impact": '{"negative_impact": "x", "settings": {}}',
     "infinite impact": '{"negative_impact": Infinity}',
-    "large impact": '{"negative_impact": 1' + "0" * 400 + "}",
     "digits": '{"negative_impact": 1' + "0" * 10_000 + "}",
 }
 
@@ -233,10 +202,7 @@ def test_a_pipe_in_place_of_the_record_does_not_wait(tmp_path):
     assert any("run.json: not the record of a run" in warning for warning in result["warnings"])
 
 
-GOOD = {
-    "settings": {"energy": ["vgg", "dct"]}, "counts": {"references": 2, "failed": 0}, "finished": "now",
-    "monitor": {"steps": {"3": [2, 1.0, 1.0, 0, 1.0, 1.0]}},
-}  # fmt: skip
+GOOD = {"settings": {"energy": ["vgg", "dct"]}, "counts": {"references": 2, "failed": 0}, "finished": "now"}
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=7) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -244,32 +210,20 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_records_of_other_kinds_are_not_taken_for_runs(tmp_path_factory, data):
-    """One entry anywhere in a good record is replaced: it is refused, or what is read of it is sound."""
-    record = json.loads(json.dumps(GOOD))
-    place, depth = record, data.draw(st.integers(0, 3))
-    key = data.draw(st.sampled_from(list(record)))
-    for _ in range(depth):
-        inner = place[key]
-        keys = list(inner) if isinstance(inner, dict) else list(range(len(inner))) if isinstance(inner, list) else []
-        if not keys:
-            break
-        place, key = inner, data.draw(st.sampled_from(keys))
-    place[key] = data.draw(ANYTHING)
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(list(GOOD)), ANYTHING, st.booleans())
+def test_records_of_other_kinds_are_not_taken_for_runs(tmp_path_factory, key, value, deeper):
+    """One entry of a good record is replaced: it is refused, or the values that are read of it are sound."""
+    record = {**GOOD, key: {**GOOD[key], next(iter(GOOD[key])): value} if deeper and key != "finished" else value}
     folder = tmp_path_factory.mktemp("run")
     (folder / "run.json").write_text(json.dumps(record))
     found = comparison.read_record(str(folder))
-    if found is not None:
-        steps = curves(found)
-        assert all(math.isfinite(step["tangent"]) for step in steps)
-        assert all(name.isprintable() for name in comparison.energy_names(found))
-        row = {"curves": steps, "energies": comparison.energy_names(found)}
-        assert not steps or len(charts.directions(row)) in (0, len(steps[0]["weights"]))
+    assert found is None or all(name.isprintable() for name in comparison.energy_names(found))
+    (folder / "run.json").write_text(json.dumps(GOOD))
+    assert comparison.read_record(str(folder)) == GOOD
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.sampled_from(["metrics", "counts", "protocol", "warnings"]), ANYTHING))
 def test_stored_results_of_other_kinds_are_measured_again(changes):
     good = {"metrics": {value.key: 1.0 for value in table.values()}, "counts": {"outputs": 3}, "protocol": {},
@@ -302,35 +256,35 @@ def outside():
     METRICS._entries.update(known)
 
 
-def test_a_metric_from_outside_is_in_every_output(outside, tmp_path, monkeypatch, capsys):
-    """From the command line: table on the screen, JSON, CSV and values per image; and in a comparison's table."""
+def test_metrics_from_outside_are_in_results_and_comparisons(outside, tmp_path):
     made, truth = pictures(5), pictures(5, seed=1)
-    write(tmp_path / "made", made)
-    write(tmp_path / "truth", truth)
-    script = load_script("evaluate")
-    monkeypatch.setattr("guided_diffusion.evaluation.protocol.feature_extractor", lambda *a, **k: EXTRACTOR)
-    flags = ["--outputs", "made", "--truth", "truth", "--targets", "truth", "--image_size", SIZE, "--lpips", False]
-    flags += ["--device", "cpu", "--out", "result", "--per_image", "--bootstrap", 20]
-    monkeypatch.chdir(tmp_path)
-    script.measure(script.create_parser().parse(list(map(str, flags))))
+    folders = {"outputs": write(tmp_path / "made", made), "truth": write(tmp_path / "truth", truth)}
+    result, rows = measured(**folders, targets=tmp_path / "truth", bootstrap=20)
     values = np.abs(made / 255 - truth / 255).reshape(5, -1).mean(1)
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["metrics"]["truth_mae"] == pytest.approx(values.mean(), rel=1e-5)
+    assert [row["truth_mae"] for row in rows] == pytest.approx(values, rel=1e-5)
     assert result["metrics"]["source_mae"] is None and result["metrics"]["gap"] > 0
-    assert all(low < result["metrics"][key] < high for key, (low, high) in result["intervals"].items())
-    assert {"truth_mae", "gap"} <= result["intervals"].keys()
-    printed = capsys.readouterr().out
-    assert "| mean error, truth |" in printed and "| gap |" in printed
-    (row,) = csv.DictReader((tmp_path / "result.csv").open())
-    assert float(row["truth_mae"]) == result["metrics"]["truth_mae"] and row["gap_low"]
-    rows = list(csv.DictReader((tmp_path / "result_images.csv").open()))
-    assert [float(row["truth_mae"]) for row in rows] == pytest.approx(values, rel=1e-5)
-    row = {"method": "A", "setting": "", "mean": result["metrics"], "std": dict.fromkeys(result["metrics"]),
-           "published": {"fid": "", "source_ssim": ""}, "protocol": {}}  # fmt: skip
-    row["mean"] = {key: value for key, value in row["mean"].items() if value is not None}
+    for key in ("truth_mae", "gap"):
+        low, high = result["intervals"][key]
+        assert low < result["metrics"][key] < high
+    assert "| mean error, truth |" in table.markdown(result) and "| gap |" in table.markdown(result)
+    row = {"method": "A", "setting": "", "std": dict.fromkeys(result["metrics"]), "counts": {"outputs": 5},
+           "published": {"fid": "", "source_ssim": ""}, "protocol": {"dimensions": 12}}  # fmt: skip
+    row["mean"] = {key: value for key, value in result["metrics"].items() if value is not None}
     headings, ((*cells,),) = comparison.table_of([row])
-    assert cells[headings.index("mean error to truth ↓")] == f"{values.mean():.4f}"
-    assert cells[headings.index("gap·10¹ ↓")] == f"{10 * result['metrics']['gap']:.3f}"
+    assert cells[headings.index("mean error to truth ↓")] == (f"{values.mean():.4f}", True)  # five are few
+    assert cells[headings.index("gap·10¹ ↓")][0] == f"{10 * result['metrics']['gap']:.3f}"
+
+
+@pytest.mark.parametrize("counts, few", [
+    ({"outputs": 9}, {"ssim", "fid", "kid"}),
+    ({"outputs": 12, "targets": 100}, {"fid"}),
+    ({"outputs": 100, "targets": 12}, {"fid"}),
+    ({"outputs": 100, "targets": 9}, {"fid", "kid"}),
+    ({"outputs": 13, "targets": None}, set()),
+])  # fmt: skip
+def test_values_from_too_few_images(counts, few):
+    names = ("ssim", "fid", "kid", "seconds_per_image")
+    assert few == {n for n in names if table.is_unreliable(table.Value(table.METRICS[n]), counts, 12)}
 
 
 def test_a_metric_that_returns_something_else_is_named(outside, tmp_path):
@@ -372,7 +326,7 @@ def test_nothing_on_the_device_becomes_float64(tmp_path, monkeypatch):
     a, b = (Elsewhere(torch.rand(2, 3, 170, 170)) for _ in range(2))
     with pytest.raises((TypeError, AssertionError)):
         a.double()
-    for metric in table.paired():
+    for metric in table.of_kind(table.PairedMetric):
         if metric.compute:
             value = pairs.measure(metric.name, metric.compute, a, b)
             assert type(value) is torch.Tensor and value.dtype == torch.float64
@@ -383,28 +337,7 @@ def test_nothing_on_the_device_becomes_float64(tmp_path, monkeypatch):
     folder = write(tmp_path / "made", pictures(3))
     monkeypatch.setattr(features.torch, "stack", lambda tensors: Elsewhere(torch.cat([t[None] for t in tensors])))
     found = features.extract_features(images.list_images(folder, "outputs"), EXTRACTOR, images.read_image)
-    assert found.dtype == np.float64 and found.shape == (3, 12)
-
-
-def test_resamples_are_the_same_however_many_are_in_memory(monkeypatch):
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(30, 4)), rng.normal(size=(25, 4)) + 0.2
-    whole = distances.kernel_distance(x, y, subset_size=10, subsets=20)
-    interval = distances.bootstrap_kernel(x, y, whole[0], replicates=30)
-    monkeypatch.setattr(distances, "RESAMPLED", 7 * 55)
-    assert distances.kernel_distance(x, y, subset_size=10, subsets=20) == pytest.approx(whole, rel=1e-10)
-    assert distances.bootstrap_kernel(x, y, whole[0], replicates=30) == pytest.approx(interval, rel=1e-10)
-
-
-def test_an_interval_of_any_distance_holds_its_estimate():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(80, 4)), rng.normal(size=(70, 4)) + 0.5
-
-    def between(a, b):
-        return np.linalg.norm(a.mean(0) - b.mean(0))
-
-    low, high = distances.bootstrap_distance(between, x, y, between(x, y), replicates=100)
-    assert low < between(x, y) < high
+    assert found["features"].dtype == np.float64 and found["features"].shape == (3, 12)
 
 
 # Trust
@@ -423,39 +356,3 @@ def test_torchscript_does_not_run_without_leave(tmp_path, monkeypatch):
     torch.save({"a": 1}, tmp_path / "weights.pt")  # no leave helps where it is no program
     with pytest.raises(InputError, match="not a TorchScript module"):
         features.feature_extractor(str(tmp_path / "weights.pt"))
-
-
-# Interrupts
-
-
-@pytest.mark.parametrize("delay", [0.02, 4.0])
-@pytest.mark.parametrize("name", ["evaluate", "benchmark"])
-def test_an_interrupt_is_one_line(tmp_path, name, delay):
-    """While modules are imported, and while it works or waits for input."""
-    os.mkfifo(tmp_path / "pipe")
-    script = ROOT / "scripts" / f"{name}.py"
-    if name == "evaluate":
-        write(tmp_path / "made", pictures(300, size=256))
-        flags = ["--outputs", "made", "--truth", "made", "--lpips", "False", "--device", "cpu", "--bootstrap", "100000"]
-    else:  # reads its table from a pipe to which nobody writes
-        flags = ["--model_path", "made", "--base_samples", "made", "--save_dir", "out"]
-    process = subprocess.Popen([sys.executable, script, *flags], cwd=tmp_path, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-    started = time.monotonic()
-    while delay < 1 and not _handles_interrupts(process.pid) and time.monotonic() < started + 30:
-        time.sleep(0.005)
-    time.sleep(delay)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    lines = [line for line in errors.replace("\r", "\n").splitlines() if "|" not in line and line.strip()]
-    assert process.returncode == 130 and len(lines) == 1 and lines[0].startswith("interrupted"), errors
-
-
-def _handles_interrupts(pid):
-    """Whether a process has installed a handler for SIGINT (Linux); Python's own comes before the script's."""
-    try:
-        maps = Path(f"/proc/{pid}/maps").read_text()
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return True
-    return "libtorch" in maps and int(status.split("SigCgt:")[1].split()[0], 16) & 2 != 0

@@ -3,10 +3,9 @@
 import itertools
 import math
 
+from fronts import distance_at, encloses, faithfulness_at, front, hypervolume
 from hypothesis import given
 from hypothesis import strategies as st
-
-from guided_diffusion.evaluation.fronts import distance_at, encloses, faithfulness_at, front, hypervolume
 
 SIDE = 8
 GRID = st.integers(0, SIDE).map(float)

@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from guided_diffusion.checkpoint import save_model
-from guided_diffusion.evaluation.judge import Judge
 from guided_diffusion.script_util import create_classifier, create_model
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "ae_sample.py"
@@ -61,6 +60,8 @@ def make_encoder(path, classes, **head):
 
 def make_judge(path, vendors):
     """A judge with random weights; returns the path."""
+    from judge import Judge  # in benchmarks/emoji
+
     torch.manual_seed(0)
     judge = Judge(vendors, image_size=SIZE, width=8, features=12, embedding=6)
     save_file({key: value.contiguous() for key, value in random_state(judge).items()}, path, judge.metadata())

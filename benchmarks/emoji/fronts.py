@@ -14,9 +14,11 @@ beside this file, and near.txt, the rows on or near their method's front, to the
 
 import argparse
 import hashlib
+import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,15 +28,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+from judge import load_judge
 
 from guided_diffusion.cli import rows as tables
 from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import charts
+from guided_diffusion.evaluation.charts import Point, front
 from guided_diffusion.evaluation.distances import frechet_of_roots, gaussian_of_features
-from guided_diffusion.evaluation.fronts import distance_at, front, hypervolume
 from guided_diffusion.evaluation.images import list_images
-from guided_diffusion.evaluation.judge import load_judge
 from guided_diffusion.evaluation.pairs import ssim
 from guided_diffusion.evaluation.table import markdown_table
 from guided_diffusion.image_datasets import load_image, to_tensor
@@ -54,6 +57,37 @@ BATCH = 40
 BLOCK = re.compile(r"(<!-- fronts: made by benchmarks/emoji/fronts\.py -->\n).*?(<!-- end of fronts -->)", re.DOTALL)
 CELL, LABEL = 96, 236  # pixels of a picture and of the labels' column in pictures.png
 SKIN_TONE = re.compile(r"1f3f[b-f]")
+
+
+# A setting is a point (faithfulness, distance): the first is better when larger, the second when smaller.
+
+
+def hypervolume(points: Sequence[Point], reference: Point) -> float:
+    """Hypervolume of the points with respect to `reference` (lowest faithfulness, largest distance).
+
+    Two methods compare only with the same reference. Points that do not beat it add nothing.
+    """
+    area, reached = 0.0, reference[0]
+    # Along a front, distances rise with faithfulness: each point owns the strip from its predecessor to itself.
+    for x, y in front([point for point in points if point[0] > reference[0] and point[1] < reference[1]]):
+        area += (x - reached) * (reference[1] - y)
+        reached = x
+    return area
+
+
+def distance_at(points: Sequence[Point], faithfulness: float) -> float:
+    """The smallest distance of a point that is at least as faithful; infinity where there is none."""
+    return min((y for x, y in points if x >= faithfulness), default=math.inf)
+
+
+def faithfulness_at(points: Sequence[Point], distance: float) -> float:
+    """The largest faithfulness of a point that is at most as distant; minus infinity where there is none."""
+    return max((x for x, y in points if y <= distance), default=-math.inf)
+
+
+def encloses(points: Sequence[Point], others: Sequence[Point]) -> bool:
+    """Whether every one of the others is matched or beaten in both by one of the points."""
+    return all(distance_at(points, x) <= y for x, y in others)
 
 
 @dataclass
@@ -94,7 +128,7 @@ class Ruler:
         return (to_tensor([load_image(path, self.judge.image_size) for path in paths]) + 1) / 2
 
     def look(self, images):
-        """What the judge sees: features, embeddings and vendors, float64 arrays."""
+        """The judge's features, embeddings and vendors, float64 arrays."""
         parts = [self.judge.judge(part) for part in images.split(BATCH)]
         names = ("features", "embeddings", "vendors")
         return {name: torch.cat([getattr(p, name) for p in parts]).double().numpy() for name in names}
@@ -374,7 +408,8 @@ def main():
     }  # fmt: skip
     files.write_text(str(args.out / "fronts.md"), text)
     files.write_json(str(args.out / "fronts.json"), record)
-    files.write_text(str(args.out / "fronts.svg"), charts.trade_off(chart_rows(settings, scores), "truth_ssim").file())
+    chart = charts.trade_off(chart_rows(settings, scores), "truth_ssim")
+    files.write_text(str(args.out / "fronts.svg"), charts.svg(chart))
     if args.readme:
         document = args.readme.read_text(encoding="utf-8")
         files.write_text(str(args.readme), BLOCK.sub(lambda m: f"{m[1]}{summary(record)}\n{m[2]}", document))

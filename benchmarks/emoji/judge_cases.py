@@ -23,13 +23,14 @@ from PIL import Image, ImageFilter
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+from judge import DEFAULT_PATH, content, load_judge, target_vendor
+from judge_train import JudgeImages, JudgeOptions, held_out, judge_images
 
 from guided_diffusion import Translator, baselines
 from guided_diffusion.evaluation.distances import bootstrap_frechet, fid, gaussian_of_features
-from guided_diffusion.evaluation.judge import content, load_judge, target_vendor
 from guided_diffusion.image_datasets import load_image
-from guided_diffusion.training.judge import JudgeImages, JudgeOptions, held_out, judge_images
 from guided_diffusion.training.losses import means_by_quarter
 
 SKIN_TONE = re.compile(r"1f3f[b-f]")
@@ -87,7 +88,7 @@ def denoised(pictures, model, steps):
 
 def judged(judge, pictures):
     images = torch.from_numpy(np.stack([np.array(picture) for picture in pictures])).permute(0, 3, 1, 2) / 255
-    return judge.judge(images)
+    return {name: value.double().numpy() for name, value in judge.judge(images)._asdict().items()}
 
 
 def held_out_lines(judge, data):
@@ -105,7 +106,7 @@ def held_out_lines(judge, data):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "emoji")
-    parser.add_argument("--judge", type=Path, default=None, help="a judge's file instead of the repository's")
+    parser.add_argument("--judge", type=Path, default=DEFAULT_PATH, help="a judge's file")
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "fluent3d_64.safetensors")
     parser.add_argument("--steps", type=int, default=50, help="of the schedule that denoises")
     parser.add_argument("--count", type=int, default=48, help="pictures of each kind")
@@ -127,13 +128,13 @@ def main():
     kinds["sources (Twemoji's pictures)"] = read_pictures(args.data / "twitter" / "test", names)
 
     said = {name: judged(judge, pictures) for name, pictures in kinds.items()}
-    y, rows = said[TRUTHS].features.double().numpy(), {}
+    y, rows = said[TRUTHS]["features"], {}
     for name, each in said.items():
-        x = each.features.double().numpy()
+        x = each["features"]
         distance = fid(x, gaussian_of_features(y))
         interval = bootstrap_frechet(x, y, distance, replicates=200) if name != TRUTHS else (0.0, 0.0)
-        found = content(each, said[TRUTHS], torch.arange(len(x))).mean().item()
-        taken = target_vendor(each, None, None).mean().item()
+        found = content(each, said[TRUTHS], np.arange(len(x))).mean()
+        taken = target_vendor(each).mean()
         rows[name] = (distance, interval, found, taken)
 
     sources = rows["sources (Twemoji's pictures)"][0]

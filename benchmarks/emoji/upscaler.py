@@ -18,9 +18,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-from guided_diffusion.evaluation.judge import load_judge
+from judge import load_judge
+
 from guided_diffusion.image_datasets import load_image, to_tensor, to_uint8
 from guided_diffusion.upscaler import load_upscaler
 from resizer import Resizer

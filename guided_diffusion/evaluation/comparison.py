@@ -1,7 +1,7 @@
 """Comparison of methods: sample with every row and seed, evaluate, and set published results beside.
 
-How a row is sampled is the business of `commands`, an object with the methods of `Commands`; `cli.rows` has the one
-that starts this project's scripts as processes.
+`commands` samples a row: an object with the methods of `Commands`; `cli.rows` has the one that starts this project's
+scripts as processes.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from ..run import files
 from ..run import record as run_record
 from ..run.journal import curves
 from . import charts, report, table
-from .features import features_file
+from .packages import library
 from .protocol import Evaluation, Instruments, evaluate
 
 log = logging.getLogger("sddm")
@@ -29,25 +29,25 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 TRIAL = 3  # references of a trial
 MOST_SEEDS = 1000
 OWN_FILES = ("table.md", "table.csv", "results.json", "report.html", *charts.TRADE_OFFS)
-"""What a comparison writes beside the folders of its rows."""
+"""Files that a comparison writes beside the folders of its rows."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What is compared."""
+    """Options of a comparison: models, images and seeds."""
 
     table: str = option("-", "the table; - is standard input", metavar="FILE")
     name: str = option("Benchmark", "title of the results")
-    model_path: str = option(None, "the target domain's diffusion model", metavar="FILE")
+    model_path: str = option(None, "diffusion model of the target domain", metavar="FILE")
     base_samples: str = option(None, "references", metavar="DIR")
     targets: str | None = option(None, "images of the target domain, for FID and KID", metavar="PATH")
     truth: str | None = option(None, "true translations with the references' names, if there are any", metavar="DIR")
     seeds: str = option("0,1,2", "seeds to sample with", metavar="SEEDS")
-    num_samples: int | None = option(None, "only the first so many references", least=1, most=100_000_000)
-    only: str | None = option(None, "only rows whose method and setting contain this")
+    num_samples: int | None = option(None, "number of references to use; default: all", least=1, most=100_000_000)
+    only: str | None = option(None, "only rows whose method and setting contain this text")
     quick: bool = option(False, f"a trial: the first row of each method, one seed, {TRIAL} references")
     save_dir: str = option(None, "folder for images, tables and the report", metavar="DIR")
-    pictures: int = option(10, "references shown in the report", least=1, most=1000, metavar="N")
+    pictures: int = option(10, "number of references shown in the report", least=1, most=1000, metavar="N")
 
     def __post_init__(self) -> None:
         check(self)
@@ -95,7 +95,7 @@ class Commands(Protocol):
     """How rows are sampled. settings: parameters of the run by name, the same for all methods."""
 
     def flags(self, row: Row, settings: Mapping[str, Any]) -> list[str]:
-        """What determines the row's outputs, for the record beside its folder."""
+        """The settings that determine the row's outputs, for the record beside its folder."""
         ...
 
     def run(self, row: Row, settings: Mapping[str, Any]) -> None:
@@ -119,12 +119,12 @@ def select(options: Compared, rows: Sequence[Row]) -> tuple[Compared, list[Row]]
     if not chosen:
         raise InputError("no row's method and setting contain it", parameter="only", value=options.only)
     if options.quick:
-        chosen = [row for i, row in enumerate(chosen) if row.method not in {other.method for other in chosen[:i]}]
+        chosen = list({row.method: row for row in reversed(chosen)}.values())[::-1]
         options = dataclasses.replace(
             options,
             num_samples=min(TRIAL, options.num_samples or TRIAL),
             seeds=str(options.seed_numbers[0]),
-            save_dir=options.save_dir.rstrip("/") + "_quick",  # its outputs do not get mixed into the real one's
+            save_dir=options.save_dir.rstrip("/") + "_quick",  # apart from the outputs of a whole comparison
         )
     return options, chosen
 
@@ -132,7 +132,7 @@ def select(options: Compared, rows: Sequence[Row]) -> tuple[Compared, list[Row]]
 def missing_files(options: Compared, measured: Evaluation) -> list[str]:
     """Names and paths of the options' files that do not exist, their parameters in backticks."""
     wanted = {name: getattr(options, name) for name in ("model_path", "base_samples", "targets", "truth")}
-    wanted["features"] = features_file(measured.features)
+    wanted["features"] = None if measured.features == "inception" else measured.features
     wanted["inception_path"] = measured.inception_path
     missing = {name: path for name, path in wanted.items() if path and not os.path.exists(path) and "://" not in path}
     return [f"`{name}` {display_name(path)}" for name, path in missing.items()]
@@ -145,20 +145,17 @@ def evaluation_of(options: Compared, **measured: Any) -> Evaluation:
 
 
 class Comparison:
-    """Samples, measures and writes; what an earlier run of the same comparison has made is kept."""
+    """Sample, measure and write; results that an earlier run of the same comparison has made are kept."""
 
     def __init__(self, options: Compared, measured: Evaluation, commands: Commands) -> None:
         self.options, self.measured, self.commands = options, measured, commands
         self.instruments = Instruments(measured)
-        references = list_references(options.base_samples)[: options.num_samples]
-        self.count = len(references)
+        self.count = len(list_references(options.base_samples)[: options.num_samples])
         self.model = run_record.sha256(options.model_path)
         # Names and values are those of version 0.1, whose measurements stay valid.
         self.key = {name: getattr(measured, name) for name in ("sources", "targets", "truth", "protocol", "image_size")}
-        file = features_file(measured.features)
-        digest = run_record.sha256(file) if file and os.path.isfile(file) else None
         lpips = {"True": True, "False": False}.get(measured.lpips, measured.lpips)
-        self.key |= {"features": digest or measured.features, "lpips": lpips}
+        self.key |= {"features": run_record.sha256(measured.features) or measured.features, "lpips": lpips}
 
     def run(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Sample and measure everything; returns one dict per row with its values by seed, means and deviations."""
@@ -166,16 +163,18 @@ class Comparison:
         for row in rows:
             check_folder(row)
             self._check_inside(row)
-        self.instruments.load()  # what is missing is reported before hours of sampling
-        for warning in self.instruments.warnings:
+        library("matplotlib", "matplotlib", "the report's charts")  # what is missing is reported before sampling
+        self.instruments.load()
+        for warning in self.instruments.per_image[1]:
             log.warning("warning: %s", warning)
         results, seeds = [], self.options.seed_numbers
         for k, row in enumerate(rows):
-            runs = []
+            runs = {}
             for n, seed in enumerate(seeds):
                 log.info("[%d/%d] %s, seed %d", k * len(seeds) + n + 1, len(rows) * len(seeds), row.name, seed)
-                runs.append(self._run(row, seed))
-            results.append(self._result(row, dict(zip(seeds, runs))))
+                record = self._sample(row, seed)
+                runs[seed] = record, self._measure(self.folder(row, seed), record)
+            results.append(self._result(row, runs))
         return results
 
     def folder(self, row: Row, seed: int) -> str:
@@ -191,26 +190,19 @@ class Comparison:
                 reason = f"{display_name(folder)} is a link that leads out of it"
                 raise InputError(reason, parameter="save_dir", value=self.options.save_dir)
 
-    def _run(self, row: Row, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A row's record and result with one seed."""
-        folder = self.folder(row, seed)
-        record = self._sample(row, seed, folder)
-        return record, self._measure(folder, record)
-
-    def _sample(self, row: Row, seed: int, folder: str) -> dict[str, Any]:
-        """Sample one row with one seed into a folder, unless that is done; returns its run.json."""
-        options = self.options
+    def _sample(self, row: Row, seed: int) -> dict[str, Any]:
+        """Sample one row with one seed, unless that is done; returns its run.json."""
+        options, folder = self.options, self.folder(row, seed)
         settings = {"model_path": options.model_path, "base_samples": options.base_samples, "save_dir": folder}
         settings |= {"seed": seed, "num_samples": options.num_samples}
         stamp = f"{folder}.command.json"
         wanted = {"script": row.script, "flags": self.commands.flags(row, settings), "model": self.model}
         record = read_record(folder)
-        is_whole = record and record["finished"] and record["counts"]["references"] == self.count
-        if record and is_whole and files.read_json_or_none(stamp) == wanted:
+        if record and record["counts"]["references"] == self.count and files.read_json_or_none(stamp) == wanted:
             return record
         self.commands.run(row, settings)
         record = read_record(folder)
-        if record is None or not record["finished"]:
+        if record is None:
             raise InputError(f"{row.name}, seed {seed}: {display_name(folder)} has no finished run after its command")
         files.write_json(stamp, wanted)
         return record
@@ -228,10 +220,11 @@ class Comparison:
         return result
 
     def _result(self, row: Row, runs: Mapping[int, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-        values = {}
-        for seed, (record, result) in runs.items():
-            costs = {metric.name: _number(record.get(metric.name)) for metric in table.recorded(costs=True)}
-            values[seed] = {**result["metrics"], **costs}
+        costs = [value.key for value in table.values() if value.is_cost]
+        values = {
+            seed: {**result["metrics"], **{name: record.get(name) for name in costs}}
+            for seed, (record, result) in runs.items()
+        }
         mean, std = summarise(list(values.values()))
         first, (record, result) = next(iter(runs.items()))
         warnings = [warning for _, each in runs.values() for warning in each["warnings"]]
@@ -244,6 +237,7 @@ class Comparison:
             "std": std,
             "seeds": values,
             "images": result["counts"]["outputs"],
+            "counts": result["counts"],
             "protocol": result["protocol"],
             "warnings": list(dict.fromkeys(warnings)),
             "folder": os.path.relpath(self.folder(row, first), self.options.save_dir),
@@ -256,66 +250,53 @@ class Comparison:
         options = self.options
         headings, cells = table_of(results)
         notes = self.notes(results)
-        details = "\n".join(f"- {report.name_of(row)}: `{row['command']}`" for row in results)
-        listed = "\n".join(f"- {note}" for note in notes)
-        text = table.markdown_table(headings, cells)
+        warnings = list(dict.fromkeys(warning for row in results for warning in row["warnings"]))
+        listed = "\n".join(f"- {note}" for note in [*notes, *(f"**warning**: {warning}" for warning in warnings)])
+        details = "\n".join(f"- {charts.name_of(row)}: `{row['command']}`" for row in results)
+        text = table.markdown_table(headings, [[text for text, _ in line] for line in cells])
         markdown = f"# {options.name}\n\n{text}\n\n{listed}\n\nSampled with\n\n{details}\n"
         folders = report.Folders(options.base_samples, options.save_dir, options.truth)
-        save = {
-            "table.md": markdown,
-            "table.csv": csv_of(results),
-            "report.html": report.page(options.name, headings, cells, notes, results, folders, options.pictures),
-        }
-        save |= {name: chart.file() for name, chart in charts.trade_offs(results).items()}
+        page = report.page(options.name, headings, cells, notes, warnings, results, folders, options.pictures)
+        save = {"table.md": markdown, "table.csv": csv_of(results), "report.html": page}
+        save |= {name: charts.svg(figure) for name, figure in charts.trade_offs(results).items()}
+        save["results.json"] = files.json_text({"name": options.name, "notes": notes, "rows": list(results)})
         for name, content in save.items():
             files.write_text(os.path.join(options.save_dir, name), content)
-        content = {"name": options.name, "notes": notes, "rows": list(results)}
-        files.write_json(os.path.join(options.save_dir, "results.json"), content)
         return markdown
 
     def notes(self, results: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What a reader needs to know beside the numbers."""
+        """Facts that a reader needs beside the numbers."""
         options, seeds = self.options, self.options.seed_numbers
         notes = [
             f"model {os.path.basename(options.model_path)}, sha256 {str(self.model)[:12]}",
             f"references {short_path(options.base_samples)}: {results[0]['images']} outputs per seed",
             f"seeds {', '.join(map(str, seeds))}" + ("; mean ± standard deviation" if len(seeds) > 1 else ""),
+            *table.protocol_notes(results[0]["protocol"]),
         ]
-        notes += [note.removeprefix("- ") for note in table.protocol_notes(results[0]["protocol"])]
         if any(row["published"]["fid"] or row["published"]["source_ssim"] for row in results):
             notes.append("published: as printed in the papers, with their model and FID of Inception features")
-        warnings = dict.fromkeys(warning for row in results for warning in row["warnings"])
-        return notes + [f"**warning**: {warning}" for warning in warnings]
+        return notes
 
 
 def read_record(folder: str) -> dict[str, Any] | None:
-    """A run's run.json; None where there is none, or none with the entries that a comparison needs."""
+    """The run.json of a finished run; None where there is none, or one without the entries that are needed."""
     record = files.read_json_or_none(os.path.join(folder, run_record.NAME))
-    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+    try:
+        entries = record["finished"], record["counts"]["references"], record["counts"]["failed"], record["settings"]
+        curves(record)
+    except Exception:  # a record of another kind fails in many ways
         return None
-    counts = record.get("counts")
-    if not isinstance(counts, dict) or not all(isinstance(counts.get(name), int) for name in ("references", "failed")):
-        return None
-    steps = record.get("monitor", {"steps": {}})
-    steps = steps.get("steps") if isinstance(steps, dict) else None
-    if not isinstance(steps, dict):
-        return None
-    for i, sums in steps.items():
-        numbers = isinstance(sums, list) and len(sums) > 4 and all(_number(value) is not None for value in sums)
-        if not re.fullmatch(r"[0-9]{1,9}", i) or not numbers or sums[0] <= 0:
-            return None
-    return {**record, "finished": record.get("finished")}
+    kinds = (str, int, int, dict)
+    return record if all(isinstance(entry, kind) for entry, kind in zip(entries, kinds)) else None
 
 
 def is_result(result: Any) -> bool:
-    """Whether a stored result has what `evaluate` returns now, metrics that were registered since included."""
-    kinds = {"metrics": dict, "counts": dict, "protocol": dict, "warnings": list}
-    if not isinstance(result, dict) or not all(isinstance(result.get(name), kind) for name, kind in kinds.items()):
+    """Whether a stored result has every value that `evaluate` returns now, including newly registered metrics."""
+    try:
+        wanted = [value.key for value in table.values() if not value.is_cost]
+        return all(isinstance(result["metrics"][key], (int, float, type(None))) for key in wanted)
+    except (KeyError, TypeError):
         return False
-    numbers = all(value is None or _number(value) is not None for value in result["metrics"].values())
-    texts = all(isinstance(warning, str) for warning in result["warnings"])
-    known = {value.key for value in table.values()} <= result["metrics"].keys()
-    return numbers and texts and known and isinstance(result["counts"].get("outputs"), int)
 
 
 def energy_names(record: Mapping[str, Any]) -> list[str]:
@@ -323,10 +304,6 @@ def energy_names(record: Mapping[str, Any]) -> list[str]:
     names = record["settings"].get("energy") or []
     names = names.split(",") if isinstance(names, str) else names
     return [one_line(name, longest=40) for name in names] if isinstance(names, list) else []
-
-
-def _number(value: Any) -> float | None:
-    return None if isinstance(value, bool) or not isinstance(value, (int, float)) else value
 
 
 def summarise(values: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float | None]]:
@@ -343,36 +320,35 @@ def shown_columns(results: Sequence[Mapping[str, Any]]) -> list[table.Value]:
     return [column for column in table.columns() if any(column.key in row["mean"] for row in results)]
 
 
-def table_of(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the table that people read."""
-    columns, inception = shown_columns(results), charts.comparable(results)
+def table_of(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+    """Headings and cells of the table; a cell is (text, whether it rests on too few pictures)."""
+    columns, inception = shown_columns(results), any(table.is_inception(row["protocol"]) for row in results)
     headings = ["method", "setting", *(column.heading(inception) for column in columns)]
     published = {"fid": "published FID", "source_ssim": "published SSIM"}
     published = {key: heading for key, heading in published.items() if any(row["published"][key] for row in results)}
     cells = []
     for row in results:
-        line = [row["method"], row["setting"]]
+        line = [(row["method"], False), (row["setting"], False)]
         for column in columns:
             known = column.key in row["mean"]
-            line.append(column.cell(row["mean"][column.key], row["std"][column.key]) if known else "")
-        cells.append([*line, *(row["published"][key] for key in published)])
+            text = column.cell(row["mean"][column.key], row["std"][column.key]) if known else ""
+            line.append((text, table.is_unreliable(column, row["counts"], row["protocol"].get("dimensions"))))
+        cells.append([*line, *((row["published"][key], False) for key in published)])
     return headings + list(published.values()), cells
 
 
 def csv_of(results: Sequence[Mapping[str, Any]]) -> str:
     """All means and standard deviations as CSV."""
     keys = [column.key for column in shown_columns(results)]
-    names = ["method", "setting", "images", "seeds", *(name for key in keys for name in (key, f"{key}_std"))]
-    names += ["published_fid", "published_ssim", "command"]
     lines = []
     for row in results:
-        line = {name: row[name] for name in ("method", "setting", "images", "command")}
+        line = {name: row[name] for name in ("method", "setting", "images")}
         line["seeds"] = " ".join(map(str, row["seeds"]))
-        line |= {"published_fid": row["published"]["fid"], "published_ssim": row["published"]["source_ssim"]}
         for key in keys:
             line |= {key: row["mean"].get(key), f"{key}_std": row["std"].get(key)}
-        lines.append(line)
-    return table.csv_text(lines, names)
+        line |= {"published_fid": row["published"]["fid"], "published_ssim": row["published"]["source_ssim"]}
+        lines.append({**line, "command": row["command"]})
+    return table.csv_text(lines)
 
 
 def short_path(path: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from .table import Measured, set_distance
 
 KERNEL_ROWS = 512  # rows of a kernel matrix held in memory at once
-RESAMPLED = 2**25  # entries of the matrices of counts that are held in memory at once: 256 MiB
+RESAMPLED = 2**25  # entries of the matrices of counts held in memory at once: 256 MiB
 
 Gaussian = tuple[np.ndarray, np.ndarray]
 """Mean [D] and root R [R, D] with RᵀR the covariance."""
@@ -19,22 +19,28 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     """Fréchet distance |mean1 - mean2|² + Tr(cov1 + cov2 - 2 (cov1 cov2)^½) of two Gaussians (Heusel et al. 2017).
 
     mean [D], cov [D, D] float64, cov symmetric and positive semidefinite -> float >= 0. The trace of the square root is
-    the nuclear norm of R1 R2ᵀ for cov = RᵀR. It needs no matrix square root, so singular covariances are no special
+    the nuclear norm of R1 R2ᵀ for cov = RᵀR. No matrix square root is needed, so singular covariances are no special
     case; where pytorch-fid's square root converges, the two agree to about 1e-6 relative.
     """
     return frechet_of_roots(mean1, root_of_covariance(cov1), mean2, root_of_covariance(cov2))
 
 
 def frechet_of_roots(mean1: np.ndarray, root1: np.ndarray, mean2: np.ndarray, root2: np.ndarray) -> float:
-    """`frechet_distance` of Gaussians that are given as mean [D] and root R [R, D] with RᵀR the covariance."""
+    """`frechet_distance` of Gaussians given as mean [D] and root R [R, D] with RᵀR the covariance."""
     overlap = np.linalg.svd(root1 @ root2.T, compute_uv=False).sum()
     distance = np.sum((mean1 - mean2) ** 2) + np.sum(root1**2) + np.sum(root2**2) - 2 * overlap
     return max(float(distance), 0.0)
 
 
-def root_of_covariance(cov: np.ndarray) -> np.ndarray:
-    """R [D, D] with RᵀR = cov, for a symmetric positive semidefinite cov [D, D]."""
+def root_of_covariance(cov: np.ndarray, tolerance: float | None = None) -> np.ndarray:
+    """R [D, D] with RᵀR = cov, for a symmetric positive semidefinite cov [D, D].
+
+    Negative eigenvalues are rounding errors and count as 0. Raises ValueError where one is larger than `tolerance`, if
+    given, times the largest eigenvalue: then cov is no covariance.
+    """
     values, vectors = np.linalg.eigh(cov)
+    if tolerance is not None and values[0] < -tolerance * max(values[-1], 0):
+        raise ValueError(f"sigma has a negative eigenvalue, {values[0]:.3g}")
     return np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
 
 
@@ -69,7 +75,7 @@ def kernel_distance(
 
 
 def _parts(total: int, width: int) -> Iterator[int]:
-    """A number of rows of `width` entries as numbers of rows that may be in memory at once."""
+    """Split `total` rows of `width` entries into numbers of rows that fit in memory."""
     most = max(1, RESAMPLED // width)
     for start in range(0, total, most):
         yield min(most, total - start)
@@ -109,60 +115,45 @@ def bootstrap_mean(
 
 
 def bootstrap_distance(
-    compute: Callable[[np.ndarray, np.ndarray], Any],
+    compute: Callable[[np.ndarray, Any], Any],
     x: np.ndarray,
-    y: np.ndarray,
+    y: np.ndarray | Gaussian,
     estimate: float,
     *,
     replicates: int,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Bootstrap interval (low, high) of any distance compute(x, y), both sets [N, D] and [M, D] resampled.
+    """Bootstrap interval (low, high) of any distance compute(x, y); x [N, D] is resampled, and y [M, D], too.
 
-    A resample repeats images, which shifts most distances; the replicates are therefore moved to have `estimate` as
-    their mean.
+    y is not resampled where it is a Gaussian, which is taken as known. A resample repeats images, which shifts most
+    distances; the replicates are therefore moved to have `estimate` as their mean.
     """
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(replicates):
         resampled = x[rng.integers(len(x), size=len(x))]
-        value = compute(resampled, y[rng.integers(len(y), size=len(y))])
+        value = compute(resampled, y if isinstance(y, tuple) else y[rng.integers(len(y), size=len(y))])
         values.append(value.value if isinstance(value, Measured) else float(value))
     return _quantiles(np.array(values) - np.mean(values) + estimate, confidence)
 
 
 def bootstrap_frechet(
-    x: np.ndarray,
-    target: np.ndarray | Gaussian,
-    estimate: float,
-    *,
-    replicates: int,
-    confidence: float = 0.95,
-    seed: int = 0,
+    x: np.ndarray, target: np.ndarray | Gaussian, estimate: float, **options: Any
 ) -> tuple[float, float]:
-    """Bootstrap interval (low, high) of the Fréchet distance between x [N, D] and `target`.
+    """`bootstrap_distance` of the Fréchet distance, which is not negative. target: features [M, D] or a Gaussian."""
 
-    `target` is features [M, D], resampled as well, or a pair (mean [D], root [R, D]) that is taken as known. A resample
-    repeats images, which inflates the distance; the replicates are therefore shifted to have `estimate` as their mean.
-    """
-    rng = np.random.default_rng(seed)
-    values = []
-    for _ in range(replicates):
-        resampled = gaussian_of_features(x[rng.integers(len(x), size=len(x))])
-        if isinstance(target, tuple):
-            other = target
-        else:
-            other = gaussian_of_features(target[rng.integers(len(target), size=len(target))])
-        values.append(frechet_of_roots(*resampled, *other))
-    low, high = _quantiles(np.array(values) - np.mean(values) + estimate, confidence)
+    def distance(x: np.ndarray, y: np.ndarray | Gaussian) -> float:
+        return fid(x, y if isinstance(y, tuple) else gaussian_of_features(y))
+
+    low, high = bootstrap_distance(distance, x, target, estimate, **options)
     return max(low, 0.0), high
 
 
 def bootstrap_kernel(
     x: np.ndarray, y: np.ndarray, estimate: float, *, replicates: int, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Bootstrap interval (low, high) of the kernel distance, both sets resampled; shifted as in `bootstrap_frechet`."""
+    """`bootstrap_distance` of the kernel distance, all replicates at once."""
     draws_x = draws_y = np.random.default_rng(seed)
     parts = list(_parts(replicates, len(x) + len(y)))
     if len(parts) > 1:  # the draws of y follow all those of x, however many are in memory at once
@@ -188,29 +179,18 @@ def _quantiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
 
 
 @set_distance(
-    "fid",
-    "FID",
-    general_label="Fréchet",
-    format=".2f",
-    lower_is_better=True,
-    of_gaussian=True,
+    "fid", "FID", general_label="Fréchet", format=".2f", lower_is_better=True, of_gaussian=True,
     interval=bootstrap_frechet,
-)
+)  # fmt: skip
 def fid(x: np.ndarray, target: Gaussian) -> float:
     """`frechet_distance` of features x [N, D] from the targets' Gaussian."""
     return frechet_of_roots(*gaussian_of_features(x), *target)
 
 
 @set_distance(
-    "kid",
-    "KID",
-    general_label="kernel",
-    format=".2f",
-    factor=1000,
-    lower_is_better=True,
-    options=("kid_subsets", "kid_subset_size", "seed"),
-    interval=bootstrap_kernel,
-)
+    "kid", "KID", general_label="kernel", format=".2f", factor=1000, lower_is_better=True,
+    options=("kid_subsets", "kid_subset_size", "seed"), interval=bootstrap_kernel,
+)  # fmt: skip
 def kid(x: np.ndarray, y: np.ndarray, kid_subsets: int, kid_subset_size: int, seed: int) -> Measured:
     """`kernel_distance` with the evaluation's options."""
     value, std = kernel_distance(x, y, subset_size=kid_subset_size, subsets=kid_subsets, seed=seed)

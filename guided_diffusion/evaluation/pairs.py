@@ -1,6 +1,7 @@
 """Metrics of image pairs: L2, MSE, PSNR, SSIM, MS-SSIM and LPIPS; and which images are pairs."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from ..errors import InputError, display_name
 from ..image_datasets import Reference
 from .packages import library, quiet_download, reason
-from .table import METRICS, PairedMetric, paired, paired_metric
+from .table import METRICS, PairedMetric, of_kind, paired_metric
 
 MIN_SSIM_SIZE, MIN_MSSSIM_SIZE = 11, 161  # one window; one window after four halvings
 
@@ -24,15 +25,18 @@ def paired_metrics(a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
 
     a, b: float32 [N, C, H, W] in [0, 1], H and W at least 11 -> a dict of float64 tensors [N] on the CPU.
     """
-    return {metric.name: measure(metric.name, metric.compute, a, b) for metric in paired() if metric.compute}
+    return {m.name: measure(m.name, m.compute, a, b) for m in of_kind(PairedMetric) if m.compute}
 
 
-def measure(name: str, compute: Paired, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """A metric's values of image pairs, float64 [N] on the CPU; raises InputError where it returns anything else."""
-    value = compute(a, b)
-    if not torch.is_tensor(value) or value.shape != a.shape[:1]:
+def measure(name: str, compute: Callable[..., Any], *images: torch.Tensor) -> torch.Tensor:
+    """Values of a metric, float64 [N] on the CPU; raises InputError where it returns anything else.
+
+    images: the arguments of `compute`, [N, 3, H, W] each.
+    """
+    value = compute(*images)
+    if not torch.is_tensor(value) or value.shape != images[0].shape[:1]:
         found = list(value.shape) if torch.is_tensor(value) else type(value).__name__
-        raise InputError(f"the metric {name} returns {found} for {len(a)} pairs; a tensor [N] is needed")
+        raise InputError(f"the metric {name} returns {found} for {len(images[0])} images; a tensor [N] is needed")
     return value.detach().cpu().double()  # in this order: not every device has float64
 
 
@@ -112,32 +116,53 @@ METRICS.add("lpips")(PairedMetric("lpips", "LPIPS", lower_is_better=True, column
 
 # Which images are pairs
 
+Pair = tuple[Reference, Reference]
+
 
 def pair(
     outputs: Sequence[Reference], others: Sequence[Reference], *, parameter: str, partial: bool = False
-) -> tuple[list[tuple[Reference, Reference]], str]:
-    """Pairs of references: by relative stem, or by order of names where no stem matches at all.
+) -> tuple[list[Pair], str]:
+    """Pair references by name, or in their order where no name matches at all.
 
-    Returns (pairs, "stem" or "order"). parameter: the option that names the other folder. Raises InputError for images
-    without a partner, unless `partial`, and for two files of one stem.
+    Names are relative and without suffix. Where they do not all match, numbers in them compare as numbers: 1 is 001,
+    and 2 comes before 10. Returns (pairs, "stem", "number" or "order"). parameter: the option that names the other
+    folder. Raises InputError for images without a partner, unless `partial`, and for two files of one name.
     """
     by_stem, other_by_stem = _by_stem(outputs, "outputs"), _by_stem(others, parameter)
     common = [stem for stem in by_stem if stem in other_by_stem]
+    alone = [stem for stem in by_stem if stem not in other_by_stem] + [s for s in other_by_stem if s not in by_stem]
+    if not alone:
+        return [(by_stem[stem], other_by_stem[stem]) for stem in common], "stem"
+    a, b = ({natural(stem): found[stem] for stem in found} for found in (by_stem, other_by_stem))
+    if a.keys() == b.keys() and len(a) == len(by_stem) and len(b) == len(other_by_stem):
+        return [(a[name], b[name]) for name in a], "number"
     if not common:
         if len(outputs) != len(others):
             raise InputError(
                 f"no file name in `outputs` occurs in `{parameter}` and the counts differ ({len(outputs)} and "
                 f"{len(others)} images): they can be paired neither by name nor by order"
             )
-        return list(zip(outputs, others)), "order"
-    alone = [stem for stem in by_stem if stem not in other_by_stem] + [s for s in other_by_stem if s not in by_stem]
-    if alone and not partial:
+        ordered = [[found[stem] for stem in sorted(found, key=natural)] for found in (by_stem, other_by_stem)]
+        return list(zip(*ordered)), "order"  # type: ignore[arg-type]
+    if not partial:
         raise InputError(
             f"`outputs` has {len(outputs)} images and `{parameter}` {len(others)}, but {len(alone)} have no partner of "
             f"the same name, the first is {display_name(alone[0])!r}; with `partial` True the {len(common)} pairs are "
             "measured"
         )
     return [(by_stem[stem], other_by_stem[stem]) for stem in common], "stem"
+
+
+def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """A sort key in which the numbers in a name compare as numbers."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return tuple((False, int(part), "") if part.isdigit() else (True, 0, part) for part in parts)
+
+
+def first_pairs(pairs: Sequence[Pair], count: int = 3) -> str:
+    """The first pairs for a message: "1.png with 001.png, 2.png with 002.png, ..."."""
+    words = [f"{display_name(a.name)} with {display_name(b.name)}" for a, b in pairs[:count]]
+    return ", ".join([*words, *["..."] * (len(pairs) > count)])
 
 
 def _by_stem(references: Sequence[Reference], parameter: str) -> dict[str, Reference]:

@@ -1,7 +1,7 @@
-"""One evaluation: translated images, measured by a named protocol.
+"""One evaluation: measure translated images by a named protocol.
 
 `evaluate` returns plain numbers together with everything that a reader needs to compare them: protocol, feature
-extractor, pairing, counts and warnings. In Python:
+network, pairing, counts and warnings. In Python:
 
     result, images = evaluate(Evaluation(outputs="output", sources="ref_imgs", targets="afhq/val/dog"))
     result["metrics"]["fid"]
@@ -28,19 +28,11 @@ from ..run import files
 from ..run import record as run_record
 from ..runtime import pick_device
 from . import table
-from .distances import bootstrap_distance, bootstrap_mean, gaussian_of_features, root_of_covariance
-from .features import (
-    Extractor,
-    extract_features,
-    feature_extractor,
-    load_statistics,
-    names_judge,
-    save_statistics,
-)
-from .images import Progress, in_batches, is_npz, list_images, npz_names, read_image, read_male2female
-from .judge import Judge, Judged
-from .pairs import MIN_MSSSIM_SIZE, MIN_SSIM_SIZE, Paired, measure, pair
-from .table import METRICS, ROLES, Measured, SetDistance
+from .distances import bootstrap_distance, bootstrap_mean, gaussian_of_features
+from .features import Extractor, extract_features, feature_extractor, load_statistics, save_statistics
+from .images import Progress, in_batches, is_npz, list_images, open_npz, read_image, read_male2female
+from .pairs import MIN_MSSSIM_SIZE, MIN_SSIM_SIZE, first_pairs, measure, pair
+from .table import METRICS, ROLES, FeatureMetric, ImageMetric, Measured, PairedMetric, PerImage, SetDistance
 
 PROTOCOLS = {
     "egsde": "EGSDE/CUT protocol: features of images in [0, 1]",
@@ -56,19 +48,19 @@ Read = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class Images:
-    """Folders, searched recursively, or samples_*.npz of image samplers."""
+    """Folders, searched recursively, or samples_*.npz files of image samplers."""
 
     outputs: str | None = option(None, "the translated images", metavar="PATH")
-    sources: str | None = option(None, "what was translated: L2, PSNR, SSIM, MS-SSIM, LPIPS", metavar="DIR")
+    sources: str | None = option(
+        None, "the images that were translated, for L2, PSNR, SSIM, MS-SSIM and LPIPS", metavar="DIR"
+    )
     targets: str | None = option(
         None,
-        "images of the target domain: FID and KID; or their statistics (mu and sigma, pytorch-fid's format): FID",
+        "images of the target domain, for FID and KID; or an .npz of their statistics (mu and sigma), for FID",
         metavar="PATH",
     )
-    truth: str | None = option(None, "the true translation of each source, where there is one", metavar="DIR")
-    partial: bool = option(
-        False, "measure the pairs that exist, where an image without a partner is an error otherwise"
-    )
+    truth: str | None = option(None, "the true translations of the sources, if there are any", metavar="DIR")
+    partial: bool = option(False, "measure the pairs that exist; by default, an image without a partner is an error")
 
 
 @dataclass(frozen=True)
@@ -76,25 +68,26 @@ class Protocol:
     """How images enter the measurements."""
 
     protocol: str = option(
-        "egsde", "how images enter Inception; egsde-male2female: 256, then 299 pixels, and ImageNet's normalisation",
+        "egsde", "how images are prepared for Inception; egsde-male2female: resized to 256, then 299 pixels, and "
+        "normalised as for ImageNet",
         choices=PROTOCOLS,
     )  # fmt: skip
     image_size: int = option(256, "side at which images are compared; 256 as published", least=1, most=8192)
-    native_size: bool = option(False, "features of the files' own pixels, as the pytorch-fid command takes them")
+    native_size: bool = option(False, "compute features at the files' own size, as the pytorch-fid command does")
     resize: str = option(
-        "crop", "how images that are not square become so; as when sampling", choices=("crop", "pad", "stretch")
+        "crop", "how images that are not square are made square, as when sampling", choices=("crop", "pad", "stretch")
     )
 
 
 @dataclass(frozen=True)
 class Distances:
-    """What FID and KID are measured in."""
+    """Features for FID and KID."""
 
     features: str = option(
         "inception",
-        "inception (pytorch-fid's); judge, or the FILE.safetensors of a judge: adds the metrics content and "
-        "target_vendor; a TorchScript FILE.pt from images [N, 3, H, W] in [0, 1] to features [N, D]; or a "
-        "FILE.safetensors of a model of this project, whose middle block is read at t = 50",
+        "feature network: inception (pytorch-fid's); a TorchScript FILE.pt that maps images [N, 3, H, W] in [0, 1] to "
+        "features [N, D]; a FILE.safetensors of a model of this project, whose middle block is read at t = 50; or one "
+        "of a registered kind, such as models/emoji_judge_64.safetensors, which adds content and target_vendor",
         metavar="NAME",
     )
     trust_features: bool = option(
@@ -103,8 +96,8 @@ class Distances:
     inception_path: str | None = option(
         None, "pt_inception-2015-12-05-6726825d.pth, where it cannot be downloaded", metavar="FILE"
     )
-    kid_subsets: int = option(100, "random subsets that KID is the mean of", least=1, most=MOST_RESAMPLES)
-    kid_subset_size: int = option(1000, "images in a subset; smaller sets are used whole", least=2, most=1_000_000)
+    kid_subsets: int = option(100, "number of random subsets that KID is averaged over", least=1, most=MOST_RESAMPLES)
+    kid_subset_size: int = option(1000, "images per subset; smaller sets are used whole", least=2, most=1_000_000)
 
 
 @dataclass(frozen=True)
@@ -113,8 +106,7 @@ class Pairs:
 
     lpips: str = option(
         "auto",
-        "auto: measured where the lpips package and its weights are available, left out with a warning otherwise; "
-        "True: an error otherwise",
+        "auto: measure it if the lpips package and its weights are available, else warn; True: else raise an error",
         metavar="{auto,True,False}",
     )
     lpips_net: str = option("alex", "LPIPS's backbone", choices=("alex", "vgg", "squeeze"))
@@ -125,17 +117,17 @@ class Confidence:
     """Intervals and the draws they need."""
 
     bootstrap: int = option(
-        0, "bootstrap replicates for the intervals of every value, 0 for none", least=0, most=MOST_RESAMPLES
+        0, "bootstrap replicates for a confidence interval of every value, 0 for none", least=0, most=MOST_RESAMPLES
     )
-    confidence: float = option(0.95, "confidence of the intervals", metavar="P", above=0, most=0.9999)
+    confidence: float = option(0.95, "confidence level of the intervals", metavar="P", above=0, most=0.9999)
     seed: int = option(0, "seed of bootstrap and KID", least=0)
 
 
 @dataclass(frozen=True)
 class Running:
-    """How to measure; changes no value by more than rounding."""
+    """How to run; changes no value by more than rounding."""
 
-    batch_size: int = option(16, "images at once", least=1, most=4096, runtime=True)
+    batch_size: int = option(16, "images per batch", least=1, most=4096, runtime=True)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...", runtime=True, metavar="NAME")
 
 
@@ -157,10 +149,10 @@ class Evaluation(Images, Protocol, Distances, Pairs, Confidence, Running):
 
 @dataclass(frozen=True)
 class Results:
-    """Where the result goes."""
+    """Where the result is written."""
 
     out: str | None = option(None, "write PREFIX.json, PREFIX.csv (one row) and PREFIX.md", metavar="PREFIX")
-    per_image: bool = option(False, "write PREFIX_images.csv with the paired values of each output")
+    per_image: bool = option(False, "write PREFIX_images.csv with the values of each output")
     save_stats: str | None = option(
         None, "write the statistics of the targets to this file and measure nothing", metavar="FILE"
     )
@@ -176,17 +168,17 @@ class Results:
             files.make_folder(os.path.dirname(self.save_stats) or ".", "save_stats")
         elif options.outputs is None:
             raise InputError("give the images to measure", parameter="outputs")
-        if self.per_image and not (self.out and (options.sources or options.truth)):
-            raise InputError("it needs `out`, and `sources` or `truth`", parameter="per_image", value=True)
+        if self.per_image and not self.out:
+            raise InputError("it needs `out`", parameter="per_image", value=True)
         if self.out is not None:
             files.make_folder(os.path.dirname(self.out) or ".", "out")
 
     def write(self, result: Mapping[str, Any], images: Sequence[Mapping[str, Any]]) -> None:
-        """Write what `evaluate` returned."""
+        """Write what `evaluate` returned; numbers that JSON does not have become null."""
         if self.out is None:
             return
-        content = json.dumps(table.finite(result), indent=2, ensure_ascii=False, allow_nan=False)
-        files.write_text(f"{self.out}.json", content + "\n")
+        content = json.loads(json.dumps(result), parse_constant=lambda name: None)
+        files.write_text(f"{self.out}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         files.write_text(f"{self.out}.csv", table.csv_text([table.row(result)]))
         files.write_text(f"{self.out}.md", table.markdown(result))
         if self.per_image:
@@ -194,13 +186,15 @@ class Results:
 
 
 class Instruments:
-    """What an evaluation measures with: loaded when first needed, and kept for further evaluations.
+    """Networks and target features, loaded when first needed and kept for further evaluations.
 
-    options: those that the evaluations share. extractor: in place of the one that `options.features` names.
+    options: those that the evaluations share. extractor: replaces the one that `options.features` names.
     """
 
     def __init__(self, options: Evaluation, extractor: Extractor | None = None) -> None:
-        self.options, self._extractor = options, extractor
+        self.options = options
+        if extractor is not None:
+            self.extractor = extractor
         self.targets: dict[tuple[str, str], tuple[np.ndarray, set]] = {}
         """Features and sizes of the targets by folder and protocol."""
 
@@ -211,9 +205,9 @@ class Instruments:
 
     @cached_property
     def extractor(self) -> Extractor:
-        """The extractor of features."""
+        """The feature network."""
         options = self.options
-        return self._extractor or feature_extractor(
+        return feature_extractor(
             options.features,
             device=self.device,
             inception_path=options.inception_path,
@@ -221,18 +215,17 @@ class Instruments:
         )
 
     @cached_property
-    def judge(self) -> Judge | None:
-        """The judge, where the features are a judge's."""
-        known = self._extractor
-        if known is None and not names_judge(self.options.features):
-            return None
-        return self.extractor.judge
+    def reading(self) -> tuple[Read, str]:
+        """How images reach the feature network, and a description of both; see `reader`."""
+        options = self.options
+        return reader(self.extractor, options.protocol, options.image_size, options.native_size, options.resize)
 
     @cached_property
-    def _paired(self) -> tuple[dict[str, Paired], list[str]]:
-        found: dict[str, Paired] = {}
+    def per_image(self) -> tuple[dict[str, Callable], list[str]]:
+        """The metrics of pairs and of single images by name, their networks loaded; and which are left out, and why."""
+        found: dict[str, Callable] = {}
         warnings = []
-        for metric in table.paired():
+        for metric in table.of_kind(PerImage):
             try:
                 compute = metric.load(self.options, self.device) if metric.load else metric.compute
             except InputError as error:
@@ -245,20 +238,16 @@ class Instruments:
         return found, warnings
 
     @property
-    def paired(self) -> dict[str, Paired]:
-        """The metrics of pairs by name, their networks loaded."""
-        return self._paired[0]
-
-    @property
-    def warnings(self) -> list[str]:
-        """Which metrics of pairs are left out, and why."""
-        return self._paired[1]
+    def needs_features(self) -> bool:
+        """Whether the feature network is used: for distances, or because one is given for metrics of features."""
+        given = self.options.features != "inception" or "extractor" in self.__dict__
+        return self.options.targets is not None or (given and bool(table.of_kind(FeatureMetric)))
 
     def load(self) -> None:
         """Load everything now, so that what is missing is reported before hours of sampling."""
-        if self.options.targets is not None:
-            _ = self.extractor
-        _ = self._paired
+        _ = self.per_image
+        if self.needs_features:
+            _ = self.reading
 
 
 def reader(
@@ -268,8 +257,7 @@ def reader(
     native_size: bool = False,
     resize: str = "crop",
 ) -> tuple[Read, str]:
-    """How images reach the extractor -> (a function of a reference and a set of sizes seen, a description of it and the
-    extractor).
+    """How images reach a feature network: (a function of a reference and a set of sizes, a description of both).
 
     Raises InputError for options that do not go together.
     """
@@ -288,20 +276,22 @@ def reader(
 
 def is_statistics(path: str) -> bool:
     """Whether `targets` is a statistics file, not images; raises InputError for a damaged .npz."""
-    return is_npz(path) and "arr_0" not in npz_names(path, "targets")
+    if not is_npz(path):
+        return False
+    with open_npz(path, "an .npz file of images or statistics") as file:
+        return "arr_0" not in file
 
 
 def target_statistics(
     options: Evaluation, path: str | Path, *, instruments: Instruments | None = None, progress: Progress | None = None
 ) -> None:
-    """Write the statistics file `path` of the images in `options.targets`, for `evaluate` to take in their place."""
+    """Write the statistics file `path` of the images in `options.targets`, for `evaluate` to use in their place."""
     if options.targets is None:
         raise InputError("give the images of the target domain", parameter="targets")
     instruments = instruments or Instruments(options)
     references = list_images(options.targets, "targets")
-    read, description = _reader(options, instruments)
-    x, _ = _Measuring(options, instruments, progress).features(references, "targets", read)
-    save_statistics(path, x, description)
+    found, _ = _Measuring(options, instruments, progress).features(references, "targets")
+    save_statistics(path, found["features"], instruments.reading[1])
 
 
 def evaluate(
@@ -313,17 +303,18 @@ def evaluate(
     (iterable, description) -> iterable that sees the batches pass.
 
     Where a sampling script wrote several translations of every source (folders sample_0, sample_1, ...), each is paired
-    with its source, paired values are means over all, and distances are measured for each set and averaged.
+    with its source, values per image are means over all, and distances are measured for each set and averaged.
 
     `result` can be written as JSON, except that a PSNR can be infinite. `metrics` holds every value by name (fid, kid,
     source_l2, ..., truth_lpips, negative_impact; None where there is none), `std` the standard deviation over images
     (of kid: over subsets; of distances of several translations: over these), `intervals` confidence intervals, beside
-    `counts`, `sizes`, `pairing`, `protocol` and `warnings`. `images` has one dict per output with its paired metrics.
+    `counts`, `sizes`, `pairing`, `protocol` and `warnings`. `images` has one dict per output with its own values.
     Raises InputError for folders, files and options that do not fit.
     """
     if options.outputs is None:
         raise InputError("give the images to measure", parameter="outputs")
-    if options.sources is None and options.targets is None and options.truth is None:
+    compared = options.sources is not None or options.targets is not None or options.truth is not None
+    if not compared and not table.of_kind(ImageMetric):
         reason = "there is nothing to compare it with: give `sources`, `targets` or `truth`"
         raise InputError(reason, parameter="outputs", value=options.outputs)
     if options.image_size < MIN_SSIM_SIZE:
@@ -333,148 +324,162 @@ def evaluate(
 
 
 class _Measuring:
-    """One evaluation in the making."""
+    """One evaluation in progress."""
 
     def __init__(self, options: Evaluation, instruments: Instruments, progress: Progress | None) -> None:
         self.options, self.instruments, self.progress = options, instruments, progress
         confidence, seed = options.confidence, options.seed
-        self.interval = {"replicates": options.bootstrap, "confidence": confidence, "seed": seed}
-        self.warnings: list[str] = []
+        self.interval: dict[str, Any] = {"replicates": options.bootstrap, "confidence": confidence, "seed": seed}
+        self.protocol: dict[str, Any] = {"name": options.protocol}
         self.counts: dict[str, int | None] = {}
         self.sizes: dict[str, Any] = {}
         self.pairing: dict[str, str] = {}
-        self.protocol: dict[str, Any] = {"name": options.protocol}
-        self.metrics: dict[str, float | None] = {value.key: None for value in table.values()}
+        self.metrics: dict[str, float | None] = {value.key: None for value in table.values() if not value.is_cost}
         self.std: dict[str, float] = {}
         self.intervals: dict[str, tuple[float, float]] = {}
+        self.warnings: list[str] = []
 
     def run(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Measure everything; what `evaluate` returns."""
+        """Measure everything; see `evaluate`."""
         options = self.options
         if options.bootstrap:
             self.protocol["intervals"] = (
                 f"bootstrap, {options.bootstrap} replicates, confidence {options.confidence:g}, seed {options.seed}"
             )
         record = self.run_record()
-        found = list_images(str(options.outputs), "outputs", sampled=True)
-        sets = translations(found, record)
-        self.counts["outputs"] = len(found)
-        pairs = {}
-        for role, parameter in ROLES.items():
-            folder = getattr(options, parameter)
-            if folder is not None:
-                pairs[role] = self.pair_with(role, sets, list_images(folder, parameter))
-        if options.targets is not None:
-            self.measure_distances(found, sets)
-        images = self.measure_pairs(found, pairs) if pairs else []
-        if judge := self.instruments.judge:
-            images = self.measure_judged(judge, found, pairs.get("truth", {}), images)
+        self.found = list_images(str(options.outputs), "outputs", sampled=True)
+        self.rows: dict[str, dict[str, Any]] = {output.path: {"output": output.name} for output in self.found}
+        self.counts["outputs"] = len(self.found)
+        self.sets = translations(self.found, record)
+        self.others = {
+            role: list_images(getattr(options, parameter), parameter)
+            for role, parameter in ROLES.items()
+            if getattr(options, parameter) is not None
+        }
+        self.partners = {role: self.pair_with(role) for role in self.others}
+        if self.instruments.needs_features:
+            self.measure_features()
+        if self.others or table.of_kind(ImageMetric):
+            self.measure_images()
         for parameter, seen in self.sizes.items():
-            self.sizes[parameter] = [f"{width}x{height}" for width, height in sorted(seen)]
+            self.sizes[parameter] = sizes = [f"{width}x{height}" for width, height in sorted(seen)]
             if len(seen) > 1:
-                listed = _few(self.sizes[parameter])
+                listed = ", ".join([*sizes[:3], *["..."] * (len(sizes) > 3)])
                 self.warnings.append(f"{parameter}: images of {len(seen)} sizes, {listed}")
-        for metric in table.recorded(costs=False):
-            self.metrics[metric.name] = _number(record.get(metric.name))
-        result = {folder: None if getattr(options, folder) is None else str(getattr(options, folder))
-                  for folder in table.FOLDERS}  # fmt: skip
+        for metric in table.of_kind(table.RecordedMetric):
+            if not metric.is_cost:
+                self.metrics[metric.name] = _number(record.get(metric.name))
+        folders = {name: getattr(options, name) for name in table.FOLDERS}
         parts = ("protocol", "counts", "sizes", "pairing", "metrics", "std", "intervals", "warnings")
+        result = {name: None if path is None else str(path) for name, path in folders.items()}
+        images = [row for row in self.rows.values() if len(row) > 1]
         return {**result, **{name: getattr(self, name) for name in parts}}, images
 
     def run_record(self) -> dict[str, Any]:
         """The run.json in the folder of outputs; an empty dict, and a warning, where it cannot be read."""
         path = os.path.join(str(self.options.outputs), run_record.NAME)
-        try:
-            record = files.read_json(path)
-            if isinstance(record, dict) and isinstance(record.get("settings", {}), dict):
-                return record
-        except (FileNotFoundError, NotADirectoryError):
+        if not os.path.isdir(str(self.options.outputs)) or not os.path.lexists(path):
             return {}
-        except InputError:
-            if not os.path.isdir(str(self.options.outputs)):
-                return {}
+        record = files.read_json_or_none(path)
+        if isinstance(record, dict) and isinstance(record.get("settings", {}), dict):
+            return record
         self.warnings.append(f"{display_name(path)}: not the record of a run; negative_impact is left out")
         return {}
 
-    # Distances between sets
+    def pair_with(self, role: str) -> dict[str, Reference]:
+        """Partners of the outputs: a dict from an output's path to the other reference."""
+        parameter, others = ROLES[role], self.others[role]
+        partners: dict[str, Reference] = {}
+        count, how, pairs = 0, "", []
+        for outputs in self.sets:
+            named = [named for _, named in outputs]
+            pairs, how = pair(named, others, parameter=parameter, partial=self.options.partial)
+            partners |= {output.path: other for output, other in pairs}
+            count += len(outputs)
+        self.counts |= {parameter: len(others), f"{role}_pairs": len(partners)}
+        self.pairing[role] = how
+        if how == "order":
+            self.warnings.append(
+                f"no file name in outputs occurs in {parameter}: paired by order of names, {first_pairs(pairs)}"
+            )
+        elif how == "number":
+            self.warnings.append(f"outputs and {parameter} are paired by the numbers in names, {first_pairs(pairs)}")
+        elif len(partners) < max(count, len(others) * len(self.sets)):
+            self.warnings.append(
+                f"partial: {len(partners)} pairs measured of {count} outputs and {len(others)} in {parameter}"
+            )
+        return partners
 
-    def measure_distances(self, found: list[Reference], sets: list) -> None:
-        """Distances of the outputs' features from those of the targets."""
-        options, instruments = self.options, self.instruments
-        targets = str(options.targets)
-        statistics = is_statistics(targets)
-        references = [] if statistics else list_images(targets, "targets")
-        read, description = _reader(options, instruments)
-        self.protocol["features"] = description
-        known = load_statistics(targets, description) if statistics else None
-        features, self.sizes["outputs"] = self.features(found, "outputs", read)
-        self.protocol["dimensions"] = features.shape[1]
-        x = split_features(features, found, sets)
-        for rows in x:
-            self.warn_of_rank("outputs", *rows.shape)
-        if known is not None:
-            self.measure_from_statistics(x, known)
-            return
-        key = targets, description
-        if key not in instruments.targets:
-            instruments.targets[key] = self.features(references, "targets", read)
-        y, self.sizes["targets"] = instruments.targets[key]
-        self.counts["targets"] = len(y)
-        self.warn_of_rank("targets", *y.shape)
-        self.measure_from_features(x, y)
+    # Features
 
-    def features(self, references: list[Reference], parameter: str, read: Read) -> tuple[np.ndarray, set]:
-        """Features [N, D] of the images, and the set of their sizes."""
-        if len(references) < 2:
-            raise InputError("it has 1 image; distances need 2 or more", parameter=parameter,
-                             value=getattr(self.options, parameter))  # fmt: skip
+    def features(self, references: list[Reference], parameter: str = "") -> tuple[dict[str, np.ndarray], set]:
+        """The feature network's arrays for the images, and the set of their sizes.
+
+        parameter: the option that names a folder which needs two images or more, for a distance.
+        """
+        if parameter and len(references) < 2:
+            wrong = {"parameter": parameter, "value": getattr(self.options, parameter)}
+            raise InputError("it has 1 image; distances need 2 or more", **wrong)
         seen: set[tuple[int, int]] = set()
-        x = extract_features(
+        found = extract_features(
             references,
             self.instruments.extractor,
-            functools.partial(read, seen=seen),
+            functools.partial(self.instruments.reading[0], seen=seen),
             batch_size=self.options.batch_size,
             device=self.instruments.device,
             progress=self.progress,
         )
-        return x, seen
+        return found, seen
+
+    def measure_features(self) -> None:
+        """Distances of the outputs' features from those of the targets, and metrics of features."""
+        options, instruments = self.options, self.instruments
+        targets, description = options.targets, instruments.reading[1]
+        references = [] if targets is None or is_statistics(targets) else list_images(targets, "targets")
+        known = load_statistics(targets, description) if targets is not None and not references else None
+        outputs, self.sizes["outputs"] = self.features(self.found, "" if targets is None else "outputs")
+        self.protocol["features"] = description
+        self.protocol["dimensions"] = outputs["features"].shape[1]
+        self.measure_single(outputs)
+        if targets is None:
+            return
+        x = split_features(outputs["features"], self.found, self.sets)
+        for rows in x:
+            self.warn_of_rank("outputs", *rows.shape)
+        y: Any = None
+        if known is not None:
+            gaussian, width, self.counts["targets"] = (known.mean, known.root), len(known.mean), known.count
+        else:
+            key = targets, description
+            if key not in instruments.targets:
+                found, seen = self.features(references, "targets")
+                instruments.targets[key] = found["features"], seen
+            y, self.sizes["targets"] = instruments.targets[key]
+            gaussian, width, self.counts["targets"] = gaussian_of_features(y), y.shape[1], len(y)
+        if width != x[0].shape[1]:
+            raise InputError(
+                f"it has {width} features, and `outputs` has {x[0].shape[1]}; both need one feature network and, with "
+                "`native_size`, one whose features do not depend on the size",
+                parameter="targets",
+                value=targets,
+            )
+        if self.counts["targets"] is not None:
+            self.warn_of_rank("targets", self.counts["targets"], width)
+        for metric in table.of_kind(SetDistance):
+            if y is None and not metric.of_gaussian:
+                self.warnings.append(f"{metric.label} is left out: it needs the target images, not their statistics")
+            else:
+                target = gaussian if metric.of_gaussian else y
+                self.measure_distance(metric, x, target, gaussian if y is None else y)
 
     def warn_of_rank(self, parameter: str, count: int, dimensions: int) -> None:
+        """Warn once where there are too few images for a covariance of full rank."""
         warning = (
             f"{parameter}: too few images for FID's rank: {count} images for {dimensions} features make the covariance "
             "singular and FID biased; compare it only with FIDs of as many images"
         )
         if count <= dimensions and warning not in self.warnings:
             self.warnings.append(warning)
-
-    def measure_from_statistics(self, x: list[np.ndarray], known: tuple[np.ndarray, np.ndarray, int | None]) -> None:
-        """Distances that need no more of the targets than their mean and covariance."""
-        mean, cov, count = known
-        if len(mean) != x[0].shape[1]:
-            reason = f"it has statistics of {len(mean)} features, but `features` gives {x[0].shape[1]}"
-            raise InputError(reason, parameter="targets", value=self.options.targets)
-        self.counts["targets"] = count
-        if count is not None:
-            self.warn_of_rank("targets", count, len(mean))
-        target = (mean, root_of_covariance(cov))
-        for metric in table.distances():
-            if metric.of_gaussian:
-                self.measure_distance(metric, x, target, target)
-            else:
-                self.warnings.append(f"{metric.label} is left out: it needs the target images, not their statistics")
-
-    def measure_from_features(self, x: list[np.ndarray], y: np.ndarray) -> None:
-        """All distances."""
-        if x[0].shape[1] != y.shape[1]:
-            raise InputError(
-                f"it gives {x[0].shape[1]} features of the outputs' size and {y.shape[1]} of the targets': with "
-                "`native_size`, an extractor is needed whose features do not depend on the size",
-                parameter="features",
-                value=self.options.features,
-            )
-        gaussian = gaussian_of_features(y)
-        for metric in table.distances():
-            self.measure_distance(metric, x, gaussian if metric.of_gaussian else y, y)
 
     def measure_distance(self, metric: SetDistance, x: list[np.ndarray], target: Any, resampled: Any) -> None:
         """One distance of every translation's features from the target's; resampled: what its interval is made of."""
@@ -497,139 +502,88 @@ class _Measuring:
             interval = metric.interval or functools.partial(bootstrap_distance, _of_features(compute, metric))
             self.intervals[metric.name] = interval(x[0], resampled, estimate, **self.interval)
 
-    # Pairs
-
-    def pair_with(self, role: str, sets: list, others: list[Reference]) -> dict[str, Reference]:
-        """Partners of the outputs: a dict from an output's path to the other reference."""
-        parameter = ROLES[role]
-        partners: dict[str, Reference] = {}
-        count, how = 0, ""
-        for outputs in sets:
-            named = [named for _, named in outputs]
-            pairs, how = pair(named, others, parameter=parameter, partial=self.options.partial)
-            partners |= {output.path: other for output, other in pairs}
-            count += len(outputs)
-        self.counts |= {parameter: len(others), f"{role}_pairs": len(partners)}
-        self.pairing[role] = how
-        if how == "order":
-            self.warnings.append(f"no file name in outputs occurs in {parameter}: paired by order of names")
-        elif len(partners) < max(count, len(others) * len(sets)):
-            self.warnings.append(
-                f"partial: {len(partners)} pairs measured of {count} outputs and {len(others)} in {parameter}"
-            )
-        return partners
-
-    def measure_pairs(self, found: list[Reference], pairs: dict[str, dict[str, Reference]]) -> list[dict[str, Any]]:
-        """Paired metrics of every output that has a partner: a list of dicts {"output": name, "source_l2": ...}."""
-        options, instruments = self.options, self.instruments
-        self.warnings += instruments.warnings
-        self.protocol["paired"] = (
-            f"{_size_words(options.image_size, options.resize)}, values in [0, 1]; L2 is the Euclidean norm of the "
-            "difference, SSIM and MS-SSIM have an 11-tap Gaussian window of sigma 1.5 without padding"
-        ) + (f", LPIPS is v0.1 with {options.lpips_net}" if "lpips" in instruments.paired else "")
-        read = functools.partial(read_image, size=options.image_size, resize=options.resize)
-        images: list[dict[str, Any]] = []
-        sizes: dict[str, set] = {"outputs": set(), **{ROLES[role]: set() for role in pairs}}
-        found = [output for output in found if any(output.path in partners for partners in pairs.values())]
-        for batch in in_batches(found, options.batch_size, self.progress, "pairs"):
-            rows: list[dict[str, Any]] = [{"output": output.name} for output in batch]
-            outputs = [read(output, seen=sizes["outputs"]) for output in batch]
-            for role, partners in pairs.items():
-                chosen = [i for i, output in enumerate(batch) if output.path in partners]
-                if not chosen:
-                    continue
-                others = [read(partners[batch[i].path], seen=sizes[ROLES[role]]) for i in chosen]
-                a = torch.stack([outputs[i] for i in chosen]).to(instruments.device)
-                b = torch.stack(others).to(instruments.device)
-                with torch.no_grad():
-                    values = {name: measure(name, compute, a, b) for name, compute in instruments.paired.items()}
-                for i, row in zip(chosen, zip(*(values[name].tolist() for name in values))):
-                    rows[i] |= {f"{role}_{name}": value for name, value in zip(values, row)}
-            images += rows
-        self.sizes |= sizes
-        for role in pairs:
-            self.summarise_pairs(images, role)
-        if options.image_size < MIN_MSSSIM_SIZE:
-            self.warnings.append(f"MS-SSIM is left out: its scales need images of {MIN_MSSSIM_SIZE} pixels or more")
-        return images
-
-    def summarise_pairs(self, images: list[dict[str, Any]], role: str) -> None:
-        """Means, deviations and intervals of the paired metrics."""
-        for name in self.instruments.paired:
-            key = f"{role}_{name}"
-            values = np.array([row[key] for row in images if key in row])
-            if len(values) == 0 or np.isnan(values).any():
-                continue
-            if not np.isfinite(values).all():
-                self.metrics[key] = float(values.mean())
-                self.warnings.append(
-                    f"{np.isinf(values).sum()} of {len(values)} {role} pairs are equal images: their "
-                    f"{METRICS[name].label} is infinite, and so is the mean"
-                )
-                continue
-            self.summarise(key, values)
-
-    # What a judge says
-
-    def measure_judged(
-        self, judge: Judge, found: list[Reference], truth: dict[str, Reference], images: list[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
-        """The judge's metrics, their values added to `images`, the list of the paired ones: the longer list.
-
-        truth: the partners of outputs; those without one count where no truth is needed.
-        """
-        outputs, truths, own = self.judged(judge, found), None, None
-        with_truth = [i for i, output in enumerate(found) if output.path in truth]
-        if truth:
-            others = list_images(str(self.options.truth), "truth")
-            place = {other.path: k for k, other in enumerate(others)}
-            truths = self.judged(judge, others)
-            own = torch.tensor([place[truth[found[i].path].path] for i in with_truth], device=outputs.features.device)
-        rows = {row["output"]: row for row in images}
-        for metric in table.judged():
+    def measure_single(self, outputs: dict[str, np.ndarray]) -> None:
+        """Metrics of single outputs that the feature network's arrays suffice for."""
+        fitting = [metric for metric in table.of_kind(FeatureMetric) if set(metric.needs) <= outputs.keys()]
+        partners, truths, own = self.partners.get("truth", {}), None, None
+        chosen = [i for i, output in enumerate(self.found) if not partners or output.path in partners]
+        if partners and any(metric.needs_truth for metric in fitting):
+            truths, _ = self.features(self.others["truth"])
+            place = {other.path: k for k, other in enumerate(self.others["truth"])}
+            own = np.array([place[partners[self.found[i].path].path] for i in chosen])
+        shown = {name: values[chosen] for name, values in outputs.items()}
+        for metric in fitting:
             if metric.needs_truth and truths is None:
                 continue
-            chosen = with_truth if truth else list(range(len(found)))
-            said = Judged(*(part[chosen] for part in outputs))
-            values = metric.compute(said, truths, own).cpu().double().numpy()  # type: ignore[misc]
+            values = np.asarray(metric.compute(shown, truths, own), np.float64)  # type: ignore[misc]
             for i, value in zip(chosen, values.tolist()):
-                rows.setdefault(found[i].name, {"output": found[i].name})[metric.name] = value
-            self.summarise(metric.name, values)
-        self.protocol["judge"] = f"{self.instruments.extractor.name}; target {judge.vendors[-1]}" + (
-            "; content: the nearest, by cosine similarity, of all images of the truth's folder is the output's own"
-        ) * bool(truth)
-        return list(rows.values())
+                self.rows[self.found[i].path][metric.name] = value
+            self.summarise(metric.name, values, metric.label)
+            if metric.how:
+                self.protocol[metric.name] = metric.how
 
-    def judged(self, judge: Judge, references: list[Reference]) -> Judged:
-        """What the judge says of images."""
-        options, parts = self.options, []
-        for batch in in_batches(references, options.batch_size, self.progress, "judge"):
-            images = [read_image(reference, judge.image_size, options.resize) for reference in batch]
-            parts.append(judge.judge(torch.stack(images).to(self.instruments.device)))
-        return Judged(*(torch.cat(part) for part in zip(*parts)))
+    # Pixels
 
-    def summarise(self, key: str, values: np.ndarray) -> None:
-        """Mean, deviation and interval of finite values [N]."""
+    def measure_images(self) -> None:
+        """Metrics of pairs, for every output that has a partner, and of single outputs."""
+        options, instruments = self.options, self.instruments
+        computes, warnings = instruments.per_image
+        paired = {name: compute for name, compute in computes.items() if isinstance(METRICS[name], PairedMetric)}
+        single = {name: compute for name, compute in computes.items() if name not in paired}
+        self.warnings += warnings
+        self.protocol["paired" if self.others else "images"] = (
+            f"{_size_words(options.image_size, options.resize)}, values in [0, 1]; L2 is the Euclidean norm of the "
+            "difference, SSIM and MS-SSIM have an 11-tap Gaussian window of sigma 1.5 without padding"
+        ) + (f", LPIPS is v0.1 with {options.lpips_net}" if "lpips" in paired else "")
+        read = functools.partial(read_image, size=options.image_size, resize=options.resize)
+        sizes: dict[str, set] = {"outputs": set(), **{ROLES[role]: set() for role in self.partners}}
+        measured = [o for o in self.found if single or any(o.path in partners for partners in self.partners.values())]
+        for batch in in_batches(measured, options.batch_size, self.progress, "images"):
+            outputs = torch.stack([read(output, seen=sizes["outputs"]) for output in batch]).to(instruments.device)
+            self.add_rows(batch, "", single, outputs)
+            for role, partners in self.partners.items():
+                chosen = [i for i, output in enumerate(batch) if output.path in partners]
+                if chosen:
+                    others = [read(partners[batch[i].path], seen=sizes[ROLES[role]]) for i in chosen]
+                    b = torch.stack(others).to(instruments.device)
+                    self.add_rows([batch[i] for i in chosen], f"{role}_", paired, outputs[chosen], b)
+        self.sizes |= sizes
+        for prefix, names in [("", single), *((f"{role}_", paired) for role in self.partners)]:
+            for name in names:
+                key = f"{prefix}{name}"
+                values = np.array([row[key] for row in self.rows.values() if key in row])
+                self.summarise(key, values, METRICS[name].label)
+        if self.others and options.image_size < MIN_MSSSIM_SIZE:
+            self.warnings.append(f"MS-SSIM is left out: its scales need images of {MIN_MSSSIM_SIZE} pixels or more")
+
+    def add_rows(
+        self, batch: Sequence[Reference], prefix: str, computes: Mapping[str, Callable], *images: torch.Tensor
+    ) -> None:
+        """Measure a batch and add its values to the rows of its outputs."""
+        with torch.no_grad():
+            for name, compute in computes.items():
+                for output, value in zip(batch, measure(name, compute, *images).tolist()):
+                    self.rows[output.path][f"{prefix}{name}"] = value
+
+    def summarise(self, key: str, values: np.ndarray, label: str) -> None:
+        """Mean, deviation and interval of values [N]; nothing if one is NaN, and only the mean if one is infinite."""
+        if not len(values) or np.isnan(values).any():
+            return
         self.metrics[key] = float(values.mean())
+        if infinite := np.isinf(values).sum():
+            self.warnings.append(f"{key}: {label} of {infinite} of {len(values)} images is infinite, as is the mean")
+            return
         if len(values) > 1:
             self.std[key] = float(values.std(ddof=1))
         if self.options.bootstrap:
             self.intervals[key] = bootstrap_mean(values, **self.interval)
 
 
-def _reader(options: Evaluation, instruments: Instruments) -> tuple[Read, str]:
-    return reader(
-        instruments.extractor, options.protocol, options.image_size, options.native_size, options.resize
-    )  # fmt: skip
-
-
 def translations(found: Sequence[Reference], record: Mapping[str, Any]) -> list[list[tuple[Reference, Reference]]]:
     """The outputs as one list per translation of the sources: [(output, reference named as its source)]."""
     count = record.get("settings", {}).get("samples_per_image", 1)
-    if not isinstance(count, int) or count <= 1:
-        return [[(output, output) for output in found]]
     sets: dict[int, list[tuple[Reference, Reference]]] = {}
-    for output in found:
+    for output in found if isinstance(count, int) and count > 1 else []:
         folder, _, name = output.name.partition("/")
         number = re.fullmatch(r"sample_(0|[1-9][0-9]{0,8})", folder)
         if number and int(number[1]) < count:
@@ -648,25 +602,15 @@ def split_features(features: np.ndarray, found: Sequence[Reference], sets: list)
 
 def _of_features(compute: Callable, metric: SetDistance) -> Callable:
     """A distance as a function of two sets of features."""
-    if metric.of_gaussian:
-        return lambda x, y: compute(x, gaussian_of_features(y))
-    return compute
+    return (lambda x, y: compute(x, gaussian_of_features(y))) if metric.of_gaussian else compute
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
-        return None
-    return float(value) if math.isfinite(value) else None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    return float(value) if number else None
 
 
 def _size_words(size: int | None, resize: str) -> str:
     if size is None:
         return "images at their own size"
-    return f"images at {size}x{size}, others resized by PIL bicubic ({resize} if not square)"
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-__all__ = ["PROTOCOLS", "Evaluation", "Instruments", "Results", "evaluate", "reader", "target_statistics"]
+    return f"images at {size}x{size}, others resized by Pillow's bicubic filter ({resize} if not square)"

@@ -1,11 +1,15 @@
-"""The registry of metrics, and how they are shown: every name, label, format, factor and direction stands here once.
+"""The registry of metrics, with their labels, formats and directions, and the tables that show results.
 
-A metric is added by decorating the function that computes it; the evaluation, its files, the benchmark's table and its
-report then have it, too:
+A metric is added by decorating the function that computes it. The evaluation, its files, the table and the report of a
+comparison then include it:
 
     @paired_metric("mae", "MAE", lower_is_better=True)
     def mae(a, b):  # images [N, 3, H, W] in [0, 1] -> [N]
         return (a - b).abs().flatten(1).mean(1)
+
+    @image_metric("brightness", "brightness")
+    def brightness(images):  # [N, 3, H, W] in [0, 1] -> [N]
+        return images.flatten(1).mean(1)
 
     @set_distance("mean", "distance of means", lower_is_better=True)
     def mean_distance(x, y):  # features [N, D], [M, D] -> a number
@@ -15,9 +19,9 @@ report then have it, too:
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..errors import display_name
 from ..options import Registry
@@ -26,15 +30,19 @@ METRICS = Registry("metric")
 ROLES = {"source": "sources", "truth": "truth"}
 """What outputs are paired with, and the option that names its folder."""
 FOLDERS = ("outputs", "sources", "targets", "truth")
-LAST = 99
+FEW = 10
+"""Means over fewer images than this are shown as unreliable."""
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+Decorator = Callable[[Callable], Callable]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What all metrics have.
+    """Fields that all metrics have.
 
-    format: of a mean in a comparison, after multiplying by `factor`. lower_is_better: None where neither is. unit: of
-    the value as it is stored. column: its place among those of its kind in a comparison; None leaves it out there.
+    format: of a mean in a comparison, after multiplication by `factor`. lower_is_better: None where neither is. unit:
+    of the stored value. column: position among the metrics of its kind in a comparison; None hides it there.
     """
 
     name: str
@@ -43,33 +51,56 @@ class Metric:
     factor: float = 1
     lower_is_better: bool | None = None
     unit: str = ""
-    column: int | None = LAST
+    column: int | None = 99
+    compute: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
-class PairedMetric(Metric):
-    """A metric of image pairs. compute: (a, b), float32 [N, 3, H, W] in [0, 1] -> [N], NaN where it is undefined.
+class PerImage(Metric):
+    """A metric with one value per output.
 
-    load: in place of `compute`, for a metric with a network: (options, device) -> compute, or None where the options
-    switch it off. An InputError of it leaves the metric out with a warning, unless the option of the metric's name
-    demands it.
+    load: replaces `compute` where a network is needed: (options, device) -> compute, or None where the options turn the
+    metric off. If it raises InputError, the metric is left out with a warning, unless the option that has the metric's
+    name is "True".
     """
 
-    compute: Callable[[Any, Any], Any] | None = None
-    load: Callable[[Any, Any], Callable[[Any, Any], Any] | None] | None = None
+    load: Callable[[Any, Any], Callable[..., Any] | None] | None = None
+
+
+@dataclass(frozen=True)
+class PairedMetric(PerImage):
+    """A metric of image pairs. compute: (a, b), float32 [N, 3, H, W] in [0, 1] -> [N], NaN where undefined."""
+
+
+@dataclass(frozen=True)
+class ImageMetric(PerImage):
+    """A metric of single outputs. compute: images, float32 [N, 3, H, W] in [0, 1] -> [N], NaN where undefined."""
+
+
+@dataclass(frozen=True)
+class FeatureMetric(Metric):
+    """A metric of what the feature network returns for single outputs; measured where it returns all of `needs`.
+
+    compute: (outputs, truths, own) -> [N]. outputs: arrays [N, ...] float64 by name; "features" is always among them.
+    truths: the same arrays for all images in the truth folder. own: index [N] of each output's truth among these.
+    needs_truth: if False, `truths` and `own` may be None. how: a note on the measurement, for the protocol.
+    """
+
+    needs: tuple[str, ...] = ()
+    needs_truth: bool = True
+    how: str = ""
 
 
 @dataclass(frozen=True)
 class SetDistance(Metric):
     """A distance between sets of features. compute: (x [N, D], y [M, D]) float64 -> a number, or `Measured`.
 
-    general_label: the label where the features are not Inception's, for which names like FID are reserved. of_gaussian:
-    `compute` takes (mean [D], root [R, D]) of y in place of y, so that statistics suffice. options: fields of the
-    evaluation's options that `compute` takes by keyword. interval: (x, y, estimate, replicates=, confidence=, seed=) ->
-    (low, high); resamples of both sets by default.
+    general_label: label for features other than Inception's, for which names like FID are reserved. of_gaussian:
+    `compute` takes (mean [D], root [R, D]) of y instead of y, so statistics suffice. options: fields of the
+    evaluation's options that `compute` takes as keywords. interval: (x, y, estimate, replicates=, confidence=, seed=)
+    -> (low, high); by default, both sets are resampled.
     """
 
-    compute: Callable[..., Any] | None = None
     general_label: str = ""
     of_gaussian: bool = False
     options: tuple[str, ...] = ()
@@ -77,52 +108,43 @@ class SetDistance(Metric):
 
 
 @dataclass(frozen=True)
-class JudgedMetric(Metric):
-    """What a judge says of outputs; measured where the features are a judge's.
-
-    compute: (outputs, truths, own) -> float [N]. outputs, truths: what `Judge.judge` says of N outputs and of all
-    images in the truth's folder; own: the place [N] of each output's truth among these. needs_truth: whether it looks
-    at truths at all; otherwise it may get None for both.
-    """
-
-    compute: Callable[..., Any] | None = None
-    needs_truth: bool = True
-
-
-@dataclass(frozen=True)
 class RecordedMetric(Metric):
-    """A value that a run's run.json has under the metric's name. is_cost: it varies with the machine, not the seed."""
+    """A value that a run's run.json has under the metric's name. is_cost: it depends on the machine, not the seed."""
 
     is_cost: bool = False
 
 
 class Measured(NamedTuple):
-    """A distance with its standard deviation (NaN for none) and the words that describe how it was measured."""
+    """A distance with its standard deviation (NaN if none) and a description of how it was measured."""
 
     value: float
     std: float = math.nan
     how: str = ""
 
 
-def paired_metric(name: str, label: str, **details: Any) -> Callable[[Callable], Callable]:
-    """A decorator that registers a function (a, b) -> [N]; details: further fields of `PairedMetric`."""
-    return _registering(lambda compute: PairedMetric(name, label, compute=compute, **details))
+def paired_metric(name: str, label: str, **details: Any) -> Decorator:
+    """Register a function (a, b) -> [N]; details: further fields of `PairedMetric`."""
+    return _register(PairedMetric, name, label, details)
 
 
-def set_distance(name: str, label: str, **details: Any) -> Callable[[Callable], Callable]:
-    """A decorator that registers a function (x, y) -> a number; details: further fields of `SetDistance`."""
-    return _registering(lambda compute: SetDistance(name, label, compute=compute, **details))
+def image_metric(name: str, label: str, **details: Any) -> Decorator:
+    """Register a function of single images, images -> [N]; details: further fields of `ImageMetric`."""
+    return _register(ImageMetric, name, label, details)
 
 
-def judged_metric(name: str, label: str, **details: Any) -> Callable[[Callable], Callable]:
-    """A decorator that registers (outputs, truths, own) -> [N]; details: further fields of `JudgedMetric`."""
-    return _registering(lambda compute: JudgedMetric(name, label, compute=compute, **details))
+def feature_metric(name: str, label: str, **details: Any) -> Decorator:
+    """Register a function (outputs, truths, own) -> [N]; details: further fields of `FeatureMetric`."""
+    return _register(FeatureMetric, name, label, details)
 
 
-def _registering(make: Callable[[Callable], Metric]) -> Callable[[Callable], Callable]:
+def set_distance(name: str, label: str, **details: Any) -> Decorator:
+    """Register a function (x, y) -> a number; details: further fields of `SetDistance`."""
+    return _register(SetDistance, name, label, details)
+
+
+def _register(kind: type[Metric], name: str, label: str, details: Mapping[str, Any]) -> Decorator:
     def register(compute: Callable) -> Callable:
-        metric = make(compute)
-        METRICS.add(metric.name)(metric)
+        METRICS.add(name)(kind(name, label, compute=compute, **details))
         return compute
 
     return register
@@ -137,25 +159,12 @@ add_recorded("negative_impact", "negative impact", lower_is_better=True)
 add_recorded("seconds_per_image", "s/image", format=".3g", is_cost=True)
 add_recorded("model_evaluations", "evaluations", format=".0f", is_cost=True)
 
-
-def distances() -> list[SetDistance]:
-    """The registered distances between sets."""
-    return [metric for metric in METRICS.values() if isinstance(metric, SetDistance)]
+Kind = TypeVar("Kind", bound=Metric)
 
 
-def paired() -> list[PairedMetric]:
-    """The registered metrics of pairs."""
-    return [metric for metric in METRICS.values() if isinstance(metric, PairedMetric)]
-
-
-def judged() -> list[JudgedMetric]:
-    """The registered metrics of a judge."""
-    return [metric for metric in METRICS.values() if isinstance(metric, JudgedMetric)]
-
-
-def recorded(costs: bool) -> list[RecordedMetric]:
-    """The registered values of run.json: the costs, or the others."""
-    return [metric for metric in METRICS.values() if isinstance(metric, RecordedMetric) and metric.is_cost == costs]
+def of_kind(kind: type[Kind]) -> list[Kind]:
+    """The registered metrics of one kind."""
+    return [metric for metric in METRICS.values() if isinstance(metric, kind)]
 
 
 @dataclass(frozen=True)
@@ -170,15 +179,18 @@ class Value:
         """Its name in results."""
         return f"{self.role}_{self.metric.name}" if self.role else self.metric.name
 
+    @property
+    def is_cost(self) -> bool:
+        """Whether it is a cost of the run, not a measurement of its outputs."""
+        return isinstance(self.metric, RecordedMetric) and self.metric.is_cost
+
     def label(self, inception: bool) -> str:
-        """Its name for people; inception: whether the features are Inception's."""
-        label = self.metric.label
-        if isinstance(self.metric, SetDistance) and not inception:
-            label = self.metric.general_label or label
-        return label
+        """Its label; inception: whether the features are Inception's."""
+        general = self.metric.general_label if isinstance(self.metric, SetDistance) and not inception else ""
+        return general or self.metric.label
 
     def line(self, inception: bool) -> str:
-        """What one evaluation calls it: "PSNR (dB), source"."""
+        """Its label in the table of one evaluation: "PSNR (dB), source"."""
         unit = f" ({self.metric.unit})" if self.metric.unit else ""
         return f"{self.label(inception)}{unit}" + (f", {self.role}" if self.role else "")
 
@@ -192,35 +204,26 @@ class Value:
         return f"{self.label(inception)}{scale}{role}{arrow}"
 
     def cell(self, mean: float, std: float | None) -> str:
-        """Mean and, but for costs, standard deviation over seeds."""
+        """Mean and, except for costs, standard deviation over seeds."""
         metric = self.metric
         text = format(mean * metric.factor, metric.format)
-        if std is not None and not (isinstance(metric, RecordedMetric) and metric.is_cost):
-            text += f" ± {std * metric.factor:{metric.format}}"
-        return text
+        return text if std is None or self.is_cost else f"{text} ± {std * metric.factor:{metric.format}}"
 
 
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def values() -> Iterator[Value]:
-    """Every value of an evaluation's result, in its order."""
-    yield from map(Value, distances())
-    for role in ROLES:
-        yield from (Value(metric, role) for metric in paired())
-    yield from map(Value, judged())
-    yield from map(Value, recorded(costs=False))
+def values() -> list[Value]:
+    """Every value of an evaluation's result and every cost of a run, in the order in which they are shown."""
+    found = [Value(metric) for metric in of_kind(SetDistance)]
+    found += [Value(metric, role) for role in ROLES for metric in of_kind(PairedMetric)]
+    found += [Value(metric) for kind in (ImageMetric, FeatureMetric, RecordedMetric) for metric in of_kind(kind)]
+    return sorted(found, key=lambda value: value.is_cost)
 
 
 def columns() -> list[Value]:
     """The columns of a comparison, in their order."""
-    kinds = [distances(), *([paired()] * len(ROLES)), judged(), [*recorded(costs=False), *recorded(costs=True)]]
-    roles = ["", *ROLES, "", ""]
-    found = []
-    for role, kind in zip(roles, kinds):
-        shown = [(metric.column, metric) for metric in kind if metric.column is not None]
-        found += [Value(metric, role) for _, metric in sorted(shown, key=lambda pair: pair[0])]
-    return found
+    found = [value for value in values() if value.metric.column is not None]
+    groups = list(dict.fromkeys((type(value.metric), value.role, value.is_cost) for value in found))
+    places = {group: place for place, group in enumerate(groups)}
+    return sorted(found, key=lambda v: (places[type(v.metric), v.role, v.is_cost], v.metric.column))
 
 
 def is_inception(protocol: Mapping[str, Any]) -> bool:
@@ -228,8 +231,20 @@ def is_inception(protocol: Mapping[str, Any]) -> bool:
     return str(protocol.get("features", "")).startswith("inception")
 
 
+def is_unreliable(value: Value, counts: Mapping[str, Any], dimensions: int | None) -> bool:
+    """Whether a value rests on too few images: fewer than `FEW`, or too few for the rank of a covariance."""
+    if value.is_cost:
+        return False
+    known = [counts[name] for name in ("outputs", "targets") if counts.get(name) is not None]
+    few = bool(known) and known[0] < FEW
+    if isinstance(value.metric, SetDistance):
+        few = min(known, default=FEW) < FEW
+        few |= value.metric.of_gaussian and dimensions is not None and min(known, default=math.inf) <= dimensions
+    return few
+
+
 def markdown(result: Mapping[str, Any]) -> str:
-    """What an evaluation measured, and how, as a Markdown page."""
+    """The values of an evaluation and its protocol as a Markdown page."""
     inception = is_inception(result["protocol"])
     lines = [f"# {display_name(result['outputs'])}", "", "| metric | value | std | interval |", "|---|---|---|---|"]
     for each in values():
@@ -243,18 +258,17 @@ def markdown(result: Mapping[str, Any]) -> str:
         if result[folder] is not None:
             count, sizes = result["counts"].get(folder), result["sizes"].get(folder, [])
             words = ["unknown number of images" if count is None else f"{count} images", *sizes[:3]]
-            lines.append(
-                f"- {folder}: `{display_name(result[folder])}` ({', '.join(words)}{', ...' * (len(sizes) > 3)})"
-            )
+            words += ["..."] * (len(sizes) > 3)
+            lines.append(f"- {folder}: `{display_name(result[folder])}` ({', '.join(words)})")
     lines += [f"- pairing with {role}: by {how}" for role, how in result["pairing"].items()]
-    lines += protocol_notes(result["protocol"])
+    lines += [f"- {note}" for note in protocol_notes(result["protocol"])]
     lines += [f"- **warning**: {warning}" for warning in result["warnings"]]
     return "\n".join(lines) + "\n"
 
 
 def protocol_notes(protocol: Mapping[str, Any]) -> list[str]:
-    """The protocol of a result as list items."""
-    return [f"- {'protocol' if key == 'name' else key}: {value}" for key, value in protocol.items()]
+    """The protocol of a result as texts "key: value"."""
+    return [f"{'protocol' if key == 'name' else key}: {value}" for key, value in protocol.items()]
 
 
 def row(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,14 +277,9 @@ def row(result: Mapping[str, Any]) -> dict[str, Any]:
     counted = (*FOLDERS, *(f"{role}_pairs" for role in ROLES))
     cells |= {f"count_{name}": result["counts"].get(name) for name in counted}
     cells |= {f"protocol_{key}": result["protocol"].get(key) for key in ("name", "features", "dimensions")}
-    for metric, value in result["metrics"].items():
-        low, high = result["intervals"].get(metric, (None, None))
-        cells |= {
-            metric: value,
-            f"{metric}_std": result["std"].get(metric),
-            f"{metric}_low": low,
-            f"{metric}_high": high,
-        }
+    for key, value in result["metrics"].items():
+        low, high = result["intervals"].get(key, (None, None))
+        cells |= {key: value, f"{key}_std": result["std"].get(key), f"{key}_low": low, f"{key}_high": high}
     return cells | {"warnings": "; ".join(result["warnings"])}
 
 
@@ -288,12 +297,3 @@ def markdown_table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> s
     """A Markdown table without a newline at its end."""
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in cells)])
-
-
-def finite(value: Any) -> Any:
-    """The value with None in place of numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,44 +1,69 @@
-"""Training of the judge (`evaluation.judge`): pictures of one code point by several vendors are one sample."""
+"""Train the judge: a small network in whose features scripts/evaluate.py measures realism.
+
+examples:
+  python benchmarks/emoji/judge_train.py --data_dir data/emoji --iterations 1000 \\
+      --save_dir output/judge --resume auto
+  python scripts/evaluate.py --features output/judge/model.safetensors \\
+      --outputs output --truth truth --targets truth
+
+It learns to tell which vendor drew a clean picture, and which code point it shows, from the folders VENDOR/train in
+--data_dir. Pictures of one code point have one file name. Held-out figures are of VENDOR/test, where it exists.
+"""
 
 import functools
 import json
-import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(os.path.dirname(HERE)), HERE]  # found from any working directory
+from guided_diffusion.cli import main as command
+
+if __name__ == "__main__":
+    command.start()
 
 import numpy as np
 import torch
+from judge import Judge, fill
 from torch.nn import functional as F
 
-from ..checkpoint import load_state_dict
-from ..errors import InputError, display_name
-from ..evaluation.judge import LARGEST, MOST_VENDORS, Judge, fill
-from ..image_datasets import Reference
-from ..options import check, option
-from . import files
-from .config import TrainConfig
-from .data import TrainImages, list_images, random_uniform
-from .losses import Loss, Terms, add_by_quarter
-from .start import resume_path
+from guided_diffusion.checkpoint import load_state_dict
+from guided_diffusion.cli import training as loop_flags
+from guided_diffusion.cli.flags import Given, Parser
+from guided_diffusion.dist_util import Ranks
+from guided_diffusion.errors import InputError, display_name, reading
+from guided_diffusion.image_datasets import Reference
+from guided_diffusion.options import check, option
+from guided_diffusion.resample import UniformSampler
+from guided_diffusion.runtime import pick_device
+from guided_diffusion.training import files
+from guided_diffusion.training.config import RunOptions, TrainConfig
+from guided_diffusion.training.data import TrainImages, list_images, random_uniform
+from guided_diffusion.training.files import owned
+from guided_diffusion.training.loop import Trainer, process_group
+from guided_diffusion.training.losses import Loss, Terms, add_by_quarter
+from guided_diffusion.training.start import resume_path
 
-log = logging.getLogger(__name__)
-
+DEFAULTS = {"save_dir": "output/judge", "iterations": 1000, "lr": 2e-3, "batch_size": 64, "ema_rate": "0.99"}
+WITHOUT = ["sample_interval", "schedule_sampler", "sigma_mean", "sigma_std", "microbatch"]
 SHIFT = 3
 """Pixels by which pictures are moved at most. Moves and mirroring change no colour and no sharpness."""
 
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """What the judge sees, and its size."""
+    """Data and size of the judge."""
 
     data_dir: str | None = option(
         None, "what datasets/prepare_emoji.py wrote: VENDOR/train and VENDOR/test, pictures named by code point",
         metavar="DIR",
     )  # fmt: skip
     vendors: str = option("twitter,google,fluent3d", "folders in `data_dir`, the target last", metavar="NAMES")
-    image_size: int = option(64, "side of the pictures, a multiple of 16", least=16, most=LARGEST["image_size"])
-    width: int = option(32, "channels of the first level, a multiple of 8", least=8, most=LARGEST["width"])
+    image_size: int = option(64, "side of the pictures, a multiple of 16", least=16, most=512)
+    width: int = option(32, "channels of the first level, a multiple of 8", least=8, most=256)
     temperature: float = option(0.1, "of the contrast between code points", above=0, most=10)
 
     def __post_init__(self) -> None:
@@ -47,7 +72,7 @@ class JudgeOptions:
             if getattr(self, name) % multiple:
                 raise InputError(f"it must be a multiple of {multiple}", parameter=name, value=getattr(self, name))
         names = self.vendor_names()
-        if not 2 <= len(names) <= MOST_VENDORS or len(set(names)) < len(names):
+        if len(names) < 2 or len(set(names)) < len(names):
             reason = "it must be two different folders or more, the target last, like twitter,fluent3d"
             raise InputError(reason, parameter="vendors", value=self.vendors)
 
@@ -175,8 +200,13 @@ def held_out(model: Judge, images: JudgeImages, device: str | torch.device, batc
     return totals
 
 
+def description(judge: Judge) -> dict[str, Any]:
+    """A judge's size and vendors, as a run records them."""
+    return {**judge.flags, "vendors": ",".join(judge.vendors)}
+
+
 def begin(config: TrainConfig, options: JudgeOptions) -> tuple[Judge, str]:
-    """(the judge of a run in float32 on the CPU, the checkpoint that its weights come from or ""); and its record.
+    """(the judge of a run in float32 on the CPU, the checkpoint that its weights come from or "").
 
     Raises InputError where the checkpoint or the run's record has other vendors or another size.
     """
@@ -185,30 +215,51 @@ def begin(config: TrainConfig, options: JudgeOptions) -> tuple[Judge, str]:
     judge = Judge(options.vendor_names(), options.image_size, options.width)
     if checkpoint:
         recorded = files.read_run(os.path.dirname(checkpoint)).model
-        for name, value in {**judge.flags, "vendors": ",".join(judge.vendors)}.items():
+        for name, value in description(judge).items():
             if recorded and recorded.get(name) != value:
                 where = f"the run of {display_name(checkpoint)}"
                 raise InputError(f"{where} has {name} {recorded.get(name)}, and now it is {value}")
-        fill(judge, load_state_dict(checkpoint), checkpoint)
+        with reading(checkpoint, "this judge"):
+            fill(judge, load_state_dict(checkpoint))
     return judge, checkpoint
 
 
-def record(config: TrainConfig, options: JudgeOptions, judge: Judge) -> None:
-    """Write train.json, the record of a run."""
-    files.write_run(config.save_dir, {**judge.flags, "vendors": ",".join(judge.vendors)}, [options, config])
-
-
-def metadata(judge: Judge, images: JudgeImages) -> dict[str, str]:
-    """What the exported file says of itself."""
-    return {**judge.metadata(), "data": json.dumps({"code_points": len(images), "split": "train"})}
-
-
-def measure(images: JudgeImages | None, device: str | torch.device) -> functools.partial | None:
-    """The function that the loop calls to measure on held-out pictures, None where there are none."""
-    return None if images is None else functools.partial(held_out, images=images, device=device)
-
-
 class OneStep:
-    """In place of a diffusion process, where no picture is noised."""
+    """Replaces a diffusion process, since no picture is noised."""
 
     num_timesteps = 1
+
+
+def create_parser() -> Parser:
+    parser = Parser(__doc__, usage="--data_dir DIR --save_dir DIR [flags]")
+    parser.add(JudgeOptions, title="pictures and network")
+    loop_flags.add_loop(parser, RunOptions, without=WITHOUT, defaults=DEFAULTS)
+    return parser
+
+
+def train(given: Given, ranks: Ranks) -> int:
+    options, run = given.options(JudgeOptions), given.options(RunOptions)
+    config = loop_flags.loop_config(given, run)
+    device = pick_device(run.device, ranks.local_rank)
+    images, tests = judge_images(options, "train", config.seed), held_out_images(options)
+    with owned(config, ranks.rank == 0):
+        judge, checkpoint = begin(config, options)
+        if ranks.rank == 0:
+            files.write_run(config.save_dir, description(judge), [options, config])
+            count = sum(p.numel() for p in judge.parameters()) / 1e6
+            command.say(f"{len(images)} code points by {options.vendors}, {count:.2f} M parameters, {device}")
+        with process_group(ranks, device):
+            trainer = Trainer(
+                judge, judge_loss(len(judge.vendors), options.temperature), images, config,
+                UniformSampler(OneStep), device=device, ranks=ranks, checkpoint=checkpoint,
+                metadata={**judge.metadata(), "data": json.dumps({"code_points": len(images), "split": "train"})},
+                evaluate=functools.partial(held_out, images=tests, device=device) if tests else None,
+                progress=sys.stderr.isatty(),
+            )  # fmt: skip
+            finished = trainer.run()
+    use = "--features {path} --outputs DIR --truth DIR --targets DIR"
+    return loop_flags.end(finished, config, ranks, f"python scripts/evaluate.py {use}")
+
+
+if __name__ == "__main__":
+    command.run(train, create_parser(), ranks="ranks")
