@@ -40,7 +40,7 @@ def generate(given: Given, peers: Peers) -> int:
     has = target.info.flags.get("num_classes", 1000) if target.info.flags["class_cond"] else classes
     needed = classes if guidance.class_index is None else guidance.class_index + 1
     if found.model_type != "ENCODER" or not 0 < needed <= min(classes, has):
-        raise InputError(f"it must be a classifier of the classes asked for; it has {classes}, the model {has}",
+        raise InputError(f"it must be a classifier that has the classes asked for; it has {classes}, the model {has}",
                          parameter="classifier", value=guidance.classifier)  # fmt: skip
     options = {"scale": guidance.classifier_scale, "use_ddim": guidance.use_ddim}
     run = partial(classifier_guided, classifier=classifier, class_cond=target.info.flags["class_cond"],

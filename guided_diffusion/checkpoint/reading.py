@@ -34,7 +34,8 @@ class Placeholder:
     """Stands for harmless objects beside the weights (numpy arrays and numbers, parsed flags): keeps what made them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args, self.state = args, None
+        self.args: tuple[Any, ...] = args
+        self.state: Any = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -172,7 +173,7 @@ def _check_place(path: str) -> None:
 
 
 def _download(url: str) -> io.BytesIO:
-    log.info("%s is downloaded; without a network, it takes a minute or two until this fails", display_name(url))
+    log.info("downloading %s; without a network, this fails only after a minute or two", display_name(url))
     with reading(url):
         import blobfile
 
