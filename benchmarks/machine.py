@@ -1,7 +1,11 @@
-"""What a measurement was made on, for the result files."""
+"""The machine that a measurement was made on, and a terminal for commands that show a bar."""
 
+import fcntl
 import os
 import platform
+import pty
+import struct
+import termios
 
 import torch
 
@@ -25,6 +29,13 @@ def sentence(machine):
         f"{machine['cpu']}, {machine['cores']} cores{gpu}; {machine['system']}, Python {machine['python']}, "
         f"torch {machine['torch']}"
     )
+
+
+def terminal():
+    """Open a pseudo-terminal of 120 columns; returns the descriptors (to read from, for the command)."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    return ours, theirs
 
 
 def _cpu_model():

@@ -1,4 +1,4 @@
-"""Execute quickstart.ipynb and save it with its outputs. Needs nbclient and ipykernel: pip install nbclient ipykernel.
+"""Execute quickstart.ipynb and save it with its outputs. Needs the extra `notebook`.
 
 python notebooks/execute.py
 """

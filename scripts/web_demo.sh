@@ -8,7 +8,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 demo_stamp="$venv/.requirements-demo"
 if ! cmp -s "$ROOT/requirements-demo.txt" "$demo_stamp"; then
     echo "installing requirements-demo.txt into $venv (once, about 250 MB)"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements-demo.txt"
+    pip_install -r "$ROOT/requirements-demo.txt"
     cp "$ROOT/requirements-demo.txt" "$demo_stamp"
 fi
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file
 
 from guided_diffusion.script_util import (
@@ -23,6 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMITTED_DIR = ROOT / "tests" / "golden"
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or COMMITTED_DIR)
 MODEL_FLAGS = sorted(model_and_diffusion_defaults().keys() - diffusion_defaults().keys() | {"learn_sigma"})
+
+# No test depends on a clock.
+settings.register_profile("sddm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("sddm")
 
 # A shell starts background jobs deaf to Ctrl-C, and what tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -43,7 +43,7 @@ REST_OF_RELEASE = (
 )
 
 
-def ae_sample(*flags, cwd, timeout=300):
+def ae_sample(*flags, cwd, timeout=600):
     """A process of its own, without PYTHONPATH."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, str(ROOT / "scripts" / "ae_sample.py"), *map(str, flags)]
@@ -364,7 +364,7 @@ def test_help_of_every_command(name, tmp_path):
     """From any folder, without PYTHONPATH; what a flag is unless given stands beside it."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), "--help"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: python scripts/{name}.py ") and "(default " in done.stdout
     assert not os.listdir(tmp_path)

@@ -1154,18 +1154,20 @@ def side_by_side(functions):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(600)
         assert not thread.is_alive()
     return results
 
 
-def slowly(painter):
-    time.sleep(0.05)
-
-
 def test_two_ranks_share_the_batches(damaged, tmp_path):
     """Every batch is made once, by either; rank 0 has the sums, the reasons, and all of the progress."""
-    runs = [lambda p=p: paint(damaged, tmp_path / "out", slowly, peers=p, batch_size=1) for p in two()]
+    meeting = threading.Barrier(2)
+
+    def together(painter):  # so that neither makes all while the other starts
+        if len(painter.batches) <= 2:
+            meeting.wait(600)
+
+    runs = [lambda p=p: paint(damaged, tmp_path / "out", together, peers=p, batch_size=1) for p in two()]
     (summary, first, progress), (_, second, nothing) = side_by_side(runs)
     assert len(first.batches) + len(second.batches) == 7 and min(len(first.batches), len(second.batches)) >= 2
     assert summary.done == 7 and summary.failed == REASONS
@@ -1176,15 +1178,17 @@ def test_two_ranks_share_the_batches(damaged, tmp_path):
 
 
 def test_a_slow_rank_delays_the_end_by_its_batch_only(data, tmp_path):
-    """The other takes the rest meanwhile."""
-    peers, begun = two(), threading.Event()
+    """The other takes the rest in the meantime."""
+    peers, begun, last = two(), threading.Event(), threading.Event()
 
     def slow_step(painter):
         begun.set()
-        time.sleep(1)
+        assert last.wait(600)
 
     def fast_step(painter):
-        begun.wait()
+        assert begun.wait(600)
+        if len(painter.batches) == 8:
+            last.set()
 
     runs = [
         lambda: paint(data / "ref", tmp_path / "out", fast_step, peers=peers[0], batch_size=1),
@@ -1195,16 +1199,18 @@ def test_a_slow_rank_delays_the_end_by_its_batch_only(data, tmp_path):
 
 
 def test_an_error_of_one_rank_ends_the_other(data, tmp_path):
-    peers = two()
+    peers, told = two(), threading.Event()
 
     def failing():
         try:
             paint(data / "ref", tmp_path / "out", break_at(1, Broken("no more")), peers=peers[1], batch_size=1)
         except Broken as error:
             return peers[1].stop(repr(error))
+        finally:
+            told.set()
 
     def working():
-        return paint(data / "ref", tmp_path / "out", lambda painter: time.sleep(0.6), peers=peers[0], batch_size=1)
+        return paint(data / "ref", tmp_path / "out", lambda painter: told.wait(600), peers=peers[0], batch_size=1)
 
     other, first = side_by_side([working, failing])
     assert isinstance(other, Stopped) and first is True

@@ -51,7 +51,7 @@ def execute(cells, folder, out):
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-c", KERNEL, out]
     run = subprocess.run(command, cwd=folder, env=environment, input=json.dumps(cells), capture_output=True, text=True,
-                         timeout=300)  # fmt: skip
+                         timeout=600)  # fmt: skip
     assert run.returncode == 0, run.stderr
     facts = json.loads(run.stdout.split("FACTS ")[1])
     return facts, [np.asarray(Image.open(path).convert("RGB")) for path in sorted(out.glob("*.png"))]

@@ -154,7 +154,7 @@ def test_run_json_records_the_flags_and_either_spelling_resumes(data, own, tmp_p
 
 def test_the_command_refuses_in_one_line(tmp_path):
     command = [sys.executable, ROOT / "scripts" / "ae_sample.py", "--preset", "emojy", "--base_samples", "x"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and done.stderr.startswith("error: --preset is 'emojy'; ")
     assert done.stderr.count("\n") == 1
 
@@ -225,7 +225,7 @@ def test_task_scripts_give_rows_that_their_commands_read(tmp_path, script, task)
         files[name].mkdir()
     environment = {**os.environ, "VENV": str(tmp_path / "venv"), "TASK": task, **{k: str(v) for k, v in files.items()}}
     command = ["bash", ROOT / "scripts" / f"{script}.sh", "--quick"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     table = rows.parse_table(done.stdout)
     assert len(table) >= 3

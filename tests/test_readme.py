@@ -178,7 +178,7 @@ def run(clone, line):
     for name in ("PYTHONPATH", "VENV"):
         environment.pop(name, None)
     return subprocess.run(["bash", "-ec", f"source .venv/bin/activate\n{line}"], cwd=clone, env=environment,
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+                          capture_output=True, text=True, timeout=600)  # fmt: skip
 
 
 # ---- every command --------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def own(tmp_path_factory):
     def run(script, *flags):
         command = [sys.executable, folder / "own.py", ROOT / "scripts" / script, *map(str, flags)]
         environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
     return run, folder
 

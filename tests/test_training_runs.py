@@ -68,7 +68,7 @@ def train(folder, save_dir, *flags):
 
 def finish(process, status=0):
     """What the process wrote to stderr; its exit status must be as expected."""
-    _, text = process.communicate(timeout=120)
+    _, text = process.communicate(timeout=600)
     assert process.returncode == status, text
     return text
 

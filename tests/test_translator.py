@@ -319,7 +319,7 @@ def installed(tmp_path_factory):
 def test_installed_and_used_from_another_folder(data, tmp_path, installed):
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     arguments = [sys.executable, "-c", OUTSIDE, data / "model.safetensors", data / "ref" / "b.png"]
-    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout).startswith(str(installed))
     assert np.array_equal(load_image(tmp_path / "made.png", tiny.SIZE), made(data / "out")["b.png"])

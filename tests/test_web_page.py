@@ -114,7 +114,7 @@ def test_frames_arrive_while_it_samples(site, client):
     job = client.submit(
         gradio_client.handle_file(str(site[0] / "mine" / "other.png")), *SLOW, api_name="/translate"
     )  # fmt: skip
-    job.result(timeout=120)
+    job.result(timeout=600)
     words = [output[2] for output in job.outputs()]
     assert len(words) >= 2 and words[-1].startswith(done(250)) and words[0].startswith(("Step ", "Waiting"))
 
@@ -178,7 +178,7 @@ def call(address, picture):
     rest = ["models/model.safetensors", 1, ["dct"], "manifold", "ancestral", "fp32", ""]
     data = {"data": [{**picture, "meta": {"_type": "gradio.FileData"}}, *ARGUMENTS, *rest]}
     event = httpx.post(f"{address}gradio_api/call/translate", json=data).json().get("event_id")
-    return httpx.get(f"{address}gradio_api/call/translate/{event}", timeout=30).text if event else ""
+    return httpx.get(f"{address}gradio_api/call/translate/{event}", timeout=600).text if event else ""
 
 
 def test_only_uploads_are_read(site):
@@ -219,7 +219,7 @@ def test_it_ends_with_a_signal_and_leaves_nothing(site, tmp_path):
         client.submit(gradio_client.handle_file(str(root / "mine" / "other.png")), *SLOW, api_name="/translate")
         wait_for(lambda: list((tmp_path / "tmp").rglob("*.jpeg")))
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=600) == 0
     assert not list((tmp_path / "tmp").iterdir())
     log = (tmp_path / "log.txt").read_text()
     assert "Traceback" not in log and "HTTP Request" not in log, log
@@ -228,12 +228,12 @@ def test_it_ends_with_a_signal_and_leaves_nothing(site, tmp_path):
 def test_a_port_in_use_is_one_line(site):
     port = site[1].rstrip("/").rpartition(":")[2]
     command = [sys.executable, str(ROOT / "scripts" / "web_demo.py"), "--port", port]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: --port is {port}; ") and done.stderr.count("\n") == 1
 
 
-def wait_for(condition, seconds=30):
+def wait_for(condition, seconds=600):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
@@ -275,7 +275,7 @@ def status(tab):
     return tab.input_value("#status textarea, #status input")
 
 
-def wait_for_status(tab, words, seconds=60):
+def wait_for_status(tab, words, seconds=600):
     script = "words => document.querySelector('#status textarea, #status input').value.startsWith(words)"
     tab.wait_for_function(script, arg=words, timeout=seconds * 1000)
 
@@ -331,8 +331,8 @@ def test_stop_ends_the_sampling_and_keeps_the_page(site, tab):
     wait_for_status(tab, "Step ")
     tab.click("#stop")
     wait_for_status(tab, "Stopped")
-    time.sleep(2)
-    assert not running(root) and status(tab) == "Stopped."
+    wait_for(lambda: not running(root))
+    assert status(tab) == "Stopped."
     set_number(tab, "Steps", 6)
     tab.click("#translate")
     wait_for_status(tab, done(6))
@@ -348,10 +348,9 @@ def test_closing_the_tab_ends_the_sampling(site, browser):
     set_number(page, "Steps", 250)
     page.click("#translate")
     wait_for_status(page, "Step ")
-    assert running(root)
+    wait_for(lambda: running(root))
     context.close()
-    time.sleep(2.5)
-    assert not running(root)
+    wait_for(lambda: not running(root))
 
 
 def test_an_error_keeps_the_picture_the_settings_and_the_last_result(site, tab):

@@ -39,6 +39,9 @@ def start() -> None:
     signal.signal(signal.SIGTERM, _interrupted_early)
     # Where a rank is lost, torch's store would write stack traces of its own to stderr.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    # OpenMP's threads spin while they wait for each other. Beside other work, they spin on the core that the other
+    # thread needs: two threads on two cores then take many times as long as one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _interrupted_early(number: int, frame: FrameType | None) -> None:
