@@ -168,13 +168,15 @@ def long(args, root):
             samples.append((now, int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * page / 2**20))
         time.sleep(0.1)
     os.close(ours)
-    made, ended = len(written(root / "out")), time.monotonic()
+    made = len(written(root / "out"))
     if process.returncode or made != args.images:
         raise SystemExit(f"error: the run ended with status {process.returncode} and {made} of {args.images} images")
-    began = estimates[0][0] if estimates else samples[0][0]
+    if not estimates or estimates[0][0] == estimates[-1][0]:
+        raise SystemExit("error: the bar showed no estimate; more --images or --steps are needed")
+    began, ended = estimates[0][0], estimates[-1][0]  # the end of sampling, without that of the interpreter
     tenths = [[] for _ in range(10)]
     for now, size in samples:
-        if now >= began:
+        if began <= now < ended:
             tenths[min(9, int(10 * (now - began) / (ended - began)))].append(size)
     medians = [statistics.median(tenth) for tenth in tenths if tenth]
     rows = {"images": made, "seconds": round(ended - began, 1)}

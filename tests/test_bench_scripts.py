@@ -103,6 +103,6 @@ def test_reliability(tmp_path):
     killed = run("reliability.py", "kill", "--kills", 1, *small, "--out", tmp_path / "kill.md")
     assert killed.returncode == 0, killed.stdout + killed.stderr
     assert "| SIGKILLs | 1 |" in (tmp_path / "kill.md").read_text()
-    long = run("reliability.py", "long", *small)
+    long = run("reliability.py", "long", "--images", 9, "--steps", 9, "--batch_size", 1)
     assert long.returncode == 0, long.stderr
-    assert "| images | 3 |" in long.stdout and "seconds left at 50 %" in long.stdout
+    assert "| images | 9 |" in long.stdout and "seconds left at 50 %" in long.stdout

@@ -192,6 +192,16 @@ def test_closing_ends_the_thread(studio, data, first, endless):
     assert not threads()
 
 
+def test_a_picture_of_many_colours_looks_like_a_photograph(tmp_path):
+    assert not any(module.looks_like_a_photograph(path) for path in (ROOT / "ref_imgs").glob("*.png"))
+    rows, columns = np.mgrid[0:96, 0:128]
+    scene = np.stack([rows, columns, rows + columns], 2) + np.random.default_rng(0).normal(0, 8, (96, 128, 3))
+    Image.fromarray(scene.clip(0, 255).astype(np.uint8)).save(tmp_path / "scene.jpg")
+    assert module.looks_like_a_photograph(tmp_path / "scene.jpg")
+    Image.linear_gradient("L").save(tmp_path / "grey.png")
+    assert not module.looks_like_a_photograph(tmp_path / "grey.png")
+
+
 def test_a_slow_page_does_not_slow_the_sampler_down(studio, data, first):
     frames = studio.translate(first, data / "a.png", SETTINGS, interval=0.001)
     next(frames)

@@ -305,6 +305,13 @@ def test_upload_and_translate(site, tab, tmp_path):
     tab.click("#translate")
     wait_for_status(tab, done(6))
     tab.wait_for_selector("#compare img")
+    with tab.expect_download() as download:
+        tab.click("#download")
+    stem = re.sub(r"[^\w.() -]", "_", os.path.splitext(NAME)[0])
+    assert download.value.suggested_filename == f"{stem}_sddm.png"
+    before = tab.get_by_label("Seed").input_value()
+    tab.click("#random_seed")
+    wait_for(lambda: tab.get_by_label("Seed").input_value() != before)
     text = tab.input_value("#command textarea")
     assert NAME in shlex.split(text), "the name is the visitor's, to the last character"
     with tab.expect_download() as download:

@@ -4,9 +4,14 @@
 no file but uploads, results and examples can be read, and errors are one line.
 """
 
+import contextlib
 import inspect
 import logging
 import os
+import random
+import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
@@ -22,7 +27,7 @@ from ..runtime import PRECISIONS
 from ..sddm import VARIANTS
 from ..solvers import SOLVERS
 from ..translator import energy_names
-from .translate import LABELS, Frame, Model, Settings, Studio, explain
+from .translate import EMOJI_MODEL, LABELS, Frame, Model, Settings, Studio, explain, looks_like_a_photograph
 
 TITLE = "Repaint a picture in another style"
 INTRODUCTION = (
@@ -30,6 +35,7 @@ INTRODUCTION = (
     "paints one of its own kind with the layout and colours of yours."
 )
 MOST_STEPS = 250
+PHOTOGRAPH = "This looks like a photograph. The demo's model knows emoji: drawings with few colours suit it better."
 
 STYLE = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
@@ -111,6 +117,7 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                     visible=False,
                     elem_id="compare",
                 )
+                download = gr.DownloadButton("Download", visible=False, size="sm", elem_id="download")
         with gr.Row():
             with gr.Column(min_width=240):
                 area = gr.Dropdown(first.areas, value=settings.area, **named("area"))
@@ -120,6 +127,7 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                 steps = gr.Slider(1, _most_steps(first), settings.steps, step=1, **named("steps"))
             with gr.Column(min_width=240):
                 seed = gr.Number(settings.seed, precision=0, minimum=0, **named("seed"))
+                another = gr.Button("Random seed", size="sm", elem_id="random_seed")
         class_index = gr.Textbox(
             settings.class_index or "", visible=first.classes > 0, placeholder=_classes(first), **named("class_index")
         )
@@ -187,10 +195,19 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                 "Waiting until the device is free …",
             )
 
-        def end(pair: Any, written: str | None) -> tuple[Any, Any, Any]:
+        def end(pair: Any, written: str | None, uploaded: Upload | None) -> tuple[Any, Any, Any, Any]:
             """The latest result comes back where there is one."""
             shown = gr.update(visible=pair is None), gr.update(visible=True if pair else "hidden")
-            return *shown, gr.update(visible=bool(written))
+            file = _named_copy(pair[1], uploaded.name) if pair and uploaded else None
+            return *shown, gr.update(visible=bool(written)), gr.update(value=file, visible=file is not None)
+
+        def hint(uploaded: Upload | None, path: str) -> str:
+            """A warning where the picture is not of the kind that the demo's model is for."""
+            if uploaded and os.path.basename(path) == EMOJI_MODEL:
+                with contextlib.suppress(ImageError, InputError):
+                    if looks_like_a_photograph(uploaded.path):
+                        return PHOTOGRAPH
+            return gr.skip()
 
         def adapt(path: str, area: int, steps: int) -> tuple[Any, Any, Any]:
             chosen = studio.models[path]
@@ -209,10 +226,12 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
             api_name="translate",
             show_progress="hidden",
         )
-        ended = [preview, compare, text]
-        translation.success(end, [compare, text], ended, **private)
-        translation.failure(end, [compare, text], ended, **private)
-        stopped = stop.click(end, [compare, text], ended, cancels=[translation], **private)
+        ended, shown = [preview, compare, text, download], [compare, text, picture]
+        translation.success(end, shown, ended, **private)
+        translation.failure(end, shown, ended, **private)
+        stopped = stop.click(end, shown, ended, cancels=[translation], **private)
+        another.click(lambda: random.randrange(10**6), None, [seed], **private)
+        picture.change(hint, [picture, model], [status], **private)
         stopped.then(lambda: "Stopped.", None, [status], **private)
         if pictures:
             offered.click(lambda number: pictures[number], [offered], [picture], **private)
@@ -287,6 +306,15 @@ def _pictures(frame: Frame) -> tuple[Any, Any]:
     if frame.result:
         return frame.result[1], frame.result
     return frame.preview if frame.preview is not None else gr.skip(), gr.skip()
+
+
+def _named_copy(result: str, source: str) -> str:
+    """A copy of a result named after its source, as cat_sddm.png."""
+    folder = tempfile.mkdtemp(dir=os.path.dirname(result))
+    stem = re.sub(r"[^\w.() -]", "_", os.path.splitext(source)[0])[:60]  # names may be longer than files' may be
+    path = os.path.join(folder, f"{stem}_sddm.png")
+    shutil.copyfile(result, path)
+    return path
 
 
 def _short(path: str) -> str:

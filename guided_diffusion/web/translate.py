@@ -22,7 +22,7 @@ from PIL import Image
 from ..checkpoint import ModelFlags
 from ..energy import ENERGIES
 from ..errors import InputError, first_line
-from ..image_datasets import ImageError, measure_image, to_uint8
+from ..image_datasets import ImageError, load_image, measure_image, to_uint8
 from ..manifold import check_blocks
 from ..options import check, option
 from ..presets import PRESETS
@@ -40,6 +40,7 @@ ENERGY_NAMES = ("dct", "low_pass", "vgg")
 
 RECOMMENDED = PRESETS["emoji"].options("sddm")
 """The page's defaults: those of the demo's model."""
+EMOJI_MODEL = os.path.basename(PRESETS["emoji"].options("sddm")["model_path"])
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,16 @@ class Model:
     def nearest_area(self, wanted: int) -> int:
         """The suitable number of blocks that is closest to a wanted one."""
         return min(self.areas, key=lambda n: (abs(n - wanted), -n))
+
+
+def looks_like_a_photograph(picture: str | os.PathLike) -> bool:
+    """Whether most pixels of a picture, reduced to 64 x 64, have a colour of their own.
+
+    A hint, not a classification: the share of distinct colours is at most 0.59 in emoji, and 0.71 in the one photograph
+    that was measured.
+    """
+    image = Image.fromarray(load_image(os.fspath(picture), 64))
+    return len(image.getcolors(64 * 64) or ()) > 0.6 * 64 * 64
 
 
 @dataclass(frozen=True)
