@@ -135,12 +135,14 @@ def egsde(
     for _, energy in guidance:
         energy.prepare(ref, e)
 
+    def mean_channels(x, t):
+        return model(x, t)[:, : x.shape[1]]
+
     x = diffusion.q_sample(ref, at_step(ref, start - 1), e)
     for i in reversed(range(start)):
         t = at_step(ref, i)
         original_t = diffusion.model_timesteps(t)
-        prediction = model(x, original_t)[:, : ref.shape[1]]
-        out = diffusion.p_mean_variance_from(prediction, x, t, clip_denoised=False)
+        out = diffusion.p_mean_variance(mean_channels, x, t, clip_denoised=False)
         for weight, energy in guidance:
             _, grad = energy.energy_and_grad(x, original_t, float(diffusion.alphas_cumprod[i]))
             out["mean"] = out["mean"] - weight * float(diffusion.betas[i]) * grad

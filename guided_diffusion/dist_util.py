@@ -361,9 +361,12 @@ def connect(me: Ranks) -> Peers:
 # ---- guided-diffusion's interface: torch.distributed ----------------------------------------------------------------
 
 
-def setup_dist() -> None:
+def setup_dist(*args: Any, **kwargs: Any) -> None:
     """Join the ranks that torchrun, mpiexec or Slurm started in torch's default process group; a process started by
-    hand makes a group of one. Nothing happens where the group exists. NCCL serves GPUs, gloo CPUs."""
+    hand makes a group of one. Nothing happens where the group exists. NCCL serves GPUs, gloo CPUs.
+
+    args, kwargs: not used; forks pass parsed arguments or device numbers, which the launcher determines here.
+    """
     import torch.distributed as dist
     from torch.distributed import HashStore  # type: ignore[attr-defined]
 

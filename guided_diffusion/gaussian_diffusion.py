@@ -1,13 +1,15 @@
 """Gaussian diffusion in discrete time (Ho et al. 2020; Nichol & Dhariwal 2021): schedules, posterior, sampling loops.
 
-x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. Coefficients are float64 arrays, one entry per step; images
+x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. Coefficients are float64 arrays with one entry per step; images
 are tensors [N, C, H, W] in [-1, 1]; t is a tensor [N] of step indices of *this* process (respaced or not).
 """
 
 import enum
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 import torch
@@ -18,21 +20,21 @@ from .nn import mean_flat
 
 Model = Callable[..., torch.Tensor]
 Step = dict[str, torch.Tensor]
-
+P = ParamSpec("P")
 
 SCHEDULES = "linear, cosine, linear:A,B, scaled_linear:A,B, sigmoid:A,B, laplace or betas:B0,B1,…"
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
-    """A noise schedule as betas, float64 [T].
+    """Return the betas of a noise schedule, float64 [T].
 
     `linear` (Ho et al.) and `cosine` (Nichol & Dhariwal) as in guided-diffusion; as in diffusers `linear:A,B`,
-    `scaled_linear:A,B` and `sigmoid:A,B`, from A to B whatever T is, and `laplace`; `betas:b0,b1,…` are T betas.
+    `scaled_linear:A,B` and `sigmoid:A,B`, from A to B for any T, and `laplace`; `betas:b0,b1,…` lists T betas.
     Raises InputError for `noise_schedule`.
     """
     n = num_diffusion_timesteps
     if schedule_name == "linear":
-        # The published end points are for 1000 steps; other lengths keep the same amount of noise in all.
+        # The published end points are for 1000 steps; scaled, the total noise does not depend on their number.
         scale = 1000 / n
         return np.linspace(scale * 0.0001, scale * 0.02, n, dtype=np.float64)
     if schedule_name == "cosine":
@@ -40,10 +42,13 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     if schedule_name == "laplace":
         return betas_for_alpha_bar(n, _laplace)
     name, _, text = str(schedule_name).partition(":")
-    numbers = _betas(text)
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
     wrong: dict = {"parameter": "noise_schedule", "value": schedule_name}
-    known = name in ("linear", "scaled_linear", "sigmoid", "betas")
-    if not known or not numbers or (name != "betas" and len(numbers) != 2):
+    fits = name == "betas" or (name in ("linear", "scaled_linear", "sigmoid") and len(numbers) == 2)
+    if not fits or not numbers or not all(0 < number < 1 for number in numbers):
         raise InputError(f"it can be {SCHEDULES}, with betas above 0 and below 1", **wrong)
     if name == "betas":
         if len(numbers) != n:
@@ -63,17 +68,8 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     return betas
 
 
-def _betas(text: str) -> list[float]:
-    """Numbers above 0 and below 1 that are separated by commas; [] where a text is no list of such."""
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        return []
-    return numbers if all(0 < number < 1 for number in numbers) else []
-
-
 def _laplace(u: float) -> float:
-    """sqrt(SNR / (1 + SNR)) of the Laplace schedule at time u: what diffusers feeds to the formula of the cosine."""
+    """sqrt(SNR / (1 + SNR)) of the Laplace schedule at time u, which diffusers uses in place of alpha_bar."""
     log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
     snr = math.exp(log_snr)
     return math.sqrt(snr / (1 + snr))
@@ -82,13 +78,13 @@ def _laplace(u: float) -> float:
 def betas_for_alpha_bar(
     num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
 ) -> np.ndarray:
-    """Betas whose products of (1 - beta) follow the function `alpha_bar` of time in [0, 1]."""
+    """Return betas, float64 [T], for alpha_bar given as a function of time in [0, 1]; betas are at most `max_beta`."""
     n = num_diffusion_timesteps
     return np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), max_beta) for i in range(n)])
 
 
 class ModelMeanType(enum.Enum):
-    """What the model's (first three) output channels are."""
+    """Prediction target: the meaning of the model's output, without the channels of a learned variance."""
 
     PREVIOUS_X = enum.auto()
     START_X = enum.auto()
@@ -98,7 +94,7 @@ class ModelMeanType(enum.Enum):
 
 
 class ModelVarType(enum.Enum):
-    """Where the variance of the reverse step comes from; LEARNED_RANGE interpolates between the two fixed ones."""
+    """Variance of the reverse step; LEARNED_RANGE interpolates between the two fixed ones."""
 
     LEARNED = enum.auto()
     FIXED_SMALL = enum.auto()
@@ -113,6 +109,41 @@ class LossType(enum.Enum):
     RESCALED_MSE = enum.auto()
     KL = enum.auto()
     RESCALED_KL = enum.auto()
+
+
+def _last_sample(
+    steps: Callable[Concatenate["GaussianDiffusion", P], Iterator[Step]],
+) -> Callable[Concatenate["GaussianDiffusion", P], torch.Tensor]:
+    """The method that runs a generator method to its end, with the same parameters, and returns the last sample."""
+
+    @functools.wraps(steps)
+    def loop(self: "GaussianDiffusion", *args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
+        sample = torch.empty(0)
+        for out in getattr(self, steps.__name__)(*args, **kwargs):
+            sample = out["sample"]
+        return sample
+
+    loop.__name__ = steps.__name__.removesuffix("_progressive")
+    loop.__doc__ = f"Return the last sample of `{steps.__name__}`, whose parameters it has."
+    loop.__signature__ = inspect.signature(steps).replace(return_annotation=torch.Tensor)  # type: ignore[attr-defined]
+    return loop
+
+
+def _device(model, noise):
+    """The device of noise or model, the CPU if neither has one."""
+    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    source = noise if noise is not None else parameter
+    return source.device if source is not None else torch.device("cpu")
+
+
+def _with_prediction(cond_fn, out, t):
+    """cond_fn(x, t, out, **model_kwargs) as a function without `out`, called with step indices."""
+    return lambda x, _, **model_kwargs: cond_fn(x, t, out, **model_kwargs)
+
+
+def _normal(value):
+    """A tensor made in inference mode as one that autograd can record."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
 class GaussianDiffusion:
@@ -228,13 +259,13 @@ class GaussianDiffusion:
     def q_mean_variance(
         self, x_start: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean, variance and log-variance of q(x_t | x_0), each of x_start's shape."""
-        signal, n = self.extract("sqrt_alphas_cumprod", t, x_start.ndim), x_start.ndim
-        log_variance = self.extract("log_one_minus_alphas_cumprod", t, n).expand_as(x_start)
-        return signal * x_start, self.extract("one_minus_alphas_cumprod", t, n).expand_as(x_start), log_variance
+        """Return mean, variance and log-variance of q(x_t | x_0), each of x_start's shape."""
+        mean = self.extract("sqrt_alphas_cumprod", t, x_start.ndim) * x_start
+        variance = self.extract("one_minus_alphas_cumprod", t, x_start.ndim).expand_as(x_start)
+        return mean, variance, self.extract("log_one_minus_alphas_cumprod", t, x_start.ndim).expand_as(x_start)
 
     def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """x_t given x_0: sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise."""
+        """Sample x_t given x_0: sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise."""
         noise = torch.randn_like(x_start) if noise is None else noise
         signal = self.extract("sqrt_alphas_cumprod", t, x_start.ndim)
         return signal * x_start + self.extract("sqrt_one_minus_alphas_cumprod", t, x_start.ndim) * noise
@@ -242,7 +273,7 @@ class GaussianDiffusion:
     def q_posterior_mean_variance(
         self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0), each of x_t's shape."""
+        """Return mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0), each of x_t's shape."""
         n = x_t.ndim
         mean = self.extract("posterior_mean_coef1", t, n) * x_start + self.extract("posterior_mean_coef2", t, n) * x_t
         log_variance = self.extract("posterior_log_variance_clipped", t, n).expand_as(x_t)
@@ -259,28 +290,18 @@ class GaussianDiffusion:
         denoised_fn: Callable | None = None,
         model_kwargs: dict | None = None,
     ) -> Step:
-        """The model's p(x_{t-1} | x_t) and its prediction of x_0.
+        """Evaluate the model: p(x_{t-1} | x_t) and the prediction of x_0.
 
-        denoised_fn: applied to the prediction before it is clipped. model_kwargs: further arguments of the model.
-        Returns a dict with `mean`, `variance`, `log_variance` and `pred_xstart`, all of x's shape.
+        clip_denoised: clip the prediction to [-1, 1], or to that range if it is a number. denoised_fn: applied to the
+        prediction before. model_kwargs: further arguments of the model. Returns a dict with `mean`, `variance`,
+        `log_variance` and `pred_xstart`, all of x's shape.
         """
         model_output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
-        return self.p_mean_variance_from(model_output, x, t, clip_denoised, denoised_fn)
-
-    def p_mean_variance_from(
-        self,
-        model_output: torch.Tensor,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        clip_denoised: bool | float = True,
-        denoised_fn: Callable | None = None,
-    ) -> Step:
-        """`p_mean_variance` for an output that the model already gave."""
         prediction, variance, log_variance = self._variance(model_output, x, t)
         pred_xstart = self._pred_xstart(prediction, x, t)
         if denoised_fn is not None:
             pred_xstart = denoised_fn(pred_xstart)
-        if clip_denoised:  # True is the range 1
+        if clip_denoised:
             pred_xstart = pred_xstart.clamp(-float(clip_denoised), float(clip_denoised))
         if self.model_mean_type is ModelMeanType.PREVIOUS_X:
             mean = prediction
@@ -296,9 +317,9 @@ class GaussianDiffusion:
     def _variance(
         self, model_output: torch.Tensor, x: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Split the model output into its prediction and the variance of the reverse step; also its logarithm.
+        """Split the model's output into the prediction, the variance of the reverse step and its logarithm.
 
-        FIXED_SMALL is the true posterior's variance, 0 at t = 0; only its logarithm is clipped there.
+        FIXED_SMALL is the true posterior's variance, 0 at t = 0, where only its logarithm is clipped.
         """
         channels = x.shape[1]
         learned = self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
@@ -325,31 +346,28 @@ class GaussianDiffusion:
         if self.model_mean_type is ModelMeanType.EPSILON:
             return self.xstart_from_eps(x, t, prediction)
         if self.model_mean_type is ModelMeanType.VELOCITY:
-            # Not through the noise: alpha_bar gets close to 0, and its root stands in a denominator there.
-            names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-            signal, noise = (self.extract(name, t, x.ndim) for name in names)
-            return signal * x - noise * prediction
-        # x_{t-1} = coef1 x_0 + coef2 x_t, solved for x_0.
-        coef1 = self.extract("posterior_mean_coef1", t, x.ndim)
-        return (prediction - self.extract("posterior_mean_coef2", t, x.ndim) * x) / coef1
+            # Not through the noise, which would divide by sqrt(alpha_bar), close to 0 at the last steps.
+            signal = self.extract("sqrt_alphas_cumprod", t, x.ndim)
+            return signal * x - self.extract("sqrt_one_minus_alphas_cumprod", t, x.ndim) * prediction
+        return self._predict_xstart_from_xprev(x, t, prediction)
 
-    def xstart_from_eps(self, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        """x_0 that x_t and the noise eps imply."""
-        signal = self.extract("sqrt_recip_alphas_cumprod", t, x.ndim)
-        return signal * x - self.extract("sqrt_recipm1_alphas_cumprod", t, x.ndim) * eps
+    def xstart_from_eps(self, x_t: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        """Return the x_0 of given x_t and noise."""
+        signal = self.extract("sqrt_recip_alphas_cumprod", t, x_t.ndim)
+        return signal * x_t - self.extract("sqrt_recipm1_alphas_cumprod", t, x_t.ndim) * eps
 
-    def eps_from_xstart(self, x: torch.Tensor, t: torch.Tensor, pred_xstart: torch.Tensor) -> torch.Tensor:
-        """The noise that x_t and x_0 imply."""
-        signal = self.extract("sqrt_alphas_cumprod", t, x.ndim)
-        return (x - signal * pred_xstart) / self.extract("sqrt_one_minus_alphas_cumprod", t, x.ndim)
+    def eps_from_xstart(self, x_t: torch.Tensor, t: torch.Tensor, pred_xstart: torch.Tensor) -> torch.Tensor:
+        """Return the noise of given x_t and x_0."""
+        signal = self.extract("sqrt_alphas_cumprod", t, x_t.ndim)
+        return (x_t - signal * pred_xstart) / self.extract("sqrt_one_minus_alphas_cumprod", t, x_t.ndim)
 
     def condition_mean(
         self, cond_fn: Callable, p_mean_var: Step, x: torch.Tensor, t: torch.Tensor, model_kwargs: dict | None = None
     ) -> torch.Tensor:
-        """The mean of an ancestral step towards a condition y: mean + variance grad log p(y | x_t).
+        """Shift the mean of an ancestral step towards a condition y: mean + variance grad log p(y | x_t).
 
-        cond_fn(x, t, **model_kwargs) gives that gradient; its t are the model's timesteps. Sohl-Dickstein et al. 2015;
-        Dhariwal & Nichol 2021, algorithm 1.
+        cond_fn(x, t, **model_kwargs) returns that gradient; its t are the model's timesteps. Sohl-Dickstein et al.
+        2015; Dhariwal & Nichol 2021, algorithm 1.
         """
         gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
         return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient.float()
@@ -357,13 +375,13 @@ class GaussianDiffusion:
     def condition_score(
         self, cond_fn: Callable, p_mean_var: Step, x: torch.Tensor, t: torch.Tensor, model_kwargs: dict | None = None
     ) -> Step:
-        """`p_mean_var` for the score moved towards a condition y: eps - sqrt(1 - alpha_bar) grad log p(y | x_t).
+        """Shift the score towards a condition y: eps - sqrt(1 - alpha_bar) grad log p(y | x_t).
 
-        cond_fn: as in `condition_mean`. Song et al. 2020; Dhariwal & Nichol 2021, algorithm 2. The prediction of x_0
-        is not clipped again.
+        cond_fn: as in `condition_mean`. Returns `p_mean_var` with the `mean` and `pred_xstart` of that noise, which is
+        not clipped again. Song et al. 2020; Dhariwal & Nichol 2021, algorithm 2.
         """
-        eps = self.eps_from_xstart(x, t, p_mean_var["pred_xstart"])
         gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
+        eps = self.eps_from_xstart(x, t, p_mean_var["pred_xstart"])
         eps = eps - self.extract("sqrt_one_minus_alphas_cumprod", t, x.ndim) * gradient
         pred_xstart = self.xstart_from_eps(x, t, eps)
         mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
@@ -380,19 +398,22 @@ class GaussianDiffusion:
         model_kwargs: dict | None = None,
         *,
         noise: torch.Tensor | None = None,
+        cond_fn_with_grad: bool = False,
     ) -> Step:
-        """One ancestral step x_t -> x_{t-1}; no noise is added where t = 0. Returns {"sample", "pred_xstart"}.
+        """Take an ancestral step x_t -> x_{t-1}, without noise where t = 0. Returns {"sample", "pred_xstart"}.
 
-        cond_fn: guides the step, see `condition_mean`. noise: drawn after the model was evaluated if None.
+        cond_fn: guides the step, see `condition_mean`. noise: drawn after the model's evaluation if None.
+        cond_fn_with_grad: see `p_sample_loop_progressive`; x must require gradients.
         """
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         noise = torch.randn_like(x) if noise is None else noise
         if cond_fn is not None:
+            cond_fn = _with_prediction(cond_fn, out, t) if cond_fn_with_grad else cond_fn
             out["mean"] = self.condition_mean(cond_fn, out, x, t, model_kwargs)
         return {"sample": self.add_noise(out, t, noise), "pred_xstart": out["pred_xstart"]}
 
     def add_noise(self, out: Step, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """mean + sigma noise for a posterior `out`, without noise where t = 0."""
+        """Return mean + sigma noise for a posterior `out`, without noise where t = 0."""
         nonzero = (t != 0).to(noise.dtype).reshape(-1, *[1] * (noise.ndim - 1))
         return out["mean"] + nonzero * torch.exp(0.5 * out["log_variance"]) * noise
 
@@ -408,27 +429,31 @@ class GaussianDiffusion:
         eta: float = 0.0,
         *,
         noise: torch.Tensor | None = None,
+        cond_fn_with_grad: bool = False,
     ) -> Step:
-        """One DDIM step (Song et al. 2021, equation 12); eta = 0 is deterministic, eta = 1 the ancestral variance.
+        """Take a DDIM step (Song et al. 2021, equation 12) with eta times the ancestral standard deviation, 0 to 1.
 
-        cond_fn: guides the step, see `condition_score`. Returns {"sample", "pred_xstart"}.
+        cond_fn: guides the step, see `condition_score`. noise, cond_fn_with_grad: as in `p_sample`. Returns {"sample",
+        "pred_xstart"}, the prediction after guidance, or with cond_fn_with_grad before it.
         """
         if not 0 <= eta <= 1:
             raise InputError("it must be from 0 to 1", parameter="eta", value=eta)
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        plain = out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         if cond_fn is not None:
+            cond_fn = _with_prediction(cond_fn, out, t) if cond_fn_with_grad else cond_fn
             out = self.condition_score(cond_fn, out, x, t, model_kwargs)
         mean, sigma = self.ddim_mean_sigma(out["pred_xstart"], x, t, eta)
         noise = torch.randn_like(x) if noise is None else noise
         nonzero = (t != 0).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-        return {"sample": mean + nonzero * sigma * noise, "pred_xstart": out["pred_xstart"]}
+        pred_xstart = (plain if cond_fn_with_grad else out)["pred_xstart"]
+        return {"sample": mean + nonzero * sigma * noise, "pred_xstart": pred_xstart}
 
     def ddim_mean_sigma(
         self, pred_xstart: torch.Tensor, x: torch.Tensor, t: torch.Tensor, eta: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean [N, C, H, W] and standard deviation [N, 1, 1, 1] of a DDIM step from x with a prediction of x_0."""
+        """Return mean [N, C, H, W] and standard deviation [N, 1, 1, 1] of a DDIM step with a prediction of x_0."""
         eps = self.eps_from_xstart(x, t, pred_xstart)
-        # sigma^2 = eta^2 s (1 - alpha_bar_prev) with s = beta / (1 - alpha_bar), so that this much of the noise is left:
+        # sigma^2 is eta^2 s (1 - alpha_bar_prev) with s = beta / (1 - alpha_bar); this share of the noise is left.
         left = (1 - eta**2 * self.extract("posterior_share", t, x.ndim)).sqrt()
         noise = left * self.extract("sqrt_one_minus_alphas_cumprod_prev", t, x.ndim)
         mean = self.extract("sqrt_alphas_cumprod_prev", t, x.ndim) * pred_xstart + noise * eps
@@ -444,9 +469,9 @@ class GaussianDiffusion:
         model_kwargs: dict | None = None,
         eta: float = 0.0,
     ) -> Step:
-        """One step x_t -> x_{t+1} of DDIM's deterministic path, backwards: it encodes an image as noise.
+        """Take a step x_t -> x_{t+1} of DDIM's deterministic path (eta = 0), which encodes an image as noise.
 
-        Returns {"sample", "pred_xstart"}. Only eta = 0 has such a path.
+        Returns {"sample", "pred_xstart"}.
         """
         if eta != 0:
             raise InputError("only the deterministic path, 0, can be reversed", parameter="eta", value=eta)
@@ -457,24 +482,6 @@ class GaussianDiffusion:
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     # ---- from noise to image ----
-
-    def p_sample_loop(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: torch.Tensor | None = None,
-        clip_denoised: bool | float = True,
-        denoised_fn: Callable | None = None,
-        cond_fn: Callable | None = None,
-        model_kwargs: dict | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-    ) -> torch.Tensor:
-        """Ancestral sampling from noise to image; see `p_sample_loop_progressive`."""
-        steps = self.p_sample_loop_progressive(
-            model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress
-        )
-        return _last(steps)["sample"]
 
     def p_sample_loop_progressive(
         self,
@@ -487,33 +494,23 @@ class GaussianDiffusion:
         model_kwargs: dict | None = None,
         device: torch.device | str | None = None,
         progress: bool = False,
+        skip_timesteps: int = 0,
+        init_image: torch.Tensor | None = None,
+        randomize_class: bool = False,
+        cond_fn_with_grad: bool = False,
     ) -> Iterator[Step]:
-        """Ancestral sampling, a generator of the dicts of all steps, from the last index to 0.
+        """Run ancestral sampling; yield the dict of `p_sample` after each step, from the last index to 0.
 
         noise: x_T, drawn if None. device: where to sample, that of noise or model if None. progress: show a bar. The
-        others go to `p_sample`.
+        next four are those of crowsonkb's fork. skip_timesteps: number of steps to leave out at the noisy end;
+        init_image [N, C, H, W]: start from this image, noised (zeros if None and steps are left out). randomize_class:
+        draw the labels `y` of model_kwargs anew at each step, below model.num_classes. cond_fn_with_grad: call
+        cond_fn(x, t, out, **model_kwargs) with step indices t and the result `out` of `p_mean_variance`, a function of
+        x that can be differentiated.
         """
-        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        return self._loop(self.p_sample, model, shape, noise, device, progress, options)
-
-    def ddim_sample_loop(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: torch.Tensor | None = None,
-        clip_denoised: bool | float = True,
-        denoised_fn: Callable | None = None,
-        cond_fn: Callable | None = None,
-        model_kwargs: dict | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        eta: float = 0.0,
-    ) -> torch.Tensor:
-        """DDIM sampling from noise to image; see `ddim_sample_loop_progressive`."""
-        steps = self.ddim_sample_loop_progressive(
-            model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta
-        )
-        return _last(steps)["sample"]
+        options = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
+        changes = skip_timesteps, init_image, randomize_class, cond_fn_with_grad
+        return self._loop(self.p_sample, model, shape, noise, options, model_kwargs, device, progress, *changes)
 
     def ddim_sample_loop_progressive(
         self,
@@ -527,27 +524,47 @@ class GaussianDiffusion:
         device: torch.device | str | None = None,
         progress: bool = False,
         eta: float = 0.0,
+        skip_timesteps: int = 0,
+        init_image: torch.Tensor | None = None,
+        randomize_class: bool = False,
+        cond_fn_with_grad: bool = False,
     ) -> Iterator[Step]:
-        """DDIM sampling as a generator; arguments as for `p_sample_loop_progressive`, and `ddim_sample`'s eta."""
-        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
-        return self._loop(self.ddim_sample, model, shape, noise, device, progress, options)
+        """Run DDIM sampling with `ddim_sample`'s eta; otherwise as `p_sample_loop_progressive`."""
+        options = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn, "eta": eta}
+        changes = skip_timesteps, init_image, randomize_class, cond_fn_with_grad
+        return self._loop(self.ddim_sample, model, shape, noise, options, model_kwargs, device, progress, *changes)
 
-    def _loop(self, step, model, shape, noise, device, progress, options):
-        """Run `step`, with its positional `options`, from the last index to 0."""
-        if device is None:
-            parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-            source = noise if noise is not None else parameter
-            device = source.device if source is not None else torch.device("cpu")
-        x = torch.randn(*shape, device=device) if noise is None else noise
-        indices = range(self.num_timesteps - 1, -1, -1)
+    p_sample_loop = _last_sample(p_sample_loop_progressive)
+    ddim_sample_loop = _last_sample(ddim_sample_loop_progressive)
+
+    def _loop(
+        self, step, model: Any, shape, noise, options, model_kwargs, device, progress, skip_timesteps, init_image,
+        randomize_class, with_grad,
+    ):  # fmt: skip
+        """Run step(model, x, t, model_kwargs=…, **options) from the first index to 0."""
+        device = _device(model, noise) if device is None else device
+        indices = range(self.num_timesteps - skip_timesteps - 1, -1, -1)
+        if not 0 <= skip_timesteps < self.num_timesteps:
+            reason = f"the process has {self.num_timesteps} steps, so it can be 0 to {self.num_timesteps - 1}"
+            raise InputError(reason, parameter="skip_timesteps", value=skip_timesteps)
+        options |= {"cond_fn_with_grad": True} if with_grad else {}
+        x = torch.randn(*shape, device=device, dtype=torch.float32) if noise is None else noise
+        if skip_timesteps or init_image is not None:
+            init_image = torch.zeros_like(x) if init_image is None else init_image
+            x = self.q_sample(init_image, torch.full(shape[:1], indices[0], device=device), x)
         if progress:
             from tqdm.auto import tqdm
 
             indices = tqdm(indices)
         for i in indices:
-            t = torch.full((shape[0],), i, device=device, dtype=torch.long)
-            with torch.no_grad():
-                out = step(model, x, t, *options)
+            # Neither cond_fn nor the model could be differentiated in inference mode.
+            with torch.inference_mode(False), torch.set_grad_enabled(with_grad):
+                kwargs = {name: _normal(value) for name, value in (model_kwargs or {}).items()}
+                if randomize_class and "y" in kwargs:
+                    kwargs["y"] = torch.randint(model.num_classes, kwargs["y"].shape, device=kwargs["y"].device)
+                t = torch.full(shape[:1], i, device=device)
+                out = step(model, _normal(x).detach().requires_grad_(with_grad), t, model_kwargs=kwargs, **options)
+                out = {name: value.detach() for name, value in out.items()}
             yield out
             x = out["sample"]
 
@@ -561,21 +578,23 @@ class GaussianDiffusion:
         model_kwargs: dict | None = None,
         noise: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Training loss per image, a dict with `loss` [N] and, where it applies, its terms `mse` and `vb`."""
+        """Return the training loss per image: a dict with `loss` [N] and, where they apply, its terms `mse`, `vb`."""
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise=noise)
         output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
+
+        def bound(output):
+            return self._vb_terms_bpd(lambda *_: output, x_start, x_t, t, clip_denoised=False)["output"]
+
         if self.loss_type in (LossType.KL, LossType.RESCALED_KL):
-            bound = self.variational_bound(output, x_start, x_t, t)
-            return {"loss": bound * self.num_timesteps if self.loss_type is LossType.RESCALED_KL else bound}
+            return {"loss": bound(output) * (self.num_timesteps if self.loss_type is LossType.RESCALED_KL else 1)}
 
         terms = {}
         prediction = output
         if self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE):
-            # The bound trains the variance only: the mean is frozen in it.
+            # The bound trains the variance only: the mean is detached in it.
             prediction, values = output.split(x_t.shape[1], dim=1)
-            frozen = torch.cat([prediction.detach(), values], dim=1)
-            terms["vb"] = self.variational_bound(frozen, x_start, x_t, t)
+            terms["vb"] = bound(torch.cat([prediction.detach(), values], dim=1))
             if self.loss_type is LossType.RESCALED_MSE:
                 terms["vb"] = terms["vb"] * (self.num_timesteps / 1000.0)
         target = self._mse_target(x_start, x_t, t, noise)
@@ -589,24 +608,9 @@ class GaussianDiffusion:
         if self.model_mean_type is ModelMeanType.START_X:
             return x_start
         if self.model_mean_type is ModelMeanType.VELOCITY:
-            signal, noise_part = (
-                self.extract(name, t, x_t.ndim) for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-            )
-            return signal * noise - noise_part * x_start
+            signal = self.extract("sqrt_alphas_cumprod", t, x_t.ndim)
+            return signal * noise - self.extract("sqrt_one_minus_alphas_cumprod", t, x_t.ndim) * x_start
         return self.q_posterior_mean_variance(x_start, x_t, t)[0]
-
-    def variational_bound(
-        self, model_output: torch.Tensor, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
-    ) -> torch.Tensor:
-        """The bound's term of step t in bits per dimension, [N]: a KL divergence; at t = 0 the negative likelihood."""
-        return self._bound(self.p_mean_variance_from(model_output, x_t, t, clip_denoised=False), x_start, x_t, t)
-
-    def _bound(self, out, x_start, x_t, t):
-        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
-        kl = mean_flat(normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"]))
-        log_scales = 0.5 * out["log_variance"]
-        nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, means=out["mean"], log_scales=log_scales))
-        return torch.where(t == 0, nll, kl) / math.log(2.0)
 
     def calc_bpd_loop(
         self,
@@ -617,12 +621,12 @@ class GaussianDiffusion:
         *,
         noise: Callable[[torch.Size], torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The variational bound of images x_0 [N, C, H, W] on the 8-bit grid, in bits per dimension, term by term.
+        """Compute the variational bound of images x_0 [N, C, H, W] on the 8-bit grid, in bits per dimension.
 
-        Noise is drawn for every step, from the last to the first, by noise(shape) where that is given. Returns a dict:
-        `total_bpd` and `prior_bpd` [N], the bound and its term that no model changes; `vb`, `xstart_mse` and `mse`
-        [N, T], from the last step to the first: the bound's terms and the mean squared errors of the predictions of x_0
-        and of the noise.
+        noise: function of a shape, called at every step from the last to the first; standard normal draws if None.
+        Returns a dict: `total_bpd` and `prior_bpd` [N], the bound and its term without the model; `vb`, `xstart_mse`
+        and `mse` [N, T], from the last step to the first: the bound's other terms and the mean squared errors of the
+        predictions of x_0 and of the noise.
         """
         terms = {"vb": [], "xstart_mse": [], "mse": []}
         for i in reversed(range(self.num_timesteps)):
@@ -639,24 +643,28 @@ class GaussianDiffusion:
         prior = self._prior_bpd(x_start)
         return {"total_bpd": columns["vb"].sum(dim=1) + prior, "prior_bpd": prior, **columns}
 
-    # ---- guided-diffusion's names for parts of the above, which published code calls ----
+    # ---- guided-diffusion's private names that published code calls ----
 
     def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised: bool | float = True, model_kwargs=None):
-        """The bound's terms `output` [N] in bits per dimension and the prediction `pred_xstart`."""
+        """Return the bound's terms `output` [N] in bits per dimension and the prediction `pred_xstart`.
+
+        A term is a KL divergence, and at t = 0 the negative log-likelihood of grey levels.
+        """
         out = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
-        return {"output": self._bound(out, x_start, x_t, t), "pred_xstart": out["pred_xstart"]}
+        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
+        kl = mean_flat(normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"]))
+        log_scales = 0.5 * out["log_variance"]
+        nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, means=out["mean"], log_scales=log_scales))
+        return {"output": torch.where(t == 0, nll, kl) / math.log(2.0), "pred_xstart": out["pred_xstart"]}
 
     def _prior_bpd(self, x_start):
-        """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension, [N]."""
+        """Return KL(q(x_T | x_0) || N(0, 1)) in bits per dimension, [N]."""
         t = torch.full((x_start.shape[0],), self.num_timesteps - 1, device=x_start.device, dtype=torch.long)
         mean, _, log_variance = self.q_mean_variance(x_start, t)
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
 
-    def _predict_xstart_from_eps(self, x_t, t, eps):
-        return self.xstart_from_eps(x_t, t, eps)
-
-    def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
-        return self.eps_from_xstart(x_t, t, pred_xstart)
+    _predict_xstart_from_eps = xstart_from_eps
+    _predict_eps_from_xstart = eps_from_xstart
 
     def _predict_xstart_from_xprev(self, x_t, t, xprev):
         coef1 = self.extract("posterior_mean_coef1", t, x_t.ndim)
@@ -668,10 +676,5 @@ class GaussianDiffusion:
 
 def _extract_into_tensor(arr, timesteps, broadcast_shape):
     """Entries of the array `arr` [T] at timesteps [N], float32, expanded to a shape."""
-    values = torch.from_numpy(arr).to(timesteps.device)[timesteps].float()
+    values = torch.from_numpy(arr).float().to(timesteps.device)[timesteps]
     return values.reshape(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)
-
-
-def _last(iterator):
-    *_, item = iterator
-    return item

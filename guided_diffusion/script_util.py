@@ -1,9 +1,12 @@
-"""Flags and the models they describe, with guided-diffusion's names and defaults."""
+"""Models and diffusion processes from flags, with guided-diffusion's names and defaults."""
 
 import argparse
 import inspect
+import linecache
 import logging
 import re
+import sys
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -19,21 +22,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NUM_CLASSES = 1000
+"""Number of classes where none is given; a script may set another."""
 
-# Channel multipliers of super-resolution models, by the side of what they make.
-SR_CHANNEL_MULT = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4)}
-
-# Channel multipliers where channel_mult is empty, by image size.
 CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
     256: (1, 1, 2, 2, 4, 4),
     128: (1, 1, 2, 3, 4),
     64: (1, 2, 3, 4),
 }
+"""Default channel multipliers by image size."""
+
+SR_CHANNEL_MULT = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4)}
+"""Default channel multipliers of super-resolution models, by the size of their output."""
 
 
 def diffusion_defaults() -> dict[str, Any]:
-    """Flags of the diffusion process."""
+    """Return the flags of the diffusion process."""
     return {
         "learn_sigma": False,
         "diffusion_steps": 1000,
@@ -47,7 +51,7 @@ def diffusion_defaults() -> dict[str, Any]:
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
-    """Flags of the UNet and of the diffusion process."""
+    """Return the flags of the UNet and of the diffusion process."""
     return dict(
         image_size=64,
         num_channels=128,
@@ -69,8 +73,10 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
 
 
 def extension_defaults() -> dict[str, Any]:
-    """Flags beyond guided-diffusion's, which stand in no file and no record where they are usual: the conventions of
-    diffusers' models, and whether a model is one of super-resolution."""
+    """Return the flags that guided-diffusion does not have: conventions of diffusers' models and super-resolution.
+
+    Files and records of models hold them only where they differ from these values.
+    """
     return {
         "super_res": False,
         "norm_groups": 32,
@@ -83,7 +89,7 @@ def extension_defaults() -> dict[str, Any]:
 
 
 def classifier_defaults() -> dict[str, Any]:
-    """Flags of the noisy-image classifier and, with EGSDE's values, of the domain-specific extractor."""
+    """Return the flags of the noisy-image classifier and, with EGSDE's values, of the domain-specific extractor."""
     return {
         "image_size": 64,
         "classifier_use_fp16": False,
@@ -97,12 +103,12 @@ def classifier_defaults() -> dict[str, Any]:
 
 
 def classifier_and_diffusion_defaults() -> dict[str, Any]:
-    """Flags of the noisy-image classifier and of the diffusion process."""
+    """Return the flags of the noisy-image classifier and of the diffusion process."""
     return {**classifier_defaults(), **diffusion_defaults()}
 
 
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
-    """Flags of a super-resolution model and of its diffusion process."""
+    """Return the flags of a super-resolution model and of its diffusion process."""
     flags = {**model_and_diffusion_defaults(), "large_size": 256, "small_size": 64}
     names = inspect.getfullargspec(sr_create_model_and_diffusion).args
     return {name: value for name, value in flags.items() if name in names}
@@ -134,7 +140,7 @@ def create_model_and_diffusion(
     use_new_attention_order: bool = False,
     *,
     sigma_small: bool = False,
-    num_classes: int = NUM_CLASSES,
+    num_classes: int | None = None,
     norm_groups: int = 32,
     norm_eps: float = 1e-5,
     sines_first: bool = False,
@@ -142,9 +148,9 @@ def create_model_and_diffusion(
     middle_norm: bool = True,
     predict_v: bool = False,
 ) -> "tuple[UNetModel, SpacedDiffusion]":
-    """The UNet and its diffusion process; the defaults are those of `model_and_diffusion_defaults`.
+    """Create the UNet and its diffusion process; the defaults are those of `model_and_diffusion_defaults`.
 
-    What follows the asterisk is this project's own: see `extension_defaults`.
+    Parameters after the asterisk are this project's own: see `extension_defaults`, and `create_model` for num_classes.
     """
     flags = dict(locals())
     model = create_model(**_arguments(create_model, flags))
@@ -152,9 +158,10 @@ def create_model_and_diffusion(
 
 
 def create_diffusion(**flags: Any) -> SpacedDiffusion:
-    """The diffusion process alone, from any set of flags that has its own among them.
+    """Create the diffusion process from any set of flags that includes its own.
 
-    sigma_small is True unless given, as in this project's commands; `create_gaussian_diffusion` has guided-diffusion's.
+    sigma_small is True by default, as in this project's commands; in `create_gaussian_diffusion` it is False, as in
+    guided-diffusion.
     """
     return create_gaussian_diffusion(**_diffusion_arguments({**diffusion_defaults(), "sigma_small": True, **flags}))
 
@@ -168,12 +175,12 @@ def _arguments(function, flags):
 
 
 def channel_multipliers(channel_mult: str | None, image_size: int) -> tuple[float, ...]:
-    """`channel_mult` ("1,2,4" or "" for the image size's usual ones) as a tuple."""
+    """Parse `channel_mult`: "1,2,4", or "" for the defaults of the image size."""
     if channel_mult in ("", None):
         if image_size not in CHANNEL_MULT:
             known = ", ".join(str(size) for size in sorted(CHANNEL_MULT))
             raise InputError(
-                f"it has no usual `channel_mult` (known for {known}): give one, as 1,2,4",
+                f"it has no default `channel_mult` (known for {known}): give one, such as 1,2,4",
                 parameter="image_size",
                 value=image_size,
             )
@@ -188,7 +195,7 @@ def channel_multipliers(channel_mult: str | None, image_size: int) -> tuple[floa
 
 
 def attention_factors(attention_resolutions: str, image_size: int) -> tuple[int, ...]:
-    """`attention_resolutions` ("16,8": sides of the feature map) as downsampling factors."""
+    """Parse `attention_resolutions` ("16,8": sides of the feature map); return them as downsampling factors."""
     sides = [part.strip() for part in str(attention_resolutions).split(",") if part.strip()]
     if not all(re.fullmatch(r"[0-9]{1,9}", side) and int(side) for side in sides):
         raise InputError(
@@ -196,7 +203,7 @@ def attention_factors(attention_resolutions: str, image_size: int) -> tuple[int,
             parameter="attention_resolutions",
             value=attention_resolutions,
         )
-    # As in guided-diffusion, a side that no level has gives a factor that is never reached, which does no harm.
+    # As in guided-diffusion, a side that no level has is ignored.
     return tuple(image_size // int(side) for side in sides)
 
 
@@ -217,20 +224,25 @@ def create_model(
     resblock_updown: bool = False,
     use_fp16: bool = False,
     use_new_attention_order: bool = False,
-    num_classes: int = NUM_CLASSES,
+    num_classes: int | None = None,
     norm_groups: int = 32,
     norm_eps: float = 1e-5,
     sines_first: bool = False,
     pad_end: bool = False,
     middle_norm: bool = True,
     super_res: bool = False,
+    **configuration: Any,
 ) -> Any:
-    """The ADM UNet that the flags describe, for 3-channel images; num_classes counts only with class_cond.
+    """Create the ADM UNet for 3-channel images that the flags describe.
 
-    super_res: the `SuperResModel` that makes images of image_size of smaller ones.
+    num_classes: of class-conditional models, NUM_CLASSES if None. super_res: create the `SuperResModel` that enlarges
+    images to image_size. configuration: the keys `type`, `in_channels`, `out_channels`, `resamp_with_conv` and
+    `var_type`, which ddrm and its descendants pass; they change nothing, and a value that would is named in a warning.
     """
     from .unet import SuperResModel, UNetModel
 
+    _check_configuration(configuration, learn_sigma)
+    flags = dict(locals())
     if super_res and channel_mult in ("", None) and image_size in SR_CHANNEL_MULT:
         channel_mult = ",".join(map(str, SR_CHANNEL_MULT[image_size]))
     factors, mults = attention_factors(attention_resolutions, image_size), channel_multipliers(channel_mult, image_size)
@@ -241,30 +253,35 @@ def create_model(
             attention_resolutions,
             sides,
         )
-    return (SuperResModel if super_res else UNetModel)(
-        image_size=image_size,
-        in_channels=3,
-        model_channels=num_channels,
-        out_channels=6 if learn_sigma else 3,
-        num_res_blocks=num_res_blocks,
-        attention_resolutions=factors,
-        dropout=dropout,
-        channel_mult=mults,
-        num_classes=num_classes if class_cond else None,
-        use_checkpoint=use_checkpoint,
-        use_fp16=use_fp16,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        resblock_updown=resblock_updown,
-        use_new_attention_order=use_new_attention_order,
-        norm_groups=norm_groups,
-        norm_eps=norm_eps,
-        sines_first=sines_first,
-        pad_end=pad_end,
-        middle_norm=middle_norm,
-    )
+    flags |= {
+        "in_channels": 3,
+        "model_channels": num_channels,
+        "out_channels": 6 if learn_sigma else 3,
+        "attention_resolutions": factors,
+        "channel_mult": mults,
+        "num_classes": (NUM_CLASSES if num_classes is None else num_classes) if class_cond else None,
+    }
+    return (SuperResModel if super_res else UNetModel)(**_arguments(UNetModel, flags))
+
+
+def _check_configuration(given, learn_sigma):
+    """Warn of keys of a configuration file that ask for another network; TypeError for keys that it does not have."""
+    fitting = {
+        "type": ("openai",),
+        "in_channels": (3,),
+        # Published files give 3 for models with a learned variance, too.
+        "out_channels": (3, 6) if learn_sigma else (3,),
+        "resamp_with_conv": (True,),
+        "var_type": ("fixedsmall", "fixedlarge"),
+    }
+    for name, value in given.items():
+        if name not in fitting:
+            raise TypeError(f"create_model() got an unexpected keyword argument {name!r}")
+        if value not in fitting[name]:
+            known = " or ".join(map(repr, fitting[name]))
+            warnings.warn(
+                f"create_model: {name}={value!r} has no effect; the network is made for {known}", stacklevel=3
+            )
 
 
 def create_classifier(
@@ -277,18 +294,21 @@ def create_classifier(
     classifier_resblock_updown: bool = True,
     classifier_pool: str = "attention",
     channel_mult: str = "",
-    num_class: int = NUM_CLASSES,
+    num_class: int | None = None,
     num_head_channels: int = 64,
     head: str = "out",
 ) -> Any:
-    """The noisy-image classifier; with num_class=2 and head="I2Iout" EGSDE's domain-specific extractor."""
+    """Create the noisy-image classifier; with num_class=2 and head="I2Iout" EGSDE's domain-specific extractor.
+
+    num_class: number of classes, NUM_CLASSES if None.
+    """
     from .unet import EncoderUNetModel
 
     return EncoderUNetModel(
         image_size=image_size,
         in_channels=3,
         model_channels=classifier_width,
-        out_channels=num_class,
+        out_channels=NUM_CLASSES if num_class is None else num_class,
         num_res_blocks=classifier_depth,
         attention_resolutions=attention_factors(classifier_attention_resolutions, image_size),
         channel_mult=channel_multipliers(channel_mult, image_size),
@@ -319,7 +339,7 @@ def create_classifier_and_diffusion(
     rescale_timesteps: bool = False,
     rescale_learned_sigmas: bool = False,
 ) -> "tuple[EncoderUNetModel, SpacedDiffusion]":
-    """The noisy-image classifier of 1000 classes and the diffusion process that makes the noise."""
+    """Create the noisy-image classifier of NUM_CLASSES classes and the diffusion process that makes the noise."""
     flags = dict(locals())
     classifier = create_classifier(**_arguments(create_classifier, flags))
     return classifier, create_gaussian_diffusion(**_diffusion_arguments(flags))
@@ -350,13 +370,12 @@ def sr_create_model_and_diffusion(
     use_fp16: bool = False,
     *,
     channel_mult: str = "",
-    num_classes: int = NUM_CLASSES,
+    num_classes: int | None = None,
 ) -> "tuple[SuperResModel, SpacedDiffusion]":
-    """The super-resolution model and its diffusion process; see `sr_create_model`."""
+    """Create the super-resolution model and its diffusion process; see `sr_create_model`."""
     flags = dict(locals())
-    return sr_create_model(**_arguments(sr_create_model, flags)), create_gaussian_diffusion(
-        **_diffusion_arguments(flags)
-    )
+    model = sr_create_model(**_arguments(sr_create_model, flags))
+    return model, create_gaussian_diffusion(**_diffusion_arguments(flags))
 
 
 def sr_create_model(
@@ -377,16 +396,16 @@ def sr_create_model(
     use_fp16: bool,
     *,
     channel_mult: str = "",
-    num_classes: int = NUM_CLASSES,
+    num_classes: int | None = None,
 ) -> "SuperResModel":
-    """The UNet that makes images of side large_size of given ones; it takes those of any side, small_size is not used.
+    """Create the UNet that enlarges images to large_size. They can have any size; small_size is not used.
 
-    channel_mult: multipliers other than the published ones of large_size 64, 256 and 512.
+    channel_mult: multipliers, by default the published ones of large_size 64, 256 and 512.
     """
     if not channel_mult and large_size not in SR_CHANNEL_MULT:
         known = ", ".join(map(str, sorted(SR_CHANNEL_MULT)))
         raise InputError(
-            f"it has no usual `channel_mult` (known for {known}): give one, as 1,2,4",
+            f"it has no default `channel_mult` (known for {known}): give one, such as 1,2,4",
             parameter="large_size",
             value=large_size,
         )
@@ -407,10 +426,9 @@ def create_gaussian_diffusion(
     timestep_respacing: Any = "",
     predict_v: bool = False,
 ) -> SpacedDiffusion:
-    """The diffusion process that the flags describe.
+    """Create the diffusion process that the flags describe.
 
-    Without learned variance, sigma_small=False chooses the larger one, beta (guided-diffusion's default), True
-    the posterior's (this project's commands, better with few steps).
+    sigma_small: without a learned variance, use the posterior's, which is better with few steps, instead of beta.
     """
     if steps < 1:
         raise InputError("it must be at least 1", parameter="diffusion_steps", value=steps)
@@ -421,45 +439,44 @@ def create_gaussian_diffusion(
     betas = get_named_beta_schedule(noise_schedule, steps)
     if betas.max() >= 1:
         raise InputError("the linear schedule needs more than 20", parameter="diffusion_steps", value=steps)
-    if use_kl:
-        loss_type = LossType.RESCALED_KL
-    else:
-        loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
-    if learn_sigma:
-        model_var_type = ModelVarType.LEARNED_RANGE
-    else:
-        model_var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
-    if predict_v:
-        model_mean_type = ModelMeanType.VELOCITY
-    else:
-        model_mean_type = ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON
+    mse = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
+    fixed = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
+    start_or_noise = ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
         betas=betas,
-        model_mean_type=model_mean_type,
-        model_var_type=model_var_type,
-        loss_type=loss_type,
+        model_mean_type=ModelMeanType.VELOCITY if predict_v else start_or_noise,
+        model_var_type=ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
+        loss_type=LossType.RESCALED_KL if use_kl else mse,
         rescale_timesteps=rescale_timesteps,
     )
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any]) -> None:
-    """One flag per entry; its type is the default's, booleans are written True or False."""
+    """Add one flag per entry, of the default's type; booleans are written True or False."""
     for name, default in default_dict.items():
         kind = str if default is None else str2bool if isinstance(default, bool) else type(default)
         parser.add_argument(f"--{name}", default=default, type=kind)
 
 
 def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
-    """The named attributes of parsed arguments as a dict."""
+    """Return the named attributes of parsed arguments as a dict.
+
+    Warns of values that would be lost: those whose name stands in no set of flags here, such as an option of a fork's
+    model or loss, and is not read in the source file of the caller.
+    """
+    keys = list(keys)
+    known = {*keys, *sr_model_and_diffusion_defaults(), *model_and_diffusion_defaults(), *classifier_defaults()}
+    caller = "".join(linecache.getlines(sys._getframe(1).f_code.co_filename))
+    for name, value in vars(args).items():
+        if value and name not in known and not re.search(rf"\.{name}\b", caller):
+            warnings.warn(f"{name}={value!r} has no effect: this guided_diffusion has no such option", stacklevel=2)
     return {key: getattr(args, key) for key in keys}
 
 
 def str2bool(value: str | bool) -> bool:
-    """True/False, yes/no, 1/0 in any case as a boolean, for argparse."""
-    if isinstance(value, bool):
-        return value
-    text = value.lower()
+    """Parse True/False, yes/no, t/f, y/n, 1/0 in any case; argparse.ArgumentTypeError for others."""
+    text = str(value).lower()
     if text in ("yes", "true", "t", "y", "1"):
         return True
     if text in ("no", "false", "f", "n", "0"):

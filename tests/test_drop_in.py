@@ -3,6 +3,7 @@
 The golden file was computed once with openai/guided-diffusion on random weights; see docs/drop_in.md.
 """
 
+import argparse
 import importlib
 import inspect
 import math
@@ -13,7 +14,7 @@ import torch
 from conftest import golden, golden_path
 from PIL import Image
 
-from guided_diffusion import dist_util
+from guided_diffusion import dist_util, script_util
 from guided_diffusion.errors import InputError
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType
@@ -44,6 +45,10 @@ ddim_reverse_sample training_losses _vb_terms_bpd _prior_bpd _predict_xstart_fro
 """
 
 
+LOOP = "model shape noise clip_denoised denoised_fn cond_fn model_kwargs device progress"
+FORK = "skip_timesteps init_image randomize_class cond_fn_with_grad"
+
+
 @pytest.mark.parametrize("line", NAMES.split("\n")[1:-1])
 def test_names(line):
     module, names = line.split(": ")
@@ -64,8 +69,8 @@ def test_names_of_the_process():
         ("p_sample", "model x t clip_denoised denoised_fn cond_fn model_kwargs"),
         ("ddim_sample", "model x t clip_denoised denoised_fn cond_fn model_kwargs eta"),
         ("ddim_reverse_sample", "model x t clip_denoised denoised_fn model_kwargs eta"),
-        ("p_sample_loop", "model shape noise clip_denoised denoised_fn cond_fn model_kwargs device progress"),
-        ("ddim_sample_loop", "model shape noise clip_denoised denoised_fn cond_fn model_kwargs device progress eta"),
+        ("p_sample_loop", f"{LOOP} {FORK}"),
+        ("ddim_sample_loop", f"{LOOP} eta {FORK}"),
         ("calc_bpd_loop", "model x_start clip_denoised model_kwargs"),
         ("training_losses", "model x_start t model_kwargs noise"),
     ],
@@ -182,9 +187,12 @@ def test_golden_file_is_small():
 class Gaussian(torch.nn.Module):
     """The exact noise predictor of data N(0, 1): eps = sqrt(1 - alpha_bar) x."""
 
-    def __init__(self, diffusion):
+    def __init__(self, diffusion, timesteps=None):
         super().__init__()
-        self.scale = torch.from_numpy(np.sqrt(1 - np.cumprod(1 - np.asarray(diffusion.betas)))).float()
+        self.scale = torch.zeros(1000)
+        self.scale[range(diffusion.num_timesteps) if timesteps is None else timesteps] = torch.from_numpy(
+            diffusion.sqrt_one_minus_alphas_cumprod
+        ).float()
 
     def forward(self, x, t, y=None):
         return self.scale[t][:, None, None, None] * x
@@ -207,6 +215,68 @@ def test_guidance_samples_the_posterior(name):
     x = getattr(diffusion, name)(Gaussian(diffusion), shape, clip_denoised=False, cond_fn=gradient, device="cpu")
     assert float(x.mean()) == pytest.approx(y / (1 + s2), abs=0.05)
     assert float(x.std()) == pytest.approx(math.sqrt(s2 / (1 + s2)), abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["p_sample_loop", "ddim_sample_loop"])
+def test_guidance_through_the_model(name):
+    """With cond_fn_with_grad, autograd through the exact model gives the gradient of log N(y; E[x_0 | x_t], s^2)."""
+    diffusion = create_gaussian_diffusion(timestep_respacing="10")
+    y, s2, seen = 0.3, 5.0, []
+    root = torch.from_numpy(diffusion.sqrt_alphas_cumprod).float()
+
+    def by_hand(x, t):  # E[x_0 | x_t] = sqrt(alpha_bar) x_t; t are original timesteps, 111 apart
+        a = root[t // 111][:, None, None, None]
+        return a * (y - a * x) / s2
+
+    def by_autograd(x, t, out):
+        seen.append(t.tolist())
+        likelihood = -(out["pred_xstart"] - y).square().sum() / (2 * s2)
+        return torch.autograd.grad(likelihood, x)[0]
+
+    model = Gaussian(diffusion, [0, 111, 222, 333, 444, 555, 666, 777, 888, 999])
+    results, predictions = [], []
+    for options in ({"cond_fn": by_hand}, {"cond_fn": by_autograd, "cond_fn_with_grad": True}):
+        torch.manual_seed(0)
+        with torch.inference_mode():  # in which nothing could be differentiated
+            out = list(getattr(diffusion, f"{name}_progressive")(model, (2, 1, 4, 4), clip_denoised=False, **options))
+        results.append(out[-1]["sample"])
+        predictions.append(out[0]["pred_xstart"])
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+    assert not results[1].requires_grad and not results[1].is_inference()
+    # The fork gives step indices, and the prediction before DDIM's guidance.
+    assert seen == [[i, i] for i in reversed(range(10))]
+    assert torch.allclose(*predictions) == (name == "p_sample_loop")
+
+
+@pytest.mark.parametrize("name", ["p_sample_loop", "ddim_sample_loop"])
+def test_a_loop_that_starts_at_an_image(published, name):
+    _, model, diffusion = published
+    noise, image = torch.randn(2, 2, 3, 8, 8).unbind()
+    for init in (image, None):
+        x = diffusion.q_sample(torch.zeros_like(noise) if init is None else init, torch.full((2,), 12), noise)
+        torch.manual_seed(0)
+        found = getattr(diffusion, name)(model, noise.shape, noise, skip_timesteps=7, init_image=init)
+        torch.manual_seed(0)
+        for i in reversed(range(13)):
+            x = getattr(diffusion, name.removesuffix("_loop"))(model, x, torch.full((2,), i))["sample"]
+        assert torch.equal(found, x)
+    with pytest.raises(InputError, match="skip_timesteps is 20; .* 0 to 19"):
+        getattr(diffusion, name)(model, noise.shape, noise, skip_timesteps=20)
+
+
+def test_classes_drawn_at_each_step():
+    labels = []
+
+    def model(x, t, y):
+        labels.append(y.tolist())
+        return torch.zeros_like(x)
+
+    model.num_classes = 3
+    given = {"y": torch.tensor([5, 5])}
+    diffusion = create_gaussian_diffusion(timestep_respacing="30")
+    diffusion.p_sample_loop(model, (2, 3, 4, 4), model_kwargs=given, randomize_class=True)
+    assert len(labels) == 30 and {label for pair in labels for label in pair} == {0, 1, 2}
+    assert given["y"].tolist() == [5, 5]
 
 
 def test_the_path_runs_backwards():
@@ -280,6 +350,41 @@ def test_a_hook_changes_the_output():
         plain = norm_silu(norm, x)
         norm.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
         assert plain.any() and not norm_silu(norm, x).any()
+
+
+CONFIGURATION = {
+    "type": "openai", "in_channels": 3, "out_channels": 3, "resamp_with_conv": True, "var_type": "fixedsmall",
+}  # fmt: skip
+
+
+def test_configuration_keys_of_ddrm(recwarn):
+    flags = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "learn_sigma": True}
+    assert create_model(**flags, **CONFIGURATION).out_channels == 6 and not recwarn.list
+    with pytest.warns(UserWarning, match="in_channels=1 has no effect; the network is made for 3"):
+        create_model(**flags, **{**CONFIGURATION, "in_channels": 1})
+    with pytest.raises(TypeError, match="mystery"):
+        create_model(**flags, mystery=1)
+
+
+def test_number_of_classes_that_the_importer_sets(monkeypatch):
+    monkeypatch.setattr(script_util, "NUM_CLASSES", 10)
+    flags = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "class_cond": True}
+    assert create_model(**flags).num_classes == 10
+    assert script_util.create_model_and_diffusion(**flags)[0].num_classes == 10
+    classifier = script_util.create_classifier(16, classifier_width=32, classifier_depth=1, channel_mult="2,2")
+    assert classifier.out_channels == 10
+
+
+def test_options_of_a_fork_are_named(recwarn):
+    """DDPM-IP's script passes `input_pertub` to no function: its own package takes it from the flags."""
+    names = {"input_pertub": 0.1, "mystery": 0.0, "save_dir": "out", "learn_sigma": True}
+    args = argparse.Namespace(**script_util.model_and_diffusion_defaults() | names)
+    assert args.save_dir  # read by the script: not lost
+    found = script_util.args_to_dict(args, script_util.model_and_diffusion_defaults().keys())
+    assert set(found) == set(script_util.model_and_diffusion_defaults())
+    assert [str(w.message) for w in recwarn] == [
+        "input_pertub=0.1 has no effect: this guided_diffusion has no such option"
+    ]
 
 
 def test_super_resolution_model_and_process():
@@ -449,7 +554,7 @@ def test_process_group_of_one(monkeypatch):
             monkeypatch.delenv(variable, raising=False)
     dist_util.setup_dist()
     try:
-        dist_util.setup_dist()
+        dist_util.setup_dist({"gpu": 0})  # as forks call it
         assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
         gathered = [torch.zeros(2)]
         dist.all_gather(gathered, torch.ones(2))

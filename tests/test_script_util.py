@@ -83,98 +83,41 @@ def test_no_flags_give_the_defaults():
 
 
 def test_the_releases_command_line():
-    args = parse(
-        *[
-            "--attention_resolutions",
-            "16",
-            "--class_cond",
-            "False",
-            "--diffusion_steps",
-            "1000",
-            "--dropout",
-            "0.1",
-            "--image_size",
-            "256",
-        ],
-        *["--learn_sigma", "True", "--noise_schedule", "cosine", "--num_channels", "128", "--num_head_channels", "64"],
-        *[
-            "--num_res_blocks",
-            "1",
-            "--resblock_updown",
-            "True",
-            "--use_fp16",
-            "False",
-            "--use_scale_shift_norm",
-            "True",
-        ],
-        *["--timestep_respacing", "100", "--channel_mult", "1,2"],
-    )
+    text = """--attention_resolutions 16 --class_cond False --diffusion_steps 1000 --dropout 0.1 --image_size 256
+        --learn_sigma True --noise_schedule cosine --num_channels 128 --num_head_channels 64 --num_res_blocks 1
+        --resblock_updown True --use_fp16 False --use_scale_shift_norm True --timestep_respacing 100
+        --channel_mult 1,2"""
     changed = {
-        "attention_resolutions": "16",
-        "dropout": 0.1,
-        "image_size": 256,
-        "learn_sigma": True,
-        "noise_schedule": "cosine",
-        "num_head_channels": 64,
-        "num_res_blocks": 1,
-        "resblock_updown": True,
-        "timestep_respacing": "100",
-        "channel_mult": "1,2",
-    }
-    assert vars(args) == {**model_and_diffusion_defaults(), **changed}
+        "attention_resolutions": "16", "dropout": 0.1, "image_size": 256, "learn_sigma": True,
+        "noise_schedule": "cosine", "num_head_channels": 64, "num_res_blocks": 1, "resblock_updown": True,
+        "timestep_respacing": "100", "channel_mult": "1,2",
+    }  # fmt: skip
+    assert vars(parse(*text.split())) == {**model_and_diffusion_defaults(), **changed}
 
 
 def test_types_come_from_the_defaults():
     args = parse(
-        "--a",
-        "7",
-        "--b",
-        "7",
-        "--c",
-        "7",
-        "--d",
-        "1",
-        "--e",
-        "7",
+        *["--a", "7", "--b", "7", "--c", "7", "--d", "1", "--e", "7"],
         defaults={"a": 1, "b": 1.0, "c": "x", "d": False, "e": None},
     )
     assert [type(value) for value in vars(args).values()] == [int, float, str, bool, str]
-    assert args_to_dict(args, ["b", "d"]) == {"b": 7.0, "d": True}
 
 
-@pytest.mark.parametrize("flag, value", [("image_size", "big"), ("dropout", "none"), ("learn_sigma", "maybe")])
-def test_flags_of_the_wrong_type(flag, value):
-    with pytest.raises(argparse.ArgumentError, match=flag):
-        parse(f"--{flag}", value)
-
-
-@pytest.mark.parametrize("text", ["True", "true", "TRUE", "yes", "y", "t", "1", True])
-def test_true(text):
-    assert str2bool(text) is True
-
-
-@pytest.mark.parametrize("text", ["False", "false", "FALSE", "no", "n", "f", "0", False])
-def test_false(text):
-    assert str2bool(text) is False
-
-
-@pytest.mark.parametrize("text", ["", "maybe", "2", "None", " True"])
-def test_neither(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="neither True nor False"):
-        str2bool(text)
+def test_booleans():
+    assert all(str2bool(text) is True for text in ("True", "TRUE", "yes", "y", "t", "1", True))
+    assert all(str2bool(text) is False for text in ("False", "no", "n", "f", "0", False))
+    for text in ("", "maybe", "2", " True"):
+        with pytest.raises(argparse.ArgumentTypeError, match="neither True nor False"):
+            str2bool(text)
 
 
 @pytest.mark.parametrize(
     "text, size, expected",
     [
         ("", 512, (0.5, 1, 1, 2, 2, 4, 4)),
-        ("", 256, (1, 1, 2, 2, 4, 4)),
-        ("", 128, (1, 1, 2, 3, 4)),
-        ("", 64, (1, 2, 3, 4)),
         (None, 64, (1, 2, 3, 4)),
         ("1,2,4", 48, (1, 2, 4)),
         ("0.5,1,1.0", 48, (0.5, 1, 1)),
-        ("3", 256, (3,)),
         (" 1, 2 ", 256, (1, 2)),
     ],
 )
@@ -184,15 +127,15 @@ def test_channel_multipliers(text, size, expected):
     assert [type(m) for m in result] == [int if m == int(m) else float for m in expected]
 
 
-@pytest.mark.parametrize("text", ["1,2,", "1;2", "one", "1,,2", ","])
+@pytest.mark.parametrize("text", ["1,2,", "one"])
 def test_bad_channel_multipliers(text):
     with pytest.raises(InputError, match="a list of numbers like 1,2,4") as caught:
         channel_multipliers(text, 64)
     assert (caught.value.parameter, caught.value.value) == ("channel_mult", text)
 
 
-def test_image_sizes_without_usual_multipliers():
-    with pytest.raises(InputError, match=r"no usual channel_mult.*64, 128, 256, 512") as caught:
+def test_image_sizes_without_default_multipliers():
+    with pytest.raises(InputError, match=r"no default channel_mult.*64, 128, 256, 512") as caught:
         channel_multipliers("", 96)
     assert (caught.value.parameter, caught.value.value) == ("image_size", 96)
 
@@ -205,7 +148,7 @@ def test_attention_factors(text, size, expected):
     assert attention_factors(text, size) == expected
 
 
-@pytest.mark.parametrize("text", ["0", "sixteen", "16;8", "8.5"])
+@pytest.mark.parametrize("text", ["0", "16;8"])
 def test_bad_attention_resolutions(text):
     with pytest.raises(InputError, match="a list of sides") as caught:
         attention_factors(text, 64)
@@ -257,19 +200,14 @@ def test_flags_reach_the_model():
 @pytest.mark.parametrize(
     "flags, attribute, expected",
     [
-        ({}, "model_mean_type", ModelMeanType.EPSILON),
         ({"predict_xstart": True}, "model_mean_type", ModelMeanType.START_X),
         ({"sigma_small": True}, "model_var_type", ModelVarType.FIXED_SMALL),
         ({"sigma_small": False}, "model_var_type", ModelVarType.FIXED_LARGE),
-        ({"learn_sigma": True}, "model_var_type", ModelVarType.LEARNED_RANGE),
         ({"learn_sigma": True, "sigma_small": False}, "model_var_type", ModelVarType.LEARNED_RANGE),
         ({}, "loss_type", LossType.MSE),
         ({"rescale_learned_sigmas": True}, "loss_type", LossType.RESCALED_MSE),
-        ({"use_kl": True}, "loss_type", LossType.RESCALED_KL),
         ({"use_kl": True, "rescale_learned_sigmas": True}, "loss_type", LossType.RESCALED_KL),
         ({"rescale_timesteps": True}, "rescale_timesteps", True),
-        ({"steps": 400}, "num_timesteps", 400),
-        ({"steps": 400, "timestep_respacing": "20"}, "num_timesteps", 20),
         ({"steps": 400, "timestep_respacing": "ddim20"}, "timestep_map", list(range(0, 400, 20))),
     ],
 )
@@ -278,8 +216,7 @@ def test_flags_reach_the_diffusion(flags, attribute, expected):
     # The same by the names of the command line.
     named = {"diffusion_steps" if name == "steps" else name: value for name, value in flags.items()}
     assert getattr(create_diffusion(**named), attribute) == expected
-    _, diffusion = create_model_and_diffusion(**TINY, **named)
-    assert getattr(diffusion, attribute) == expected
+    assert getattr(create_model_and_diffusion(**TINY, **named)[1], attribute) == expected
 
 
 def test_classifier_and_extractor():
