@@ -504,7 +504,7 @@ class GaussianDiffusion:
         noise: x_T, drawn if None. device: where to sample, that of noise or model if None. progress: show a bar. The
         next four are those of crowsonkb's fork. skip_timesteps: number of steps to leave out at the noisy end;
         init_image [N, C, H, W]: start from this image, noised (zeros if None and steps are left out). randomize_class:
-        draw the labels `y` of model_kwargs anew at each step, below model.num_classes. cond_fn_with_grad: call
+        draw new labels `y` in model_kwargs at each step, below model.num_classes. cond_fn_with_grad: call
         cond_fn(x, t, out, **model_kwargs) with step indices t and the result `out` of `p_mean_variance`, a function of
         x that can be differentiated.
         """
