@@ -6,18 +6,15 @@ import io
 import json
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
 import fronts
-import numpy as np
 import pytest
 import tiny
 from conftest import ROOT
-from PIL import Image
 from scripts_in_process import load_script
 
 from guided_diffusion import evaluation
@@ -76,11 +73,6 @@ def test_bad_tables_name_the_line(text, message):
     with pytest.raises(InputError, match=message) as caught:
         commands.parse_table(text, "t.txt")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
-
-
-def test_a_name_with_separators_stays_in_the_save_folder():
-    (row,) = commands.parse_table("/etc/../A | ../b | ilvr_sample.py")
-    assert "/" not in row.folder and row.folder.strip(".")
 
 
 # Whole runs
@@ -222,7 +214,7 @@ def test_report_has_the_mean_weights_of_energies(made):
     names, ((method, setting, *weights),) = report.mean_weights([guided])
     assert names == ["score", "dct"] and (method[0], setting[0]) == ("SDDM", "4 steps")
     for k, (cell, _) in enumerate(weights):
-        assert cell == f"{statistics.fmean(step['weights'][k] for step in guided['curves']):.3f}"
+        assert cell == f"{statistics.fmean(step['weights'][k] for step in guided['curves']):.4f}"
 
 
 def test_trade_offs_are_files_with_title_and_key(made):
@@ -378,12 +370,6 @@ def test_published_results_are_drawn_beside_fids_of_inception_only():
     assert charts.svg(charts.trade_off([row])) == charts.svg(charts.trade_off([row]))
 
 
-def test_distances_of_several_magnitudes_have_a_logarithmic_axis():
-    rows = [row_of(setting=str(fid), fid=fid) for fid in (10.0, 100.0, 1000.0)]
-    assert charts.trade_off(rows).axes[0].get_yscale() == "log"
-    assert charts.trade_off(rows[:2]).axes[0].get_yscale() == "linear"
-
-
 def test_a_method_has_one_line_through_its_front():
     """Settings that another one of the method beats in both are points, and not on the line."""
     points = [(0.3, 5.0), (0.5, 9.0), (0.4, 6.0), (0.35, 8.0), (0.5, 9.0), (0.2, 5.0)]
@@ -488,22 +474,6 @@ def test_fronts_are_of_the_outputs_of_every_seed(emoji):
     assert again[0]["distance"] != again[1]["distance"]
 
 
-def test_seconds_of_several_devices_are_left_out(emoji, tmp_path):
-    made, out = emoji
-    assert "| s/image |" in (out / "fronts.md").read_text()
-    ruler = fronts.Ruler(out / "judge.safetensors", out / "set" / "fluent3d" / "test")
-    copy = tmp_path / "made"
-    shutil.copytree(made, copy)
-    record = copy / "SDEdit_M=1" / "seed_0" / "run.json"
-    record.write_text(record.read_text().replace('"device": "cpu"', '"device": "cuda:0"'))
-    settings, _, devices = fronts.read_settings(out / "table.txt", copy, ruler)
-    assert devices == ["cpu", "cuda:0"] and [sorted(each.costs) for each in settings] == [["evaluations"]] * 3
-    scores = [{"distance": 1.0, "ssim": 0.5, "content": 0.5, "target": 0.5}] * 3
-    areas = {each.row.method: np.ones(3) for each in settings}
-    text = fronts.text_of(settings, scores, {}, areas, dict.fromkeys(areas, 1.0), [], [], (0.3, 2.0), [])
-    assert "s/image" not in text and "| method | setting | evaluations | judge distance" in text
-
-
 def test_truths_are_at_distance_0_and_all_found_again(emoji):
     _, out = emoji
     truth = out / "set" / "fluent3d" / "test"
@@ -531,26 +501,6 @@ def test_areas_and_matched_settings_follow_from_the_table(emoji):
     ElementTree.fromstring((out / "fronts.svg").read_bytes())
     text = (out / "fronts.md").read_text()
     assert "Not sampled: ILVR, not sampled." in text and text.count(" * |") >= 2
-
-
-def test_rows_near_a_front_are_read_as_a_table(emoji):
-    made, _ = emoji
-    rows = commands.parse_table((made / "near.txt").read_text())
-    assert {row.name for row in rows} <= {row.name for row in commands.parse_table(ROWS)}
-    assert "SDDM, late start, 4x4" in {row.name for row in rows}  # alone on its front
-
-
-def test_sheet_has_sources_a_row_for_each_method_and_truths(emoji):
-    with Image.open(emoji[1] / "pictures.png") as image:
-        assert image.size == (fronts.LABEL + 3 * fronts.CELL, 4 * fronts.CELL)
-
-
-def test_fronts_need_outputs(emoji, tmp_path, monkeypatch):
-    _, out = emoji
-    command = ["fronts.py", "--save_dir", tmp_path, "--table", out / "table.txt", "--data", out / "set"]
-    monkeypatch.setattr(sys, "argv", list(map(str, [*command, "--judge", out / "judge.safetensors"])))
-    with pytest.raises(InputError, match="has no finished row"):
-        fronts.main()
 
 
 def test_the_readmes_table_is_that_of_the_committed_fronts():

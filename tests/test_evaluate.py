@@ -33,25 +33,11 @@ class BlockMeans(torch.nn.Module):
         return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
 
 
-class RowMeans(torch.nn.Module):
-    """Means over rows: the number of features depends on the image."""
-
-    def forward(self, x):
-        return x.mean(dim=3).flatten(1)
-
-
 class Spatial(torch.nn.Module):
     """An image instead of features."""
 
     def forward(self, x):
         return x.mean(dim=1, keepdim=True)
-
-
-class LogOfDark(torch.nn.Module):
-    """Infinite for a black image."""
-
-    def forward(self, x):
-        return x.mean(dim=(2, 3)).log()
 
 
 def save_torchscript(module, path, size=16):
@@ -89,7 +75,6 @@ def data(tmp_path_factory):
     (root / "folder.json").mkdir()
     save_torchscript(BlockMeans(), root / "blocks.pt")
     save_torchscript(Spatial(), root / "spatial.pt")
-    save_torchscript(LogOfDark(), root / "log.pt")
     torch.save({"weight": torch.zeros(2)}, root / "weights.pt")
     (root / "broken.py").write_text("import guided_diffusion.nowhere")
     (root / "text.npz").write_text("not an archive")
@@ -219,18 +204,6 @@ def test_kid_by_subsets_and_too_few_images(monkeypatch, data, tmp_path):
     assert result["std"]["kid"] > 0 and "30 subsets of 10 images" in result["protocol"]["kid"]
     (warning,) = measured(monkeypatch, data, tmp_path, "--outputs", "few", *flags)["warnings"]
     assert warning.startswith("outputs: too few images for FID's rank: 5 images for 12 features")
-
-
-def test_native_size_leaves_pixels_alone(monkeypatch, data, tmp_path):
-    save_torchscript(RowMeans(), tmp_path / "rows.pt")
-    flags = ("--outputs", "outputs", "--targets", "targets", "--features", tmp_path / "rows.pt")
-    result = measured(monkeypatch, data, tmp_path, *flags, "--native_size", "True")
-    assert result["protocol"]["dimensions"] == 3 * 16
-    assert "images at their own size" in result["protocol"]["features"]
-    resized = measured(monkeypatch, data, tmp_path, *flags, "--image_size", 20)
-    assert resized["protocol"]["dimensions"] == 3 * 20
-    with pytest.raises(InputError, match="it has 96 features, and outputs has 48; both need"):
-        evaluate(monkeypatch, data, *flags, "--native_size", "True", "--targets", "sources")
 
 
 def test_partial_and_sizes_are_said(monkeypatch, data, tmp_path):
@@ -368,13 +341,6 @@ def test_what_does_not_fit_is_one_line(flags, monkeypatch, data):
         parameter, value = wanted
         assert error.parameter == parameter and (str(error.value) if isinstance(value, str) else error.value) == value
     assert str(error).isprintable()
-
-
-def test_features_that_are_not_finite_are_refused(monkeypatch, data, tmp_path):
-    Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
-    Image.new("RGB", (16, 16), "white").save(tmp_path / "white.png")
-    with pytest.raises(InputError, match="returns NaN or infinity for"):
-        evaluate(monkeypatch, data, "--outputs", tmp_path, "--targets", tmp_path, "--features", "log.pt")
 
 
 def test_the_process_ends_with_one_line_and_status_2(data):

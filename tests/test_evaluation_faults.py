@@ -80,16 +80,6 @@ def test_samples_npz_is_what_its_pictures_are(tmp_path, save):
     assert again["metrics"]["kid"] is None
 
 
-def test_samples_that_are_not_square_are_resized_as_files_are(tmp_path):
-    array = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), np.uint8)
-    np.savez(tmp_path / "samples.npz", array)
-    write(tmp_path / "folder", array)
-    for resize in ("crop", "pad", "stretch"):
-        listed = [images.list_images(path, "outputs") for path in (tmp_path / "samples.npz", tmp_path / "folder")]
-        for a, b in zip(*listed, strict=True):
-            assert torch.equal(images.read_image(a, 16, resize), images.read_image(b, 16, resize))
-
-
 @pytest.mark.parametrize(
     "array",
     [
@@ -163,13 +153,6 @@ def test_statistics_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_bytes() == b"of before" and os.listdir(tmp_path) == ["statistics.npz"]
 
 
-def test_foreign_words_in_statistics_are_shown_short_and_escaped(tmp_path):
-    np.savez(tmp_path / "x.npz", mu=np.zeros(12), sigma=np.eye(12), features="\x1b[2J" + "y" * 10**6)
-    with pytest.raises(InputError) as caught:
-        measured(outputs=write(tmp_path / "made", pictures(3)), targets=tmp_path / "x.npz")
-    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
-
-
 # Records of runs
 
 RECORDS = {
@@ -195,13 +178,6 @@ def test_a_damaged_record_costs_its_values_only(tmp_path, name):
     assert all(warning.isprintable() for warning in result["warnings"])
 
 
-def test_a_pipe_in_place_of_the_record_does_not_wait(tmp_path):
-    folder = write(tmp_path / "made", pictures(3))
-    os.mkfifo(folder / "run.json")
-    result, _ = measured(outputs=folder, truth=folder)
-    assert any("run.json: not the record of a run" in warning for warning in result["warnings"])
-
-
 GOOD = {"settings": {"energy": ["vgg", "dct"]}, "counts": {"references": 2, "failed": 0}, "finished": "now"}
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -221,18 +197,6 @@ def test_records_of_other_kinds_are_not_taken_for_runs(tmp_path_factory, key, va
     assert found is None or all(name.isprintable() for name in comparison.energy_names(found))
     (folder / "run.json").write_text(json.dumps(GOOD))
     assert comparison.read_record(str(folder)) == GOOD
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.dictionaries(st.sampled_from(["metrics", "counts", "protocol", "warnings"]), ANYTHING))
-def test_stored_results_of_other_kinds_are_measured_again(changes):
-    good = {"metrics": {value.key: 1.0 for value in table.values()}, "counts": {"outputs": 3}, "protocol": {},
-            "warnings": [], "std": {}}  # fmt: skip
-    assert comparison.is_result(good)
-    result = {**good, **changes}
-    if comparison.is_result(result):
-        mean, _ = comparison.summarise([result["metrics"]])
-        assert all(isinstance(value, float) for value in mean.values())
 
 
 # Metrics from outside

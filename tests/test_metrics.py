@@ -125,13 +125,6 @@ def test_kernel_distance_equals_its_definition():
     assert math.isnan(std)
 
 
-def test_kernel_distance_of_equal_distributions_is_zero_on_average():
-    rng = np.random.default_rng(5)
-    values = [distances.kernel_distance(rng.normal(size=(12, 6)), rng.normal(size=(10, 6)))[0] for _ in range(600)]
-    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
-    assert min(values) < 0 < max(values)
-
-
 def test_kernel_distance_by_subsets_estimates_the_whole():
     x, y = features(6, 300, 8), features(7, 300, 8, shift=0.3)
     whole = distances.kernel_distance(x, y)[0]
@@ -238,15 +231,6 @@ def test_paired_metrics_are_symmetric_and_blind_to_flips(seed):
             torch.testing.assert_close(other[name], values[name], rtol=1e-9, atol=1e-5 if name == "ssim" else 1e-9)
     torch.testing.assert_close(values["l2"] ** 2, values["mse"] * a[0].numel())
     torch.testing.assert_close(values["psnr"], -20 * torch.log10(values["mse"].sqrt()))
-
-
-def test_paired_metrics_of_equal_images():
-    a = images(0, size=161)
-    values = pairs.paired_metrics(a, a)
-    assert values["l2"].tolist() == values["mse"].tolist() == [0, 0]
-    assert values["psnr"].tolist() == [math.inf, math.inf]
-    for name in ("ssim", "msssim"):
-        torch.testing.assert_close(values[name], torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 def test_paired_metrics_of_flat_images():

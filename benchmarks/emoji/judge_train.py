@@ -231,7 +231,8 @@ class OneStep:
 
 
 def create_parser() -> Parser:
-    parser = Parser(__doc__, usage="--data_dir DIR --save_dir DIR [flags]")
+    parser = Parser(__doc__)
+    parser.usage = "python benchmarks/emoji/%(prog)s --data_dir DIR --save_dir DIR [flags]"
     parser.add(JudgeOptions, title="pictures and network")
     loop_flags.add_loop(parser, RunOptions, without=WITHOUT, defaults=DEFAULTS)
     return parser

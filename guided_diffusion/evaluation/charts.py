@@ -1,5 +1,6 @@
 """Charts of a comparison, drawn by matplotlib as SVG: trade-offs, and what the guided steps do."""
 
+import functools
 import io
 import itertools
 import math
@@ -16,6 +17,7 @@ TRADE_OFFS = {"trade_off.svg": "source_ssim", "trade_off_truth.svg": "truth_ssim
 """Files of the charts of the distance against another value."""
 WHERE = {"source": "the source", "truth": "the true translation"}
 SCORE = "score"
+LEAST_CHANGE = 0.01  # of a weight, for a chart of it
 PROGRESS = "share of the schedule; sampling runs leftwards"
 
 Result = Mapping[str, Any]
@@ -96,8 +98,7 @@ def trade_off(results: Sequence[Result], against: str = "source_ssim") -> Any:
             points += own
     if not points:
         return None
-    if max(y for _, y in points) > 10 * min(y for _, y in points) > 0:
-        axes.set_yscale("log")
+    scale_logarithmically(axes, [y for _, y in points])
     axes.legend(fontsize="small")
     annotate(figure, axes, points, labels)
     return figure
@@ -150,14 +151,21 @@ def step_charts(results: Sequence[Result]) -> list[Any]:
     for name in dict.fromkeys(name for row in guided for name in directions(row)):
         shown = "the score's tangent part" if name == SCORE else f"the energy {name}"
         rows = [row for row in guided if name in directions(row)]
-        charts.append(lines(rows, f"Weight of {shown}", "weight", lambda row, step, name=name: weight(row, step, name)))
+        value = functools.partial(weight, name=name)
+        charts.append(lines(rows, f"Weight of {shown}", "weight", value, least=LEAST_CHANGE))
     return [chart for chart in charts if chart]
 
 
-def lines(rows: Sequence[Result], title: str, y_label: str, value: Any, *, log: bool = False) -> Any:
-    """A figure with one line per row of value(row, step) in every guided step; None where all lines are constant."""
+def lines(
+    rows: Sequence[Result], title: str, y_label: str, value: Any, *, log: bool = False, least: float = 0.0
+) -> Any:
+    """A figure with one line per row of value(row, step) in every guided step.
+
+    None where all lines are constant: they change by less than `least` or rounding. log: a logarithmic axis where
+    values differ much.
+    """
     curves = {name_of(row): [(progress(row, step), value(row, step)) for step in row["curves"]] for row in rows}
-    if not any(varies([y for _, y in curve]) for curve in curves.values()):
+    if not any(varies([y for _, y in curve], least) for curve in curves.values()):
         return None
     figure, axes = new_figure(title, PROGRESS, y_label)
     looks = styles(rows)
@@ -165,14 +173,20 @@ def lines(rows: Sequence[Result], title: str, y_label: str, value: Any, *, log: 
         style = {**looks[row["method"]], "color": colour, "markevery": 0.1, "label": name_of(row)}
         axes.plot(*zip(*curves[name_of(row)]), **style)
     if log:
-        axes.set_yscale("log")
+        scale_logarithmically(axes, [y for curve in curves.values() for _, y in curve])
     axes.legend(fontsize="small")
     return figure
 
 
-def varies(values: Sequence[float]) -> bool:
-    """Whether values differ by more than rounding."""
-    return max(values) - min(values) > 1e-6 * max(map(abs, values))
+def scale_logarithmically(axes: Any, values: Sequence[float]) -> None:
+    """Use a logarithmic axis for positive values that differ by more than ten times."""
+    if max(values) > 10 * min(values) > 0:
+        axes.set_yscale("log")
+
+
+def varies(values: Sequence[float], least: float) -> bool:
+    """Whether values differ by more than `least` and rounding."""
+    return max(values) - min(values) > max(least, 1e-6 * max(map(abs, values)))
 
 
 def directions(row: Result) -> list[str]:

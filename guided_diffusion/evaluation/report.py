@@ -26,9 +26,10 @@ table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabula
 th, td { padding: .25rem .4rem; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: bottom }
 td { white-space: nowrap }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; white-space: normal }
+td:nth-child(2) { min-width: 8rem }
 .few { color: #999 }
-.pictures th, .pictures td { padding: 2px; border: 0; text-align: center; font-size: 12px; font-weight: normal;
-  max-width: 96px; white-space: normal }
+.pictures th, .pictures td, .pictures td:nth-child(2) { padding: 2px; border: 0; text-align: center; font-size: 12px;
+  font-weight: normal; min-width: 0; max-width: 96px; white-space: normal }
 img { display: block; width: 96px; height: 96px; background: #fff }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem }
 figure { margin: 0; background: #fff; border-radius: 4px }
@@ -112,7 +113,7 @@ def mean_weights(results: Sequence[Result]) -> tuple[list[str], list[list[tuple[
     for row in results:
         known = charts.directions(row)
         means = {n: np.mean([charts.weight(row, step, n) for step in row["curves"]]) for n in known}
-        cells = [f"{means[n]:.3f}" if n in means else "" for n in names]
+        cells = [f"{means[n]:.4f}" if n in means else "" for n in names]
         if known:
             lines.append([(text, False) for text in (row["method"], row["setting"], *cells)])
     return names, lines
