@@ -207,12 +207,8 @@ class Instruments:
     def extractor(self) -> Extractor:
         """The feature network."""
         options = self.options
-        return feature_extractor(
-            options.features,
-            device=self.device,
-            inception_path=options.inception_path,
-            trust_features=options.trust_features,
-        )
+        given = {"inception_path": options.inception_path, "trust_features": options.trust_features}
+        return feature_extractor(options.features, device=self.device, **given)
 
     @cached_property
     def reading(self) -> tuple[Read, str]:
