@@ -394,4 +394,5 @@ def test_nothing_is_wider_than_the_screen(site, browser, width):
     sides = page.evaluate("(() => { const b = document.querySelector('#compare').getBoundingClientRect();"
                           " return [b.width, b.height] })()")  # fmt: skip
     assert min(sides) >= 300, "the result is large enough to be seen"
+    assert page.evaluate("document.querySelector('#compare').getBoundingClientRect().top + scrollY") < 600
     context.close()

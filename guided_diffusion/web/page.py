@@ -43,6 +43,11 @@ STYLE = """
 #preview .image-container, #preview .image-container > button, #preview .image-frame { width: 100%; height: 100%; }
 #preview img { width: 100%; height: 100%; object-fit: contain; }
 #examples .gallery-item .container, #examples .gallery-item img { width: 3.6rem; height: 3.6rem; }
+@media (max-width: 640px) {  /* a phone shows the result without scrolling */
+  #picture, #picture .image-container { height: 130px !important; min-height: 0 !important; }
+  #examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
+  #preview, #compare { max-width: 310px; }
+}
 #command textarea { font-family: var(--font-mono); font-size: var(--text-sm); }
 """
 
