@@ -26,7 +26,7 @@ from guided_diffusion.image_datasets import load_image, to_tensor, to_uint8
 from guided_diffusion.upscaler import load_upscaler
 from resizer import Resizer
 
-TILE, COLUMNS = 64, 6
+TILE = 64
 
 
 def enlargements(upscaler):
