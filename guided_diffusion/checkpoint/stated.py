@@ -158,7 +158,8 @@ def _schedule_table(source: Mapping[str, Any]) -> tuple[str, np.ndarray] | None:
 def _named_schedule(kind: str, table: np.ndarray, where: str) -> str:
     """The value of `noise_schedule` for a table: a name where one gives its values up to rounding, else all betas."""
     alpha_bars = np.cumprod(1 - table) if kind == "betas" else table
-    betas = table if kind == "betas" else 1 - table / np.append(1.0, table[:-1])
+    with np.errstate(all="ignore"):
+        betas = table if kind == "betas" else 1 - table / np.append(1.0, table[:-1])
     if not ((betas > 0) & (betas < 1)).all():  # NaN is neither
         raise InputError(f"{where} is no noise schedule: its betas must be above 0 and below 1")
     digits = 6 if kind == "betas" else 3  # what a difference of float32 values has
