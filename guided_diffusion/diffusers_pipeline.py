@@ -31,7 +31,7 @@ from . import sddm
 from .checkpoint.diffusers import process_flags, refuse_other_processes
 from .errors import InputError
 from .gaussian_diffusion import ModelMeanType, ModelVarType, get_named_beta_schedule
-from .image_datasets import _fit, _flatten, to_tensor
+from .image_datasets import load_picture, to_tensor
 from .manifold import check_blocks
 from .respace import SpacedDiffusion
 
@@ -178,7 +178,7 @@ class SDDMPipeline(DiffusionPipeline):
                 raise InputError(
                     "the network's sample_size is null; give tensors of its size", parameter="image", value="PIL"
                 )
-            return to_tensor([np.array(_fit(_flatten(each, WHITE), side, "crop", WHITE)) for each in images])
+            return to_tensor([load_picture(each, side) for each in images])
         if isinstance(images[0], np.ndarray):
             batches = [array[None] if array.ndim == 3 else array for array in images]
             ref = torch.from_numpy(np.concatenate(batches).transpose(0, 3, 1, 2).copy()).float()

@@ -1,332 +1,60 @@
-"""Reading reference images: find them, decode any common format to RGB, and convert to and from tensors.
+"""Reference images: list them, decode any common format to 8-bit sRGB, and convert to and from tensors.
 
-An image that cannot be read raises `ImageError`, whatever the decoder tripped over, so that a run can report it and
-continue; a wrong option raises `InputError`. Nothing here changes Pillow's global state, so images may be read in any
-thread. Threads that decode share one memory budget, `DECODING_BYTES`.
+An image that cannot be read raises `ImageError`, so that a run can report it and continue; a wrong option raises
+`InputError`. Images may be read in any thread.
 """
 
 import contextlib
-import ctypes
-import errno
+import functools
 import io
+import itertools
 import logging
 import math
 import os
 import posixpath
 import random
-import re
-import stat
-import struct
-import threading
-import unicodedata
-from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import IO, Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageFile, features
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.DdsImagePlugin import DdsImageFile
-from PIL.GifImagePlugin import GifImageFile
-from PIL.IcoImagePlugin import IcoImageFile
-from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PcxImagePlugin import PcxImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.PpmImagePlugin import PpmImageFile
-from PIL.PsdImagePlugin import PsdImageFile
-from PIL.QoiImagePlugin import QoiImageFile
-from PIL.SgiImagePlugin import SgiImageFile
-from PIL.TgaImagePlugin import TgaImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
+from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
-from .errors import InputError, display_name, first_line, one_line
+from .errors import InputError, display_name, one_line
 from .options import fitting
-
-try:
-    from PIL.AvifImagePlugin import AvifImageFile
-except ImportError:  # Pillow before 11.2
-    AvifImageFile = None
+from .references import (
+    FORMATS,
+    Reference,
+    find_collisions,  # noqa: F401 - offered here, too, as are the next ones
+    is_url,  # noqa: F401
+    list_references,
+    open_binary,
+    reason_of,
+)
 
 log = logging.getLogger("sddm")
 
-_AVIF = AvifImageFile if features.check("avif") else None
-_JPEG2000 = Jpeg2KImageFile if features.check("jpg_2000") else None
-
-IMAGE_SUFFIXES: tuple[str, ...] = (
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".mpo"),
-    *(".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
-    *((".avif", ".avifs") if _AVIF else ()),
-    *((".jp2", ".j2k", ".jpf", ".jpx", ".jpc", ".j2c") if _JPEG2000 else ()),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".icb", ".vda", ".vst", ".ico"),
-    *(".pcx", ".qoi", ".sgi", ".rgb", ".rgba", ".bw", ".dds", ".psd"),
-)
 RESIZE_MODES = ("crop", "pad", "stretch")
 
 MAX_PIXELS = 178_956_970
-"""Images of more pixels are refused before decoding. Pillow refuses them too; the number is its default limit."""
+"""Pillow refuses larger images before it decodes them."""
 
 MAX_SIDE = 16_384
 """Images are not enlarged beyond this."""
 
-DECODING_BYTES = 2**31
-"""Memory that all threads together use for decoding. An image that needs more is decoded while no other is."""
-
-_BYTES_PER_PIXEL = 16  # most that decoding takes; a plain RGB image takes 4 to 8
-_LARGE = 2**28  # of these bytes; what larger images took is given back to the system at once
-_ROWS_AT_ONCE = 2**20  # pixels that are laid over the background in one go
-
-# Many paths to one folder, as links between folders make, are each followed up to this many entries in all.
-_MOST_REPEATS = 300_000
-
-# The decoder is chosen by the file's first bytes, not by its name, and called directly: Image.open would also try
-# formats that run other programs (EPS and WMF), and warns about large images through global state.
-_SIGNATURES: tuple[tuple[bytes, str, Any], ...] = (
-    (rb"\x89PNG\r\n\x1a\n", "PNG", PngImageFile),
-    (rb"\xff\xd8", "JPEG", JpegImageFile),
-    (rb"RIFF....WEBP", "WebP", WebPImageFile),
-    (rb"BM", "BMP", BmpImageFile),
-    (rb"II\*\x00|MM\x00\*|II\+\x00|MM\x00\+", "TIFF", TiffImageFile),
-    (rb"GIF8[79]a", "GIF", GifImageFile),
-    (rb"....ftyp(avif|avis|mif1|msf1)", "AVIF", _AVIF),
-    (rb"....ftyp(hei[cxms]|hev[cxms])", "HEIC", None),
-    (rb"\xff\x4f\xff\x51|\x00\x00\x00\x0cjP  \r\n\x87\n", "JPEG 2000", _JPEG2000),
-    (rb"P[1-6][\s#]|Pf\s", "PNM", PpmImageFile),
-    (rb"\x00\x00\x01\x00", "ICO", IcoImageFile),
-    (rb"qoif", "QOI", QoiImageFile),
-    (rb"\x01\xda[\x00\x01][\x01\x02]", "SGI", SgiImageFile),
-    (rb"DDS \x7c\x00\x00\x00", "DDS", DdsImageFile),
-    (rb"8BPS\x00\x01", "PSD", PsdImageFile),
-    (rb"\n[\x00\x02\x03\x05][\x00\x01][\x01\x02\x04\x08]", "PCX", PcxImageFile),
-    # TGA has no signature: kinds of picture, sizes of an unused or used colour table, and bits per pixel that exist.
-    (
-        rb".(\x00[\x02\x03\n\x0b]\x00{5}|\x01[\x01\x09]....[\x0f\x10\x18\x20]).{8}[\x08\x0f\x10\x18\x20]",
-        "TGA",
-        TgaImageFile,
-    ),
-)
-_HEAD = 32  # bytes of a file that are matched
-_FORMATS = ", ".join(name for _, name, decoder in _SIGNATURES if decoder)
-
-# EXIF's orientation 2 to 8: what turns the stored picture upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_EXIF_ORIENTATION = 0x0112
-_TIFF_BITS_PER_SAMPLE = 258
-_TIFF_PHOTOMETRIC = 262
+_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
 
 
 class ImageError(Exception):
-    """An image that cannot be read. The message is the reason, one line without the path."""
+    """An image that cannot be read. `reason` is one line without the path; `path` is None for an image in memory."""
 
+    def __init__(self, reason: str, path: str | None = None) -> None:
+        super().__init__(reason, path)
+        self.reason, self.path = reason, path
 
-@dataclass(frozen=True)
-class Reference:
-    """One reference image: `path` opens it (a path or a blobfile URL), `name` identifies it in the run.
-
-    `name` is relative to the folder that was searched, with "/" between its parts, and keeps its suffix.
-    """
-
-    path: str
-    name: str
-
-    @property
-    def stem(self) -> str:
-        """The name without its last suffix: the output's path relative to the save folder, less the suffix."""
-        return posixpath.splitext(self.name)[0]
-
-
-def is_url(path: str) -> bool:
-    """Whether blobfile is to open this path: gs://, az:// or the https address of an Azure blob."""
-    return re.match(r"gs://|az://|https://[^/]+\.blob\.core\.windows\.net/", path) is not None
-
-
-# ---- finding the references -----------------------------------------------------------------------------------------
-
-
-def list_references(base: str | os.PathLike[str], *, parameter: str = "base_samples") -> list[Reference]:
-    """The images under the folder `base`, sorted by name; or `base` itself where it is a file (of any suffix).
-
-    Folders are searched recursively and links to folders are followed, except back to a folder that is being searched.
-    Entries whose name starts with a dot are left out, and so are files of other suffixes than `IMAGE_SUFFIXES`; one log
-    line counts the latter. Links that lead nowhere, pipes and unreadable files stay in the list: `load_image` reports
-    what is wrong with them.
-
-    Raises InputError, naming `parameter`, for a missing path, an unreadable folder, a folder without images, and for
-    folders that link to each other in so many ways that listing them would not end.
-    """
-    base = os.fspath(base)
-
-    def refuse(reason: str) -> InputError:
-        return InputError(reason, parameter=parameter, value=base)
-
-    if is_url(base):
-        found = _list_remote(base, refuse)
-    elif re.match(r"[a-z][a-z0-9+.-]+://", base):
-        raise refuse(
-            "this is not an address that can be read; give a folder, an image, or a URL that starts with gs://, az:// "
-            "or https://ACCOUNT.blob.core.windows.net/"
-        )
-    else:
-        found = _list_local(base, refuse)
-    return sorted(found, key=lambda reference: reference.name)
-
-
-Refuse = Callable[[str], InputError]
-Entry = tuple[str, str, bool]  # of a folder: name, path, whether it is a folder itself
-
-
-def _list_local(base: str, refuse: Refuse) -> list[Reference]:
-    try:
-        mode = os.stat(base).st_mode
-    except (OSError, ValueError) as error:
-        raise refuse(f"{_os_reason(error, base)}; give a folder of images or one image") from error
-    if stat.S_ISREG(mode):
-        return [Reference(base, os.path.basename(base))]
-    if not stat.S_ISDIR(mode):
-        raise refuse(f"{_kind_of_file(mode)}; give a folder of images or one image")
-
-    def scan(folder: str) -> list[Entry]:
-        with os.scandir(folder) as entries:
-            return [(entry.name, entry.path, _is_folder(entry)) for entry in entries]
-
-    def identity(folder: str) -> Hashable:
-        status = os.stat(folder)
-        return status.st_dev, status.st_ino
-
-    return _walk(base, refuse, scan, identity)
-
-
-def _list_remote(base: str, refuse: Refuse) -> list[Reference]:
-    try:
-        import blobfile
-    except ImportError as error:
-        raise refuse("reading this address needs the package blobfile (pip install blobfile)") from error
-
-    def scan(folder: str) -> list[Entry]:
-        return [(entry.name, entry.path, entry.is_dir) for entry in blobfile.scandir(folder)]
-
-    try:
-        is_folder = blobfile.isdir(base)
-        exists = is_folder or blobfile.exists(base)
-    except Exception as error:  # each service has errors of its own: credentials, address, network
-        raise refuse(f"cannot be read: {one_line(error) or type(error).__name__}") from error
-    if not exists:
-        raise refuse("no such file or folder; give a folder of images or one image")
-    if not is_folder:
-        return [Reference(base, posixpath.basename(base))]
-    return _walk(base, refuse, scan, identity=str)
-
-
-def _walk(
-    base: str, refuse: Refuse, scan: Callable[[str], list[Entry]], identity: Callable[[str], Hashable]
-) -> list[Reference]:
-    """The images below `base`. `identity(folder)` is equal for two paths to one folder."""
-    found: list[Reference] = []
-    others: Counter[str] = Counter()
-    pending: list[tuple[str, str, frozenset[Hashable]]] = [(base, "", frozenset())]
-    seen: set[Hashable] = set()
-    repeats = 0
-    while pending:
-        folder, prefix, above = pending.pop()
-        try:
-            this = identity(folder)
-            entries = [] if this in above else scan(folder)
-        except Exception as error:
-            reason = _os_reason(error, folder) if isinstance(error, OSError) else one_line(error)
-            raise refuse(f"cannot read the folder {display_name(folder)}: {reason}") from error
-        if this in seen:
-            repeats += 1 + len(entries)
-            if repeats > _MOST_REPEATS:
-                raise refuse(f"its folders link to each other in too many ways, as at {display_name(prefix)}")
-        seen.add(this)
-        for name, path, is_folder in entries:
-            if name.startswith("."):
-                continue
-            if is_folder:
-                pending.append((path, f"{prefix}{name}/", above | {this}))
-            elif name.lower().endswith(IMAGE_SUFFIXES):
-                found.append(Reference(path, prefix + name))
-            else:
-                others[posixpath.splitext(name)[1].lower()] += 1
-    total = others.total()
-    if not found:
-        other = "no file at all" if total == 0 else f"{total} other file{'s' * (total > 1)} ({_kinds(others)})"
-        raise refuse(f"no image in this folder; it and its subfolders have {other}; supported are {_FORMATS}")
-    if total:
-        log.info(
-            "%s: left out %d file%s without an image's suffix: %s",
-            display_name(base), total, "s" * (total > 1), _kinds(others),
-        )  # fmt: skip
-    return found
-
-
-def _kinds(suffixes: Counter[str]) -> str:
-    """How often suffixes occur, in words, the most frequent first."""
-    words = [f"{count} {display_name(suffix) or 'without a suffix'}" for suffix, count in suffixes.most_common(6)]
-    more = suffixes.total() - sum(count for _, count in suffixes.most_common(6))
-    return ", ".join(words + [f"{more} more"] * (more > 0))
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a loop of links, or a target that may not be looked at
-        return False
-
-
-def find_collisions(
-    references: Iterable[Reference], suffix: str = ".png", reserved: Iterable[str] = ()
-) -> dict[str, str]:
-    """Which references must not be translated, because their output `stem + suffix` would be written twice.
-
-    Returns reference name -> reason (one line that names the other file). The first of two keeps its output. Paths are
-    compared without regard to case and Unicode composition, because a save folder may lie on a file system that does
-    not tell these apart. A clash between one output and the folder of another counts, and so does one with
-    `reserved`, the relative paths that the run itself writes.
-    """
-    taken = {_fold(path) for path in reserved}
-    files: dict[str, str] = {}
-    folders: dict[str, str] = {}
-    reasons: dict[str, str] = {}
-    for reference in references:
-        output = reference.stem + suffix
-        key = _fold(output)
-        parents = [key[:at] for at, char in enumerate(key) if char == "/"]
-        in_the_way = next((files[parent] for parent in parents if parent in files), None)
-        shown = display_name(output)
-        if key in taken:
-            reasons[reference.name] = f"its output {shown} has the name of a file that the run itself writes"
-        elif key in files:
-            reasons[reference.name] = f"its output {shown} would overwrite that of {display_name(files[key])}"
-        elif key in folders:
-            reasons[reference.name] = (
-                f"its output {shown} has the name of the folder for the output of {display_name(folders[key])}"
-            )
-        elif in_the_way is not None:
-            reasons[reference.name] = (
-                f"its output {shown} needs a folder where the output of {display_name(in_the_way)} lies"
-            )
-        else:
-            files[key] = reference.name
-            for parent in parents:
-                folders.setdefault(parent, reference.name)
-    return reasons
-
-
-def _fold(path: str) -> str:
-    return unicodedata.normalize("NFC", path.casefold())
+    def __str__(self) -> str:
+        return self.reason if self.path is None else f"{display_name(self.path)}: {self.reason}"
 
 
 # ---- reading one image ----------------------------------------------------------------------------------------------
@@ -338,353 +66,303 @@ def load_image(
     *,
     resize: str = "crop",
     background: str = "white",
+    white_level: int | None = None,
 ) -> np.ndarray:
-    """Read one image as uint8 [image_size, image_size, 3], RGB.
+    """Read one image as uint8 [image_size, image_size, 3], sRGB: the first frame, turned upright by EXIF's orientation.
 
-    `reference_or_path`: a `Reference`, a path, or a URL that `is_url` knows (read into memory as a whole).
-    `resize`: "crop" as guided-diffusion does (box-downsample by 2 while the shorter side is at least 2·image_size,
-    bicubic until it equals image_size, cut out the centre), "pad" (fit inside, `background` around it), or "stretch".
-    `background`: what shows through transparent pixels; a colour name or #hex.
+    Colour profiles are converted (relative colorimetric). Logs a line about a profile that cannot be used and about
+    16-bit values that use less than half of their range (once a folder), and about an image without anything visible.
 
-    The first frame or page counts; EXIF's orientation is applied; colour profiles are not. 16-bit greyscale is scaled
-    to 8 bits, float greyscale is taken to span [0, 1], or [0, 255] where it has values above 1.
+    Args:
+        reference_or_path: a `Reference`, a path, or a URL that `is_url` knows (read into memory as a whole).
+        resize: "crop" as guided-diffusion does (see `center_crop_arr`), "pad" (fit inside, `background` around it), or
+            "stretch".
+        background: colour behind transparent pixels; a name or #hex.
+        white_level: value of white in greyscale images of 16 or 32 bits, such as 4095 for 12-bit values; None for
+            65535, and in float images 1, or 255 where a value is above 1.
 
     Raises ImageError for whatever is wrong with the file, InputError for a wrong option.
     """
-    colour = check_options(resize, background)
-    if not 1 <= image_size <= MAX_SIDE:
-        raise InputError(f"it must be from 1 to {MAX_SIDE}", parameter="image_size", value=image_size)
-    path = reference_or_path.path if isinstance(reference_or_path, Reference) else os.fspath(reference_or_path)
-
-    def fitted(image: Image.Image) -> np.ndarray:
-        try:
-            return np.array(_fit(image, image_size, resize, colour))
-        except MemoryError as error:
-            raise ImageError(f"not enough memory to resize {image.width} x {image.height} pixels") from error
-
-    with _open_binary(path) as file:
-        return _decode(file, colour, fitted)
+    colour = check_options(resize, background, white_level)
+    named = isinstance(reference_or_path, Reference)
+    path = reference_or_path.path if named else os.fspath(reference_or_path)
+    folder = path.removesuffix(reference_or_path.name) if named else posixpath.dirname(path)
+    with _opened(path) as image:
+        return _convert(image, image_size, resize, colour, white_level, functools.partial(_report, path, folder))
 
 
 def load_picture(
-    picture: Image.Image, image_size: int, *, resize: str = "crop", background: str = "white"
+    picture: Image.Image,
+    image_size: int | None,
+    *,
+    resize: str = "crop",
+    background: str = "white",
+    white_level: int | None = None,
 ) -> np.ndarray:
-    """A Pillow image as `load_image` reads it from a file: uint8 [image_size, image_size, 3]. Raises ImageError."""
-    colour = check_options(resize, background)
-    try:
-        image = _flatten(_turn_upright(picture), colour)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ImageError(f"cannot be decoded: {first_line(error)}") from None
-    return np.array(_fit(image, image_size, resize, colour))
+    """Convert a Pillow image as `load_image` does with a file: uint8 [image_size, image_size, 3], sRGB.
+
+    image_size: None keeps the image's own size. Raises ImageError for a closed, empty or truncated image, InputError
+    for a wrong option.
+    """
+    colour = check_options(resize, background, white_level)
+    if not isinstance(picture, Image.Image):
+        raise InputError("a PIL image is needed", parameter="picture", value=type(picture).__name__)
+    path = os.fsdecode(getattr(picture, "filename", "")) or None
+    report = functools.partial(_report, path or "a PIL image", None)
+    with _naming(path):
+        return _convert(picture, image_size, resize, colour, white_level, report)
 
 
-def decode_image(path: str | os.PathLike[str], background: str = "white") -> Image.Image:
-    """The image of a file or URL at its own size as an RGB Pillow image; errors and the rest as in `load_image`."""
-    colour = _opaque_colour(background)
-    with _open_binary(os.fspath(path)) as file:
-        return _decode(file, colour, lambda image: image)
+def decode_image(
+    path: str | os.PathLike[str], background: str = "white", white_level: int | None = None
+) -> Image.Image:
+    """Read a file or URL at its own size as an RGB Pillow image; errors and the rest as in `load_image`."""
+    colour, path = check_options("crop", background, white_level), os.fspath(path)
+    report = functools.partial(_report, path, posixpath.dirname(path))
+    with _opened(path) as image:
+        return Image.fromarray(_convert(image, None, "crop", colour, white_level, report))
 
 
 def measure_image(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Width and height of an image file as it is stored, from its head alone. Raises ImageError."""
-    name = "image"
-    with _open_binary(os.fspath(path)) as file:
-        try:
-            head = file.read(_HEAD)
-            file.seek(0)
-            name, decoder = _identify(head)
-            return _icon_size(file) if name == "ICO" else decoder(file).size
-        except ImageError:
-            raise
-        except Exception as error:  # see _decode
-            raise ImageError(_decoding_reason(name, error)) from error
+    """Read the width and height of an image file as it is stored, from its head alone. Raises ImageError."""
+    with _opened(os.fspath(path)) as image:
+        return image.size
 
 
-def check_options(resize: str, background: str) -> tuple[int, int, int]:
-    """The background as RGB; raises InputError for an option of `load_image` that it would refuse."""
+def check_options(resize: str, background: str, white_level: int | None = None) -> tuple[int, int, int]:
+    """Return the background as RGB; raise InputError for an option of `load_image` that it would refuse."""
     if resize not in RESIZE_MODES:
         raise InputError(fitting(resize, list(RESIZE_MODES)), parameter="resize", value=resize)
-    return _opaque_colour(background)
-
-
-def _opaque_colour(background: str) -> tuple[int, int, int]:
-    wrong: dict[str, Any] = {"parameter": "background", "value": background}
+    if white_level is not None and not (isinstance(white_level, int) and 1 <= white_level < 2**31):
+        raise InputError("it must be a whole number above 0", parameter="white_level", value=white_level)
     try:
         colour = ImageColor.getrgb(background)
     except (ValueError, AttributeError, TypeError) as error:
-        raise InputError("it must be a colour: a name such as white, or #rrggbb", **wrong) from error
+        reason = "it must be a colour: a name such as white, or #rrggbb"
+        raise InputError(reason, parameter="background", value=background) from error
     if len(colour) == 4 and colour[3] != 255:
-        raise InputError("a transparent colour cannot be a background; give #rrggbb", **wrong)
+        reason = "a transparent colour cannot be a background; give #rrggbb"
+        raise InputError(reason, parameter="background", value=background)
     return colour[:3]
 
 
-def _open_binary(path: str) -> IO[bytes]:
-    if is_url(path):
-        try:
-            import blobfile
-
-            with blobfile.BlobFile(path, "rb") as blob:
-                return io.BytesIO(blob.read())
-        except Exception as error:  # each service has errors of its own: credentials, address, network
-            reason = _os_reason(error, path) if isinstance(error, OSError) else one_line(error)
-            raise ImageError(f"cannot be read: {reason}") from error
+@contextlib.contextmanager
+def _naming(path: str | None) -> Iterator[None]:
+    """Turn any exception of a decoder into an ImageError that names the file."""
     try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):  # opening a pipe would wait for a writer
-            raise ImageError(_kind_of_file(mode))
-        return open(path, "rb")
-    except (OSError, ValueError) as error:
-        raise ImageError(_os_reason(error, path)) from error
+        yield
+    except InputError:
+        raise
+    except ImageError as error:
+        raise ImageError(error.reason, path) from error.__cause__
+    except MemoryError as error:
+        raise ImageError("not enough memory to decode it", path) from error
+    except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, IndexError and more
+        raise ImageError(reason_of(error, path or "", "damaged, truncated or unsupported"), path) from error
 
 
-class _Budget:
-    """An amount of memory that threads share. Who comes first is served first."""
-
-    def __init__(self) -> None:
-        self._turn, self._changed = threading.Lock(), threading.Condition()
-        self._used, self._process = 0, os.getpid()
-
-    @contextlib.contextmanager
-    def reserve(self, amount: int) -> Iterator[None]:
-        """Wait until `amount` bytes are free, or all are, and hold them."""
-        if self._process != os.getpid():  # a forked process: the threads that hold memory are not in it
-            self.__init__()
-        with self._turn, self._changed:
-            self._changed.wait_for(lambda: self._used == 0 or self._used + amount <= DECODING_BYTES)
-            self._used += amount
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._used -= amount
-                self._changed.notify_all()
-
-
-_budget = _Budget()
-Result = TypeVar("Result")
-
-
-def _decode(file: IO[bytes], colour: tuple[int, int, int], finish: Callable[[Image.Image], Result]) -> Result:
-    """`finish` of the first frame, upright, as mode RGB over `colour`. Raises nothing but ImageError."""
-    name, size = "image", None
-    try:
-        head = file.read(_HEAD)
-        file.seek(0)
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """Open an image file by its content, whatever its suffix. Raises ImageError for all that fails inside, too."""
+    with _naming(path), open_binary(path) as file:
+        head = file.read(32)
         if not head:
             raise ImageError("the file is empty (0 bytes)")
-        name, decoder = _identify(head)
-        if name == "ICO":  # decoded as it is opened
-            size = _icon_size(file)
-            _check_size(size, name)
-        elif name == "JPEG 2000":
-            _check_codestream(file)
-        with _budget.reserve(size[0] * size[1] * _BYTES_PER_PIXEL) if size else contextlib.nullcontext():
-            image = decoder(file)
-        size = image.size
-        _check_size(size, name)
-        amount = size[0] * size[1] * _BYTES_PER_PIXEL
-        with _budget.reserve(amount):
-            try:
-                return finish(_upright_rgb(image, colour))
-            finally:
-                del image
-                if amount > _LARGE:
-                    _return_freed_memory()
-    except ImageError:
-        raise
-    except MemoryError as error:
-        what = "this image" if size is None else f"{size[0]} x {size[1]} pixels"
-        raise ImageError(f"not enough memory to decode {what}") from error
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError and more
-        raise ImageError(_decoding_reason(name, error)) from error
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError as error:
+            reason = f"not an image, or damaged at its head: begins with {head[:16]!r}; supported are "
+            raise ImageError(f"{reason}{', '.join(FORMATS)}") from error
+        if image.format == "JPEG2000":  # decoded from a part without a word; the codestream's end is missing
+            file.seek(0)
+            data = file.read()
+            if b"\xff\xd9" not in data[data.rfind(b"\xff\x93") :]:
+                raise ImageError("truncated: its codestream has no end")
+        yield image
 
 
-def _upright_rgb(image: ImageFile.ImageFile, colour: tuple[int, int, int]) -> Image.Image:
+_reported: dict[Hashable, object] = {}
+Report = Callable[..., None]
+
+
+def _report(path: str, folder: str | None, text: str, kind: str | None = None) -> None:
+    """Log a line about an image: one of each `kind` for a folder; without a kind, or a folder, for each image."""
+    mine = object()
+    key = (path, text) if kind is None else (folder, kind)
+    if folder is None or _reported.setdefault(key, mine) is mine:  # one step, as threads read side by side
+        more = "; other images of its folder get no such line" if kind is not None and folder is not None else ""
+        log.warning("%s: %s%s", display_name(path), text, more)
+
+
+def _convert(
+    image: Image.Image,
+    size: int | None,
+    resize: str,
+    colour: tuple[int, int, int],
+    white_level: int | None,
+    report: Report,
+) -> np.ndarray:
+    """An image of any mode as uint8 [H, W, 3], sRGB: upright, over `colour`, and of a size unless that is None."""
+    if size is not None and not 1 <= size <= MAX_SIDE:
+        raise InputError(f"it must be from 1 to {MAX_SIDE}", parameter="image_size", value=size)
+    if 0 in image.size:
+        raise ImageError(f"it has no pixels: {image.width} x {image.height}")
     _scale_transparent_colour(image)
+    deep = image.mode[0] not in "IF" and ";16" in str(getattr(image, "tile", ""))
     image.load()
-    return _flatten(_turn_upright(image), colour)
-
-
-def _return_freed_memory() -> None:
-    """Give the system what large images took. The C library keeps it otherwise, for each thread that decoded one."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _identify(head: bytes) -> tuple[str, Any]:
-    for signature, name, decoder in _SIGNATURES:
-        if re.match(signature, head, re.DOTALL):
-            if decoder is None:
-                raise ImageError(f"Pillow cannot read {name} images here; convert it to PNG or JPEG")
-            return name, decoder
-    raise ImageError(f"not an image: begins with {head[:16]!r}, which is none of {_FORMATS}")
-
-
-def _check_size(size: tuple[int, int], name: str) -> None:
-    if size[0] * size[1] > MAX_PIXELS:
-        raise ImageError(
-            f"{size[0] * size[1]} pixels, more than the limit of {MAX_PIXELS} (decompression bomb?): "
-            f"{size[0]} x {size[1]} {name}"
-        )
-
-
-def _icon_size(file: IO[bytes]) -> tuple[int, int]:
-    """Width and height of an icon file's largest picture, as the pictures' own headers give them."""
-    largest = (0, 0)
-    count = struct.unpack("<H", file.read(6)[4:])[0]
-    for entry in range(count):
-        file.seek(6 + 16 * entry + 12)
-        file.seek(struct.unpack("<I", file.read(4))[0])
-        header = file.read(24)
-        if header[:4] == b"\x89PNG":
-            width, height = struct.unpack(">II", header[16:24])
-        else:
-            width, height = (abs(side) for side in struct.unpack("<ii", header[4:12]))
-        largest = max(largest, (width, height), key=lambda size: size[0] * size[1])
-    file.seek(0)
-    return largest
-
-
-def _check_codestream(file: IO[bytes]) -> None:
-    """Raise ImageError where a JPEG 2000 codestream lacks its end: the decoder would fill in the rest."""
-    data = file.read()
-    file.seek(0)
-    if b"\xff\xd9" not in data[data.rfind(b"\xff\x93") :]:
-        raise ImageError("truncated: the JPEG 2000 file ends too early (no end of codestream)")
-
-
-def _scale_transparent_colour(image: ImageFile.ImageFile) -> None:
-    """Give a PNG's transparent colour the depth of its pixels. Must be called before the pixels are loaded.
-
-    The file has that colour in its own bit depth; Pillow brings the pixels to 8 bits and leaves the colour alone.
-    """
-    key = image.info.get("transparency")
-    if image.format != "PNG" or key is None or not image.tile:
-        return
-    stored = image.tile[0][3]
-    if stored in ("L;2", "L;4"):
-        image.info["transparency"] = key * (85 if stored == "L;2" else 17)
-    elif stored == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in key)
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # damaged EXIF beside sound pixels: every viewer shows these as they are stored
-        orientation = None
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
-def _flatten(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """Any mode to RGB, transparent parts over `colour`."""
+    info, tags = image.info, getattr(image, "tag_v2", {})
+    with contextlib.suppress(Exception):  # damaged EXIF beside sound pixels: viewers show these as they are stored
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
-        image = _grey_to_8_bits(image)
-    if image.mode not in ("LA", "PA", "RGBA", "RGBa") and "transparency" not in image.info:
-        return image if image.mode == "RGB" else image.convert("RGB")
-    flat = Image.new("RGB", image.size)
-    rows = max(1, _ROWS_AT_ONCE // image.width)  # a whole large image in RGBA several times over would take gigabytes
-    for top in range(0, image.height, rows):
-        part = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
-        canvas = Image.new("RGBA", part.size, colour)
-        flat.paste(Image.alpha_composite(canvas, part).convert("RGB"), (0, top))
-    return flat
+        image = _grey_to_8_bits(image, tags, white_level, report)
+    grey = image.mode in ("1", "L", "LA", "La")
+    alpha = None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    image = _to_srgb(image, info, grey, report)
+    highest = max(np.array(image.getextrema()).flat) if deep else 255
+    if highest < 128 or (deep and white_level):
+        text = f"is read at 8 of its 16 bits a channel, where it uses 0 to {highest} of 255, and `white_level` does not"
+        report(f"{text} count; store it with 8 bits a channel", "depth")
+    if alpha is not None:
+        canvas = Image.new("RGB", image.size, colour)
+        canvas.paste(image, mask=alpha)
+        image = canvas
+    array = np.array(image) if size is None else _fit(image, size, resize, colour)
+    if alpha is not None and np.abs(array - np.array(colour, np.int16)).max() <= 2:
+        report("blank on its background: what is not transparent has the background's colour")
+    return array
 
 
-def _grey_to_8_bits(image: Image.Image) -> Image.Image:
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """Give a PNG's transparent colour the depth of its pixels, before these are loaded: Pillow scales them alone."""
+    key, tile = image.info.get("transparency"), getattr(image, "tile", None)
+    if image.format == "PNG" and key is not None and tile:
+        if tile[0][3] in ("L;2", "L;4"):
+            image.info["transparency"] = key * (85 if tile[0][3] == "L;2" else 17)
+        elif tile[0][3] == "RGB;16B":
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _grey_to_8_bits(image: Image.Image, tags: Any, white_level: int | None, report: Report) -> Image.Image:
     """Modes I;16, I and F to L or, with a transparent grey level, to LA."""
     values = np.asarray(image)
+    low, high = values.min().item(), values.max().item()
     if image.mode == "F":
-        if not np.isfinite(values).all():
+        if not math.isfinite(low) or not math.isfinite(high):
             raise ImageError("float image with values that are NaN or infinite")
-        scale = 255 if values.max() <= 1 else 1
-        grey = np.rint(np.clip(values * scale, 0, 255)).astype(np.uint8)
+        white = white_level or (1 if high <= 1 else 255)
+        if high > white and white_level is None:
+            report(f"has float values up to {high:g}; those above 255 are white. Give `white_level`", "levels")
+        grey = np.rint(np.clip(values * (255 / white), 0, 255)).astype(np.uint8)
     else:
-        peak = 65535
-        tags = getattr(image, "tag_v2", {})
-        if tags.get(_TIFF_BITS_PER_SAMPLE) == (12,):
-            peak = 4095
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > peak:
-            raise ImageError(f"integer image with values from {low} to {high}; supported is 0 to {peak}")
-        grey = ((values.astype(np.uint32) * 255 + peak // 2) // peak).astype(np.uint8)
+        white = white_level or (4095 if tags.get(_TIFF_BITS) == (12,) else 65535)
+        if low < 0 or (high > white and white_level is None):
+            reason = f"integer image with values from {low} to {high}; supported is 0 to {white}"
+            raise ImageError(reason if low < 0 else f"{reason}, or the value of white as `white_level`")
+        if white_level is None and 0 < high <= white // 2:
+            text = f"uses 0 to {high} of {white}, so it is dark; if it has {high.bit_length()} bits, give `white_level`"
+            report(f"{text} {2 ** high.bit_length() - 1}", "levels")
+        wide = np.minimum(values, white).astype(np.uint32 if white <= 65535 else np.uint64)
+        grey = ((wide * 255 + white // 2) // white).astype(np.uint8)
         if tags.get(_TIFF_PHOTOMETRIC) == 0:  # "white is zero", which Pillow heeds at 8 bits only
             grey = 255 - grey
     result = Image.fromarray(grey)
-    transparent = image.info.get("transparency")
-    if transparent is not None:
+    if (transparent := image.info.get("transparency")) is not None:
         result.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     return result
 
 
-def _fit(image: Image.Image, size: int, resize: str, colour: tuple[int, int, int]) -> Image.Image:
+def _to_srgb(image: Image.Image, info: dict[Any, Any], grey: bool, report: Report) -> Image.Image:
+    """Mode RGB by the ICC profile in `info` or a PNG's gamma; without them, the colours are sRGB."""
+    profile, gamma = info.get("icc_profile"), info.get("gamma", 1 / 2.2)
+    if profile or image.mode == "LAB":
+        try:
+            mode, transform = _transform(None if image.mode == "LAB" else profile)
+            if (mode == "L" and not grey) or (image.mode == "CMYK") != (mode == "CMYK"):
+                raise ValueError(f"it is for {mode}, not for {image.mode}")
+            if transform is not None:
+                image = image if image.mode == mode else image.convert(mode)
+                return ImageCms.applyTransform(image, transform)  # type: ignore[return-value]
+        except Exception as error:  # of many types
+            text = f"its colour profile cannot be used ({one_line(error)}); its colours are taken for sRGB"
+            report(text, "profile")
+    elif "srgb" not in info and gamma > 0 and abs(gamma * 2.2 - 1) > 0.05:
+        light = np.linspace(0, 1, 256) ** (1 / gamma)
+        levels = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+        return image.convert("RGB").point(np.rint(levels * 255).astype(int).tolist() * 3)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@functools.lru_cache(maxsize=64)
+def _transform(profile: bytes | None) -> tuple[str, Any]:
+    """The mode that an ICC profile is for (None: that of Lab), and its transform to sRGB; None where it is sRGB."""
+    opened: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile) if profile else ImageCms.createProfile("LAB"))
+    mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}[opened.profile.xcolor_space.strip()]
+    intent: Any = ImageCms.Intent.RELATIVE_COLORIMETRIC
+    no_cache: Any = 0x40  # the cache is not safe between threads
+    transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB", intent, no_cache)
+    if mode in ("RGB", "L"):  # many are sRGB, under many names, and must not change a pixel: a cube of colours tells
+        levels = np.arange(0, 256, 15, dtype=np.uint8)
+        colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(len(levels), -1, 3)
+        cube = Image.fromarray(colours).convert(mode)
+        change = np.asarray(ImageCms.applyTransform(cube, transform), np.int16) - np.asarray(cube.convert("RGB"))
+        if np.abs(change).max() <= 2:
+            return mode, None
+    return mode, transform
+
+
+def _fit(image: Image.Image, size: int, resize: str, colour: tuple[int, int, int]) -> np.ndarray:
     if resize == "stretch":
-        return image.resize((size, size), Image.Resampling.BICUBIC)
+        return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
     if resize == "pad":
         scale = size / max(image.size)
         width, height = (max(1, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
         canvas = Image.new("RGB", (size, size), colour)
-        canvas.paste(image, ((size - width) // 2, (size - height) // 2))
-        return canvas
-    image = _shrink(_trim_ribbon(image), size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+        fitted = image.resize((width, height), Image.Resampling.BICUBIC)
+        canvas.paste(fitted, ((size - width) // 2, (size - height) // 2))
+        return np.array(canvas)
+    return center_crop_arr(image, size)
 
 
 def _shrink(image: Image.Image, side: int) -> Image.Image:
-    """Resize so that the shorter side becomes `side`: halved with a box filter while it is twice that, then bicubic."""
+    """Resize so that the shorter side becomes `side`: halved with a box filter while it is twice that, then bicubic.
+
+    The ends of an image longer than 16 times its width are cut off first: enlarging 1 x 100,000 pixels with them would
+    take gigabytes, and a crop discards them.
+    """
+    limit = 16 * min(image.size)
+    cut_x, cut_y = (max(0, length - limit) // 2 for length in image.size)
+    if cut_x or cut_y:
+        image = image.crop((cut_x, cut_y, image.width - cut_x, image.height - cut_y))
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = side / min(image.size)
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
-def _trim_ribbon(image: Image.Image, aspect: int = 16) -> Image.Image:
-    """Cut the ends off an image longer than `aspect` times its width, symmetrically.
-
-    The centre crop discards them anyway; enlarging 1 x 100,000 pixels with them would take gigabytes.
-    """
-    limit = aspect * min(image.size)
-    cut_x, cut_y = (max(0, side - limit) // 2 for side in image.size)
-    return image.crop((cut_x, cut_y, image.width - cut_x, image.height - cut_y)) if cut_x or cut_y else image
+def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
+    """guided-diffusion's centre crop of a Pillow image: uint8 [image_size, image_size, channels]."""
+    image = _shrink(pil_image, image_size)
+    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
+    return np.array(image.crop((left, top, left + image_size, top + image_size)))
 
 
-# ---- words for what went wrong ---------------------------------------------------------------------------------------
-
-
-def _os_reason(error: BaseException, path: str) -> str:
-    """Why the system would not open `path`."""
-    if isinstance(error, FileNotFoundError):
-        if os.path.islink(path):
-            return f"broken link to {display_name(os.readlink(path))}"
-        return "no such file or folder"
-    if isinstance(error, PermissionError):
-        return "permission denied"
-    if isinstance(error, OSError) and error.errno == errno.ELOOP:
-        return "a link that leads back to itself"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror[0].lower() + error.strerror[1:]
-    return one_line(error) or type(error).__name__
-
-
-def _kind_of_file(mode: int) -> str:
-    kinds = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "named pipe"), (stat.S_ISSOCK, "socket"))
-    kind = next((word for test, word in kinds if test(mode)), "device")
-    return f"a {kind}, not a regular file"
-
-
-def _decoding_reason(name: str, error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"cannot be read: {_os_reason(error, '')}"
-    message = one_line(error) or type(error).__name__
-    if isinstance(error, Image.DecompressionBombError):
-        return message
-    if re.search(r"truncated|unpack|incomplete|index out of range", message, re.IGNORECASE):
-        return f"truncated: the {name} file ends too early ({message})"
-    if re.search(r"unsupported|not supported|unknown pixel mode", message, re.IGNORECASE):
-        return f"unsupported kind of {name} file: {message}"
-    return f"damaged or truncated {name} file: {message}"
+def random_crop_arr(
+    pil_image: Image.Image,
+    image_size: int,
+    min_crop_frac: float = 0.8,
+    max_crop_frac: float = 1.0,
+    generator: Any = random,
+) -> np.ndarray:
+    """guided-diffusion's random crop: the crop takes between the two fractions of the shorter side."""
+    smallest, largest = math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac)
+    image = _shrink(pil_image, generator.randrange(smallest, largest + 1))
+    top = generator.randrange(image.height - image_size + 1)
+    left = generator.randrange(image.width - image_size + 1)
+    return np.array(image.crop((left, top, left + image_size, top + image_size)))
 
 
 # ---- guided-diffusion's loader --------------------------------------------------------------------------------------
@@ -702,79 +380,57 @@ def load_data(
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """guided-diffusion's endless generator of training batches: (images [N, 3, H, W] in [-1, 1], {} or {"y": [N]}).
 
-    class_cond: add the class, the first folder of an image's relative path where all images lie in folders, otherwise
-    what comes before the first underscore of its name. deterministic: in the order of the names instead of shuffled.
+    class_cond: add the class, see `class_names`. deterministic: in the order of the names instead of shuffled.
     random_crop, random_flip: augmentation (deterministic does not turn it off). Ranks share the images. Order and
     augmentation follow torch's default generator, and in the first pass are those of guided-diffusion's loader. Every
     image is used in each pass: batches run on into the next one. Raises InputError for a folder without images and
-    for an image that cannot be read.
-
-    This project's own training uses `training.data`, which resumes in the middle.
+    for an image that cannot be read. This project's own training uses `training.data`, which resumes in the middle.
     """
     from .dist_util import ranks
 
     if not data_dir:
         raise InputError("give a folder of images", parameter="data_dir")
-    references = _by_folder(list_references(data_dir, parameter="data_dir"))
-    labels = None
-    if class_cond:
-        names = class_names(references)
-        numbers = {name: number for number, name in enumerate(sorted(set(names)))}
-        labels = [numbers[name] for name in names]
-    me = ranks()
+    references, me = _by_folder(list_references(data_dir, parameter="data_dir")), ranks()
     if len(references) < me.world_size:
         raise InputError(f"{len(references)} images are too few for {me.world_size} ranks", parameter="data_dir")
-    part = range(me.rank, len(references), me.world_size)
-    paths = [references[i].path for i in part]
-    targets = None if labels is None else [labels[i] for i in part]
-    return _batches(paths, targets, batch_size, image_size, deterministic, random_crop, random_flip)
+    names = class_names(references) if class_cond else []
+    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
 
-
-def _batches(paths, labels, batch_size, image_size, deterministic, random_crop, random_flip):
-    def read(batch):
-        arrays = [_augmented(paths[i], image_size, random_crop, random_flip, generator) for i, generator in batch]
-        images = normalise(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous())
-        return images, {} if labels is None else {"y": torch.tensor([labels[i] for i, _ in batch])}
-
-    samples = []  # (index, generator) of what is left of a pass
-    # One thread, as it draws from the generators in the order of the samples; it is a batch ahead.
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    def samples() -> Iterator[tuple[int, random.Random]]:
         while True:
-            # Drawn when the pass begins and not ahead of it, as training draws from the same generator.
             generator = random.Random(int(torch.empty((), dtype=torch.int64).random_()))
-            order = range(len(paths))
+            part = range(me.rank, len(references), me.world_size)
+            order: Iterable[int] = range(len(part))
             if not deterministic:
                 seed = int(torch.empty((), dtype=torch.int64).random_())
-                order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
-            samples += [(index, generator) for index in order]
-            full = len(samples) // batch_size * batch_size
-            batches, samples = [samples[i : i + batch_size] for i in range(0, full, batch_size)], samples[full:]
-            pending = deque(pool.submit(read, batch) for batch in batches[:2])
-            for batch in [*batches[2:], None, None][: len(batches)]:
-                yield pending.popleft().result()
-                if batch is not None:
-                    pending.append(pool.submit(read, batch))
+                order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed)).tolist()
+            yield from ((part[i], generator) for i in order)
+
+    def read(batch: list[tuple[int, random.Random]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        images = to_tensor([augmented(references[i].path, generator) for i, generator in batch])
+        return images, {"y": torch.tensor([numbers[names[i]] for i, _ in batch])} if class_cond else {}
+
+    def augmented(path: str, generator: random.Random) -> np.ndarray:
+        try:
+            image = decode_image(path)
+        except ImageError as error:
+            raise InputError(f"{display_name(path)} cannot be used: {error.reason}") from error
+        crop = functools.partial(random_crop_arr, generator=generator) if random_crop else center_crop_arr
+        array = crop(image, image_size)
+        return array[:, ::-1] if random_flip and generator.random() < 0.5 else array
+
+    def batches() -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        stream = samples()
+        with ThreadPoolExecutor(max_workers=1) as pool:  # one thread, which draws in the order of the samples
+            ahead = pool.submit(read, list(itertools.islice(stream, batch_size)))
+            while True:
+                ready, ahead = ahead, pool.submit(read, list(itertools.islice(stream, batch_size)))
+                yield ready.result()
+
+    return batches()
 
 
-def _augmented(path, image_size, random_crop, random_flip, generator):
-    try:
-        image = decode_image(path)
-    except ImageError as error:
-        raise InputError(f"{display_name(path)} cannot be used: {error}") from error
-    if random_crop:
-        # As in guided-diffusion: the shorter side becomes 1 to 1.25 times the wanted one, at a random place.
-        side = generator.randrange(image_size, math.ceil(image_size / 0.8) + 1)
-        image = _shrink(_trim_ribbon(image), side)
-        top = generator.randrange(image.height - image_size + 1)
-        left = generator.randrange(image.width - image_size + 1)
-        image = image.crop((left, top, left + image_size, top + image_size))
-    else:
-        image = _fit(image, image_size, "crop", (255, 255, 255))
-    array = np.array(image)
-    return array[:, ::-1] if random_flip and generator.random() < 0.5 else array
-
-
-def _by_folder(references):
+def _by_folder(references: list[Reference]) -> list[Reference]:
     """In the order in which a walk through sorted folders meets them, which is guided-diffusion's."""
     return sorted(references, key=lambda reference: reference.name.split("/"))
 

@@ -27,7 +27,7 @@ LAYERS = (
     ("errors",),
     ("options",),
     ("unet", "ddpm", "nn", "losses", "gaussian_diffusion", "respace", "resample", "script_util", "dist_util",
-     "image_datasets", "fp16_util", "logger", "runtime", "caching", "target"),
+     "references", "image_datasets", "fp16_util", "logger", "runtime", "caching", "target"),
     ("checkpoint",),
     ("sddm", "manifold", "moo", "solvers", "energy", "baselines", "generation", "presets", "upscaler"),
     ("run",),
@@ -228,7 +228,7 @@ ONE_OF_EACH = {
     "JSON read": (r"\bjson\.load\((?!archive\.)|json\.loads\([^)]*read", {"run/files.py"}),
     "image to tensor and back": (r"[*/] ?127\.5", {"image_datasets.py"}),
     "option parser": (r"\bArgumentParser\b", {"cli/flags.py", "script_util.py"}),
-    "listing of images": (r"\bos\.scandir\(|\bos\.walk\(", {"image_datasets.py", "run/files.py"}),
+    "listing of images": (r"\bos\.scandir\(|\bos\.walk\(", {"references.py", "run/files.py"}),
 }
 
 

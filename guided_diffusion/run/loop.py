@@ -116,7 +116,7 @@ class Loop:
             results = list(pool.map(read, keys))
         for item, result in results:
             if isinstance(result, ImageError):
-                self._fail(item, str(result))
+                self._fail(item, result.reason)
         return [(item, result) for item, result in results if not isinstance(result, ImageError)]
 
     def _fail(self, item: Item, reason: str) -> None:

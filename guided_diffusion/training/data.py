@@ -405,7 +405,7 @@ class TrainImages:
             return torch.from_numpy(self._load(reference)).permute(2, 0, 1)
         except ImageError as error:
             raise InputError(
-                f"{display_name(reference.path)}: {error}; repair it or take it out of the folder"
+                f"{display_name(reference.path)}: {error.reason}; repair it or take it out of the folder"
             ) from error
 
     def _augment(self, raw, numbers):

@@ -126,7 +126,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, InputError):
         return error.text(lambda name: LABELS.get(name, name))
     if isinstance(error, ImageError):
-        return f"{LABELS['picture']} cannot be used: {error}"
+        return f"{LABELS['picture']} cannot be used: {error.reason}"
     if is_out_of_memory(error):
         return "The device has too little memory for this model."
     return f"This is a defect of the program, and its log has the details: {first_line(error)}"
