@@ -38,7 +38,6 @@ from .respace import SpacedDiffusion
 Pictures = (
     Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image] | Sequence[np.ndarray] | Sequence[torch.Tensor]
 )
-WHITE = (255, 255, 255)
 ENERGIES: dict[str, Callable[[int], Any]] = {"dct": energies.dct, "low_pass": lambda blocks: energies.low_pass()}
 
 

@@ -780,8 +780,8 @@ def damaged(data, tmp_path):
 
 REASONS = {
     "b.png": "the file is empty (0 bytes)",
-    "more/a.png": "not an image: begins with b'no picture', which is none of PNG, JPEG, WebP, BMP, TIFF, GIF, AVIF, "
-    "JPEG 2000, PNM, ICO, QOI, SGI, DDS, PSD, PCX, TGA",
+    "more/a.png": "not an image, or damaged at its head: begins with b'no picture'; supported are PNG, JPEG, "
+    "WEBP, BMP, TIFF, GIF, AVIF, JPEG2000, PPM, ICO, QOI, SGI, DDS, PSD, PCX, TGA",
     "d.png": "its output d.png would overwrite that of d.gif",
 }
 

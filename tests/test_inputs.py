@@ -538,6 +538,77 @@ def test_damaged_exif_leaves_the_picture_as_stored(tmp_path, form, exif):
     assert (load_image(str(path), SIZE) == rgb(*COLOURS)).all()
 
 
+def gamma_profile(power):
+    """An ICC profile of sRGB's primaries with a pure power curve."""
+    from PIL import ImageCms
+
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for n in range(struct.unpack(">I", profile[128:132])[0]):
+        kind, at = profile[132 + 12 * n : 136 + 12 * n], struct.unpack(">I", profile[136 + 12 * n : 140 + 12 * n])[0]
+        if kind in (b"rTRC", b"gTRC", b"bTRC"):  # parametric curve of type 0: y = x ** power
+            profile[at + 8 : at + 16] = struct.pack(">HHi", 0, 0, round(power * 65536))
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("form, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})])
+def test_linear_colours_become_srgb_and_keep_their_alpha(tmp_path, form, options):
+    light = np.array(COLOURS) / 255
+    srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    expected = rgb(*np.rint(255 * srgb).astype(int))
+    path = tmp_path / "linear"
+    path.write_bytes(encode(rgb(*COLOURS), form, icc_profile=gamma_profile(1), **options))
+    assert np.abs(load_image(path, SIZE).astype(int) - expected).max() <= 1
+    path.write_bytes(encode(with_alpha([255, 0, 255, 255]), form, icc_profile=gamma_profile(1), exact=True, **options))
+    expected[: SIZE // 2, SIZE // 2 :] = WHITE
+    assert np.abs(load_image(path, SIZE).astype(int) - expected).max() <= 1
+
+
+def test_srgb_profile_changes_no_pixel_and_a_broken_one_is_one_line_a_folder(tmp_path, caplog):
+    from PIL import ImageCms
+
+    noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for name, data in (("s", profile), ("a", b"junk" * 40), ("b", b"junk" * 40)):
+        (tmp_path / name).write_bytes(encode(noise, "PNG", icc_profile=data))
+        assert (load_image(tmp_path / name, SIZE) == noise).all()
+    assert len(caplog.messages) == 1 and "its colour profile cannot be used" in caplog.text
+
+
+def test_twelve_bits_in_sixteen(tmp_path, caplog):
+    levels = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(levels).save(tmp_path / name)
+        assert load_image(tmp_path / name, 64).max() == 16
+    assert len(caplog.messages) == 1 and "uses 0 to 4095 of 65535" in caplog.text and "4095" in caplog.text
+    loaded = load_image(tmp_path / "a.png", 64, white_level=4095)
+    assert (loaded[..., 0] == np.rint(levels / 4095 * 255)).all()
+
+
+def test_blank_on_its_background_is_a_line(tmp_path, caplog):
+    image = np.full((SIZE, SIZE, 4), 255, np.uint8)
+    image[4:, :, 3] = 0
+    load_image(saved(tmp_path, image), SIZE, background="black")
+    assert not caplog.messages
+    load_image(saved(tmp_path, image), SIZE)
+    assert "blank on its background" in caplog.text
+
+
+def test_pillow_images_are_read_as_files_are(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encode(blocks(RED, GREEN, BLUE), "JPEG", exif=exif, icc_profile=gamma_profile(1.8)))
+    assert (image_datasets.load_picture(Image.open(path), SIZE) == load_image(path, SIZE)).all()
+    assert image_datasets.load_picture(Image.open(path), None).shape == (3 * SIZE, SIZE, 3)
+    closed = Image.new("RGB", (4, 4))
+    closed.close()
+    cut_short = Image.open(io.BytesIO(cut("PNG", 0.5)))
+    for bad in (closed, cut_short, Image.new("RGB", (0, 5))):
+        with pytest.raises(ImageError) as caught:
+            image_datasets.load_picture(bad, SIZE)
+        assert "\n" not in str(caught.value)
+
+
 # ---- size, resize, background ---------------------------------------------------------------------------------------
 
 
@@ -1084,7 +1155,11 @@ BROKEN = [
         text(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
         "^not an image, or damaged at its head: begins with",
     ),
-    ("text that begins like a bmp", text(b"BMW cars and other things to drive around in, at length, for hours"), "Truncated File Read"),
+    (
+        "text that begins like a bmp",
+        text(b"BMW cars and other things to drive around in, at length, for hours"),
+        "Truncated File Read",
+    ),
     ("avi, also RIFF", text(b"RIFF\x10\0\0\0AVI LIST"), "^not an image, or damaged at its head: begins with b'RIFF"),
     ("png signature alone", text(b"\x89PNG\r\n\x1a\n"), TRUNCATED),
     ("jpeg signature alone", text(b"\xff\xd8"), TRUNCATED),

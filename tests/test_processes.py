@@ -172,11 +172,11 @@ def test_a_messy_folder_is_translated_as_far_as_it_can_be(data, tmp_path):
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
     patterns = [
-        r"bomb\.png: 400000000 pixels, more than the limit of 178956970 \(decompression bomb\?\): 20000 x 20000 PNG",
+        r"bomb\.png: .*400000000 pixels\) exceeds limit of 178956970 .*",
         r"dangling\.png: broken link to nowhere\.png",
         r"empty\.png: the file is empty \(0 bytes\)",
-        r"sub/text\.png: not an image: begins with b'hello\\n', which is none of PNG, JPEG, WebP, BMP, TIFF, GIF, .*",
-        r"truncated\.png: truncated: the PNG file ends too early \(.*\)",
+        r"sub/text\.png: not an image, or damaged at its head: begins with b'hello\\n'; supported are PNG, JPEG, .*",
+        r"truncated\.png: damaged, truncated or unsupported: .*",
         r"twice\.png: its output twice\.png would overwrite that of twice\.jpg",
         r"unreadable\.png: permission denied",
     ]
