@@ -64,7 +64,15 @@ class JobOptions(OutputOptions):
     samples_per_image: int = option(1, "translations of every reference", least=1, most=10_000)
     resize: str = option("crop", "how images that are not square become so", choices=RESIZE_MODES)
     background: str = option("white", "colour behind transparent pixels", metavar="COLOUR")
+    white_level: int | None = option(
+        None, "value of white in 16-bit greyscale references, such as 4095 for 12 bits; 65535 without it",
+        least=1, most=2**31 - 1, metavar="N",
+    )  # fmt: skip
     strict: bool = option(False, "stop at the first unreadable image", runtime=True)
+
+    def ignored(self) -> set[str]:
+        """As in `OutputOptions`; records of version 0.2 have no `white_level`."""
+        return super().ignored() | ({"white_level"} if self.white_level is None else set())
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +82,7 @@ class JobOptions(OutputOptions):
         """The references that the options name."""
         return References(
             self.base_samples, peers, self.num_samples, samples=self.samples_per_image, strict=self.strict,
-            resize=self.resize, background=self.background,
+            resize=self.resize, background=self.background, white_level=self.white_level,
         )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -67,7 +68,7 @@ class References(Source):
         *,
         samples: int = 1,
         strict: bool = False,
-        **options: str,
+        **options: Any,
     ) -> None:
         # Several samples have folders of their own.
         found = listed(base, count, peers)
