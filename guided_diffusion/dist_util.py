@@ -5,10 +5,13 @@ share a key-value store and nothing else; mpi4py is imported only under mpiexec.
 guided-diffusion, use torch.distributed on top of it: `setup_dist`.
 """
 
+import contextlib
 import io
 import json
 import logging
 import os
+import pickle
+import re
 import socket
 import threading
 import time
@@ -17,8 +20,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed import HashStore, PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 
-from .errors import InputError, first_line, shown
+from .errors import InputError, first_line, reading, shown
 from .runtime import default_device
 
 if TYPE_CHECKING:
@@ -34,11 +38,11 @@ LAUNCHERS = (
 )
 
 HEARTBEAT_INTERVAL = 1.0
-"""Seconds between the signs of life of a rank."""
+"""Seconds between the heartbeats of a rank."""
 HEARTBEAT_TIMEOUT = 60.0
-"""Seconds without one after which a rank counts as dead. Launchers notice sooner; plain srun does not notice at all."""
+"""Seconds without a heartbeat after which a rank counts as dead. Launchers notice sooner; plain srun never does."""
 STARTUP_TIMEOUT = 900.0
-"""The same before its first sign: on a busy cluster, importing torch alone may take minutes. See `startup_timeout`."""
+"""The same before its first heartbeat: on a busy cluster, importing torch may take minutes. See `startup_timeout`."""
 PATIENCE = 10.0
 """Seconds of waiting for other ranks at start-up after which a line says for whom."""
 POLL = 0.1
@@ -58,9 +62,9 @@ class Ranks:
 
 
 def ranks() -> Ranks:
-    """The `Ranks` of this process, read from the environment; alone where no launcher left its variables.
+    """Read the `Ranks` of this process from the environment; a single one without a launcher's variables.
 
-    Raises InputError for variables that make no sense, such as leftovers of another run.
+    Raises InputError for inconsistent variables, such as leftovers of another run.
     """
     env = os.environ
     for launcher, rank, size, local in LAUNCHERS:
@@ -68,33 +72,35 @@ def ranks() -> Ranks:
             continue
         if rank == "PMI_RANK" and (env[rank], env[size]) == (env.get("SLURM_PROCID"), env.get("SLURM_STEP_NUM_TASKS")):
             continue  # srun speaks PMI for programs that want MPI; this one does not
-        try:
-            found = Ranks(int(env[rank]), int(env[size]), int(env.get(local, 0)), launcher)
-        except ValueError:
-            raise InputError(f"the environment variables {rank}, {size} and {local} must be numbers") from None
+        found = Ranks(*(_variable(name, 0, 0, 1 << 20) for name in (rank, size, local)), launcher)
         stale = f"; started without {launcher}, unset {rank} and {size}"
         if not 0 <= found.rank < found.world_size:
             raise InputError(f"the environment has {rank}={env[rank]}, which is no rank of {size}={env[size]}{stale}")
-        if launcher == "torchrun" and found.world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-            raise InputError(f"the environment has {rank} and {size}, but no MASTER_ADDR and MASTER_PORT{stale}")
+        if launcher == "torchrun" and found.world_size > 1:
+            if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+                raise InputError(f"the environment has {rank} and {size}, but no MASTER_ADDR and MASTER_PORT{stale}")
+            _variable("MASTER_PORT", 0, 1, 65535)
         return found
     return Ranks()
 
 
+def _variable(name: str, default: int, least: int, most: int) -> int:
+    """A whole number in an environment variable; raises InputError for one that is not from `least` to `most`."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,18}", text) or not least <= int(text) <= most:
+        raise InputError(
+            f"the environment variable {name} is {shown(text)}; it must be a whole number from {least} to {most}"
+        )
+    return int(text)
+
+
 def startup_timeout() -> float:
     """Seconds that ranks have to find each other: SDDM_STARTUP_TIMEOUT in the environment, else STARTUP_TIMEOUT."""
-    text = os.environ.get("SDDM_STARTUP_TIMEOUT")
-    if text is None:
-        return STARTUP_TIMEOUT
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0:
-        raise InputError(
-            f"the environment variable SDDM_STARTUP_TIMEOUT is {shown(text)}; it must be a number of seconds"
-        )
-    return seconds
+    text = os.environ.get("SDDM_STARTUP_TIMEOUT", str(STARTUP_TIMEOUT))
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e9:
+            return float(text)
+    raise InputError(f"the environment variable SDDM_STARTUP_TIMEOUT is {shown(text)}; it must be a number of seconds")
 
 
 # ---- the common store -----------------------------------------------------------------------------------------------
@@ -133,7 +139,7 @@ def _say_who_is_missing(me, seconds):
 
 
 def _leftovers(me):
-    """What to do where no launcher started this process and variables of another run make it wait."""
+    """Advice for a process that variables of another run make wait, without a launcher."""
     for launcher, rank, size, _ in LAUNCHERS:
         if launcher == me.launcher and {rank, size} <= os.environ.keys():
             where = ""
@@ -144,8 +150,6 @@ def _leftovers(me):
 
 
 def _torchrun_store(me, timeout):
-    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
-
     store, _, _ = next(rendezvous("env://", timeout=timeout))
     # The launcher keeps entries of its own in the same store.
     return PrefixStore("sddm", store)
@@ -155,9 +159,9 @@ def _slurm_store(me, timeout):
     env = os.environ
     one_machine = env.get("SLURM_STEP_NUM_NODES", "1") == "1"
     host = "127.0.0.1" if one_machine else _first_host(env.get("SLURM_STEP_NODELIST", "localhost"))
-    job, step = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0))
-    # A port that all ranks can work out, below those that systems give to outgoing connections.
-    port = int(env.get("MASTER_PORT", 20000 + (job * 7 + step) % 12000))
+    job, step = (_variable(name, 0, 0, 1 << 60) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    # A port that all ranks can compute, below those that systems give to outgoing connections.
+    port = _variable("MASTER_PORT", 20000 + (job * 7 + step) % 12000, 1, 65535)
     try:
         return _tcp_store(env.get("MASTER_ADDR", host), port, me, timeout)
     except RuntimeError as error:
@@ -177,15 +181,13 @@ def _mpi_store(me, timeout):
         )
     hosts = ranks.allgather(socket.gethostname())
     host = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
-    # Rank 0's is open before its port is told, so that nobody knocks too early.
+    # Rank 0's is open before its port is told, so that ranks connect only once the port is known.
     store = _tcp_store(host, 0, me, timeout) if me.rank == 0 else None
     port = ranks.bcast(store.port if store else None)
     return store or _tcp_store(host, port, me, timeout)
 
 
 def _tcp_store(host, port, me, timeout):
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
     return TCPStore(host, port, me.world_size, is_master=me.rank == 0, wait_for_workers=False, timeout=timeout)
 
 
@@ -198,11 +200,11 @@ def _first_host(nodelist):
 
 
 def abort(me: Ranks, status: int = 1) -> None:
-    """End all ranks of an MPI run: the others would wait for this one for ever. Other launchers do so themselves."""
+    """End all ranks of an MPI run, where the others would wait forever. Other launchers do so themselves."""
     if me.launcher == "mpiexec" and me.world_size > 1:
         try:
             from mpi4py import MPI
-        except ImportError:  # which is the reason for the end, and true of all ranks
+        except ImportError:  # the reason for the end, on all ranks
             return
         time.sleep(1)  # where a rank has died, the launcher ends the others itself, and says which it was
         MPI.COMM_WORLD.Abort(status)
@@ -215,37 +217,17 @@ class Stopped(Exception):
     """Another rank ended the run and has said why."""
 
 
-class LocalStore:
-    """The part of torch.distributed.Store that `Peers` uses, for a single process."""
-
-    def __init__(self) -> None:
-        self._values = {}
-
-    def set(self, key: str, value: str) -> None:
-        self._values[key] = value
-
-    def get(self, key: str) -> str:
-        return self._values[key]
-
-    def add(self, key: str, amount: int) -> int:
-        self._values[key] = self._values.get(key, 0) + amount
-        return self._values[key]
-
-    def check(self, keys: list[str]) -> bool:
-        return all(key in self._values for key in keys)
-
-
 class Peers:
-    """This process among the ranks of a run, and the messages that they leave in a common store.
+    """Messages between the ranks of a run in a common store, with the fields of `Ranks`.
 
-    Has the fields of `Ranks`. Ranks above 0 give signs of life; rank 0 looks for them whenever it calls `watch`.
-    Every method raises InputError where contact to the store is lost.
+    Ranks above 0 send heartbeats, and rank 0 checks them in `watch`. Every method raises InputError where contact to
+    the store is lost.
     """
 
     def __init__(self, me: Ranks, store: Any) -> None:
         self.rank, self.world_size, self.local_rank, self.launcher = me.rank, me.world_size, me.local_rank, me.launcher
         self._startup = startup_timeout()
-        self._store = LocalStore() if store is None else store
+        self._store = HashStore() if store is None else store
         self._leaving = threading.Event()
         self._watched_at = time.monotonic()
         self._beats = dict.fromkeys(range(1, me.world_size), 0) if me.rank == 0 else {}
@@ -291,7 +273,7 @@ class Peers:
             return
         if self.stopped():
             raise Stopped
-        # A process that was suspended has not listened: time between two looks counts as one beat at most.
+        # A suspended process has not listened: the time between two looks counts as one beat at most.
         elapsed = min(time.monotonic() - self._watched_at, HEARTBEAT_INTERVAL)
         self._watched_at = time.monotonic()
         for rank in self._beats:
@@ -320,11 +302,10 @@ class Peers:
         return self._call("check", ["stopped"])
 
     def interrupted(self, patience: float = 1.0) -> bool:
-        """End the run because a signal came; returns whether this rank is the one to say so.
+        """End the run after a signal; returns whether this rank is the one to report it.
 
-        Mostly the signal comes to all, and rank 0 speaks. Another rank waits `patience` seconds for that: rank 0 may be
-        what died, or may not have been meant. A launcher that ends the run because a rank has failed sends signals too;
-        then all is said.
+        Signals mostly reach all ranks, and rank 0 reports. Another rank waits `patience` seconds for that, because
+        rank 0 may have died or not been signalled. Where the run has been stopped already, nothing is left to report.
         """
         until = time.monotonic() + (patience if self.rank else 0)
         try:
@@ -337,7 +318,7 @@ class Peers:
             return True
 
     def leave(self) -> None:
-        """The last call: this rank has published all that it had to."""
+        """Announce that this rank has published everything; the last call."""
         if self.world_size == 1:
             return
         self._leaving.set()
@@ -362,22 +343,25 @@ def connect(me: Ranks) -> Peers:
 
 
 def setup_dist(*args: Any, **kwargs: Any) -> None:
-    """Join the ranks that torchrun, mpiexec or Slurm started in torch's default process group; a process started by
-    hand makes a group of one. Nothing happens where the group exists. NCCL serves GPUs, gloo CPUs.
+    """Join torch's default process group with the ranks that torchrun, mpiexec or Slurm started; a process started by
+    hand makes a group of one. Nothing happens where the group exists.
 
     args, kwargs: not used; forks pass parsed arguments or device numbers, which the launcher determines here.
     """
-    import torch.distributed as dist
-    from torch.distributed import HashStore  # type: ignore[attr-defined]
+    if not torch.distributed.is_initialized():
+        me = ranks()
+        on_gpu = torch.cuda.is_available()
+        local = me.local_rank % torch.cuda.device_count() if on_gpu else None
+        join_ranks(me, torch.device("cuda" if on_gpu else "cpu", local))
 
-    if dist.is_initialized():
-        return
-    me = ranks()
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(me.local_rank % torch.cuda.device_count())
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=open_store(me) or HashStore(), rank=me.rank, world_size=me.world_size)
+
+def join_ranks(me: Ranks, device: torch.device) -> None:
+    """Make torch's default process group of all ranks: NCCL for a GPU, gloo for the CPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store = open_store(me) or HashStore()
+    torch.distributed.init_process_group(backend, store=store, rank=me.rank, world_size=me.world_size)
 
 
 def dev() -> torch.device:
@@ -388,14 +372,12 @@ def dev() -> torch.device:
 
 
 def load_state_dict(path: str, **kwargs: Any) -> Any:
-    """What torch.load makes of a file or blobfile address; `.safetensors` works, too. kwargs are torch.load's.
+    """Load a file or blobfile address as torch.load does, or a `.safetensors` file; kwargs are torch.load's.
 
     Nothing in the file is executed: `weights_only` is always True. Any rank may call it on its own; each reads the
     file. Raises InputError where it cannot be read, or not without running code.
     """
-    import pickle
-
-    try:
+    with reading(path):
         if "://" in path:
             import blobfile
 
@@ -409,20 +391,19 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
             if start[8:9] == b"{":  # after the header's length, as safetensors begin
                 from safetensors.torch import load
 
-                state = load(file.read())
-                return {name: tensor.to(kwargs.get("map_location") or "cpu") for name, tensor in state.items()}
-            return torch.load(file, **{**kwargs, "weights_only": True})
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path} cannot be loaded without running code from it: {first_line(error)}") from None
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read: {first_line(error)}") from None
+                return {
+                    name: tensor.to(kwargs.get("map_location") or "cpu") for name, tensor in load(file.read()).items()
+                }
+            try:
+                return torch.load(file, **{**kwargs, "weights_only": True})
+            except pickle.UnpicklingError as error:
+                raise InputError(f"{path} cannot be loaded without running code from it: {first_line(error)}") from None
 
 
 def sync_params(params: "Iterable[torch.Tensor]") -> None:
     """Give all processes the tensors of rank 0; nothing happens in a process without a group."""
-    import torch.distributed as dist
-
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    dist = torch.distributed
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     with torch.no_grad():
         for parameter in params:

@@ -14,8 +14,6 @@ import functools
 import io
 import json
 import os
-import socket
-import struct
 import sys
 import tempfile
 import time
@@ -122,67 +120,25 @@ class CSVOutputFormat(KVWriter):
 
 
 class TensorBoardOutputFormat(KVWriter):
-    """Numbers as TensorBoard's scalars; the step is the row's number, as in guided-diffusion.
-
-    The file is written here, as its format needs no more than this; tensorboard is needed to look at it only.
-    """
+    """Numbers as TensorBoard's scalars; the step is the row's number, as in guided-diffusion."""
 
     def __init__(self, dir: str) -> None:
-        os.makedirs(dir, exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self.file = open(os.path.join(dir, name), "ab")  # noqa: SIM115 - until `close`
-        self.step = 1
-        self._write(_field(3, b"brain.Event:2"))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            reason = "tensorboard needs its package (pip install tensorboard)"
+            raise InputError(reason, parameter="format_strs", value="tensorboard") from None
+        self.writer, self.step = SummaryWriter(dir), 1
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        values = b"".join(
-            _field(1, _field(1, key.encode()) + b"\x15" + struct.pack("<f", value))
-            for key, value in ((key, _plain(value)) for key, value in kvs.items())
-            if isinstance(value, (int, float))
-        )
-        self._write(b"\x10" + _varint(self.step) + _field(5, values))
+        for key, value in kvs.items():
+            if isinstance(_plain(value), (int, float)):
+                self.writer.add_scalar(key, _plain(value), self.step)
+        self.writer.flush()
         self.step += 1
 
-    def _write(self, event: bytes) -> None:
-        event = b"\x09" + struct.pack("<d", time.time()) + event
-        length = struct.pack("<Q", len(event))
-        self.file.write(length + _masked_crc(length) + event + _masked_crc(event))
-        self.file.flush()
-
     def close(self) -> None:
-        self.file.close()
-
-
-def _varint(number: int) -> bytes:
-    parts = []
-    while number > 127:
-        parts.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*parts, number])
-
-
-def _field(number: int, content: bytes) -> bytes:
-    """A length-delimited protobuf field."""
-    return bytes([number << 3 | 2]) + _varint(len(content)) + content
-
-
-def _masked_crc(data: bytes) -> bytes:
-    """The checksum of TensorFlow's records: CRC-32C, rotated and offset."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = crc >> 8 ^ _crc_table()[(crc ^ byte) & 255]
-    crc ^= 0xFFFFFFFF
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
-@functools.cache
-def _crc_table() -> list[int]:
-    table = []
-    for number in range(256):
-        for _ in range(8):
-            number = number >> 1 ^ (0x82F63B78 if number & 1 else 0)
-        table.append(number)
-    return table
+        self.writer.close()
 
 
 def _open(path: str, mode: str) -> Any:

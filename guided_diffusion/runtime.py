@@ -1,6 +1,7 @@
 """How a network is run: device, precision, compilation, and the memory of the process."""
 
 import ctypes
+import functools
 import logging
 import re
 
@@ -13,6 +14,12 @@ log = logging.getLogger("sddm")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = (*DTYPES, "auto")
+
+# In the words of CUDA, of PyTorch's allocators, of oneDNN and of the system. No memory, no thread.
+OUT_OF_MEMORY = (
+    "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|could not create a primitive|"
+    "can't start new thread"
+)
 
 # Parameters of mallopt, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -38,29 +45,40 @@ def pick_device(name: str | torch.device = "auto", local_rank: int = 0) -> torch
         if device.type == "meta":
             raise RuntimeError("it computes nothing")
         torch.empty(1, device=device)
-    except Exception as error:  # a backend without its package raises ImportError, others their own kinds
+    except Exception as error:  # backends that are not built in raise errors of their own
         raise InputError(f"it cannot be used: {first_line(error)}", parameter="device", value=name) from None
     return device
 
 
 def pick_precision(name: str | None, device: torch.device) -> str:
-    """`fp32`, `bf16` or `fp16`: what `name` means on a device; `auto` is the fastest that it computes in."""
+    """Resolve a precision to `fp32`, `bf16` or `fp16`; `auto` is the fastest that the device computes in natively.
+
+    Logs a line, once, where bf16 is emulated on a CPU.
+    """
     if name not in (None, *PRECISIONS):
         raise InputError(fitting(name, list(PRECISIONS)), parameter="precision", value=name)
     if name == "auto":
         return best_precision(device)
+    if name == "bf16" and device.type == "cpu" and best_precision(device) != "bf16":
+        _warn_of_emulation()
     return name or "fp32"
+
+
+@functools.cache
+def _warn_of_emulation() -> None:
+    log.warning("this CPU emulates bf16, many times slower than fp32; `precision` auto picks what is native")
 
 
 def best_precision(device: torch.device) -> str:
     """`bf16` where the device multiplies matrices of bfloat16 natively, else `fp32`.
 
-    GPUs since Ampere do, and CPUs with AVX512-BF16; on others it is emulated, and slow.
+    GPUs since Ampere do, and CPUs with AVX512-BF16 or AMX; on others it is emulated, and slow.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return "bf16" if device.type == "cpu" and native is not None and native() else "fp32"
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+    return "bf16" if native else "fp32"
 
 
 def memory_format(device: torch.device, compiled: bool = False) -> torch.memory_format:
@@ -122,5 +140,5 @@ def keep_freed_memory() -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory did not suffice, in the words of any backend."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(
-        re.search("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", str(error), re.IGNORECASE)
+        re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE)
     )

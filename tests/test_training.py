@@ -167,17 +167,19 @@ def test_clipping_bounds_the_gradient_that_the_optimizer_sees(folder, tmp_path):
     torch.testing.assert_close(seen[0], unclipped / unclipped.norm() * 1e-3, rtol=1e-3, atol=1e-9)
 
 
-def test_averages_follow_their_formula(folder, tmp_path):
-    loop, _ = make_loop(folder, tmp_path, batch_size=2, ema_rate="0.9,0.5", lr=1e-3)
-    expected = {rate: [p.detach().clone() for p in loop.params] for rate in (0.9, 0.5)}
+@pytest.mark.parametrize("warmup", [True, False])
+def test_averages_follow_their_formula(folder, tmp_path, warmup):
+    loop, _ = make_loop(folder, tmp_path, batch_size=2, ema_rate="0.9,0.15", lr=1e-3, ema_warmup=warmup)
+    expected = {rate: [p.detach().clone() for p in loop.params] for rate in (0.9, 0.15)}
     for at in range(3):
         numbers = np.arange(2 * at, 2 * at + 2)
         loop.train_step(numbers, *next(loop.images.batches(iter([numbers]), "cpu")))
         for rate, values in expected.items():
-            expected[rate] = [rate * value + (1 - rate) * p.detach() for value, p in zip(values, loop.params)]
-    assert not torch.equal(loop.ema["0.9"][0], loop.ema["0.5"][0])
+            r = min(rate, (1 + at) / (10 + at)) if warmup else rate
+            expected[rate] = [r * value + (1 - r) * p.detach() for value, p in zip(values, loop.params)]
+    assert not torch.equal(loop.ema["0.9"][0], loop.ema["0.15"][0])
     assert_all_close(loop.ema["0.9"], expected[0.9])
-    assert_all_close(loop.ema["0.5"], expected[0.5])
+    assert_all_close(loop.ema["0.15"], expected[0.15])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -1,12 +1,13 @@
-"""What the training commands share: the loop's flags, and the words at their end."""
+"""Flags of the training loop, and the last lines of a training command."""
 
 import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..dist_util import Ranks
+from ..dist_util import Ranks, ranks
 from ..errors import display_name
+from ..runtime import pick_device, pick_precision
 from ..training.config import ClassifierRunOptions, RunOptions, TrainConfig, precision
 from .flags import Given, Parser
 from .main import DONE, INTERRUPTED, say
@@ -23,18 +24,20 @@ def add_loop(parser: Parser, run: type, *, without: Sequence[str], defaults: dic
 
 
 def loop_config(given: Given, run: RunOptions) -> TrainConfig:
-    """The loop's options, with what the other spellings for users of guided-diffusion mean."""
-    config = given.options(TrainConfig, precision=precision(run, given.precision))
+    """Options of the loop: guided-diffusion's spellings resolved, and `auto` replaced by the device's precision."""
+    device = pick_device(run.device, ranks().local_rank)
+    chosen = pick_precision(precision(run, given.precision), device)
+    config = given.options(TrainConfig, precision=chosen)
     if isinstance(run, ClassifierRunOptions) and run.anneal_lr:
         config = dataclasses.replace(config, lr_anneal_steps=config.iterations)
     return config
 
 
-def end(finished: bool, config: TrainConfig, ranks: Ranks, use: str) -> int:
-    """Say where the model is and what to do with it; returns the exit status. use: a command with {path}."""
+def end(finished: bool, config: TrainConfig, me: Ranks, use: str) -> int:
+    """Say where the model is and how to use it; returns the exit status. use: a command with {path}."""
     path = config.export_path()
-    if ranks.rank == 0 and finished:
+    if me.rank == 0 and finished:
         say(f"done: the model is {display_name(path)}; use it with\n  {use.replace('{path}', display_name(path))}")
-    elif ranks.rank == 0:
+    elif me.rank == 0:
         say("to resume, run the same command with --resume auto")
     return DONE if finished else INTERRUPTED

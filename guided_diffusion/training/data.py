@@ -7,26 +7,38 @@ sequence into pieces, and a run that resumes needs nothing but the number of its
 
 import functools
 import hashlib
+import io
 import itertools
+import json
+import logging
 import math
 import os
 import posixpath
+import re
 import signal
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from ..errors import InputError, display_name, shown
-from ..image_datasets import ImageError, Reference, list_references, load_image, normalise
+from ..errors import InputError, display_name, first_line, reading, shown
+from ..image_datasets import IMAGE_SUFFIXES, ImageError, Reference, list_references, load_image, load_picture, normalise
 from ..options import fitting
+
+log = logging.getLogger(__name__)
 
 CACHES = ("auto", "memory", "device", "none")
 AUTO_CACHE_BYTES = 2 << 30
 """Sets that need no more than this as uint8 are kept decoded with cache="auto"."""
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "eval"}
+"""Folder names that mean parts of a data set; as classes they are most likely a mistake."""
+ZIPPED_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 
 # ---- numbers instead of a generator's state -------------------------------------------------------------------------
@@ -56,7 +68,7 @@ def random_uniform(seed: object, purpose: str, numbers: Any) -> np.ndarray:
 def sample_noise(seed: object, numbers: Any, shape: Sequence[int], device: str | torch.device) -> torch.Tensor:
     """Standard normal noise [N, *shape], float32; row i depends on the seed and numbers[i] alone.
 
-    The draws of a GPU are others than those of a CPU.
+    GPU and CPU draw different numbers.
     """
     keys = random_bits(seed, "noise", numbers)
     if torch.device(device).type == "cuda":
@@ -98,35 +110,90 @@ def batch_numbers(start: int, batch_size: int, rank: int = 0, world_size: int = 
         start += world_size * batch_size
 
 
-# ---- labels ---------------------------------------------------------------------------------------------------------
+# ---- files and labels -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainReference(Reference):
+    """An image of a data set. archive: the .zip file that holds it, or "". label: its class by dataset.json, "" for
+    none, or None where the set has no such file."""
+
+    archive: str = ""
+    label: str | None = None
+
+
+def list_images(folder: str | None, parameter: str = "data_dir") -> list[Reference]:
+    """List the images of a folder or .zip file, with the labels of its dataset.json (StyleGAN's and EDM's) if any.
+
+    Raises InputError for the parameter.
+    """
+    if not folder:
+        raise InputError("give the folder of training images", parameter=parameter, value=folder)
+    if os.path.isfile(folder) and str(folder).lower().endswith(".zip"):
+        with reading(folder, "a .zip data set"):
+            names = [name for name in _archive(folder, os.getpid()).namelist() if not name.endswith("/")]
+            stated = _archive(folder, os.getpid()).read("dataset.json") if "dataset.json" in names else None
+        images = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+        if not images:
+            raise InputError("there is no image in this file", parameter=parameter, value=folder)
+        found = [TrainReference(f"{folder}/{name}", name, folder) for name in images]
+        where = f"{folder}/dataset.json"
+    else:
+        found = [TrainReference(each.path, each.name) for each in list_references(folder, parameter=parameter)]
+        where, stated = os.path.join(folder, "dataset.json"), None
+        if os.path.isfile(where):
+            with reading(where), open(where, "rb") as file:
+                stated = file.read()
+    if stated is None:
+        return list(found)
+    with reading(where, 'a data set\'s labels: {"labels": [[name, class], …]}'):
+        labels = {name: str(int(label)) for name, label in json.loads(stated)["labels"] or ()}
+    return [TrainReference(each.path, each.name, each.archive, labels.get(each.name, "")) for each in found]
+
+
+@functools.lru_cache(maxsize=8)
+def _archive(path: str, process: int) -> zipfile.ZipFile:
+    """A .zip file, open once per process: forked processes would share one position in the file."""
+    return zipfile.ZipFile(path)
+
+
+def natural(name: str) -> list[Any]:
+    """Sorting key of a name that compares digits in it as numbers: 2 comes before 10."""
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def class_labels(references: Sequence[Reference], names: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
-    """Classes of a labelled folder: (labels [len(references)], names of the classes, sorted unless given).
+    """Classes of a data set: (labels [len(references)], names of the classes, in natural order unless given).
 
-    The class is the first folder of an image's relative path where all images lie in folders, otherwise the part of
-    the file name before the first underscore (guided-diffusion's convention). Raises InputError for an image whose
-    class is not among given names; and, where no names are given, for a file name without a class and for classes of
-    which most have one image only: those are numbers, and no classes.
+    The class of an image is that of dataset.json, where the set has one; else the first folder of its relative path,
+    where all images lie in folders; else the part of its file name before the first underscore (guided-diffusion's
+    convention). Raises InputError for an image without a class or of a class that is not among given names, and, where
+    no names are given, for classes of which most have one image: those are numbers, not classes.
     """
-    in_folders = all("/" in reference.name for reference in references)
-    if in_folders:
-        classes = [reference.name.split("/")[0] for reference in references]
+    stated = [getattr(reference, "label", None) for reference in references]
+    if any(label is not None for label in stated):
+        where, classes = "its entry in dataset.json", [label or None for label in stated]
+    elif all("/" in reference.name for reference in references):
+        where, classes = "the first folder of its path", [reference.name.split("/")[0] for reference in references]
     else:
+        where = "the part of its name before the first underscore, as not all images lie in folders"
         files = [posixpath.basename(reference.name) for reference in references]
-        if names is None:
-            _refuse_names_without_class(references, files)
-        classes = [name.split("_")[0] for name in files]
+        classes = [name.split("_")[0] if "_" in name or names is not None else None for name in files]
+    fix = "put the images of each class into a folder"
+    for reference, name in zip(references, classes):
+        if name is None:
+            raise InputError(f"{display_name(reference.path)} has no class, which is {where}; {fix}")
     if names is None:
         counts = Counter(classes)
         alone = [name for name, count in counts.items() if count == 1]
         if len(counts) > 1 and len(alone) > len(references) / 2:
-            where = "folders" if in_folders else "parts of the file names before the first underscore"
             raise InputError(
-                f"{len(alone)} of its {len(references)} images would be classes of their own, by their {where}, like "
-                f"{shown(alone[0])}; put the images of each class into a folder"
+                f"{len(alone)} of its {len(references)} images would be classes of their own, like {shown(alone[0])}: "
+                f"the class of an image is {where}; {fix}"
             )
-        names = sorted(counts)
+        names = sorted(filter(None, counts), key=natural)
+        if splits := [name for name in names if name.lower() in SPLITS]:
+            log.warning("%s taken for classes; for one part of the set, give its own folder", listed(splits))
     index = {name: i for i, name in enumerate(names)}
     for reference, name in zip(references, classes):
         if name not in index:
@@ -134,23 +201,13 @@ def class_labels(references: Sequence[Reference], names: Sequence[str] | None = 
                 f"{display_name(reference.path)}: its class {shown(name)} is not among the training data's "
                 f"{len(names)}: {listed(names)}"
             )
-    return np.array([index[name] for name in classes]), list(names)
-
-
-def _refuse_names_without_class(references: Sequence[Reference], files: Sequence[str]) -> None:
-    for reference, name in zip(references, files):
-        if "_" not in name:
-            raise InputError(
-                f"{display_name(reference.path)} belongs to no class: not all images lie in folders, and its name "
-                "has no underscore after a class; put the images of each class into a folder"
-            )
+    return np.array([index[name] for name in classes if name is not None]), list(names)
 
 
 def listed(names: Sequence[str], longest: int = 8) -> str:
-    """Names for a message, not all of them where there are many."""
-    return ", ".join(display_name(name) for name in names[:longest]) + (
-        f", … ({len(names)} in all)" if len(names) > longest else ""
-    )
+    """Names for a message; of many, the first ones and their number."""
+    more = f", … ({len(names)} in all)" if len(names) > longest else ""
+    return ", ".join(map(display_name, names[:longest])) + more
 
 
 def list_domains(
@@ -168,27 +225,27 @@ def list_domains(
         raise InputError("it is two folders or more, the target last, like cats,dogs", **wrong)
     if classes is not None and len(classes) != len(parts):
         raise InputError(f"it must be {len(classes)} folders, as in `domains`", **wrong)
-    places = [os.path.realpath(part) for part in parts]
-    for i, place in enumerate(places):
-        for j, other in enumerate(places):
-            if i != j and is_inside(place, other):
-                same = "the same folder" if place == other else f"inside {display_name(parts[j])}"
-                raise InputError(f"{display_name(parts[i])} is {same}: its images would belong to both", **wrong)
-    names = list(classes) if classes is not None else ["source", "target"] if len(parts) == 2 else folder_names(places)
+    for part, other in itertools.permutations(parts, 2):
+        if is_inside(part, other):
+            raise InputError(f"the images of {display_name(part)} would belong to {display_name(other)}, too", **wrong)
+    names = ["source", "target"] if len(parts) == 2 else folder_names([os.path.realpath(part) for part in parts])
     found = [list_images(part, parameter) for part in parts]
-    references = [
-        Reference(image.path, f"{name}/{image.name}") for name, images in zip(names, found) for image in images
+    references: list[Reference] = [
+        TrainReference(image.path, f"{name}/{image.name}", getattr(image, "archive", ""))
+        for name, images in zip(classes or names, found)
+        for image in images
     ]
-    return references, np.repeat(np.arange(len(parts)), [len(images) for images in found]), names
+    return references, np.repeat(np.arange(len(parts)), [len(images) for images in found]), list(classes or names)
 
 
-def labelled_images(
-    data_dir: str | None, domains: str | None
-) -> tuple[list[Reference], Callable[[Sequence[str] | None], tuple[np.ndarray, list[str]]]]:
-    """Images for a classifier, of a folder or of several domains, and the function that labels them.
+Label = Callable[[Sequence[str] | None], tuple[np.ndarray, list[str]]]
+"""Labels [N] of the training images and the names of their classes; names: those that number the classes."""
 
-    The function takes the names that number the classes, or None for those of the data, and gives the labels and the
-    names. Raises InputError unless there are two classes.
+
+def labelled_images(data_dir: str | None, domains: str | None) -> tuple[list[Reference], Label]:
+    """Images for a classifier, of a data set or of several domains, and the function that labels them.
+
+    Raises InputError unless there are two classes.
     """
     if not data_dir and not domains:
         raise InputError("give a folder per class below it, or `domains`", parameter="data_dir")
@@ -208,11 +265,8 @@ def labelled_images(
     references = list_images(data_dir)
     found = class_labels(references)
     if len(found[1]) < 2:
-        raise InputError(
-            f"it has one class only, {shown(found[1][0])}; it needs a folder per class",
-            parameter="data_dir",
-            value=data_dir,
-        )
+        reason = f"it has one class only, {shown(found[1][0])}; it needs a folder per class"
+        raise InputError(reason, parameter="data_dir", value=data_dir)
     return references, lambda known: found if known is None else class_labels(references, known)
 
 
@@ -224,8 +278,7 @@ def held_out_images(
     if value:
         raise InputError(f"it does not go with `{right}`", parameter=wrong, value=value)
     if domains:
-        references, labels, _ = list_domains(domains, "val_domains", classes)
-        return references, labels
+        return list_domains(domains, "val_domains", classes)[:2]
     if data_dir:
         references = list_images(data_dir, "val_data_dir")
         return references, class_labels(references, classes)[0]
@@ -235,27 +288,12 @@ def held_out_images(
 def folder_names(folders: Sequence[str]) -> list[str]:
     """Short names that tell folders apart: the last part of their paths in which all differ, or as many as it takes."""
     paths = [folder.strip("/").split("/") for folder in folders]
-    depth = min(len(path) for path in paths)
-    for place in range(1, depth + 1):
+    for place in range(1, min(map(len, paths)) + 1):
         column = [path[-place] for path in paths]
         if len(set(column)) == len(paths):
             return column
-    for length in range(2, max(len(path) for path in paths) + 1):
-        tails = ["-".join(path[-length:]) for path in paths]
-        if len(set(tails)) == len(paths):
-            return tails
-    return [f"{i}-{path[-1]}" for i, path in enumerate(paths)]
-
-
-def list_images(folder: str | None, parameter: str = "data_dir") -> list[Reference]:
-    """`image_datasets.list_references`, whose errors name the parameter."""
-    if not folder:
-        raise InputError("give the folder of training images", parameter=parameter, value=folder)
-    try:
-        return list_references(folder)
-    except InputError as error:
-        reason = error.reason if error.parameter else error.reason.rpartition(": ")[2]
-        raise InputError(reason, parameter=parameter, value=folder) from error
+    tails = (["-".join(path[-length:]) for path in paths] for length in range(2, max(map(len, paths)) + 1))
+    return next(tail for tail in tails if len(set(tail)) == len(paths))
 
 
 def is_inside(path: str, folder: str) -> bool:
@@ -264,14 +302,13 @@ def is_inside(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-def refuse_own_outputs(save_dir: str, folder: str, references: Sequence[Reference]) -> None:
-    """Raise InputError where a run would train on the sample grids that it writes itself."""
+def refuse_own_outputs(save_dir: str, folders: str | None, references: Sequence[Reference]) -> None:
+    """Raise InputError where a run would train on files that it writes itself; folders: comma-separated."""
     wrong: dict[str, Any] = {"parameter": "save_dir", "value": save_dir}
-    if os.path.isdir(folder) and is_inside(save_dir, folder):
-        raise InputError(
-            "it lies in `data_dir`, so that the run's sample grids would become training images; "
-            "give a folder outside of it", **wrong,
-        )  # fmt: skip
+    for folder in [folders or "", *(part.strip() for part in (folders or "").split(","))]:
+        if os.path.isdir(folder) and is_inside(save_dir, folder):
+            reason = f"it lies in {display_name(folder)}, so the run's files would become training images"
+            raise InputError(f"{reason}; give a folder outside of it", **wrong)
     samples = os.path.join(save_dir, "samples")
     # Links may lead there as well. There are few folders, and many images.
     for place in {os.path.dirname(reference.path) for reference in references}:
@@ -285,10 +322,12 @@ def refuse_own_outputs(save_dir: str, folder: str, references: Sequence[Referenc
 class TrainImages:
     """Images of one size, with labels or without, read from files or from a decoded copy in memory.
 
-    references: what `list_images` gives. labels: integers [len(references)] or None. random_flip: half of the samples
-    are mirrored. random_crop: images are read 5/4 as large and a random window is cut out. cache: "memory" and "device"
-    keep all images decoded as uint8, on the CPU or on the device; "none" decodes in `num_workers` loader processes;
-    "auto" keeps sets of up to 2 GiB on the device. background, resize: see `image_datasets.load_image`.
+    references: as `list_images` gives them. labels: integers [len(references)] or None. random_flip: half of the
+    samples are mirrored. random_crop: images are read 5/4 as large and a random window is cut out. cache: "memory" and
+    "device" keep all images decoded as uint8, on the CPU or on the device; "none" decodes in `num_workers` loader
+    processes; "auto" keeps sets of up to 2 GiB on the device. skip_damaged: an image that cannot be read is replaced by
+    the next one of its class, and stands in `damaged` with the reason. background, resize: see
+    `image_datasets.load_image`.
     """
 
     def __init__(
@@ -304,6 +343,7 @@ class TrainImages:
         num_workers: int = 2,
         resize: str = "crop",
         background: str = "white",
+        skip_damaged: bool = False,
     ) -> None:
         if cache not in CACHES:
             raise InputError(fitting(cache, list(CACHES)), parameter="cache", value=cache)
@@ -316,7 +356,9 @@ class TrainImages:
         self.random_flip = random_flip
         self.seed = seed
         self.num_workers = num_workers
-        self._load = functools.partial(load_image, image_size=self.stored_size, resize=resize, background=background)
+        self.skip_damaged = skip_damaged
+        self.damaged: dict[int, str] = {}
+        self._options: dict[str, Any] = {"resize": resize, "background": background}
         if cache == "auto":
             cache = "device" if len(references) * 3 * self.stored_size**2 <= AUTO_CACHE_BYTES else "none"
         self.cache = cache
@@ -327,13 +369,20 @@ class TrainImages:
         return len(self.references)
 
     def digest(self) -> str:
-        """A short hash of the relative paths and labels: whether a resumed run sees the same set."""
+        """Short hash of the relative paths and labels: whether a resumed run sees the same set."""
         labels = [] if self.labels is None else self.labels.tolist()
         text = "\n".join(reference.name for reference in self.references) + f"\n{labels}"
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
+    @functools.cached_property
+    def bytes(self) -> int:
+        """Bytes of up to 10,000 of the files: whether their content is likely to be the same."""
+        some = self.references[:: -(-len(self) // 10_000)]
+        paths = {getattr(reference, "archive", "") or reference.path for reference in some}
+        return sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
+
     def indices(self, numbers: Any) -> np.ndarray:
-        """Which image each sample number stands for, [N]: every epoch is a permutation of its own."""
+        """Index of the image of each sample number, [N]: every epoch is a permutation of its own."""
         epochs, positions = np.divmod(numbers, len(self))
         return np.array([self._permutation(int(epoch))[at] for epoch, at in zip(epochs, positions)])
 
@@ -351,9 +400,8 @@ class TrainImages:
         """Batches for an iterator over arrays of sample numbers: images [N, 3, H, W] in [-1, 1], labels [N] or None."""
         numbers, ahead = itertools.tee(numbers)  # a loader fetches numbers ahead of its batches
         for raw, current in zip(self._raw_batches(ahead, device), numbers):
-            if isinstance(raw, str):
-                raise InputError(raw)
-            yield self._augment(raw.to(device, non_blocking=True), current), self._labels(current, device)
+            labels = None if self.labels is None else self.labels[self.indices(current)].to(device, non_blocking=True)
+            yield self._augment(raw.to(device, non_blocking=True), current), labels
 
     def ordered_batches(
         self, batch_size: int, device: str | torch.device, rank: int = 0, world_size: int = 1
@@ -364,31 +412,33 @@ class TrainImages:
             part = mine[at : at + batch_size]
             raw = torch.stack([self.read(i) for i in part]).to(device)
             labels = None if self.labels is None else self.labels[part].to(device)
-            yield part, self._normalise(self._crop(raw, None)), labels
+            yield part, normalise(self._crop(raw, None)), labels
 
-    def _labels(self, numbers, device):
-        return None if self.labels is None else self.labels[self.indices(numbers)].to(device, non_blocking=True)
-
-    def _raw_batches(self, numbers, device):
-        """uint8 [N, 3, S, S] for arrays of sample numbers, S the stored size."""
+    def _raw_batches(self, numbers: Iterator[np.ndarray], device: str | torch.device) -> Iterator[torch.Tensor]:
+        """Batches of uint8 [N, 3, S, S] for arrays of sample numbers, S the stored size."""
         if self.cache != "none":
             images = self._decoded(device if self.cache == "device" else "cpu")
-            chosen = (torch.from_numpy(self.indices(current)) for current in numbers)
-            return (images[indices.to(images.device, non_blocking=True)] for indices in chosen)
+            for current in numbers:
+                yield images[torch.from_numpy(self.indices(current)).to(images.device, non_blocking=True)]
+            return
         workers: dict[str, Any] = {}
         if self.num_workers:
             workers = {"num_workers": self.num_workers, "prefetch_factor": 4, "worker_init_fn": _ignore_interrupts}
-        return iter(
-            torch.utils.data.DataLoader(
-                _Samples(self),  # type: ignore[arg-type]
-                sampler=numbers,
-                batch_size=None,
-                pin_memory=torch.device(device).type == "cuda",
-                **workers,
-            )
+        loader = torch.utils.data.DataLoader(
+            _Samples(self),  # type: ignore[arg-type]
+            sampler=numbers,
+            batch_size=None,
+            pin_memory=torch.device(device).type == "cuda",
+            **workers,
         )
+        for raw, damaged in loader:
+            if isinstance(raw, str):
+                raise InputError(raw)
+            for index, reason in damaged.items():
+                self._skip(index, reason)
+            yield raw
 
-    def _decoded(self, device):
+    def _decoded(self, device: str | torch.device) -> torch.Tensor:
         """All images as uint8 [len, 3, S, S]."""
         if self._cached is None:
             images = torch.empty(len(self), 3, self.stored_size, self.stored_size, dtype=torch.uint8)
@@ -399,42 +449,64 @@ class TrainImages:
         return self._cached
 
     def read(self, index: int) -> torch.Tensor:
-        """Image `index` decoded from its file, uint8 [3, S, S]. Raises InputError, naming the file."""
-        reference = self.references[index]
+        """Decode image `index` from its file, uint8 [3, S, S]. Raises InputError, naming the file."""
         try:
-            return torch.from_numpy(self._load(reference)).permute(2, 0, 1)
+            return self._load(self.references[index])
         except ImageError as error:
-            raise InputError(
-                f"{display_name(reference.path)}: {error.reason}; repair it or take it out of the folder"
-            ) from error
+            if not self.skip_damaged:
+                raise InputError(
+                    f"{_named(self.references[index], error)}; repair it or give `skip_damaged`"
+                ) from error
+            self._skip(index, _named(self.references[index], error))
+        same = np.arange(len(self)) if self.labels is None else np.flatnonzero(self.labels == self.labels[index])
+        for at in np.roll(same, -int(np.searchsorted(same, index)))[1:]:
+            try:
+                return self._load(self.references[at])
+            except ImageError as error:
+                self._skip(at, _named(self.references[at], error))
+        raise InputError(f"no image of {display_name(self.references[index].path)}'s class can be read")
 
-    def _augment(self, raw, numbers):
+    def _skip(self, index: int, reason: str) -> None:
+        if int(index) not in self.damaged:
+            self.damaged[int(index)] = reason
+            log.warning("skipped %s", reason)
+
+    def _load(self, reference: Reference) -> torch.Tensor:
+        if archive := getattr(reference, "archive", ""):
+            try:
+                data = _archive(archive, os.getpid()).read(reference.path.removeprefix(f"{archive}/"))
+                picture = Image.open(io.BytesIO(data), formats=ZIPPED_FORMATS)
+            except Exception as error:  # whatever a damaged archive or head raises
+                raise ImageError(first_line(error)) from error
+            array = load_picture(picture, self.stored_size, **self._options)
+        else:
+            array = load_image(reference, self.stored_size, **self._options)
+        return torch.from_numpy(array).permute(2, 0, 1)
+
+    def _augment(self, raw: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
         images = self._crop(raw, numbers)
         if self.random_flip:
             flip = torch.from_numpy(random_uniform(self.seed, "flip", numbers) < 0.5).to(raw.device, non_blocking=True)
             images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        return self._normalise(images)
+        return normalise(images)
 
-    def _crop(self, raw, numbers):
+    def _crop(self, raw: torch.Tensor, numbers: np.ndarray | None) -> torch.Tensor:
         """Windows of the image size: random ones, or those in the centre where numbers is None."""
-        slack = self.stored_size - self.image_size
+        slack, size = self.stored_size - self.image_size, self.image_size
         if not slack:
             return raw
-        if numbers is None:
-            tops = lefts = np.full(len(raw), slack // 2)
-        else:
-            tops = (random_uniform(self.seed, "top", numbers) * (slack + 1)).astype(int)
-            lefts = (random_uniform(self.seed, "left", numbers) * (slack + 1)).astype(int)
-        size = self.image_size
+        tops = lefts = np.full(len(raw), slack // 2)
+        if numbers is not None:
+            tops, lefts = ((random_uniform(self.seed, a, numbers) * (slack + 1)).astype(int) for a in ("top", "left"))
         return torch.stack([image[:, y : y + size, x : x + size] for image, y, x in zip(raw, tops, lefts)])
 
-    @staticmethod
-    def _normalise(images):
-        return normalise(images)
+
+def _named(reference: Reference, error: ImageError) -> str:
+    return f"{display_name(reference.path)}: {getattr(error, 'reason', error)}"
 
 
 class _Samples:
-    """What a loader process runs: an array of sample numbers in, their undistorted images out.
+    """Items of a loader process: arrays of sample numbers in, their undistorted images and what was skipped out.
 
     Where an image cannot be read, the reason comes out instead: raised here, it would arrive with two tracebacks in it.
     """
@@ -442,13 +514,14 @@ class _Samples:
     def __init__(self, images: TrainImages) -> None:
         self.images = images
 
-    def __getitem__(self, numbers: np.ndarray) -> torch.Tensor | str:
+    def __getitem__(self, numbers: np.ndarray) -> tuple[torch.Tensor | str, dict[int, str]]:
         try:
-            return torch.stack([self.images.read(i) for i in self.images.indices(numbers)])
+            return torch.stack([self.images.read(i) for i in self.images.indices(numbers)]), self.images.damaged
         except InputError as error:
-            return str(error)
+            return error.reason, {}
 
 
 def _ignore_interrupts(worker: int) -> None:
     # Ctrl-C reaches the whole process group; the loop wants to finish its step, for which the loader must live on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    log.setLevel(logging.ERROR)  # the main process says what is skipped

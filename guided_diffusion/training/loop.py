@@ -22,23 +22,26 @@ import numpy as np
 import torch
 
 from ..checkpoint import load_state_dict
-from ..dist_util import Ranks, Stopped, open_store
-from ..errors import InputError, display_name, first_line
+from ..dist_util import Ranks, Stopped, join_ranks
+from ..errors import InputError, display_name, first_line, reading
 from ..gaussian_diffusion import GaussianDiffusion
 from ..image_datasets import to_uint8
 from ..nn import update_ema
 from ..resample import LossAwareSampler, ScheduleSampler
 from ..run.files import remove_temporaries, write_png
 from ..run.grid import contact_sheet
-from ..runtime import DTYPES, is_out_of_memory
+from ..runtime import DTYPES, is_out_of_memory, pick_precision
 from ..script_util import create_diffusion
 from . import files
-from .config import GridOptions, TrainConfig, learning_rate
+from .config import GridOptions, TrainConfig, averaging_rate, learning_rate
 from .data import TrainImages, batch_numbers, random_bits, random_uniform, sample_noise
 from .losses import Loss, Terms, add_by_quarter, means_by_quarter
 from .start import Start
 
 log = logging.getLogger(__name__)
+
+FIRST = 10
+"""Steps at the start of a run that are logged whatever `log_interval` is."""
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -50,20 +53,11 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     if ranks.world_size == 1:
         yield
         return
-    import torch.distributed as dist
-
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=open_store(ranks),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
+    join_ranks(ranks, device)
     yield
     # Reached only if all went well: after an error the others may never come to a common end.
-    dist.barrier()
-    dist.destroy_process_group()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -119,6 +113,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.device = torch.device(device)
+        self.precision = pick_precision(config.precision, self.device)
         self.ranks = ranks
         self.is_main = ranks.rank == 0
         self.losses = losses
@@ -133,11 +128,12 @@ class Trainer:
         self.ema = {rate: [p.detach().clone() for p in self.params] for rate in config.ema_rates()}
         fused = self.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(self.params, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.step = 0  # optimizer steps done
         self.samples = 0  # images seen, over all processes
         self.totals: Terms = {}  # of the loss terms since the last logged step
-        self.failure: InputError | None = None  # why a log or a grid could not be written
+        self.ema_warmup = config.ema_warmup
+        self.failure: InputError | None = None  # why an image could not be read, or a file not be written
         self._resume(checkpoint)
         self.forward: Any = self.model
         self.ddp: Any = self._distributed()
@@ -168,54 +164,51 @@ class Trainer:
         folder = os.path.dirname(path)
         for rate, averaged in self.ema.items():
             ema_path = files.find_ema(folder, rate, step)
-            if ema_path is not None:
-                self._load_ema(ema_path, averaged)
-            elif self.is_main:
+            if ema_path is None:
                 missing = files.checkpoint_path(folder, f"ema_{rate}_", step)
                 log.warning("%s does not exist: the average starts from the model's weights", display_name(missing))
+                continue
+            state = load_state_dict(ema_path)
+            with reading(ema_path, "an average of this model"):
+                for (name, _), target in zip(self.model.named_parameters(), averaged):
+                    files.check_like(name, state[name], target)
+                    target.copy_(state[name])
         opt_path = files.checkpoint_path(folder, "opt", step)
         if os.path.lexists(opt_path):
             self._load_optimizer(opt_path)
-        elif self.is_main:
+        else:
             log.warning("%s does not exist: the optimizer starts from scratch", display_name(opt_path))
 
-    def _load_ema(self, path: str, averaged: list[torch.Tensor]) -> None:
-        state = load_state_dict(path)
-        for (name, _), target in zip(self.model.named_parameters(), averaged):
-            value = state.get(name)
-            if value is None or value.shape != target.shape or not value.is_floating_point():
-                raise InputError(f"{display_name(path)} does not fit the model: {name} is missing or of another kind")
-            if not value.isfinite().all():
-                raise InputError(f"{display_name(path)} is damaged: {name} has values that are NaN or infinite")
-            target.copy_(value)
-
     def _load_optimizer(self, path: str) -> None:
-        moments, state = files.load_optimizer_file(path, self.params)
-        # The options of this run count, not those in the file: all of them are options or PyTorch's defaults.
+        moments, saved = files.load_optimizer_file(path, self.params)
+        with reading(path, files.OPTIMIZER):
+            files.check_like("samples", saved.get("samples", 0), 0)
+            self.samples = int(saved.get("samples", self.samples))
+            for name, part in (("scaler", self.scaler), ("schedule_sampler", self.schedule_sampler)):
+                if saved.get(name) and part.state_dict():
+                    files.check_like(name, saved[name], part.state_dict())
+                    part.load_state_dict(saved[name])
+            totals = saved.get("totals", {})
+            files.check_like("totals", totals, {name: torch.zeros(4, 2) for name in totals})
+            self.totals = {name: table.to(self.device) for name, table in totals.items() if self.is_main}
+        # The options of this run count, not those in the file.
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        samples = state.get("samples", self.samples)
-        files.check_same_kind(path, "samples", samples, self.samples)
-        self.samples = int(samples)
-        if state.get("scaler") and self.scaler.is_enabled():
-            files.check_same_kind(path, "scaler", state["scaler"], self.scaler.state_dict())
-            self.scaler.load_state_dict(state["scaler"])
-        saved, current = state.get("schedule_sampler"), self.schedule_sampler.state_dict()
-        if saved and current:
-            files.check_same_kind(path, "schedule_sampler", saved, current)
-            self.schedule_sampler.load_state_dict(saved)
-        if self.is_main:
-            totals = state.get("totals", {})
-            files.check_same_kind(path, "totals", totals, dict.fromkeys(totals, torch.zeros(4, 2)))
-            self.totals = {name: table.to(self.device) for name, table in totals.items()}
-            for name, now in (("seed", self.config.seed), ("data", self.images.digest())):
-                if state.get(name, now) != now:
-                    log.warning("the run has another %s than before: it resumes, but not as it would have", name)
+        # Older runs, and guided-diffusion's, have no warm-up, and go on without.
+        self.ema_warmup = self.config.ema_warmup and saved.get("ema_warmup") is True
+        for name, now in self._identity().items():
+            if saved.get(name, now) != now:
+                log.warning("the run has another %s than before: it resumes, but not as it would have continued", name)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run compares besides its options."""
+        batch = self.config.batch_size * self.ranks.world_size
+        return {"data": self.images.digest(), "size of the data": self.images.bytes, "joint batch": batch}
 
     # -- one step --
 
     def autocast(self) -> Any:
         """The context in which the model computes."""
-        dtype = DTYPES[self.config.precision]
+        dtype = DTYPES[self.precision]
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not torch.float32)
 
     def train_step(self, numbers: np.ndarray, x: torch.Tensor, y: torch.Tensor | None) -> None:
@@ -233,7 +226,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         for rate, averaged in zip(config.ema_rates().values(), self.ema.values()):
-            update_ema(averaged, self.params, rate=rate)
+            update_ema(averaged, self.params, rate=averaging_rate(rate, self.step, self.ema_warmup))
         if self.is_main:
             add_by_quarter(
                 self.totals, {"grad_norm": norm.reshape(1)}, torch.zeros(1, dtype=torch.long, device=self.device), 1
@@ -304,48 +297,64 @@ class Trainer:
         """Train to the end: True, or False if a signal stopped the run. Either way the last step is saved.
 
         Raises InputError where the loss is not finite any more, memory does not suffice, an image cannot be read, or
-        the disk is full; in the last case the last step is saved first, where there is room.
+        the disk is full; in the last two cases the last step is saved first, where there is room.
         """
-        config = self.config
-        last = config.last_step()
+        config, last = self.config, self.config.last_step()
         if last is not None and self.step >= last:
             self._complete(last)
             return True
         if self.is_main:
             remove_temporaries(config.save_dir)
-            tensorboard = files.find_tensorboard()
-            if tensorboard is None:
-                log.info("tensorboard is not installed: progress goes to progress.csv only")
-            self.progress_log = files.ProgressLog(config.save_dir, self.step, tensorboard)
-        numbers, ahead = itertools.tee(
-            batch_numbers(self.samples, config.batch_size, self.ranks.rank, self.ranks.world_size)
-        )
-        bar = self._bar(last)
+            self.progress_log = files.ProgressLog(config.save_dir, self.step)
         self._clock, self._logged_samples = time.perf_counter(), self.samples
         self._started, self._first_step = self._clock, self.step
-        finished = False
-        with stop_on_signals() as stop, bar, deterministic_kernels(config.deterministic), self._in_one_line():
-            for current, (x, y) in zip(numbers, self.images.batches(ahead, self.device)):
-                self.train_step(current, x, y)
-                bar.update(1)
+        saved = self.step
+        with stop_on_signals() as stop, self._bar(last) as bar, self._in_one_line(), deterministic_kernels(config):
+            batches = self._batches()
+            batch = self._next(batches)
+            while True:
                 finished = self.step == last
-                # What belongs to a step is written before its checkpoint: a resumed run does not look back.
-                self._report(bar, finished)
-                if self.sample and config.sample_interval and (finished or self.step % config.sample_interval == 0):
-                    self._save_samples()
+                # One rank that fails or is stopped stops all: each has its next batch, or knows that there is none.
                 stopped, failed = self._any(stop.is_set(), self.failure is not None)
-                if finished or stopped or failed or self.step % config.save_interval == 0:
+                if self.step > saved and (finished or stopped or failed or self.step % config.save_interval == 0):
                     self._written(self.save)
+                    saved = self.step
                     (failed,) = self._any(self.failure is not None)
                 if failed:
                     raise self.failure or Stopped
                 if finished or stopped:
                     break
+                assert batch is not None
+                self.train_step(*batch)
+                bar.update(1)
+                # What belongs to a step is written before its checkpoint: a resumed run does not look back.
+                self._report(bar, self.step == last)
+                if config.sample_interval and (self.step == last or self.step % config.sample_interval == 0):
+                    self._save_samples()
+                batch = None if self.step == last else self._next(batches)
+        if self.images.damaged:
+            log.warning("%d images could not be read and were skipped", len(self.images.damaged))
         if self.is_main:
             self.progress_log.close()
             if not finished:
                 log.info("stopped after step %d, which is saved", self.step)
         return finished
+
+    def _batches(self) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]]:
+        """Endless iterator over this rank's batches: sample numbers [N], images and labels."""
+        numbers, ahead = itertools.tee(
+            batch_numbers(self.samples, self.config.batch_size, self.ranks.rank, self.ranks.world_size)
+        )
+        for current, (x, y) in zip(numbers, self.images.batches(ahead, self.device)):
+            yield current, x, y
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """Next batch; None where an image cannot be read, which ends the run in all processes."""
+        try:
+            return next(batches)
+        except InputError as error:
+            self.failure = self.failure or error
+            return None
 
     def _complete(self, last: int) -> None:
         """Make up for what a run lacks that was killed between its last checkpoint and its end."""
@@ -402,7 +411,7 @@ class Trainer:
         """Write a row of progress.csv where one is due."""
         config = self.config
         row: dict[str, Any] = {}
-        if self.step % config.log_interval == 0:
+        if self.step % config.log_interval == 0 or self.step <= FIRST:
             totals = self._sum_over_ranks(self.totals)
             self.totals = {}
             row = means_by_quarter(totals)
@@ -478,8 +487,8 @@ class Trainer:
             return
         train_state = {
             "samples": self.samples,
-            "seed": config.seed,
-            "data": self.images.digest(),
+            "ema_warmup": self.ema_warmup,
+            **self._identity(),
             "scaler": self.scaler.state_dict(),
             "schedule_sampler": self.schedule_sampler.state_dict(),
             "totals": totals,
@@ -500,7 +509,7 @@ class Trainer:
         average = f"EMA {next(iter(self.ema))}" if self.ema else "no EMA"
         metadata = {
             **self.metadata,
-            "training": f"{self.step} steps, {self.samples} images, AdamW {config.lr:g}, {average}, {config.precision}",
+            "training": f"{self.step} steps, {self.samples} images, AdamW {config.lr:g}, {average}, {self.precision}",
         }
         dtype = DTYPES[config.export_dtype]
         files.export_model(config.export_path(), self._state(self._exported()), metadata, dtype)
@@ -526,8 +535,9 @@ def duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def deterministic_kernels(wanted: bool) -> Iterator[None]:
-    """Ask PyTorch for deterministic kernels within the context; where it has none, it warns."""
+def deterministic_kernels(config: TrainConfig) -> Iterator[None]:
+    """Ask PyTorch for deterministic kernels within the context, if wanted; where it has none, it warns."""
+    wanted = config.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -4,7 +4,7 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..script_util import (
 )
 from . import files
 from .config import TrainConfig, encoder_defaults, super_res_defaults, unet_defaults
-from .data import TrainImages, listed
+from .data import Label, TrainImages, listed
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +70,6 @@ ENCODER = Kind(
     "classifier", ("ENCODER",), "classifier_width", "classifier_attention_resolutions", "num_class", create_classifier,
     encoder_defaults,
 )  # fmt: skip
-
-
-Label = Callable[[Sequence[str] | None], tuple[Any, list[str]]]
-"""Labels [N] of the training images and the names of their classes; names: those to number the classes by."""
 
 
 @dataclass
@@ -145,7 +141,6 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
             flags[kind.classes] = len(classes)
         flags = in_order(kind, flags)
         check_network(kind, flags)
-        _mention_missing_levels(kind, flags, given)
         torch.manual_seed(config.seed)
         return Start(_create(kind, flags), kind.types[0], flags, "", labels, classes)
 
@@ -179,7 +174,9 @@ def _label(start: Start, label: Label, known: list[str] | None, number: int, exa
     """Set labels and classes of a run that starts from a checkpoint with `number` classes, names `known` or not."""
     start.labels, start.classes = label(None)
     where = display_name(start.checkpoint)
-    if known is not None and known != start.classes:
+    if known is not None and known != start.classes and set(known) == set(start.classes):
+        start.labels, start.classes = label(known)  # numbered in another order, as by versions that sorted texts
+    elif known is not None and known != start.classes:
         if files.step_of_checkpoint(start.checkpoint) is not None:
             raise InputError(
                 f"the classes of the images are {listed(start.classes)}; "
@@ -241,21 +238,6 @@ def meaning(kind: Kind, name: str, value: Any, flags: Mapping[str, Any]) -> Any:
         levels = len(channel_multipliers(flags["channel_mult"], flags["image_size"]))
         return {2**level for level in range(levels)} & set(attention_factors(value, flags["image_size"]))
     return value
-
-
-def _mention_missing_levels(kind: Kind, flags: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    if kind.attention not in given:
-        return
-    levels = len(channel_multipliers(flags["channel_mult"], flags["image_size"]))
-    sides = [flags["image_size"] >> level for level in range(levels)]
-    asked = [int(part) for part in str(given[kind.attention]).split(",") if part.strip()]
-    missing = [str(side) for side in asked if side not in sides]
-    if missing:
-        log.warning(
-            "no attention at %s: the network's feature maps have the sides %s",
-            " and ".join(missing),
-            ", ".join(map(str, sides)),
-        )
 
 
 def check_network(kind: Kind, flags: Mapping[str, Any]) -> None:
