@@ -26,7 +26,7 @@ from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.runtime import pick_device
 from guided_diffusion.script_util import create_diffusion
 from guided_diffusion.training.config import ClassifierRunOptions, ClassOptions, DataOptions, EncoderOptions
-from guided_diffusion.training.data import TrainImages, held_out_images, labelled_images, refuse_own_outputs
+from guided_diffusion.training.data import TrainImages, held_out_images, labelled_images
 from guided_diffusion.training.files import owned, write_run
 from guided_diffusion.training.loop import Trainer, process_group
 from guided_diffusion.training.losses import classifier_loss, evaluate
@@ -48,8 +48,7 @@ def train(given: Given, ranks: Ranks) -> int:
     data, classes, run = (given.options(cls) for cls in (DataOptions, ClassOptions, ClassifierRunOptions))
     config, wanted = loop_flags.loop_config(given, run), given.options(EncoderOptions).given()
     device = pick_device(run.device, ranks.local_rank)
-    references, label = labelled_images(data.data_dir, classes.domains)
-    refuse_own_outputs(config.save_dir, classes.domains or data.data_dir, references)
+    references, label = labelled_images(data.data_dir, classes.domains, config.save_dir)
     head = "I2Iout" if classes.domains else "out"
     with owned(config, ranks.rank == 0):
         start = begin(config, ENCODER, wanted, label, head=head)
@@ -63,12 +62,9 @@ def train(given: Given, ranks: Ranks) -> int:
                 evaluate, losses=losses, images=others, num_timesteps=diffusion.num_timesteps, device=device,
                 batch_size=config.batch_size, seed=config.seed, rank=ranks.rank, world_size=ranks.world_size,
             )  # fmt: skip
-        write_run(
-            config.save_dir, start.flags, [data, classes, run, config], start.classes,
-            resumed=start.checkpoint, writes=ranks.rank == 0,
-        )  # fmt: skip
-        if ranks.rank == 0:
-            describe(start, images, device, config)
+        record = [data, classes, run, config]
+        write_run(config.save_dir, start.flags, record, start.classes, resumed=start.checkpoint, writes=not ranks.rank)
+        describe(start, images, device, config)
         sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion, config.sigma_mean, config.sigma_std)
         with process_group(ranks, device):
             trainer = Trainer(

@@ -56,12 +56,9 @@ def train(given: Given, ranks: Ranks) -> int:
         diffusion = create_diffusion(**start.flags)
         losses = diffusion_loss(diffusion, loss_weights(diffusion, loss.p2_gamma, loss.p2_k, loss.min_snr_gamma))
         sample = grid_sampler(start, grid, config.seed) if config.sample_interval else None
-        write_run(
-            config.save_dir, start.flags, [data, loss, grid, run, config], start.classes,
-            resumed=start.checkpoint, writes=ranks.rank == 0,
-        )  # fmt: skip
-        if ranks.rank == 0:
-            describe(start, images, device, config)
+        record = [data, loss, grid, run, config]
+        write_run(config.save_dir, start.flags, record, start.classes, resumed=start.checkpoint, writes=not ranks.rank)
+        describe(start, images, device, config)
         sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion, config.sigma_mean, config.sigma_std)
         with process_group(ranks, device):
             trainer = Trainer(

@@ -56,12 +56,9 @@ def train(given: Given, ranks: Ranks) -> int:
             references, start.flags["image_size"], labels=start.labels, seed=config.seed, **data.reading()
         )
         diffusion = create_diffusion(**start.flags)
-        write_run(
-            config.save_dir, start.flags, [data, upscaling, run, config], start.classes,
-            resumed=start.checkpoint, writes=ranks.rank == 0,
-        )  # fmt: skip
-        if ranks.rank == 0:
-            describe(start, images, device, config)
+        record = [data, upscaling, run, config]
+        write_run(config.save_dir, start.flags, record, start.classes, resumed=start.checkpoint, writes=not ranks.rank)
+        describe(start, images, device, config)
         sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion, config.sigma_mean, config.sigma_std)
         with process_group(ranks, device):
             trainer = Trainer(

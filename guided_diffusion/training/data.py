@@ -227,7 +227,9 @@ def list_domains(
         raise InputError(f"it must be {len(classes)} folders, as in `domains`", **wrong)
     for part, other in itertools.permutations(parts, 2):
         if is_inside(part, other):
-            raise InputError(f"the images of {display_name(part)} would belong to {display_name(other)}, too", **wrong)
+            raise InputError(
+                f"images of {display_name(part)} would belong to both it and {display_name(other)}", **wrong
+            )
     names = ["source", "target"] if len(parts) == 2 else folder_names([os.path.realpath(part) for part in parts])
     found = [list_images(part, parameter) for part in parts]
     references: list[Reference] = [
@@ -242,10 +244,10 @@ Label = Callable[[Sequence[str] | None], tuple[np.ndarray, list[str]]]
 """Labels [N] of the training images and the names of their classes; names: those that number the classes."""
 
 
-def labelled_images(data_dir: str | None, domains: str | None) -> tuple[list[Reference], Label]:
+def labelled_images(data_dir: str | None, domains: str | None, save_dir: str) -> tuple[list[Reference], Label]:
     """Images for a classifier, of a data set or of several domains, and the function that labels them.
 
-    Raises InputError unless there are two classes.
+    Raises InputError unless there are two classes, and where save_dir lies among the images.
     """
     if not data_dir and not domains:
         raise InputError("give a folder per class below it, or `domains`", parameter="data_dir")
@@ -253,6 +255,7 @@ def labelled_images(data_dir: str | None, domains: str | None) -> tuple[list[Ref
         raise InputError("it excludes `domains`; give one of them", parameter="data_dir", value=data_dir)
     if domains:
         references, labels, names = list_domains(domains)
+        refuse_own_outputs(save_dir, domains, references)
 
         def label_domains(known: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
             if known is not None and list(known) != names:
@@ -263,6 +266,7 @@ def labelled_images(data_dir: str | None, domains: str | None) -> tuple[list[Ref
 
         return references, label_domains
     references = list_images(data_dir)
+    refuse_own_outputs(save_dir, data_dir, references)
     found = class_labels(references)
     if len(found[1]) < 2:
         reason = f"it has one class only, {shown(found[1][0])}; it needs a folder per class"

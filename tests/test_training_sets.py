@@ -1,0 +1,262 @@
+"""Strangers' data sets (labels, archives, damaged pictures), and what a resumed run says of other options."""
+
+import copy
+import dataclasses
+import itertools
+import json
+import logging
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from test_training import make_loop
+from test_training_faults import SMALL, draw, folder, load_command  # noqa: F401 - folder is a fixture
+from test_training_runs import EXTRACTOR, words
+
+from guided_diffusion import runtime
+from guided_diffusion.dist_util import ranks
+from guided_diffusion.errors import InputError
+from guided_diffusion.training import config as options
+from guided_diffusion.training import files
+from guided_diffusion.training.data import TrainImages, class_labels, list_images
+
+
+@pytest.fixture
+def command(monkeypatch):
+    return load_command(monkeypatch)
+
+
+# ---- data sets ------------------------------------------------------------------------------------------------------
+
+
+def test_classes_that_are_numbers_sort_as_numbers(tmp_path):
+    for name, i in itertools.product(("10", "2", "0", "b10", "b9"), range(2)):
+        draw(tmp_path / name / f"{i}.png")
+    references = list_images(str(tmp_path))
+    labels, names = class_labels(references)
+    assert names == ["0", "2", "10", "b9", "b10"]
+    assert [names[label] for label in labels] == [reference.name.split("/")[0] for reference in references]
+
+
+def test_a_run_that_numbered_its_classes_as_texts_resumes_with_them(command, tmp_path):
+    for name, i in itertools.product(("10", "2"), range(2)):
+        draw(tmp_path / "data" / name / f"{i}.png")
+    base = ["--data_dir", tmp_path / "data", "--save_dir", tmp_path / "run", *SMALL, "--class_cond", "True"]
+    command("image_train", *base, "--iterations", 1)
+    assert files.read_run(str(tmp_path / "run")).classes == ["2", "10"]
+    path = tmp_path / "run" / "train.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "classes": ["10", "2"]}))
+    command("image_train", *base, "--iterations", 2, "--resume", "auto")
+    assert files.read_run(str(tmp_path / "run")).classes == ["10", "2"]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+def test_labels_of_dataset_json_count_and_not_its_buckets(tmp_path, packed):
+    labels = [["00000/img0.png", 10], ["00000/img1.png", 2], ["00001/img2.png", 10], ["00001/img3.png", 2]]
+    for i, (name, _) in enumerate(labels):
+        draw(tmp_path / "set" / name, i)
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    plain = TrainImages(list_images(str(tmp_path / "set")), 8)
+    if packed:
+        shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "set")
+    references = list_images(str(tmp_path / ("set.zip" if packed else "set")))
+    found, names = class_labels(references)
+    assert names == ["2", "10"] and found.tolist() == [1, 0, 1, 0]
+    for workers in (0, 2):
+        images = TrainImages(references, 8, labels=found, cache="none", num_workers=workers)
+        x, y = next(images.batches(iter([np.arange(4)]), "cpu"))
+        assert torch.equal(x, next(plain.batches(iter([np.arange(4)]), "cpu"))[0])
+        assert y.tolist() == found[images.indices(np.arange(4))].tolist()
+
+
+@pytest.mark.parametrize("text, said", [
+    ('{"labels": null}', "has no class"), ('{"labels": [["a/0.png", 1]]}', "has no class"),
+    ('{"labels": [["a/0.png", [1, 0]]]}', "dataset.json"), ("[", "dataset.json"), ('{"x": 1}', "dataset.json"),
+])  # fmt: skip
+def test_a_dataset_json_without_labels_is_one_line(tmp_path, text, said):
+    for i in range(2):
+        draw(tmp_path / "a" / f"{i}.png")
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(InputError, match=said):
+        class_labels(list_images(str(tmp_path)))
+
+
+def test_archives_that_are_none_are_one_line(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"PK\3\4 and no more")
+    with pytest.raises(InputError, match=r"a\.zip is damaged or not a \.zip data set"):
+        list_images(str(tmp_path / "a.zip"))
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("0.png", b"%!PS-Adobe-3.0 EPSF-3.0")
+    with pytest.raises(InputError, match=r"b\.zip/0\.png: cannot identify"):
+        TrainImages(list_images(str(tmp_path / "b.zip")), 8).read(0)
+
+
+def test_parts_of_a_data_set_as_classes_deserve_a_line(tmp_path, caplog):
+    for name, i in itertools.product(("train", "val"), range(2)):
+        draw(tmp_path / name / f"{i}.png")
+    class_labels(list_images(str(tmp_path)))
+    assert "train, val taken for classes" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_picture_late_in_training_loses_no_step(folder, tmp_path, workers):  # noqa: F811
+    data = shutil.copytree(folder, tmp_path / "data")
+    references = list_images(str(data))
+    images = TrainImages(references, 8, cache="none", num_workers=workers)
+    last = images.indices(np.arange(8))[-1]
+    with open(references[last].path, "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\nnothing")
+    loop, _ = make_loop(data, tmp_path / "run", images=images, batch_size=2, iterations=6)
+    with pytest.raises(InputError, match=f"{references[last].name}: .*skip_damaged"):
+        loop.run()
+    assert files.saved_steps(str(tmp_path / "run")) == [3]
+
+
+@pytest.mark.parametrize("cache, workers", [("memory", 0), ("none", 0), ("none", 2)])
+def test_skipped_pictures_are_replaced_by_their_class_and_counted(folder, tmp_path, caplog, cache, workers):  # noqa: F811
+    data = shutil.copytree(folder, tmp_path / "data")
+    for name in ("cat/0.png", "dog/7.png"):
+        (data / name).write_bytes(b"")
+    references = list_images(str(data))
+    labels, _ = class_labels(references)
+    images = TrainImages(references, 8, labels=labels, cache=cache, num_workers=workers, skip_damaged=True)
+    loop, _ = make_loop(data, tmp_path / "run", images=images, batch_size=2, iterations=8)
+    loop.losses = lambda model, x, t, noise, y: {"loss": next(model.parameters()).mean() * torch.ones(len(x))}
+    assert loop.run()
+    assert "2 images could not be read and were skipped" in caplog.text and caplog.text.count("skipped /") == 2
+    assert torch.equal(images.read(0), images.read(1)) and torch.equal(images.read(7), images.read(4))
+    shutil.rmtree(data / "dog")
+    with pytest.raises(InputError, match="no image of .*dog.*can be read"):
+        images.read(5)
+
+
+def test_a_classifier_is_not_saved_into_its_training_data(command, folder, tmp_path):  # noqa: F811
+    data = shutil.copytree(folder, tmp_path / "data")
+    for given in (["--domains", f"{data}/cat,{data}/dog"], ["--data_dir", data]):
+        with pytest.raises(InputError) as error:
+            command("classifier_train", *EXTRACTOR, *given, "--save_dir", data / "dog" / "out", "--iterations", 1)
+        assert error.value.parameter == "save_dir"
+
+
+# ---- resumed with other options -------------------------------------------------------------------------------------
+
+PARTS = [
+    options.TrainConfig(), options.DataOptions(), options.ClassOptions(), options.LossOptions(), options.GridOptions(),
+    options.ClassifierRunOptions(), options.SuperResOptions(),
+]  # fmt: skip
+RUNTIME = set(words(
+    "save_dir microbatch iterations channels_last compile deterministic log_interval save_interval sample_interval"
+    " eval_interval keep resume resume_checkpoint export export_dtype cache num_workers val_data_dir val_domains"
+    " num_samples sample_respacing device use_fp16 classifier_use_fp16 anneal_lr"
+))  # fmt: skip
+
+
+def test_every_option_that_changes_what_is_learned_is_recorded_and_compared(tmp_path, caplog):
+    """A new option is compared, unless it is added to the list above."""
+    for name in ("model000001.pt", "opt000001.pt"):
+        (tmp_path / name).touch()
+    flags = {"image_size": 8, "dropout": 0.0, "timestep_respacing": ""}
+    files.write_run(str(tmp_path), flags, PARTS)
+    assert not caplog.text
+    for at, field in [(at, field) for at, part in enumerate(PARTS) for field in dataclasses.fields(part)]:
+        value, changed = getattr(PARTS[at], field.name), copy.deepcopy(PARTS)
+        other = (not value) if isinstance(value, bool) else value + 1 if isinstance(value, (int, float)) else "other"
+        object.__setattr__(changed[at], field.name, other)
+        caplog.clear()
+        if field.name in files.OTHER_TASK:
+            with pytest.raises(InputError) as error:
+                files.write_run(str(tmp_path), flags, changed, writes=False)
+            assert error.value.parameter == field.name
+        else:
+            files.write_run(str(tmp_path), flags, changed, writes=False)
+            assert (f": {field.name} " in caplog.text) == (field.name not in RUNTIME), field.name
+    files.write_run(str(tmp_path), {**flags, "dropout": 0.5, "timestep_respacing": "10"}, PARTS, writes=False)
+    assert "dropout 0.5 (before 0.0), timestep_respacing '10' (before '')" in caplog.text
+
+
+def test_options_of_the_network_are_refused(command, folder, tmp_path, caplog):  # noqa: F811
+    flags = [*words("--large_size 16 --channel_mult 1 --num_channels 32 --num_res_blocks 1 --device cpu"), "--save_dir"]
+    base = [*flags, tmp_path / "sr", "--data_dir", folder, "--attention_resolutions", 8]
+    command("super_res_train", *base, "--small_size", 8, "--iterations", 1)
+    for small_size, said in ((4, "small_size"), (8, "")):
+        for other, parameter in (([], said), (["--noise_schedule", "cosine"], "noise_schedule")):
+            given = [*base, "--small_size", small_size, *other, "--iterations", 2, "--resume", "auto"]
+            if not parameter:
+                command("super_res_train", *given, "--seed", 7, "--lr", 0.5)
+                assert "resumed with other options" in caplog.text
+                assert "lr 0.5 (before 0.0001), seed 7 (before 0)" in caplog.text
+            else:
+                with pytest.raises(InputError) as error:
+                    command("super_res_train", *given)
+                assert error.value.parameter == parameter
+
+
+def test_other_images_under_the_same_names_are_announced(command, folder, tmp_path, caplog):  # noqa: F811
+    base = ["--save_dir", tmp_path / "run", *SMALL, "--resume", "auto", "--data_dir"]
+    data = shutil.copytree(folder, tmp_path / "data")
+    command("image_train", *base, data, "--iterations", 1)
+    command("image_train", *base, data, "--iterations", 2)
+    assert "before" not in caplog.text
+    shutil.copy(data / "dog" / "5.png", data / "cat" / "0.png")
+    with open(data / "cat" / "1.png", "ab") as file:
+        file.write(b"\0" * 100)
+    command("image_train", *base, data, "--iterations", 3, "--batch_size", 1)
+    assert "another size of the data than before" in caplog.text and "another joint batch" in caplog.text
+
+
+def test_an_older_run_goes_on_without_the_warm_up_of_its_average(folder, tmp_path):  # noqa: F811
+    loop, _ = make_loop(folder, tmp_path, batch_size=1, iterations=1, ema_rate="0.9")
+    loop.run()
+    path = tmp_path / "opt000001.pt"
+    for saved, expected in ((True, 3 / 12), (None, 0.9)):
+        content = torch.load(path)
+        content["train"]["ema_warmup"] = saved
+        content["train"] = {name: value for name, value in content["train"].items() if value is not None}
+        torch.save(content, path)
+        again, _ = make_loop(folder, tmp_path, batch_size=1, iterations=3, ema_rate="0.9")
+        again._resume(str(tmp_path / "model000001.pt"))
+        again.step = 2
+        before = [value.clone() for value in again.ema["0.9"]]
+        again.train_step(np.arange(1), *next(again.images.batches(iter([np.arange(1)]), "cpu")))
+        for old, new, weights in zip(before, again.ema["0.9"], again.params):
+            torch.testing.assert_close(new, old * expected + weights.detach() * (1 - expected))
+
+
+# ---- precision, log, machine ----------------------------------------------------------------------------------------
+
+
+def test_precision_of_a_cpu_that_emulates_bf16(command, folder, tmp_path, monkeypatch, caplog):  # noqa: F811
+    monkeypatch.setattr(runtime, "best_precision", lambda device: "fp32")
+    runtime._warn_of_emulation.cache_clear()
+    base = ["--data_dir", folder, *SMALL, "--iterations", 1, "--save_dir"]
+    command("image_train", *base, tmp_path / "auto", "--precision", "auto")
+    assert files.read_run(str(tmp_path / "auto")).options["precision"] == "fp32" and "emulates" not in caplog.text
+    for name in "ab":
+        command("image_train", *base, tmp_path / name, "--precision", "bf16")
+    assert caplog.text.count("emulates bf16") == 1
+    runtime._warn_of_emulation.cache_clear()
+
+
+def test_the_first_ten_steps_are_logged(folder, tmp_path, caplog):  # noqa: F811
+    loop, _ = make_loop(folder, tmp_path, batch_size=1, iterations=14, log_interval=13)
+    with caplog.at_level(logging.INFO):
+        loop.run()
+    steps = [int(row["step"]) for row in files.ProgressLog(str(tmp_path), 99).rows]
+    assert steps == [*range(1, 11), 13] and "step 1 of 14: loss" in caplog.text
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:-1", "cuda:x", "meta", "xla", "privateuseone", "hpu", "vulkan", ""])
+def test_unknown_devices_are_one_line(device):
+    with pytest.raises(InputError) as error:
+        runtime.pick_device(device)
+    assert error.value.parameter == "device"
+
+
+@pytest.mark.parametrize("port", ["", "x", "70000", "-1", "0", "1e3"])
+def test_odd_ports_are_one_line(monkeypatch, port):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="MASTER_PORT is .*from 1 to 65535"):
+        ranks()
