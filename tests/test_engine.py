@@ -1317,7 +1317,7 @@ ENVIRONMENTS = {
     "left over": (
         {"RANK": "1", "WORLD_SIZE": "2"}, "no MASTER_ADDR and MASTER_PORT; started without torchrun, unset RANK",
     ),
-    "no number": ({"PMI_RANK": "x", "PMI_SIZE": "2"}, "the environment variable PMI_RANK is 'x'; it must be a whole number"),
+    "no number": ({"PMI_RANK": "x", "PMI_SIZE": "2"}, "variable PMI_RANK is 'x'; it must be a whole number"),
     "beyond": (
         {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "4"},
         "SLURM_PROCID=4, which is no rank of SLURM_STEP_NUM_TASKS=4",

@@ -28,8 +28,9 @@ import torch
 from PIL import Image
 
 from ..errors import InputError, display_name, first_line, reading, shown
-from ..image_datasets import IMAGE_SUFFIXES, ImageError, Reference, list_references, load_image, load_picture, normalise
+from ..image_datasets import ImageError, load_image, load_picture, normalise
 from ..options import fitting
+from ..references import FORMATS, IMAGE_SUFFIXES, Reference, list_references
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,6 @@ AUTO_CACHE_BYTES = 2 << 30
 """Sets that need no more than this as uint8 are kept decoded with cache="auto"."""
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "eval"}
 """Folder names that mean parts of a data set; as classes they are most likely a mistake."""
-ZIPPED_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 
 # ---- numbers instead of a generator's state -------------------------------------------------------------------------
@@ -479,7 +479,7 @@ class TrainImages:
         if archive := getattr(reference, "archive", ""):
             try:
                 data = _archive(archive, os.getpid()).read(reference.path.removeprefix(f"{archive}/"))
-                picture = Image.open(io.BytesIO(data), formats=ZIPPED_FORMATS)
+                picture = Image.open(io.BytesIO(data), formats=FORMATS)
             except Exception as error:  # whatever a damaged archive or head raises
                 raise ImageError(first_line(error)) from error
             array = load_picture(picture, self.stored_size, **self._options)
@@ -506,7 +506,7 @@ class TrainImages:
 
 
 def _named(reference: Reference, error: ImageError) -> str:
-    return f"{display_name(reference.path)}: {getattr(error, 'reason', error)}"
+    return f"{display_name(reference.path)}: {error.reason}"
 
 
 class _Samples:
