@@ -607,6 +607,7 @@ def _number(value: Any) -> float | None:
 
 
 def _size_words(size: int | None, resize: str) -> str:
+    # Stored in statistics files, which are compared with it: the words must not change.
     if size is None:
         return "images at their own size"
-    return f"images at {size}x{size}, others resized by Pillow's bicubic filter ({resize} if not square)"
+    return f"images at {size}x{size}, others resized by PIL bicubic ({resize} if not square)"
