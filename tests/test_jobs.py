@@ -127,7 +127,7 @@ def test_a_likelihood_knows_its_images(data, tmp_path, caplog):
     shutil.copy(images / "c.png", images / "a.png")
     caplog.clear()
     assert nll(data, shutil.copytree(images, tmp_path / "elsewhere"), out) == 0
-    assert caplog.messages == ["1 outputs are made again, because their sources have changed, such as a.png"]
+    assert caplog.messages == ["outputs that are made again, because their sources have changed: 1, such as a.png"]
     assert nll(data, images, tmp_path / "fresh") == 0
     assert (out / "bpd.csv").read_bytes() == (tmp_path / "fresh" / "bpd.csv").read_bytes()
     assert json.loads((out / "run.json").read_text())["failed"] == {}

@@ -68,7 +68,8 @@ class DataImages(Source):
 
     def fingerprint(self, reference: Reference) -> str | None:
         """As in `Source`; the class, which depends on the other folders, belongs to the content."""
-        return f"{fingerprint(reference.path)} {self.label(reference)}"
+        found = fingerprint(reference.path)
+        return found and f"{found} {self.label(reference)}"
 
     def label(self, reference: Reference) -> int | None:
         """As in `Source`."""

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..errors import InputError, display_name, one_line
-from ..image_datasets import ImageError, Reference
+from ..image_datasets import Reference
 from . import journal, record
 from .files import remove_files, remove_temporaries
 from .job import Job
@@ -94,23 +94,17 @@ def changed_sources(source: Source, references: dict[str, Reference], recorded: 
     without one, as version 0.2 left them, and those whose source cannot be read any more, do not count.
     """
 
-    def fingerprint(reference: Reference) -> str | None:
-        with contextlib.suppress(ImageError):
-            return source.fingerprint(reference)
-        return None
-
     unique = {reference.name: reference for reference in references.values()}
     with ThreadPoolExecutor(8) as pool:
-        found = dict(zip(unique, pool.map(fingerprint, unique.values())))
+        found = dict(zip(unique, pool.map(source.fingerprint, unique.values())))
     now = {key: found[reference.name] for key, reference in references.items() if found[reference.name] is not None}
     changed = {key for key, value in now.items() if key in recorded and recorded[key] != value}
     unknown = now.keys() - recorded.keys()
-    for keys, words in (
-        (changed, "outputs are made again, because their sources have changed"),
-        (unknown, "outputs are kept, whose sources were not recorded"),
-    ):
+    made_again, kept = "made again, because their sources have changed", "kept, although their sources are not recorded"
+    for keys, words in ((changed, made_again), (unknown, kept)):
         if keys:
-            log.warning("%d %s, such as %s", len(keys), words, display_name(references[min(keys)].name))
+            first = display_name(references[min(keys)].name)
+            log.warning("outputs that are %s: %d, such as %s", words, len(keys), first)
     return changed
 
 

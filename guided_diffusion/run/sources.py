@@ -1,5 +1,6 @@
 """What a run makes images from: references, small images to enlarge, or nothing but numbers."""
 
+import contextlib
 import hashlib
 import io
 import math
@@ -9,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from ..dist_util import Peers
-from ..errors import first_line, reading
-from ..image_datasets import ImageError, Reference, find_collisions, is_url, list_references, load_image
+from ..errors import reading
+from ..image_datasets import Reference, find_collisions, is_url, list_references, load_image
 from .files import check_regular
 
 
@@ -31,7 +32,7 @@ class Source:
         return np.zeros((image_size, image_size, 3), np.uint8)
 
     def fingerprint(self, reference: Reference) -> str | None:
-        """A text that is equal for equal content, whatever its path; None where there is none. Raises ImageError."""
+        """A text that is equal for equal content, whatever its path; None where there is none that can be read."""
         return None
 
     def label(self, reference: Reference) -> int | None:
@@ -152,9 +153,9 @@ def _number(reference):
     return int(reference.name.removesuffix(".png"))
 
 
-def fingerprint(path: str) -> str:
-    """Size and hash of a file's bytes, or of what is at an address; raises ImageError."""
-    try:
+def fingerprint(path: str) -> str | None:
+    """Size and hash of a file's bytes, or of what is at an address; None where it cannot be read."""
+    with contextlib.suppress(Exception):  # each service has errors of its own; decoding says what is wrong
         if is_url(path):
             import blobfile
 
@@ -163,8 +164,7 @@ def fingerprint(path: str) -> str:
         check_regular(path)
         with open(path, "rb") as file:
             return _digest(file.read())
-    except Exception as error:  # each service has errors of its own
-        raise ImageError(first_line(error)) from error
+    return None
 
 
 def _digest(data: bytes, more: str = "") -> str:
