@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ..dist_util import Peers
-from ..errors import InputError, display_name, reading
-from ..image_datasets import RESIZE_MODES, check_options, is_url, load_image
+from ..errors import InputError, display_name
+from ..image_datasets import RESIZE_MODES, ImageError, check_options, is_url, load_image
 from ..options import check, option
 from . import journal, record
 from .files import Folder, remove_files
@@ -132,8 +132,10 @@ class Job:
 
     def image(self, item: Item, side: int) -> np.ndarray:
         """An output as uint8 [side, side, 3]; raises InputError, naming the file, where it is none of ours any more."""
-        with reading(self.path(item)):
+        try:
             return load_image(self.path(item), side)
+        except ImageError as error:
+            raise InputError(f"{display_name(self.path(item))} cannot be read: {error.reason}") from None
 
     def own_files(self) -> list[str]:
         """Files that a run writes besides the outputs, the record last."""
