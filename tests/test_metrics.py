@@ -317,7 +317,7 @@ def test_model_of_this_project_as_extractor(tmp_path):
         torch.testing.assert_close(extractor.extract(x), expected)
     references = image_datasets.list_references(str(write_images(tmp_path / "images", 5, size=40)))
     read, description = evaluation.reader(extractor)
-    assert description.endswith("; images at 16x16, others resized by PIL bicubic (crop if not square)")  # as in older files
+    assert description.endswith("; images at 16x16, others resized by PIL bicubic (crop if not square)")
     found = extractors.extract_features(references, extractor, read, batch_size=2)
     assert found["features"].shape == (5, expected.shape[1]) and found["features"].dtype == np.float64
     with pytest.raises(InputError) as caught:
