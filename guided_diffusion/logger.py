@@ -1,10 +1,9 @@
 """Key-value logging with guided-diffusion's interface: rows of numbers as tables, CSV, JSON lines and TensorBoard.
 
-`configure` says where to; without it, the first use writes to OPENAI_LOGDIR, else to a new temporary folder.
-`logkv("loss", x)` notes a value, `dumpkvs()` writes the row. Formats: `stdout` and `log` (log.txt) for people, `csv`
-(progress.csv), `json` (progress.json, one object a line) and `tensorboard` (the folder tb). They are chosen by
-`format_strs` or OPENAI_LOG_FORMAT, comma-separated; ranks above 0 write what OPENAI_LOG_FORMAT_MPI says, log.txt by
-default, with "-rankNNN" in the names.
+`logkv("loss", x)` notes a value, `dumpkvs()` writes the row. `configure` sets the folder, by default OPENAI_LOGDIR or a
+new temporary one, and the formats, by default OPENAI_LOG_FORMAT: `stdout`, `log` (log.txt), `csv` (progress.csv),
+`json` (progress.json, an object per line) and `tensorboard` (the folder tb). Ranks above 0 write the formats of
+OPENAI_LOG_FORMAT_MPI, by default log.txt, with "-rankNNN" in the names.
 """
 
 import contextlib
@@ -26,9 +25,6 @@ from .options import fitting
 from .run.files import write_text
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
-
-
-# ---- formats --------------------------------------------------------------------------------------------------------
 
 
 class KVWriter:
@@ -177,9 +173,6 @@ def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Any:
     return FORMATS[format](ev_dir, log_suffix)
 
 
-# ---- the logger -----------------------------------------------------------------------------------------------------
-
-
 class Logger:
     """Collects values and writes them to formats; CURRENT is the one that the module's functions use.
 
@@ -314,9 +307,6 @@ def scoped_configure(
         Logger.CURRENT = previous
 
 
-# ---- the interface --------------------------------------------------------------------------------------------------
-
-
 def logkv(key: str, val: Any) -> None:
     """Note a value for the next row; of several, the last counts."""
     get_current().logkv(key, val)
@@ -348,39 +338,22 @@ def log(*args: Any, level: int = INFO) -> None:
     get_current().log(*args, level=level)
 
 
-def debug(*args: Any) -> None:
-    """`log` at level DEBUG."""
-    log(*args, level=DEBUG)
-
-
-def info(*args: Any) -> None:
-    """`log` at level INFO."""
-    log(*args, level=INFO)
-
-
-def warn(*args: Any) -> None:
-    """`log` at level WARN."""
-    log(*args, level=WARN)
-
-
-def error(*args: Any) -> None:
-    """`log` at level ERROR."""
-    log(*args, level=ERROR)
+debug, info, warn, error = (functools.partial(log, level=level) for level in (DEBUG, INFO, WARN, ERROR))
 
 
 def set_level(level: int) -> None:
     """Leave out messages below a level."""
-    get_current().set_level(level)
+    get_current().level = level
 
 
 def set_comm(comm: Any) -> None:
     """Average rows over an mpi4py communicator."""
-    get_current().set_comm(comm)
+    get_current().comm = comm
 
 
 def get_dir() -> str | None:
     """The folder that is written to."""
-    return get_current().get_dir()
+    return get_current().dir
 
 
 record_tabular = logkv
