@@ -72,7 +72,8 @@ def ranks() -> Ranks:
             continue
         if rank == "PMI_RANK" and (env[rank], env[size]) == (env.get("SLURM_PROCID"), env.get("SLURM_STEP_NUM_TASKS")):
             continue  # srun speaks PMI for programs that want MPI; this one does not
-        found = Ranks(*(_variable(name, 0, 0, 1 << 20) for name in (rank, size, local)), launcher)
+        number, count, place = (_variable(name, 0, 0, 1 << 20) for name in (rank, size, local))
+        found = Ranks(number, count, place, launcher)
         stale = f"; started without {launcher}, unset {rank} and {size}"
         if not 0 <= found.rank < found.world_size:
             raise InputError(f"the environment has {rank}={env[rank]}, which is no rank of {size}={env[size]}{stale}")
@@ -350,9 +351,8 @@ def setup_dist(*args: Any, **kwargs: Any) -> None:
     """
     if not torch.distributed.is_initialized():
         me = ranks()
-        on_gpu = torch.cuda.is_available()
-        local = me.local_rank % torch.cuda.device_count() if on_gpu else None
-        join_ranks(me, torch.device("cuda" if on_gpu else "cpu", local))
+        device = default_device(me.local_rank)
+        join_ranks(me, device if device.type == "cuda" else torch.device("cpu"))
 
 
 def join_ranks(me: Ranks, device: torch.device) -> None:
