@@ -6,23 +6,19 @@ in order. callback(i, x): the state after step i. Returns [N, C, H, W].
 """
 
 import copy
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from resizer import low_pass_filter
 
-from .caching import CacheOptions, GuidedCacheOptions, cached, share_features
-from .energy import dse, load_encoder, low_pass
+from .caching import cached, share_features
+from .energy import dse, low_pass
 from .errors import InputError
 from .gaussian_diffusion import GaussianDiffusion, ModelVarType
 from .manifold import check_down_n
-from .options import check, option
-from .sddm import METHODS
-from .solvers import Noise, State, at_step, bind, check_references, gaussian_like, resolve_step, sampler
+from .solvers import Noise, State, at_step, check_references, gaussian_like, late_start, resolve_step, sampler
 
 VARIANCES = {"fixed_small": ModelVarType.FIXED_SMALL, "fixed_large": ModelVarType.FIXED_LARGE}
 
@@ -48,12 +44,11 @@ def ilvr(
     step one for the step itself, and one for ref_i while i > range_t. start: late start;
     cache_interval, cache_guided: see `sddm.sample`.
     """
-    check_references(ref)
+    ref = check_references(ref, clip_denoised)
     check_down_n(down_n, ref.shape[2:])
     phi = low_pass_filter(ref.shape[2:], down_n, "cubic")
-    total = diffusion.num_timesteps
-    steps = total if start is None else resolve_step(start, total, "start", 1, total)
-    range_t = resolve_step(range_t, total, "range_t")
+    steps = late_start(start, diffusion.num_timesteps)
+    range_t = resolve_step(range_t, diffusion.num_timesteps, "range_t")
     noise = noise or gaussian_like(ref)
     x = noise(ref.shape)
     if start is not None:
@@ -115,7 +110,7 @@ def egsde(
     With energies all steps are guided ones; cache_interval, cache_guided: see `sddm.sample`.
     Draws: e, the noise of every ref_i; then one per step.
     """
-    check_references(ref)
+    ref = check_references(ref)
     start = resolve_step(start, diffusion.num_timesteps, "start", 1, diffusion.num_timesteps)
     if variance not in VARIANCES:
         raise InputError(f"it can be {' or '.join(VARIANCES)}", parameter="variance", value=variance)
@@ -162,7 +157,7 @@ def unconditional(
     noise: Noise | None = None,
     clip_denoised: bool | float = True,
 ) -> Iterator[State]:
-    """Images of the model's own: of ref only shape, type and device count.
+    """Generate images without references; only the shape, type and device of ref are used.
 
     Ancestral sampling, or with use_ddim DDIM (Song et al. 2021), eta its share of noise. Draws: x_T; then one per step.
     cache_interval: see `sddm.sample`.
@@ -179,130 +174,3 @@ def unconditional(
             out = diffusion.p_sample(model, x, t, clip_denoised, noise=draw)
         x = out["sample"]
         yield {"i": i, "x": x, "pred_xstart": out["pred_xstart"], "guided": []}
-
-
-# ---- options --------------------------------------------------------------------------------------------------------
-
-
-@METHODS.add("ilvr")
-@dataclass(frozen=True)
-class ILVR(GuidedCacheOptions):
-    """Options of `ilvr`."""
-
-    down_n: int = option(32, "keep what an image of 1/N of the size shows", least=1)
-    range_t: int | float = option(
-        20, "guidance ends at this step of the schedule, or share of it as 0.3", least=0, metavar="STEP"
-    )
-    start: int | float | None = option(
-        None, "late start: from the reference noised to this step, or share of the schedule", metavar="STEP"
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    def check_fit(self, image_size: int | None, steps: int | None) -> None:
-        """As `sddm.SDDM.check_fit`."""
-        if image_size is not None:
-            check_down_n(self.down_n, (image_size, image_size))
-        if steps is not None:
-            resolve_step(self.range_t, steps, "range_t")
-            self.steps(steps)
-
-    def steps(self, total: int) -> int:
-        """How many steps of a schedule of `total` steps are taken."""
-        return total if self.start is None else resolve_step(self.start, total, "start", 1, total)
-
-    def bind(self, *, clip_denoised: Any = True, **context: Any) -> Callable:
-        """`ilvr` with these options: a function of (model, diffusion, ref, noise=, callback=)."""
-        return bind(ilvr, clip_denoised=clip_denoised, **vars(self))
-
-
-@METHODS.add("sdedit")
-@dataclass(frozen=True)
-class SDEdit(CacheOptions):
-    """Options of `sdedit`. Predicted images are not clipped, learned variances are not used."""
-
-    start: int | float = option(
-        500, "steps from the noised reference to the image, or share of the schedule", above=0, metavar="STEP"
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    def check_fit(self, image_size: int | None, steps: int | None) -> None:
-        """As `sddm.SDDM.check_fit`."""
-        if steps is not None:
-            self.steps(steps)
-
-    def steps(self, total: int) -> int:
-        """How many steps of a schedule of `total` steps are taken."""
-        return resolve_step(self.start, total, "start", 1, total)
-
-    def bind(self, *, sigma_small: bool = True, **context: Any) -> Callable:
-        """`sdedit` with these options: a function of (model, diffusion, ref, noise=, callback=)."""
-        variance = "fixed_small" if sigma_small else "fixed_large"
-        return bind(sdedit, start=self.start, variance=variance, cache_interval=self.cache_interval)
-
-
-@METHODS.add("egsde")
-@dataclass(frozen=True)
-class EGSDE(SDEdit, GuidedCacheOptions):
-    """Options of `egsde`. Predicted images are not clipped, learned variances are not used."""
-
-    ls: float = option(500.0, "weight of realism, 0 for none")
-    li: float = option(2.0, "weight of faithfulness, 0 for none")
-    down_n: int = option(32, "faithfulness is to 1/N of the resolution", least=1)
-    encoder: str | None = option(None, "checkpoint of the domain-specific extractor", file=True, metavar="FILE")
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.cache_interval > 1 and not self.cache_guided and (self.ls or self.li):
-            reason = "all steps are guided ones; `cache_guided` True is needed"
-            raise InputError(reason, parameter="cache_interval", value=self.cache_interval)
-        if self.ls and not self.encoder:
-            raise InputError(f"`ls` {self.ls:g} needs it; `ls` 0 does without the realism energy", parameter="encoder")
-        if self.ls and "://" not in str(self.encoder) and not os.path.exists(str(self.encoder)):
-            raise InputError(f"no such file, and `ls` {self.ls:g} needs it", parameter="encoder", value=self.encoder)
-
-    def ignored(self) -> set[str]:
-        """Fields that have no effect with these values."""
-        return super().ignored() | (set() if self.ls else {"encoder"}) | (set() if self.li else {"down_n"})
-
-    def check_fit(self, image_size: int | None, steps: int | None) -> None:
-        """As `sddm.SDDM.check_fit`."""
-        super().check_fit(image_size, steps)
-        if image_size is not None and self.li:
-            check_down_n(self.down_n, (image_size, image_size))
-
-    def bind(self, *, sigma_small: bool = True, target: Any = None, **context: Any) -> Callable:
-        """`egsde` with these options, its extractor loaded: a function of (model, diffusion, ref, …)."""
-        network, timestep = load_encoder("encoder", str(self.encoder), target) if self.ls else (None, None)
-        variance = "fixed_small" if sigma_small else "fixed_large"
-        options = {"ls": self.ls, "li": self.li, "down_n": self.down_n, "start": self.start, "variance": variance}
-        options |= {"cache_interval": self.cache_interval, "cache_guided": self.cache_guided}
-        return bind(egsde, encoder=network, timestep=timestep, **options)
-
-
-@METHODS.add("unconditional")
-@dataclass(frozen=True)
-class Unconditional(CacheOptions):
-    """Options of `unconditional`."""
-
-    use_ddim: bool = option(False, "DDIM instead of ancestral sampling")
-    eta: float = option(0.0, "noise of DDIM, 0 for none to 1", least=0, most=1)
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.eta and not self.use_ddim:
-            raise InputError("it is for `use_ddim` True", parameter="eta", value=self.eta)
-
-    def check_fit(self, image_size: int | None, steps: int | None) -> None:
-        """As `sddm.SDDM.check_fit`."""
-
-    def steps(self, total: int) -> int:
-        """How many steps of a schedule of `total` steps are taken."""
-        return total
-
-    def bind(self, *, clip_denoised: Any = True, **context: Any) -> Callable:
-        """`unconditional` with these options: a function of (model, diffusion, ref, noise=, callback=)."""
-        return bind(unconditional, clip_denoised=clip_denoised, **vars(self))

@@ -7,14 +7,12 @@ takes the features of the deeper levels from the last full evaluation.
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from . import ddpm
 from .errors import InputError
-from .options import option
 from .runtime import CompiledModel
 from .unet import SuperResModel, UNetModel
 
@@ -79,41 +77,3 @@ def share_features(model: Callable, interval: int, in_guided: bool) -> tuple[Any
     """The models of one run's guided and plain steps; in_guided: both share features, else the plain ones alone."""
     plain = cached(model, interval)
     return (plain if in_guided else model), plain
-
-
-@dataclass(frozen=True)
-class WithClass:
-    """A class-conditional model as model(x, t). labels: one class for all images, or those of a batch, long [N]."""
-
-    model: Callable
-    labels: int | torch.Tensor
-
-    def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        labels = self.labels
-        if isinstance(labels, int):
-            labels = torch.full((x.shape[0],), labels, device=x.device)
-        return self.model(x, t, labels)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheOptions:
-    """The options of methods whose evaluations can share features."""
-
-    cache_interval: int = option(
-        1, "compute the network's deep levels in every N-th step alone; 1: in all", least=1, most=1000, metavar="N"
-    )
-
-    def ignored(self) -> set[str]:
-        """Fields that have no effect with these values."""
-        return {"cache_interval"} if self.cache_interval == 1 else set()
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuidedCacheOptions(CacheOptions):
-    """Those of methods that guide some of their steps."""
-
-    cache_guided: bool = option(False, "share deep levels in guided steps, too, not in plain ones alone")
-
-    def ignored(self) -> set[str]:
-        """Fields that have no effect with these values."""
-        return super().ignored() | ({"cache_guided"} if self.cache_interval == 1 or not self.cache_guided else set())

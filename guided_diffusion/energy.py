@@ -1,20 +1,20 @@
 """Energies: how far an image is from what the reference asks for, and the gradient of that.
 
-An energy has `prepare(ref)`, called once per batch of references [N, 3, H, W] in [-1, 1], and
-`energy_and_grad(x, t, alpha_bar) -> (E, grad)`: x [N, 3, H, W], t the original timestep [N], alpha_bar a float;
-E [N] is per image, grad = dE/dx has x's shape. Samplers descend, so a lower energy is better.
+An energy has `prepare(ref)`, called once per batch of references [N, C, H, W] (pixels in [-1, 1], or latents), and
+`energy_and_grad(x, t, alpha_bar) -> (E, grad)`: x [N, C, H, W], t the original timestep [N], alpha_bar a float;
+E [N] is per image, grad = dE/dx has x's shape. Samplers descend, so a lower energy is better. A run prepares a copy of
+its own (`prepared`), so several runs can share an energy and its network.
 
 EGSDE's own two, `dse` and `low_pass`, compare x with the diffused reference
 ref_t = sqrt(alpha_bar) ref + sqrt(1 - alpha_bar) noise. `prepare(ref, noise)` gives the noise, the same for all steps;
 `prepare(ref)`, as in SDDM, means none.
 """
 
-import json
+import copy
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,26 +23,28 @@ from torch.nn import functional as F
 
 from resizer import resize_matrix
 
-from .checkpoint import load_model, load_state_dict
 from .errors import InputError, display_name
 from .manifold import EPS, block_statistics, check_blocks, check_down_n, combine
-from .options import Registry, check, option
-from .respace import matching_timestep
-
-ENERGIES = Registry("energy")
-"""Options of energies by name: dataclasses like `VGG`, whose `create(target)` gives the energy."""
 
 
 class Energy(Protocol):
     """What a sampler asks of an energy."""
 
     def prepare(self, ref: torch.Tensor) -> None:
-        """Take over a batch of references [N, 3, H, W] in [-1, 1]."""
+        """Compute what the energy needs of a batch of references [N, C, H, W]."""
         ...
 
     def energy_and_grad(self, x: torch.Tensor, t: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """E [N] and dE/dx [N, 3, H, W] at x; t: original timesteps [N]."""
+        """E [N] and dE/dx [N, C, H, W] at x; t: original timesteps [N]."""
         ...
+
+
+def prepared(energies: Sequence[Energy], ref: torch.Tensor) -> list[Any]:
+    """Copies of energies, prepared for the references of one run; networks are shared."""
+    copies = [copy.copy(energy) for energy in energies]
+    for each in copies:
+        each.prepare(ref)
+    return copies
 
 
 # Convolutions per level of VGG-19, with their widths; level k's feature is relu{k}_1.
@@ -67,8 +69,12 @@ def vgg(
     is_path = isinstance(weights, (str, os.PathLike))
     name = display_name(os.fspath(weights)) if is_path else "the VGG state dict"  # type: ignore[arg-type]
     # Only the layer numbers matter: prefixes like "encoder." come and go.
+    if is_path:
+        from .checkpoint import load_state_dict  # here alone, so that the paper's modules load no reader of files
+
+        weights = load_state_dict(weights)  # type: ignore[arg-type]
     state = {}
-    for key, value in (load_state_dict(weights) if is_path else weights).items():
+    for key, value in weights.items():  # type: ignore[union-attr]
         number = re.search(r"\d.*", key)
         if number and number.group() in state:
             raise InputError(
@@ -102,14 +108,27 @@ def _vgg_layers(level):
 
 
 def dct(blocks: int = 16) -> Energy:
-    """`vgg` with a fixed filter bank for the network: the nine 3x3 DCT-II basis filters on every colour channel."""
-    k = torch.arange(3, dtype=torch.float64)
-    basis = torch.cos(math.pi / 3 * (k[None] + 0.5) * k[:, None]) * (2 / 3) ** 0.5
-    basis[0] /= 2**0.5
-    filters = torch.einsum("ay,bx->abyx", basis, basis).reshape(9, 1, 3, 3).repeat(3, 1, 1, 1)
-    convolution = nn.Conv2d(3, 27, 3, groups=3, bias=False)
-    convolution.weight.data.copy_(filters)
-    return BlockStatisticsEnergy(nn.Sequential(nn.ReflectionPad2d(1), convolution), blocks)
+    """`vgg` with fixed filters for the network: the nine 3x3 DCT-II basis filters on every channel."""
+    return BlockStatisticsEnergy(_DCTFilters(), blocks)
+
+
+class _DCTFilters(nn.Module):
+    """The 3x3 DCT-II basis filters, applied to each of the channels that it is given."""
+
+    filters: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        k = torch.arange(3, dtype=torch.float64)
+        basis = torch.cos(math.pi / 3 * (k[None] + 0.5) * k[:, None]) * (2 / 3) ** 0.5
+        basis[0] /= 2**0.5
+        filters = torch.einsum("ay,bx->abyx", basis, basis).reshape(9, 1, 3, 3)
+        self.register_buffer("filters", filters.float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        channels = x.shape[1]
+        padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        return F.conv2d(padded, self.filters.to(x.dtype).repeat(channels, 1, 1, 1), groups=channels)
 
 
 class BlockStatisticsEnergy:
@@ -276,156 +295,3 @@ class ClassifierEnergy:
             )
             (grad,) = torch.autograd.grad(energy.sum(), x)
         return energy.detach(), grad
-
-
-# ---- options --------------------------------------------------------------------------------------------------------
-
-
-@ENERGIES.add("vgg")
-@dataclass(frozen=True)
-class VGG:
-    """Options of `vgg`."""
-
-    weights: str | None = option("models/vgg_normalised.pth", "AdaIN's VGG weights, for vgg", file=True, metavar="FILE")
-    level: int = option(1, "VGG feature reluN_1", least=1, most=5)
-    blocks: int = option(16, "the features' blocks", least=1)
-    vgg_bf16: bool = option(False, "vgg and its gradient in bf16, where the model computes in it")
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    def ignored(self) -> set[str]:
-        """Fields that have no effect with these values."""
-        return set() if self.vgg_bf16 else {"vgg_bf16"}
-
-    def create(self, target: Any) -> Energy:
-        """The energy, its weights loaded. target: has the model's `precision` and `fuse`."""
-        path = _needed(self.weights, "weights", "vgg")
-        if self.vgg_bf16 and target.precision != "bf16":
-            raise InputError(
-                f"it needs `precision` bf16, and that is {target.precision}", parameter="vgg_bf16", value=True
-            )
-        return vgg(path, self.blocks, self.level, bf16=self.vgg_bf16, channels_last=getattr(target, "fuse", False))
-
-
-@ENERGIES.add("dct")
-@dataclass(frozen=True)
-class DCT:
-    """Options of `dct`."""
-
-    blocks: int = option(16, "the features' blocks", least=1)
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    def create(self, target: Any) -> Energy:
-        """The energy."""
-        return dct(self.blocks)
-
-
-@ENERGIES.add("dse")
-@dataclass(frozen=True)
-class DSE:
-    """Options of `dse`."""
-
-    encoder: str | None = option(
-        None, "checkpoint of the domain-specific extractor, for dse", file=True, metavar="FILE"
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    def create(self, target: Any) -> Energy:
-        """The energy, its extractor loaded; target: see `load_encoder`."""
-        return dse(*load_encoder("encoder", _needed(self.encoder, "encoder", "dse"), target))
-
-
-@ENERGIES.add("low_pass")
-@dataclass(frozen=True)
-class LowPass:
-    """Options of `low_pass`."""
-
-    down_n: int = option(32, "keep 1/N of the resolution", least=1)
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    def create(self, target: Any) -> Energy:
-        """The energy."""
-        return low_pass(self.down_n)
-
-
-@ENERGIES.add("classifier")
-@dataclass(frozen=True)
-class Classifier:
-    """Options of `classifier`."""
-
-    classifier: str | None = option(
-        None, "checkpoint of the noisy-image classifier, for classifier", file=True, metavar="FILE"
-    )
-    target_class: int | str | None = option(
-        None, "class to move to, for classifier: a number or a name", metavar="CLASS"
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    def create(self, target: Any) -> Energy:
-        """The energy, its classifier loaded; target: see `load_encoder`."""
-        path = _needed(self.classifier, "classifier", "classifier")
-        if self.target_class is None:
-            raise InputError("`energy` classifier needs it", parameter="target_class")
-        model, timestep, info = _load_encoder("classifier", path, target)
-        y = class_number(self.target_class, info, "target_class")
-        return classifier(model, y, timestep)
-
-
-def _needed(path: str | None, parameter: str, name: str) -> str:
-    """The path, which must be given and exist."""
-    if not path:
-        raise InputError(f"`energy` {name} needs it", parameter=parameter)
-    if "://" not in path and not os.path.exists(path):
-        reason = f"no such file, and `energy` {name} needs it; models/README.md says where it is published"
-        raise InputError(reason, parameter=parameter, value=path)
-    return path
-
-
-def load_encoder(parameter: str, path: str, target: Any) -> tuple[nn.Module, Callable[[float], float] | None]:
-    """An extractor or classifier for a target model, and its own timestep of a noise level (`own_timesteps`).
-
-    parameter: the option that names it, for errors. target: has the model's `image_size`, `device`, and `info`.
-    """
-    model, timestep, _ = _load_encoder(parameter, path, target)
-    return model, timestep
-
-
-def _load_encoder(parameter: str, path: str, target: Any) -> tuple[nn.Module, Callable[[float], float] | None, Any]:
-    encoder, info = load_model(path, device=target.device)
-    wrong = {"parameter": parameter, "value": path}
-    if info.model_type != "ENCODER":
-        raise InputError("it is a diffusion model, not a classifier or extractor", **wrong)
-    if info.flags["image_size"] != target.image_size:
-        raise InputError(f"it is for {info.flags['image_size']} pixels, the model makes {target.image_size}", **wrong)
-    timestep = matching_timestep(target.info.flags, info.flags, assumed=info.assumed, name=display_name(path))
-    return encoder, timestep, info
-
-
-def class_number(given: int | str, info: Any, parameter: str) -> int:
-    """The number of a class that is given by number or by name; names are in a checkpoint's metadata `classes`."""
-    flags = info.flags
-    count = flags.get("num_class") or flags.get("num_classes") or 0
-    names = info.metadata.get("classes")
-    if isinstance(names, str):
-        try:
-            names = json.loads(names)
-        except ValueError:
-            names = None  # somebody else's entry of that name
-    names = names if isinstance(names, list) else []
-    if isinstance(given, str) and given in names:
-        return names.index(given)
-    number = int(given) if str(given).isdecimal() else -1
-    if not 0 <= number < count:
-        known = f", or a name such as {', '.join(map(str, names[:8]))}" if names else ""
-        reason = f"{display_name(info.path)} has classes 0 to {count - 1}{known}"
-        raise InputError(reason, parameter=parameter, value=given)
-    return number

@@ -22,7 +22,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
 from .errors import InputError, display_name, one_line
-from .options import fitting
+from .registry import fitting
 from .references import (
     FORMATS,
     Reference,

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
 from .errors import InputError
-from .options import fitting
+from .registry import fitting
 from .run.files import write_text
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from resizer import low_pass_filter
 
 from .errors import InputError
-from .options import Registry
+from .registry import Registry
 
 EPS = 1e-5
 

@@ -10,7 +10,7 @@ import itertools
 import torch
 
 from .errors import InputError
-from .options import fitting
+from .registry import fitting
 
 METHODS = ("exact", "frank_wolfe")
 

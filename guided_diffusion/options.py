@@ -1,4 +1,4 @@
-"""Options as frozen dataclasses, and registries of the parts that options name.
+"""Options as frozen dataclasses.
 
 A field made by `option` knows its help text and what values fit. `cli.flags` makes flags of the fields; `check` refuses
 the same values for people who write Python.
@@ -10,10 +10,11 @@ import math
 import os
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from .errors import InputError, display_name
+from .registry import fitting
 
 
 def option(
@@ -27,12 +28,14 @@ def option(
     file: bool = False,
     runtime: bool = False,
     metavar: str | None = None,
+    flag: str | None = None,
 ) -> Any:
     """A dataclass field with a help text.
 
     choices: the values that fit, a sequence or a `Registry`. least, most: bounds of a number; above: a bound that it
     must exceed. file: the value is the path of a file whose content determines the outputs. runtime: the value says how
     to run, not what to make, so it may change between a run and its restart. metavar: the word for the value in help.
+    flag: the name on the command line, where it differs from the field's.
     """
     metadata = {
         "help": help,
@@ -43,8 +46,35 @@ def option(
         "file": file,
         "runtime": runtime,
         "metavar": metavar,
+        "flag": flag,
     }
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag_of(field: dataclasses.Field) -> str:
+    """The name of a field on the command line and in records."""
+    return field.metadata.get("flag") or field.name
+
+
+def flags_of(*classes: type) -> dict[str, str]:
+    """The names on the command line of the fields of options classes, by field name."""
+    return {field.name: flag_of(field) for cls in classes for field in dataclasses.fields(cls)}
+
+
+def check_names(classes: Iterable[type]) -> None:
+    """Raise TypeError where options that can be given together share a name but not its default.
+
+    The one value of such a name would mean two things.
+    """
+    known: dict[str, tuple[Any, type]] = {}
+    for cls in classes:
+        for field in dataclasses.fields(cls):
+            default, owner = known.setdefault(flag_of(field), (field.default, cls))
+            if default != field.default:
+                raise TypeError(
+                    f"the option {flag_of(field)} has the default {default!r} in {owner.__name__} and "
+                    f"{field.default!r} in {cls.__name__}; give one of them another name"
+                )
 
 
 def check(options: Any) -> None:
@@ -101,14 +131,6 @@ def bound_words(least: float | None, most: float | None, above: float | None = N
     return low or f"at most {most:g}"
 
 
-def fitting(value: object, names: list) -> str:
-    """What would fit where a name is none of `names`, with the closest one where it looks like a slip."""
-    known = [str(name) for name in names]
-    close = difflib.get_close_matches(str(value), known, 1)
-    listed = known[0] if len(known) == 1 else f"{', '.join(known[:-1])} or {known[-1]}"
-    return f"it can be {listed}" + (f"; did you mean {close[0]}?" if close else "")
-
-
 def near_miss(path: str) -> str:
     """What a path may have been meant to be: "; did you mean X?" for a similar name beside it, else "".
 
@@ -123,35 +145,3 @@ def near_miss(path: str) -> str:
     close = difflib.get_close_matches(name, names, 1, 0.7)
     close = close or [stems[s] for s in difflib.get_close_matches(os.path.splitext(name)[0], list(stems), 1, 0.8)]
     return f"; did you mean {display_name(os.path.join(folder, close[0]))}?" if close else ""
-
-
-class Registry(Mapping[str, Any]):
-    """Parts of one kind by name. parameter: the option that names one of them, for errors."""
-
-    def __init__(self, parameter: str) -> None:
-        self.parameter = parameter
-        self._entries: dict[str, Any] = {}
-
-    def add(self, name: str) -> Callable[[Any], Any]:
-        """A decorator that registers what it decorates; another entry of that name is replaced."""
-
-        def register(entry: Any) -> Any:
-            self._entries[name] = entry
-            return entry
-
-        return register
-
-    def pick(self, name: str) -> Any:
-        """The entry of that name; raises InputError that lists the names."""
-        if name not in self._entries:
-            raise InputError(fitting(name, list(self._entries)), parameter=self.parameter, value=name)
-        return self._entries[name]
-
-    def __getitem__(self, name: str) -> Any:
-        return self._entries[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)

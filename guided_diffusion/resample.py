@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .errors import InputError
-from .options import fitting
+from .registry import fitting
 
 SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment", "lognormal")
 

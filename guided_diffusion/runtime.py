@@ -8,7 +8,7 @@ import re
 import torch
 
 from .errors import InputError, first_line
-from .options import fitting
+from .registry import fitting
 
 log = logging.getLogger("sddm")
 

@@ -6,72 +6,72 @@ is the plain step of the chosen solver.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from .caching import GuidedCacheOptions, share_features
-from .energy import Energy
+from .caching import share_features
+from .energy import Energy, prepared
 from .errors import InputError
 from .gaussian_diffusion import GaussianDiffusion
-from .manifold import MANIFOLDS, from_blocks, to_blocks
+from .manifold import MANIFOLDS, Manifold, from_blocks, to_blocks
 from .moo import min_norm_weights
-from .options import Registry, check, option
+from .registry import Registry
 from .solvers import (
-    SOLVERS,
     Noise,
+    Prediction,
+    Solver,
     State,
     at_step,
-    bind,
     check_references,
     create_solver,
     gaussian_like,
+    late_start,
     resolve_step,
     sampler,
 )
 
 LAMBDA = 25.0  # length of an energy's direction, relative to the score's tangent part times beta / sqrt(alpha)
+PUBLISHED_STEPS = 100  # of the schedule that LAMBDA is for
 REFINEMENTS = 4  # extra updates of the `released` variant before its last guided step
 MERGES = ("min_norm", "linear")
 
-METHODS = Registry("method")
-"""What turns references into images, by name: an options dataclass like `SDDM`."""
-
 VARIANTS = Registry("variant")
-"""How guided steps move: a generator of states of (guide, ref, range_t, noise)."""
+"""How guided steps move: a generator of states of (guide, x, start, range_t, noise)."""
 
 
 class Guide:
     """What a run of SDDM computes at a step: the model's posterior, the score's parts, and the merged move.
 
-    model: the one that evaluates step i, model(i)(x, t).
+    model(i) is the model that evaluates step i. energy_factor(i): length of an energy's direction relative to the
+    score's tangent part.
     """
 
     def __init__(
         self,
         model: Callable[[int], Callable],
         diffusion: GaussianDiffusion,
-        ref: torch.Tensor,
         energies: Sequence[Energy],
-        manifold: Any,
-        solver: Any,
+        manifold: Manifold,
+        solver: Solver,
         merge: Callable,
+        energy_factor: Callable[[int], float],
         clip_denoised: bool | float,
     ) -> None:
         self.model, self.diffusion, self.energies = model, diffusion, energies
-        self.manifold, self.solver, self.merge, self.clip_denoised = manifold, solver, merge, clip_denoised
+        self.manifold, self.solver, self.merge = manifold, solver, merge
+        self.energy_factor, self.clip_denoised = energy_factor, clip_denoised
         self.alpha_bars = [float(alpha_bar) for alpha_bar in diffusion.alphas_cumprod]
-        self.device = ref.device
-        for energy in energies:
-            energy.prepare(ref)
+        self.solver_state: Any = None
 
-    def posterior(self, x: torch.Tensor, i: int) -> dict[str, torch.Tensor]:
+    def denoise(self, x: torch.Tensor, i: int) -> Prediction:
+        """The model's p(x_{i-1} | x_i), as `GaussianDiffusion.p_mean_variance` gives it."""
+        return self.diffusion.p_mean_variance(self.model(i), x, at_step(x, i), self.clip_denoised)
+
+    def posterior(self, x: torch.Tensor, i: int) -> Prediction:
         """The solver's mean and log-variance of x_{i-1}, and the prediction of x_0."""
-        t = at_step(x, i)
-        out = self.diffusion.p_mean_variance(self.model(i), x, t, self.clip_denoised)
-        return self.solver.posterior(out, x, t)
+        return self.solver.posterior(self.denoise(x, i), x, i)
 
     def parts(self, x: torch.Tensor, i: int, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """The move d along the manifold, the rest of the step (the score's normal part and the drift), and a record.
@@ -86,7 +86,7 @@ class Guide:
             t = self.diffusion.model_timesteps(at_step(x, i))
             _, grad = energy.energy_and_grad(x, t, self.alpha_bars[i])
             descent, _ = self.manifold.decompose(x, -grad, self.alpha_bars[i])
-            directions.append(rescale(descent, grad, tangent, LAMBDA * float(self.diffusion.betas[i]) * stretch))
+            directions.append(rescale(descent, grad, tangent, self.energy_factor(i)))
         move, weights = self.merge(directions)
         record = {"tangent": tangent, "normal": normal, "move": move, "weights": weights}
         return move, normal + (stretch - 1) * x, record
@@ -95,13 +95,14 @@ class Guide:
         """x on the manifold M_i; index -1 is that of the clean reference."""
         return self.manifold.restrict(x, self.alpha_bars[i] if i >= 0 else 1.0)
 
-    def add_noise(self, out: dict[str, torch.Tensor], mean: torch.Tensor, i: int, noise: torch.Tensor) -> torch.Tensor:
+    def add_noise(self, out: Prediction, mean: torch.Tensor, i: int, noise: torch.Tensor) -> torch.Tensor:
         """mean + sigma_i noise with the posterior's sigma, without noise at i = 0."""
         return self.diffusion.add_noise({**out, "mean": mean}, at_step(mean, i), noise)
 
-    def plain_step(self, out: dict[str, torch.Tensor], x: torch.Tensor, i: int, noise: torch.Tensor) -> torch.Tensor:
+    def plain_step(self, out: Prediction, x: torch.Tensor, i: int, noise: torch.Tensor) -> torch.Tensor:
         """The solver's step without guidance."""
-        return self.solver.step(out, x, i, at_step(x, i), noise)
+        x, self.solver_state = self.solver.step(self.denoise, x, i, out, noise, self.solver_state)
+        return x
 
 
 @VARIANTS.add("manifold")
@@ -168,6 +169,7 @@ def sample(
     start: int | float | None = None,
     cache_interval: int = 1,
     cache_guided: bool = False,
+    energy_scale: float = LAMBDA,
     noise: Noise | None = None,
 ) -> Iterator[State]:
     """Translate references into the domain of the model; returns images [N, C, H, W].
@@ -175,8 +177,8 @@ def sample(
     Args:
         model: model(x, t), the target domain's diffusion model; t are original timesteps.
         diffusion: its (respaced) process of T' steps.
-        ref: references [N, C, H, W] in [-1, 1].
-        blocks: the image plane is cut into blocks x blocks.
+        ref: references [N, C, H, W], pixels in [-1, 1] or latents.
+        blocks: number of blocks per side.
         range_t: T0, guidance ends there: a step of the respaced schedule, or a share of it below 1.
         energies: see `energy`.
         variant: `manifold`, the method as its authors describe it, or `released`, the arithmetic of the public release.
@@ -184,23 +186,23 @@ def sample(
         moo: `min_norm`, or `linear`, which adds the directions up (the paper's ablation).
         manifold: `badain`, block statistics, or `low_pass`, the reference's low frequencies (the paper's ablation).
         down_n: the low-pass manifold keeps what shrinking by down_n keeps.
-        clip_denoised: clip the prediction of x_0 to [-1, 1].
+        clip_denoised: clip the prediction of x_0 to [-1, 1], or to a range; False for latents.
         sampler: a solver's name: `ancestral` as in the paper; `ddim`, or `dpmpp_2m` for the plain steps and ddim for
             the guided ones, which need fewer steps. Their posterior takes the place of the ancestral one.
         eta: DDIM's share of noise.
         start: late start: begin at step start - 1 from the reference noised to it, instead of at T'-1 from noise.
-        cache_interval: compute the network's deep levels in every so many plain evaluations alone; 1: in all.
+        cache_interval: recompute the deep levels of the network only every so many plain evaluations.
         cache_guided: count and share those of guided steps, too. See `caching`.
+        energy_scale: lambda, the length of an energy's direction; see `energy_factor`.
         noise: noise(shape), every random draw in order: x_T (or the noise of a late start) first, then one per step.
         callback: sees every step; see `solvers.sampler`. `sample.steps(...)` is the generator of the steps.
 
     Raises:
         InputError: an option is unknown or does not suit the references, the schedule or an energy.
     """
-    check_references(ref)
-    generator, steps = VARIANTS.pick(variant), diffusion.num_timesteps
-    first = steps if start is None else resolve_step(start, steps, "start", 1, steps)
-    last_guided = resolve_step(range_t, steps, "range_t")
+    ref = check_references(ref, clip_denoised)
+    generator, total = VARIANTS.pick(variant), diffusion.num_timesteps
+    first, last_guided = late_start(start, total), resolve_step(range_t, total, "range_t")
     if moo not in MERGES:
         raise InputError(f"it can be {' or '.join(MERGES)}", parameter="moo", value=moo)
     constraint = MANIFOLDS.pick(manifold)(ref, blocks=blocks, down_n=down_n)
@@ -213,11 +215,11 @@ def sample(
     guide = Guide(
         lambda i: guided if i > last_guided else plain,
         diffusion,
-        ref,
-        energies,
+        prepared(energies, ref),
         constraint,
         create_solver(sampler, diffusion, eta),
         partial(merge, blocks=blocks if detail_merge else None, solver=merging),
+        partial(energy_factor, diffusion, energy_scale, variant == "released"),
         clip_denoised,
     )
     noise = noise or gaussian_like(ref)
@@ -225,6 +227,20 @@ def sample(
     if start is not None:
         x = diffusion.q_sample(ref, at_step(ref, first - 1), x)
     yield from generator(guide, x, first, last_guided, noise)
+
+
+def energy_factor(diffusion: GaussianDiffusion, energy_scale: float, released: bool, i: int) -> float:
+    """Length of an energy's direction at step i, relative to the score's tangent part.
+
+    The release has lambda beta_i / sqrt(alpha_i). beta_i grows as steps are left out, and the longer an energy's
+    direction is, the less of it the minimum-norm point takes: in 25 steps next to nothing. Otherwise it is that length
+    in a schedule of 100 steps, whatever T' is: alpha_i^(T'/100) in place of alpha_i, since -log alpha is what a step
+    covers of the integral of beta. With T' = 100 both are one.
+    """
+    alpha = float(diffusion.alphas[i])
+    if not released:
+        alpha **= diffusion.num_timesteps / PUBLISHED_STEPS
+    return energy_scale * (1 - alpha) / alpha**0.5
 
 
 def rescale(direction: torch.Tensor, grad: torch.Tensor, tangent: torch.Tensor, factor: float) -> torch.Tensor:
@@ -256,62 +272,3 @@ def merge(directions: list[torch.Tensor], blocks: int | None, solver: str) -> tu
         weights = min_norm_weights(stacked, dim, solver)
     merged = (weights[..., None, None] * stacked).sum(dim)
     return (merged if blocks is None else from_blocks(merged)), weights
-
-
-@METHODS.add("sddm")
-@dataclass(frozen=True)
-class SDDM(GuidedCacheOptions):
-    """SDDM's options: guided above step T0, the plain diffusion model below it."""
-
-    range_t: int | float = option(
-        0,
-        "T0: guidance ends at this step of the respaced schedule, or share of it as 0.3",
-        least=0,
-        metavar="STEP",
-    )
-    blocks: int = option(16, "cut the image into so many blocks a side", least=1)
-    variant: str = option(
-        "manifold", "the method as described, or the arithmetic of the public release", choices=VARIANTS
-    )
-    start: int | float | None = option(
-        None, "late start: from the reference noised to this step, or share of the schedule", metavar="STEP"
-    )
-    detail_merge: bool = option(False, "merge directions per block instead of per channel")
-    moo: str = option(
-        "min_norm", "ablation: merge directions by their minimum-norm point, or add them up", choices=MERGES
-    )
-    manifold: str = option(
-        "badain", "images with the reference's block statistics, or low frequencies", choices=MANIFOLDS
-    )
-    down_n: int = option(32, "low_pass, energy or manifold, keeps 1/N of the resolution", least=1)
-    sampler: str = option("ancestral", "how steps are taken; ddim and dpmpp_2m need fewer", choices=SOLVERS)
-    eta: float = option(0.0, "noise of ddim's steps, 0 for none, 1 for as much as ancestral", least=0, most=1)
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.eta and not getattr(SOLVERS.pick(self.sampler), "takes_eta", True):
-            raise InputError(f"`sampler` {self.sampler} has none", parameter="eta", value=self.eta)
-
-    def ignored(self) -> set[str]:
-        """Fields that have no effect with these values."""
-        unused = set() if getattr(SOLVERS.pick(self.sampler), "takes_eta", True) else {"eta"}
-        unused |= super().ignored()
-        return unused | (set() if self.manifold == "low_pass" else {"down_n"})
-
-    def check_fit(self, image_size: int | None, steps: int | None) -> None:
-        """Raise InputError where the options do not suit an image size and a number of steps; None: not known yet."""
-        if image_size is not None:
-            MANIFOLDS.pick(self.manifold)(
-                torch.zeros(1, 3, image_size, image_size), blocks=self.blocks, down_n=self.down_n
-            )
-        if steps is not None:
-            resolve_step(self.range_t, steps, "range_t")
-            self.steps(steps)
-
-    def steps(self, total: int) -> int:
-        """How many steps of a schedule of `total` steps are taken."""
-        return total if self.start is None else resolve_step(self.start, total, "start", 1, total)
-
-    def bind(self, *, energies: Sequence[Energy] = (), clip_denoised: Any = True, **context: Any) -> Callable:
-        """`sample` with these options: a function of (model, diffusion, ref, noise=, callback=)."""
-        return bind(sample, energies=energies, clip_denoised=clip_denoised, **vars(self))

@@ -1,25 +1,42 @@
-"""How a step of the reverse process is taken: ancestral sampling, DDIM, DPM-Solver++(2M).
+"""Solvers: how a step of the reverse process is taken. Ancestral sampling, DDIM, DPM-Solver++(2M).
 
-A solver has `posterior(out, x, t)`, which makes its own mean and log-variance of what
-`GaussianDiffusion.p_mean_variance` gave at x [N, C, H, W] and t [N], for guided steps to start from; and
-`step(out, x, i, t, noise)`, the whole plain step x_i -> x_{i-1}, where out is from `posterior`, all entries of t are i,
-and noise is a draw [N, C, H, W].
+A solver is a class of (diffusion, eta) with two methods. `posterior(out, x, i)` gives the mean and log-variance that
+guided steps start from. `step(denoise, x, i, out, noise, state)` takes a whole plain step x_i -> x_{i-1} and returns
+it with the state for the next plain step. There, denoise(x, i) evaluates the model and returns the dict of
+`GaussianDiffusion.p_mean_variance`; out is `posterior(denoise(x, i), x, i)`; noise is a draw [N, C, H, W]; state is
+None at first. `SOLVERS` has them by name.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from .codec import in_range
 from .errors import InputError
 from .gaussian_diffusion import GaussianDiffusion
-from .options import Registry
+from .registry import Registry
 
 SOLVERS = Registry("sampler")
-"""How a step is taken, by name: a class of (diffusion, eta) like `Ancestral`."""
+"""Solvers by name: classes of (diffusion, eta) as `Solver`."""
+
+Prediction = dict[str, Any]
+Denoise = Callable[[torch.Tensor, int], Prediction]
+
+
+class Solver(Protocol):
+    """What a method asks of a solver; see the module's docstring."""
+
+    takes_eta: bool
+
+    def posterior(self, out: Prediction, x: torch.Tensor, i: int) -> Prediction: ...
+
+    def step(
+        self, denoise: Denoise, x: torch.Tensor, i: int, out: Prediction, noise: torch.Tensor, state: Any
+    ) -> tuple[torch.Tensor, Any]: ...
 
 
 @SOLVERS.add("ancestral")
@@ -28,14 +45,16 @@ class Ancestral:
 
     takes_eta = False
 
-    def __init__(self, diffusion: GaussianDiffusion, eta: float) -> None:
-        self.diffusion = diffusion
+    def __init__(self, diffusion: GaussianDiffusion, eta: float = 0.0) -> None:
+        self.diffusion, self.eta = diffusion, eta
 
-    def posterior(self, out: dict[str, Any], x: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
+    def posterior(self, out: Prediction, x: torch.Tensor, i: int) -> Prediction:
         return out
 
-    def step(self, out: dict[str, Any], x: torch.Tensor, i: int, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        return self.diffusion.add_noise(out, t, noise)
+    def step(
+        self, denoise: Denoise, x: torch.Tensor, i: int, out: Prediction, noise: torch.Tensor, state: Any
+    ) -> tuple[torch.Tensor, Any]:
+        return self.diffusion.add_noise(out, at_step(x, i), noise), None
 
 
 @SOLVERS.add("ddim")
@@ -44,12 +63,8 @@ class DDIM(Ancestral):
 
     takes_eta = True
 
-    def __init__(self, diffusion: GaussianDiffusion, eta: float) -> None:
-        super().__init__(diffusion, eta)
-        self.eta = eta
-
-    def posterior(self, out: dict[str, Any], x: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
-        mean, sigma = self.diffusion.ddim_mean_sigma(out["pred_xstart"], x, t, self.eta)
+    def posterior(self, out: Prediction, x: torch.Tensor, i: int) -> Prediction:
+        mean, sigma = self.diffusion.ddim_mean_sigma(out["pred_xstart"], x, at_step(x, i), self.eta)
         return {**out, "mean": mean, "variance": sigma**2, "log_variance": 2 * sigma.log()}
 
 
@@ -59,28 +74,24 @@ class DPMSolverPP2M(DDIM):
 
     With x = alpha x_0 + sigma eps, lambda = log(alpha / sigma) and h = lambda_{i-1} - lambda_i,
     x_{i-1} = sigma_{i-1} / sigma_i x_i + alpha_{i-1} (1 - e^-h) D, where D extrapolates the predicted x_0 of this step
-    and the one before it. The first step has none before it, and the last goes to lambda = infinity: there D is the
-    prediction.
+    and of the one before it, which `state` holds with its h. The first step has none before it, and the last goes to
+    lambda = infinity: there D is the prediction.
     """
 
-    def __init__(self, diffusion: GaussianDiffusion, eta: float) -> None:
-        super().__init__(diffusion, eta)
-        self.last: tuple[torch.Tensor, float] | None = None  # prediction and h of the step before
-
-    def step(self, out: dict[str, Any], x: torch.Tensor, i: int, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def step(
+        self, denoise: Denoise, x: torch.Tensor, i: int, out: Prediction, noise: torch.Tensor, state: Any
+    ) -> tuple[torch.Tensor, Any]:
         alpha_bar = float(self.diffusion.alphas_cumprod[i])
         alpha_bar_prev = float(self.diffusion.alphas_cumprod_prev[i])
-        prediction = out["pred_xstart"]
+        prediction = target = out["pred_xstart"]
         if alpha_bar_prev == 1:
-            return prediction
+            return prediction, None
         h = (_log_snr(alpha_bar_prev) - _log_snr(alpha_bar)) / 2
-        target = prediction
-        if self.last is not None:
-            before, h_before = self.last
+        if state is not None:
+            before, h_before = state
             target = prediction + h / (2 * h_before) * (prediction - before)
-        self.last = prediction, h
         ratio = math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar))
-        return ratio * x - math.sqrt(alpha_bar_prev) * math.expm1(-h) * target
+        return ratio * x - math.sqrt(alpha_bar_prev) * math.expm1(-h) * target, (prediction, h)
 
 
 def _log_snr(alpha_bar: float) -> float:
@@ -88,27 +99,57 @@ def _log_snr(alpha_bar: float) -> float:
 
 
 def create_solver(name: str, diffusion: GaussianDiffusion, eta: float = 0.0) -> Any:
-    """The solver of that name for one run. eta: DDIM's share of noise in guided and plain steps, 0 to 1."""
+    """The solver of that name. eta: DDIM's share of noise in guided and plain steps, 0 to 1."""
     if not 0 <= eta <= 1:
         raise InputError("it must be from 0 to 1", parameter="eta", value=eta)
     return SOLVERS.pick(name)(diffusion, eta)
 
 
-# ---- what samplers have in common -----------------------------------------------------------------------------------
+# ---- what sampling functions have in common --------------------------------------------------------------------------
 
 Noise = Callable[[torch.Size], torch.Tensor]
 State = dict[str, Any]
 
 
+class NotFiniteError(InputError):
+    """The model gave NaN or infinite values. x: the result [N, C, H, W]; finite: which images are sound, bool [N]."""
+
+    def __init__(self, x: torch.Tensor, finite: torch.Tensor) -> None:
+        super().__init__("the model gave values that are NaN or infinite (too low a precision for it?)")
+        self.x, self.finite = x, finite
+
+
 def sampler(steps: Callable[..., Iterator[State]]) -> Callable[..., torch.Tensor]:
-    """A sampling function from its generator of states, one after each step.
+    """Make a sampling function of its generator of states, one after each step.
 
     The function takes the generator's arguments and `callback`, and returns the last state's x. A callback of one
     parameter gets every state, a dict with the index `i`, the state `x` after step i, `pred_xstart`, the prediction of
     x_0 that it was made with, and `guided`, a list of what guided evaluations of the step did; a callback of two
     parameters gets (i, x). `function.steps` is the generator, which may be closed at any step.
+
+    Both raise NotFiniteError in place of a last state that is not finite. The caller's inference mode, autocast and
+    default dtype have no effect.
     """
-    generator = torch.no_grad()(steps)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def generator(
+        model: Callable, diffusion: GaussianDiffusion, ref: torch.Tensor, *arguments: Any, **options: Any
+    ) -> Iterator[State]:
+        device, noise = "cpu", options.get("noise")
+        if isinstance(ref, torch.Tensor):
+            ref, device = _normal(ref), ref.device.type
+        if noise is not None:
+            options["noise"] = lambda shape: _normal(noise(shape))
+        run = steps(model, diffusion, ref, *arguments, **options)
+        while True:
+            with torch.autocast(device, enabled=False):
+                state = next(run, None)
+            if state is None:
+                return
+            if state["i"] == 0 and not (finite := state["x"].isfinite().flatten(1).all(1)).all():
+                raise NotFiniteError(state["x"], finite)
+            yield state
 
     @wraps(steps)
     def sample(*arguments: Any, callback: Callable | None = None, **options: Any) -> torch.Tensor:
@@ -118,8 +159,13 @@ def sampler(steps: Callable[..., Iterator[State]]) -> Callable[..., torch.Tensor
             tell(state)
         return state["x"]
 
-    sample.steps = generator  # type: ignore[attr-defined]
+    sample.steps = wraps(steps)(generator)  # type: ignore[attr-defined]
     return sample
+
+
+def _normal(x: torch.Tensor) -> torch.Tensor:
+    """A tensor that gradients can be taken of: tensors of inference mode are copied."""
+    return x.clone() if x.is_inference() else x
 
 
 def bind(sample: Callable[..., torch.Tensor], **options: Any) -> Callable[..., torch.Tensor]:
@@ -151,17 +197,26 @@ def at_step(ref: torch.Tensor, i: int) -> torch.Tensor:
     return torch.full((ref.shape[0],), i, device=ref.device, dtype=torch.long)
 
 
-def check_references(ref: torch.Tensor) -> None:
-    """Raise InputError unless ref is a batch of images in [-1, 1]."""
+def check_references(ref: Any, clip_denoised: bool | float = False) -> torch.Tensor:
+    """References as a sampling function takes them: a floating-point tensor [N, C, H, W], finite.
+
+    Where predictions are clipped to [-1, 1], references are pixels in that range: those that overshoot it by up to a
+    tenth are clipped. Raises InputError for `ref`.
+    """
     if not isinstance(ref, torch.Tensor) or ref.ndim != 4 or not ref.is_floating_point():
         what = f"{ref.dtype} {list(ref.shape)}" if isinstance(ref, torch.Tensor) else type(ref).__name__
         raise InputError("it must be a floating-point tensor [N, C, H, W] in [-1, 1]", parameter="ref", value=what)
     if ref.numel() == 0:
         raise InputError("it has no image", parameter="ref", value=f"a tensor {list(ref.shape)}")
     low, high = (float(end) for end in ref.aminmax())
-    if not (low >= -1.001 and high <= 1.001):
-        reason = "it must lie in [-1, 1]: image_datasets.to_tensor converts 8-bit pixels"
+    if not -LARGEST <= low <= high <= LARGEST:
+        reason = "it must lie in [-1, 1], or be latents of about unit variance"
         raise InputError(reason, parameter="ref", value=f"a tensor with values from {low:g} to {high:g}")
+    return in_range(ref) if clip_denoised and float(clip_denoised) == 1 else ref
+
+
+LARGEST = 100.0
+"""No latents are as large as this in magnitude; pixels from 0 to 255 are."""
 
 
 def resolve_step(value: int | float, steps: int, parameter: str, first: int = 0, last: int | None = None) -> int:
@@ -177,3 +232,8 @@ def resolve_step(value: int | float, steps: int, parameter: str, first: int = 0,
         reason = f"a schedule of {steps} steps takes {first} to {last}, or a share of it below 1 such as 0.3"
         raise InputError(reason, parameter=parameter, value=value)
     return int(found)
+
+
+def late_start(start: int | float | None, steps: int) -> int:
+    """The number of steps of a run that begins late, `start` None for a whole one."""
+    return steps if start is None else resolve_step(start, steps, "start", 1, steps)

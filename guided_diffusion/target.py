@@ -1,59 +1,120 @@
-"""What is sampled from, and what is given to a method."""
+"""The target domain's model as a method sees it, and the batches that it translates.
+
+    target = Target(model, diffusion, Pixels(), (3, 64, 64), 64, clip_denoised=True, device=torch.device("cpu"))
+
+`checkpoint.targets.load_target` makes one of a checkpoint, `checkpoint.pipelines` of a diffusers pipeline.
+"""
 
 import contextlib
-import threading
+import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+
+from .codec import Codec
+from .gaussian_diffusion import GaussianDiffusion
 
 
 @dataclass(frozen=True)
 class Batch:
-    """References of one call of a method.
+    """Pictures to translate together.
 
-    ref: [N, 3, S, S] in [-1, 1]. names: their relative paths. labels: classes [N], or None.
+    ref: [N, 3, S, S] in [-1, 1]. names: their relative paths. labels: a class for each, long [N], or None.
     """
 
-    ref: Tensor
+    ref: torch.Tensor
     names: tuple[str, ...]
-    labels: Tensor | None = None
+    labels: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A diffusion model that is ready to sample: everything that a method needs to know about it.
+
+    Args:
+        model: model(x, t) -> prediction [N, C or 2C, H, W]. Class, prompt and guidance scale are applied already, and
+            its evaluations are counted; see `Counted`.
+        diffusion: the (respaced) process, always variance preserving.
+        codec: pixels to what the model denoises, and back.
+        shape: (channels, height, width) of what the model denoises. `blocks` divides height and width.
+        image_size: side of the pictures that codec.decode gives.
+        clip_denoised: clip the prediction of x_0 to [-1, 1], or to a range.
+        device: where the model computes.
+        condition: condition(batch) -> model, for a model whose class or prompt differs between pictures.
+        info: the checkpoint's description (`checkpoint.ModelInfo`), None for a model without a file.
+        options: how the model was loaded, so that a second model can be loaded alike.
+        precision: of the network: fp32, bf16 or fp16.
+        sigma_small: variance where the model has none: the posterior's, else beta.
+        fuse: use faster forms of layers, equal up to rounding.
+    """
+
+    model: Callable[..., torch.Tensor]
+    diffusion: GaussianDiffusion
+    codec: Codec
+    shape: tuple[int, int, int]
+    image_size: int
+    clip_denoised: bool | float
+    device: torch.device
+    condition: Callable[[Batch], Callable[..., torch.Tensor]] | None = None
+    info: Any = None
+    options: Any = None
+    precision: str = "fp32"
+    sigma_small: bool = True
+    fuse: bool = False
+
+    def conditioned(self, batch: Batch) -> "Target":
+        """The target for the classes or prompts of a batch; itself where all pictures share them."""
+        return self if self.condition is None else dataclasses.replace(self, model=self.condition(batch))
+
+
+# ---- evaluations are counted where they happen -----------------------------------------------------------------------
 
 
 @dataclass
-class Count:
-    """A number of evaluations of models, each of one image."""
+class Evaluations:
+    """Evaluations of networks, one for every image of a call."""
 
     total: int = 0
 
 
-_open = threading.local()
+_counts: ContextVar[tuple[Evaluations, ...]] = ContextVar("evaluations", default=())
 
 
 @contextlib.contextmanager
-def count_evaluations() -> Iterator[Count]:
-    """Count the evaluations of `counted` models within the context, in this thread."""
-    count, outer = Count(), getattr(_open, "count", None)
-    _open.count = count
+def count_evaluations() -> Iterator[Evaluations]:
+    """Count the evaluations of every target's model within the block, in this thread."""
+    counted = Evaluations()
+    token = _counts.set((*_counts.get(), counted))
     try:
-        yield count
+        yield counted
     finally:
-        _open.count = outer
-        if outer is not None:
-            outer.total += count.total
-
-
-def counted(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A model(x, ...) that adds the images of x to `count_evaluations`."""
-    return _Counted(model)
+        _counts.reset(token)
 
 
 @dataclass(frozen=True)
-class _Counted:
-    model: Callable[..., Tensor]
+class Counted:
+    """A network whose evaluations count; see `count_evaluations`."""
 
-    def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        if (count := getattr(_open, "count", None)) is not None:
-            count.total += len(x)
+    model: Callable[..., torch.Tensor]
+
+    def __call__(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        for counted in _counts.get():
+            counted.total += x.shape[0]
         return self.model(x, *arguments, **options)
+
+
+@dataclass(frozen=True)
+class WithClass:
+    """A class-conditional model as model(x, t). labels: one class for all images, or those of a batch, long [N]."""
+
+    model: Callable[..., torch.Tensor]
+    labels: int | torch.Tensor = field(default=0)
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        labels = self.labels
+        if isinstance(labels, int):
+            labels = torch.full((x.shape[0],), labels, device=x.device)
+        return self.model(x, t, labels)

@@ -15,25 +15,32 @@ from guided_diffusion.cli import main as command
 
 command.start()
 
+from guided_diffusion.checkpoint import ModelFlags
+from guided_diffusion.checkpoint.targets import TargetOptions, load_target, num_classes
+from guided_diffusion.cli import sampling
 from guided_diffusion.cli.flags import Given, Parser
-from guided_diffusion.cli.generate import NetworkOptions, add_network, load_network
 from guided_diffusion.cli.progress import image_bar
 from guided_diffusion.dist_util import Peers
-from guided_diffusion.errors import InputError, display_name
+from guided_diffusion.errors import display_name
 from guided_diffusion.run.likelihood import DataImages, LikelihoodJob, LikelihoodLoop, LikelihoodOptions
 from guided_diffusion.run.opening import open_plan
 from guided_diffusion.run.sources import listed
+from guided_diffusion.runtime import pick_device
+
+FOR_SAMPLING = ("clip_denoised", "class_index", "compile", "fuse")
 
 
 def evaluate(given: Given, peers: Peers) -> int:
     options = given.options(LikelihoodOptions)
     images = listed(options.data_dir, options.num_samples, peers, "data_dir")
-    target, settings = load_network(given, peers.local_rank)
-    if target.info.flags.get("super_res"):
-        raise InputError("it is a super-resolution model", parameter="model_path", value=given.model_path)
-    source = DataImages(images, target.info.flags["class_cond"])
+    wanted = given.options(TargetOptions)
+    target = load_target(
+        wanted, given.options(ModelFlags), pick_device(wanted.device, peers.local_rank), any_class=True
+    )
+    source = DataImages(images, num_classes(target) is not None)
     job = LikelihoodJob(options, peers, target.device, source, target.diffusion.num_timesteps)
-    plan = open_plan(job, target.image_size, {**settings, **given.settings([options]), "method": "likelihood"})
+    found = {"method": "likelihood", "clip_denoised": options.clip_denoised}
+    plan = open_plan(job, target.image_size, sampling.given_settings(given, target, [options], peers, **found))
     with image_bar(len(job.items), peers.rank) as bar:
         loop = LikelihoodLoop(
             job, plan, target.model, target.diffusion, options.clip_denoised,
@@ -51,11 +58,11 @@ def evaluate(given: Given, peers: Peers) -> int:
 
 
 def create_parser() -> Parser:
-    parser = Parser(__doc__, usage="--model_path FILE --data_dir PATH [flags]")
+    parser = Parser(__doc__, usage="--model_path PATH --data_dir PATH [flags]")
     first = ("model_path", "data_dir", "save_dir")
-    parser.add(NetworkOptions, LikelihoodOptions, title="input and output", only=first)
+    parser.add(TargetOptions, LikelihoodOptions, title="input and output", only=first)
     parser.add(LikelihoodOptions, title="input and output")
-    add_network(parser)
+    sampling.add_model(parser, {"sigma_small": False}, without=FOR_SAMPLING)
     return parser
 
 

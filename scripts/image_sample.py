@@ -16,61 +16,9 @@ from guided_diffusion.cli import main as command
 
 command.start()
 
-from dataclasses import dataclass
+from guided_diffusion.cli.sampling import NumberOptions, translate_command
 
-from guided_diffusion.baselines import Unconditional
-from guided_diffusion.checkpoint import ModelFlags
-from guided_diffusion.cli import generate, sampling
-from guided_diffusion.cli.flags import Given, Parser
-from guided_diffusion.dist_util import Peers
-from guided_diffusion.generation import with_random_classes
-from guided_diffusion.options import check, option
-from guided_diffusion.run.job import MOST_IMAGES, Job, Numbers, OutputOptions
-from guided_diffusion.runtime import pick_device
-from guided_diffusion.translator import TargetOptions, bind_method, check_flags, load_target
-
-
-@dataclass(frozen=True)
-class Images:
-    num_samples: int = option(16, "images to make", least=1, most=MOST_IMAGES, runtime=True)
-    npz: bool = option(False, "also write all images as one array, as guided-diffusion does", runtime=True)
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-def sample(given: Given, peers: Peers) -> int:
-    sampling.say_ignored(given)
-    # What the flags alone tell to be wrong is said before anything is loaded.
-    method, images, outputs = given.options(Unconditional), given.options(Images), given.options(OutputOptions)
-    wanted, flags = given.options(TargetOptions), given.options(ModelFlags)
-    check_flags(wanted, flags)
-    device = pick_device(wanted.device, peers.local_rank)
-    job = Job(outputs, peers, device, Numbers(images.num_samples))
-
-    target = load_target(wanted, flags, device, any_class=True)
-    sampler, classes = bind_method(method, target), sampling.random_classes(target, wanted)
-    if classes is not None:
-        sampler = with_random_classes(sampler, classes)
-    kind = f"DDIM, eta {method.eta:g}" if method.use_ddim else "ancestral sampling"
-    sampling.announce(target, kind, method, given)
-
-    settings = sampling.settings(given, target, [method, outputs], peers, method="unconditional")
-    steps = target.diffusion.num_timesteps
-    status = sampling.execute(job, sampler, target, steps, settings, sampling.IMAGES)
-    if images.npz and status == 0 and peers.rank == 0:
-        generate.write_npz(job, target.image_size, sampling.labels_of(job, target, wanted))
-    return status
-
-
-def create_parser() -> Parser:
-    parser = Parser(__doc__, usage="--model_path FILE [flags]")
-    parser.add(Images, Unconditional, title="images")
-    parser.add(ModelFlags, title="images", only=[sampling.STEPS])
-    sampling.add_outputs(parser, OutputOptions)
-    sampling.add_common(parser)
-    return parser
-
+translate, create_parser = translate_command("unconditional", __doc__, first=("use_ddim",), outputs=NumberOptions)
 
 if __name__ == "__main__":
-    command.run(sample, create_parser())
+    command.run(translate, create_parser())

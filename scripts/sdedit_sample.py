@@ -15,42 +15,9 @@ from guided_diffusion.cli import main as command
 
 command.start()
 
-from guided_diffusion.baselines import SDEdit
-from guided_diffusion.checkpoint import ModelFlags
-from guided_diffusion.cli import sampling
-from guided_diffusion.cli.flags import Given, Parser
-from guided_diffusion.dist_util import Peers
-from guided_diffusion.run.job import Job, JobOptions
-from guided_diffusion.runtime import pick_device
-from guided_diffusion.translator import TargetOptions, bind_method, check_flags, load_target
+from guided_diffusion.cli.sampling import translate_command
 
-
-def translate(given: Given, peers: Peers) -> int:
-    sampling.say_ignored(given)
-    # What the flags alone tell to be wrong is said before anything is loaded.
-    method, outputs = given.options(SDEdit), given.options(JobOptions)
-    wanted, flags = given.options(TargetOptions), given.options(ModelFlags)
-    method.check_fit(flags.image_size, check_flags(wanted, flags))
-    device = pick_device(wanted.device, peers.local_rank)
-    job = Job(outputs, peers, device)
-
-    target = load_target(wanted, flags, device)
-    steps = target.diffusion.num_timesteps
-    method.check_fit(target.image_size, steps)
-    sampler = bind_method(method, target)
-    sampling.announce(target, "SDEdit", method, given)
-
-    found = {"method": "sdedit", **sampling.resolved(method, steps), "clip_denoised": None}
-    settings = sampling.settings(given, target, [method, outputs], peers, **found)
-    return sampling.execute(job, sampler, target, method.steps(steps), settings)
-
-
-def create_parser() -> Parser:
-    parser = Parser(__doc__, usage="--model_path FILE --base_samples DIR [flags]")
-    sampling.add_first(parser, "sdedit", "start")
-    sampling.add_common(parser)
-    return parser
-
+translate, create_parser = translate_command("sdedit", __doc__, first=("start",))
 
 if __name__ == "__main__":
     command.run(translate, create_parser())

@@ -25,10 +25,7 @@ def load_script(name):
 def run_script(name, *flags):
     """A sampling command in this process, without its handling of errors; returns its exit status."""
     module = load_script(name)
-    function = next(
-        getattr(module, each) for each in ("translate", "sample", "generate", "enlarge") if hasattr(module, each)
-    )
-    return function(module.create_parser().parse(list(map(str, flags))), dist_util.connect(dist_util.Ranks()))
+    return module.translate(module.create_parser().parse(list(map(str, flags))), dist_util.connect(dist_util.Ranks()))
 
 
 def message(name, error):

@@ -1,15 +1,16 @@
 """ILVR, SDEdit and EGSDE equal the published systems' runs and keep what their definitions promise."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import golden, golden_encoder, golden_index, golden_model_and_diffusion, golden_names
 
-from guided_diffusion.baselines import EGSDE, ILVR, SDEdit, Unconditional, egsde, ilvr, sdedit, unconditional
+from guided_diffusion.baselines import egsde, ilvr, sdedit, unconditional
 from guided_diffusion.errors import InputError
+from guided_diffusion.methods import EGSDE, ILVR, METHODS, SDEdit, Unconditional
 from guided_diffusion.script_util import create_diffusion
-from guided_diffusion.sddm import METHODS
 from resizer import Resizer
 
 
@@ -488,14 +489,14 @@ def test_unconditional_refuses_a_bad_eta():
     [
         (lambda: ILVR(down_n=0), "down_n"),
         (lambda: ILVR(range_t=-1), "range_t"),
-        (lambda: ILVR(down_n=3).check_fit(16, None), "down_n"),
-        (lambda: ILVR(down_n=4, range_t=12).check_fit(16, 12), "range_t"),
-        (lambda: ILVR(down_n=4, range_t=2, start=13).check_fit(16, 12), "start"),
+        (lambda: ILVR(down_n=3).check_fit((16, 16), None), "down_n"),
+        (lambda: ILVR(down_n=4, range_t=12).check_fit((16, 16), 12), "range_t"),
+        (lambda: ILVR(down_n=4, range_t=2, start=13).check_fit((16, 16), 12), "start"),
         (lambda: SDEdit(start=0), "start"),
-        (lambda: SDEdit(start=13).check_fit(16, 12), "start"),
+        (lambda: SDEdit(start=13).check_fit((16, 16), 12), "start"),
         (lambda: EGSDE(), "encoder"),
         (lambda: EGSDE(encoder="no such file"), "encoder"),
-        (lambda: EGSDE(ls=0.0, down_n=3).check_fit(16, None), "down_n"),
+        (lambda: EGSDE(ls=0.0, down_n=3).check_fit((16, 16), None), "down_n"),
         (lambda: EGSDE(ls=0.0, start=13).check_fit(None, 12), "start"),
         (lambda: Unconditional(eta=0.5), "eta"),
         (lambda: Unconditional(use_ddim=True, eta=1.5), "eta"),
@@ -517,7 +518,7 @@ def test_bound_options_are_those_of_the_function():
         (Unconditional(use_ddim=True), partial(unconditional, use_ddim=True)),
     ):
         assert type(options) is METHODS.pick(type(options).__name__.lower())
-        bound = options.bind(target=None, energies=())
+        bound = options.bind(SimpleNamespace(clip_denoised=True, sigma_small=True))
         result = bound(GaussianModel(), diffusion, ref, noise=noise())
         assert torch.equal(result, expected(GaussianModel(), diffusion, ref, noise=noise()))
         *_, last = bound.steps(GaussianModel(), diffusion, ref, noise=noise())

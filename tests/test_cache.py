@@ -10,12 +10,13 @@ from scripts_in_process import message, run_script
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from guided_diffusion import Translator, baselines, ddpm, energy, sddm, unet
-from guided_diffusion.caching import CachedModel, WithClass, cached
+from guided_diffusion import Translator, baselines, ddpm, energy, methods, sddm, unet
+from guided_diffusion.caching import CachedModel, cached
 from guided_diffusion.checkpoint import save_model
 from guided_diffusion.errors import InputError
 from guided_diffusion.runtime import CompiledModel
 from guided_diffusion.script_util import create_diffusion, create_model
+from guided_diffusion.target import WithClass
 
 STEPS, RANGE_T = 8, 4
 NETWORKS = {
@@ -226,11 +227,11 @@ def test_models_that_cannot_share_are_refused(model, words):
 
 def test_options_are_refused_where_they_do_nothing():
     with pytest.raises(InputError, match="cache_guided True") as caught:
-        baselines.EGSDE(ls=0, cache_interval=2)
+        methods.EGSDE(ls=0, cache_interval=2)
     assert caught.value.parameter == "cache_interval"
-    assert baselines.EGSDE(ls=0, cache_interval=2, cache_guided=True).cache_guided
+    assert methods.EGSDE(ls=0, cache_interval=2, cache_guided=True).cache_guided
     with pytest.raises(InputError, match="from 1 to 1000"):
-        sddm.SDDM(cache_interval=0)
+        methods.SDDM(cache_interval=0)
 
 
 def test_command_and_translator(tmp_path):
@@ -343,5 +344,5 @@ def test_vgg_in_bf16_is_for_models_in_bf16(tmp_path):
         Translator(model, **options, vgg_bf16=True)
     assert caught.value.parameter == "vgg_bf16"
     for given in ({"vgg_bf16": True, "precision": "bf16"}, {"fuse": True}, {}):
-        made = Translator(model, **options, **given).energies[0]
+        made = Translator(model, **options, **given).translation.energies[0]
         assert (made.bf16, made.channels_last) == ("vgg_bf16" in given, bool(given))

@@ -9,7 +9,9 @@ from conftest import LinearModel, golden, golden_encoder, golden_index, golden_n
 from torch.nn import functional as F
 
 from guided_diffusion import energy as energies
+from guided_diffusion import methods
 from guided_diffusion.checkpoint import load_model, save_model
+from guided_diffusion.checkpoint.targets import class_number
 from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
 from guided_diffusion.respace import matching_timestep
@@ -170,9 +172,26 @@ def test_dct_equals_the_plain_formula(blocks):
 
 
 def test_dct_filters_are_orthonormal():
-    (convolution,) = (m for m in energies.dct().features.modules() if isinstance(m, torch.nn.Conv2d))
-    filters = convolution.weight.reshape(3, 9, 9)
-    torch.testing.assert_close(filters @ filters.mT, torch.eye(9).expand(3, 9, 9), atol=1e-6, rtol=0)
+    (filters,) = (buffer.flatten(1) for buffer in energies.dct().features.buffers())
+    torch.testing.assert_close(filters @ filters.mT, torch.eye(9), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 16])
+@pytest.mark.parametrize("make", [lambda: energies.dct(4), lambda: energies.low_pass(4)])
+def test_latents_of_any_number_of_channels(channels, make):
+    """The energy of several channels is the sum over them."""
+    x, ref = torch.randn(2, 2, channels, 16, 16, generator=torch.Generator().manual_seed(channels))
+    t = torch.zeros(2, dtype=torch.long)
+
+    def of(x, ref):
+        energy = make()
+        energy.prepare(ref)
+        return energy.energy_and_grad(x, t, 0.5)
+
+    value, grad = of(x, ref)
+    each = [of(x[:, k : k + 1], ref[:, k : k + 1]) for k in range(channels)]
+    assert_relative(value, sum(value for value, _ in each))
+    assert_relative(grad, torch.cat([grad for _, grad in each], dim=1))
 
 
 @pytest.mark.parametrize("down_n", [1, 2, 4, 8, 16])
@@ -560,9 +579,9 @@ def test_a_run_asks_at_own_timesteps(name):
 
 
 def target_of(**flags):
-    """What the options of energies ask of a model."""
+    """A target of no network: options of energies need its sizes and flags."""
     info = SimpleNamespace(flags={**tiny.PROCESS, "rescale_timesteps": False, **flags})
-    return SimpleNamespace(image_size=tiny.SIZE, device=torch.device("cpu"), info=info)
+    return SimpleNamespace(shape=(3, tiny.SIZE, tiny.SIZE), device=torch.device("cpu"), info=info, fuse=False)
 
 
 @pytest.mark.parametrize("name", ["dse", "classifier"])
@@ -570,7 +589,7 @@ def target_of(**flags):
 def test_checkpoints_are_asked_at_their_own_timesteps(tmp_path, name, schedule):
     """Made from a file: trained on the linear schedule, for a model of the linear or the cosine one."""
     path = tiny.make_encoder(tmp_path / "encoder.safetensors", 3, **({"head": "I2Iout"} if name == "dse" else {}))
-    options = energies.ENERGIES.pick(name)
+    options = methods.ENERGIES.pick(name)
     options = options(encoder=str(path)) if name == "dse" else options(classifier=str(path), target_class=1)
     energy = options.create(target_of(noise_schedule=schedule))
     assert (energy.timestep is None) == (schedule == "linear")
@@ -583,11 +602,11 @@ def test_a_network_of_another_kind_or_size_is_refused(tmp_path):
     model = tiny.make_model(tmp_path / "model.safetensors")
     encoder = tiny.make_encoder(tmp_path / "encoder.safetensors", 3)
     other = target_of()
-    other.image_size = 32
+    other.shape = (3, 32, 32)
     for path, target in ((model, target_of()), (encoder, other)):
         for parameter, make in (
-            ("encoder", lambda path: energies.DSE(encoder=str(path))),
-            ("classifier", lambda path: energies.Classifier(classifier=str(path), target_class=1)),
+            ("encoder", lambda path: methods.DSE(encoder=str(path))),
+            ("classifier", lambda path: methods.Classifier(classifier=str(path), target_class=1)),
         ):
             with pytest.raises(InputError) as error:
                 make(path).create(target)
@@ -597,16 +616,16 @@ def test_a_network_of_another_kind_or_size_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "make, parameter",
     [
-        (lambda: energies.VGG(level=6), "level"),
-        (lambda: energies.VGG(blocks=0), "blocks"),
-        (lambda: energies.VGG(weights="no such file").create(None), "weights"),
-        (lambda: energies.VGG(weights=None).create(None), "weights"),
-        (lambda: energies.DCT(blocks=0), "blocks"),
-        (lambda: energies.LowPass(down_n=0), "down_n"),
-        (lambda: energies.DSE().create(None), "encoder"),
-        (lambda: energies.DSE(encoder="no such file").create(None), "encoder"),
-        (lambda: energies.Classifier(target_class=1).create(None), "classifier"),
-        (lambda: energies.Classifier(classifier=__file__).create(None), "target_class"),
+        (lambda: methods.VGG(level=6), "level"),
+        (lambda: methods.VGG(blocks=0), "blocks"),
+        (lambda: methods.VGG(weights="no such file").create(None), "weights"),
+        (lambda: methods.VGG(weights=None).create(None), "weights"),
+        (lambda: methods.DCT(blocks=0), "blocks"),
+        (lambda: methods.LowPass(down_n=0), "down_n"),
+        (lambda: methods.DSE().create(None), "encoder"),
+        (lambda: methods.DSE(encoder="no such file").create(None), "encoder"),
+        (lambda: methods.Classifier(target_class=1).create(None), "classifier"),
+        (lambda: methods.Classifier(classifier=__file__).create(None), "target_class"),
     ],
 )
 def test_options_that_do_not_fit(make, parameter):
@@ -623,7 +642,7 @@ def classes(names=None, **flags):
 @pytest.mark.parametrize("names", [["cat", "dog", "wild"], '["cat", "dog", "wild"]'], ids=["list", "JSON"])
 def test_a_class_by_name_or_number(names):
     info = classes(names)
-    assert [energies.class_number(given, info, "target_class") for given in ("cat", "wild", 0, 2, "1")] == [
+    assert [class_number(given, info, "target_class") for given in ("cat", "wild", 0, 2, "1")] == [
         0,
         2,
         0,
@@ -632,23 +651,23 @@ def test_a_class_by_name_or_number(names):
     ]
     for given in ("bird", "Cat", "", 3, -1, "3", "-1", "1.5"):
         with pytest.raises(InputError) as error:
-            energies.class_number(given, info, "target_class")
+            class_number(given, info, "target_class")
         assert (error.value.parameter, error.value.value) == ("target_class", given)
         assert "0 to 2" in one_line(error) and "cat, dog, wild" in one_line(error)
 
 
 def test_a_name_that_looks_like_a_number_is_a_name():
     info = classes(["2", "0", "1"])
-    assert energies.class_number("2", info, "y") == 0
-    assert energies.class_number(2, info, "y") == 2
+    assert class_number("2", info, "y") == 0
+    assert class_number(2, info, "y") == 2
 
 
 @pytest.mark.parametrize("names", [None, "cat, dog", "null", "3"])
 def test_a_class_of_a_checkpoint_without_names(names):
     info = classes(names, num_classes=2)
-    assert energies.class_number("1", info, "y") == 1
+    assert class_number("1", info, "y") == 1
     with pytest.raises(InputError) as error:
-        energies.class_number("cat", info, "y")
+        class_number("cat", info, "y")
     assert "classes 0 to 1" in one_line(error) and "name" not in one_line(error)
 
 
@@ -656,6 +675,6 @@ def test_a_class_by_name_reaches_the_energy(tmp_path):
     path = tmp_path / "classifier.safetensors"
     network, info = load_model(tiny.make_encoder(path, 3))
     save_model(path, network, model_type="ENCODER", flags=info.flags, metadata={"classes": '["cat", "dog", "wild"]'})
-    energy = energies.Classifier(classifier=str(path), target_class="wild").create(target_of())
+    energy = methods.Classifier(classifier=str(path), target_class="wild").create(target_of())
     energy.prepare(torch.zeros(2, 3, 16, 16))
     assert energy.labels.tolist() == [2, 2]

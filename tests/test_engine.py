@@ -40,7 +40,7 @@ from guided_diffusion.run.likelihood import DataImages
 from guided_diffusion.run.loop import Loop
 from guided_diffusion.run.opening import open_plan
 from guided_diffusion.run.sources import References, SmallImages
-from guided_diffusion.sddm import SDDM
+from guided_diffusion.methods import SDDM
 from guided_diffusion.target import counted
 
 NAMES = ("a.png", "b.png", "c c.png", "d.png", "more/a.png", "more/é.png", "more/still/f.png", "g.png", "h.png")

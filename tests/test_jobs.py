@@ -80,7 +80,7 @@ def test_classifier_sample(data, tmp_path):
         assert file["arr_1"].tolist() == [2, 2, 2]
     assert any(not np.array_equal(image, made[name]) for name, image in pictures(tmp_path / "c").items())
     error = run("classifier_sample", *flags, tmp_path / "d", "--class_index", "3", status=2)
-    assert "has the classes asked for" in error
+    assert "--class_index is 3" in error and "classes 0 to 2" in error
 
 
 def test_image_nll(data, tmp_path):

@@ -16,13 +16,11 @@ from guided_diffusion import Translator, presets
 from guided_diffusion.checkpoint.reconcile import ModelFlags
 from guided_diffusion.cli import rows
 from guided_diffusion.cli.flags import preset_flags
-from guided_diffusion.energy import ENERGIES
 from guided_diffusion.errors import InputError
+from guided_diffusion.methods import ENERGIES, METHODS, energy_names
 from guided_diffusion.options import check
 from guided_diffusion.presets import PRESETS, Preset
 from guided_diffusion.respace import space_timesteps
-from guided_diffusion.sddm import METHODS
-from guided_diffusion.translator import energy_names
 
 SCRIPT_OF = {"sddm": "ae_sample", "ilvr": "ilvr_sample", "sdedit": "sdedit_sample", "egsde": "egsde_sample"}
 PAIRS = [(name, method) for name, preset in PRESETS.items() for method in preset.methods]
@@ -73,7 +71,7 @@ def test_every_value_is_an_option_that_fits(name, method, monkeypatch):
         if cls is METHODS[method]:
             size = 64 if "fluent3d_64" in options["model_path"] else 256
             steps = len(space_timesteps(1000, options.get("timestep_respacing", "1000")))
-            made.check_fit(size, steps)
+            made.check_fit((size, size), steps)
     assert options.keys() <= known
     for option in ("range_t", "start"):  # shares stay right when the number of steps changes
         assert option not in options or 0 < options[option] < 1
@@ -165,7 +163,7 @@ def test_the_command_refuses_in_one_line(tmp_path):
 def test_translator_takes_a_preset_and_gives_the_commands_pixels(data, own, tmp_path):
     translate = Translator(preset="tiny", device="cpu")
     assert translate.method == METHODS["sddm"](blocks=4, range_t=0.34, start=0.84)
-    assert translate.evaluations == 5 and [energy.blocks for energy in translate.energies] == [4]
+    assert translate.evaluations == 5 and [energy.blocks for energy in translate.translation.energies] == [4]
     flags = ("--base_samples", data / "ref", "--save_dir", tmp_path, "--batch_size", 1, "--device", "cpu")
     assert run_script("ae_sample", "--preset", "tiny", *flags) == 0
     picture = translate(data / "ref" / "a.png")
@@ -174,7 +172,11 @@ def test_translator_takes_a_preset_and_gives_the_commands_pixels(data, own, tmp_
 
 def test_given_options_of_translator_win(data, own):
     translate = Translator(data / "model.safetensors", preset="tiny", steps=9, area=8, energy="none", device="cpu")
-    assert translate.target.diffusion.num_timesteps == 9 and translate.method.blocks == 8 and not translate.energies
+    assert (
+        translate.target.diffusion.num_timesteps == 9
+        and translate.method.blocks == 8
+        and not translate.translation.energies
+    )
 
 
 def test_translator_refuses_what_the_command_refuses(data):

@@ -18,7 +18,7 @@ from conftest import ROOT
 from PIL import Image
 from scripts_in_process import load_script, run_script
 
-from guided_diffusion import baselines
+from guided_diffusion import methods
 from guided_diffusion.errors import InputError
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "models/README.md", "datasets/README.md")
@@ -202,7 +202,7 @@ def test_flags_exist_and_values_fit(command):
         return
     mine = ["--preset", "emoji", "--base_samples", "ref_imgs"] if "demo.sh" in command.text else []
     given = parser.parse([*mine, *command.flags])
-    for cls in {cls for owners in parser.owners.values() for cls in owners} - {baselines.EGSDE}:
+    for cls in {cls for owners in parser.owners.values() for cls in owners} - {methods.EGSDE}:
         given.options(cls)
 
 

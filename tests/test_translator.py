@@ -334,6 +334,10 @@ def test_the_package_names_it():
 
 def test_the_import_of_translator_registers_every_method():
     """In a process of its own, where nothing else has imported the baselines."""
-    code = "from guided_diffusion import Translator; from guided_diffusion import sddm; print(sorted(sddm.METHODS))"
+    code = (
+        "from guided_diffusion import Translator; from guided_diffusion import methods; print(sorted(methods.METHODS))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['egsde', 'ilvr', 'sddm', 'sdedit', 'unconditional']"
+    assert (
+        done.stdout.strip() == "['classifier', 'egsde', 'ilvr', 'sddm', 'sdedit', 'super_resolution', 'unconditional']"
+    )

@@ -24,11 +24,11 @@ from scripts_in_process import load_script, message, run_script
 
 from guided_diffusion import Translator
 from guided_diffusion.checkpoint import ModelFlags, save_model
+from guided_diffusion.checkpoint.targets import TargetOptions, load_target
 from guided_diffusion.cli import web
 from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import ImageError, measure_image
 from guided_diffusion.script_util import create_model
-from guided_diffusion.translator import TargetOptions, load_target
 from guided_diffusion.web import translate as module
 from guided_diffusion.web.translate import LABELS, Settings, Studio, explain
 

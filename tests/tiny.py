@@ -43,9 +43,9 @@ def random_state(network):
     return {key: torch.randn_like(v) * 0.05 if v.ndim > 1 else v for key, v in network.state_dict().items()}
 
 
-def make_model(path):
+def make_model(path, seed=0):
     """A checkpoint of random weights."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     save_model(path, random_state(create_model(**MODEL)), model_type="ADM", flags={**MODEL, **PROCESS})
     return path
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, display_name, first_line, one_line
-from ..options import Registry
+from ..registry import Registry
 from ..run.files import write_bytes
 from ..script_util import attention_factors, channel_multipliers, create_classifier, create_model
 from . import architecture, diffusers, remote

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, display_name, first_line, shown
-from ..options import fitting
+from ..registry import fitting
 from .reading import hash_file, read_file
 
 log = logging.getLogger(__name__)

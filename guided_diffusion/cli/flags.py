@@ -11,19 +11,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from ..errors import InputError, shown
-from ..options import check, field_types
+from ..options import check, field_types, flag_of, flags_of
 from ..presets import PRESETS, ROOT, preset_options
 
-# Parameters whose flags have other names, mostly those of the public releases.
-SPELLING = {
-    "blocks": "area",
-    "down_n": "down_N",
-    "start": "t",
-    "weights": "vgg_path",
-    "level": "vggdepth",
-    "encoder": "dsepath",
-    "classifier": "classifier_path",
-}
 METAVARS = {bool: "BOOL", int: "N", float: "X", str: "TEXT"}
 NO_EFFECT = "flags of the public release that have no effect"
 PRESET_HELP = "recommended flags by name; flags that are given win"
@@ -55,10 +45,11 @@ class Parser(argparse.ArgumentParser):
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
-        self.spelling = {**SPELLING, **(spelling or {})}
+        self._renamed = spelling or {}  # of this command alone, by field name
+        self.spelling: dict[str, str] = dict(self._renamed)  # flags by field name
         self.owners: dict[str, list[type]] = {}  # flag -> the options classes that have it
         self.fields: dict[str, dataclasses.Field] = {}
-        self.without_effect: dict[str, Any] = {}  # flag -> the value of which nothing needs to be said
+        self.without_effect: dict[str, Any] = {}  # flag -> the value that is not reported
         self.method: str | None = None  # whose options presets set
 
     def spell(self, parameter: str) -> str:
@@ -84,13 +75,15 @@ class Parser(argparse.ArgumentParser):
         if only is not None:
             found = [each for name in only for each in found if each[0].name == name]
         for field, cls in found:
-            flag = self.spelling.get(field.name, field.name)
+            flag = self.spelling[field.name] = self._renamed.get(field.name) or flag_of(field)
             owners = self.owners.setdefault(flag, [])
             if cls not in owners:
                 owners.append(cls)
             if flag not in self.fields:
                 self.fields[flag] = field
                 self._add_flag(group, flag, field, (defaults or {}).get(field.name, field.default))
+            elif self.fields[flag].default != field.default and field.name not in (defaults or {}):
+                raise TypeError(f"--{flag} has two defaults, {self.fields[flag].default!r} and {field.default!r}")
 
     def _group(self, title: str, description: str | None = None) -> Any:
         """The group of that title, made where it is missing."""
@@ -110,6 +103,7 @@ class Parser(argparse.ArgumentParser):
         metavar = meta.get("metavar") or listed or METAVARS.get(kinds[0], "TEXT")
         text = re.sub(r"`(\w+)`", lambda match: self.spell(match[1]), meta.get("help", ""))
         if default is not None:
+            text = re.sub(r" ?\(default [^)]*\)$", "", text)  # of the field, where the command has another
             text = f"{text} (default {shown_default(default)})".strip()
         optional: dict[str, Any] = {"nargs": "?", "const": True} if bool in kinds else {}
         group.add_argument(
@@ -117,7 +111,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_without_effect(self, **usual: Any) -> None:
-        """Flags of the public release that are accepted and do nothing; by name the value that goes without saying."""
+        """Flags of the public release that are accepted and do nothing; by name the value that is not reported."""
         group = self._group(NO_EFFECT)
         for name in usual:
             group.add_argument(f"--{name}", metavar="VALUE", help="has no effect")
@@ -164,8 +158,10 @@ class Given:
     def values(self, cls: type) -> dict[str, Any]:
         """The values of an options class's fields that are flags here, by field name."""
         spelling = self._parser.spelling
-        named = {field.name: spelling.get(field.name, field.name) for field in dataclasses.fields(cls)}
-        return {name: self._values[flag] for name, flag in named.items() if cls in self._parser.owners.get(flag, ())}
+        named = {field.name: spelling.get(field.name) for field in dataclasses.fields(cls)}
+        return {
+            name: self._values[flag] for name, flag in named.items() if cls in self._parser.owners.get(str(flag), ())
+        }
 
     def options(self, cls: type, **values: Any) -> Any:
         """An instance of an options class; values: fields by name, in place of flags. Raises InputError."""
@@ -200,7 +196,7 @@ class Given:
                     continue
                 if field.metadata.get("file") and value is not None:
                     value = fingerprint(value)
-                settings[self._parser.spelling.get(field.name, field.name)] = value
+                settings[self._parser.spelling.get(field.name) or flag_of(field)] = value
         settings |= found
         return {name: value for name, value in settings.items() if value is not None}
 
@@ -256,7 +252,9 @@ def shown_default(value: Any) -> str:
 
 def preset_flags(name: str, method: str) -> list[str]:
     """A preset as words of a method's command line. Raises InputError for an unknown name or method."""
-    spelling = SPELLING if method in ("sdedit", "egsde") else {**SPELLING, "start": "start_t"}
+    from ..methods import ENERGIES, METHODS  # which load torch
+
+    spelling = flags_of(*ENERGIES.values(), METHODS.pick(method))
     words = []
     for option, value in preset_options(name, method).items():
         text = f"{value:g}" if isinstance(value, float) else str(value)
@@ -265,7 +263,7 @@ def preset_flags(name: str, method: str) -> list[str]:
 
 
 def preset_lines(method: str) -> list[str]:
-    """What the presets of a method set, for help texts: a line that says what for, and one or two of flags."""
+    """Presets of a method for help texts: a line that says what for, and one or two of flags."""
     lines = []
     for name, preset in PRESETS.items():
         if method in preset.methods:

@@ -10,16 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..baselines import EGSDE
-from ..energy import ENERGIES
 from ..errors import InputError, display_name, shown
 from ..evaluation.comparison import ROOT, Row, check_folder
-from ..options import check, option
-from .flags import SPELLING, preset_flags
+from ..methods import EGSDE, ENERGIES
+from ..options import check, flag_of, option
+from .flags import preset_flags
 
 SCRIPTS = os.path.join(ROOT, "scripts")
 FILE_FLAGS = {  # of rows, looked for before anything is sampled
-    f"--{SPELLING.get(field.name, field.name)}"
+    f"--{flag_of(field)}"
     for options in (*ENERGIES.values(), EGSDE)
     for field in dataclasses.fields(options)
     if field.metadata.get("file")

@@ -1,66 +1,172 @@
-"""What the sampling commands share: their flags, and a job run with progress, its report and its exit status."""
+"""The sampling commands: flags -> target -> references -> method -> job.
+
+`translate_command` makes the function and the parser of each; a script adds its text.
+"""
 
 import dataclasses
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..checkpoint import ModelFlags
+from ..checkpoint.targets import TargetOptions, check_flags, class_number, load_target, num_classes
+from ..codec import Autoencoder
 from ..dist_util import Peers
-from ..energy import ENERGIES, class_number
 from ..errors import InputError, display_name
 from ..generation import draw_labels
-from ..options import near_miss
-from ..run.job import Job, JobOptions
+from ..methods import ENERGIES, METHODS, Method, Translation, energy_names
+from ..options import near_miss, option
+from ..presets import located
+from ..run.files import write_bytes
+from ..run.job import MOST_IMAGES, Job, JobOptions, OutputOptions
 from ..run.loop import Loop, Summary
 from ..run.noise import ImageNoise, image_key
 from ..run.opening import open_plan
-from ..script_util import NUM_CLASSES, model_and_diffusion_defaults
-from ..sddm import METHODS
-from ..solvers import resolve_step
-from ..target import Batch, counted
-from ..translator import Target, TargetOptions
+from ..run.sources import Numbers, SmallImages, Source, npz_bytes
+from ..runtime import pick_device
+from ..script_util import model_and_diffusion_defaults
+from ..solvers import Noise, resolve_step
+from ..target import Batch, Target
 from .flags import NO_EFFECT, Given, Parser
 from .main import AGAIN, DONE, FAILED, INTERRUPTED, cause, say
 from .progress import Progress
 
-TRANSLATIONS = ("translations", "side by side with their sources")
-IMAGES = ("images", "an overview of them")
-
-# Flags of the network that say how it is run or trained; what is said of those given in vain.
+# Flags of the network that concern its training alone.
 TRAINING_FLAGS = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
 STEPS = "timestep_respacing"
+VGG = "models/vgg_normalised.pth"
 
 log = logging.getLogger("sddm")
 
 
-def add_first(parser: Parser, method: str, *fields: str) -> None:
-    """What a method's help begins with: the flags that matter, the presets, input and output."""
-    parser.add(METHODS[method], ModelFlags, title="method", only=(*fields, STEPS))
-    parser.add_preset(method)
-    add_outputs(parser, JobOptions)
+@dataclass(frozen=True)
+class EnergyChoice:
+    """Which energies guide."""
+
+    energy: str | None = option(
+        None, "any energies, as dse,low_pass, or none (default vgg where its weights exist, else dct)", metavar="NAMES"
+    )
 
 
-def add_outputs(parser: Parser, outputs: type, title: str = "input and output") -> None:
-    """The flags of what is read and written, those that a run needs before the others."""
-    parser.add(TargetOptions, outputs, title=title, only=("model_path", "base_samples", "save_dir"))
-    parser.add(outputs, title=title)
+@dataclass(frozen=True)
+class NumberOptions(OutputOptions):
+    """Options of a run that makes images without references."""
+
+    num_samples: int = option(16, "images to make", least=1, most=MOST_IMAGES, runtime=True)
+    npz: bool = option(False, "also write all images, and their classes, as one .npz file", runtime=True)
+
+    def source(self, peers: Peers, class_index: Any = None) -> Source:
+        """The numbers of the images."""
+        return Numbers(self.num_samples)
 
 
-def add_common(parser: Parser) -> None:
-    """The other flags that all sampling commands have besides the method's."""
-    parser.add(TargetOptions, title="model")
+@dataclass(frozen=True)
+class SmallImageOptions(NumberOptions):
+    """Options of a run that enlarges images."""
+
+    base_samples: str | None = option(None, "folder of small images, or an .npz file", runtime=True, metavar="PATH")
+    small_size: int = option(64, "side to which images of a folder are brought first", least=1, most=1 << 14)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.base_samples is None:
+            raise InputError("give a folder of small images, or an .npz file", parameter="base_samples")
+
+    def source(self, peers: Peers, class_index: Any = None) -> Source:
+        """The small images."""
+        return SmallImages(str(self.base_samples), peers, self.small_size, self.num_samples, class_index)
+
+
+def translate_command(
+    method: str,
+    text: str,
+    *,
+    first: Sequence[str] = (),
+    outputs: type = JobOptions,
+    defaults: dict[str, Any] | None = None,
+    spelling: dict[str, str] | None = None,
+    without_effect: dict[str, Any] | None = None,
+) -> tuple[Callable[[Given, Peers], int], Callable[[], Parser]]:
+    """The function of a sampling command, and one that makes its parser, for `main.run`.
+
+    method: a name in METHODS. text: the help's description. first: fields of the method that the help begins with.
+    outputs: options of what is made, `JobOptions` for translations of references. defaults: by field name, in place of
+    the options' own. spelling: flags of fields that have another name in this command. without_effect: flags of the
+    release that do nothing, with the value that is not reported.
+    """
+    kind = METHODS.pick(method)
+    translates = outputs is JobOptions
+    energies = (EnergyChoice, *ENERGIES.values()) if kind.takes_energies else ()
+
+    def create_parser() -> Parser:
+        base = {JobOptions: " --base_samples DIR", SmallImageOptions: " --base_samples PATH"}.get(outputs, "")
+        parser = Parser(text, usage=f"--model_path PATH{base} [flags]", spelling=spelling)
+        parser.add(kind, ModelFlags, title="method", only=(*first, STEPS), defaults=defaults)
+        if translates:
+            parser.add_preset(method)
+        needed = ("model_path", "base_samples", "save_dir")
+        parser.add(TargetOptions, outputs, title="input and output", only=needed, defaults=defaults)
+        parser.add(outputs, title="input and output", defaults=defaults)
+        parser.add(kind, title="variants of the method", defaults=defaults)
+        if energies:
+            parser.add(*energies, title="energies", defaults={"weights": located(VGG), **(defaults or {})})
+        add_model(parser, defaults)
+        parser.add_without_effect(**(without_effect or {}))
+        return parser
+
+    def translate(given: Given, peers: Peers) -> int:
+        say_ignored(given)
+        # What the flags alone tell to be wrong is said before anything is loaded.
+        options, made, wanted = given.options(kind), given.options(outputs), given.options(TargetOptions)
+        flags = given.options(ModelFlags)
+        names = energy_names(given.energy, given.vgg_path) if energies else []
+        chosen = [given.options(ENERGIES[name]) for name in names]
+        check_files(given, chosen)
+        size = None if flags.image_size is None else (flags.image_size, flags.image_size)
+        options.check_fit(None if kind.takes_labels else size, check_flags(wanted, flags))
+        device = pick_device(wanted.device, peers.local_rank)
+        job = Job(made, peers, device, None if translates else made.source(peers, wanted.class_index))
+
+        # A method that takes labels gets the class that way.
+        loaded = dataclasses.replace(wanted, class_index=None) if kind.takes_labels else wanted
+        super_res = method == "super_resolution"
+        target = load_target(loaded, flags, device, any_class=not translates, super_res=super_res)
+        if energies and given.energy is None and isinstance(target.codec, Autoencoder):
+            names, chosen = [], []
+        translation = Translation.of(options, target, chosen)
+        announce(translation, names, given)
+
+        found = {"method": method, "energy": names if energies else None, **resolved(options, target)}
+        if method in ("sdedit", "egsde"):
+            found["clip_denoised"] = None  # never clipped
+        elif not translates:
+            found["clip_denoised"] = target.clip_denoised
+        settings = given_settings(given, target, [options, *chosen, made], peers, **found)
+        labels = Labels(translation, job.source, wanted.class_index)
+        status = execute(job, translation, labels, settings, translates)
+        if not translates and made.npz and status == DONE and peers.rank == 0:
+            write_npz(job, target.image_size, labels)
+        return status
+
+    return translate, create_parser
+
+
+def add_model(parser: Parser, defaults: dict[str, Any] | None = None, without: Sequence[str] = ()) -> None:
+    """The flags of the model and of how it computes."""
+    parser.add(TargetOptions, title="model", defaults=defaults, without=without)
     description = "read from the checkpoint where they are not given; one that contradicts it is an error"
     parser.add(ModelFlags, title="network and diffusion process", description=description, without=TRAINING_FLAGS)
     parser.add(ModelFlags, title=NO_EFFECT, only=TRAINING_FLAGS)
 
 
 def say_ignored(given: Given) -> None:
-    """Report given flags that do nothing here; those of training only where they differ from the usual."""
+    """Report given flags that do nothing here; those of training only where they differ from the default."""
     usual = model_and_diffusion_defaults()
     ignored = given.ignored()
     training = {name: getattr(given, name) for name in TRAINING_FLAGS}
@@ -80,14 +186,19 @@ def check_files(given: Given, options: Sequence[Any]) -> None:
                 raise InputError(f"no such file{needed}{near_miss(value)}", parameter=field.name, value=value)
 
 
-def announce(target: Target, words: str, method: Any, given: Given) -> None:
+def announce(translation: Translation, names: Sequence[str], given: Given) -> None:
     """Say what is about to run: the network, the schedule, and the steps that shares of it stand for."""
-    total = target.diffusion.num_timesteps
-    steps = method.steps(total)
+    target, method = translation.target, translation.method
+    total, steps = target.diffusion.num_timesteps, translation.steps
     counted = f"{total} steps" if steps == total else f"{steps} of {total} steps"
-    network = target.info.model_type
-    log.info("%s UNet, %d px, %s on %s; %s", network, target.image_size, counted, target.device, words)
-    found = resolved(method, total)
+    words = " ".join(filter(None, [method.about or type(method).__name__, getattr(method, "variant", "")]))
+    if method.takes_energies:
+        default = given.energy is None and list(names) == ["dct"]
+        words += f", energy {'+'.join(names) or 'none'}" + f" (there is no {given.vgg_path} for vgg)" * default
+    kind = target.info.model_type
+    network = f"{kind} UNet" if kind in ("ADM", "DDPM") else kind
+    log.info("%s, %d px, %s on %s; %s", network, target.image_size, counted, target.device, words)
+    found = resolved(method, target)
     for name, step in found.items():
         if getattr(given, name) != step:
             log.info("--%s %s is step %d of %d", name, getattr(given, name), step, total)
@@ -95,23 +206,18 @@ def announce(target: Target, words: str, method: Any, given: Given) -> None:
         log.warning("--range_t %s leaves no step to guide: the run begins at step %d", given.range_t, steps - 1)
 
 
-def energy_words(names: Sequence[str], given: Given) -> str:
-    """What a run says of its energies, and why it took dct where none was asked for."""
-    default = given.energy is None and list(names) == ["dct"]
-    return f"energy {'+'.join(names) or 'none'}" + (f" (there is no {given.vgg_path} for vgg)" if default else "")
-
-
-def resolved(method: Any, total: int) -> dict[str, int]:
-    """The steps of a schedule of `total` steps that a method's options mean, by flag, where shares are given."""
-    found = {}
-    for name, flag in (("range_t", "range_t"), ("start", "start_t" if hasattr(method, "range_t") else "t")):
-        value = getattr(method, name, None)
-        if value is not None:
-            found[flag] = resolve_step(value, total, name, *((1, total) if name == "start" else (0, total - 1)))
+def resolved(method: Method, target: Target) -> dict[str, int]:
+    """The steps of the schedule that a method's options mean, by flag, where shares are given."""
+    total, found = target.diffusion.num_timesteps, {}
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if field.name in ("range_t", "start") and value is not None:
+            flag, ends = field.metadata["flag"] or field.name, (1, total) if field.name == "start" else (0, total - 1)
+            found[flag] = resolve_step(value, total, field.name, *ends)
     return found
 
 
-def settings(given: Given, target: Target, used: list[Any], peers: Peers, **found: Any) -> dict[str, Any]:
+def given_settings(given: Given, target: Target, used: Sequence[Any], peers: Peers, **found: Any) -> dict[str, Any]:
     """All that determines the outputs, for run.json, on rank 0; used: the options that count."""
     if peers.rank:
         return {}
@@ -122,30 +228,57 @@ def settings(given: Given, target: Target, used: list[Any], peers: Peers, **foun
     return given.settings([*used, given.options(TargetOptions)], **{**values, **found})
 
 
-def execute(
-    job: Job,
-    sampler: Callable,
-    target: Target,
-    steps: int,
-    settings: dict[str, Any],
-    made: tuple[str, str] = TRANSLATIONS,
-) -> int:
-    """Do a job with progress and say what came of it; returns the exit status of this rank.
+class Labels:
+    """The classes of a run's images, for models and methods that take them.
 
-    sampler(model, diffusion, ref, noise=, callback=): calls back `steps` times an image; gets labels=, too, where the
-    references have classes. made: words for the outputs and for what grid.png shows.
+    A class is the one that is asked for, the source's, or drawn by the image's own generator before any noise.
     """
-    model = counted(target.model)
 
-    def sample(batch: Batch, /, **options: Any) -> Any:
-        labels = {} if batch.labels is None else {"labels": batch.labels}
-        return sampler(model, target.diffusion, batch.ref, **labels, **options)
+    def __init__(self, translation: Translation, source: Source, class_index: int | str | None) -> None:
+        target = translation.target
+        self._source, self._device, self._draws = source, target.device, False
+        self._classes = getattr(translation.sampler, "num_classes", None) or num_classes(target)
+        self._fixed: int | None = None
+        if self._classes is None:
+            if class_index is not None:
+                raise InputError("the model is not class-conditional", parameter="class_index", value=class_index)
+        elif isinstance(source, SmallImages):
+            if source.entries and source.label(source.entries[0]) is None:
+                raise InputError("the model is class-conditional: give a class", parameter="class_index")
+        elif class_index is not None:
+            info = getattr(translation.sampler, "info", target.info)
+            self._fixed = class_number(class_index, info, "class_index")
+        self._draws = isinstance(source, Numbers) and (translation.method.takes_labels or self._fixed is None)
 
-    plan = open_plan(job, target.image_size, settings)
+    def __call__(self, names: Sequence[str], noise: Noise) -> torch.Tensor | None:
+        """Labels, long [N], of a batch of pictures; None where there are none."""
+        if self._classes is None:
+            return None
+        drawn = draw_labels(noise, len(names), self._classes, self._device) if self._draws else None
+        if self._fixed is not None:
+            return torch.full((len(names),), self._fixed, device=self._device)
+        if drawn is not None:
+            return drawn
+        labels = {entry.name: self._source.label(entry) for entry in self._source.entries}
+        known = [labels[name] for name in names]
+        return None if None in known else torch.tensor(known, device=self._device)
+
+
+def execute(
+    job: Job, translation: Translation, labels: Labels, settings: dict[str, Any], translates: bool = True
+) -> int:
+    """Do a job with progress and report how it ended; returns the exit status of this rank."""
+    steps = translation.steps
+
+    def sample(batch: Batch, /, *, noise: Noise, callback: Callable) -> torch.Tensor:
+        batch = dataclasses.replace(batch, labels=labels(batch.names, noise))
+        return translation(batch, noise=noise, callback=callback)
+
+    plan = open_plan(job, translation.target.image_size, settings)
     if plan.skipped:
         log.info("%d of %d images are already present", plan.skipped, len(job.items))
     progress = Progress(plan.image_steps(steps), steps, len(job.items), plan.skipped) if job.peers.rank == 0 else None
-    loop = Loop(job, plan, sample, steps, progress or (lambda image_steps, images: None))
+    loop = Loop(job, plan, sample, steps, progress or (lambda image_steps, images: None), translation.picture)
     try:
         try:
             summary = loop.run()
@@ -160,10 +293,10 @@ def execute(
         return INTERRUPTED
     if job.peers.rank:
         return DONE  # rank 0 reports on all; a launcher would end it if another status came first
-    return report(job, summary, made)
+    return report(job, summary, translates)
 
 
-def report(job: Job, summary: Summary, made: tuple[str, str]) -> int:
+def report(job: Job, summary: Summary, translates: bool) -> int:
     """Say how a run ended; returns the exit status."""
     for name, reason in sorted(summary.failed.items()):
         say(f"failed: {display_name(name)}: {reason}")
@@ -171,25 +304,20 @@ def report(job: Job, summary: Summary, made: tuple[str, str]) -> int:
     say(f"{done} done, {skipped} already present, {failed} failed", sys.stdout)
     grid = os.path.join(job.options.save_dir, "grid.png")
     if done + skipped:
-        shown = f", {made[1]} in {grid}" if os.path.exists(grid) else ""
-        say(f"{made[0]} are in {job.options.save_dir}{shown}", sys.stdout)
+        kind, shown = ("translations", "side by side with their sources") if translates else ("images", "an overview")
+        there = f", {shown} in {grid}" if os.path.exists(grid) else ""
+        say(f"{kind} are in {job.options.save_dir}{there}", sys.stdout)
     return FAILED if failed else DONE
 
 
-def random_classes(target: Target, options: TargetOptions) -> int | None:
-    """How many classes are drawn from; None where the model has none or a class is given."""
-    flags = target.info.flags
-    drawn = flags["class_cond"] and options.class_index is None
-    return flags.get("num_classes", NUM_CLASSES) if drawn else None
-
-
-def labels_of(job: Job, target: Target, options: TargetOptions) -> list[int] | None:
-    """The class of every output, in order; None for a model without classes."""
-    if not target.info.flags["class_cond"]:
-        return None
-    if options.class_index is not None:
-        return [class_number(options.class_index, target.info, "class_index")] * len(job.items)
-    keys = [image_key(job.options.seed, item.reference.name, item.sample) for item in job.items.values()]
-    noise = ImageNoise(keys, torch.device("cpu"))
-    classes = target.info.flags.get("num_classes", NUM_CLASSES)
-    return draw_labels(noise, len(keys), classes, torch.device("cpu")).tolist()
+def write_npz(job: Job, image_size: int, labels: Labels) -> None:
+    """Write guided-diffusion's file: images as arr_0, uint8 [N, H, W, 3], and their classes, if any, as arr_1 [N]."""
+    images = np.stack([job.image(item, image_size) for item in job.items.values()])
+    arrays, names = [images], [item.reference.name for item in job.items.values()]
+    if not isinstance(job.source, SmallImages):
+        keys = [image_key(job.options.seed, name) for name in names]
+        classes = labels(names, ImageNoise(keys, torch.device("cpu")))
+        arrays += [] if classes is None else [classes.cpu().numpy()]
+    path = os.path.join(job.options.save_dir, f"samples_{'x'.join(map(str, images.shape))}.npz")
+    write_bytes(path, npz_bytes(*arrays))
+    say(f"all images are in {display_name(path)}")

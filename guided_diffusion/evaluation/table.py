@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from ..errors import display_name
-from ..options import Registry
+from ..registry import Registry
 
 METRICS = Registry("metric")
 ROLES = {"source": "sources", "truth": "truth"}

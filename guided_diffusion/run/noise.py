@@ -28,7 +28,7 @@ class ImageNoise:
         return draw.to(self.device, non_blocking=True)
 
     def _draw(self, shape: Sequence[int]) -> torch.Tensor:
-        draw = torch.empty(tuple(shape), pin_memory=self._pool is not None)
+        draw = torch.empty(tuple(shape), dtype=torch.float32, pin_memory=self._pool is not None)
         for row, generator in zip(draw, self.generators):
             torch.randn(tuple(shape[1:]), generator=generator, out=row)
         return draw

@@ -23,10 +23,10 @@ except ImportError as error:
 
 from ..errors import InputError, first_line
 from ..image_datasets import ImageError, list_references
+from ..methods import energy_names
 from ..runtime import PRECISIONS
 from ..sddm import VARIANTS
 from ..solvers import SOLVERS
-from ..translator import energy_names
 from .translate import EMOJI_MODEL, LABELS, Frame, Model, Settings, Studio, explain, looks_like_a_photograph
 
 TITLE = "Repaint a picture in another style"

@@ -20,17 +20,18 @@ from typing import Any
 from PIL import Image
 
 from ..checkpoint import ModelFlags
-from ..energy import ENERGIES
+from ..checkpoint.targets import TargetOptions, load_target, num_classes
 from ..errors import InputError, first_line
 from ..image_datasets import ImageError, load_image, measure_image, to_uint8
 from ..manifold import check_blocks
+from ..methods import ENERGIES, energy_names
 from ..options import check, option
 from ..presets import PRESETS
 from ..runtime import PRECISIONS, is_out_of_memory, pick_device
-from ..script_util import NUM_CLASSES
 from ..sddm import VARIANTS
 from ..solvers import SOLVERS
-from ..translator import Target, TargetOptions, Translator, energy_names, load_target
+from ..target import Target
+from ..translator import Translator
 
 log = logging.getLogger("sddm")
 
@@ -218,9 +219,8 @@ class Studio:
         self.models: dict[str, Model] = {}
         for path in reversed(paths):
             with self._borrow((path, precision), threading.Event()) as target:
-                flags = target.info.flags
-                classes = flags.get("num_classes", NUM_CLASSES) if flags["class_cond"] else 0
-                self.models[path] = Model(path, target.image_size, flags["diffusion_steps"], classes)
+                steps, classes = target.diffusion.num_timesteps, num_classes(target) or 0
+                self.models[path] = Model(path, target.shape[-1], steps, classes)
         self.models = {path: self.models[path] for path in paths}
 
     @property
@@ -322,6 +322,7 @@ class _Run(threading.Thread):
         self.began = self.ended = 0.0
         self.reference: Any = None
         self.newest: tuple[int, dict[str, Any]] | None = None  # steps done, and the state after them
+        self.translator: Translator | None = None
 
     def run(self) -> None:
         try:
@@ -342,7 +343,7 @@ class _Run(threading.Thread):
         options: dict[str, Any] = {} if wanted.start == 1 else {"start": wanted.start}
         if "vgg" in energy_names(wanted.energy):
             options["weights"] = self.studio.weights
-        translator = Translator(
+        self.translator = translator = Translator(
             target,
             area=wanted.area,
             range_t=wanted.range_t,
@@ -368,8 +369,9 @@ class _Run(threading.Thread):
             return Frame(0, self.total, 0.0)
         step, state = self.newest
         seconds = (self.ended or time.monotonic()) - self.began
-        preview = _image(state["pred_xstart"])
-        pair = (_image(self.reference), _image(state["x"])) if result else None
+        image = self.translator.image  # type: ignore[union-attr]
+        pair = (_image(self.reference), image(state["x"])) if result else None
+        preview = pair[1] if pair else image(state["pred_xstart"])
         return Frame(step, self.total, seconds, preview, pair)
 
 

@@ -1,0 +1,69 @@
+"""Codecs: pixels [N, 3, S, S] in [-1, 1] to what a model denoises, and back."""
+
+from typing import Any, Protocol
+
+import torch
+
+from .errors import InputError
+
+OVERSHOOT = 1.1
+"""Resampling kernels overshoot the range of pixels by up to a tenth; more is another range."""
+
+
+class Codec(Protocol):
+    """Converts between pixels and the space of a model.
+
+    factor: pixels per side of one entry of the model's space, so that pictures have `factor` times its side.
+    """
+
+    factor: int
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures [N, 3, S, S] in [-1, 1] as x_0 of the model, [N, C, H, W]."""
+        ...
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """x_0 [N, C, H, W] as pictures [N, 3, S, S]."""
+        ...
+
+
+class Pixels:
+    """The codec of models of pixels: the identity."""
+
+    factor = 1
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Autoencoder:
+    """The codec of latent models: a KL or VQ autoencoder, scaled and shifted to unit variance.
+
+    network: has `encode(images)` and `decode(latents)` as diffusers' AutoencoderKL, AutoencoderTiny and VQModel do.
+    scale, shift: latents are (encoded - shift) * scale. A KL autoencoder gives the mode of its distribution.
+    """
+
+    def __init__(self, network: Any, scale: float = 1.0, shift: float = 0.0, factor: int = 8) -> None:
+        self.network, self.scale, self.shift, self.factor = network, scale, shift, factor
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        encoded = self.network.encode(images.to(self.network.dtype))
+        distribution = getattr(encoded, "latent_dist", None)
+        latents = distribution.mode() if distribution is not None else encoded.latents
+        return (latents.float() - self.shift) * self.scale
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        latents = x / self.scale + self.shift
+        return self.network.decode(latents.to(self.network.dtype)).sample.float()
+
+
+def in_range(images: torch.Tensor, parameter: str = "ref") -> torch.Tensor:
+    """Pictures clipped to [-1, 1]. Raises InputError where they have another range, such as 0 to 255."""
+    low, high = (float(end) for end in images.aminmax())
+    if not -OVERSHOOT <= low <= high <= OVERSHOOT:
+        reason = "it must lie in [-1, 1]: image_datasets.to_tensor converts 8-bit pixels, 2 * x - 1 those from 0 to 1"
+        raise InputError(reason, parameter=parameter, value=f"a tensor with values from {low:g} to {high:g}")
+    return images if low >= -1 and high <= 1 else images.clamp(-1, 1)

@@ -1,0 +1,53 @@
+"""Registries: the parts of one kind by name, such as energies, solvers and manifolds."""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from .errors import InputError
+
+
+def fitting(value: object, names: list) -> str:
+    """What would fit where a name is none of `names`, with the closest one where it looks like a slip."""
+    known = [str(name) for name in names]
+    close = difflib.get_close_matches(str(value), known, 1)
+    listed = known[0] if len(known) == 1 else f"{', '.join(known[:-1])} or {known[-1]}"
+    return f"it can be {listed}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+class Registry(Mapping[str, Any]):
+    """Parts of one kind by name.
+
+    parameter: the option that names one of them, for errors. check: called with all entries after one was added.
+    """
+
+    def __init__(self, parameter: str, check: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        self.parameter, self._check = parameter, check
+        self._entries: dict[str, Any] = {}
+
+    def add(self, name: str) -> Callable[[Any], Any]:
+        """A decorator that registers what it decorates; another entry of that name is replaced."""
+
+        def register(entry: Any) -> Any:
+            entries = {**self._entries, name: entry}
+            if self._check is not None:
+                self._check(entries)
+            self._entries = entries
+            return entry
+
+        return register
+
+    def pick(self, name: str) -> Any:
+        """The entry of that name; raises InputError that lists the names."""
+        if name not in self._entries:
+            raise InputError(fitting(name, list(self._entries)), parameter=self.parameter, value=name)
+        return self._entries[name]
+
+    def __getitem__(self, name: str) -> Any:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)

@@ -1,0 +1,179 @@
+"""A run keeps its state to itself, and neither the caller's modes nor values that are not finite pass in silence."""
+
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import LinearModel
+from tiny import SIZE, make_model, make_references
+
+from guided_diffusion import Translator, energy
+from guided_diffusion.baselines import ilvr, sdedit
+from guided_diffusion.checkpoint import ModelFlags
+from guided_diffusion.checkpoint.targets import TargetOptions, load_target
+from guided_diffusion.errors import InputError
+from guided_diffusion.options import check_names, option
+from guided_diffusion.script_util import create_diffusion
+from guided_diffusion.sddm import energy_factor, sample
+from guided_diffusion.solvers import NotFiniteError
+from guided_diffusion.target import Counted, count_evaluations
+
+STEPS = 6
+
+
+def references(seed=0):
+    return torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def noise(seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda shape: torch.randn(shape, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory):
+    path = make_model(tmp_path_factory.mktemp("model") / "model.safetensors")
+    options = {"steps": STEPS, "range_t": 2, "area": 4, "device": "cpu"}
+    return Translator(path, energy="dct,low_pass", down_n=4, **options)
+
+
+def test_translations_side_by_side_do_not_mix(translator, tmp_path):
+    """In threads, and as generators that take turns."""
+    names = [f"{n}.png" for n in range(4)]
+    make_references(tmp_path, names)
+    alone = [np.asarray(translator(tmp_path / name)) for name in names]
+    together = {}
+
+    def run(n):
+        together[n] = np.asarray(translator(tmp_path / names[n]))
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    in_turn = [translator.steps(tmp_path / name, previews=False) for name in names]
+    last = [states[-1]["x"] for states in zip(*(list(zip(*in_turn))), strict=True)]
+    for n, wanted in enumerate(alone):
+        assert np.array_equal(together[n], wanted)
+        assert np.array_equal(np.asarray(translator.image(last[n])), wanted)
+
+
+def test_a_translator_can_be_pickled(translator, tmp_path):
+    path = make_references(tmp_path, ["a.png"]) / "a.png"
+    again = pickle.loads(pickle.dumps(translator))
+    assert np.array_equal(np.asarray(again(path)), np.asarray(translator(path)))
+
+
+class Broken(LinearModel):
+    """Gives NaN for the second image of a batch, or for the only one."""
+
+    def forward(self, x, t):
+        out = super().forward(x, t).clone()
+        out[-1] = torch.nan
+        return out
+
+
+@pytest.mark.parametrize("method, options", [(sample, {"range_t": 2, "blocks": 4}),
+                                             (ilvr, {"range_t": 2, "down_n": 4}), (sdedit, {"start": 3})])  # fmt: skip
+def test_values_that_are_not_finite_are_an_error(method, options):
+    diffusion = create_diffusion(timestep_respacing=str(STEPS))
+    with pytest.raises(NotFiniteError) as caught:
+        method(Broken(), diffusion, references(), **options)
+    assert caught.value.finite.tolist() == [True, False] and caught.value.x.shape == (2, 3, SIZE, SIZE)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        list(method.steps(Broken(), diffusion, references(), **options))
+
+
+def test_a_translator_raises_where_the_model_gives_nan(translator, tmp_path, monkeypatch):
+    path = make_references(tmp_path, ["a.png"]) / "a.png"
+    monkeypatch.setattr(Counted, "__call__", lambda self, x, t: x * torch.nan)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        translator(path)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        list(translator.steps(path))
+
+
+MODES = {
+    "inference mode": lambda: torch.inference_mode(),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "gradients": lambda: torch.enable_grad(),
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_the_caller_s_mode_changes_nothing(mode):
+    diffusion, model = create_diffusion(timestep_respacing=str(STEPS)), LinearModel()
+    options = {"blocks": 4, "range_t": 2, "energies": [energy.dct(4), energy.low_pass(4)]}
+    wanted = sample(model, diffusion, references(), noise=noise(), **options)
+    with mode():
+        found = sample(model, diffusion, references(), noise=noise(), **options)
+    assert torch.equal(found, wanted) and not found.is_inference()
+
+
+def test_another_default_dtype_changes_nothing(translator, tmp_path):
+    path = make_references(tmp_path, ["a.png"]) / "a.png"
+    wanted = np.asarray(translator(path))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert np.array_equal(np.asarray(translator(path)), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_references_that_overshoot_are_clipped_and_others_named():
+    diffusion, model = create_diffusion(timestep_respacing=str(STEPS)), LinearModel()
+    ref = references()
+    wanted = sample(model, diffusion, ref.clamp(-0.9, 0.9).sign(), blocks=4, range_t=2, noise=noise())
+    found = sample(model, diffusion, ref.sign() * 1.08, blocks=4, range_t=2, noise=noise())
+    assert torch.equal(found, wanted)
+    for wrong in (ref * 1.5, (ref + 1) * 127.5):
+        with pytest.raises(InputError, match=r"\[-1, 1\]"):
+            sample(model, diffusion, wrong, blocks=4, range_t=2)
+    # Latents have no range, and predictions of latents are not clipped.
+    sample(model, diffusion, ref * 3, blocks=4, range_t=2, clip_denoised=False)
+
+
+def test_the_length_of_an_energy_s_direction_does_not_depend_on_the_steps():
+    """At one noise level; with the published 100 steps it is the release's length."""
+    published = create_diffusion(timestep_respacing="100")
+    for i in (30, 60, 90):
+        factor = energy_factor(published, 25, False, i)
+        assert factor == pytest.approx(energy_factor(published, 25, True, i))
+        for steps in (25, 50, 1000):
+            other = create_diffusion(timestep_respacing=str(steps) if steps < 1000 else "")
+            j = int(abs(other.alphas_cumprod - published.alphas_cumprod[i]).argmin())
+            assert energy_factor(other, 25, False, j) == pytest.approx(factor, rel=0.07)
+
+
+def test_evaluations_are_counted_where_they_happen(tmp_path):
+    options = TargetOptions(model_path=str(make_model(tmp_path / "model.safetensors")))
+    first, second = (load_target(options, ModelFlags(), torch.device("cpu")) for _ in range(2))
+    x, t = torch.zeros(3, 3, SIZE, SIZE), torch.zeros(3, dtype=torch.long)
+    with count_evaluations() as outer:
+        first.model(x, t)
+        with count_evaluations() as inner:
+            second.model(x[:1], t[:1])
+        thread = threading.Thread(target=first.model, args=(x, t))
+        thread.start()
+        thread.join()
+    first.model(x, t)
+    assert (outer.total, inner.total) == (4, 1)
+
+
+def test_one_name_with_two_defaults_is_an_error():
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class A:
+        area: int = option(16, "a")
+
+    @dataclass(frozen=True)
+    class B:
+        blocks: int = option(8, "b", flag="area")
+
+    with pytest.raises(TypeError, match="area has the default 16 in A and 8 in B"):
+        check_names([A, B])
+    check_names([A, A])
