@@ -22,7 +22,6 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
 from .errors import InputError, display_name, one_line
-from .registry import fitting
 from .references import (
     FORMATS,
     Reference,
@@ -32,6 +31,7 @@ from .references import (
     open_binary,
     reason_of,
 )
+from .registry import fitting
 
 log = logging.getLogger("sddm")
 

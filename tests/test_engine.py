@@ -31,6 +31,7 @@ from guided_diffusion.cli.progress import Progress
 from guided_diffusion.dist_util import Peers, Ranks, Stopped
 from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import list_references
+from guided_diffusion.methods import SDDM
 from guided_diffusion.run import files as run_files
 from guided_diffusion.run import record as run_record
 from guided_diffusion.run.files import Folder
@@ -40,7 +41,6 @@ from guided_diffusion.run.likelihood import DataImages
 from guided_diffusion.run.loop import Loop
 from guided_diffusion.run.opening import open_plan
 from guided_diffusion.run.sources import References, SmallImages
-from guided_diffusion.methods import SDDM
 from guided_diffusion.target import counted
 
 NAMES = ("a.png", "b.png", "c c.png", "d.png", "more/a.png", "more/é.png", "more/still/f.png", "g.png", "h.png")

@@ -63,7 +63,8 @@ def test_every_default_is_shown(parser):
 
 def test_defaults_are_those_of_the_dataclasses(parser):
     """Where no command sets another: the values of options that are made without arguments."""
-    own = {"batch_size", "save_dir", "iterations", "lr", "ema_rate", "vgg_path", "examples"}  # set by commands
+    own = {"batch_size", "save_dir", "iterations", "lr", "ema_rate", "vgg_path", "examples", "num_samples", "npz",
+           "sigma_small"}  # set by commands  # fmt: skip
     for flag, field in parser.fields.items():
         if flag not in own:
             assert parser.get_default(flag) == field.default, flag

@@ -273,7 +273,12 @@ def test_imports_go_down():
     for name, path in MODULES.items():
         for target, line in imports(name, path):
             inside = target == "guided_diffusion" or target.startswith("guided_diffusion.")
-            if inside and target != "guided_diffusion" and layer(target) > layer(name) and (name, target) not in UPWARDS:
+            if (
+                inside
+                and target != "guided_diffusion"
+                and layer(target) > layer(name)
+                and (name, target) not in UPWARDS
+            ):
                 found.append(f"{name}:{line} imports {target}")
             if target.split(".")[0] in {script.stem for script in SCRIPTS}:
                 found.append(f"{name}:{line} imports the script {target}")

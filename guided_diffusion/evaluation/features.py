@@ -15,7 +15,7 @@ import torch
 
 from ..errors import InputError, display_name, shown
 from ..image_datasets import Reference
-from ..options import Registry
+from ..registry import Registry
 from ..run import files
 from ..run import record as run_record
 from .distances import root_of_covariance

@@ -29,8 +29,8 @@ from PIL import Image
 
 from ..errors import InputError, display_name, first_line, reading, shown
 from ..image_datasets import ImageError, load_image, load_picture, normalise
-from ..registry import fitting
 from ..references import FORMATS, IMAGE_SUFFIXES, Reference, list_references
+from ..registry import fitting
 
 log = logging.getLogger(__name__)
 
