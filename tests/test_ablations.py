@@ -12,7 +12,7 @@ from guided_diffusion.manifold import BlockManifold, LowPassManifold, block_stat
 from guided_diffusion.run import journal
 from guided_diffusion.script_util import create_diffusion
 from guided_diffusion.sddm import LAMBDA, merge, sample
-from guided_diffusion.target import count_evaluations, counted
+from guided_diffusion.target import Counted, count_evaluations
 from resizer import low_pass_filter
 
 STEPS, RANGE_T = 8, 2
@@ -267,7 +267,7 @@ def test_evaluations_and_guided_steps_of_the_sampler_are_recorded(variant):
         guided.extend((state["i"], each) for each in state["guided"])
 
     with count_evaluations() as count:
-        sample(counted(model), diffusion, ref, noise=lambda shape: rest.pop(0), callback=keep, **options)
+        sample(Counted(model), diffusion, ref, noise=lambda shape: rest.pop(0), callback=keep, **options)
     assert count.total == 2 * (STEPS + (3 if variant == "released" else 0))
     steps = journal.steps_of([(i, journal.record_of(**each)) for i, each in guided], 2)
     total = journal.total([{"seconds": 1, "evaluations": 1, "steps": each} for each in steps])

@@ -41,7 +41,7 @@ from guided_diffusion.run.likelihood import DataImages
 from guided_diffusion.run.loop import Loop
 from guided_diffusion.run.opening import open_plan
 from guided_diffusion.run.sources import References, SmallImages
-from guided_diffusion.target import counted
+from guided_diffusion.target import Counted
 
 NAMES = ("a.png", "b.png", "c c.png", "d.png", "more/a.png", "more/é.png", "more/still/f.png", "g.png", "h.png")
 
@@ -519,7 +519,7 @@ class Guided(Painter):
     """Evaluates a model once a step; its first two steps are guided, with known records, the second twice."""
 
     def __call__(self, batch, *, noise, callback):
-        model, n = counted(lambda x: x), len(batch.ref)
+        model, n = Counted(lambda x: x), len(batch.ref)
 
         def telling(state):
             i = state["i"]

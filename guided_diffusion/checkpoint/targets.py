@@ -165,8 +165,8 @@ def class_number(given: int | str, info: Any, parameter: str) -> int:
         except ValueError:
             names = None  # somebody else's entry of that name
     names = names if isinstance(names, list) else []
-    if isinstance(given, str) and given in names:
-        return names.index(given)
+    if str(given) in names:
+        return names.index(str(given))
     number = int(given) if str(given).isdecimal() else -1
     if not 0 <= number < count:
         known = f", or a name such as {', '.join(map(str, names[:8]))}" if names else ""
