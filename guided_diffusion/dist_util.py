@@ -1,10 +1,10 @@
 """Rank and world size under torchrun, mpiexec or Slurm, and a key-value store between ranks.
 
-torchrun, mpiexec (MPICH, Open MPI, Intel MPI) and Slurm's srun announce ranks in environment variables. Sampling ranks
-share a key-value store and nothing else; mpi4py is imported only under mpiexec. Training, and scripts written for
-guided-diffusion, use torch.distributed on top of it: `setup_dist`.
+Launchers announce ranks in environment variables. Sampling ranks share a key-value store and nothing else; training,
+and scripts written for guided-diffusion, use torch.distributed on top of it. mpi4py is imported only under mpiexec.
 """
 
+import atexit
 import contextlib
 import io
 import json
@@ -72,13 +72,12 @@ def ranks() -> Ranks:
             continue
         if rank == "PMI_RANK" and (env[rank], env[size]) == (env.get("SLURM_PROCID"), env.get("SLURM_STEP_NUM_TASKS")):
             continue  # srun speaks PMI for programs that want MPI; this one does not
-        number, count, place = (_variable(name, 0, 0, 1 << 20) for name in (rank, size, local))
-        found = Ranks(number, count, place, launcher)
+        found = Ranks(*(_variable(name, 0, 0, 1 << 20) for name in (rank, size, local)), launcher)
         stale = f"; started without {launcher}, unset {rank} and {size}"
         if not 0 <= found.rank < found.world_size:
             raise InputError(f"the environment has {rank}={env[rank]}, which is no rank of {size}={env[size]}{stale}")
         if launcher == "torchrun" and found.world_size > 1:
-            if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+            if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
                 raise InputError(f"the environment has {rank} and {size}, but no MASTER_ADDR and MASTER_PORT{stale}")
             _variable("MASTER_PORT", 0, 1, 65535)
         return found
@@ -119,8 +118,7 @@ def open_store(me: Ranks, timeout: timedelta = timedelta(days=1)) -> Any:
     notice.daemon = True
     notice.start()
     try:
-        open_one = {"torchrun": _torchrun_store, "mpiexec": _mpi_store, "srun": _slurm_store}[me.launcher]
-        store = open_one(me, patience)
+        store = {"torchrun": _torchrun_store, "mpiexec": _mpi_store, "srun": _slurm_store}[me.launcher](me, patience)
     except RuntimeError as error:
         raise InputError(
             f"rank {me.rank} of {me.world_size} cannot reach the others: {first_line(error)}{_leftovers(me)}"
@@ -143,9 +141,8 @@ def _leftovers(me):
     """Advice for a process that variables of another run make wait, without a launcher."""
     for launcher, rank, size, _ in LAUNCHERS:
         if launcher == me.launcher and {rank, size} <= os.environ.keys():
-            where = ""
-            if launcher == "torchrun":
-                where = f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            address = f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            where = address if launcher == "torchrun" else ""
             return f"{where}; if {launcher} did not start this process, unset {rank} and {size}"
     return ""
 
@@ -219,10 +216,9 @@ class Stopped(Exception):
 
 
 class Peers:
-    """Messages between the ranks of a run in a common store, with the fields of `Ranks`.
+    """Messages between the ranks of a run in a common store; it has the fields of `Ranks`.
 
-    Ranks above 0 send heartbeats, and rank 0 checks them in `watch`. Every method raises InputError where contact to
-    the store is lost.
+    Ranks above 0 send heartbeats, and rank 0 checks them in `watch`. Methods raise InputError where the store is lost.
     """
 
     def __init__(self, me: Ranks, store: Any) -> None:
@@ -234,7 +230,10 @@ class Peers:
         self._beats = dict.fromkeys(range(1, me.world_size), 0) if me.rank == 0 else {}
         self._silence = dict.fromkeys(self._beats, 0.0)
         if me.rank:
-            threading.Thread(target=self._beat, daemon=True).start()
+            beating = threading.Thread(target=self._beat, daemon=True)
+            beating.start()
+            # Python kills daemon threads at exit, and one inside the store takes the process down with std::terminate.
+            atexit.register(lambda: (self._leaving.set(), beating.join(timeout=5)))
 
     def _call(self, method, *arguments):
         try:
@@ -247,11 +246,9 @@ class Peers:
             ) from error
 
     def _beat(self):
-        try:
+        with contextlib.suppress(RuntimeError):  # the rank itself finds out at its next message
             while not self._leaving.wait(HEARTBEAT_INTERVAL):
                 self._store.add(f"beats/{self.rank}", 1)
-        except RuntimeError:  # the rank itself finds out at its next word to the others
-            pass
 
     def count(self, key: str, amount: int = 1) -> int:
         """Add to a common counter, which begins at 0; returns the new value."""
@@ -281,9 +278,8 @@ class Peers:
             beats = self.count(f"beats/{rank}", 0)
             self._silence[rank] = 0.0 if beats != self._beats[rank] else self._silence[rank] + elapsed
             self._beats[rank] = beats
-            if self._silence[rank] > (HEARTBEAT_TIMEOUT if beats else self._startup) and not self._call(
-                "check", [f"left/{rank}"]
-            ):
+            dead = self._silence[rank] > (HEARTBEAT_TIMEOUT if beats else self._startup)
+            if dead and not self._call("check", [f"left/{rank}"]):
                 raise InputError(
                     f"rank {rank} of {self.world_size} has given no sign of life for {self._silence[rank]:.0f} "
                     "seconds; run the same command again to resume"
@@ -291,12 +287,11 @@ class Peers:
 
     def stop(self, reason: str) -> bool:
         """End the run for all ranks; returns whether no other rank has given this reason yet."""
-        try:
+        with contextlib.suppress(InputError):
             first = self.count(f"reason/{reason}") == 1
             self._call("set", "stopped", "1")
             return first
-        except InputError:
-            return True
+        return True
 
     def stopped(self) -> bool:
         """Whether a rank has ended the run."""
@@ -309,21 +304,20 @@ class Peers:
         rank 0 may have died or not been signalled. Where the run has been stopped already, nothing is left to report.
         """
         until = time.monotonic() + (patience if self.rank else 0)
-        try:
+        with contextlib.suppress(InputError):
             while not self.stopped():
                 if time.monotonic() >= until:
                     return self.stop("interrupted")
                 time.sleep(POLL)
             return False
-        except InputError:  # the store is gone, and with it the rank or launcher that had it
-            return True
+        return True  # the store is gone, and with it the rank or launcher that had it
 
     def leave(self) -> None:
         """Announce that this rank has published everything; the last call."""
         if self.world_size == 1:
             return
         self._leaving.set()
-        try:
+        with contextlib.suppress(InputError):
             if self.rank:
                 self._call("set", f"left/{self.rank}", "1")
             elif self.launcher == "srun" and self.stopped():
@@ -331,8 +325,6 @@ class Peers:
                 until = time.monotonic() + 5
                 while time.monotonic() < until and not self._call("check", [f"left/{rank}" for rank in self._beats]):
                     time.sleep(POLL)
-        except InputError:
-            pass
 
 
 def connect(me: Ranks) -> Peers:
@@ -344,8 +336,7 @@ def connect(me: Ranks) -> Peers:
 
 
 def setup_dist(*args: Any, **kwargs: Any) -> None:
-    """Join torch's default process group with the ranks that torchrun, mpiexec or Slurm started; a process started by
-    hand makes a group of one. Nothing happens where the group exists.
+    """Join torch's default process group, of one for a process without a launcher; do nothing where it exists.
 
     args, kwargs: not used; forks pass parsed arguments or device numbers, which the launcher determines here.
     """
@@ -374,8 +365,8 @@ def dev() -> torch.device:
 def load_state_dict(path: str, **kwargs: Any) -> Any:
     """Load a file or blobfile address as torch.load does, or a `.safetensors` file; kwargs are torch.load's.
 
-    Nothing in the file is executed: `weights_only` is always True. Any rank may call it on its own; each reads the
-    file. Raises InputError where it cannot be read, or not without running code.
+    `weights_only` is always True. Any rank may call it on its own. Raises InputError where the file cannot be read, or
+    not without running code.
     """
     with reading(path):
         if "://" in path:
@@ -391,9 +382,8 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
             if start[8:9] == b"{":  # after the header's length, as safetensors begin
                 from safetensors.torch import load
 
-                return {
-                    name: tensor.to(kwargs.get("map_location") or "cpu") for name, tensor in load(file.read()).items()
-                }
+                device = kwargs.get("map_location") or "cpu"
+                return {name: tensor.to(device) for name, tensor in load(file.read()).items()}
             try:
                 return torch.load(file, **{**kwargs, "weights_only": True})
             except pickle.UnpicklingError as error:

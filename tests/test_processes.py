@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 from tiny import assert_within_one_level, command, files, make_model, make_references, pictures, record
 
@@ -188,13 +189,6 @@ def test_a_messy_folder_is_translated_as_far_as_it_can_be(data, tmp_path):
     assert record(tmp_path / "out")["counts"] == {"references": 10, "outputs": 3, "failed": 7}
 
 
-def test_a_folder_without_permission_is_one_line(data, tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    done = finish(start(data=data, out=tmp_path / "locked", preexec_fn=without_privileges))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: --save_dir is '{tmp_path / 'locked'}'; it cannot be written: Permission denied\n"
-
-
 def limited_files():
     """In the child: files cannot grow beyond 16 KB, which a write meets as it meets a full disk."""
     import resource
@@ -228,12 +222,7 @@ def test_a_save_folder_that_is_removed_ends_the_run_in_one_line(data, tmp_path):
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
 
 
-STREAMS = {
-    "closed stderr": "2>&-",
-    "all closed": "<&- >&- 2>&-",
-    "both full": ">/dev/full 2>&1",
-    "a reader of both that is gone": "2>&1 | true",
-}
+STREAMS = {"all closed": "<&- >&- 2>&-", "a reader of both that is gone": "2>&1 | true"}
 
 
 @pytest.mark.parametrize("redirection", STREAMS.values(), ids=STREAMS)
@@ -242,9 +231,7 @@ def test_streams_that_cannot_be_written_change_nothing_but_what_is_said(data, tm
     done = finish(start(data=data, out=tmp_path / "out", launcher=launcher, steps=6))
     assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     assert made(tmp_path / "out") == 6 and record(tmp_path / "out")["finished"]
-    if "2>" in redirection:
-        assert done.stderr == ""
-        assert done.stdout.count("\n") in (0, 2)  # what belongs to stderr does not move to stdout
+    assert done.stdout == done.stderr == ""
     failed = finish(start("--area", 5, data=data, out=tmp_path / "out", launcher=launcher, steps=6))
     assert failed.returncode == 2 and "Traceback" not in failed.stderr and "Exception ignored" not in failed.stderr
 
@@ -329,17 +316,11 @@ def test_ranks_with_different_flags_are_one_line(data, tmp_path):
     assert said == ["error: rank 1 was started with --seed 1, rank 0 with 0; all ranks need the same flags"]
 
 
-def start_two(data, out):
-    """Slurm's ranks 0 and 1, waited for until rank 1 has made an image, which its umask tells."""
-    slow = {"data": data, "out": out, "steps": 5 * STEPS}  # the first to start must not have done all before the other
-    both = [start(**slow, variables=as_slurm(rank), umask=umask) for rank, umask in enumerate((0o022, 0o077))]
-    wait_for(lambda: any(path.stat().st_mode & 0o077 == 0 for path in out.glob("[0-9].png")), both[0])
-    return both
-
-
 def test_without_a_launcher_that_watches_the_others_notice(data, tmp_path):
-    """Slurm's ranks where rank 0 dies; then with an interruption that reaches rank 1 alone."""
-    both = start_two(data, tmp_path / "killed")
+    """Slurm's ranks, where rank 0 dies while rank 1 makes images, which its umask tells."""
+    slow = {"data": data, "out": tmp_path / "out", "steps": 5 * STEPS}  # rank 0 must not do all before rank 1 starts
+    both = [start(**slow, variables=as_slurm(rank), umask=umask) for rank, umask in enumerate((0o022, 0o077))]
+    wait_for(lambda: any(p.stat().st_mode & 0o077 == 0 for p in slow["out"].glob("[0-9].png")), both[0])
     both[0].kill()
     done = finish(both[1])
     assert done.returncode == 2 and done.stderr == (
@@ -347,17 +328,15 @@ def test_without_a_launcher_that_watches_the_others_notice(data, tmp_path):
         "run the same command again to resume\n"
     )
     finish(both[0])
-    both = start_two(data, tmp_path / "interrupted")
-    both[1].send_signal(signal.SIGINT)
-    first, second = (finish(process) for process in both)
-    assert (first.returncode, second.returncode) == (2, 130) and "interrupted" not in first.stderr
-    assert re.fullmatch(r"interrupted: \d of 6 images are done; run the same command again to resume\n", second.stderr)
 
 
-def test_mpiexec_without_mpi4py_is_one_line(data, tmp_path):
-    launcher = (MPIEXEC, "-n", "2", "-genv", "PYTHONPATH", data / "without_mpi")
-    done = finish(start(data=data, out=tmp_path / "out", launcher=launcher, mpi=True))
-    assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and errors[0].startswith("error: mpiexec needs a working mpi4py (pip install mpi4py)")
-    assert "Traceback" not in done.stderr
+def test_a_rank_that_ends_amid_its_heartbeats_ends_well():
+    """Python's exit kills daemon threads; one within a store would end the process with SIGABRT."""
+    code = (
+        "from torch.distributed import HashStore; from guided_diffusion import dist_util; import time\n"
+        "dist_util.HEARTBEAT_INTERVAL, store = 0.0, HashStore()\n"
+        "ranks = [dist_util.Peers(dist_util.Ranks(rank, 9), store) for rank in range(1, 9)]\n"
+        "time.sleep(0.3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
