@@ -52,8 +52,8 @@ def train(given: Given, ranks: Ranks) -> int:
     keep_freed_memory()
     with owned(config, ranks.rank == 0):
         upscaler, checkpoint = upscaling.begin(config, options)
+        write_run(config.save_dir, {}, [options, run, config], resumed=checkpoint, writes=ranks.rank == 0)
         if ranks.rank == 0:
-            write_run(config.save_dir, {}, [options, config])
             count = sum(p.numel() for p in upscaler.parameters()) / 1e6
             command.say(f"{len(images)} images, {count:.2f} M parameters, {device}")
         with process_group(ranks, device):

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from ..checkpoint import load_state_dict
-from ..errors import InputError, display_name, first_line
-from ..image_datasets import Reference, load_image, normalise, to_uint8
+from ..errors import InputError, display_name
+from ..image_datasets import ImageError, Reference, normalise, to_uint8
 from ..options import check, option
 from ..upscaler import Upscaler
 from .config import TrainConfig
@@ -51,7 +51,18 @@ class UpscalerOptions:
             raise InputError(f"it can be at most the small side, {most}", parameter="crop", value=self.crop)
 
 
-class UpscalerImages(TrainImages):
+class _Images(TrainImages):
+    """Images that must all be readable: in a pair, none can stand for another."""
+
+    def read(self, index: int) -> torch.Tensor:
+        try:
+            return self._load(self.references[index])
+        except ImageError as error:
+            where = display_name(self.references[index].path)
+            raise InputError(f"{where}: {error.reason}; repair it or take it out of the folder") from error
+
+
+class UpscalerImages(_Images):
     """Random crops of images, each in two sizes; sample n is one crop.
 
     A batch is [N, 3 + 3 f^2, S, S] for a factor f: the small crops, and the large ones rearranged by `pixel_unshuffle`.
@@ -62,15 +73,16 @@ class UpscalerImages(TrainImages):
         super().__init__(references, options.large_size, random_flip=True, cache="memory", seed=seed)
         self.options = options
         places = {reference.name: i for i, reference in enumerate(references)}
-        self._copies: list[list[Reference]] = [[] for _ in references]
+        self._copies: list[list[tuple[TrainImages, int]]] = [[] for _ in references]
         for folder in filter(None, options.copies.split(",")):
             found = [copy for copy in list_images(folder, "copies") if copy.name in places]
+            part = _Images(found, options.large_size // options.factor)
             if not found:
                 raise InputError(
                     "it has no image under the name of one in `data_dir`", parameter="copies", value=folder
                 )
-            for copy in found:
-                self._copies[places[copy.name]].append(copy)
+            for i, copy in enumerate(found):
+                self._copies[places[copy.name]].append((part, i))
         self._small: list[list[torch.Tensor]] = []  # for every image its shrunk self, then its copies
 
     def batches(self, numbers: Iterator[np.ndarray], device: str | torch.device) -> Batches:
@@ -96,12 +108,11 @@ class UpscalerImages(TrainImages):
             yield torch.cat([small, F.pixel_unshuffle(detailed, options.factor)], 1).to(device), None
 
     def _read_small(self, large: torch.Tensor) -> list[list[torch.Tensor]]:
-        codec, side = Upscaler(self.options.factor, 1, 0), self.options.large_size // self.options.factor
+        codec = Upscaler(self.options.factor, 1, 0)
 
-        def small(image: torch.Tensor, copies: list[Reference]) -> list[torch.Tensor]:
-            shrunk = to_uint8(codec.encode(normalise(image[None])))[0]
-            images = [shrunk, *(load_image(copy, side) for copy in copies)]
-            return [torch.from_numpy(array).permute(2, 0, 1) for array in images]
+        def small(image: torch.Tensor, copies: list[tuple[TrainImages, int]]) -> list[torch.Tensor]:
+            shrunk = torch.from_numpy(to_uint8(codec.encode(normalise(image[None])))[0]).permute(2, 0, 1)
+            return [shrunk, *(part.read(i) for part, i in copies)]
 
         with ThreadPoolExecutor(max_workers=8) as pool:
             return list(pool.map(small, large, self._copies))
@@ -143,7 +154,8 @@ def begin(config: TrainConfig, options: UpscalerOptions) -> tuple[Upscaler, str]
         try:
             upscaler.load_state_dict(load_state_dict(checkpoint))
         except RuntimeError as error:
-            raise InputError(f"{display_name(checkpoint)} does not fit: {first_line(error)}") from None
+            what = f"{options.channels} channels, {options.depth} blocks and factor {options.factor}"
+            raise InputError(f"{display_name(checkpoint)} is not an upscaler of {what}") from error
     return upscaler, checkpoint
 
 
