@@ -103,7 +103,10 @@ def main():
             rows.append(f"| {kind} | {name} | {decibels:.2f} | {distance:.3f} |")
     print("\n".join(rows))
     if args.table:
-        table = "Made by `python benchmarks/emoji/upscaler.py`; see its first lines for what is measured.\n\n"
+        table = (
+            "Made by `python benchmarks/emoji/upscaler.py`, whose first lines say what is measured; commands are in\n"
+            "[the upscaler's card](../../models/fluent3d_upscaler.md).\n\n"
+        )
         args.table.write_text("# Upscaler\n\n" + table + "\n".join(rows) + "\n", encoding="utf-8")
     if args.grid:
         chosen = np.linspace(0, len(names) - 1, 24).round().astype(int)
