@@ -37,13 +37,16 @@ class Upscaler(nn.Module):
         nn.init.zeros_(self.tail.bias)  # type: ignore[arg-type]
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Shrink images [N, 3, H, W] to [N, 3, H / factor, W / factor]. Raises InputError for other sides."""
+        """Shrink images [N, 3, H, W] to [N, 3, H / factor, W / factor], clipped to [-1, 1] as Pillow's are.
+
+        Raises InputError unless `factor` divides both sides.
+        """
         height, width = images.shape[-2:]
         if height % self.factor or width % self.factor:
             raise InputError(
                 f"its sides must be multiples of {self.factor}", parameter="images", value=f"{width}x{height} pixels"
             )
-        return Resizer(images.shape, 1 / self.factor, kernel="lanczos3")(images)
+        return Resizer(images.shape, 1 / self.factor, kernel="lanczos3")(images).clamp(-1, 1)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Enlarge images [N, 3, H, W] to [N, 3, factor H, factor W]; values may slightly leave [-1, 1]."""
