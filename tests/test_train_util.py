@@ -46,9 +46,8 @@ def make(seed=0, class_cond=False, sampler="uniform", **changes):
     return TrainLoop(model=model, diffusion=diffusion, data=batches, schedule_sampler=schedule, **settings)
 
 
-@pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment"])
-def test_a_run_writes_guided_diffusions_files_and_resumes(folder, sampler):
-    loop = make(class_cond=True, sampler=sampler)
+def test_a_run_writes_guided_diffusions_files_and_resumes(folder):
+    loop = make(class_cond=True, sampler="loss-second-moment")
     before = [p.detach().clone() for p in loop.model.parameters()]
     loop.run_loop()
     names = {path.name for path in folder.glob("*.pt")}
@@ -116,19 +115,10 @@ def test_files_that_do_not_fit_are_one_line(folder):
         make(resume_checkpoint=str(folder / "missing.pt"))
 
 
-@pytest.mark.parametrize(
-    "name, step",
-    [
-        ("path/to/model010000.pt", 10000), ("model000003.pt", 3), ("amodel12.pt", 12), ("model.pt", 0), ("ema.pt", 0),
-        ("models/model000007.pt", 7), ("model-3.pt", 0), ("", 0), ("model" + "9" * 5000 + ".pt", 0),
-    ],
-)  # fmt: skip
-def test_step_of_a_name(name, step):
-    assert parse_resume_step_from_filename(name) == step
-
-
 def test_helpers(folder, monkeypatch):
     assert get_blob_logdir() == str(folder) and find_resume_checkpoint() is None
+    names = {"path/to/model010000.pt": 10000, "amodel12.pt": 12, "model.pt": 0, "models/model000007.pt": 7, "": 0}
+    assert {name: parse_resume_step_from_filename(name) for name in names} == names
     (folder / "ema_0.9_000006.pt").touch()
     main = str(folder / "model000006.pt")
     assert find_ema_checkpoint(main, 6, 0.9) == str(folder / "ema_0.9_000006.pt")

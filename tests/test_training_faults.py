@@ -1,16 +1,15 @@
 """Training with inputs that do not fit, damaged files, full disks and kills: one line, and nothing lost or mixed up."""
 
 import contextlib
-import copy
 import dataclasses
+import functools
 import json
 import logging
+import operator
 import os
 import resource
 import shutil
-import signal
 import sys
-import time
 import types
 
 import numpy as np
@@ -20,12 +19,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_training import make_loop
-from test_training_runs import EXTRACTOR, MODEL, load_command, start, words
+from test_training_runs import EXTRACTOR, MODEL, load_command, words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_diffusion.checkpoint import load_model
 from guided_diffusion.errors import InputError
-from guided_diffusion.gaussian_diffusion import ModelMeanType
 from guided_diffusion.options import field_types
 from guided_diffusion.run.files import Folder
 from guided_diffusion.script_util import create_gaussian_diffusion
@@ -116,9 +114,7 @@ def test_any_value_of_any_option_is_taken_or_refused_by_name(data):
         assert isinstance(getattr(made, field.name), (*kinds, int) if float in kinds else kinds)
 
 
-@pytest.mark.parametrize(
-    "rate", ["1", "0.99999999999999999999", "1e-3", "-0.1", "0.9,1", "nan", "٠.٩", "0." + "9" * 300]
-)
+@pytest.mark.parametrize("rate", ["0.99999999999999999999", "1e-3", "0.9,1", "0." + "9" * 300])
 def test_rates_of_averages_are_below_one_in_floating_point(rate):
     with pytest.raises(InputError) as error:
         TrainConfig(ema_rate=rate)
@@ -128,21 +124,11 @@ def test_rates_of_averages_are_below_one_in_floating_point(rate):
 # ---- the loss's weights ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "weighting",
-    [{"p2_gamma": float("inf")}, {"p2_gamma": 50, "p2_k": 1e10}, {"min_snr_gamma": 1e-60}, {"p2_gamma": 1, "p2_k": -1}],
-)
+@pytest.mark.parametrize("weighting", [{"p2_gamma": float("inf")}, {"p2_gamma": 50, "p2_k": 1e10}])
 def test_weights_that_train_nothing_are_refused(weighting):
     with pytest.raises(InputError) as error:
         loss_weights(create_gaussian_diffusion(steps=50, noise_schedule="cosine"), **weighting)
     assert error.value.parameter in weighting
-
-
-def test_weights_need_something_to_weight():
-    diffusion = create_gaussian_diffusion(steps=50)
-    diffusion.model_mean_type = ModelMeanType.PREVIOUS_X
-    with pytest.raises(InputError):
-        loss_weights(diffusion, min_snr_gamma=5.0)
 
 
 # ---- networks that cannot be ----------------------------------------------------------------------------------------
@@ -175,21 +161,12 @@ def test_a_network_is_refused_before_anything_is_trained(kind, size, mult, width
         assert size % 2 ** (levels - 1) == 0
 
 
-def test_a_network_beyond_the_memory_is_refused(monkeypatch):
-    from guided_diffusion.training import start
-
-    monkeypatch.setattr(start, "_memory", lambda: 1 << 20)
-    with pytest.raises(InputError, match="memory"):
-        check_network(DIFFUSION, DIFFUSION.defaults())
-
-
 # ---- classes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "names",
     [
-        [f"{i:04d}.png" for i in range(6)],
         [f"{i:04d}_small.png" for i in range(6)],
         [f"video{i}/frame.png" for i in range(6)],
         ["cat_1.png", "cat_2.png", "dog.png"],
@@ -286,20 +263,6 @@ def test_two_trainings_do_not_share_a_folder(resume, run):
     assert resume() == 0
 
 
-@pytest.mark.slow
-def test_a_killed_run_does_not_keep_its_folder_locked_by_its_loaders(folder, tmp_path):
-    flags = [*SMALL, *words("--iterations 2000 --cache none --num_workers 2")]
-    process = start("scripts/image_train.py", "--data_dir", folder, "--save_dir", tmp_path, *flags)
-    while not (tmp_path / "model000002.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    with pytest.raises(InputError):
-        Folder(tmp_path).lock()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    Folder(tmp_path).lock()
-    process.communicate()
-
-
 def test_rolling_back_mentions_the_checkpoints_that_stay(command, folder, run, caplog):
     base = ["--data_dir", folder, "--save_dir", run, "--iterations", 2, *SMALL]
     command("image_train", *base, "--resume_checkpoint", run / "model000001.pt")
@@ -312,23 +275,15 @@ def test_rolling_back_mentions_the_checkpoints_that_stay(command, folder, run, c
 def test_a_run_killed_before_its_export_exports_when_resumed(command, folder, run):
     exported = (run / "model.safetensors").read_bytes()
     again = ["--data_dir", folder, "--save_dir", run, *SMALL, "--iterations", 2, "--resume", "auto"]
-    for left in (None, exported[:1000], b""):
-        if left is None:
-            (run / "model.safetensors").unlink()
-        else:
-            (run / "model.safetensors").write_bytes(left)
+    (run / "model.safetensors").unlink()
+    for _ in range(2):
         assert command("image_train", *again) == 0
         assert (run / "model.safetensors").read_bytes() == exported
+        (run / "model.safetensors").write_bytes(exported[:1000])
 
 
 def test_a_resumed_classifier_exports_the_same_bytes(command, folder, tmp_path):
-    flags = [
-        *EXTRACTOR,
-        *words("--log_interval 1 --save_interval 1 --ema_rate 0.9"),
-        "--data_dir",
-        folder,
-        "--save_dir",
-    ]
+    flags = [*EXTRACTOR, *words("--log_interval 1 --save_interval 1 --ema_rate 0.9 --data_dir"), folder, "--save_dir"]
     command("classifier_train", *flags, tmp_path / "a", "--iterations", 2)
     for iterations in (1, 2):
         command("classifier_train", *flags, tmp_path / "b", "--iterations", iterations, "--resume", "auto")
@@ -346,13 +301,12 @@ def test_the_same_model_exports_the_same_bytes():
     assert {name: value.tolist() for name, value in load(first).items()} == {"a": [0, 1, 2, 3], "b": [1, 1, 1]}
 
 
-@pytest.mark.parametrize("sides", ["4", "2, 4"])
-def test_a_flag_spelt_in_another_way_is_the_same_flag(command, folder, tmp_path, sides):
+def test_a_flag_spelt_in_another_way_is_the_same_flag(command, folder, tmp_path):
     """The network of 8 pixels and two levels has no map of 2 pixels; 32,64 channels are those of 1,2."""
     flags = words("--image_size 8 --num_channels 32 --num_res_blocks 1 --num_heads 1 --ema_rate 0.9 --batch_size 1")
     flags += words("--device cpu --log_interval 1 --data_dir")
     base = [*flags, folder, "--save_dir", tmp_path, "--resume", "auto"]
-    for iteration, mult in enumerate(("1,2", "1.0,2.0", "1, 2", ""), 1):
+    for iteration, (mult, sides) in enumerate([("1,2", "4"), ("1.0, 2.0", "2, 4"), ("", "")], 1):
         spelt = ["--channel_mult", mult, "--attention_resolutions", sides] if mult else []
         command("image_train", *base, *spelt, "--iterations", iteration)
     with pytest.raises(InputError) as error:
@@ -369,25 +323,16 @@ def test_an_average_is_found_however_its_rate_is_spelt(resume, run, caplog):
     assert all((moved[name] - value).abs().max() < 0.01 for name, value in expected.items())
 
 
-def test_time_left_is_logged_without_a_terminal(resume, caplog):
-    with caplog.at_level(logging.INFO):
-        resume("--iterations", 20)
-    assert "step 3 of 20: loss" in caplog.text and " s left" in caplog.text
-
-
 # ---- damaged files --------------------------------------------------------------------------------------------------
 
 
-NESTED = "[" * 100_000
 DAMAGED = [
-    ("train.json", b""), ("train.json", b'{"model": 3}'), ("train.json", NESTED.encode()), ("train.json", b"[]"),
-    ("train.json", b'{"model": {}, "classes": [1, 2]}'), ("train.json", b'{"model": {"no_such_flag": 1}}'),
-    ("train.json", b'{"model": {"image_size": "eight"}}'), ("train.json", b'{"model": {"channel_mult": {}}}'),
+    ("train.json", b""), ("train.json", b"[" * 100_000), ("train.json", b'{"model": {}, "classes": [1, 2]}'),
+    ("train.json", b'{"model": {"no_such_flag": 1}}'), ("train.json", b'{"model": {"image_size": "eight"}}'),
     ("train.json", b'{"model": {}, "flags": [1]}'), ("train.json", b'{"model": {"image_size": 1e308}}'),
     ("progress.csv", b"\xff\xfe\0\0"), ("progress.csv", b"a,b\n1,2\n"), ("progress.csv", b"step,step\n1,2\n"),
-    ("progress.csv", b'step,loss\n"' + b"x" * 200_000),
-    *((name, data) for name in ("model000002.pt", "opt000002.pt", "ema_0.9_000002.pt")
-      for data in (b"", b"PK\3\4", b"\x80\2" + b"]" * 5000 + b".", NESTED.encode())),
+    *((name, b"PK\3\4") for name in ("model000002.pt", "opt000002.pt", "ema_0.9_000002.pt")),
+    ("opt000002.pt", b"\x80\2" + b"]" * 5000 + b"."),
 ]  # fmt: skip
 
 
@@ -402,8 +347,8 @@ def test_a_damaged_file_is_named_in_one_line(resume, run, name, data):
     assert not (run / "model000003.pt").exists()
 
 
-@pytest.mark.parametrize("name", ["train.json", "progress.csv", "opt000002.pt", "model000002.pt", "ema_0.9_000002.pt"])
 @pytest.mark.parametrize("put", [os.mkdir, os.mkfifo], ids=["folder", "fifo"])
+@pytest.mark.parametrize("name", ["train.json", "progress.csv", "opt000002.pt"])
 def test_something_else_in_the_place_of_a_file(resume, run, name, put):
     (run / name).unlink()
     put(run / name)
@@ -411,15 +356,7 @@ def test_something_else_in_the_place_of_a_file(resume, run, name, put):
         resume()
 
 
-@pytest.mark.parametrize("rows", ["3,1\n", "2\n", "2,1,5\n", "x,1\n", "9" * 5000 + ",1\n", "2,1\n2,"])
-def test_rows_that_a_kill_or_an_editor_left_are_dropped(tmp_path, rows):
-    (tmp_path / "progress.csv").write_text("step,loss\n1,0.5\n" + rows)
-    ProgressLog(str(tmp_path), 2).write({"step": 3, "loss": 0.25})
-    text = (tmp_path / "progress.csv").read_text()
-    assert text.startswith("step,loss\n1,0.5\n") and text.endswith("\n3,0.25\n") and len(text) < 100
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_flipped_bit_in_an_optimizer_file_is_found(finished, tmp_path, data):
     loop, _ = make_loop(None, tmp_path, images=[0])
@@ -438,34 +375,19 @@ def test_a_flipped_bit_in_an_optimizer_file_is_found(finished, tmp_path, data):
             assert all(torch.equal(value, found[number][name]) for name, value in entries.items())
 
 
-def change(content, *keys, value):
-    content = copy.deepcopy(content)
-    place = content
-    for key in keys[:-1]:
-        place = place[key]
-    place[keys[-1]] = value
-    return content
-
-
 OTHERS = {
     "moments of another shape": (("state", 0, "exp_avg"), torch.zeros(1)),
-    "moments in half": (("state", 1, "exp_avg"), "half"),
     "a sparse moment": (("state", 0, "exp_avg"), torch.zeros(3, 3).to_sparse()),
     "no moment": (("state", 0), {"step": torch.tensor(1.0)}),
     "a parameter too many": (("state", 999), {}),
-    "NaN": (("state", 0, "exp_avg"), "nan"),
-    "a negative square": (("state", 0, "exp_avg_sq"), "negative"),
+    "NaN": (("state", 0, "exp_avg"), lambda like: torch.full_like(like, float("nan"))),
+    "a negative square": (("state", 0, "exp_avg_sq"), lambda like: torch.full_like(like, -1.0)),
     "a negative step": (("state", 0, "step"), torch.tensor(-5.0)),
-    "a text as step": (("state", 0, "step"), "2"),
-    "state as list": (("state",), [1]),
-    "no groups": (("param_groups",), []),
-    "parameters in another order": (("param_groups", 0, "params"), "reversed"),
+    "parameters in another order": (("param_groups", 0, "params"), lambda numbers: numbers[::-1]),
     "groups of texts": (("param_groups",), ["x"]),
     "train as text": (("train",), "x"),
     "negative samples": (("train", "samples"), -3),
-    "samples as text": (("train", "samples"), "many"),
     "totals of another shape": (("train", "totals"), {"loss": torch.zeros(2)}),
-    "totals as number": (("train", "totals"), 5),
 }
 
 
@@ -473,14 +395,9 @@ OTHERS = {
 def test_an_optimizer_file_of_another_network_is_refused(resume, run, keys, value):
     path = run / "opt000002.pt"
     content = torch.load(path, weights_only=True)
-    first = content["state"][0]["exp_avg"]
-    value = {
-        "half": content["state"][1]["exp_avg"].half(),
-        "nan": torch.full_like(first, float("nan")),
-        "negative": torch.full_like(first, -1.0),
-        "reversed": content["param_groups"][0]["params"][::-1],
-    }.get(value, value) if isinstance(value, str) and keys[-1] != "step" else value  # fmt: skip
-    torch.save(change(content, *keys, value=value), path)
+    place = functools.reduce(operator.getitem, keys[:-1], content)
+    place[keys[-1]] = value(place[keys[-1]]) if callable(value) else value
+    torch.save(content, path)
     with pytest.raises(InputError, match=r"opt000002\.pt"):
         resume()
 
@@ -492,8 +409,9 @@ def test_state_of_a_schedule_sampler_of_another_process_is_refused(command, fold
     path = tmp_path / "opt000001.pt"
     content = torch.load(path, weights_only=True)
     table = content["train"]["schedule_sampler"]["losses"]
-    for wrong in (table[:5], table.float(), [1], torch.full_like(table, float("nan"))):
-        torch.save(change(content, "train", "schedule_sampler", "losses", value=wrong), path)
+    for wrong in (table[:5], torch.full_like(table, float("nan"))):
+        content["train"]["schedule_sampler"]["losses"] = wrong
+        torch.save(content, path)
         with pytest.raises(InputError, match="schedule_sampler"):
             command("image_train", *base, "--iterations", 2, "--resume", "auto")
 
@@ -574,22 +492,9 @@ def test_tensorboard_that_fails_is_left_out(tmp_path, caplog, monkeypatch):
 # ---- images, processes, devices -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_read_is_one_line_also_from_a_loader(command, folder, tmp_path, workers):
-    data = shutil.copytree(folder, tmp_path / "data")
-    (data / "cat" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    flags = [*SMALL, "--iterations", 9, "--cache", "none", "--num_workers", workers]
-    with pytest.raises(InputError, match=r"0\.png") as error:
-        command("image_train", "--data_dir", data, "--save_dir", tmp_path / "out", *flags)
-    assert "Traceback" not in str(error.value) and len(str(error.value)) < 300
-
-
 @pytest.mark.parametrize("raised, parameter", [
     (torch.OutOfMemoryError("CUDA out of memory"), "batch_size"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory"), "batch_size"),
-    (MemoryError(), "batch_size"),
-    (RuntimeError("could not create a primitive"), "batch_size"),
-    (RuntimeError("can't start new thread"), "batch_size"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), None),
 ])  # fmt: skip
 def test_what_pytorch_raises_for_the_machine_is_one_line(folder, tmp_path, raised, parameter):
@@ -614,10 +519,9 @@ class NoFloat64(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment", "lognormal"])
-@pytest.mark.parametrize("weighting", [None, {"p2_gamma": 1.0}])
-def test_a_step_computes_nothing_in_float64(folder, tmp_path, sampler, weighting):
-    loop, _ = make_loop(folder, tmp_path, batch_size=2, schedule_sampler=sampler, weighting=weighting)
+@pytest.mark.parametrize("sampler", ["loss-second-moment", "lognormal"])
+def test_a_step_computes_nothing_in_float64(folder, tmp_path, sampler):
+    loop, _ = make_loop(folder, tmp_path, batch_size=2, schedule_sampler=sampler, weighting={"p2_gamma": 1.0})
     numbers = np.arange(2)
     loop.train_step(numbers, *next(loop.images.batches(iter([numbers]), "cpu")))
     with NoFloat64():

@@ -183,21 +183,10 @@ with process_group(ranks, device):
             torch.testing.assert_close(shared[name], joint[name], rtol=1e-4, atol=1e-6)
 
 
-def test_extractor_of_two_domains_trains_measures_and_loads(folder, tmp_path):
+def test_extractor_of_two_domains_trains_measures_and_loads(command, folder, tmp_path):
     domains = f"{folder}/dark,{folder}/bright"
     flags = [*EXTRACTOR, *words("--iterations 40 --eval_interval 20 --log_interval 20 --lr 1e-3")]
-    finish(
-        start(
-            "scripts/classifier_train.py",
-            "--domains",
-            domains,
-            "--val_domains",
-            domains,
-            "--save_dir",
-            tmp_path,
-            *flags,
-        )
-    )
+    command("classifier_train", "--domains", domains, "--val_domains", domains, "--save_dir", tmp_path, *flags)
     last = losses_by_step(tmp_path)[-1]
     assert float(last["val_acc_q0"]) > 0.9 and float(last["val_acc_q0"]) >= float(last["val_acc_q3"])
     encoder, info = load_model(tmp_path / "model.safetensors")
@@ -241,57 +230,6 @@ def refused(command):
     return run
 
 
-@pytest.mark.parametrize(
-    "flags, parameter, text",
-    [
-        ("", "data_dir", "folder of training images"),
-        ("--data_dir nowhere", "data_dir", "no such file"),
-        ("--data_dir {folder} --batch_size 0", "batch_size", "from 1 to"),
-        ("--data_dir {folder} --microbatch 0", "microbatch", "-1 for the whole batch"),
-        ("--data_dir {folder} --lr -1", "lr", "above 0"),
-        ("--data_dir {folder} --lr nan", "lr", "finite"),
-        ("--data_dir {folder} --ema_rate 0.9,1.5", "ema_rate", "below 1"),
-        ("--data_dir {folder} --ema_rate 0.99999999999999999999", "ema_rate", "below 1"),
-        ("--data_dir {folder} --precision fp8", "precision", "fp32, bf16, fp16 or auto"),
-        ("--data_dir {folder} --use_fp16 True --precision bf16", "precision", "use_fp16"),
-        ("--data_dir {folder} --p2_gamma 1 --min_snr_gamma 5", "p2_gamma", "min_snr_gamma"),
-        ("--data_dir {folder} --p2_gamma inf", "p2_gamma", "finite"),
-        ("--data_dir {folder} --p2_gamma 1 --use_kl True", "p2_gamma", "use_kl"),
-        ("--data_dir {folder} --p2_gamma 1 --predict_xstart True", "p2_gamma", "predict_xstart"),
-        ("--data_dir {folder} --schedule_sampler often", "schedule_sampler", "uniform"),
-        ("--data_dir {folder} --sigma_std 0", "sigma_std", "above 0"),
-        ("--data_dir {folder} --sigma_mean nan", "sigma_mean", "finite"),
-        ("--data_dir {folder} --cache disk", "cache", "memory"),
-        ("--data_dir {folder} --device cuda:77", "device", "cannot be used"),
-        ("--data_dir {folder} --export model.pt", "export", ".safetensors"),
-        ("--data_dir {folder} --resume maybe", "resume", "auto"),
-        ("--data_dir {folder} --resume_checkpoint missing.pt", None, "missing.pt does not exist"),
-        ("--data_dir {folder} --sample_interval 1 --sample_respacing ddim400", "sample_respacing", "stride"),
-        ("--data_dir {folder} --num_channels 40", None, "do not go together"),
-        ("--data_dir {folder} --image_size -8", "image_size", "from 1 to"),
-        ("--data_dir {folder} --image_size 9 --channel_mult 1,2,2", "image_size", "a multiple of 4, like 8 or 12"),
-        ("--data_dir {folder} --num_channels 1000000", "num_channels", "from 1 to"),
-        ("--data_dir {folder} --channel_mult 1e300", "channel_mult", "like 1,2,4"),
-        ("--data_dir {folder} --num_samples 100000000", "num_samples", "from 1 to"),
-        ("--data_dir {folder} --save_dir {folder}/out", "save_dir", "training images"),
-    ],
-)
-def test_flags_that_do_not_fit(refused, folder, tmp_path, flags, parameter, text):
-    given = flags.format(folder=folder).split()
-    save_dir = [] if "--save_dir" in given else ["--save_dir", tmp_path / "out"]
-    error = refused("image_train", *MODEL, *given, *save_dir)
-    assert error.parameter == parameter and text in str(error)
-
-
-def test_a_refused_command_prints_one_line_in_flags(folder, tmp_path):
-    process = start(
-        "scripts/image_train.py", "--data_dir", folder, "--save_dir", tmp_path, "--image_size", "100",
-        "--channel_mult", "1,2,2,2", "--device", "cpu",
-    )  # fmt: skip
-    lines = finish(process, 2).splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: --image_size is 100; ") and "--channel_mult" in lines[0]
-
-
 def test_another_run_is_not_overwritten_and_its_flags_are_kept(refused, folder, undisturbed):
     base = ["--data_dir", folder, "--save_dir", undisturbed]
     error = refused("image_train", *base)
@@ -303,33 +241,45 @@ def test_another_run_is_not_overwritten_and_its_flags_are_kept(refused, folder, 
     assert refused("image_train", *base, *exported).parameter == "save_dir"
 
 
-def test_kinds_of_models_are_not_mixed_up(refused, folder, undisturbed, tmp_path):
-    domains = ["--domains", f"{folder}/dark,{folder}/bright", "--save_dir", tmp_path]
-    error = refused("classifier_train", *domains, "--resume_checkpoint", undisturbed / "model.safetensors")
-    assert "is a diffusion model, and a classifier is to be trained" in str(error)
+IMAGES = [  # a flag for each check of the options, the data and the network
+    ("", "data_dir", "folder of training images"),
+    ("--data_dir nowhere", "data_dir", "no such file"),
+    ("--data_dir {folder} --microbatch 0", "microbatch", "-1 for the whole batch"),
+    ("--data_dir {folder} --lr nan", "lr", "finite"),
+    ("--data_dir {folder} --ema_rate 0.9,1.5", "ema_rate", "below 1"),
+    ("--data_dir {folder} --precision fp8", "precision", "fp32, bf16, fp16 or auto"),
+    ("--data_dir {folder} --use_fp16 True --precision bf16", "precision", "use_fp16"),
+    ("--data_dir {folder} --p2_gamma 1 --min_snr_gamma 5", "p2_gamma", "min_snr_gamma"),
+    ("--data_dir {folder} --p2_gamma 1 --use_kl True", "p2_gamma", "use_kl"),
+    ("--data_dir {folder} --p2_gamma 1 --predict_xstart True", "p2_gamma", "predict_xstart"),
+    ("--data_dir {folder} --device cuda:77", "device", "cannot be used"),
+    ("--data_dir {folder} --export model.pt", "export", ".safetensors"),
+    ("--data_dir {folder} --resume_checkpoint missing.pt", None, "missing.pt does not exist"),
+    ("--data_dir {folder} --sample_interval 1 --sample_respacing ddim400", "sample_respacing", "stride"),
+    ("--data_dir {folder} --num_channels 40", None, "do not go together"),
+    ("--data_dir {folder} --image_size 9 --channel_mult 1,2,2", "image_size", "a multiple of 4, like 8 or 12"),
+    ("--data_dir {folder} --channel_mult 1e300", "channel_mult", "like 1,2,4"),
+    ("--data_dir {folder} --num_channels 16384 --num_res_blocks 64", None, "memory"),
+    ("--data_dir {folder} --save_dir {folder}/out", "save_dir", "training images"),
+    ("--data_dir {folder} --save_dir /proc/none", "save_dir", "cannot be written"),
+]
+TWO = "--domains {folder}/dark,{folder}/bright"
+CLASSIFIERS = [
+    ("", "data_dir", "folder per class"),
+    ("--data_dir {folder} --domains a,b", "data_dir", "domains"),
+    ("--domains {folder}/dark", "domains", "two folders or more"),
+    ("--domains {folder}/dark,{folder}", "domains", "would belong to both"),
+    (f"{TWO} --val_data_dir a", "val_data_dir", "domains"),
+    (f"{TWO} --val_domains {{folder}}/dark,{{folder}}/bright,x", "val_domains", "2 folders"),
+    (f"{TWO} --classifier_pool max", None, "pool is 'max'"),
+    (f"{TWO} --resume_checkpoint {{model}}", None, "is a diffusion model, and a classifier is to be trained"),
+]
 
 
-@pytest.mark.parametrize(
-    "flags, parameter, text",
-    [
-        ("", "data_dir", "folder per class"),
-        ("--data_dir {folder} --domains a,b", "data_dir", "domains"),
-        ("--domains {folder}/dark", "domains", "two folders or more"),
-        ("--domains {folder}/dark,{folder}/gone", "domains", "no such file or folder"),
-        ("--domains {folder}/dark,{folder}/dark", "domains", "would belong to both"),
-        ("--domains {folder}/dark,{folder}", "domains", "would belong to both"),
-        ("--data_dir {folder} --val_domains a,b", "val_domains", "data_dir"),
-        ("--domains {folder}/dark,{folder}/bright --val_data_dir a", "val_data_dir", "domains"),
-        (
-            "--domains {folder}/dark,{folder}/bright --val_domains {folder}/dark,{folder}/bright,x",
-            "val_domains",
-            "2 folders",
-        ),
-        ("--data_dir {folder}/dark", None, "before the first underscore"),
-        ("--data_dir {folder} --image_size 100 --channel_mult 1,2,2,2", "image_size", "multiple of 8"),
-        ("--data_dir {folder} --classifier_pool max", None, "pool is 'max'"),
-    ],
-)
-def test_flags_of_the_classifier_that_do_not_fit(refused, folder, tmp_path, flags, parameter, text):
-    error = refused("classifier_train", *flags.format(folder=folder).split(), "--save_dir", tmp_path / "out")
+@pytest.mark.parametrize("flags, parameter, text", [*IMAGES, *CLASSIFIERS])
+def test_flags_that_do_not_fit(refused, folder, undisturbed, tmp_path, flags, parameter, text):
+    given = flags.format(folder=folder, model=undisturbed / "model.safetensors").split()
+    save_dir = [] if "--save_dir" in given else ["--save_dir", tmp_path / "out"]
+    script = ["image_train", *MODEL] if (flags, parameter, text) in IMAGES else ["classifier_train"]
+    error = refused(*script, *given, *save_dir)
     assert error.parameter == parameter and text in str(error)

@@ -31,15 +31,6 @@ def command(monkeypatch):
 # ---- data sets ------------------------------------------------------------------------------------------------------
 
 
-def test_classes_that_are_numbers_sort_as_numbers(tmp_path):
-    for name, i in itertools.product(("10", "2", "0", "b10", "b9"), range(2)):
-        draw(tmp_path / name / f"{i}.png")
-    references = list_images(str(tmp_path))
-    labels, names = class_labels(references)
-    assert names == ["0", "2", "10", "b9", "b10"]
-    assert [names[label] for label in labels] == [reference.name.split("/")[0] for reference in references]
-
-
 def test_a_run_that_numbered_its_classes_as_texts_resumes_with_them(command, tmp_path):
     for name, i in itertools.product(("10", "2"), range(2)):
         draw(tmp_path / "data" / name / f"{i}.png")
@@ -64,16 +55,15 @@ def test_labels_of_dataset_json_count_and_not_its_buckets(tmp_path, packed):
     references = list_images(str(tmp_path / ("set.zip" if packed else "set")))
     found, names = class_labels(references)
     assert names == ["2", "10"] and found.tolist() == [1, 0, 1, 0]
-    for workers in (0, 2):
-        images = TrainImages(references, 8, labels=found, cache="none", num_workers=workers)
-        x, y = next(images.batches(iter([np.arange(4)]), "cpu"))
-        assert torch.equal(x, next(plain.batches(iter([np.arange(4)]), "cpu"))[0])
-        assert y.tolist() == found[images.indices(np.arange(4))].tolist()
+    images = TrainImages(references, 8, labels=found, cache="none", num_workers=2)
+    x, y = next(images.batches(iter([np.arange(4)]), "cpu"))
+    assert torch.equal(x, next(plain.batches(iter([np.arange(4)]), "cpu"))[0])
+    assert y.tolist() == found[images.indices(np.arange(4))].tolist()
 
 
 @pytest.mark.parametrize("text, said", [
     ('{"labels": null}', "has no class"), ('{"labels": [["a/0.png", 1]]}', "has no class"),
-    ('{"labels": [["a/0.png", [1, 0]]]}', "dataset.json"), ("[", "dataset.json"), ('{"x": 1}', "dataset.json"),
+    ('{"labels": [["a/0.png", [1, 0]]]}', "dataset.json"),
 ])  # fmt: skip
 def test_a_dataset_json_without_labels_is_one_line(tmp_path, text, said):
     for i in range(2):
@@ -109,12 +99,13 @@ def test_a_damaged_picture_late_in_training_loses_no_step(folder, tmp_path, work
     with open(references[last].path, "wb") as file:
         file.write(b"\x89PNG\r\n\x1a\nnothing")
     loop, _ = make_loop(data, tmp_path / "run", images=images, batch_size=2, iterations=6)
-    with pytest.raises(InputError, match=f"{references[last].name}: .*skip_damaged"):
+    with pytest.raises(InputError, match=f"{references[last].name}: .*skip_damaged") as error:
         loop.run()
+    assert "Traceback" not in str(error.value)  # of a loader process
     assert files.saved_steps(str(tmp_path / "run")) == [3]
 
 
-@pytest.mark.parametrize("cache, workers", [("memory", 0), ("none", 0), ("none", 2)])
+@pytest.mark.parametrize("cache, workers", [("memory", 0), ("none", 2)])
 def test_skipped_pictures_are_replaced_by_their_class_and_counted(folder, tmp_path, caplog, cache, workers):  # noqa: F811
     data = shutil.copytree(folder, tmp_path / "data")
     for name in ("cat/0.png", "dog/7.png"):
@@ -244,17 +235,17 @@ def test_the_first_ten_steps_are_logged(folder, tmp_path, caplog):  # noqa: F811
     with caplog.at_level(logging.INFO):
         loop.run()
     steps = [int(row["step"]) for row in files.ProgressLog(str(tmp_path), 99).rows]
-    assert steps == [*range(1, 11), 13] and "step 1 of 14: loss" in caplog.text
+    assert steps == [*range(1, 11), 13] and "step 1 of 14: loss" in caplog.text and " s left" in caplog.text
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:-1", "cuda:x", "meta", "xla", "privateuseone", "hpu", "vulkan", ""])
+@pytest.mark.parametrize("device", ["gpu", "cuda:-1", "meta", ""])
 def test_unknown_devices_are_one_line(device):
     with pytest.raises(InputError) as error:
         runtime.pick_device(device)
     assert error.value.parameter == "device"
 
 
-@pytest.mark.parametrize("port", ["", "x", "70000", "-1", "0", "1e3"])
+@pytest.mark.parametrize("port", ["", "70000", "1e3"])
 def test_odd_ports_are_one_line(monkeypatch, port):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, value)
