@@ -72,7 +72,8 @@ def ranks() -> Ranks:
             continue
         if rank == "PMI_RANK" and (env[rank], env[size]) == (env.get("SLURM_PROCID"), env.get("SLURM_STEP_NUM_TASKS")):
             continue  # srun speaks PMI for programs that want MPI; this one does not
-        found = Ranks(*(_variable(name, 0, 0, 1 << 20) for name in (rank, size, local)), launcher)
+        number, count, place = (_variable(name, 0, 0, 1 << 20) for name in (rank, size, local))
+        found = Ranks(number, count, place, launcher)
         stale = f"; started without {launcher}, unset {rank} and {size}"
         if not 0 <= found.rank < found.world_size:
             raise InputError(f"the environment has {rank}={env[rank]}, which is no rank of {size}={env[size]}{stale}")

@@ -1,9 +1,8 @@
 """Key-value logging with guided-diffusion's interface: rows of numbers as tables, CSV, JSON lines and TensorBoard.
 
-`logkv("loss", x)` notes a value, `dumpkvs()` writes the row. `configure` sets the folder, by default OPENAI_LOGDIR or a
-new temporary one, and the formats, by default OPENAI_LOG_FORMAT: `stdout`, `log` (log.txt), `csv` (progress.csv),
-`json` (progress.json, an object per line) and `tensorboard` (the folder tb). Ranks above 0 write the formats of
-OPENAI_LOG_FORMAT_MPI, by default log.txt, with "-rankNNN" in the names.
+`logkv("loss", x)` notes a value, `dumpkvs()` writes the row. Formats are `stdout`, `log` (log.txt), `csv`
+(progress.csv), `json` (progress.json, an object per line) and `tensorboard` (the folder tb); by default those of the
+environment variable OPENAI_LOG_FORMAT, in ranks above 0 of OPENAI_LOG_FORMAT_MPI, with "-rankNNN" in the names.
 """
 
 import contextlib
@@ -27,23 +26,7 @@ from .run.files import write_text
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
 
-class KVWriter:
-    """A format that takes rows."""
-
-    def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        """Write a row of values by name."""
-        raise NotImplementedError
-
-
-class SeqWriter:
-    """A format that takes messages."""
-
-    def writeseq(self, seq: Iterable[str]) -> None:
-        """Write the parts of a message as one line."""
-        raise NotImplementedError
-
-
-class HumanOutputFormat(KVWriter, SeqWriter):
+class HumanOutputFormat:
     """Messages and rows as tables, in a file (a path) or on a stream."""
 
     def __init__(self, filename_or_file: str | TextIO) -> None:
@@ -51,14 +34,12 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         self.file: Any = _open(filename_or_file, "a") if isinstance(filename_or_file, str) else filename_or_file
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        cells = {_cut(key): _cut(f"{value:<8.3g}" if _is_number(value) else str(value)) for key, value in kvs.items()}
-        if not cells:
-            return
+        texts = {key: f"{value:<8.3g}" if hasattr(value, "__float__") else str(value) for key, value in kvs.items()}
+        cells = {_cut(key): _cut(text) for key, text in texts.items()}
         width, value_width = max(map(len, cells)), max(map(len, cells.values()))
         rule = "-" * (width + value_width + 7)
         rows = [f"| {key:<{width}} | {cells[key]:<{value_width}} |" for key in sorted(cells, key=str.lower)]
-        self.file.write("\n".join([rule, *rows, rule]) + "\n")
-        self.file.flush()
+        self.writeseq(["\n".join([rule, *rows, rule])])
 
     def writeseq(self, seq: Iterable[str]) -> None:
         self.file.write(" ".join(seq) + "\n")
@@ -69,7 +50,7 @@ class HumanOutputFormat(KVWriter, SeqWriter):
             self.file.close()
 
 
-class JSONOutputFormat(KVWriter):
+class JSONOutputFormat:
     """A row as one JSON object a line."""
 
     def __init__(self, filename: str) -> None:
@@ -83,26 +64,19 @@ class JSONOutputFormat(KVWriter):
         self.file.close()
 
 
-class CSVOutputFormat(KVWriter):
-    """Rows as CSV; a name that comes up later adds a column, which is empty in the rows above.
-
-    Rows that the file already has are kept, so the table of a resumed run continues.
-    """
+class CSVOutputFormat:
+    """Rows as CSV. A new name adds a column, empty in the rows above; a resumed run continues its table."""
 
     def __init__(self, filename: str) -> None:
         self.filename = filename
-        with _open(self.filename, "a"):  # a run without rows has a file, too
-            pass
-        self.keys: list[str] = next(self._rows(), [])
-
-    def _rows(self) -> Iterator[list[str]]:
-        with _open(self.filename, "r") as file:
-            yield from csv.reader(file)
+        with _open(self.filename, "a+") as file:  # a run without rows has a file, too
+            file.seek(0)
+            self.keys: list[str] = next(csv.reader(file), [])
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        new = sorted(key for key in kvs if key not in self.keys)
-        if new:
-            rows = list(self._rows())[1:]
+        if new := sorted(key for key in kvs if key not in self.keys):
+            with _open(self.filename, "r") as file:
+                rows = list(csv.reader(file))[1:]
             self.keys += new
             table = io.StringIO()
             csv.writer(table, lineterminator="\n").writerows([self.keys, *(row + [""] * len(new) for row in rows)])
@@ -112,17 +86,17 @@ class CSVOutputFormat(KVWriter):
             csv.writer(file, lineterminator="\n").writerow(row)
 
     def close(self) -> None:
-        """Nothing is left open."""
+        """Do nothing: no file is left open."""
 
 
-class TensorBoardOutputFormat(KVWriter):
+class TensorBoardOutputFormat:
     """Numbers as TensorBoard's scalars; the step is the row's number, as in guided-diffusion."""
 
     def __init__(self, dir: str) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            reason = "tensorboard needs its package (pip install tensorboard)"
+            reason = "it needs a package (pip install tensorboard)"
             raise InputError(reason, parameter="format_strs", value="tensorboard") from None
         self.writer, self.step = SummaryWriter(dir), 1
 
@@ -139,10 +113,6 @@ class TensorBoardOutputFormat(KVWriter):
 
 def _open(path: str, mode: str) -> Any:
     return open(path, mode, encoding="utf-8", errors="backslashreplace", newline="")
-
-
-def _is_number(value: Any) -> bool:
-    return hasattr(value, "__float__")
 
 
 def _plain(value: Any) -> Any:
@@ -165,18 +135,11 @@ FORMATS: dict[str, Callable[[str, str], Any]] = {
 }
 
 
-def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Any:
-    """The writer of that name in a folder; raises InputError for an unknown one."""
-    if format not in FORMATS:
-        raise InputError(fitting(format, list(FORMATS)), parameter="format_strs", value=format)
-    os.makedirs(ev_dir, exist_ok=True)
-    return FORMATS[format](ev_dir, log_suffix)
-
-
 class Logger:
-    """Collects values and writes them to formats; CURRENT is the one that the module's functions use.
+    """Values of the next row, and the formats that rows and messages go to.
 
-    comm: an mpi4py communicator over which rows are averaged, or None.
+    The module's functions use CURRENT; DEFAULT is what `reset` goes back to. comm: an mpi4py communicator over which
+    rows are averaged, or None.
     """
 
     DEFAULT: "Logger | None" = None
@@ -199,31 +162,19 @@ class Logger:
         self.name2cnt[key] = count + 1
 
     def dumpkvs(self) -> dict[str, Any]:
-        row = dict(self.name2val) if self.comm is None else mpi_weighted_mean(self.comm, self._weighted())
+        row = dict(self.name2val)
+        if self.comm is not None:
+            row = mpi_weighted_mean(self.comm, {name: (row[name], self.name2cnt.get(name, 1)) for name in row})
         for output in self.output_formats if row else ():
-            if isinstance(output, KVWriter):
-                output.writekvs(row)
+            output.writekvs(row)
         self.name2val.clear()
         self.name2cnt.clear()
         return row
 
-    def _weighted(self) -> dict[str, tuple[Any, int]]:
-        return {name: (value, self.name2cnt.get(name, 1)) for name, value in self.name2val.items()}
-
     def log(self, *args: Any, level: int = INFO) -> None:
-        if self.level <= level:
-            for output in self.output_formats:
-                if isinstance(output, SeqWriter):
-                    output.writeseq(map(str, args))
-
-    def set_level(self, level: int) -> None:
-        self.level = level
-
-    def set_comm(self, comm: Any) -> None:
-        self.comm = comm
-
-    def get_dir(self) -> str | None:
-        return self.dir
+        for output in self.output_formats if self.level <= level else ():
+            if isinstance(output, HumanOutputFormat):
+                output.writeseq(map(str, args))
 
     def close(self) -> None:
         for output in self.output_formats:
@@ -232,41 +183,39 @@ class Logger:
 
 def mpi_weighted_mean(comm: Any, local_name2valcount: dict[str, tuple[Any, int]]) -> dict[str, float]:
     """Means of {name: (value, count)} over the ranks of an mpi4py communicator, on rank 0; elsewhere nothing."""
-    gathered = comm.gather(local_name2valcount)
-    if comm.rank != 0:
-        return {}
-    sums: dict[str, float] = defaultdict(float)
-    counts: dict[str, float] = defaultdict(float)
-    for row in gathered:
-        for name, (value, count) in row.items():
-            with contextlib.suppress(TypeError, ValueError):  # a text has no mean
-                sums[name] += float(value) * count
-                counts[name] += count
+    sums, counts = defaultdict(float), defaultdict(float)
+    for name, (value, count) in (item for row in comm.gather(local_name2valcount) or () for item in row.items()):
+        with contextlib.suppress(TypeError, ValueError):  # a text has no mean
+            sums[name] += float(value) * count
+            counts[name] += count
     return {name: sums[name] / counts[name] for name in counts}
 
 
 def configure(
-    dir: str | None = None,
-    format_strs: Iterable[str] | None = None,
-    comm: Any = None,
-    log_suffix: str = "",
+    dir: str | None = None, format_strs: Iterable[str] | None = None, comm: Any = None, log_suffix: str = ""
 ) -> None:
-    """Write to the folder `dir` from now on; see the module. Ranks are those of torchrun, mpiexec or Slurm."""
+    """Write to the folder `dir` from now on, by default OPENAI_LOGDIR of the environment or a new temporary folder.
+
+    format_strs: see the module. comm: see `Logger`. Raises InputError for an unknown format, and for a folder that
+    cannot be written.
+    """
     from .dist_util import ranks
 
-    dir = dir or os.getenv("OPENAI_LOGDIR")
-    if dir is None:
-        dir = os.path.join(tempfile.gettempdir(), datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f"))
-    dir = os.path.expanduser(dir)
+    stamp = datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f")
+    dir = os.path.expanduser(dir or os.getenv("OPENAI_LOGDIR") or os.path.join(tempfile.gettempdir(), stamp))
     rank = ranks().rank
     if rank:
         log_suffix += f"-rank{rank:03d}"
     if format_strs is None:
         variable, default = ("OPENAI_LOG_FORMAT_MPI", "log") if rank else ("OPENAI_LOG_FORMAT", "stdout,log,csv")
         format_strs = os.getenv(variable, default).split(",")
+    names = list(filter(None, format_strs))
+    for name in names:
+        if name not in FORMATS:
+            raise InputError(fitting(name, list(FORMATS)), parameter="format_strs", value=name)
     try:
         os.makedirs(dir, exist_ok=True)
-        outputs = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
+        outputs = [FORMATS[name](dir, log_suffix) for name in names]
     except OSError as error:
         raise InputError(f"it cannot be written: {error.strerror or error}", parameter="dir", value=dir) from None
     Logger.CURRENT = Logger(dir, outputs, comm)
@@ -293,9 +242,7 @@ def reset() -> None:
 
 @contextlib.contextmanager
 def scoped_configure(
-    dir: str | None = None,
-    format_strs: Iterable[str] | None = None,
-    comm: Any = None,
+    dir: str | None = None, format_strs: Iterable[str] | None = None, comm: Any = None
 ) -> Iterator[None]:
     """`configure` for the length of a with-block."""
     previous = Logger.CURRENT
@@ -346,11 +293,6 @@ def set_level(level: int) -> None:
     get_current().level = level
 
 
-def set_comm(comm: Any) -> None:
-    """Average rows over an mpi4py communicator."""
-    get_current().comm = comm
-
-
 def get_dir() -> str | None:
     """The folder that is written to."""
     return get_current().dir
@@ -368,17 +310,3 @@ def profile_kv(scopename: str) -> Iterator[None]:
         yield
     finally:
         get_current().name2val[f"wait_{scopename}"] += time.time() - start
-
-
-def profile(n: str) -> Callable[[Callable], Callable]:
-    """A decorator: `profile_kv(n)` around every call."""
-
-    def decorate(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with profile_kv(n):
-                return function(*args, **kwargs)
-
-        return timed
-
-    return decorate

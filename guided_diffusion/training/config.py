@@ -18,12 +18,18 @@ from ..runtime import PRECISIONS
 from ..script_util import classifier_defaults, diffusion_defaults, model_and_diffusion_defaults
 from .data import CACHES
 
-LONGEST_RATE = 16  # characters of an EMA rate, which stands in the names of its files
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """Options that raise InputError when made with a value that does not fit."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Settings of the loop. Raises InputError for a value that does not fit."""
+class TrainConfig(Checked):
+    """Settings of the loop."""
 
     save_dir: str = option("output/train", "folder of the run's files", metavar="DIR", runtime=True)
     batch_size: int = option(1, "images per step and process", least=1, most=1 << 16)
@@ -56,12 +62,12 @@ class TrainConfig:
     export_dtype: str = option("fp16", "precision of the exported weights", choices=("fp16", "fp32"), runtime=True)
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         for parameter, fits, reason in (
             ("save_dir", self.save_dir and "\0" not in self.save_dir, "give a folder"),
             ("microbatch", self.microbatch != 0, "it must be at least 1, or -1 for the whole batch"),
             ("resume", self.resume in ("", "auto"), "it can be auto, or empty"),
-            ("export", not self.export or self.export.endswith(".safetensors"), "the name must end in .safetensors"),
+            ("export", self.export_path().endswith(".safetensors"), "the name must end in .safetensors"),
             ("export", "\0" not in self.export, "it is not a path"),
         ):
             if not fits:
@@ -70,19 +76,14 @@ class TrainConfig:
 
     def ema_rates(self) -> dict[str, float]:
         """Rates by the text that spells them, in the order given."""
-        rates = {}
-        for text in filter(None, (part.strip() for part in self.ema_rate.split(","))):
-            if not re.fullmatch(r"0(\.[0-9]+)?", text) or len(text) > LONGEST_RATE or float(text) >= 1:
-                raise InputError(
-                    f"it is a list of numbers from 0 to below 1, like 0.9999,0.999, of at most {LONGEST_RATE} "
-                    "characters each",
-                    parameter="ema_rate",
-                    value=self.ema_rate,
-                )
-            rates[text] = float(text)
-        if len(rates) > 8:
-            raise InputError("more than 8 averages are not supported", parameter="ema_rate", value=self.ema_rate)
-        return rates
+        texts = [part.strip() for part in self.ema_rate.split(",") if part.strip()]
+        if not all(re.fullmatch(r"0(\.[0-9]{1,14})?", text) for text in texts) or len(texts) > 8:
+            raise InputError(
+                "it is a list of up to 8 numbers from 0 to below 1, like 0.9999,0.999, of at most 14 decimals",
+                parameter="ema_rate",
+                value=self.ema_rate,
+            )
+        return {text: float(text) for text in texts}
 
     def last_step(self) -> int | None:
         """The step after which training ends, or None."""
@@ -110,7 +111,7 @@ def averaging_rate(rate: float, step: int, warmup: bool) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataOptions:
+class DataOptions(Checked):
     """Training images, and how they are read; see `TrainImages`."""
 
     data_dir: str | None = option(
@@ -123,16 +124,13 @@ class DataOptions:
     cache: str = option("auto", "decoded images; auto: on the device, up to 2 GiB", choices=CACHES, runtime=True)
     num_workers: int = option(2, "loader processes, without a cache", least=0, most=256, runtime=True)
 
-    def __post_init__(self) -> None:
-        check(self)
-
     def reading(self) -> dict[str, Any]:
         """Arguments of `TrainImages` that say how images are read."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "data_dir"}
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassOptions:
+class ClassOptions(Checked):
     """Classes of a classifier, and its held-out images."""
 
     domains: str | None = option(
@@ -145,12 +143,9 @@ class ClassOptions:
     noised: bool = option(True, "noised images at random timesteps; False: clean ones at timestep 0")
     random_crop: bool = option(False, "read images 5/4 as large and cut out random windows")
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @dataclasses.dataclass(frozen=True)
-class LossOptions:
+class LossOptions(Checked):
     """Weights of the diffusion loss over the timesteps; see `losses.loss_weights`."""
 
     p2_gamma: float = option(
@@ -159,18 +154,12 @@ class LossOptions:
     p2_k: float = option(1.0, "k of the P2 weighting", above=0)
     min_snr_gamma: float = option(0.0, "min-SNR weighting; 0: none, its paper has 5", least=0)
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @dataclasses.dataclass(frozen=True)
-class SuperResOptions:
+class SuperResOptions(Checked):
     """Input of a super-resolution model."""
 
     small_size: int = option(64, "side of the images to enlarge", least=1, most=1 << 14)
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def check_large(self, large_size: int) -> None:
         """Raise InputError unless images of side large_size are larger."""
@@ -183,25 +172,19 @@ class SuperResOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class GridOptions:
+class GridOptions(Checked):
     """Sample grids that are drawn during training."""
 
     num_samples: int = option(16, "images in a grid", least=1, most=4096, runtime=True)
     sample_respacing: str = option("ddim25", "steps; ddimN samples with DDIM", metavar="STEPS", runtime=True)
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @dataclasses.dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Checked):
     """Device of a run, and guided-diffusion's spelling of its precision."""
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", metavar="NAME", runtime=True)
     use_fp16: bool = option(False, "the same as `precision` fp16", runtime=True)
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,13 +207,14 @@ def precision(run: RunOptions, given: str) -> str:
 
 # Beyond these bounds no machine can train a network, and building one could take hours.
 LARGEST_SIDE = 8192
+_WIDTH, _DEPTH = {"least": 1, "most": 1 << 14}, {"least": 1, "most": 64}
 BOUNDS: dict[str, dict[str, Any]] = {
     "image_size": {"least": 1, "most": LARGEST_SIDE},
-    "num_channels": {"least": 1, "most": 1 << 14},
-    "classifier_width": {"least": 1, "most": 1 << 14},
-    "num_res_blocks": {"least": 1, "most": 64},
-    "classifier_depth": {"least": 1, "most": 64},
-    "num_heads": {"least": 1, "most": 1 << 14},
+    "num_channels": _WIDTH,
+    "classifier_width": _WIDTH,
+    "num_res_blocks": _DEPTH,
+    "classifier_depth": _DEPTH,
+    "num_heads": _WIDTH,
     "num_heads_upsample": {"least": -1, "most": 1 << 14},
     "num_head_channels": {"least": -1, "most": 1 << 14},
     "dropout": {"least": 0, "most": 1},
@@ -244,7 +228,6 @@ HELP = {
     "num_res_blocks": "residual blocks per level",
     "classifier_depth": "residual blocks per level",
     "attention_resolutions": "sides of the feature maps with attention",
-    "classifier_attention_resolutions": "sides of the feature maps with attention",
     "num_heads": "attention heads; `num_head_channels` overrides it",
     "num_heads_upsample": "attention heads of the decoder; -1: as in the encoder",
     "num_head_channels": "channels of an attention head",
@@ -252,9 +235,7 @@ HELP = {
     "class_cond": "condition on classes: folders, dataset.json, or file names up to the first underscore",
     "use_checkpoint": "recompute activations in the backward pass: less memory, a third slower",
     "use_scale_shift_norm": "scale and shift normalised features by the time embedding",
-    "classifier_use_scale_shift_norm": "scale and shift normalised features by the time embedding",
     "resblock_updown": "resample inside residual blocks",
-    "classifier_resblock_updown": "resample inside residual blocks",
     "use_new_attention_order": "split queries, keys and values before the heads",
     "classifier_pool": "pooling of the last feature map: attention, adaptive, spatial or spatial_v2",
     "learn_sigma": "learn the variance of the reverse steps",
@@ -294,16 +275,12 @@ def _optional(name: str, doc: str, defaults: dict[str, Any]) -> type:
         """Options that are not None."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
-    fields = [
-        (
-            parameter,
-            type(default) | None,
-            option(None, f"{HELP.get(parameter, '')} (default {'empty' if default == '' else default})".strip(),
-                   **BOUNDS.get(parameter, {})),
-        )
-        for parameter, default in defaults.items()
-    ]  # fmt: skip
-    cls = dataclasses.make_dataclass(name, fields, frozen=True, namespace={"__post_init__": check, "given": given})
+    fields: list[Any] = []
+    for parameter, default in defaults.items():
+        text = HELP.get(parameter) or HELP.get(parameter.removeprefix("classifier_"), "")
+        help = f"{text} (default {'empty' if default == '' else default})".strip()
+        fields.append((parameter, type(default) | None, option(None, help, **BOUNDS.get(parameter, {}))))
+    cls = dataclasses.make_dataclass(name, fields, bases=(Checked,), frozen=True, namespace={"given": given})
     cls.__doc__, cls.__module__ = doc, __name__
     return cls
 

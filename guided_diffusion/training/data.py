@@ -30,7 +30,6 @@ from PIL import Image
 from ..errors import InputError, display_name, first_line, reading, shown
 from ..image_datasets import ImageError, load_image, load_picture, normalise
 from ..references import FORMATS, IMAGE_SUFFIXES, Reference, list_references
-from ..registry import fitting
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +114,10 @@ def batch_numbers(start: int, batch_size: int, rank: int = 0, world_size: int = 
 
 @dataclass(frozen=True)
 class TrainReference(Reference):
-    """An image of a data set. archive: the .zip file that holds it, or "". label: its class by dataset.json, "" for
-    none, or None where the set has no such file."""
+    """An image of a data set.
+
+    archive: the .zip file that holds it, or "". label: its class by dataset.json, "" for none; None without that file.
+    """
 
     archive: str = ""
     label: str | None = None
@@ -129,26 +130,26 @@ def list_images(folder: str | None, parameter: str = "data_dir") -> list[Referen
     """
     if not folder:
         raise InputError("give the folder of training images", parameter=parameter, value=folder)
+    archive, stated, labels = "", None, None
+    where = f"{folder}/dataset.json"
     if os.path.isfile(folder) and str(folder).lower().endswith(".zip"):
+        archive = folder
         with reading(folder, "a .zip data set"):
-            names = [name for name in _archive(folder, os.getpid()).namelist() if not name.endswith("/")]
+            names = sorted(_archive(folder, os.getpid()).namelist())
             stated = _archive(folder, os.getpid()).read("dataset.json") if "dataset.json" in names else None
-        images = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
-        if not images:
+        found = [Reference(f"{folder}/{name}", name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        if not found:
             raise InputError("there is no image in this file", parameter=parameter, value=folder)
-        found = [TrainReference(f"{folder}/{name}", name, folder) for name in images]
-        where = f"{folder}/dataset.json"
     else:
-        found = [TrainReference(each.path, each.name) for each in list_references(folder, parameter=parameter)]
-        where, stated = os.path.join(folder, "dataset.json"), None
+        found = list_references(folder, parameter=parameter)
         if os.path.isfile(where):
             with reading(where), open(where, "rb") as file:
                 stated = file.read()
-    if stated is None:
-        return list(found)
-    with reading(where, 'a data set\'s labels: {"labels": [[name, class], …]}'):
-        labels = {name: str(int(label)) for name, label in json.loads(stated)["labels"] or ()}
-    return [TrainReference(each.path, each.name, each.archive, labels.get(each.name, "")) for each in found]
+    if stated is not None:
+        with reading(where, 'a data set\'s labels: {"labels": [[name, class], …]}'):
+            labels = {name: str(int(label)) for name, label in json.loads(stated)["labels"] or ()}
+    label = (lambda name: None) if labels is None else (lambda name: labels.get(name, ""))
+    return [TrainReference(each.path, each.name, archive, label(each.name)) for each in found]
 
 
 @functools.lru_cache(maxsize=8)
@@ -166,9 +167,9 @@ def class_labels(references: Sequence[Reference], names: Sequence[str] | None = 
     """Classes of a data set: (labels [len(references)], names of the classes, in natural order unless given).
 
     The class of an image is that of dataset.json, where the set has one; else the first folder of its relative path,
-    where all images lie in folders; else the part of its file name before the first underscore (guided-diffusion's
-    convention). Raises InputError for an image without a class or of a class that is not among given names, and, where
-    no names are given, for classes of which most have one image: those are numbers, not classes.
+    where all images lie in folders; else the part of its file name before the first underscore, as in guided-diffusion.
+    Raises InputError for an image without a class or of one that is not among given names, and, where no names are
+    given, if most classes have one image: those are numbers, not classes.
     """
     stated = [getattr(reference, "label", None) for reference in references]
     if any(label is not None for label in stated):
@@ -253,25 +254,23 @@ def labelled_images(data_dir: str | None, domains: str | None, save_dir: str) ->
         raise InputError("give a folder per class below it, or `domains`", parameter="data_dir")
     if data_dir and domains:
         raise InputError("it excludes `domains`; give one of them", parameter="data_dir", value=data_dir)
-    if domains:
-        references, labels, names = list_domains(domains)
-        refuse_own_outputs(save_dir, domains, references)
-
-        def label_domains(known: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
-            if known is not None and list(known) != names:
-                raise InputError(
-                    f"the checkpoint has the domains {listed(known)}, in this order", parameter="domains", value=domains
-                )
-            return labels, names
-
-        return references, label_domains
-    references = list_images(data_dir)
-    refuse_own_outputs(save_dir, data_dir, references)
-    found = class_labels(references)
-    if len(found[1]) < 2:
-        reason = f"it has one class only, {shown(found[1][0])}; it needs a folder per class"
+    references, labels, names = list_domains(domains) if domains else (list_images(data_dir), None, [])
+    refuse_own_outputs(save_dir, domains or data_dir, references)
+    if labels is None:
+        labels, names = class_labels(references)
+    if len(names) < 2:
+        reason = f"it has one class only, {shown(names[0])}; it needs a folder per class"
         raise InputError(reason, parameter="data_dir", value=data_dir)
-    return references, lambda known: found if known is None else class_labels(references, known)
+
+    def label(known: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
+        if known is None or list(known) == names:
+            return labels, names
+        if domains:
+            reason = f"the checkpoint has the domains {listed(known)}, in this order"
+            raise InputError(reason, parameter="domains", value=domains)
+        return class_labels(references, known)
+
+    return references, label
 
 
 def held_out_images(
@@ -290,7 +289,7 @@ def held_out_images(
 
 
 def folder_names(folders: Sequence[str]) -> list[str]:
-    """Short names that tell folders apart: the last part of their paths in which all differ, or as many as it takes."""
+    """Short names that tell folders apart: the last part of their paths in which all differ, else several parts."""
     paths = [folder.strip("/").split("/") for folder in folders]
     for place in range(1, min(map(len, paths)) + 1):
         column = [path[-place] for path in paths]
@@ -309,7 +308,7 @@ def is_inside(path: str, folder: str) -> bool:
 def refuse_own_outputs(save_dir: str, folders: str | None, references: Sequence[Reference]) -> None:
     """Raise InputError where a run would train on files that it writes itself; folders: comma-separated."""
     wrong: dict[str, Any] = {"parameter": "save_dir", "value": save_dir}
-    for folder in [folders or "", *(part.strip() for part in (folders or "").split(","))]:
+    for folder in {folders or "", *(part.strip() for part in (folders or "").split(","))}:
         if os.path.isdir(folder) and is_inside(save_dir, folder):
             reason = f"it lies in {display_name(folder)}, so the run's files would become training images"
             raise InputError(f"{reason}; give a folder outside of it", **wrong)
@@ -326,12 +325,11 @@ def refuse_own_outputs(save_dir: str, folders: str | None, references: Sequence[
 class TrainImages:
     """Images of one size, with labels or without, read from files or from a decoded copy in memory.
 
-    references: as `list_images` gives them. labels: integers [len(references)] or None. random_flip: half of the
-    samples are mirrored. random_crop: images are read 5/4 as large and a random window is cut out. cache: "memory" and
-    "device" keep all images decoded as uint8, on the CPU or on the device; "none" decodes in `num_workers` loader
-    processes; "auto" keeps sets of up to 2 GiB on the device. skip_damaged: an image that cannot be read is replaced by
-    the next one of its class, and stands in `damaged` with the reason. background, resize: see
-    `image_datasets.load_image`.
+    references: as `list_images` gives them. labels: integers [len(references)] or None. random_flip: mirror half of the
+    samples. random_crop: read images 5/4 as large and cut out a random window. cache: "memory" and "device" keep all
+    images decoded as uint8, on the CPU or on the device; "none" decodes in `num_workers` loader processes; "auto" keeps
+    sets of up to 2 GiB on the device. skip_damaged: replace an image that cannot be read by the next one of its class,
+    and note the reason in `damaged`. background, resize: see `image_datasets.load_image`.
     """
 
     def __init__(
@@ -349,10 +347,6 @@ class TrainImages:
         background: str = "white",
         skip_damaged: bool = False,
     ) -> None:
-        if cache not in CACHES:
-            raise InputError(fitting(cache, list(CACHES)), parameter="cache", value=cache)
-        if num_workers < 0:
-            raise InputError("it must be at least 0", parameter="num_workers", value=num_workers)
         self.references = references
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
         self.image_size = image_size
@@ -428,13 +422,8 @@ class TrainImages:
         workers: dict[str, Any] = {}
         if self.num_workers:
             workers = {"num_workers": self.num_workers, "prefetch_factor": 4, "worker_init_fn": _ignore_interrupts}
-        loader = torch.utils.data.DataLoader(
-            _Samples(self),  # type: ignore[arg-type]
-            sampler=numbers,
-            batch_size=None,
-            pin_memory=torch.device(device).type == "cuda",
-            **workers,
-        )
+        pinned, samples = torch.device(device).type == "cuda", _Samples(self)
+        loader = torch.utils.data.DataLoader(samples, sampler=numbers, batch_size=None, pin_memory=pinned, **workers)  # type: ignore[arg-type]
         for raw, damaged in loader:
             if isinstance(raw, str):
                 raise InputError(raw)
@@ -454,25 +443,25 @@ class TrainImages:
 
     def read(self, index: int) -> torch.Tensor:
         """Decode image `index` from its file, uint8 [3, S, S]. Raises InputError, naming the file."""
-        try:
-            return self._load(self.references[index])
-        except ImageError as error:
-            if not self.skip_damaged:
-                raise InputError(
-                    f"{_named(self.references[index], error)}; repair it or give `skip_damaged`"
-                ) from error
-            self._skip(index, _named(self.references[index], error))
-        same = np.arange(len(self)) if self.labels is None else np.flatnonzero(self.labels == self.labels[index])
-        for at in np.roll(same, -int(np.searchsorted(same, index)))[1:]:
+        for at in self._from(int(index)):
             try:
                 return self._load(self.references[at])
             except ImageError as error:
-                self._skip(at, _named(self.references[at], error))
+                reason = f"{display_name(self.references[at].path)}: {error.reason}"
+                if not self.skip_damaged:
+                    raise InputError(f"{reason}; repair it or give `skip_damaged`") from error
+                self._skip(at, reason)
         raise InputError(f"no image of {display_name(self.references[index].path)}'s class can be read")
 
+    def _from(self, index: int) -> Iterator[int]:
+        """`index` and, from there on and round, the others of its class."""
+        yield index
+        same = np.arange(len(self)) if self.labels is None else np.flatnonzero(self.labels == self.labels[index])
+        yield from np.roll(same, -int(np.searchsorted(same, index)))[1:].tolist()
+
     def _skip(self, index: int, reason: str) -> None:
-        if int(index) not in self.damaged:
-            self.damaged[int(index)] = reason
+        if index not in self.damaged:
+            self.damaged[index] = reason
             log.warning("skipped %s", reason)
 
     def _load(self, reference: Reference) -> torch.Tensor:
@@ -503,10 +492,6 @@ class TrainImages:
         if numbers is not None:
             tops, lefts = ((random_uniform(self.seed, a, numbers) * (slack + 1)).astype(int) for a in ("top", "left"))
         return torch.stack([image[:, y : y + size, x : x + size] for image, y, x in zip(raw, tops, lefts)])
-
-
-def _named(reference: Reference, error: ImageError) -> str:
-    return f"{display_name(reference.path)}: {error.reason}"
 
 
 class _Samples:

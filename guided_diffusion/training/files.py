@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import struct
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,7 +102,7 @@ def remove_old_checkpoints(folder: str, keep: int) -> None:
 def load_optimizer_file(path: str, params: list[torch.Tensor]) -> tuple[dict[int, dict], dict[str, Any]]:
     """Read AdamW's state for `params` and the entry `train` ({} in files of other programs) of an opt*.pt.
 
-    Checksums and shapes are compared: PyTorch itself takes moments of any shape. Raises InputError, naming the file.
+    PyTorch itself takes moments of any shape and ignores checksums. Raises InputError, naming the file.
     """
     with reading(path, OPTIMIZER):
         if not os.path.isfile(path):
@@ -120,17 +119,14 @@ def load_optimizer_file(path: str, params: list[torch.Tensor]) -> tuple[dict[int
         for number, state in content["state"].items():
             if number not in numbers:
                 raise ValueError(f"there is no parameter {shown(number)}")
-            step = torch.as_tensor(state["step"], dtype=torch.float32)
-            found = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
-            like = {"step": torch.zeros(()), **dict.fromkeys(found, params[number])}
-            check_like(f"state.{number}", {"step": step, **found}, like)
-            if step < 0 or (found["exp_avg_sq"] < 0).any():
+            found = {"step": torch.as_tensor(state["step"], dtype=torch.float32)}
+            found |= {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+            like = {"step": torch.zeros(()), "exp_avg": params[number], "exp_avg_sq": params[number]}
+            check_like(f"state.{number}", found, like)
+            if found["step"] < 0 or (found["exp_avg_sq"] < 0).any():
                 raise ValueError(f"state.{number} has a negative step or square")
-            moments[number] = {"step": step, **found}
-        train = content.get("train", {})
-        if not isinstance(train, dict):
-            raise ValueError("train is not a dict")
-    return moments, train
+            moments[number] = found
+        return moments, dict(content.get("train", {}))
 
 
 def check_like(entry: str, value: Any, like: Any) -> None:
@@ -138,7 +134,8 @@ def check_like(entry: str, value: Any, like: Any) -> None:
     if isinstance(like, torch.Tensor):
         plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
         if not plain or value.shape != like.shape or value.dtype != like.dtype:
-            raise ValueError(f"{entry} is {_kind(value)}, not {_kind(like)}")
+            found = f"{value.dtype} {list(value.shape)}" if plain else f"a {shown(type(value).__name__)}"
+            raise ValueError(f"{entry} is {found}, not {like.dtype} {list(like.shape)}".replace("torch.", ""))
         if not value.isfinite().all():
             raise ValueError(f"{entry} has values that are NaN or infinite")
     elif isinstance(like, dict):
@@ -148,12 +145,6 @@ def check_like(entry: str, value: Any, like: Any) -> None:
             check_like(f"{entry}.{key}", value[key], like[key])
     elif type(value) not in (int, float) or not 0 <= value < 1e18:
         raise ValueError(f"{entry} is {shown(value)}")
-
-
-def _kind(value: Any) -> str:
-    if not isinstance(value, torch.Tensor):
-        return f"of type {type(value).__name__}"
-    return f"{value.layout} {value.dtype} {list(value.shape)}".replace("torch.strided ", "").replace("torch.", "")
 
 
 # ---- exports --------------------------------------------------------------------------------------------------------
@@ -171,11 +162,11 @@ def exported_bytes(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         for name, value in state.items()
     }
     data = save(tensors)
-    (length,) = struct.unpack("<Q", data[:8])
-    header = {"__metadata__": {"format": "pt", **metadata}, **json.loads(data[8 : 8 + length])}
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = {"__metadata__": {"format": "pt", **metadata}, **json.loads(data[8:end])}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
-    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def export_model(path: str, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str], dtype: torch.dtype) -> None:
@@ -212,7 +203,7 @@ def read_run(folder: str) -> RunRecord:
         classes = content.get("classes") or options.get("classes")
         if not all(isinstance(value, (str, int, float, type(None))) for value in model.values()):
             raise ValueError("an entry of model is no text and no number")
-        if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        if not all(isinstance(name, str) for name in classes or ()):
             raise ValueError("classes is no list of texts")
         return RunRecord({name: value for name, value in model.items() if value is not None}, classes, options)
 
@@ -244,17 +235,11 @@ def write_run(
 
 
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any], runtime: set[str]) -> None:
-    changed = [
-        name for name, value in now.items()
-        if name in before and before[name] != value and name not in runtime and name != "use_checkpoint"
-    ]  # fmt: skip
-    for name in changed:
-        if name in OTHER_TASK:
-            raise InputError(
-                f"the run that is resumed has {before[name]}; train another model in another folder",
-                parameter=name,
-                value=now[name],
-            )
+    free = {*runtime, "use_checkpoint"}
+    changed = [name for name in now if name not in free and name in before and before[name] != now[name]]
+    for name in set(changed) & set(OTHER_TASK):
+        reason = f"the run that is resumed has {before[name]}; train another model in another folder"
+        raise InputError(reason, parameter=name, value=now[name])
     if changed:
         listed = ", ".join(f"{name} {shown(now[name])} (before {shown(before[name])})" for name in changed)
         log.warning("resumed with other options, so not as it would have continued: %s", listed)
@@ -279,13 +264,18 @@ class ProgressLog:
                 self._read(step)
         self._rewrite()
         self.tensorboard: Any = None
-        try:
+        with self._convenience(), contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=step + 1)
-        except ImportError:
-            log.info("tensorboard is not installed: progress goes to progress.csv only")
+
+    @contextlib.contextmanager
+    def _convenience(self) -> Iterator[None]:
+        """Go on without TensorBoard's log where it cannot be written."""
+        try:
+            yield
         except Exception as error:
+            self.tensorboard = None
             log.warning("TensorBoard's log cannot be written: %s", first_line(error))
 
     def _read(self, step: int) -> None:
@@ -311,14 +301,10 @@ class ProgressLog:
                 with open(self.path, "a", newline="", encoding="utf-8") as file:
                     csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(self.rows[-1])
             except OSError:
-                # Written as a whole it fits after all, or is refused in the words of every other file.
-                self._rewrite()
-        try:
+                self._rewrite()  # fits after all, or raises InputError
+        with self._convenience():
             for name in row.keys() - {"step"} if self.tensorboard else ():
                 self.tensorboard.add_scalar(name, row[name], row["step"])
-        except Exception as error:  # a convenience: the run does without
-            self.tensorboard = None
-            log.warning("TensorBoard's log cannot be written: %s", first_line(error))
 
     def _rewrite(self) -> None:
         text = io.StringIO()

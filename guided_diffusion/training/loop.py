@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from ..checkpoint import load_state_dict
 from ..dist_util import Ranks, Stopped, join_ranks
@@ -50,31 +51,27 @@ FIRST = 10
 @contextlib.contextmanager
 def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     """Connect the processes of a run: NCCL on GPUs, gloo on CPUs. Nothing happens for a single process."""
-    if ranks.world_size == 1:
-        yield
-        return
-    join_ranks(ranks, device)
+    if ranks.world_size > 1:
+        join_ranks(ranks, device)
     yield
     # Reached only if all went well: after an error the others may never come to a common end.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    if ranks.world_size > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
     """An event that SIGINT (Ctrl-C) or SIGTERM (a scheduler) sets; a second signal of the kind ends the program."""
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
     previous: dict[int, Any] = {}
 
     def handle(number, frame):
         stop.set()
         signal.signal(number, previous[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, handle)
+    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
@@ -135,10 +132,8 @@ class Trainer:
         self.ema_warmup = config.ema_warmup
         self.failure: InputError | None = None  # why an image could not be read, or a file not be written
         self._resume(checkpoint)
-        self.forward: Any = self.model
         self.ddp: Any = self._distributed()
-        if self.ddp is not None:
-            self.forward = self.ddp
+        self.forward: Any = self.model if self.ddp is None else self.ddp
         if config.compile:
             self.forward = torch.compile(self.forward)
         self._averaged: torch.nn.Module | None = None
@@ -147,11 +142,8 @@ class Trainer:
         """The model with gradients exchanged between processes; None for a single one."""
         if self.ranks.world_size == 1:
             return None
-        return torch.nn.parallel.DistributedDataParallel(
-            self.model,
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-        )
+        gpu = [self.device.index] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(self.model, device_ids=gpu, gradient_as_bucket_view=True)
 
     # -- resuming --
 
@@ -228,9 +220,7 @@ class Trainer:
         for rate, averaged in zip(config.ema_rates().values(), self.ema.values()):
             update_ema(averaged, self.params, rate=averaging_rate(rate, self.step, self.ema_warmup))
         if self.is_main:
-            add_by_quarter(
-                self.totals, {"grad_norm": norm.reshape(1)}, torch.zeros(1, dtype=torch.long, device=self.device), 1
-            )
+            add_by_quarter(self.totals, {"grad_norm": norm.reshape(1)}, torch.zeros_like(norm.reshape(1)), 1)
         self.step += 1
         self.samples += len(numbers) * self.ranks.world_size
 
@@ -257,32 +247,24 @@ class Trainer:
             add_by_quarter(self.totals, terms, t[part], steps)
             observed.append(terms["loss"].detach())
         if isinstance(self.schedule_sampler, LossAwareSampler):
-            steps_drawn, values = self._gather(t.cpu().numpy(), torch.cat(observed).cpu().numpy())
-            self.schedule_sampler.update_with_all_losses(steps_drawn.tolist(), values.tolist())
-
-    def _gather(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        """Arrays of all processes joined in the order of ranks, as sample numbers go."""
-        return [np.concatenate(parts) for parts in zip(*self._all(arrays))]
+            drawn, values = zip(
+                *self._all((t.tolist(), torch.cat(observed).tolist()))
+            )  # in the order of sample numbers
+            self.schedule_sampler.update_with_all_losses(sum(drawn, []), sum(values, []))
 
     def _all(self, item: Any) -> list[Any]:
-        """What every process has for `item`, a list in the order of ranks."""
-        if self.ranks.world_size == 1:
-            return [item]
-        import torch.distributed as dist
-
-        gathered: list[Any] = [None] * self.ranks.world_size
-        dist.all_gather_object(gathered, item)
+        """The items of all processes, in the order of ranks."""
+        gathered: list[Any] = [item] * self.ranks.world_size
+        if self.ranks.world_size > 1:
+            torch.distributed.all_gather_object(gathered, item)
         return gathered
 
     def _any(self, *flags: bool) -> list[bool]:
         """Whether each of the flags is set in any process."""
-        if self.ranks.world_size == 1:
-            return list(flags)
-        import torch.distributed as dist
-
-        votes = torch.tensor([int(flag) for flag in flags])
-        dist.all_reduce(votes)
-        return [bool(vote) for vote in votes]
+        votes = torch.tensor(flags, dtype=torch.int)
+        if self.ranks.world_size > 1:
+            torch.distributed.all_reduce(votes)
+        return votes.bool().tolist()
 
     def _sum_over_ranks(self, totals: Terms) -> Terms:
         result: Terms = {}
@@ -372,26 +354,21 @@ class Trainer:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
+            text, where = first_line(error), {}
             if is_out_of_memory(error):
-                raise InputError(
-                    f"out of memory on {self.device}; give a smaller `microbatch`, or `use_checkpoint` True",
-                    parameter="batch_size",
-                    value=self.config.batch_size,
-                ) from error
-            if "DataLoader worker" in str(error):
-                raise InputError(
-                    f"a loader process has died ({first_line(error)}); with `num_workers` 0 there is none"
-                ) from error
-            if self.ranks.world_size > 1 and re.search(
-                "gloo|nccl|closed by peer|reset by peer", str(error), re.IGNORECASE
-            ):
-                raise InputError(f"contact with the other processes is lost: {first_line(error)}") from error
+                reason = f"out of memory on {self.device}; give a smaller `microbatch`, or `use_checkpoint` True"
+                where = {"parameter": "batch_size", "value": self.config.batch_size}
+            elif "DataLoader worker" in str(error):
+                reason = f"a loader process has died ({text}); with `num_workers` 0 there is none"
+            elif self.ranks.world_size > 1 and re.search("(?i)gloo|nccl|(closed|reset) by peer", str(error)):
+                reason = f"contact with the other processes is lost: {text}"
             # Dynamo's errors are RuntimeErrors; their module is imported only where something was compiled.
-            if not self.config.compile or "torch._" not in type(error).__module__:
+            elif self.config.compile and "torch._" in type(error).__module__:
+                reason = f"torch.compile does not work here ({text}); leave it out"
+                where = {"parameter": "compile", "value": True}
+            else:
                 raise
-            raise InputError(
-                f"torch.compile does not work here ({first_line(error)}); leave it out", parameter="compile", value=True
-            ) from error
+            raise InputError(reason, **where) from error
 
     def _written(self, write: Callable[..., None], *arguments: Any) -> None:
         """Call a function that writes files; a failure ends the run, in all processes, after the step is saved."""
@@ -401,11 +378,8 @@ class Trainer:
             self.failure = self.failure or error
 
     def _bar(self, last: int | None) -> Any:
-        from tqdm.auto import tqdm
-
-        return tqdm(
-            total=last, initial=self.step, unit="step", dynamic_ncols=True, disable=not (self.progress and self.is_main)
-        )
+        hidden = not (self.progress and self.is_main)
+        return tqdm(total=last, initial=self.step, unit="step", dynamic_ncols=True, disable=hidden)
 
     def _report(self, bar: Any, finished: bool) -> None:
         """Write a row of progress.csv where one is due."""
@@ -432,29 +406,24 @@ class Trainer:
             self._written(self.progress_log.write, {"step": self.step, **row})
             if not self.progress:
                 shown = [f"{name} {row[name]:.4g}" for name in ("loss", "acc", "val_loss", "val_acc") if name in row]
-                log.info("%s: %s%s", self._position(), ", ".join(shown), self._time_left())
+                place, left = self._progress()
+                log.info("%s: %s%s", place, ", ".join(shown), left)
 
-    def _position(self) -> str:
-        last = self.config.last_step()
-        return f"step {self.step}" if last is None else f"step {self.step} of {last}"
-
-    def _time_left(self) -> str:
-        """How long the run still takes at its speed so far, for a log that has no bar."""
+    def _progress(self) -> tuple[str, str]:
+        """The step, and the time that the run still takes at its speed so far: for a log without a bar."""
         last, done = self.config.last_step(), self.step - self._first_step
         if last is None or not done or self.step == last:
-            return ""
-        return f", {duration((last - self.step) * (time.perf_counter() - self._started) / done)} left"
+            return f"step {self.step}" + (f" of {last}" if last else ""), ""
+        left = (last - self.step) * (time.perf_counter() - self._started) / done
+        return f"step {self.step} of {last}", f", {tqdm.format_interval(left)} left"
 
     def _check_finite(self, totals: Terms) -> None:
         """End a run that has diverged, before it is saved. fp16's occasional overflows are skipped steps."""
         lost = "loss" in totals and totals["loss"][:, 1].sum() == 0
         if lost or not torch.stack([p.isfinite().all() for p in self.params]).all():
-            raise InputError(
-                f"the loss is not finite any more at step {self.step}: start from an older checkpoint with a lower "
-                "one, or with `grad_clip` 1",
-                parameter="lr",
-                value=self.config.lr,
-            )
+            reason = "start from an older checkpoint with a lower one, or with `grad_clip` 1"
+            reason = f"the loss is not finite any more at step {self.step}: {reason}"
+            raise InputError(reason, parameter="lr", value=self.config.lr)
 
     # -- files --
 
@@ -523,31 +492,19 @@ class Trainer:
         self._written(write_png, os.path.join(self.config.save_dir, "samples", f"{self.step:06d}.png"), sheet)
 
 
-def duration(seconds: float) -> str:
-    """A time in words: 40 s, 12 min, 3 h 5 min, 2 d 4 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
 @contextlib.contextmanager
 def deterministic_kernels(config: TrainConfig) -> Iterator[None]:
     """Ask PyTorch for deterministic kernels within the context, if wanted; where it has none, it warns."""
-    wanted = config.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    if wanted:
+    before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = not wanted
+    torch.backends.cudnn.benchmark = not config.deterministic
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=True)
-        torch.backends.cudnn.benchmark = before[1]
+        torch.use_deterministic_algorithms(before, warn_only=True)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 # ---- sample grids ---------------------------------------------------------------------------------------------------

@@ -5,17 +5,14 @@ of x's shape and labels y [N] or None; it returns a dict of per-image values [N]
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
 from ..errors import InputError
 from ..gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType
-from .data import random_uniform, sample_noise
-
-if TYPE_CHECKING:
-    from .data import TrainImages
+from .config import LossOptions
+from .data import TrainImages, random_uniform, sample_noise
 
 Terms = dict[str, torch.Tensor]
 Loss = Callable[..., Terms]
@@ -32,46 +29,28 @@ def loss_weights(
     For a network that predicts something else the weight is converted: squared errors of the noise, of x_0 and of the
     velocity are to each other as SNR : 1 : SNR + 1. Raises InputError for weights that do not go together.
     """
-    for parameter, value in (("p2_gamma", p2_gamma), ("min_snr_gamma", min_snr_gamma)):
-        if not 0 <= value < float("inf"):
-            raise InputError("it must be positive, or 0 for no weighting", parameter=parameter, value=value)
+    LossOptions(p2_gamma, p2_k, min_snr_gamma)
     if not p2_gamma and not min_snr_gamma:
         return None
-    if p2_gamma and min_snr_gamma:
-        raise InputError(
-            f"it excludes `min_snr_gamma` {min_snr_gamma}; give one of them", parameter="p2_gamma", value=p2_gamma
-        )
-    given = (
-        {"parameter": "p2_gamma", "value": p2_gamma}
-        if p2_gamma
-        else {"parameter": "min_snr_gamma", "value": min_snr_gamma}
-    )
-    if diffusion.loss_type in (LossType.KL, LossType.RESCALED_KL):
-        raise InputError("it weights a squared error, and `use_kl` True has none; leave one of them out", **given)
-    predicted = diffusion.model_mean_type
-    if predicted is ModelMeanType.PREVIOUS_X:
-        raise InputError("it is not defined for networks that predict the mean of the previous step", **given)
+    name, value = ("p2_gamma", p2_gamma) if p2_gamma else ("min_snr_gamma", min_snr_gamma)
     snr = torch.from_numpy(diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod))
-    if p2_gamma:
-        if predicted is ModelMeanType.START_X:
-            raise InputError(
-                "it is defined for networks that predict the noise; leave out `predict_xstart` True", **given
-            )
-        if not 0 < p2_k < float("inf"):
-            raise InputError("it must be positive", parameter="p2_k", value=p2_k)
-        weights = 1 / (p2_k + snr) ** p2_gamma
-        if predicted is not ModelMeanType.EPSILON:
-            weights = weights * snr / (snr + 1)
-    else:
-        capped = snr.clamp(max=min_snr_gamma)
-        if predicted is ModelMeanType.START_X:
-            weights = capped
-        else:
-            weights = capped / (snr if predicted is ModelMeanType.EPSILON else snr + 1)
-    weights = weights.float()
-    if not (weights > 0).any():
-        raise InputError("all weights of the loss are 0, so that nothing would be trained", **given)
-    return weights
+    scale = {ModelMeanType.EPSILON: snr, ModelMeanType.START_X: 1, ModelMeanType.VELOCITY: snr + 1}
+    predicted, reason = diffusion.model_mean_type, ""
+    if p2_gamma and min_snr_gamma:
+        reason = f"it excludes `min_snr_gamma` {min_snr_gamma}; give one of them"
+    elif diffusion.loss_type in (LossType.KL, LossType.RESCALED_KL):
+        reason = "it weights a squared error, and `use_kl` True has none; leave one of them out"
+    elif p2_gamma and predicted is ModelMeanType.START_X:
+        reason = "it is defined for networks that predict the noise; leave out `predict_xstart` True"
+    elif predicted not in scale:
+        reason = "it is not defined for networks that predict the mean of the previous step"
+    if not reason:
+        of_x_0 = snr / (p2_k + snr) ** p2_gamma if p2_gamma else snr.clamp(max=min_snr_gamma)
+        weights = (of_x_0 / scale[predicted]).float()
+        if (weights > 0).any():
+            return weights
+        reason = "all weights of the loss are 0, so that nothing would be trained"
+    raise InputError(reason, parameter=name, value=value)
 
 
 def diffusion_loss(diffusion: GaussianDiffusion, weights: torch.Tensor | None = None) -> Loss:
@@ -118,7 +97,7 @@ def classifier_loss(diffusion: GaussianDiffusion, noised: bool = True) -> Loss:
 def evaluate(
     model: torch.nn.Module,
     losses: Loss,
-    images: "TrainImages",
+    images: TrainImages,
     num_timesteps: int,
     *,
     device: str | torch.device,
@@ -129,17 +108,14 @@ def evaluate(
 ) -> Terms:
     """Sums of the loss terms over a held-out set by quarter of the timesteps: dict of [4, 2], (sum, count).
 
-    The timestep and noise of an image depend on the seed and its place in the set only, so that figures compare
-    between evaluations. Each rank takes its share of the images; the sums are to be added up over ranks.
+    Timestep and noise of an image depend on the seed and its place in the set alone, so evaluations compare. Each rank
+    takes its share of the images; the sums are to be added up over ranks.
     """
     totals: Terms = {}
     for positions, x, y in images.ordered_batches(batch_size, device, rank, world_size):
-        t = torch.from_numpy((random_uniform(seed, "held-out timestep", positions) * num_timesteps).astype(int)).to(
-            device
-        )
-        noise = sample_noise(f"{seed}/held-out", positions, x.shape[1:], device)
-        terms = losses(model, x, t, noise, y)
-        add_by_quarter(totals, terms, t, num_timesteps)
+        steps = (random_uniform(seed, "held-out timestep", positions) * num_timesteps).astype(int)
+        t, noise = torch.from_numpy(steps).to(device), sample_noise(f"{seed}/held-out", positions, x.shape[1:], device)
+        add_by_quarter(totals, losses(model, x, t, noise, y), t, num_timesteps)
     return totals
 
 

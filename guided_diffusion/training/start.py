@@ -1,5 +1,6 @@
 """What a run starts from: a new network, a checkpoint of its own, or any file that the sampling scripts read."""
 
+import contextlib
 import inspect
 import json
 import logging
@@ -15,12 +16,7 @@ from ..checkpoint import load_model
 from ..checkpoint.reconcile import FLAGS
 from ..checkpoint.reconcile import RUNTIME_FLAGS as FREE
 from ..errors import InputError, display_name, first_line, shown
-from ..script_util import (
-    attention_factors,
-    channel_multipliers,
-    create_classifier,
-    create_model,
-)
+from ..script_util import attention_factors, channel_multipliers, create_classifier, create_model
 from . import files
 from .config import TrainConfig, encoder_defaults, super_res_defaults, unet_defaults
 from .data import Label, TrainImages, listed
@@ -48,28 +44,11 @@ class Kind:
     defaults: Callable[[], dict[str, Any]]
 
 
-DIFFUSION = Kind(
-    "diffusion model",
-    ("ADM", "DDPM"),
-    "num_channels",
-    "attention_resolutions",
-    "num_classes",
-    create_model,
-    unet_defaults,
-)
-SUPER_RES = Kind(
-    "super-resolution model",
-    ("ADM",),
-    "num_channels",
-    "attention_resolutions",
-    "num_classes",
-    create_model,
-    super_res_defaults,
-)
-ENCODER = Kind(
-    "classifier", ("ENCODER",), "classifier_width", "classifier_attention_resolutions", "num_class", create_classifier,
-    encoder_defaults,
-)  # fmt: skip
+_UNET = ("num_channels", "attention_resolutions", "num_classes", create_model)
+_CLASSIFIER = ("classifier_width", "classifier_attention_resolutions", "num_class", create_classifier)
+DIFFUSION = Kind("diffusion model", ("ADM", "DDPM"), *_UNET, unet_defaults)
+SUPER_RES = Kind("super-resolution model", ("ADM",), *_UNET, super_res_defaults)
+ENCODER = Kind("classifier", ("ENCODER",), *_CLASSIFIER, encoder_defaults)
 
 
 @dataclass
@@ -105,24 +84,16 @@ def resume_path(config: TrainConfig) -> str:
     same_run = start and os.path.realpath(os.path.dirname(start)) == os.path.realpath(config.save_dir)
     at = files.step_of_checkpoint(start)
     if steps and not (same_run and at is not None):
-        raise InputError(
-            f"it has checkpoints already, the newest of step {steps[-1]}: give `resume` auto, or another folder",
-            parameter="save_dir",
-            value=config.save_dir,
-        )
+        reason = f"it has checkpoints already, the newest of step {steps[-1]}: give `resume` auto, or another folder"
+        raise InputError(reason, parameter="save_dir", value=config.save_dir)
     if start and os.path.realpath(start) == os.path.realpath(config.export_path()):
-        raise InputError(
-            "the export would overwrite it; give another `export` or another folder", parameter="resume_checkpoint",
-            value=start,
-        )  # fmt: skip
-    later = [step for step in steps if at is not None and step > at]
-    if later:
+        reason = "the export would overwrite it; give another `export` or another folder"
+        raise InputError(reason, parameter="resume_checkpoint", value=start)
+    if later := [f"step {step}" for step in steps if at is not None and step > at]:
         log.warning(
             "%s has later checkpoints, of %s: they stay until this run reaches their steps; move them away, or "
-            "an automatic resumption takes them for its own",
-            display_name(config.save_dir),
-            ", ".join(f"step {step}" for step in later[:4]) + " …" * (len(later) > 4),
-        )
+            "an automatic resumption takes them for its own", display_name(config.save_dir), listed(later, 4),
+        )  # fmt: skip
     return start
 
 
@@ -151,15 +122,12 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
     check_given(kind, given, record.model, checkpoint)
     # What the run has stands in its record; how a flag is spelt there is how it was first given.
     model, info = load_model(checkpoint, dtype=torch.float32, **{**given, **record.model, **_free(given)})
-    if info.model_type not in kind.types:
-        other = ENCODER if kind is DIFFUSION else DIFFUSION
-        raise InputError(f"{display_name(checkpoint)} is a {other.word}, and a {kind.word} is to be trained")
-    if kind is not ENCODER and bool(info.flags.get("super_res")) != (kind is SUPER_RES):
-        other = SUPER_RES if kind is DIFFUSION else DIFFUSION
-        raise InputError(f"{display_name(checkpoint)} is a {other.word}, and a {kind.word} is to be trained")
+    found = ENCODER if info.model_type in ENCODER.types else SUPER_RES if info.flags.get("super_res") else DIFFUSION
+    if found is not kind:
+        raise InputError(f"{display_name(checkpoint)} is a {found.word}, and a {kind.word} is to be trained")
     # A run keeps to its record; options that are newer than it come from the file.
-    found = {name: value for name, value in info.flags.items() if not record.model or name in kind.defaults()}
-    known = {**found, **record.model, **_free(given)}
+    newer = {name: value for name, value in info.flags.items() if not record.model or name in kind.defaults()}
+    known = {**newer, **record.model, **_free(given)}
     flags = in_order(kind, {name: value for name, value in known.items() if not name.endswith("use_fp16")})
     for name, value in fixed.items():
         if flags.get(name) != value:
@@ -196,11 +164,10 @@ def _free(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _classes_of(metadata: Mapping[str, str]) -> list[str] | None:
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         names = json.loads(metadata.get("classes", "null"))
-    except (ValueError, RecursionError):
-        return None
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+    return None
 
 
 def in_order(kind: Kind, flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,11 +186,8 @@ def check_given(kind: Kind, given: Mapping[str, Any], stored: Mapping[str, Any],
             continue
         known = {**kind.defaults(), **stored}
         if meaning(kind, name, value, known) != meaning(kind, name, stored[name], known):
-            raise InputError(
-                f"it does not fit {display_name(checkpoint)}: that run has {name}={stored[name]}",
-                parameter=name,
-                value=value,
-            )
+            reason = f"it does not fit {display_name(checkpoint)}: that run has {name}={stored[name]}"
+            raise InputError(reason, parameter=name, value=value)
 
 
 def meaning(kind: Kind, name: str, value: Any, flags: Mapping[str, Any]) -> Any:
@@ -248,13 +212,12 @@ def check_network(kind: Kind, flags: Mapping[str, Any]) -> None:
     mults, size = channel_multipliers(flags["channel_mult"], flags["image_size"]), flags["image_size"]
     multiple = 2 ** (len(mults) - 1)
     if size % multiple:
-        raise InputError(
+        reason = (
             f"the network's {len(mults)} levels halve it {len(mults) - 1} times: it must be a multiple of {multiple}, "
             f"like {max(1, size // multiple) * multiple} or {(size // multiple + 1) * multiple}; "
-            "or give fewer `channel_mult`",
-            parameter="image_size",
-            value=size,
+            "or give fewer `channel_mult`"
         )
+        raise InputError(reason, parameter="image_size", value=size)
     widths = [mult * flags[kind.size] for mult in mults]
     if not all(1 <= width < 1 << 17 for width in widths):
         raise InputError(
@@ -274,17 +237,11 @@ def check_network(kind: Kind, flags: Mapping[str, Any]) -> None:
             model.eval()(x, torch.zeros(1, dtype=torch.long), **labels)
     except InputError:
         raise
-    except (
-        ValueError,
-        TypeError,
-        RuntimeError,
-        AssertionError,
-        OverflowError,
-        ZeroDivisionError,
-        MemoryError,
-    ) as error:
+    except Exception as error:  # whatever a layer raises whose shapes do not fit
         raise InputError(f"the model's options do not go together: {first_line(error)}") from error
-    room = _memory()
+    room = 0
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not a POSIX system
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if room and 4 * parameters > room:
         raise InputError(
             f"the model's options describe a network of {parameters / 1e9:.1f} billion parameters, for which this "
@@ -295,14 +252,6 @@ def check_network(kind: Kind, flags: Mapping[str, Any]) -> None:
 def _create(kind: Kind, flags: Mapping[str, Any]) -> torch.nn.Module:
     names = set(inspect.signature(kind.create).parameters) - {"use_fp16", "classifier_use_fp16"}
     return kind.create(**{name: flags[name] for name in names if name in flags})
-
-
-def _memory() -> int | None:
-    """Bytes of this machine's memory."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def describe(start: Start, images: TrainImages, device: torch.device, config: TrainConfig) -> None:

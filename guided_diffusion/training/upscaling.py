@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from ..checkpoint import load_state_dict
 from ..errors import InputError, display_name
 from ..image_datasets import ImageError, Reference, normalise, to_uint8
-from ..options import check, option
+from ..options import option
 from ..upscaler import Upscaler
-from .config import TrainConfig
+from .config import Checked, TrainConfig
 from .data import TrainImages, list_images, random_uniform
 from .losses import Loss
 from .start import resume_path
@@ -22,7 +22,7 @@ Batches = Iterator[tuple[torch.Tensor, None]]
 
 
 @dataclass(frozen=True)
-class UpscalerOptions:
+class UpscalerOptions(Checked):
     """Pictures to learn from, their degradation, and the size of the network."""
 
     data_dir: str | None = option(None, "large training images, searched recursively", metavar="DIR")
@@ -41,7 +41,7 @@ class UpscalerOptions:
     model: str = option("", "name of the diffusion model that it belongs to, for the file's metadata", metavar="NAME")
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.large_size % self.factor:
             raise InputError(
                 f"it must be a multiple of the factor, {self.factor}", parameter="large_size", value=self.large_size
