@@ -1,4 +1,4 @@
-"""Make the pictures of docs/ and the README's table of presets again.
+"""Make the pictures of docs/ and the table of presets in docs/usage.md again.
 
 examples:
   python docs/make.py
@@ -34,7 +34,7 @@ from guided_diffusion.runtime import pick_device
 from guided_diffusion.script_util import create_diffusion
 from guided_diffusion.training.loop import draw_samples
 
-WIDTH, GAP, TEXT = 800, 4, 15  # pixels; 800 is the README's width
+WIDTH, GAP, TEXT = 800, 4, 15  # pixels; 800 is the width of GitHub's pages
 LARGEST = 280_000
 AREAS, SHARES = (32, 16, 8, 4), (0.1, 0.2, 0.3, 0.4, 0.5)
 FREE = {"sampler": "ancestral"}  # where guidance ends early, dpmpp_2m leaves speckles
@@ -167,7 +167,7 @@ def samples(options: Pictures) -> Sheet:
 
 
 def presets_table() -> str:
-    """The README's table of presets, in Markdown."""
+    """The table of presets, in Markdown."""
     lines = ["| preset | for | sets |", "|---|---|---|"]
     for name, preset in PRESETS.items():
         words = [word.removeprefix(str(ROOT) + os.sep) for word in preset_flags(name, "sddm")]
@@ -187,8 +187,8 @@ def make(given: Given) -> int:
     options = given.options(Pictures)
     for name in given.names or ("presets", *SHEETS):
         if name == "presets":
-            readme = ROOT / "README.md"
-            write_text(str(readme), with_presets(readme.read_text(encoding="utf-8")))
+            page = ROOT / "docs" / "usage.md"
+            write_text(str(page), with_presets(page.read_text(encoding="utf-8")))
         elif name in SHEETS:
             SHEETS[name](options).save(os.path.join(options.out, f"{name}.png"))
         else:

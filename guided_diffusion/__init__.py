@@ -6,7 +6,7 @@ The package keeps guided-diffusion's module names and adds the method's own: `sd
 
 from typing import Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Translator", "load_model"]
 
 

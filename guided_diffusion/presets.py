@@ -1,7 +1,7 @@
 """Recommended options by name: a model, and for every method the options that suit its data set.
 
-The one place of these values. `cli` turns them into flags; help texts, the README's table, the shell scripts and the
-notebook take them from here (`python docs/make.py presets` writes the README's table).
+The one place of these values. `cli` turns them into flags; help texts, the table of docs/usage.md, the shell scripts
+and the notebook take them from here (`python docs/make.py presets` writes the table).
 """
 
 import os
@@ -85,6 +85,7 @@ PRESETS.add("male2female")(
         {"sddm": SDDM, **BASELINES, "egsde": {**EGSDE, "ls": 700.0, "li": 0.5, "encoder": "models/male2female_dse.pt"}},
     )
 )
+PRESETS.add("dog2cat")(Preset("dogs to cats (LSUN, 256 px)", "models/lsun_cat.pt", {"sddm": SDDM, **BASELINES}))
 PRESETS.add("emoji")(
     Preset(
         "flat drawings to glossy 3D emoji (64 px)",

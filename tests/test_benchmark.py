@@ -503,10 +503,14 @@ def test_areas_and_matched_settings_follow_from_the_table(emoji):
     assert "Not sampled: ILVR, not sampled." in text and text.count(" * |") >= 2
 
 
-def test_the_readmes_table_is_that_of_the_committed_fronts():
+def test_the_documents_tables_are_those_of_the_committed_fronts():
     record = json.loads((ROOT / "benchmarks" / "emoji" / "fronts.json").read_text())
-    shown = fronts.BLOCK.search((ROOT / "README.md").read_text())[0]
+    shown = fronts.BLOCK.search((ROOT / "docs" / "results.md").read_text())[0]
     assert shown.split("\n", 1)[1].rsplit("\n", 1)[0] == fronts.summary(record)
+    rows = re.findall(
+        r"^\| ([^|]+ \| [^|]* \| \d* \| [\d.]+ \| [\d.]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) > 4 and all(f"| {row} |" in shown for row in rows)
 
 
 def test_a_feature_files_digest_says_whether_measurements_hold(data, tmp_path):

@@ -21,9 +21,10 @@ from scripts_in_process import load_script, run_script
 from guided_diffusion import methods
 from guided_diffusion.errors import InputError
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "models/README.md", "datasets/README.md")
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "models/README.md", "datasets/README.md", *PAGES)
 
-# Commands that run, with the flags that are appended. The order is that of the README: later ones use earlier results.
+# Commands that run, with the flags that are appended. Later ones use earlier results.
 RUN = {
     "bash scripts/demo.sh": "--timestep_respacing 3",
     "python scripts/ae_sample.py --preset emoji --base_samples my_pictures --save_dir output/mine":
@@ -38,6 +39,8 @@ RUN = {
 # Commands that need a download: a model, a data set, or a package that requirements.txt does not have.
 DOWNLOADS = (
     "python scripts/ae_sample.py --preset cat2dog",
+    "python scripts/ae_sample.py --preset dog2cat",
+    "python scripts/fetch_model.py lsun_cat.pt",
     "python scripts/ae_sample.py --model_path google/ddpm-cat-256",
     "python scripts/convert.py --model_path models/afhq_dog_4m.pt --save_dir output/afhq_dog_diffusers",
     "python scripts/convert.py --model_path models/afhq_dog_4m.pt --save_dir afhq-dog",
@@ -54,8 +57,10 @@ OTHERS = {
     "bash scripts/emoji.sh": "takes hours; tests/test_benchmark.py runs its parts",
     "bash scripts/web_demo.sh": "installs Gradio; tests/test_web_page.py runs the page",
     "bash scripts/demo.sh --range_t 0.5": "the demo once more; its flags are read",
-    "python3 -m venv .venv": "makes the environment that the tests run in",
-    ".venv/bin/pip install torch": "downloads PyTorch",
+    "TORCH_INDEX=INDEX bash scripts/demo.sh": "downloads PyTorch",
+    "python benchmarks/speed.py": "takes hours",
+    "python benchmarks/reliability.py": "takes hours",
+    "python scripts/ae_sample.py --model_path M": "an example to read",
     ".venv/bin/python -m pip install": "downloads the developers' packages",
     ".venv/bin/pre-commit install": "needs the developers' packages",
     "source .venv/bin/activate": "comes before every command that runs",
@@ -230,12 +235,11 @@ def save_dir(command):
 
 
 def test_no_two_commands_of_a_document_write_to_the_same_folder():
-    for document in DOCUMENTS[:1]:
-        found = [(save_dir(command), command.text) for command in COMMANDS if command.document == document]
-        folders = [folder for folder, _ in found if folder is not None]
-        assert len(folders) > 8 and len(set(folders)) == len(folders), sorted(folders)
-        nested = [(a, b) for a in folders for b in folders if b.startswith(f"{a}/")]
-        assert not nested
+    for document in ("README.md", *PAGES):
+        mine = dict.fromkeys(each for each in COMMANDS if each.document == document and not each.inline)
+        folders = [folder for folder in map(save_dir, mine) if folder is not None]
+        assert len(set(folders)) == len(folders), sorted(folders)
+        assert not [(a, b) for a in folders for b in folders if b.startswith(f"{a}/")]
 
 
 def test_the_command_that_shows_what_a_file_is(clone):
@@ -250,7 +254,7 @@ def test_the_command_that_shows_what_a_file_is(clone):
 @pytest.mark.parametrize(
     "text", dict.fromkeys(text for _, _, text in SNIPPETS), ids=lambda text: text.split("\n")[0][:60]
 )
-def test_snippets_run(clone, text):
+def test_snippets_run(clone, text, monkeypatch):
     (mark,) = [mark for mark in EDITS if mark in text]
     edits = EDITS[mark]
     code = compile(text, "snippet", "exec")
@@ -263,12 +267,14 @@ def test_snippets_run(clone, text):
     for old, new in edits:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
-    (clone / "my_sampling.py").write_text(text)
-    flags = BRIGHTNESS if mark == "my_sampling.py" else ""
-    done = run(clone, f"PYTHONPATH=. python my_sampling.py {flags}")
+    if mark != "my_sampling.py":
+        monkeypatch.chdir(clone)
+        exec(compile(text, "snippet", "exec"), {})
+        return
+    (clone / mark).write_text(text)
+    done = run(clone, f"PYTHONPATH=. python {mark} {BRIGHTNESS}")
     assert done.returncode == 0, done.stderr
-    if flags:
-        assert '"manifold": "brightness"' in (clone / "output" / "own" / "run.json").read_text()
+    assert '"manifold": "brightness"' in (clone / "output" / "own" / "run.json").read_text()
 
 
 # ---- tables, pictures and links -------------------------------------------------------------------------------------
@@ -276,22 +282,46 @@ def test_snippets_run(clone, text):
 
 def test_the_table_of_presets_is_up_to_date():
     """`python docs/make.py presets` writes it."""
-    make, text = load_script("../docs/make"), (ROOT / "README.md").read_text(encoding="utf-8")
+    make, text = load_script("../docs/make"), (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
     assert make.presets_table() in text and make.with_presets(text) == text
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/architecture.md"])
-def test_links_lead_somewhere(document):
-    text = (ROOT / document).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", text):
+def links(path):
+    """The files that a document links to, with their anchors."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
         if "://" not in target:
-            assert ((ROOT / document).parent / target).exists(), target
+            file, _, anchor = target.partition("#")
+            yield (path.parent / file).resolve() if file else path, anchor
+
+
+def anchors(path):
+    """Those of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    for path, anchor in links(ROOT / document):
+        assert path.exists() and (not anchor or anchor in anchors(path)), (path, anchor)
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    linked = {path for path, _ in links(ROOT / "README.md")}
+    assert {ROOT / document for document in DOCUMENTS[1:]} <= linked
+
+
+def test_the_architecture_names_every_module():
+    table = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## The path")[0]
+    modules = {path.stem for path in (ROOT / "guided_diffusion").rglob("*.py")} - {"__init__"}
+    assert {word for row in re.findall(r"^\|[^|]*\|([^|]*)\|", table, re.MULTILINE)
+            for word in re.findall(r"`(\w+)`", row)} - {"guided_diffusion"} == modules  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["range_t_area", "demo", "half_schedule"])
-def test_pictures_are_light_and_have_the_readmes_width(name):
+def test_pictures_are_light_and_have_the_width_of_a_page(name):
     path = ROOT / "docs" / f"{name}.png"
-    assert f"](docs/{name}.png)" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert path.stat().st_size < 300_000
     with Image.open(path) as image:
         assert image.width == 800
@@ -300,7 +330,7 @@ def test_pictures_are_light_and_have_the_readmes_width(name):
 def test_pictures_can_be_made_again(tmp_path, capsys):
     """With two steps; the layout is that of the committed ones."""
     make = load_script("../docs/make")
-    names = ("range_t_area", "demo", "half_schedule", "samples")
+    names = ("range_t_area", "demo", "samples")
     given = make.create_parser().parse([*names, "--steps", "2", "--out", str(tmp_path), "--device", "cpu"])
     assert make.make(given) == 0
     for name in names:

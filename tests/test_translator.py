@@ -326,6 +326,14 @@ def test_installed_and_used_from_another_folder(data, tmp_path, installed):
     assert sorted(os.listdir(tmp_path)) == ["made.png"]
 
 
+def test_the_console_command_of_an_installed_copy(tmp_path, installed):
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    arguments = [sys.executable, installed / "bin" / "sddm", "--help"]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: sddm --model_path PATH") and "--range_t STEP" in done.stdout
+
+
 def test_the_package_names_it():
     assert guided_diffusion.Translator is Translator and "Translator" in guided_diffusion.__all__
     with pytest.raises(AttributeError, match="nothing"):

@@ -45,7 +45,7 @@ from guided_diffusion.run import files
 from guided_diffusion.run.record import sha256
 
 OURS = "SDDM, late start"
-DETAILS = ("SDDM, 100 steps", "SDDM, late start, 20 steps")  # in fronts.md alone, not in README, chart and pictures
+DETAILS = ("SDDM, 100 steps", "SDDM, late start, 20 steps")  # in fronts.md alone, not in documents, chart and pictures
 LOWEST_SSIM = 0.3  # of the hypervolume's reference point; its distance is that of the sources as they are
 LEVELS = (0.34, 0.35, 0.36, 0.37, 0.38, 0.39, 0.40)  # of SSIM, for the table of matched faithfulness
 NEAR = (
@@ -299,7 +299,7 @@ def text_of(settings, scores, anchors, areas, volumes, pairs, missing, reference
 
 
 def summary(record):
-    """The table of the project's README, from the content of fronts.json: the settings on the methods' fronts."""
+    """The table of docs/results.md, from the content of fronts.json: the settings on the methods' fronts."""
     head = [
         "method",
         "setting",
