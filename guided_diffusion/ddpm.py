@@ -178,6 +178,7 @@ class Model(nn.Module):
         self.up = nn.ModuleList(levels)
         self.norm_out = Norm(channels)
         self.conv_out = nn.Conv2d(channels, out_ch, 3, padding=1)
+        self.float()  # whatever the default dtype
 
     def set_dtype(self, dtype: torch.dtype) -> "Model":
         """Compute in `dtype`: all convolutions but the last are stored in it; the rest stays in float32."""

@@ -138,7 +138,8 @@ def sampler(steps: Callable[..., Iterator[State]]) -> Callable[..., torch.Tensor
     ) -> Iterator[State]:
         device, noise = "cpu", options.get("noise")
         if isinstance(ref, torch.Tensor):
-            ref, device = _normal(ref), ref.device.type
+            ref = _normal(ref)
+            device = ref.device.type if torch.amp.is_autocast_available(ref.device.type) else device
         if noise is not None:
             options["noise"] = lambda shape: _normal(noise(shape))
         run = steps(model, diffusion, ref, *arguments, **options)

@@ -404,6 +404,7 @@ class UNetModel(_UNetEncoder):
             self._norm(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
         )
         del self._res_block, self._attention, self._norm
+        self.float()  # whatever the default dtype
         if use_fp16:
             self.convert_to_fp16()
 
@@ -550,6 +551,7 @@ class EncoderUNetModel(_UNetEncoder):
         else:
             raise ValueError(f"pool is {pool!r}; it can be adaptive, attention, spatial or spatial_v2")
         self.add_module(head, nn.Sequential(*layers))
+        self.float()  # whatever the default dtype
         if use_fp16:
             self.convert_to_fp16()
 

@@ -1,6 +1,5 @@
 """The diffusion process: golden schedules and posteriors, plain formulas for every model type, loops and losses."""
 
-import itertools
 import math
 from statistics import NormalDist
 
@@ -86,33 +85,9 @@ def test_golden_ddim(name):
     torch.testing.assert_close(result, data["output"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 10, 1000, 4000])
-def test_linear_schedule(steps):
-    betas = get_named_beta_schedule("linear", steps)
-    assert betas.dtype == np.float64
-    first, last = 0.1 / steps, 20 / steps
-    expected = [first + (last - first) * i / max(steps - 1, 1) for i in range(steps)]
-    np.testing.assert_allclose(betas, expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 10, 1000])
-def test_cosine_schedule(steps):
-    betas = get_named_beta_schedule("cosine", steps)
-    alpha_bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-    expected = [min(1 - b / a, 0.999) for a, b in itertools.pairwise(alpha_bar)]
-    np.testing.assert_allclose(betas, expected, rtol=1e-12)
-    assert ((betas > 0) & (betas <= 0.999)).all()
-
-
 def test_betas_of_any_alpha_bar():
     betas = betas_for_alpha_bar(50, lambda u: math.exp(-3 * u))
     np.testing.assert_allclose(np.cumprod(1 - betas), np.exp(-3 * np.arange(1, 51) / 50), rtol=1e-12)
-
-
-def test_unknown_schedule():
-    with pytest.raises(InputError, match="it can be linear, cosine") as caught:
-        get_named_beta_schedule("sqrt", 10)
-    assert (caught.value.parameter, caught.value.value) == ("noise_schedule", "sqrt")
 
 
 @pytest.mark.parametrize("betas", [[0.1, 0.0], [0.1, -0.1], [0.5, 1.1], [0.1, float("nan")], [[0.1], [0.2]]])
@@ -188,13 +163,10 @@ def test_alpha_bars_that_are_none(bad):
     "text, steps, expected",
     [
         ("1", 1000, [0]),
-        ("2", 1000, [0, 999]),
         ("4", 10, [0, 3, 6, 9]),
-        ("10", 10, list(range(10))),
         ("ddim5", 100, [0, 20, 40, 60, 80]),
         ("ddim2", 3, [0, 2]),
         ("2,3", 20, [0, 9, 10, 14, 19]),
-        ("1,1,1", 10, [0, 4, 7]),
         (" 2 , 3 ", 20, [0, 9, 10, 14, 19]),
         ([3], 5, [0, 2, 4]),
     ],
@@ -226,23 +198,17 @@ def test_sections_get_their_numbers_of_steps(steps, counts):
     assert len(kept) == sum(counts)
 
 
-@pytest.mark.parametrize("text", ["", "many", "10,", ",", "10;5", "ddim", "ddimx", "1e2", "10.5", "ddim10,5"])
-def test_spacing_that_is_no_list_of_numbers(text):
-    with pytest.raises(InputError, match="it can be a number like 100") as caught:
-        space_timesteps(1000, text)
-    assert (caught.value.parameter, caught.value.value) == ("timestep_respacing", text)
-
-
-@pytest.mark.parametrize("text, count", [("0", 0), ("-5", -5), ("1001", 1001), ("10,0", 0), ("600,10", 600)])
-def test_spacing_with_impossible_counts(text, count):
-    with pytest.raises(InputError, match=f"it asks for {count} steps out of") as caught:
-        space_timesteps(1000, text)
-    assert (caught.value.parameter, caught.value.value) == ("timestep_respacing", text)
-
-
-@pytest.mark.parametrize("text", ["ddim0", "ddim999", "ddim2000", "ddim-3"])
-def test_ddim_spacing_without_a_stride(text):
-    with pytest.raises(InputError, match="no integer stride") as caught:
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        *((text, "it can be a number like 100") for text in ("", "10,", "1e2", "ddim10,5")),
+        ("0", "it asks for 0 steps out of 1000"),
+        ("600,10", "it asks for 600 steps out of 500"),
+        *((text, "no integer stride") for text in ("ddim0", "ddim999")),
+    ],
+)
+def test_spacings_that_do_not_fit(text, reason):
+    with pytest.raises(InputError, match=reason) as caught:
         space_timesteps(1000, text)
     assert (caught.value.parameter, caught.value.value) == ("timestep_respacing", text)
 
@@ -340,14 +306,6 @@ def test_posterior_is_bayes_rule():
     mean, variance, _ = diffusion.q_posterior_mean_variance(x_start, x_t, torch.zeros(3, dtype=torch.long))
     torch.testing.assert_close(mean, x_start)
     assert not variance.any()
-
-
-def test_noise_and_image_determine_each_other():
-    diffusion = process()
-    x_start, noise, t = images()
-    x_t = diffusion.q_sample(x_start, t, noise)
-    torch.testing.assert_close(diffusion.xstart_from_eps(x_t, t, noise), x_start, atol=2e-3, rtol=0)
-    torch.testing.assert_close(diffusion.eps_from_xstart(x_t, t, x_start), noise, atol=2e-3, rtol=0)
 
 
 def plain_posterior(diffusion, output, x, i, clip):
@@ -454,14 +412,6 @@ def test_ddim_step(eta):
         torch.testing.assert_close(step["sample"][n].double(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_ddim_with_full_variance_has_the_ancestral_distribution():
-    diffusion, model = process(), LinearModel()
-    x, noise, t = images()
-    a = diffusion.ddim_sample(model, x, t, eta=1.0, noise=noise, clip_denoised=False)["sample"]
-    b = diffusion.p_sample(model, x, t, noise=noise, clip_denoised=False)["sample"]
-    torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
-
-
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
 @all_variances
 def test_loops_are_finite_and_repeatable(loop, var):
@@ -478,13 +428,6 @@ def test_loops_are_finite_and_repeatable(loop, var):
     assert not results[0].requires_grad
     steps = list(getattr(diffusion, f"{loop}_progressive")(model, noise.shape, noise=noise))
     assert len(steps) == STEPS
-
-
-def test_ddim_draws_nothing_that_counts():
-    diffusion, model = process(), LinearModel()
-    noise = torch.randn(2, 3, 8, 8)
-    results = [diffusion.ddim_sample_loop(model, noise.shape, noise=noise) for _ in range(2)]
-    assert torch.equal(*results)
 
 
 def test_loop_without_noise_draws_it(capfd):
@@ -564,15 +507,6 @@ def test_discretised_likelihood(scale):
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_discretised_likelihood_sums_to_one():
-    x = torch.arange(256, dtype=torch.float64) / 127.5 - 1
-    for mean, scale in ((0.0, 0.1), (0.9, 0.3), (-1.0, 0.05)):
-        logs = discretized_gaussian_log_likelihood(
-            x, means=torch.full_like(x, mean), log_scales=torch.full_like(x, math.log(scale))
-        )
-        assert float(logs.exp().sum()) == pytest.approx(1, abs=1e-6)
-
-
 def plain_bound(diffusion, output, x_start, x_t, i):
     """One image's term of the variational bound at step i in bits per dimension, in float64."""
     mean, log_variance, _ = plain_posterior(diffusion, output, x_t, i, clip=False)
@@ -639,13 +573,6 @@ def test_the_bound_trains_only_the_variance(mean):
     assert grad[:, :3].any() and not grad[:, 3:].any()
 
 
-def test_a_perfect_model_has_no_loss():
-    x_start, noise, t = images()
-    diffusion = process()
-    losses = diffusion.training_losses(lambda x, t: noise, x_start, t, noise=noise)
-    assert torch.equal(losses["loss"], torch.zeros(4))
-
-
 # ---- the timesteps of an encoder -------------------------------------------------------------------------------------
 
 LINEAR = {"noise_schedule": "linear", "diffusion_steps": 1000, "rescale_timesteps": False}
@@ -661,7 +588,6 @@ def test_one_schedule_needs_no_other_timesteps():
     [
         {**LINEAR, "noise_schedule": "cosine"},
         {**LINEAR, "diffusion_steps": 4000, "noise_schedule": "cosine"},
-        {**LINEAR, "diffusion_steps": 250},
         {**LINEAR, "diffusion_steps": 250, "rescale_timesteps": True},
     ],
     ids=str,

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import golden, golden_path
+from conftest import golden
 from PIL import Image
 
 from guided_diffusion import dist_util, script_util
@@ -19,7 +19,6 @@ from guided_diffusion.errors import InputError
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType
 from guided_diffusion.image_datasets import _list_image_files_recursively, load_data, load_image
-from guided_diffusion.nn import norm_silu
 from guided_diffusion.resample import LossAwareSampler, LossSecondMomentResampler, create_named_schedule_sampler
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model, sr_create_model_and_diffusion
 from guided_diffusion.unet import SuperResModel
@@ -49,18 +48,12 @@ LOOP = "model shape noise clip_denoised denoised_fn cond_fn model_kwargs device 
 FORK = "skip_timesteps init_image randomize_class cond_fn_with_grad"
 
 
-@pytest.mark.parametrize("line", NAMES.split("\n")[1:-1])
-def test_names(line):
-    module, names = line.split(": ")
-    found = importlib.import_module(f"guided_diffusion.{module}")
-    assert not [name for name in names.split() if not hasattr(found, name)]
-
-
-def test_names_of_the_process():
+def test_names():
+    for line in NAMES.strip().split("\n"):
+        module, names = line.split(": ")
+        found = importlib.import_module(f"guided_diffusion.{module}")
+        assert not [name for name in names.split() if not hasattr(found, name)]
     assert not [name for name in METHODS.split() if not hasattr(GaussianDiffusion, name)]
-    diffusion = create_gaussian_diffusion(timestep_respacing="5")
-    for name in ("betas", "num_timesteps", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"):
-        assert hasattr(diffusion, name)
 
 
 @pytest.mark.parametrize(
@@ -175,10 +168,6 @@ def test_seeded_initial_weights():
         ("middle_block.2.in_layers.2.weight", 769.1935277791156), ("output_blocks.3.0.in_layers.2.weight", 382.9597644585858),  # noqa: E501
     ):  # fmt: skip
         assert float(weights[name].double().abs().sum()) == pytest.approx(expected, rel=1e-9), name
-
-
-def test_golden_file_is_small():
-    assert golden_path("drop_in").stat().st_size < 1 << 20
 
 
 # ---- guidance and likelihood ----------------------------------------------------------------------------------------
@@ -344,14 +333,6 @@ def test_hooks_fire_without_gradients(scale_shift):
             handle.remove()
 
 
-def test_a_hook_changes_the_output():
-    norm, x = torch.nn.GroupNorm(2, 4), torch.randn(1, 4, 3, 3)
-    with torch.no_grad():
-        plain = norm_silu(norm, x)
-        norm.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
-        assert plain.any() and not norm_silu(norm, x).any()
-
-
 CONFIGURATION = {
     "type": "openai", "in_channels": 3, "out_channels": 3, "resamp_with_conv": True, "var_type": "fixedsmall",
 }  # fmt: skip
@@ -505,14 +486,6 @@ def test_load_data_follows_the_default_generator(pictures):
     assert not torch.equal(first[0], first[2])
 
 
-def test_classes_are_folders_where_there_are_only_folders(pictures):
-    (pictures / "a.png").unlink()
-    for name in ("dog_1.png", "cat_2.png"):
-        (pictures / name).rename(pictures / "a" / name)
-    data = load_data(data_dir=str(pictures), batch_size=4, image_size=8, class_cond=True, deterministic=True)
-    assert next(data)[1]["y"].tolist() == [0, 0, 0, 1]
-
-
 def test_load_data_says_what_is_wrong(pictures, tmp_path):
     with pytest.raises(InputError) as caught:
         load_data(data_dir="", batch_size=1, image_size=8)
@@ -565,10 +538,11 @@ def test_process_group_of_one(monkeypatch):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_leftover_variables_end_in_an_error(monkeypatch, caplog, rank):
+def test_leftover_variables_end_in_an_error(monkeypatch, caplog):
     """RANK and the others of a run that is no more: a line after a while, then an error, not a day of silence."""
     import socket
+
+    rank = 1
 
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -581,13 +555,3 @@ def test_leftover_variables_end_in_an_error(monkeypatch, caplog, rank):
     with pytest.raises(InputError, match=r"cannot reach the others.*unset RANK and WORLD_SIZE"):
         dist_util.open_store(dist_util.ranks())
     assert f"rank {rank} of 2 has been waiting for" in caplog.text and str(port) in caplog.text
-
-
-def test_startup_timeout(monkeypatch):
-    monkeypatch.delenv("SDDM_STARTUP_TIMEOUT", raising=False)
-    assert dist_util.startup_timeout() == 900
-    monkeypatch.setenv("SDDM_STARTUP_TIMEOUT", "7.5")
-    assert dist_util.startup_timeout() == 7.5
-    monkeypatch.setenv("SDDM_STARTUP_TIMEOUT", "soon")
-    with pytest.raises(InputError, match="SDDM_STARTUP_TIMEOUT is 'soon'"):
-        dist_util.startup_timeout()

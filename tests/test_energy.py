@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from conftest import LinearModel, golden, golden_encoder, golden_index, golden_names
+from conftest import golden, golden_encoder, golden_index, golden_names
 from torch.nn import functional as F
 
 from guided_diffusion import energy as energies
@@ -15,8 +15,6 @@ from guided_diffusion.checkpoint.targets import class_number
 from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
 from guided_diffusion.respace import matching_timestep
-from guided_diffusion.script_util import create_classifier, create_diffusion
-from guided_diffusion.sddm import sample
 from resizer import Resizer
 
 # Layer numbers of the convolutions of vgg_normalised.pth up to relu5_1, with their channels.
@@ -148,9 +146,7 @@ def test_golden_low_pass(name):
     assert_relative(grad, data["grad"])
 
 
-@pytest.mark.parametrize(
-    "level, blocks, size", [(1, 1, 16), (1, 4, 16), (1, 8, 16), (2, 1, 16), (2, 4, 16), (2, 4, 15)]
-)
+@pytest.mark.parametrize("level, blocks, size", [(1, 1, 16), (1, 8, 16), (2, 4, 15)])
 def test_vgg_equals_the_plain_formula(level, blocks, size):
     x, ref = pair(size=size)
     state = vgg_weights(level)
@@ -161,7 +157,7 @@ def test_vgg_equals_the_plain_formula(level, blocks, size):
     assert_relative(grad, expected[1])
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 4, 8])
+@pytest.mark.parametrize("blocks", [1, 8])
 def test_dct_equals_the_plain_formula(blocks):
     x, ref = pair()
     value, grad = evaluate(energies.dct(blocks), ref, x)
@@ -194,7 +190,7 @@ def test_latents_of_any_number_of_channels(channels, make):
     assert_relative(grad, torch.cat([grad for _, grad in each], dim=1))
 
 
-@pytest.mark.parametrize("down_n", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("down_n", [1, 4, 16])
 def test_low_pass_equals_the_plain_formula(down_n):
     x, ref = pair(dtype=torch.float64)
     alpha_bar = 0.37
@@ -227,14 +223,6 @@ def test_a_noised_reference_is_the_reference_at_alpha_bar(make, alpha_bar):
         assert torch.equal(a, b)
 
 
-def test_low_pass_of_a_rectangle():
-    x, ref = torch.randn(2, 1, 3, 8, 24).unbind()
-    value, grad = evaluate(energies.low_pass(4), ref, x)
-    assert value.shape == (1,) and grad.shape == x.shape
-    small = Resizer(x.shape, 1 / 4, kernel="linear")(ref - x)
-    assert_relative(value, Resizer(small.shape, 4, kernel="linear")(small).square().sum(dim=(1, 2, 3)))
-
-
 @pytest.mark.parametrize("alpha_bar", [1.0, 0.5, 0.01])
 def test_dse_equals_the_plain_formula(alpha_bar):
     x, ref = pair(dtype=torch.float64)
@@ -251,12 +239,6 @@ def test_dse_equals_the_plain_formula(alpha_bar):
     assert_relative(grad, expected[1], 1e-5)
 
 
-def test_dse_of_the_reference_itself_is_one():
-    _, ref = pair()
-    value, _ = evaluate(energies.dse(TimedEncoder()), ref, 0.25**0.5 * ref, torch.tensor([10, 900]), 0.25)
-    torch.testing.assert_close(value, torch.ones(2))
-
-
 @pytest.mark.parametrize("y", [3, torch.tensor([3, 0])])
 def test_classifier_equals_the_plain_formula(y):
     x, ref = pair()
@@ -271,28 +253,6 @@ def test_classifier_equals_the_plain_formula(y):
     value, grad = evaluate(energies.classifier(model, y), ref, x, t)
     assert_relative(value, expected[0], 1e-5)
     assert_relative(grad, expected[1], 1e-4)
-
-
-def test_classifier_takes_the_projects_encoder():
-    torch.manual_seed(0)
-    model = create_classifier(
-        16,
-        classifier_width=32,
-        classifier_depth=1,
-        classifier_attention_resolutions="8",
-        channel_mult="1,2",
-        num_class=5,
-    )
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    x, ref = pair()
-    energy = energies.classifier(model, 2)
-    value, grad = evaluate(energy, ref, x, torch.tensor([3, 700]))
-    expected = -model(x, torch.tensor([3, 700])).log_softmax(1)[:, 2]
-    torch.testing.assert_close(value, expected.detach())
-    # The gradient is a descent direction's opposite: a small step against it lowers every image's energy.
-    step = 1e-2 * grad / grad.flatten(1).norm(dim=1)[:, None, None, None]
-    assert (energy.energy_and_grad(x - step, torch.tensor([3, 700]), 1.0)[0] < value).all()
 
 
 MAKERS = {
@@ -344,8 +304,7 @@ def test_inputs_and_graphs_are_left_alone(make):
 
 
 @every_energy
-@pytest.mark.parametrize("ref_value", [-1.0, 0.0, 1.0, None])
-@pytest.mark.parametrize("x_value", [-1.0, 0.0, 0.5, None])
+@pytest.mark.parametrize("ref_value, x_value", [(-1.0, None), (0.0, 0.0), (None, 0.5)])
 def test_constant_images_give_finite_numbers(make, ref_value, x_value):
     x, ref = pair()
     x = x if x_value is None else torch.full_like(x, x_value)
@@ -390,111 +349,57 @@ def test_vgg_levels_end_at_their_first_relu(level):
     assert isinstance(features[-1], torch.nn.ReLU)
 
 
-@pytest.mark.parametrize("prefix", ["", "encoder.", "module.", "vgg.features."])
-def test_vgg_key_prefixes_do_not_matter(prefix):
-    x, ref = pair()
-    expected = evaluate(energies.vgg(vgg_weights(1), 4), ref, x)
-    actual = evaluate(energies.vgg(vgg_weights(1, prefix), 4), ref, x)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
-
-
-def test_vgg_from_a_file(tmp_path):
+@pytest.mark.parametrize("prefix", ["encoder.", "vgg.features."])
+def test_vgg_from_a_file_with_any_prefix(tmp_path, prefix):
     path = tmp_path / "vgg_normalised.pth"
-    torch.save(vgg_weights(2), path)
+    torch.save(vgg_weights(2, prefix), path)
     x, ref = pair()
     expected = evaluate(energies.vgg(vgg_weights(2), 4, 2), ref, x)
     actual = evaluate(energies.vgg(str(path), 4, 2), ref, x)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected))
 
 
-def one_line(error):
-    assert "\n" not in str(error.value)
-    return str(error.value)
+@pytest.mark.parametrize(
+    "change, found", [({"0.bias": None}, "nothing"), ({"2.weight": torch.zeros(64, 3, 5, 5)}, r"\(64, 3, 5, 5\)")]
+)
+def test_vgg_file_that_does_not_fit(tmp_path, change, found):
+    path, state = tmp_path / "other.pth", vgg_weights(2) | change
+    torch.save({key: value for key, value in state.items() if value is not None}, path)
+    (key,) = change
+    with pytest.raises(InputError, match=f"other.pth is not AdaIN's vgg_normalised.pth: {key} must have .* {found}$"):
+        energies.vgg(str(path), level=2)
 
 
-def test_vgg_file_that_does_not_exist(tmp_path):
-    with pytest.raises(InputError) as error:
-        energies.vgg(str(tmp_path / "absent.pth"))
-    assert "absent.pth" in one_line(error)
-
-
-@pytest.mark.parametrize("content", [b"", b"just text\n", b"PK\x03\x04 and then nothing of a zip"])
+@pytest.mark.parametrize("content", [None, b"just text\n", b"PK\x03\x04 and then nothing of a zip"])
 def test_vgg_file_that_is_none(tmp_path, content):
     path = tmp_path / "broken.pth"
-    path.write_bytes(content)
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(InputError) as error:
         energies.vgg(str(path))
     assert "broken.pth" in one_line(error)
 
 
-def test_vgg_file_of_something_else(tmp_path):
-    path = tmp_path / "other.pth"
-    torch.save({"conv.weight": torch.zeros(3), "7.weight": torch.zeros(4)}, path)
-    with pytest.raises(
-        InputError, match=r"other.pth is not AdaIN's vgg_normalised.pth: 0.weight must have shape \(3, 3, 1, 1\)"
-    ):
-        energies.vgg(str(path))
-
-
-@pytest.mark.parametrize("change", [("0.bias", None), ("2.weight", torch.zeros(64, 3, 5, 5)), ("9.weight", None)])
-def test_vgg_state_dict_that_does_not_fit(change):
-    key, value = change
-    state = vgg_weights(2)
-    del state[key]
-    if value is not None:
-        state[key] = value
+@pytest.mark.parametrize(
+    "make, size, parameter, value, words",
+    [
+        (energies.dct, 24, "blocks", 5, "feature map size"),
+        (lambda blocks: energies.vgg(vgg_weights(2), blocks, 2), 16, "blocks", 8, "feature map size 8"),
+        (energies.low_pass, 16, "down_n", 0, "at least 1"),
+        (energies.low_pass, 16, "down_n", 3, "16"),
+        (lambda level: energies.vgg(vgg_weights(1), level=level), 16, "level", 6, "1 to 5"),
+    ],
+)
+def test_options_that_do_not_suit_the_features(make, size, parameter, value, words):
     with pytest.raises(InputError) as error:
-        energies.vgg(state, level=2)
-    found = "nothing" if value is None else r"(64, 3, 5, 5)"
-    assert one_line(error).startswith(f"the VGG state dict is not AdaIN's vgg_normalised.pth: {key} must have shape")
-    assert one_line(error).endswith(f"and has {found}")
+        make(value).prepare(pair(size=size)[1])
+    assert (error.value.parameter, error.value.value) == (parameter, value)
+    assert words in one_line(error)
 
 
-def test_vgg_weights_of_a_shallower_network_do_for_a_lower_level():
-    state = {key: value for key, value in vgg_weights(1).items() if int(key.split(".")[0]) <= 2}
-    energies.vgg(state, level=1)
-    with pytest.raises(InputError, match=r"5\.weight"):
-        energies.vgg(state, level=2)
-
-
-@pytest.mark.parametrize("level", [0, 6, -1])
-def test_bad_level(level):
-    with pytest.raises(InputError) as error:
-        energies.vgg(vgg_weights(1), level=level)
-    assert (error.value.parameter, error.value.value) == ("level", level)
-    assert "1 to 5" in one_line(error)
-
-
-@pytest.mark.parametrize("make, blocks", [(energies.dct, 5), (lambda b: energies.vgg(vgg_weights(2), b, 2), 16)])
-def test_blocks_that_do_not_suit_the_features(make, blocks):
-    _, ref = pair(size=24)
-    with pytest.raises(InputError) as error:
-        make(blocks).prepare(ref)
-    assert (error.value.parameter, error.value.value) == ("blocks", blocks)
-    assert "feature map size" in one_line(error)
-
-
-def test_blocks_of_one_feature_pixel():
-    _, ref = pair(size=16)
-    with pytest.raises(InputError) as error:
-        energies.vgg(vgg_weights(2), 8, 2).prepare(ref)
-    assert (error.value.parameter, error.value.value) == ("blocks", 8)
-    assert "feature map size 8" in one_line(error) and "two pixels" in one_line(error)
-
-
-@pytest.mark.parametrize("down_n", [0, -2])
-def test_low_pass_factor_below_one(down_n):
-    with pytest.raises(InputError) as error:
-        energies.low_pass(down_n)
-    assert (error.value.parameter, error.value.value) == ("down_n", down_n)
-
-
-@pytest.mark.parametrize("down_n, size", [(3, (16, 16)), (32, (16, 16)), (8, (16, 12)), (8, (12, 16))])
-def test_low_pass_factor_that_does_not_divide(down_n, size):
-    with pytest.raises(InputError) as error:
-        energies.low_pass(down_n).prepare(torch.zeros(1, 3, *size))
-    assert (error.value.parameter, error.value.value) == ("down_n", down_n)
-    assert "x".join(map(str, size[: 1 if size[0] == size[1] else 2])) in one_line(error)
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 # --- networks that were trained on a schedule of their own
@@ -515,7 +420,7 @@ timed = pytest.mark.parametrize("make", TIMED.values(), ids=TIMED)
 
 @timed
 @pytest.mark.parametrize("flags", OTHER_SCHEDULES.values(), ids=OTHER_SCHEDULES)
-@pytest.mark.parametrize("own", [0, 57, 399])
+@pytest.mark.parametrize("own", [57, 399])
 def test_network_is_asked_at_its_own_timestep_of_the_noise_level(make, flags, own):
     """At an alpha_bar of its own schedule, the model's timestep does not matter: it is asked at `own`."""
     x, ref = pair()
@@ -530,49 +435,12 @@ def test_network_is_asked_at_its_own_timestep_of_the_noise_level(make, flags, ow
     assert not torch.allclose(value, elsewhere[0], atol=1e-4)
 
 
-@timed
-def test_networks_of_the_models_schedule_get_the_models_timesteps(make):
-    x, ref = pair()
-    assert matching_timestep(FLAGS, dict(FLAGS)) is None
-    for a, b in zip(
-        evaluate(make(matching_timestep(FLAGS, dict(FLAGS))), ref, x, torch.tensor([700, 3]), 0.5),
-        evaluate(make(None), ref, x, torch.tensor([700, 3]), 0.5),
-    ):
-        assert torch.equal(a, b)
-
-
 def test_timesteps_between_those_of_the_schedule_are_fractions():
     timestep = matching_timestep(FLAGS, OTHER_SCHEDULES["cosine"])
     alpha_bars = (1 - get_named_beta_schedule("cosine", 1000)).cumprod()
     t = energies.own_timesteps(timestep, torch.tensor([3, 4]), float(alpha_bars[500:502].mean()))
     assert t.dtype == torch.float32 and t.shape == (2,)
     assert 500 < t[0] < 501 and t[0] == t[1]
-
-
-class Recorded(torch.nn.Module):
-    """A classifier and extractor that records the timesteps it is asked at."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.asked = TimedEncoder(), []
-
-    def middle_features(self, x, t):
-        self.asked.append(t)
-        return self.inner.middle_features(x, t)
-
-    def forward(self, x, t):
-        return self.middle_features(x, t).mean(dim=(2, 3))
-
-
-@pytest.mark.parametrize("name", TIMED)
-def test_a_run_asks_at_own_timesteps(name):
-    diffusion = create_diffusion(timestep_respacing="6")
-    _, ref = pair()
-    network, timestep = Recorded(), matching_timestep(FLAGS, OTHER_SCHEDULES["cosine"])
-    energy = energies.dse(network, timestep) if name == "dse" else energies.classifier(network, 2, timestep)
-    sample(LinearModel(), diffusion, ref, blocks=4, range_t=2, energies=[energy])
-    expected = [timestep(float(diffusion.alphas_cumprod[i])) for i in (5, 4, 3) for _ in range(1 + (name == "dse"))]
-    assert [float(t[0]) for t in network.asked] == pytest.approx(expected)
 
 
 # --- options
@@ -642,13 +510,7 @@ def classes(names=None, **flags):
 @pytest.mark.parametrize("names", [["cat", "dog", "wild"], '["cat", "dog", "wild"]'], ids=["list", "JSON"])
 def test_a_class_by_name_or_number(names):
     info = classes(names)
-    assert [class_number(given, info, "target_class") for given in ("cat", "wild", 0, 2, "1")] == [
-        0,
-        2,
-        0,
-        2,
-        1,
-    ]
+    assert [class_number(given, info, "target_class") for given in ("cat", "wild", 0, 2, "1")] == [0, 2, 0, 2, 1]
     for given in ("bird", "Cat", "", 3, -1, "3", "-1", "1.5"):
         with pytest.raises(InputError) as error:
             class_number(given, info, "target_class")
@@ -660,15 +522,6 @@ def test_a_name_that_looks_like_a_number_is_a_name():
     info = classes(["2", "0", "1"])
     assert class_number("2", info, "y") == 0
     assert class_number(2, info, "y") == 0  # as a command line reads it
-
-
-@pytest.mark.parametrize("names", [None, "cat, dog", "null", "3"])
-def test_a_class_of_a_checkpoint_without_names(names):
-    info = classes(names, num_classes=2)
-    assert class_number("1", info, "y") == 1
-    with pytest.raises(InputError) as error:
-        class_number("cat", info, "y")
-    assert "classes 0 to 1" in one_line(error) and "name" not in one_line(error)
 
 
 def test_a_class_by_name_reaches_the_energy(tmp_path):

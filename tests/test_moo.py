@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import golden, golden_names
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
@@ -82,43 +82,12 @@ def test_no_direction_is_harmed(vectors):
 
 
 @settings(deadline=None, max_examples=100)
-@given(vector_sets, st.integers(0, 2**32))
-def test_no_convex_combination_is_shorter(vectors, seed):
-    result = min_norm_point(vectors, 0).norm()
-    tried = torch.distributions.Dirichlet(torch.full((len(vectors),), 0.5, dtype=torch.float64))
-    torch.manual_seed(seed)
-    weights = torch.cat([tried.sample((200,)), torch.eye(len(vectors), dtype=torch.float64)])
-    shortest = (weights @ vectors).norm(dim=1).min()
-    assert result <= shortest + 1e-6 * float(vectors.norm(dim=1).max())
-
-
-@settings(deadline=None, max_examples=100)
 @given(vector_sets, st.sampled_from(METHODS))
 def test_weights_are_convex(vectors, method):
     weights = min_norm_weights(vectors, 0, method)
     assert (weights >= 0).all()
     assert float(weights.sum()) == pytest.approx(1, abs=1e-6)
     torch.testing.assert_close(min_norm_point(vectors, 0, method), weights.to(vectors) @ vectors)
-
-
-@settings(deadline=None, max_examples=50)
-@given(vector_sets, st.randoms(use_true_random=False))
-def test_order_does_not_matter(vectors, random):
-    order = list(range(len(vectors)))
-    random.shuffle(order)
-    result, permuted = min_norm_point(vectors, 0), min_norm_point(vectors[order], 0)
-    torch.testing.assert_close(permuted, result, atol=1e-5 * float(vectors.abs().max()), rtol=0)
-
-
-@settings(deadline=None, max_examples=50)
-@given(vector_sets, st.integers(0, EXACT_UP_TO - 1))
-def test_a_repeated_vector_changes_nothing(vectors, which):
-    assume(len(vectors) < EXACT_UP_TO)
-    repeated = torch.cat([vectors, vectors[which % len(vectors)][None]])
-    result = min_norm_point(vectors, 0)
-    torch.testing.assert_close(
-        min_norm_point(repeated, 0), result, atol=1e-4 * float(vectors.norm(dim=1).max()), rtol=0
-    )
 
 
 @settings(deadline=None, max_examples=50)
@@ -129,20 +98,8 @@ def test_scaling_all_vectors_scales_the_point(vectors, factor):
     torch.testing.assert_close(scaled, result, atol=1e-5 * float(vectors.abs().max()), rtol=0)
 
 
-@settings(deadline=None, max_examples=50)
-@given(vector_sets, st.integers(0, 2**32))
-def test_rotating_all_vectors_rotates_the_point(vectors, seed):
-    generator = torch.Generator().manual_seed(seed)
-    size = vectors.shape[1]
-    rotation, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    rotated = min_norm_point(vectors @ rotation, 0)
-    torch.testing.assert_close(
-        rotated, min_norm_point(vectors, 0) @ rotation, atol=1e-4 * float(vectors.norm(dim=1).max()), rtol=0
-    )
-
-
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("count", range(1, 9))
+@pytest.mark.parametrize("count", [2, 3, 6, 8])
 def test_never_longer_than_any_vector(count, method):
     vectors = torch.stack([random_vectors(count, 16, seed, 1.0, 2.0, torch.float32) for seed in range(100)])
     result = min_norm_point(vectors, 1, method).norm(dim=1)
@@ -162,7 +119,7 @@ def test_many_vectors_are_nearly_exact(count):
         assert result.norm() <= 1.02 * reference_point(vectors).norm()
 
 
-@pytest.mark.parametrize("count", range(3, 7))
+@pytest.mark.parametrize("count", [3, 6])
 def test_exact_is_never_longer_than_frank_wolfe(count):
     vectors = torch.stack([random_vectors(count, 16, seed, 1.0, 1.0, torch.float32) for seed in range(200)])
     exact, approximate = (min_norm_point(vectors, 1, method).norm(dim=1) for method in METHODS)
@@ -171,24 +128,12 @@ def test_exact_is_never_longer_than_frank_wolfe(count):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("count", range(1, 9))
-def test_identical_vectors(count, method):
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_identical_and_zero_vectors(count, method):
     vector = torch.randn(2, 3, 1, 5, 4)
     result = min_norm_point(vector.expand(-1, -1, count, -1, -1), 2, method)
     torch.testing.assert_close(result, vector[:, :, 0], atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("count", range(1, 9))
-def test_all_zero_vectors(count, method):
     assert torch.equal(min_norm_point(torch.zeros(2, count, 5), 1, method), torch.zeros(2, 5))
-
-
-@pytest.mark.parametrize("count", range(2, 7))
-def test_a_zero_vector_is_the_minimum_norm_point(count):
-    vectors = torch.randn(4, count, 10)
-    vectors[torch.arange(4), torch.arange(4) % count] = 0
-    torch.testing.assert_close(min_norm_point(vectors, 1), torch.zeros(4, 10), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("ratio", [1e-3, 1.0, 1e3])
@@ -199,21 +144,7 @@ def test_opposite_vectors_cancel(method, ratio):
     torch.testing.assert_close(result, torch.zeros(3, 10), atol=1e-6 * max(1, ratio), rtol=0)
 
 
-@pytest.mark.parametrize("extra", range(1, 5))
-def test_opposite_vectors_cancel_among_others(extra):
-    vector = torch.randn(3, 1, 10)
-    vectors = torch.cat([vector, torch.randn(3, extra, 10), -0.5 * vector], dim=1)
-    torch.testing.assert_close(min_norm_point(vectors, 1), torch.zeros(3, 10), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_parallel_vectors_leave_the_shortest(count):
-    vector = torch.randn(3, 1, 10)
-    factors = torch.tensor([5.0, 0.2, 1.0, 40.0])[:count, None]
-    torch.testing.assert_close(min_norm_point(factors * vector, 1), 0.2 * vector[:, 0], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("count", range(2, 7))
+@pytest.mark.parametrize("count", [3, 6])
 @pytest.mark.parametrize("spread", [4.0, 8.0])
 def test_lengths_far_apart(count, spread):
     for seed in range(10):
@@ -230,12 +161,6 @@ def test_orthogonal_vectors_have_a_closed_form():
     weights = min_norm_weights(torch.diag(lengths), 0)
     expected = lengths**-2 / (lengths**-2).sum()
     torch.testing.assert_close(weights, expected, atol=1e-6, rtol=1e-5)
-
-
-def test_one_vector_is_its_own_point():
-    vectors = torch.randn(2, 3, 1, 4, 4)
-    for method in METHODS:
-        torch.testing.assert_close(min_norm_point(vectors, 2, method), vectors[:, :, 0])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -256,16 +181,7 @@ def test_problems_and_components_may_have_any_shape(count, method):
                 )
 
 
-@pytest.mark.parametrize("count", range(1, 7))
-def test_numbers_are_vectors_of_one_component(count):
-    numbers = torch.randn(50, count, dtype=torch.float64)
-    low, high = numbers.min(dim=1).values, numbers.max(dim=1).values
-    expected = torch.where(low > 0, low, torch.where(high < 0, high, 0.0))
-    for dim in (1, -1):
-        torch.testing.assert_close(min_norm_point(numbers, dim), expected, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("count", range(1, 7))
+@pytest.mark.parametrize("count", [2, 3, 6])
 def test_problems_do_not_see_each_other(count):
     vectors = torch.stack([random_vectors(count, 16, seed, 1.0, 1.0, torch.float32) for seed in range(8)])
     together = min_norm_point(vectors, 1)
@@ -283,7 +199,7 @@ def test_frank_wolfe_stops_by_the_mean_over_all_problems():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("count", range(1, 5))
+@pytest.mark.parametrize("count", [2, 4])
 def test_other_precisions(count, dtype):
     vectors = torch.stack([random_vectors(count, 16, seed) for seed in range(20)])
     result = min_norm_point(vectors.to(dtype), 1).double()

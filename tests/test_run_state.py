@@ -9,13 +9,13 @@ import torch
 from conftest import LinearModel
 from tiny import SIZE, make_model, make_references
 
-from guided_diffusion import Translator, energy
+from guided_diffusion import Translator, ddpm, energy
 from guided_diffusion.baselines import ilvr, sdedit
 from guided_diffusion.checkpoint import ModelFlags
 from guided_diffusion.checkpoint.targets import TargetOptions, load_target
 from guided_diffusion.errors import InputError
 from guided_diffusion.options import check_names, option
-from guided_diffusion.script_util import create_diffusion
+from guided_diffusion.script_util import create_classifier, create_diffusion, create_model
 from guided_diffusion.sddm import energy_factor, sample
 from guided_diffusion.solvers import NotFiniteError
 from guided_diffusion.target import Counted, count_evaluations
@@ -119,6 +119,22 @@ def test_another_default_dtype_changes_nothing(translator, tmp_path):
     torch.set_default_dtype(torch.float64)
     try:
         assert np.array_equal(np.asarray(translator(path)), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_networks_are_float32_under_another_default_dtype():
+    adm = {"image_size": 16, "channel_mult": "1,2"}
+    torch.set_default_dtype(torch.float64)
+    try:
+        networks = [
+            create_model(**adm, num_channels=32, num_res_blocks=1, attention_resolutions="8"),
+            create_classifier(**adm, classifier_width=32, classifier_depth=1, classifier_attention_resolutions="8"),
+            ddpm.Model(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), image_size=16),
+        ]
+        for network in networks:
+            out = network(torch.zeros(1, 3, 16, 16, dtype=torch.float32), torch.tensor([3]))
+            assert out.dtype == torch.float32 and out.isfinite().all()
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -7,14 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    LinearModel,
-    golden,
-    golden_encoder,
-    golden_index,
-    golden_model_and_diffusion,
-    golden_names,
-)
+from conftest import LinearModel, golden, golden_encoder, golden_index, golden_model_and_diffusion, golden_names
 from scipy.optimize import nnls
 
 from guided_diffusion import energy as energies
@@ -22,7 +15,7 @@ from guided_diffusion.baselines import egsde, ilvr, sdedit
 from guided_diffusion.errors import InputError
 from guided_diffusion.manifold import EPS, BlockManifold, block_statistics, diffuse_statistics
 from guided_diffusion.methods import SDDM
-from guided_diffusion.script_util import create_diffusion, create_model_and_diffusion
+from guided_diffusion.script_util import create_diffusion
 from guided_diffusion.sddm import LAMBDA, REFINEMENTS, rescale, sample
 from guided_diffusion.solvers import SOLVERS
 
@@ -282,15 +275,7 @@ def test_manifold_starts_on_its_manifold_and_released_does_not():
     for variant in VARIANTS:
         model, diffusion, ref, draws = setup()
         seen = []
-        sample(
-            recorded(model, seen),
-            diffusion,
-            ref,
-            blocks=4,
-            range_t=0,
-            noise=Replay(draws),
-            variant=variant,
-        )
+        sample(recorded(model, seen), diffusion, ref, blocks=4, range_t=0, noise=Replay(draws), variant=variant)
         starts[variant] = seen[0]
     mean, var = diffuse_statistics(*block_statistics(ref, 4), float(diffusion.alphas_cumprod[-1]))
     assert torch.equal(starts["released"], draws[0])
@@ -323,33 +308,6 @@ def test_without_guided_steps_it_is_ancestral_sampling(range_t):
     for i in reversed(range(8)):
         x = diffusion.p_sample(model, x, torch.full((2,), i), noise=draws[8 - i])["sample"]
         assert torch.equal(states[i], x)
-
-
-@both_variants
-def test_callback_sees_every_step_and_draws_come_in_order(variant):
-    model, diffusion, ref, draws = setup()
-    log, remaining = [], list(draws)
-
-    def noise(shape):
-        log.append("draw")
-        assert tuple(shape) == tuple(ref.shape)
-        return remaining.pop(0)
-
-    result = sample(
-        model,
-        diffusion,
-        ref,
-        blocks=4,
-        range_t=2,
-        variant=variant,
-        noise=noise,
-        callback=lambda i, x: log.append((i, x)),
-    )
-    assert [entry if entry == "draw" else entry[0] for entry in log] == ["draw"] + [
-        v for i in range(7, -1, -1) for v in ("draw", i)
-    ]
-    assert torch.equal(log[-1][1], result)
-    assert not result.requires_grad
 
 
 @both_variants
@@ -403,8 +361,7 @@ def test_default_noise_is_pytorchs_generator(variant):
 
 @pytest.mark.parametrize("detail_merge", [False, True])
 @pytest.mark.parametrize(
-    "make_energies",
-    [lambda: [], lambda: [Quadratic()], lambda: [energies.dct(4), energies.low_pass(4), Quadratic()]],
+    "make_energies", [lambda: [], lambda: [Quadratic()], lambda: [energies.dct(4), energies.low_pass(4), Quadratic()]]
 )
 def test_images_of_a_batch_do_not_see_each_other(make_energies, detail_merge):
     model, diffusion, ref, draws = setup(n=3)
@@ -416,31 +373,8 @@ def test_images_of_a_batch_do_not_see_each_other(make_energies, detail_merge):
         torch.testing.assert_close(alone[0], together[n], atol=1e-5, rtol=0)
 
 
-def test_images_of_a_batch_do_not_see_each_other_through_a_unet():
-    torch.manual_seed(0)
-    model, diffusion = create_model_and_diffusion(
-        image_size=16,
-        num_channels=32,
-        num_res_blocks=1,
-        channel_mult="1,2",
-        attention_resolutions="8",
-        timestep_respacing="6",
-    )
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
-    model.eval()
-    _, _, ref, draws = setup(steps=6, n=3)
-    together = run(model, diffusion, ref, draws, energies=[energies.dct(4), energies.low_pass(4)])[0]
-    alone = run(model, diffusion, ref[:1], draws[:, :1], energies=[energies.dct(4), energies.low_pass(4)])[0]
-    # Convolutions of one image and of three sum in another order, and the first steps amplify it.
-    torch.testing.assert_close(alone[0], together[0], atol=1e-4, rtol=0)
-
-
 REFERENCES = {
     "black": lambda ref: torch.full_like(ref, -1.0),
-    "white": lambda ref: torch.full_like(ref, 1.0),
-    "grey": torch.zeros_like,
     "half and half": lambda ref: torch.cat(
         [torch.full_like(ref[..., :8], -1.0), torch.full_like(ref[..., 8:], 1.0)], dim=-1
     ),
@@ -451,7 +385,7 @@ REFERENCES = {
 @both_variants
 @pytest.mark.parametrize("detail_merge", [False, True])
 @pytest.mark.parametrize("picture", REFERENCES.values(), ids=REFERENCES)
-@pytest.mark.parametrize("blocks", [1, 4, 8])
+@pytest.mark.parametrize("blocks", [1, 8])
 def test_flat_references_give_finite_images(variant, detail_merge, picture, blocks):
     model, diffusion, ref, draws = setup(learn_sigma=True)
     ref = picture(ref)
@@ -569,110 +503,62 @@ def test_clipping_may_be_turned_off():
 # --- refusals
 
 
-@pytest.mark.parametrize("name", ["variant", "moo", "manifold", "sampler"])
-def test_unknown_names_are_refused(name):
+@pytest.mark.parametrize(
+    "parameter, value, options",
+    [
+        *((name, "fast", {}) for name in ("variant", "moo", "manifold", "sampler")),
+        *(("blocks", value, {}) for value in (3, 0, 16)),
+        *(("down_n", value, {"manifold": "low_pass"}) for value in (0, 3, 32)),
+        *(("range_t", value, {}) for value in (-1, 8, math.nan)),
+        *(("start", value, {}) for value in (0, 9)),
+        ("blocks", 4, {"energies": [Quadratic(), energies.dct(8)]}),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(parameter, value, options):
     model, diffusion, ref, _ = setup()
     with pytest.raises(InputError) as caught:
-        sample(model, diffusion, ref, blocks=4, **{"range_t": 2, name: "fast"})
-    assert (caught.value.parameter, caught.value.value) == (name, "fast")
+        sample(model, diffusion, ref, **{"blocks": 4, "range_t": 2, **options, parameter: value})
+    assert caught.value.parameter == parameter and caught.value.value is value
+    assert not model.timesteps
 
 
-@pytest.mark.parametrize("blocks", [3, 0, 32, 16, -4])
-def test_bad_blocks(blocks):
+def test_the_low_pass_manifold_has_no_blocks():
     model, diffusion, ref, _ = setup()
-    with pytest.raises(InputError) as caught:
-        sample(model, diffusion, ref, blocks=blocks, range_t=2)
-    assert (caught.value.parameter, caught.value.value) == ("blocks", blocks)
-    # The low-pass manifold has no blocks.
-    sample(model, diffusion, ref, blocks=blocks, range_t=6, manifold="low_pass", down_n=4)
+    options = {"manifold": "low_pass", "down_n": 4, "energies": [energies.dct(8)]}
+    sample(model, diffusion, ref, blocks=3, range_t=6, **options)
 
 
-@pytest.mark.parametrize("down_n", [0, 3, 32])
-def test_bad_down_n_of_the_low_pass_manifold(down_n):
+WRONG_REFERENCES = {
+    "0 to 255": lambda ref: (ref + 1) * 127.5,
+    "infinite": lambda ref: torch.where(ref == ref.max(), torch.inf, ref),
+    "bytes": lambda ref: ((ref + 1) * 127.5).to(torch.uint8),
+    "no batch": lambda ref: ref[0],
+    "none": lambda ref: ref[:0],
+    "an array": lambda ref: ref.numpy(),
+}
+
+
+@pytest.mark.parametrize("change", WRONG_REFERENCES.values(), ids=WRONG_REFERENCES)
+def test_references_that_are_none_are_refused(change):
     model, diffusion, ref, _ = setup()
-    with pytest.raises(InputError) as caught:
-        sample(model, diffusion, ref, blocks=4, range_t=2, manifold="low_pass", down_n=down_n)
-    assert (caught.value.parameter, caught.value.value) == ("down_n", down_n)
+    for method in (
+        partial(sample, blocks=4, range_t=2),
+        partial(ilvr, down_n=4, range_t=2),
+        partial(sdedit, start=4),
+        partial(egsde, start=4, ls=0.0, li=1.0, encoder=None, down_n=4),
+    ):
+        with pytest.raises(InputError) as caught:
+            method(model, diffusion, change(ref))
+        assert (caught.value.parameter == "ref" and "[-1, 1]" in str(caught.value)) or "no image" in str(caught.value)
+    assert not model.timesteps
 
 
-OUTSIDE = [-1, 8, 100, -0.5, 1.5, math.inf, math.nan, True, "3", None]
-
-
-@pytest.mark.parametrize("value", OUTSIDE, ids=str)
-def test_range_t_outside_the_schedule_is_refused(value):
-    model, diffusion, ref, _ = setup()
-    with pytest.raises(InputError) as caught:
-        sample(Counted(model), diffusion, ref, blocks=4, range_t=value)
-    assert caught.value.parameter == "range_t" and caught.value.value is value
-
-
-@pytest.mark.parametrize("value", [0, 9, *(v for v in OUTSIDE if v not in (8, None))], ids=str)
-def test_start_outside_the_schedule_is_refused(value):
-    model, diffusion, ref, _ = setup()
-    with pytest.raises(InputError) as caught:
-        sample(model, diffusion, ref, blocks=4, range_t=2, start=value)
-    assert caught.value.parameter == "start" and caught.value.value is value
-
-
-@pytest.mark.parametrize("share, step", [(0.3, 2), (0.25, 2), (0.5, 4), (2.0, 2), (0.01, 0), (0.99, 7)])
-def test_a_share_of_the_schedule_is_a_step(share, step):
-    model, diffusion, ref, draws = setup()
-    a, b = (run(model, diffusion, ref, draws, range_t=range_t) for range_t in (share, step))
-    assert all(torch.equal(a[i], b[i]) for i in range(8))
-
-
-@pytest.mark.parametrize("share, step", [(0.3, 2), (0.5, 4), (0.99, 8), (0.01, 1), (3.0, 3)])
+@pytest.mark.parametrize("share, step", [(0.3, 2), (0.99, 8)])
 def test_a_late_start_may_be_a_share(share, step):
     model, diffusion, ref, draws = setup()
     a, b = (run(model, diffusion, ref, draws[: step + 1], start=start) for start in (share, step))
     assert list(a) == list(b) == list(reversed(range(step)))
     assert torch.equal(a[0], b[0])
-
-
-WRONG_REFERENCES = {
-    "0 to 255": lambda ref: (ref + 1) * 127.5,
-    "nan": lambda ref: torch.where(ref == ref.max(), torch.nan, ref),
-    "infinite": lambda ref: torch.where(ref == ref.max(), torch.inf, ref),
-    "bytes": lambda ref: ((ref + 1) * 127.5).to(torch.uint8),
-    "no batch": lambda ref: ref[0],
-    "a video": lambda ref: ref[None],
-    "none": lambda ref: ref[:0],
-    "an array": lambda ref: ref.numpy(),
-    "a list": lambda ref: ref.tolist(),
-}
-
-
-@pytest.mark.parametrize("change", WRONG_REFERENCES.values(), ids=WRONG_REFERENCES)
-@pytest.mark.parametrize(
-    "method",
-    [
-        partial(sample, blocks=4, range_t=2),
-        partial(ilvr, down_n=4, range_t=2),
-        partial(sdedit, start=4),
-        partial(egsde, start=4, ls=0.0, li=1.0, encoder=None, down_n=4),
-    ],
-    ids=["sddm", "ilvr", "sdedit", "egsde"],
-)
-def test_references_that_are_none_are_refused(method, change):
-    model, diffusion, ref, _ = setup()
-    model = Counted(model)
-    with pytest.raises(InputError) as caught:
-        method(model, diffusion, change(ref))
-    assert (caught.value.parameter == "ref" and "[-1, 1]" in str(caught.value)) or "no image" in str(caught.value)
-    assert model.calls == 0
-
-
-def test_references_may_exceed_their_range_by_rounding():
-    model, diffusion, ref, _ = setup()
-    sample(model, diffusion, ref.sign() * (1 + 1e-6), blocks=4, range_t=6)
-
-
-def test_blocks_of_an_energy_must_be_those_of_the_manifold():
-    model, diffusion, ref, _ = setup()
-    with pytest.raises(InputError) as caught:
-        sample(model, diffusion, ref, blocks=4, range_t=2, energies=[Quadratic(), energies.dct(8)])
-    assert (caught.value.parameter, caught.value.value) == ("blocks", 4)
-    sample(model, diffusion, ref, blocks=4, range_t=6, energies=[energies.dct(8)], manifold="low_pass", down_n=4)
 
 
 def test_options_know_what_fits():
@@ -722,7 +608,7 @@ def recorded(model, inputs):
 
 
 @both_variants
-@pytest.mark.parametrize("start", [1, 3, 5, 8])
+@pytest.mark.parametrize("start", [1, 5, 8])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_late_start_begins_at_the_noised_reference(variant, start, solver):
     model, diffusion, ref, draws = setup()
@@ -739,22 +625,11 @@ def test_late_start_begins_at_the_noised_reference(variant, start, solver):
     assert counted.calls == start + (REFINEMENTS - 1 if variant == "released" and guided else 0)
 
 
-@both_variants
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_late_start_at_the_first_step_is_not_a_start_from_noise(variant, solver):
-    """The state at T'-1 has a trace of the reference."""
-    model, diffusion, ref, draws = setup()
-    late, from_noise = (
-        run(model, diffusion, ref, draws, variant=variant, sampler=solver, start=start) for start in (8, None)
-    )
-    assert all(not torch.equal(late[i], from_noise[i]) for i in range(8))
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("start", [1, 4, 8])
 @both_variants
-def test_late_start_with_a_perfect_model_recovers_the_image(variant, solver, start):
+def test_late_start_with_a_perfect_model_recovers_the_image(variant, solver):
     _, diffusion, ref, draws = setup()
+    start = 4
 
     def perfect(x, t):
         i = torch.tensor([diffusion.timestep_map.index(int(step)) for step in t])
@@ -764,7 +639,7 @@ def test_late_start_with_a_perfect_model_recovers_the_image(variant, solver, sta
     torch.testing.assert_close(states[0], ref, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("start", [1, 5, 8])
+@pytest.mark.parametrize("start", [1, 8])
 def test_late_start_without_guidance_is_sdedit(start):
     model, diffusion, ref, draws = setup()
     states = run(
@@ -777,15 +652,6 @@ def test_late_start_without_guidance_is_sdedit(start):
     assert list(states) == list(expected)
     for i, state in states.items():
         torch.testing.assert_close(state, expected[i], atol=1e-5, rtol=0)
-
-
-def test_late_start_keeps_more_of_the_reference():
-    model, diffusion, ref, draws = setup(steps=20)
-    distances = [
-        (run(model, diffusion, ref, draws[: start + 1], range_t=19, variant="released", start=start)[0] - ref).norm()
-        for start in (2, 6, 20)
-    ]
-    assert distances == sorted(distances) and distances[0] < 0.5 * distances[2]
 
 
 # --- the generator of the steps and its callbacks
@@ -837,55 +703,25 @@ def test_steps_may_be_closed_early(variant):
         next(steps)
 
 
-def test_an_error_of_a_callback_ends_the_run():
-    model, diffusion, ref, _ = setup()
-    model = Counted(model)
-
-    def stop(state):
-        raise KeyboardInterrupt
-
-    with torch.enable_grad(), pytest.raises(KeyboardInterrupt):
-        sample(model, diffusion, ref, blocks=4, range_t=2, callback=stop)
-    assert model.calls == 1 and torch.is_grad_enabled()
-
-
 class Told:
     def __init__(self):
         self.seen = []
 
-    def state(self, state):
-        self.seen.append(state)
-
-    def pair(self, i, x):
+    def __call__(self, i, x):
         self.seen.append((i, x))
 
     def optional(self, state, verbose=False):
         self.seen.append(state)
 
-    def pair_and_more(self, i, x, scale=1, *, verbose=False):
-        self.seen.append((i, x))
-
-    def anything(self, *arguments, **options):
-        assert not options
-        self.seen.append(arguments[0] if len(arguments) == 1 else arguments)
-
     def bound(self, log, i, x):
         log.append((i, x))
 
-    def __call__(self, i, x):
-        self.seen.append((i, x))
-
 
 CALLBACKS = {
-    "state": (lambda told: told.state, dict),
     "a default": (lambda told: told.optional, dict),
-    "any number": (lambda told: told.anything, dict),
     "a builtin of one": (lambda told: told.seen.append, dict),
-    "pair": (lambda told: told.pair, tuple),
-    "pair and a default": (lambda told: told.pair_and_more, tuple),
     "an object": (lambda told: told, tuple),
     "partial": (lambda told: partial(told.bound, told.seen), tuple),
-    "lambda": (lambda told: lambda i, x: told.seen.append((i, x)), tuple),
 }
 
 
@@ -894,7 +730,18 @@ def test_a_callback_gets_what_it_has_parameters_for(make, kind):
     model, diffusion, ref, draws = setup()
     told = Told()
     sample(model, diffusion, ref, blocks=4, range_t=2, noise=Replay(draws), callback=make(told))
-    assert len(told.seen) == 8
     assert all(type(seen) is kind for seen in told.seen)
     indices = [seen["i"] if kind is dict else seen[0] for seen in told.seen]
     assert indices == list(reversed(range(8)))
+
+
+def test_an_error_of_a_callback_ends_the_run():
+    model, diffusion, ref, _ = setup()
+
+    def stop(state):
+        raise KeyboardInterrupt
+
+    with torch.enable_grad(), pytest.raises(KeyboardInterrupt):
+        sample(model, diffusion, ref, blocks=4, range_t=2, callback=stop)
+        assert torch.is_grad_enabled()
+    assert len(model.timesteps) == 1
