@@ -34,9 +34,9 @@ def convert_module_to_f32(module: nn.Module) -> None:
 class MixedPrecisionTrainer:
     """Backward pass and optimizer step of a model, with a loss scale where it computes in float16.
 
-    use_fp16: the model's forward pass runs under float16 autocast; its weights stay in float32. fp16_scale_growth: what
-    log2 of the loss scale grows by in a step; a step whose gradients overflow is left out and halves the scale.
-    initial_lg_loss_scale: log2 of the first scale. `master_params` is what the optimizer gets.
+    use_fp16: run the forward pass under float16 autocast; weights stay in float32. fp16_scale_growth: growth of log2 of
+    the loss scale per step; a step whose gradients overflow is skipped and halves the scale. initial_lg_loss_scale:
+    log2 of the first scale. `master_params` are the optimizer's parameters.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class MixedPrecisionTrainer:
         return math.log2(self.scaler.get_scale())
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         for parameter in self.model_params:
             parameter.grad = None
 
@@ -79,7 +79,7 @@ class MixedPrecisionTrainer:
         self.scaler.scale(loss.float()).backward()
 
     def optimize(self, opt: torch.optim.Optimizer) -> bool:
-        """One optimizer step; whether it was taken. Logs the norms of gradients and parameters, and the loss scale."""
+        """Take an optimizer step unless gradients overflow; returns whether. Logs norms and the loss scale."""
         if self.use_fp16:
             logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
         self.scaler.unscale_(opt)
@@ -88,7 +88,7 @@ class MixedPrecisionTrainer:
         self.scaler.step(opt)
         self.scaler.update()
         if self.use_fp16 and not math.isfinite(norm):
-            logger.log(f"gradients overflow at loss scale {before:g}: step left out, scale {self.scaler.get_scale():g}")
+            logger.log(f"gradients overflow at loss scale {before:g}: step skipped, scale {self.scaler.get_scale():g}")
             return False
         logger.logkv_mean("grad_norm", norm)
         logger.logkv_mean("param_norm", torch.nn.utils.get_total_norm(self.master_params).item())
@@ -164,7 +164,7 @@ def state_dict_to_master_params(
 
 
 def zero_master_grads(master_params: Iterable[torch.Tensor]) -> None:
-    """Forget the gradients of parameters."""
+    """Clear the gradients of parameters."""
     for parameter in master_params:
         parameter.grad = None
 

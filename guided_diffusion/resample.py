@@ -1,6 +1,9 @@
-"""Which timesteps to train on: uniformly, more often where the loss is large (Nichol & Dhariwal 2021, sec. 3.3), or
-around a noise level (Karras et al. 2022, table 1)."""
+"""Distributions of training timesteps: uniform, by the size of the loss, or lognormal in the noise level.
 
+Sources: Nichol & Dhariwal 2021, section 3.3; Karras et al. 2022, table 1.
+"""
+
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,7 +21,7 @@ SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment", "lognormal")
 def create_named_schedule_sampler(
     name: str, diffusion: Any, sigma_mean: float = -0.3, sigma_std: float = 1.2
 ) -> "ScheduleSampler":
-    """The sampler of that name for the steps of `diffusion`; sigma_*: see LogNormalSampler. Raises InputError."""
+    """Make a sampler of the timesteps of `diffusion`. sigma_*: see `LogNormalSampler`. Raises InputError for a name."""
     if name == "uniform":
         return UniformSampler(diffusion)
     if name == "loss-second-moment":
@@ -29,10 +32,7 @@ def create_named_schedule_sampler(
 
 
 class ScheduleSampler(ABC):
-    """A distribution over the steps of a diffusion process, to train on; subclasses give its `weights`.
-
-    diffusion: anything with `num_timesteps`.
-    """
+    """A distribution of training timesteps; subclasses give its `weights`. diffusion: anything with `num_timesteps`."""
 
     needs_losses = False
 
@@ -50,9 +50,9 @@ class ScheduleSampler(ABC):
     def sample(
         self, batch_size: int, device: torch.device | str, uniform: np.ndarray | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Timesteps t [N] and the weights [N] of their losses, which keep the expected loss that of uniform timesteps.
+        """Draw timesteps t [N], and the weights [N] of their losses that keep the expected loss of uniform timesteps.
 
-        uniform: numbers in [0, 1) [N] that decide; drawn by numpy if None.
+        uniform: numbers in [0, 1) [N] to draw with; numpy's if None.
         """
         uniform = np.random.random(batch_size) if uniform is None else uniform
         weights = self.weights()
@@ -66,63 +66,51 @@ class ScheduleSampler(ABC):
         )
 
     def importance(self, weights: np.ndarray, t: np.ndarray) -> np.ndarray:
-        """What the losses of timesteps t [N], drawn by `weights` [T], are multiplied with: float64 [N]."""
+        """Factors of the losses of timesteps t [N] drawn by `weights` [T]: float64 [N]."""
         return weights.sum() / (len(weights) * weights[t])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:  # noqa: B027 - most samplers have no state
-        """Take over what `state_dict` gave; an empty dict leaves the sampler as it is."""
+        """Restore a state; an empty dict changes nothing."""
 
 
 class UniformSampler(ScheduleSampler):
-    """All timesteps alike."""
+    """All timesteps with the same probability."""
 
     def weights(self) -> np.ndarray:
         return np.ones(self.num_timesteps)
 
 
 class LossAwareSampler(ScheduleSampler):
-    """A sampler that learns from the losses of the training."""
+    """A sampler that adapts to the training losses."""
 
     needs_losses = True
 
     def update_with_local_losses(self, local_ts: torch.Tensor, local_losses: torch.Tensor) -> None:
-        """Record this process's losses [N] of timesteps [N]; all processes of a process group must call it, each with
-        a batch of any size, and all then know the losses of all."""
-        import torch.distributed as dist
+        """Record the losses [N] of timesteps [N] of every process; all processes of the default group must call it.
 
-        ts, losses = [local_ts], [local_losses]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            size = torch.tensor([len(local_ts)], device=local_ts.device)
-            sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
-            dist.all_gather(sizes, size)
-            largest = max(int(n) for n in sizes)
-            ts, losses = (_gathered(values, sizes, largest) for values in (local_ts, local_losses))
-        self.update_with_all_losses(torch.cat(ts).tolist(), torch.cat(losses).tolist())
+        Their batches may differ in size.
+        """
+        dist, batch = torch.distributed, (local_ts.tolist(), local_losses.tolist())
+        batches: list[Any] = [batch]
+        if dist.is_available() and dist.is_initialized():
+            batches *= dist.get_world_size()
+            dist.all_gather_object(batches, batch)
+        ts, losses = (list(itertools.chain.from_iterable(parts)) for parts in zip(*batches))
+        self.update_with_all_losses(ts, losses)
 
     @abstractmethod
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
         """Record the losses of a batch, over all processes: two sequences of the same length."""
 
 
-def _gathered(values: torch.Tensor, sizes: list[torch.Tensor], largest: int) -> list[torch.Tensor]:
-    """The tensors [sizes[i]] of all processes: gathering wants equal sizes, so they are padded."""
-    import torch.distributed as dist
-
-    padded = torch.zeros(largest, dtype=values.dtype, device=values.device)
-    padded[: len(values)] = values
-    gathered = [torch.zeros_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded)
-    return [tensor[: int(size)] for tensor, size in zip(gathered, sizes)]
-
-
 class LossSecondMomentResampler(LossAwareSampler):
     """p(t) proportional to sqrt(E[loss_t^2]) over the last `history_per_term` losses of every timestep.
 
-    Uniform until every timestep has that many losses; a share `uniform_prob` of the draws stays uniform for ever.
+    Uniform until every timestep has that many losses; a share `uniform_prob` of the draws stays uniform.
     """
 
     def __init__(self, diffusion: Any, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
@@ -161,10 +149,8 @@ class LogNormalSampler(ScheduleSampler):
     def __init__(self, diffusion: Any, sigma_mean: float, sigma_std: float) -> None:
         super().__init__(diffusion)
         if not math.isfinite(sigma_mean):
-            raise InputError(
-                "it must be a finite number, the mean of ln sigma", parameter="sigma_mean", value=sigma_mean
-            )
-        if not (sigma_std > 0 and math.isfinite(sigma_std)):
+            raise InputError("it must be a finite number", parameter="sigma_mean", value=sigma_mean)
+        if not 0 < sigma_std < math.inf:
             raise InputError("it must be positive", parameter="sigma_std", value=sigma_std)
         alphas_cumprod = diffusion.alphas_cumprod
         log_sigma = 0.5 * np.log((1 - alphas_cumprod) / alphas_cumprod)

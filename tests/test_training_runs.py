@@ -272,6 +272,7 @@ CLASSIFIERS = [
     (f"{TWO} --val_data_dir a", "val_data_dir", "domains"),
     (f"{TWO} --val_domains {{folder}}/dark,{{folder}}/bright,x", "val_domains", "2 folders"),
     (f"{TWO} --classifier_pool max", None, "pool is 'max'"),
+    (f"{TWO} --save_dir {{folder}}/dark/out", "save_dir", "training images"),
     (f"{TWO} --resume_checkpoint {{model}}", None, "is a diffusion model, and a classifier is to be trained"),
 ]
 

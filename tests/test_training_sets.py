@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_training import make_loop
 from test_training_faults import SMALL, draw, folder, load_command  # noqa: F401 - folder is a fixture
-from test_training_runs import EXTRACTOR, words
+from test_training_runs import words
 
 from guided_diffusion import runtime
 from guided_diffusion.dist_util import ranks
@@ -123,14 +123,6 @@ def test_skipped_pictures_are_replaced_by_their_class_and_counted(folder, tmp_pa
         images.read(5)
 
 
-def test_a_classifier_is_not_saved_into_its_training_data(command, folder, tmp_path):  # noqa: F811
-    data = shutil.copytree(folder, tmp_path / "data")
-    for given in (["--domains", f"{data}/cat,{data}/dog"], ["--data_dir", data]):
-        with pytest.raises(InputError) as error:
-            command("classifier_train", *EXTRACTOR, *given, "--save_dir", data / "dog" / "out", "--iterations", 1)
-        assert error.value.parameter == "save_dir"
-
-
 # ---- resumed with other options -------------------------------------------------------------------------------------
 
 PARTS = [
@@ -168,20 +160,16 @@ def test_every_option_that_changes_what_is_learned_is_recorded_and_compared(tmp_
 
 
 def test_options_of_the_network_are_refused(command, folder, tmp_path, caplog):  # noqa: F811
-    flags = [*words("--large_size 16 --channel_mult 1 --num_channels 32 --num_res_blocks 1 --device cpu"), "--save_dir"]
-    base = [*flags, tmp_path / "sr", "--data_dir", folder, "--attention_resolutions", 8]
-    command("super_res_train", *base, "--small_size", 8, "--iterations", 1)
-    for small_size, said in ((4, "small_size"), (8, "")):
-        for other, parameter in (([], said), (["--noise_schedule", "cosine"], "noise_schedule")):
-            given = [*base, "--small_size", small_size, *other, "--iterations", 2, "--resume", "auto"]
-            if not parameter:
-                command("super_res_train", *given, "--seed", 7, "--lr", 0.5)
-                assert "resumed with other options" in caplog.text
-                assert "lr 0.5 (before 0.0001), seed 7 (before 0)" in caplog.text
-            else:
-                with pytest.raises(InputError) as error:
-                    command("super_res_train", *given)
-                assert error.value.parameter == parameter
+    flags = words("--large_size 16 --channel_mult 1 --num_channels 32 --num_res_blocks 1 --device cpu --iterations")
+    base = ["--save_dir", tmp_path, "--data_dir", folder, "--attention_resolutions", 8, *flags]
+    command("super_res_train", *base, 1, "--small_size", 8)
+    for changed, parameter in ((["--small_size", 4], "small_size"), (["--noise_schedule", "cosine"], "noise_schedule")):
+        with pytest.raises(InputError) as error:
+            command("super_res_train", *base, 2, "--small_size", 8, "--resume", "auto", *changed)
+        assert error.value.parameter == parameter
+    command("super_res_train", *base, 2, "--small_size", 8, "--resume", "auto", "--seed", 7, "--lr", 0.5)
+    assert "resumed with other options" in caplog.text
+    assert "lr 0.5 (before 0.0001), seed 7 (before 0)" in caplog.text
 
 
 def test_other_images_under_the_same_names_are_announced(command, folder, tmp_path, caplog):  # noqa: F811
@@ -245,9 +233,8 @@ def test_unknown_devices_are_one_line(device):
     assert error.value.parameter == "device"
 
 
-@pytest.mark.parametrize("port", ["", "70000", "1e3"])
-def test_odd_ports_are_one_line(monkeypatch, port):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+def test_an_odd_port_is_one_line(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "70000"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="MASTER_PORT is .*from 1 to 65535"):
         ranks()

@@ -68,7 +68,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
     def handle(number, frame):
         stop.set()
-        signal.signal(number, previous[number])
+        signal.signal(number, previous.get(number, signal.SIG_DFL))
 
     if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -247,10 +247,9 @@ class Trainer:
             add_by_quarter(self.totals, terms, t[part], steps)
             observed.append(terms["loss"].detach())
         if isinstance(self.schedule_sampler, LossAwareSampler):
-            drawn, values = zip(
-                *self._all((t.tolist(), torch.cat(observed).tolist()))
-            )  # in the order of sample numbers
-            self.schedule_sampler.update_with_all_losses(sum(drawn, []), sum(values, []))
+            parts = self._all((t.cpu(), torch.cat(observed).cpu()))  # in the order of sample numbers
+            drawn, values = (torch.cat(joint).tolist() for joint in zip(*parts))
+            self.schedule_sampler.update_with_all_losses(drawn, values)
 
     def _all(self, item: Any) -> list[Any]:
         """The items of all processes, in the order of ranks."""
