@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +46,7 @@ TABLE = re.compile(r"(<!-- presets: made by docs/make\.py -->\n).*?(<!-- end of 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What the pictures are made with."""
+    """Options of the pictures."""
 
     preset: str = option("emoji", "recommended flags by name", metavar="NAME")
     model_path: str | None = option(None, "another model than the preset's", metavar="PATH")
@@ -141,18 +142,8 @@ def pairs(options: Pictures, title: str, **changed: object) -> Sheet:
     return sheet
 
 
-def demo(options: Pictures) -> Sheet:
-    """The drawings, and what the preset makes of them."""
-    return pairs(options, "3D")
-
-
-def half_schedule(options: Pictures) -> Sheet:
-    """The same where guidance ends at half of the schedule."""
-    return pairs(options, "T0 = 0.5 T", range_t=0.5, **FREE)
-
-
 def samples(options: Pictures) -> Sheet:
-    """What the model draws from noise alone, without a reference."""
+    """Samples of the model without a reference."""
     columns = 10
     side = WIDTH // columns - GAP
     path = options.model_path or preset_options(options.preset, "sddm")["model_path"]
@@ -180,7 +171,12 @@ def with_presets(text: str) -> str:
     return TABLE.sub(lambda match: match[1] + presets_table() + match[2], text)
 
 
-SHEETS = {"range_t_area": range_t_area, "demo": demo, "half_schedule": half_schedule, "samples": samples}
+SHEETS = {
+    "range_t_area": range_t_area,
+    "demo": partial(pairs, title="3D"),
+    "half_schedule": partial(pairs, title="T0 = 0.5 T", range_t=0.5, **FREE),
+    "samples": samples,
+}
 
 
 def make(given: Given) -> int:
