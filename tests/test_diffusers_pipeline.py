@@ -18,6 +18,7 @@ diffusers = pytest.importorskip("diffusers")
 from guided_diffusion import energy, sddm
 from guided_diffusion.checkpoint import load_model, save_model
 from guided_diffusion.checkpoint.export import convert
+from guided_diffusion.checkpoint.pipelines import autoencoder
 from guided_diffusion.diffusers_pipeline import SDDMPipeline
 from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import load_image, to_tensor
@@ -30,6 +31,10 @@ MODELS = [name for name in NAMES if (FOLDER / name).is_dir()]
 SMALL = {"num_inference_steps": 6, "t0": 0.34, "area": 4, "output_type": "pt"}
 
 pytestmark = pytest.mark.slow
+
+
+def own(pipe):
+    return pipe.vqvae if pipe.vqvae is not None else pipe.vae
 
 
 def pipeline(path):
@@ -144,7 +149,14 @@ def test_energies_by_name_and_as_objects(pipe):
         ({"energy": "vggg"}, "energy"),
         ({"class_labels": 3}, "class_labels"),
         ({"num_images_per_image": 0}, "num_images_per_image"),
-        ({"image": references(1, 8)}, "image"),
+        ({"image": references(1, 8)[:, :2]}, "image"),
+        ({"num_inference_steps": 5.5}, "num_inference_steps"),
+        ({"strength": 0.0}, "strength"),
+        ({"generator": [seeded()] * 3}, "generator"),
+        ({"latents": references(1, 8)}, "latents"),
+        ({"energy": 5}, "energy"),
+        ({"energy": "vgg"}, "weights"),
+        ({"image": [references(1), 3]}, "image"),
         ({"image": 255 * references()}, "image"),
         ({"image": []}, "image"),
         ({"image": "cat.png"}, "image"),
@@ -177,8 +189,8 @@ def test_network_in_half_precision(pipe):
 
 
 def test_schedulers_of_other_processes_are_refused(pipe):
-    with pytest.raises(InputError, match="flow-matching"):
-        SDDMPipeline(pipe.unet, diffusers.FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(InputError, match="consistency"):
+        SDDMPipeline(pipe.unet, diffusers.LCMScheduler())
     scheduler = diffusers.DDIMScheduler(rescale_betas_zero_snr=True)
     with pytest.raises(InputError, match="rescale_betas_zero_snr"):
         SDDMPipeline(pipe.unet, scheduler)(references(), **SMALL)
@@ -237,10 +249,10 @@ def test_latent_models_encode_translate_and_decode(latent):
     assert images.shape == (2, 3, 16, 16) and images.isfinite().all()
     latents = pipe(references(side=16), **{**options, "output_type": "latent"}, generator=seeded()).images
     assert latents.shape[2:] == (8, 8)
-    assert torch.equal((pipe._decode(latents).clamp(-1, 1) + 1) / 2, images)
+    assert torch.equal((autoencoder(own(pipe)).decode(latents).clamp(-1, 1) + 1) / 2, images)
     # The blocks are those of the latent grid: at t0 = 0 the latents have the reference's means and deviations.
     guided = pipe(references(side=16), **{**options, "t0": 0.0, "output_type": "latent"}, generator=seeded()).images
-    ref = pipe._encode(2 * references(side=16) - 1)
+    ref = autoencoder(own(pipe)).encode(2 * references(side=16) - 1)
     plain = pipe(references(side=16), **{**options, "t0": 1.0, "output_type": "latent"}, generator=seeded()).images
 
     def means(x):

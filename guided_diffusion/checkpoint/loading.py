@@ -155,6 +155,11 @@ def fingerprint(path: str | os.PathLike) -> str:
     return f"sha256 {hash_file(place)}" if os.path.isfile(place) else path
 
 
+def remember(path: str | os.PathLike, identity: str) -> None:
+    """Note the identity of what was loaded from a path, for `fingerprint`."""
+    _loaded[_key(os.fspath(path))] = identity
+
+
 def _key(path: str) -> str:
     return path if "://" in path or remote.is_id(path) else os.path.abspath(path)
 

@@ -1,23 +1,30 @@
 """Load a target: the model of a checkpoint on its device, with its process and its class."""
 
+import csv
 import dataclasses
+import hashlib
 import json
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..codec import Pixels
-from ..errors import InputError, display_name
+from ..errors import InputError, display_name, reading
 from ..options import check, option
 from ..respace import space_timesteps
 from ..runtime import DTYPES, PRECISIONS, CompiledModel, memory_format, pick_precision
 from ..script_util import NUM_CLASSES, create_diffusion
 from ..target import Batch, Counted, Target, WithClass
-from .loading import load_model
-from .reconcile import ModelFlags
+from . import pipelines, remote
+from .loading import load_model, remember
+from .reconcile import ModelFlags, ModelInfo
+
+PIPELINE_STEPS = 50
+"""Steps of a pipeline where none are given, as in diffusers."""
 
 log = logging.getLogger("sddm")
 
@@ -42,6 +49,17 @@ class TargetOptions:
     )
     clip_denoised: bool | None = option(None, "keep predicted images in range (default True)")
     device: str = option("auto", "cpu, cuda, cuda:1, mps or auto", runtime=True, metavar="NAME")
+    prompt: str | None = option(None, "text that the pictures shall show, for a pipeline with prompts")
+    negative_prompt: str | None = option(None, "text that they shall not show")
+    prompt_file: str | None = option(
+        None,
+        "a prompt for every picture: a CSV file of name and prompt, or a folder with NAME.txt for each",
+        runtime=True,  # its content is recorded
+        metavar="PATH",
+    )
+    guidance_scale: float | None = option(
+        None, "classifier-free guidance, 1 for none (default: the pipeline's)", least=0, most=100
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -82,6 +100,11 @@ def load_target(
     precision = pick_precision(_precision(options, flags), device)
     if options.precision == "auto":
         log.info("precision auto is %s on %s", precision, device)
+    prompts = options.prompt is not None or options.prompt_file is not None
+    if pipelines.is_pipeline(options.model_path) or (prompts and remote.is_id(options.model_path)):
+        return _load_pipeline(options, flags, device, precision)
+    if prompts:
+        raise InputError("the model takes no prompt", parameter="prompt", value=options.prompt or options.prompt_file)
     model, info = load_model(options.model_path, device=device, dtype=DTYPES[precision], **flags.given())
     wrong = {"parameter": "model_path", "value": options.model_path}
     if info.model_type == "ENCODER":
@@ -111,6 +134,69 @@ def load_target(
     return target if super_res else _with_class(target, options.class_index, any_class)
 
 
+def _load_pipeline(options: TargetOptions, flags: ModelFlags, device: torch.device, precision: str) -> Target:
+    """A pipeline with prompts; see `pipelines`."""
+    if options.class_index is not None:
+        raise InputError("the model is not class-conditional", parameter="class_index", value=options.class_index)
+    if options.compile:
+        raise InputError("it is for models without prompts", parameter="compile", value=True)
+    steps = flags.timestep_respacing or str(PIPELINE_STEPS)
+    if not steps.isdecimal():
+        reason = "a pipeline takes a number, and its scheduler spaces the steps"
+        raise InputError(reason, parameter="timestep_respacing", value=steps)
+    pipe, identity = pipelines.load_pipeline(options.model_path, DTYPES[precision], device)
+    remember(options.model_path, identity)
+    prompts = Prompts(options.prompt, options.prompt_file)
+
+    def prompt(batch: Batch) -> pipelines.Prompt:
+        return pipelines.Prompt(prompts(batch.names), options.negative_prompt, options.guidance_scale)
+
+    target = pipelines.pipeline_target(pipe, prompt, steps=int(steps), device=device, image_size=flags.image_size)
+    kept = {"image_size": target.image_size, "timestep_respacing": steps, "prompts": prompts.identity}
+    info = ModelInfo(options.model_path, type(pipe).__name__, kept)
+    return dataclasses.replace(target, info=info, options=options, precision=precision)
+
+
+class Prompts:
+    """The prompts of pictures by name: those of a CSV file or a folder of texts, else one for all.
+
+    Raises InputError where a picture has none.
+    """
+
+    def __init__(self, prompt: str | None, path: str | None) -> None:
+        self.prompt, self.path = prompt, path
+        self.by_name: dict[str, str] = {}
+        if path is not None and os.path.isdir(path):
+            for root, _, names in os.walk(path):
+                for name in names:
+                    if name.endswith(".txt"):
+                        file = os.path.join(root, name)
+                        with reading(file), open(file, encoding="utf-8") as text:
+                            key = os.path.relpath(file, path).removesuffix(".txt").replace(os.sep, "/")
+                            self.by_name[key] = text.read(1 << 16).strip()
+        elif path is not None:
+            with reading(path, "a CSV file of names and prompts"), open(path, encoding="utf-8", newline="") as file:
+                self.by_name = {row[0]: row[1].strip() for row in csv.reader(file) if row}
+        content = json.dumps(sorted(self.by_name.items())).encode()
+        self.identity = None if path is None else f"sha256 {hashlib.sha256(content).hexdigest()}"
+
+    def __call__(self, names: Sequence[str]) -> str | list[str] | None:
+        """One prompt for all, or a list with one for each name."""
+        if self.path is None:
+            return self.prompt
+        return [self._of(name) for name in names]
+
+    def _of(self, name: str) -> str:
+        stem = os.path.splitext(name)[0]
+        for key in (name, stem):
+            if key in self.by_name:
+                return self.by_name[key]
+        if self.prompt is None:
+            reason = f"it has no prompt for {display_name(name)}, and `prompt` is not given"
+            raise InputError(reason, parameter="prompt_file", value=self.path)
+        return self.prompt
+
+
 def load_beside(target: Target, path: str, *, class_index: int | str | None = None) -> Target:
     """Load a second model for a method of two, with the schedule, precision, compilation and device of the first."""
     flags = ModelFlags(timestep_respacing=target.info.flags.get("timestep_respacing") or None)
@@ -123,6 +209,8 @@ def adapt(target: Target, options: TargetOptions, flags: ModelFlags) -> Target:
 
     The other options and flags have no effect. Raises InputError for the class.
     """
+    if target.info.model_type in pipelines.KINDS:
+        raise InputError("a pipeline with prompts cannot be shared; give its path", parameter="model")
     known = {**target.info.flags, "sigma_small": target.sigma_small}
     diffusion = create_diffusion(**{**known, "timestep_respacing": flags.timestep_respacing or ""})
     return _with_class(dataclasses.replace(target, diffusion=diffusion), options.class_index, any_class=False)
