@@ -21,7 +21,7 @@ class Registry(Mapping[str, Any]):
     parameter: the option that names one of them, for errors. check: called with all entries after one was added.
     """
 
-    def __init__(self, parameter: str, check: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+    def __init__(self, parameter: str, check: Callable[[Mapping[str, Any]], Any] | None = None) -> None:
         self.parameter, self._check = parameter, check
         self._entries: dict[str, Any] = {}
 

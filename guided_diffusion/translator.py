@@ -161,7 +161,8 @@ class Translator:
 
     def read(self, picture: Any) -> torch.Tensor:
         """A picture as the model gets it: float32 [1, 3, H, W] in [-1, 1]. Raises InputError or ImageError."""
-        size, options = self.target.image_size, {"resize": self.resize, "background": self.background}
+        size = self.target.image_size
+        options: dict[str, Any] = {"resize": self.resize, "background": self.background}
         if isinstance(picture, (str, os.PathLike)):
             return to_tensor([load_image(os.fspath(picture), size, **options)])
         if isinstance(picture, torch.Tensor):

@@ -6,8 +6,9 @@ step. `KINDS` has the supported pipelines by class name; another one needs a sub
 """
 
 import dataclasses
+import glob
 import hashlib
-import json
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from ..flow import EDM, FlowMatching, process
 from ..gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType, get_named_beta_schedule
 from ..registry import Registry
 from ..respace import SpacedDiffusion
+from ..run.files import read_json
 from ..target import Batch, Counted, Target
 from . import diffusers
 from .reconcile import ModelInfo
@@ -345,9 +347,8 @@ def pipeline_class(path: str) -> str | None:
     index = os.path.join(path, diffusers.INDEX)
     if not os.path.isfile(index):
         return None
-    with reading(index), open(index, encoding="utf-8") as file:
-        content = json.loads(file.read(1 << 20))
-        return str(content.get("_class_name")) if isinstance(content, dict) else None
+    content = read_json(index)
+    return str(content.get("_class_name")) if isinstance(content, dict) else None
 
 
 def is_pipeline(path: str) -> bool:
@@ -361,7 +362,7 @@ def load_pipeline(path: str, dtype: torch.dtype, device: torch.device) -> tuple[
     Of a folder, nothing is downloaded. Raises InputError where diffusers is missing or the path cannot be loaded.
     """
     try:
-        import diffusers as library  # type: ignore[import-not-found]
+        library: Any = importlib.import_module("diffusers")
     except ImportError as error:
         raise InputError(f"{display_name(path)} is a pipeline; pip install diffusers transformers ({error})") from None
     here = os.path.isdir(path)
@@ -392,14 +393,11 @@ def absent_parts(config: Mapping[str, Any]) -> dict[str, None]:
 def folder_identity(path: str) -> str:
     """Hash of the names and contents of a folder's files."""
     digest = hashlib.sha256()
-    for root, folders, names in os.walk(path):
-        folders.sort()
-        for name in sorted(names):
-            file = os.path.join(root, name)
-            digest.update(os.path.relpath(file, path).encode("utf-8", "surrogateescape") + b"\0")
-            with open(file, "rb") as content:
-                while block := content.read(1 << 20):
-                    digest.update(block)
+    for file in sorted(filter(os.path.isfile, glob.glob(os.path.join(glob.escape(path), "**"), recursive=True))):
+        digest.update(os.path.relpath(file, path).encode("utf-8", "surrogateescape") + b"\0")
+        with open(file, "rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
     return f"sha256 {digest.hexdigest()}"
 
 

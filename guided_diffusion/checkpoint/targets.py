@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import glob
 import hashlib
 import json
 import logging
@@ -167,13 +168,10 @@ class Prompts:
         self.prompt, self.path = prompt, path
         self.by_name: dict[str, str] = {}
         if path is not None and os.path.isdir(path):
-            for root, _, names in os.walk(path):
-                for name in names:
-                    if name.endswith(".txt"):
-                        file = os.path.join(root, name)
-                        with reading(file), open(file, encoding="utf-8") as text:
-                            key = os.path.relpath(file, path).removesuffix(".txt").replace(os.sep, "/")
-                            self.by_name[key] = text.read(1 << 16).strip()
+            for file in glob.glob(os.path.join(glob.escape(path), "**", "*.txt"), recursive=True):
+                with reading(file), open(file, encoding="utf-8") as text:
+                    key = os.path.relpath(file, path).removesuffix(".txt").replace(os.sep, "/")
+                    self.by_name[key] = text.read(1 << 16).strip()
         elif path is not None:
             with reading(path, "a CSV file of names and prompts"), open(path, encoding="utf-8", newline="") as file:
                 self.by_name = {row[0]: row[1].strip() for row in csv.reader(file) if row}

@@ -158,7 +158,7 @@ class Given:
     def values(self, cls: type) -> dict[str, Any]:
         """The values of an options class's fields that are flags here, by field name."""
         spelling = self._parser.spelling
-        named = {field.name: spelling.get(field.name) for field in dataclasses.fields(cls)}
+        named = {field.name: spelling.get(field.name, "") for field in dataclasses.fields(cls)}
         return {
             name: self._values[flag] for name, flag in named.items() if cls in self._parser.owners.get(str(flag), ())
         }
