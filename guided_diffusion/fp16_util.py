@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from . import logger
 
@@ -96,14 +95,15 @@ class MixedPrecisionTrainer:
 
     def master_params_to_state_dict(self, master_params: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The model's state dict with other values of its parameters, such as averages."""
-        return master_params_to_state_dict(self.model, None, list(master_params), False)
+        names = (name for name, _ in self.model.named_parameters())
+        return {**self.model.state_dict(), **dict(zip(names, master_params))}
 
     def state_dict_to_master_params(self, state_dict: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """The values of the model's parameters in a state dict, in their order."""
-        return state_dict_to_master_params(self.model, state_dict, False)
+        return [state_dict[name] for name, _ in self.model.named_parameters()]
 
 
-# ---- parameters flattened into one float32 vector and one matrix: for code that keeps copies of its own --------------
+# ---- flat float32 parameters, for code that keeps copies of its own --------------------------------------------------
 
 
 def get_param_groups_and_shapes(named_model_params: Iterable[tuple[str, torch.Tensor]]) -> ParamGroups:
@@ -115,73 +115,6 @@ def get_param_groups_and_shapes(named_model_params: Iterable[tuple[str, torch.Te
 def make_master_params(param_groups_and_shapes: ParamGroups) -> list[nn.Parameter]:
     """A float32 parameter for every group: its parameters one after the other."""
     return [
-        nn.Parameter(_flatten_dense_tensors([p.detach().float() for _, p in group]).view(shape))
+        nn.Parameter(torch.cat([p.detach().float().flatten() for _, p in group]).view(shape))
         for group, shape in param_groups_and_shapes
     ]
-
-
-def model_grads_to_master_grads(param_groups_and_shapes: ParamGroups, master_params: list[nn.Parameter]) -> None:
-    """Copy the model's gradients into the master parameters."""
-    for master, (group, shape) in zip(master_params, param_groups_and_shapes):
-        gradients = [param_grad_or_zeros(p).to(master.dtype) for _, p in group]
-        master.grad = _flatten_dense_tensors(gradients).view(shape)
-
-
-def master_params_to_model_params(param_groups_and_shapes: ParamGroups, master_params: list[nn.Parameter]) -> None:
-    """Copy the values of the master parameters back into the model."""
-    for master, (group, _) in zip(master_params, param_groups_and_shapes):
-        for (_, p), value in zip(group, unflatten_master_params(group, master.view(-1))):
-            p.detach().copy_(value)
-
-
-def unflatten_master_params(param_group: list[tuple[str, torch.Tensor]], master_param: torch.Tensor) -> Any:
-    """The values of a group's parameters, each in its own shape."""
-    return _unflatten_dense_tensors(master_param, [p for _, p in param_group])
-
-
-def master_params_to_state_dict(
-    model: nn.Module, param_groups_and_shapes: ParamGroups | None, master_params: list, use_fp16: bool
-) -> dict[str, torch.Tensor]:
-    """The model's state dict with the values of master parameters: flattened ones with use_fp16, else one each."""
-    state = model.state_dict()
-    if use_fp16 and param_groups_and_shapes is not None:
-        for master, (group, _) in zip(master_params, param_groups_and_shapes):
-            values = unflatten_master_params(group, master.view(-1))
-            state.update((name, value) for (name, _), value in zip(group, values))
-    else:
-        state.update((name, value) for (name, _), value in zip(model.named_parameters(), master_params))
-    return state
-
-
-def state_dict_to_master_params(
-    model: nn.Module, state_dict: dict[str, torch.Tensor], use_fp16: bool
-) -> list[torch.Tensor]:
-    """The reverse of `master_params_to_state_dict`."""
-    named = [(name, state_dict[name]) for name, _ in model.named_parameters()]
-    if use_fp16:
-        return list(make_master_params(get_param_groups_and_shapes(named)))
-    return [value for _, value in named]
-
-
-def zero_master_grads(master_params: Iterable[torch.Tensor]) -> None:
-    """Clear the gradients of parameters."""
-    for parameter in master_params:
-        parameter.grad = None
-
-
-def zero_grad(model_params: Iterable[torch.Tensor]) -> None:
-    """Set the gradients of parameters to zero."""
-    for parameter in model_params:
-        if parameter.grad is not None:
-            parameter.grad.detach_()
-            parameter.grad.zero_()
-
-
-def param_grad_or_zeros(param: torch.Tensor) -> torch.Tensor:
-    """The gradient of a parameter, zeros where it has none."""
-    return torch.zeros_like(param) if param.grad is None else param.grad.detach()
-
-
-def check_overflow(value: float) -> bool:
-    """Whether a number is infinite or not a number."""
-    return not math.isfinite(value)

@@ -7,6 +7,7 @@ bit for bit on a CPU (on a GPU with deterministic=True, as far as its kernels ar
 
 import contextlib
 import copy
+import functools
 import itertools
 import logging
 import math
@@ -36,7 +37,7 @@ from ..script_util import create_diffusion
 from . import files
 from .config import GridOptions, TrainConfig, averaging_rate, learning_rate
 from .data import TrainImages, batch_numbers, random_bits, random_uniform, sample_noise
-from .losses import Loss, Terms, add_by_quarter, means_by_quarter
+from .losses import Loss, Terms, add_by_quarter, in_float32, means_by_quarter
 from .start import Start
 
 log = logging.getLogger(__name__)
@@ -157,8 +158,7 @@ class Trainer:
         for rate, averaged in self.ema.items():
             ema_path = files.find_ema(folder, rate, step)
             if ema_path is None:
-                missing = files.checkpoint_path(folder, f"ema_{rate}_", step)
-                log.warning("%s does not exist: the average starts from the model's weights", display_name(missing))
+                log.warning("ema_%s_%06d.pt does not exist: the average starts from the model's weights", rate, step)
                 continue
             state = load_state_dict(ema_path)
             with reading(ema_path, "an average of this model"):
@@ -200,8 +200,7 @@ class Trainer:
 
     def autocast(self) -> Any:
         """The context in which the model computes."""
-        dtype = DTYPES[self.precision]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not torch.float32)
+        return torch.autocast(self.device.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32")
 
     def train_step(self, numbers: np.ndarray, x: torch.Tensor, y: torch.Tensor | None) -> None:
         """One optimizer step on images x [N, 3, H, W] with labels y [N] or None and sample numbers [N]."""
@@ -390,8 +389,7 @@ class Trainer:
             row = means_by_quarter(totals)
             self._check_finite(totals)
             row.pop("grad_norm_q0", None)
-            seconds = time.perf_counter() - self._clock
-            speed = (self.samples - self._logged_samples) / seconds
+            speed = (self.samples - self._logged_samples) / (time.perf_counter() - self._clock)
             self._clock, self._logged_samples = time.perf_counter(), self.samples
             row |= {"samples": self.samples, "lr": learning_rate(config, self.step - 1), "images_per_second": speed}
             if self.scaler.is_enabled():
@@ -428,9 +426,8 @@ class Trainer:
 
     def _state(self, params: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """State dict of the model with other values of its parameters, on the CPU."""
-        state = self.model.state_dict()
-        state.update((name, value) for (name, _), value in zip(self.model.named_parameters(), params))
-        return {name: value.detach().cpu() for name, value in state.items()}
+        values = dict(zip((name for name, _ in self.model.named_parameters()), params))
+        return {name: value.detach().cpu() for name, value in {**self.model.state_dict(), **values}.items()}
 
     def _exported(self) -> list[torch.Tensor]:
         """The parameters to sample with: the first average, or the model's own where there is none."""
@@ -475,11 +472,8 @@ class Trainer:
         """Write the file to sample with, where it is not up to date."""
         config = self.config
         average = f"EMA {next(iter(self.ema))}" if self.ema else "no EMA"
-        metadata = {
-            **self.metadata,
-            "training": f"{self.step} steps, {self.samples} images, AdamW {config.lr:g}, {average}, {self.precision}",
-        }
-        dtype = DTYPES[config.export_dtype]
+        done = f"{self.step} steps, {self.samples} images, AdamW {config.lr:g}, {average}, {self.precision}"
+        metadata, dtype = {**self.metadata, "training": done}, DTYPES[config.export_dtype]
         files.export_model(config.export_path(), self._state(self._exported()), metadata, dtype)
 
     def _save_samples(self) -> None:
@@ -487,7 +481,7 @@ class Trainer:
             return
         with self.autocast():
             images = self.sample(self.averaged_model())
-        sheet = contact_sheet([[image] for image in images], images.shape[1], math.ceil(math.sqrt(len(images))))
+        sheet = contact_sheet([[image] for image in images], images.shape[1], math.ceil(len(images) ** 0.5))
         self._written(write_png, os.path.join(self.config.save_dir, "samples", f"{self.step:06d}.png"), sheet)
 
 
@@ -515,19 +509,10 @@ def grid_sampler(start: Start, grid: GridOptions, seed: int) -> Callable[[torch.
         diffusion = create_diffusion(**{**start.flags, "timestep_respacing": grid.sample_respacing})
     except InputError as error:
         raise InputError(error.reason, parameter="sample_respacing", value=grid.sample_respacing) from error
-
-    def sample(model: torch.nn.Module) -> np.ndarray:
-        return draw_samples(
-            model,
-            diffusion,
-            grid.num_samples,
-            start.flags["image_size"],
-            use_ddim=grid.sample_respacing.startswith("ddim"),
-            seed=seed,
-            num_classes=len(start.classes) if start.classes else None,
-        )
-
-    return sample
+    return functools.partial(
+        draw_samples, diffusion=diffusion, number=grid.num_samples, image_size=start.flags["image_size"],
+        use_ddim=grid.sample_respacing.startswith("ddim"), seed=seed, num_classes=len(start.classes or ()),
+    )  # fmt: skip
 
 
 def draw_samples(
@@ -538,23 +523,18 @@ def draw_samples(
     *,
     use_ddim: bool,
     seed: int = 0,
-    num_classes: int | None = None,
+    num_classes: int = 0,
     batch_size: int = 16,
 ) -> np.ndarray:
-    """Unconditional samples (classes in turn with num_classes) as uint8 [number, H, W, 3], from fixed noise."""
+    """Samples of a model, of its classes in turn if any, as uint8 [number, H, W, 3], from fixed noise."""
     device = next(model.parameters()).device
     loop = diffusion.ddim_sample_loop if use_ddim else diffusion.p_sample_loop
     torch.manual_seed(seed)
     images = []
-    for at in range(0, number, batch_size):
-        numbers = np.arange(at, min(at + batch_size, number))
+    for numbers in np.split(np.arange(number), range(batch_size, number, batch_size)):
         noise = sample_noise(f"{seed}/samples", numbers, (3, image_size, image_size), device)
         labels = {"y": torch.from_numpy(numbers % num_classes).to(device)} if num_classes else {}
-
-        def in_float32(x, t, **kwargs):
-            return model(x, t, **kwargs).float()
-
         # An average over the first steps can still be far off: what is not a number is shown as grey.
-        x = loop(in_float32, noise.shape, noise=noise, model_kwargs=labels).nan_to_num(0.0)
+        x = loop(in_float32(model), noise.shape, noise=noise, model_kwargs=labels).nan_to_num(0.0)
         images.append(to_uint8(x))
     return np.concatenate(images)

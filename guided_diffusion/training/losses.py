@@ -53,15 +53,17 @@ def loss_weights(
     raise InputError(reason, parameter=name, value=value)
 
 
+def in_float32(model: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The model with float32 outputs, whatever autocast makes of them."""
+    return lambda *args, **kwargs: model(*args, **kwargs).float()
+
+
 def diffusion_loss(diffusion: GaussianDiffusion, weights: torch.Tensor | None = None) -> Loss:
     """The diffusion model's loss: `GaussianDiffusion.training_losses`, its squared error weighted by weights[t]."""
 
     def losses(model, x, t, noise, y):
-        def in_float32(*args, **kwargs):
-            return model(*args, **kwargs).float()
-
         kwargs = {} if y is None else {"y": y}
-        terms = diffusion.training_losses(in_float32, x, t, model_kwargs=kwargs, noise=noise)
+        terms = diffusion.training_losses(in_float32(model), x, t, model_kwargs=kwargs, noise=noise)
         if weights is not None:
             terms["loss"] = terms["loss"] + (weights.to(x.device)[t] - 1) * terms["mse"]
         return terms
