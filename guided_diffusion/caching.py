@@ -18,10 +18,10 @@ from .unet import SuperResModel, UNetModel
 
 
 class CachedModel:
-    """A network with what it remembers of the images of one run; see `cached`.
+    """A network with the deep features of the images of one run; see `cached`.
 
-    network: a `UNetModel` or a `ddpm.Model`. interval: every so many evaluations are full ones; the first is, and so is
-    one of a batch of another shape.
+    network: a `UNetModel` or a `ddpm.Model`. interval: all levels are computed in the first of every `interval`
+    evaluations, and for a batch of another shape.
     """
 
     def __init__(self, network: Any, interval: int) -> None:
@@ -54,10 +54,10 @@ class CachedModel:
 
 
 def cached(model: Callable, interval: int) -> Any:
-    """A model that shares deep features among its evaluations; the model itself where interval is 1.
+    """Return a model that shares deep features among its evaluations; the model itself if interval is 1.
 
-    To be made for every run, whose images are the only ones that it may see. model: a network, or a dataclass around
-    one in its field `model`, such as `WithClass`. Raises InputError for other models.
+    Make one for each run: it must see the images of that run only. model: a network, or a dataclass around one in its
+    field `model`, such as `WithClass`. Raises InputError for other models.
     """
     if interval == 1:
         return model
@@ -74,6 +74,6 @@ def cached(model: Callable, interval: int) -> Any:
 
 
 def share_features(model: Callable, interval: int, in_guided: bool) -> tuple[Any, Any]:
-    """The models of one run's guided and plain steps; in_guided: both share features, else the plain ones alone."""
+    """Return the models of one run's guided and plain steps; in_guided: both share features, or only the plain ones."""
     plain = cached(model, interval)
     return (plain if in_guided else model), plain

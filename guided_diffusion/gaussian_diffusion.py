@@ -13,13 +13,14 @@ from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .errors import InputError
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
 
-Model = Callable[..., torch.Tensor]
-Step = dict[str, torch.Tensor]
+Model = Callable[..., Tensor]
+Step = dict[str, Tensor]
 P = ParamSpec("P")
 
 SCHEDULES = "linear, cosine, linear:A,B, scaled_linear:A,B, sigmoid:A,B, laplace or betas:B0,B1,…"
@@ -50,18 +51,17 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     fits = name == "betas" or (name in ("linear", "scaled_linear", "sigmoid") and len(numbers) == 2)
     if not fits or not numbers or not all(0 < number < 1 for number in numbers):
         raise InputError(f"it can be {SCHEDULES}, with betas above 0 and below 1", **wrong)
+    if name == "betas" and len(numbers) != n:
+        raise InputError(f"it has {len(numbers)} betas, and `diffusion_steps` is {n}", **wrong)
+    low, high = numbers[0], numbers[-1]
     if name == "betas":
-        if len(numbers) != n:
-            raise InputError(f"it has {len(numbers)} betas, and `diffusion_steps` is {n}", **wrong)
         betas = np.array(numbers, dtype=np.float64)
+    elif name == "linear":
+        betas = np.linspace(low, high, n, dtype=np.float64)
+    elif name == "scaled_linear":
+        betas = np.linspace(low**0.5, high**0.5, n, dtype=np.float64) ** 2
     else:
-        low, high = numbers
-        if name == "linear":
-            betas = np.linspace(low, high, n, dtype=np.float64)
-        elif name == "scaled_linear":
-            betas = np.linspace(low**0.5, high**0.5, n, dtype=np.float64) ** 2
-        else:
-            betas = 1 / (1 + np.exp(-np.linspace(-6, 6, n, dtype=np.float64))) * (high - low) + low
+        betas = 1 / (1 + np.exp(-np.linspace(-6, 6, n, dtype=np.float64))) * (high - low) + low
     alpha_bars = np.cumprod(1 - betas)
     if not (np.diff(alpha_bars, prepend=1.0) < 0).all() or alpha_bars[-1] < 1e-30:
         raise InputError("its alpha_bar must fall at every step, and stay above 1e-30", **wrong)
@@ -113,11 +113,11 @@ class LossType(enum.Enum):
 
 def _last_sample(
     steps: Callable[Concatenate["GaussianDiffusion", P], Iterator[Step]],
-) -> Callable[Concatenate["GaussianDiffusion", P], torch.Tensor]:
+) -> Callable[Concatenate["GaussianDiffusion", P], Tensor]:
     """The method that runs a generator method to its end, with the same parameters, and returns the last sample."""
 
     @functools.wraps(steps)
-    def loop(self: "GaussianDiffusion", *args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
+    def loop(self: "GaussianDiffusion", *args: P.args, **kwargs: P.kwargs) -> Tensor:
         sample = torch.empty(0)
         for out in getattr(self, steps.__name__)(*args, **kwargs):
             sample = out["sample"]
@@ -125,7 +125,7 @@ def _last_sample(
 
     loop.__name__ = steps.__name__.removesuffix("_progressive")
     loop.__doc__ = f"Return the last sample of `{steps.__name__}`, whose parameters it has."
-    loop.__signature__ = inspect.signature(steps).replace(return_annotation=torch.Tensor)  # type: ignore[attr-defined]
+    loop.__signature__ = inspect.signature(steps).replace(return_annotation=Tensor)  # type: ignore[attr-defined]
     return loop
 
 
@@ -143,7 +143,7 @@ def _with_prediction(cond_fn, out, t):
 
 def _normal(value):
     """A tensor made in inference mode as one that autograd can record."""
-    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 class GaussianDiffusion:
@@ -226,7 +226,7 @@ class GaussianDiffusion:
                 raise InputError(reason, parameter="timesteps", value=diffusion.timestep_map)
         return diffusion
 
-    def extract(self, name: str, t: torch.Tensor, ndim: int = 4) -> torch.Tensor:
+    def extract(self, name: str, t: Tensor, ndim: int = 4) -> Tensor:
         """Entries of a coefficient array at t [N], float32, shaped to broadcast over data of `ndim` axes.
 
         name: an attribute, perhaps after `sqrt_`, `log_` and `one_minus_`, which are computed in float64.
@@ -249,30 +249,26 @@ class GaussianDiffusion:
                 return function(self._array(name.removeprefix(prefix)))
         return getattr(self, name)
 
-    def model_timesteps(self, t: torch.Tensor) -> torch.Tensor:
+    def model_timesteps(self, t: Tensor) -> Tensor:
         """Step indices t [N] as what the model is called with: original timesteps, long or float32."""
         timesteps = self._table("timestep_map", t.device)[t]
         return timesteps.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else timesteps
 
     # ---- the forward process: data of any rank, [N, ...] ----
 
-    def q_mean_variance(
-        self, x_start: torch.Tensor, t: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean, variance and log-variance of q(x_t | x_0), each of x_start's shape."""
         mean = self.extract("sqrt_alphas_cumprod", t, x_start.ndim) * x_start
         variance = self.extract("one_minus_alphas_cumprod", t, x_start.ndim).expand_as(x_start)
         return mean, variance, self.extract("log_one_minus_alphas_cumprod", t, x_start.ndim).expand_as(x_start)
 
-    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Sample x_t given x_0: sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise."""
         noise = torch.randn_like(x_start) if noise is None else noise
         signal = self.extract("sqrt_alphas_cumprod", t, x_start.ndim)
         return signal * x_start + self.extract("sqrt_one_minus_alphas_cumprod", t, x_start.ndim) * noise
 
-    def q_posterior_mean_variance(
-        self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0), each of x_t's shape."""
         n = x_t.ndim
         mean = self.extract("posterior_mean_coef1", t, n) * x_start + self.extract("posterior_mean_coef2", t, n) * x_t
@@ -284,8 +280,8 @@ class GaussianDiffusion:
     def p_mean_variance(
         self,
         model: Model,
-        x: torch.Tensor,
-        t: torch.Tensor,
+        x: Tensor,
+        t: Tensor,
         clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         model_kwargs: dict | None = None,
@@ -303,31 +299,21 @@ class GaussianDiffusion:
             pred_xstart = denoised_fn(pred_xstart)
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-float(clip_denoised), float(clip_denoised))
-        if self.model_mean_type is ModelMeanType.PREVIOUS_X:
-            mean = prediction
-        else:
-            mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
-        return {
-            "mean": mean,
-            "variance": variance.expand_as(x),
-            "log_variance": log_variance.expand_as(x),
-            "pred_xstart": pred_xstart,
-        }
+        given = self.model_mean_type is ModelMeanType.PREVIOUS_X
+        mean = prediction if given else self.q_posterior_mean_variance(pred_xstart, x, t)[0]
+        variances = {"variance": variance.expand_as(x), "log_variance": log_variance.expand_as(x)}
+        return {"mean": mean, **variances, "pred_xstart": pred_xstart}
 
-    def _variance(
-        self, model_output: torch.Tensor, x: torch.Tensor, t: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _variance(self, model_output: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split the model's output into the prediction, the variance of the reverse step and its logarithm.
 
         FIXED_SMALL is the true posterior's variance, 0 at t = 0, where only its logarithm is clipped.
         """
-        channels = x.shape[1]
+        channels, given = x.shape[1], model_output.shape[1]
         learned = self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
-        if model_output.shape[1] != (2 * channels if learned else channels):
-            raise ValueError(
-                f"the model gives {model_output.shape[1]} channels for {channels} image channels; "
-                f"learn_sigma={learned} needs {2 * channels if learned else channels}"
-            )
+        if given != (wanted := 2 * channels if learned else channels):
+            reason = f"the model gives {given} channels for {channels} image channels"
+            raise ValueError(f"{reason}; learn_sigma={learned} needs {wanted}")
         low = self.extract("posterior_log_variance_clipped", t, x.ndim)
         if self.model_var_type is ModelVarType.FIXED_SMALL:
             return model_output, self.extract("posterior_variance", t, x.ndim), low
@@ -347,23 +333,22 @@ class GaussianDiffusion:
             return self.xstart_from_eps(x, t, prediction)
         if self.model_mean_type is ModelMeanType.VELOCITY:
             # Not through the noise, which would divide by sqrt(alpha_bar), close to 0 at the last steps.
-            signal = self.extract("sqrt_alphas_cumprod", t, x.ndim)
-            return signal * x - self.extract("sqrt_one_minus_alphas_cumprod", t, x.ndim) * prediction
+            return self.q_sample(x, t, -prediction)
         return self._predict_xstart_from_xprev(x, t, prediction)
 
-    def xstart_from_eps(self, x_t: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    def xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Return the x_0 of given x_t and noise."""
         signal = self.extract("sqrt_recip_alphas_cumprod", t, x_t.ndim)
         return signal * x_t - self.extract("sqrt_recipm1_alphas_cumprod", t, x_t.ndim) * eps
 
-    def eps_from_xstart(self, x_t: torch.Tensor, t: torch.Tensor, pred_xstart: torch.Tensor) -> torch.Tensor:
+    def eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
         """Return the noise of given x_t and x_0."""
         signal = self.extract("sqrt_alphas_cumprod", t, x_t.ndim)
         return (x_t - signal * pred_xstart) / self.extract("sqrt_one_minus_alphas_cumprod", t, x_t.ndim)
 
     def condition_mean(
-        self, cond_fn: Callable, p_mean_var: Step, x: torch.Tensor, t: torch.Tensor, model_kwargs: dict | None = None
-    ) -> torch.Tensor:
+        self, cond_fn: Callable, p_mean_var: Step, x: Tensor, t: Tensor, model_kwargs: dict | None = None
+    ) -> Tensor:
         """Shift the mean of an ancestral step towards a condition y: mean + variance grad log p(y | x_t).
 
         cond_fn(x, t, **model_kwargs) returns that gradient; its t are the model's timesteps. Sohl-Dickstein et al.
@@ -373,7 +358,7 @@ class GaussianDiffusion:
         return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient.float()
 
     def condition_score(
-        self, cond_fn: Callable, p_mean_var: Step, x: torch.Tensor, t: torch.Tensor, model_kwargs: dict | None = None
+        self, cond_fn: Callable, p_mean_var: Step, x: Tensor, t: Tensor, model_kwargs: dict | None = None
     ) -> Step:
         """Shift the score towards a condition y: eps - sqrt(1 - alpha_bar) grad log p(y | x_t).
 
@@ -390,14 +375,14 @@ class GaussianDiffusion:
     def p_sample(
         self,
         model: Model,
-        x: torch.Tensor,
-        t: torch.Tensor,
+        x: Tensor,
+        t: Tensor,
         clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         cond_fn: Callable | None = None,
         model_kwargs: dict | None = None,
         *,
-        noise: torch.Tensor | None = None,
+        noise: Tensor | None = None,
         cond_fn_with_grad: bool = False,
     ) -> Step:
         """Take an ancestral step x_t -> x_{t-1}, without noise where t = 0. Returns {"sample", "pred_xstart"}.
@@ -412,7 +397,7 @@ class GaussianDiffusion:
             out["mean"] = self.condition_mean(cond_fn, out, x, t, model_kwargs)
         return {"sample": self.add_noise(out, t, noise), "pred_xstart": out["pred_xstart"]}
 
-    def add_noise(self, out: Step, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def add_noise(self, out: Step, t: Tensor, noise: Tensor) -> Tensor:
         """Return mean + sigma noise for a posterior `out`, without noise where t = 0."""
         nonzero = (t != 0).to(noise.dtype).reshape(-1, *[1] * (noise.ndim - 1))
         return out["mean"] + nonzero * torch.exp(0.5 * out["log_variance"]) * noise
@@ -420,15 +405,15 @@ class GaussianDiffusion:
     def ddim_sample(
         self,
         model: Model,
-        x: torch.Tensor,
-        t: torch.Tensor,
+        x: Tensor,
+        t: Tensor,
         clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         cond_fn: Callable | None = None,
         model_kwargs: dict | None = None,
         eta: float = 0.0,
         *,
-        noise: torch.Tensor | None = None,
+        noise: Tensor | None = None,
         cond_fn_with_grad: bool = False,
     ) -> Step:
         """Take a DDIM step (Song et al. 2021, equation 12) with eta times the ancestral standard deviation, 0 to 1.
@@ -448,9 +433,7 @@ class GaussianDiffusion:
         pred_xstart = (plain if cond_fn_with_grad else out)["pred_xstart"]
         return {"sample": mean + nonzero * sigma * noise, "pred_xstart": pred_xstart}
 
-    def ddim_mean_sigma(
-        self, pred_xstart: torch.Tensor, x: torch.Tensor, t: torch.Tensor, eta: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def ddim_mean_sigma(self, pred_xstart: Tensor, x: Tensor, t: Tensor, eta: float) -> tuple[Tensor, Tensor]:
         """Return mean [N, C, H, W] and standard deviation [N, 1, 1, 1] of a DDIM step with a prediction of x_0."""
         eps = self.eps_from_xstart(x, t, pred_xstart)
         # sigma^2 is eta^2 s (1 - alpha_bar_prev) with s = beta / (1 - alpha_bar); this share of the noise is left.
@@ -462,8 +445,8 @@ class GaussianDiffusion:
     def ddim_reverse_sample(
         self,
         model: Model,
-        x: torch.Tensor,
-        t: torch.Tensor,
+        x: Tensor,
+        t: Tensor,
         clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         model_kwargs: dict | None = None,
@@ -487,7 +470,7 @@ class GaussianDiffusion:
         self,
         model: Model,
         shape: Sequence[int],
-        noise: torch.Tensor | None = None,
+        noise: Tensor | None = None,
         clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         cond_fn: Callable | None = None,
@@ -495,7 +478,7 @@ class GaussianDiffusion:
         device: torch.device | str | None = None,
         progress: bool = False,
         skip_timesteps: int = 0,
-        init_image: torch.Tensor | None = None,
+        init_image: Tensor | None = None,
         randomize_class: bool = False,
         cond_fn_with_grad: bool = False,
     ) -> Iterator[Step]:
@@ -516,7 +499,7 @@ class GaussianDiffusion:
         self,
         model: Model,
         shape: Sequence[int],
-        noise: torch.Tensor | None = None,
+        noise: Tensor | None = None,
         clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None,
         cond_fn: Callable | None = None,
@@ -525,7 +508,7 @@ class GaussianDiffusion:
         progress: bool = False,
         eta: float = 0.0,
         skip_timesteps: int = 0,
-        init_image: torch.Tensor | None = None,
+        init_image: Tensor | None = None,
         randomize_class: bool = False,
         cond_fn_with_grad: bool = False,
     ) -> Iterator[Step]:
@@ -571,13 +554,8 @@ class GaussianDiffusion:
     # ---- training and likelihood ----
 
     def training_losses(
-        self,
-        model: Model,
-        x_start: torch.Tensor,
-        t: torch.Tensor,
-        model_kwargs: dict | None = None,
-        noise: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
+        self, model: Model, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None, noise: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Return the training loss per image: a dict with `loss` [N] and, where they apply, its terms `mse`, `vb`."""
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise=noise)
@@ -608,19 +586,19 @@ class GaussianDiffusion:
         if self.model_mean_type is ModelMeanType.START_X:
             return x_start
         if self.model_mean_type is ModelMeanType.VELOCITY:
-            signal = self.extract("sqrt_alphas_cumprod", t, x_t.ndim)
-            return signal * noise - self.extract("sqrt_one_minus_alphas_cumprod", t, x_t.ndim) * x_start
+            # x_t's formula for (noise, -x_0) in place of (x_0, noise).
+            return self.q_sample(noise, t, -x_start)
         return self.q_posterior_mean_variance(x_start, x_t, t)[0]
 
     def calc_bpd_loop(
         self,
         model: Model,
-        x_start: torch.Tensor,
+        x_start: Tensor,
         clip_denoised: bool | float = True,
         model_kwargs: dict | None = None,
         *,
-        noise: Callable[[torch.Size], torch.Tensor] | None = None,
-    ) -> dict[str, torch.Tensor]:
+        noise: Callable[[torch.Size], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Compute the variational bound of images x_0 [N, C, H, W] on the 8-bit grid, in bits per dimension.
 
         noise: function of a shape, called at every step from the last to the first; standard normal draws if None.

@@ -1,8 +1,6 @@
 """The manifolds of SDDM: images with given block statistics (Sun et al. 2023, section 4).
 
-A manifold is an object that a reference makes: `restrict(x, alpha_bar)` brings x [N, C, H, W] to the manifold of the
-reference noised to alpha_bar (a float); `decompose(x, vector, alpha_bar)` gives the parts (tangent, normal) of a vector
-at x, whose sum is the vector. `MANIFOLDS` has them by name.
+A `Manifold` is made from a reference; `MANIFOLDS` has the classes by name.
 
 The functions compute with blocks: the image plane is cut into blocks x blocks rectangles. A tensor [N, C, H, W] is seen
 as [N, C, B, B, h, w]; means and variances per image, channel and block have shape [N, C, B, B, 1, 1], so they broadcast
@@ -27,14 +25,14 @@ MANIFOLDS = Registry("manifold")
 
 
 class Manifold(Protocol):
-    """What a sampler asks of a manifold."""
+    """Interface of a manifold for the samplers."""
 
     def restrict(self, x: torch.Tensor, alpha_bar: float) -> torch.Tensor:
-        """x [N, C, H, W] brought to the manifold of the reference noised to alpha_bar."""
+        """Bring x [N, C, H, W] to the manifold of the reference noised to alpha_bar."""
         ...
 
     def decompose(self, x: torch.Tensor, vector: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The parts (tangent, normal) of a vector [N, C, H, W] at x, whose sum is the vector."""
+        """Split a vector [N, C, H, W] at x into its parts (tangent, normal), whose sum is the vector."""
         ...
 
 
@@ -50,11 +48,8 @@ def check_blocks(size: Sequence[int], blocks: int, of: str = "image") -> None:
     fit = [n for n in range(1, min(size) + 1) if height % n == width % n == 0 and height * width >= 2 * n * n]
     near = sorted(fit, key=lambda n: (abs(n - blocks), -n))[:2]
     hint = f" ({' and '.join(map(str, near))} {'do' if len(near) > 1 else 'does'})" if near else ""
-    raise InputError(
-        f"it must divide the {of} size {wanted} into blocks of at least two pixels{hint}",
-        parameter="blocks",
-        value=blocks,
-    )
+    reason = f"it must divide the {of} size {wanted} into blocks of at least two pixels{hint}"
+    raise InputError(reason, parameter="blocks", value=blocks)
 
 
 def check_down_n(down_n: int, size: Sequence[int]) -> None:
@@ -106,7 +101,7 @@ def block_statistics(x: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.
 
 
 def diffuse_statistics(mean: torch.Tensor, var: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Statistics on which a reference with `mean` and `var` concentrates when noised to alpha_bar (a float)."""
+    """Return the expected mean and variance of a reference with `mean` and `var` when noised to alpha_bar (a float)."""
     return alpha_bar**0.5 * mean, alpha_bar * var + (1 - alpha_bar)
 
 
@@ -149,11 +144,11 @@ class BlockManifold:
         self.mean, self.var = block_statistics(ref, blocks)
 
     def restrict(self, x: torch.Tensor, alpha_bar: float) -> torch.Tensor:
-        """Block AdaIN to the diffused statistics."""
+        """Apply block AdaIN to the diffused statistics."""
         return block_adain(x, *diffuse_statistics(self.mean, self.var, alpha_bar))
 
     def decompose(self, x: torch.Tensor, vector: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """`decompose` at the diffused means."""
+        """Split the vector by `decompose` at the diffused means."""
         return decompose(x, vector, alpha_bar**0.5 * self.mean)
 
     split = decompose  # its name up to version 0.1
@@ -162,8 +157,8 @@ class BlockManifold:
 class LowPassManifold:
     """The paper's ablation: images with the low frequencies of the reference, sqrt(alpha_bar) phi(ref).
 
-    ref: [N, C, H, W]; phi is ILVR's low-pass filter by down_n, with its cubic kernel. phi is no exact projection, so a
-    restriction comes close to the manifold rather than onto it (as ILVR's does).
+    ref: [N, C, H, W]; phi is ILVR's low-pass filter by down_n, with its cubic kernel. phi is no exact projection, so
+    `restrict` comes close to the manifold rather than onto it (as in ILVR).
     """
 
     def __init__(self, ref: torch.Tensor, down_n: int) -> None:
@@ -172,11 +167,11 @@ class LowPassManifold:
         self.low = self.phi(ref)
 
     def restrict(self, x: torch.Tensor, alpha_bar: float) -> torch.Tensor:
-        """x - phi(x) + sqrt(alpha_bar) phi(ref)."""
+        """Return x - phi(x) + sqrt(alpha_bar) phi(ref)."""
         return x - self.phi(x) + alpha_bar**0.5 * self.low
 
     def decompose(self, x: torch.Tensor, vector: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The high frequencies of the vector, and its low ones."""
+        """Split the vector into its high and its low frequencies."""
         normal = self.phi(vector)
         return vector - normal, normal
 

@@ -108,17 +108,11 @@ def timestep_embedding(
     DDPM's embedding instead, sines first and the last frequency exactly 1 / max_period.
     """
     half = dim // 2
-    if sines_first:
-        steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-        frequencies = torch.exp(steps * (-math.log(max_period) / max(half - 1, 1)))
-        angles = timesteps.float()[:, None] * frequencies
-        return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, dim % 2))
-    frequencies = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=timesteps.device) * (-math.log(max_period) / half)
-    )
+    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    frequencies = torch.exp(steps * (-math.log(max_period) / (max(half - 1, 1) if sines_first else half)))
     angles = timesteps.float()[:, None] * frequencies
-    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
-    return F.pad(embedding, (0, dim % 2))
+    parts = [angles.sin(), angles.cos()] if sines_first else [angles.cos(), angles.sin()]
+    return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
 
 
 def mean_flat(x: torch.Tensor) -> torch.Tensor:

@@ -34,11 +34,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     for i, count in enumerate(section_counts):
         length = size + (1 if i < extra else 0)
         if not 1 <= count <= length:
-            raise InputError(
-                f"it asks for {count} steps out of {length}; 1 to {length} are available",
-                parameter="timestep_respacing",
-                value=given,
-            )
+            raise InputError(_too_many(count, length), parameter="timestep_respacing", value=given)
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
         # The stride is accumulated, not multiplied: published runs were made with the rounding that this gives.
         position = 0.0
@@ -47,6 +43,10 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
             position += stride
         start += length
     return set(steps)
+
+
+def _too_many(count, available):
+    return f"it asks for {count} steps out of {available}; 1 to {available} are available"
 
 
 def _named_timesteps(total: int, name: str, count: int, offset: int, text: str) -> list[int]:
@@ -58,7 +58,7 @@ def _named_timesteps(total: int, name: str, count: int, offset: int, text: str) 
                 return list(range(0, total, stride))
         raise InputError(f"no integer stride gives {count} steps out of {total}", **wrong)
     if not 1 <= count <= total:
-        raise InputError(f"it asks for {count} steps out of {total}; 1 to {total} are available", **wrong)
+        raise InputError(_too_many(count, total), **wrong)
     # These very numpy calls: their rounding decides ties, as it does in diffusers.
     if name == "linspace":
         steps = np.linspace(0, total - 1, count).round()
@@ -66,9 +66,8 @@ def _named_timesteps(total: int, name: str, count: int, offset: int, text: str) 
         steps = np.arange(count) * (total // count) + offset
         if steps[-1] >= total:
             most = offset - (int(steps[-1]) - (total - 1))
-            raise InputError(
-                f"it asks for step {steps[-1]} out of 0 to {total - 1}; an offset up to {most} fits", **wrong
-            )
+            reason = f"it asks for step {steps[-1]} out of 0 to {total - 1}; an offset up to {most} fits"
+            raise InputError(reason, **wrong)
     else:
         steps = np.round(np.arange(total, 0, -total / count)[:count]) - 1
     return [int(step) for step in steps]

@@ -24,12 +24,7 @@ log = logging.getLogger(__name__)
 NUM_CLASSES = 1000
 """Number of classes where none is given; a script may set another."""
 
-CHANNEL_MULT = {
-    512: (0.5, 1, 1, 2, 2, 4, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    128: (1, 1, 2, 3, 4),
-    64: (1, 2, 3, 4),
-}
+CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
 """Default channel multipliers by image size."""
 
 SR_CHANNEL_MULT = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4)}
@@ -174,17 +169,17 @@ def _arguments(function, flags):
     return {name: flags[name] for name in inspect.signature(function).parameters if name in flags}
 
 
+def _default_multipliers(table, parameter, size):
+    if size not in table:
+        reason = f"it has no default `channel_mult` (known for {', '.join(map(str, sorted(table)))})"
+        raise InputError(f"{reason}: give one, such as 1,2,4", parameter=parameter, value=size)
+    return table[size]
+
+
 def channel_multipliers(channel_mult: str | None, image_size: int) -> tuple[float, ...]:
     """Parse `channel_mult`: "1,2,4", or "" for the defaults of the image size."""
     if channel_mult in ("", None):
-        if image_size not in CHANNEL_MULT:
-            known = ", ".join(str(size) for size in sorted(CHANNEL_MULT))
-            raise InputError(
-                f"it has no default `channel_mult` (known for {known}): give one, such as 1,2,4",
-                parameter="image_size",
-                value=image_size,
-            )
-        return CHANNEL_MULT[image_size]
+        return _default_multipliers(CHANNEL_MULT, "image_size", image_size)
     try:
         numbers = [float(part) for part in str(channel_mult).split(",")]
     except ValueError:
@@ -198,11 +193,8 @@ def attention_factors(attention_resolutions: str, image_size: int) -> tuple[int,
     """Parse `attention_resolutions` ("16,8": sides of the feature map); return them as downsampling factors."""
     sides = [part.strip() for part in str(attention_resolutions).split(",") if part.strip()]
     if not all(re.fullmatch(r"[0-9]{1,9}", side) and int(side) for side in sides):
-        raise InputError(
-            "it is a list of sides of the feature map like 16,8",
-            parameter="attention_resolutions",
-            value=attention_resolutions,
-        )
+        reason = "it is a list of sides of the feature map like 16,8"
+        raise InputError(reason, parameter="attention_resolutions", value=attention_resolutions)
     # As in guided-diffusion, a side that no level has is ignored.
     return tuple(image_size // int(side) for side in sides)
 
@@ -248,11 +240,10 @@ def create_model(
     factors, mults = attention_factors(attention_resolutions, image_size), channel_multipliers(channel_mult, image_size)
     if factors and not {2**level for level in range(len(mults))} & {*factors} and not torch.empty(0).is_meta:
         sides = ", ".join(str(image_size >> level) for level in range(len(mults)))
-        log.warning(
-            "attention_resolutions=%s: no level has such a side (they have %s), so that only the middle block attends",
-            attention_resolutions,
-            sides,
+        text = (
+            "attention_resolutions=%s: no level has such a side (they have %s), so that only the middle block attends"
         )
+        log.warning(text, attention_resolutions, sides)
     flags |= {
         "in_channels": 3,
         "model_channels": num_channels,
@@ -402,13 +393,8 @@ def sr_create_model(
 
     channel_mult: multipliers, by default the published ones of large_size 64, 256 and 512.
     """
-    if not channel_mult and large_size not in SR_CHANNEL_MULT:
-        known = ", ".join(map(str, sorted(SR_CHANNEL_MULT)))
-        raise InputError(
-            f"it has no default `channel_mult` (known for {known}): give one, such as 1,2,4",
-            parameter="large_size",
-            value=large_size,
-        )
+    if not channel_mult:
+        _default_multipliers(SR_CHANNEL_MULT, "large_size", large_size)
     flags = dict(locals(), image_size=large_size, super_res=True)
     return create_model(**_arguments(create_model, flags))  # type: ignore[return-value]
 
@@ -433,9 +419,8 @@ def create_gaussian_diffusion(
     if steps < 1:
         raise InputError("it must be at least 1", parameter="diffusion_steps", value=steps)
     if predict_xstart and predict_v:
-        raise InputError(
-            "a model predicts one of them; leave out `predict_xstart`", parameter="predict_v", value=predict_v
-        )
+        reason = "a model predicts one of them; leave out `predict_xstart`"
+        raise InputError(reason, parameter="predict_v", value=predict_v)
     betas = get_named_beta_schedule(noise_schedule, steps)
     if betas.max() >= 1:
         raise InputError("the linear schedule needs more than 20", parameter="diffusion_steps", value=steps)

@@ -171,6 +171,30 @@ def golden_model_and_diffusion(settings):
     return load_golden_model(golden(settings["model"]), model), diffusion
 
 
+class Counted(torch.nn.Module):
+    """A model that counts its evaluations."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.calls = model, 0
+
+    def forward(self, *arguments):
+        self.calls += 1
+        return self.model(*arguments)
+
+
+class Replay:
+    """A noise source that gives recorded draws in order."""
+
+    def __init__(self, draws):
+        self.draws = list(draws)
+
+    def __call__(self, shape):
+        draw = self.draws.pop(0)
+        assert tuple(shape) == tuple(draw.shape)
+        return draw
+
+
 class LinearModel(torch.nn.Module):
     """A cheap stand-in for a UNet: mixes channels and neighbouring pixels, and depends on the timestep.
 

@@ -5,25 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import golden, golden_encoder, golden_index, golden_model_and_diffusion, golden_names
+from conftest import Replay, golden, golden_encoder, golden_index, golden_model_and_diffusion, golden_names
 
 from guided_diffusion.baselines import egsde, ilvr, sdedit, unconditional
 from guided_diffusion.errors import InputError
 from guided_diffusion.methods import EGSDE, ILVR, METHODS, SDEdit, Unconditional
 from guided_diffusion.script_util import create_diffusion
 from resizer import Resizer
-
-
-class Replay:
-    """A noise source that gives the recorded draws in order and must be used up."""
-
-    def __init__(self, draws):
-        self.draws = list(draws)
-
-    def __call__(self, shape):
-        draw = self.draws.pop(0)
-        assert tuple(shape) == tuple(draw.shape)
-        return draw
 
 
 def assert_same_trace(states, expected):
@@ -168,15 +156,6 @@ def test_one_model_evaluation_per_step_at_original_timesteps(method):
     assert model.timesteps == [kept[i] for i in seen]
 
 
-@every_sampler
-def test_default_noise_comes_from_the_global_generator_in_the_order_of_the_draws(method):
-    run = SAMPLERS[method]
-    torch.manual_seed(8)
-    default = run(GaussianModel(), references())
-    torch.manual_seed(8)
-    assert torch.equal(default, run(GaussianModel(), references(), noise=torch.randn))
-
-
 @pytest.mark.parametrize("range_t, draws", [(0, 24), (0.3, 20), (11, 13)])
 def test_ilvr_draws_for_the_reference_only_above_range_t(range_t, draws):
     shapes = []
@@ -192,15 +171,6 @@ def test_ilvr_without_guided_steps_is_ancestral_sampling():
             x = diffusion.p_sample(GaussianModel(), x, torch.tensor([i, i]), noise=noise(x.shape))["sample"]
     output = SAMPLERS["ilvr"](GaussianModel(), references(), range_t=11, noise=seeded(4, slice(2)))
     torch.testing.assert_close(output, x, atol=1e-6, rtol=0)
-
-
-def test_ilvr_clips_the_predicted_image_unless_told_otherwise():
-    clipped, free = (
-        SAMPLERS["ilvr"](GaussianModel(), references(), range_t=11, clip_denoised=clip, noise=seeded(6, slice(2)))
-        for clip in (True, False)
-    )
-    assert clipped.abs().max() <= 1
-    assert free.abs().max() > 2
 
 
 def test_ilvr_with_down_n_1_replaces_the_state_by_the_noised_reference():
@@ -295,14 +265,6 @@ def test_sdedit_with_one_step_removes_exactly_the_noise_it_is_told():
     torch.testing.assert_close(shifted, ref + 2, atol=1e-4, rtol=0)
 
 
-def test_learned_variance_is_ignored():
-    plain, learned = (
-        SAMPLERS["egsde"](GaussianModel(variance_channels=learned), references(), noise=seeded(2, slice(2)))
-        for learned in (False, True)
-    )
-    assert torch.equal(plain, learned)
-
-
 def test_the_given_process_is_not_changed():
     diffusion = create_diffusion(learn_sigma=True, timestep_respacing="12")
     before = diffusion.model_var_type
@@ -337,39 +299,6 @@ def test_energies_pull_where_they_should():
     assert similarity(translate(500.0, 0)) < similarity(plain) - 0.1
 
 
-@pytest.mark.parametrize("method", [ilvr, sdedit, egsde])
-def test_steps_are_the_states_of_the_run_and_may_be_closed(method):
-    options = {
-        ilvr: {"down_n": 4, "range_t": 3},
-        sdedit: {"start": 7},
-        egsde: {"start": 7, "ls": 5.0, "li": 0.1, "encoder": PatchEncoder(), "down_n": 4},
-    }[method]
-    model, told = GaussianModel(), []
-    arguments = create_diffusion(timestep_respacing="12"), references()
-    result = method(model, *arguments, noise=seeded(1, slice(2)), callback=told.append, **options)
-    steps = method.steps(model, *arguments, noise=seeded(1, slice(2)), **options)
-    model.timesteps.clear()
-    with torch.enable_grad():
-        for wanted in told[:3]:
-            state = next(steps)
-            assert state.keys() == wanted.keys() == {"i", "x", "pred_xstart", "guided"}
-            assert state["i"] == wanted["i"] and state["guided"] == []
-            assert torch.equal(state["x"], wanted["x"]) and torch.equal(state["pred_xstart"], wanted["pred_xstart"])
-            assert torch.is_grad_enabled()
-        steps.close()
-    assert len(model.timesteps) == 3
-    assert torch.equal(told[-1]["x"], result)
-
-
-def test_unconditional_images_do_not_depend_on_the_reference():
-    diffusion = create_diffusion(timestep_respacing="12")
-    a, b = (
-        unconditional(GaussianModel(), diffusion, ref, noise=seeded(1, slice(2)))
-        for ref in (references(), 255 * torch.ones(2, 3, 16, 16))
-    )
-    assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("use_ddim, eta", [(False, 0.0), (True, 0.0), (True, 0.5)])
 def test_unconditional_is_the_loop_of_the_process(use_ddim, eta):
     diffusion, noise = create_diffusion(timestep_respacing="12"), seeded(4, slice(2))
@@ -395,15 +324,12 @@ def test_unconditional_is_the_loop_of_the_process(use_ddim, eta):
     [
         (lambda: ILVR(down_n=0), "down_n"),
         (lambda: ILVR(range_t=-1), "range_t"),
-        (lambda: ILVR(down_n=3).check_fit((16, 16), None), "down_n"),
         (lambda: ILVR(down_n=4, range_t=12).check_fit((16, 16), 12), "range_t"),
         (lambda: ILVR(down_n=4, range_t=2, start=13).check_fit((16, 16), 12), "start"),
-        (lambda: SDEdit(start=0), "start"),
         (lambda: SDEdit(start=13).check_fit((16, 16), 12), "start"),
         (lambda: EGSDE(), "encoder"),
         (lambda: EGSDE(encoder="no such file"), "encoder"),
         (lambda: EGSDE(ls=0.0, down_n=3).check_fit((16, 16), None), "down_n"),
-        (lambda: EGSDE(ls=0.0, start=13).check_fit(None, 12), "start"),
         (lambda: Unconditional(eta=0.5), "eta"),
         (lambda: Unconditional(use_ddim=True, eta=1.5), "eta"),
     ],

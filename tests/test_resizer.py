@@ -68,15 +68,6 @@ def test_constants_are_kept(kernel, height, width, scale, value):
 
 
 @settings(deadline=None, max_examples=30)
-@given(kernels, lengths, scales, st.integers(0, 2**32))
-def test_linear(kernel, size, scale, seed):
-    generator = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(2, 1, 2, size, size + 3, generator=generator, dtype=torch.float64)
-    resize = Resizer(x.shape, scale, kernel=kernel)
-    torch.testing.assert_close(resize(2 * x - 3 * y), 2 * resize(x) - 3 * resize(y), atol=1e-12, rtol=1e-12)
-
-
-@settings(deadline=None, max_examples=30)
 @given(kernels, lengths, lengths, scales, st.integers(0, 2**32))
 def test_gradient_is_the_transposed_matrices(kernel, height, width, scale, seed):
     """<R x, y> = <x, R* y> with R* y = A^T y B, and autograd gives the same."""
@@ -91,26 +82,6 @@ def test_gradient_is_the_transposed_matrices(kernel, height, width, scale, seed)
     product.backward()
     torch.testing.assert_close(x.grad, adjoint, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(product, (x * adjoint).sum(), atol=1e-9, rtol=0)
-
-
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
-def test_scale_one_is_the_identity(kernel):
-    x = torch.randn(2, 3, 11, 8, dtype=torch.float64)
-    torch.testing.assert_close(Resizer(x.shape, 1, kernel=kernel)(x), x, atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("kernel", ["linear", "cubic", "lanczos2", "lanczos3"])
-@pytest.mark.parametrize("scale", [0.25, 0.5, 2.0, 3.0])
-def test_mirror_images_stay_mirror_images(kernel, scale):
-    # Not so for the box, which is half-open: a sample on its edge counts on one side only.
-    matrix = resize_matrix(12, scale, kernel)
-    np.testing.assert_allclose(matrix, matrix[::-1, ::-1], atol=1e-12)
-
-
-@pytest.mark.parametrize("kernel", ["linear", "cubic", "lanczos2", "lanczos3"])
-def test_shrinking_removes_what_the_smaller_image_cannot_hold(kernel):
-    stripes = torch.tensor([1.0, -1.0]).repeat(32).expand(1, 1, 64, 64)
-    assert Resizer(stripes.shape, 1 / 8, kernel=kernel)(stripes).abs().max() < 0.1
 
 
 def test_enlarging_linearly_is_pytorchs_bilinear_interpolation():
@@ -133,26 +104,10 @@ def test_any_leading_dimensions_and_dtypes():
         torch.testing.assert_close(cast.float(), result, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3])
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
-def test_tiny_images(length, kernel):
-    for scale in (0.1, 1 / 3, 1.0, 5.0):
-        matrix = resize_matrix(length, scale, kernel)
-        np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-12)
-
-
-@pytest.mark.parametrize("scale", [0, -1, float("nan")])
-def test_bad_scale(scale):
-    with pytest.raises(ValueError, match=f"scale_factor is {scale}"):
-        resize_matrix(8, scale)
-
-
-def test_bad_kernel():
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"made for \(8, 8\) pixels and got"):
+        Resizer((8, 8), 0.5)(torch.zeros(1, 3, 8, 9))
+    with pytest.raises(ValueError, match="scale_factor is 0"):
+        resize_matrix(8, 0)
     with pytest.raises(ValueError, match="'sinc'; it can be cubic, lanczos2, lanczos3, box, linear"):
         Resizer((8, 8), 0.5, kernel="sinc")
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 8, 9), (1, 3, 9, 8), (1, 3, 4, 4)])
-def test_other_sizes_are_refused(shape):
-    with pytest.raises(ValueError, match=r"made for \(8, 8\) pixels and got"):
-        Resizer((8, 8), 0.5)(torch.zeros(shape))

@@ -11,75 +11,42 @@ from conftest import ROOT
 
 from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
-from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.script_util import (
     add_dict_to_argparser,
-    args_to_dict,
     attention_factors,
     channel_multipliers,
     classifier_and_diffusion_defaults,
-    classifier_defaults,
     create_classifier,
     create_classifier_and_diffusion,
     create_diffusion,
     create_gaussian_diffusion,
     create_model,
     create_model_and_diffusion,
-    diffusion_defaults,
     model_and_diffusion_defaults,
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
     str2bool,
 )
-from guided_diffusion.unet import EncoderUNetModel, UNetModel
+from guided_diffusion.unet import EncoderUNetModel
 
 TINY = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "8"}
 
 
 def test_defaults_are_guided_diffusions():
     assert model_and_diffusion_defaults() == {
-        "image_size": 64,
-        "num_channels": 128,
-        "num_res_blocks": 2,
-        "num_heads": 4,
-        "num_heads_upsample": -1,
-        "num_head_channels": -1,
-        "attention_resolutions": "16,8",
-        "channel_mult": "",
-        "dropout": 0.0,
-        "class_cond": False,
-        "use_checkpoint": False,
-        "use_scale_shift_norm": True,
-        "resblock_updown": False,
-        "use_fp16": False,
-        "use_new_attention_order": False,
-        "learn_sigma": False,
-        "diffusion_steps": 1000,
-        "noise_schedule": "linear",
-        "timestep_respacing": "",
-        "use_kl": False,
-        "predict_xstart": False,
-        "rescale_timesteps": False,
-        "rescale_learned_sigmas": False,
-    }
-    assert diffusion_defaults().items() <= model_and_diffusion_defaults().items()
+        "image_size": 64, "num_channels": 128, "num_res_blocks": 2, "num_heads": 4, "num_heads_upsample": -1,
+        "num_head_channels": -1, "attention_resolutions": "16,8", "channel_mult": "", "dropout": 0.0,
+        "class_cond": False, "use_checkpoint": False, "use_scale_shift_norm": True, "resblock_updown": False,
+        "use_fp16": False, "use_new_attention_order": False, "learn_sigma": False, "diffusion_steps": 1000,
+        "noise_schedule": "linear", "timestep_respacing": "", "use_kl": False, "predict_xstart": False,
+        "rescale_timesteps": False, "rescale_learned_sigmas": False,
+    }  # fmt: skip
 
 
-def test_every_default_set_is_fresh():
-    for defaults in (model_and_diffusion_defaults, diffusion_defaults, classifier_defaults):
-        defaults().clear()
-        assert defaults()
-
-
-def parse(*argv, defaults=None):
+def parse(*argv):
     parser = argparse.ArgumentParser(exit_on_error=False)
-    add_dict_to_argparser(parser, model_and_diffusion_defaults() if defaults is None else defaults)
+    add_dict_to_argparser(parser, model_and_diffusion_defaults())
     return parser.parse_args(argv)
-
-
-def test_no_flags_give_the_defaults():
-    defaults = model_and_diffusion_defaults()
-    assert args_to_dict(parse(), defaults.keys()) == defaults
 
 
 def test_the_releases_command_line():
@@ -93,14 +60,6 @@ def test_the_releases_command_line():
         "timestep_respacing": "100", "channel_mult": "1,2",
     }  # fmt: skip
     assert vars(parse(*text.split())) == {**model_and_diffusion_defaults(), **changed}
-
-
-def test_types_come_from_the_defaults():
-    args = parse(
-        *["--a", "7", "--b", "7", "--c", "7", "--d", "1", "--e", "7"],
-        defaults={"a": 1, "b": 1.0, "c": "x", "d": False, "e": None},
-    )
-    assert [type(value) for value in vars(args).values()] == [int, float, str, bool, str]
 
 
 def test_booleans():
@@ -127,42 +86,12 @@ def test_channel_multipliers(text, size, expected):
     assert [type(m) for m in result] == [int if m == int(m) else float for m in expected]
 
 
-@pytest.mark.parametrize("text", ["1,2,", "one"])
-def test_bad_channel_multipliers(text):
-    with pytest.raises(InputError, match="a list of numbers like 1,2,4") as caught:
-        channel_multipliers(text, 64)
-    assert (caught.value.parameter, caught.value.value) == ("channel_mult", text)
-
-
-def test_image_sizes_without_default_multipliers():
-    with pytest.raises(InputError, match=r"no default channel_mult.*64, 128, 256, 512") as caught:
-        channel_multipliers("", 96)
-    assert (caught.value.parameter, caught.value.value) == ("image_size", 96)
-
-
 @pytest.mark.parametrize(
     "text, size, expected",
     [("16,8", 64, (4, 8)), ("16", 256, (16,)), ("32,16,8", 256, (8, 16, 32)), ("", 64, ()), (16, 64, (4,))],
 )
 def test_attention_factors(text, size, expected):
     assert attention_factors(text, size) == expected
-
-
-@pytest.mark.parametrize("text", ["0", "16;8"])
-def test_bad_attention_resolutions(text):
-    with pytest.raises(InputError, match="a list of sides") as caught:
-        attention_factors(text, 64)
-    assert (caught.value.parameter, caught.value.value) == ("attention_resolutions", text)
-
-
-def test_model_and_diffusion_from_few_flags():
-    model, diffusion = create_model_and_diffusion(**TINY, timestep_respacing="10", learn_sigma=True)
-    assert isinstance(model, UNetModel) and isinstance(diffusion, SpacedDiffusion)
-    assert diffusion.num_timesteps == 10
-    assert diffusion.original_num_steps == 1000
-    assert model.out_channels == 6
-    out = diffusion.p_mean_variance(model, torch.randn(2, 3, 16, 16), torch.tensor([0, 9]))
-    assert out["mean"].shape == (2, 3, 16, 16)
 
 
 def test_flags_reach_the_model():
@@ -183,18 +112,10 @@ def test_flags_reach_the_model():
     assert count(create_model(**{**TINY, "attention_resolutions": "16,8"})) > count(plain)
     heads = {m.num_heads for m in create_model(**TINY, num_head_channels=16).modules() if hasattr(m, "num_heads")}
     assert heads == {4}
-    heads = [
-        m.num_heads
-        for m in create_model(**TINY, num_heads=2, num_heads_upsample=4).modules()
-        if hasattr(m, "num_heads")
-    ]
-    assert heads == [2] * 2 + [4] * 2
-    orders = {
-        m.use_new_attention_order
-        for m in create_model(**TINY, use_new_attention_order=True).modules()
-        if hasattr(m, "num_heads")
-    }
-    assert orders == {True}
+    model = create_model(**TINY, num_heads=2, num_heads_upsample=4, use_new_attention_order=True)
+    attention = [m for m in model.modules() if hasattr(m, "num_heads")]
+    assert [m.num_heads for m in attention] == [2] * 2 + [4] * 2
+    assert all(m.use_new_attention_order for m in attention)
 
 
 @pytest.mark.parametrize(
@@ -237,10 +158,8 @@ def test_classifier_and_extractor():
     "flags",
     [
         {"noise_schedule": "sigmoid"},
-        {"timestep_respacing": "many"},
         {"timestep_respacing": "1001"},
         {"diffusion_steps": 0},
-        {"diffusion_steps": -5},
         {"channel_mult": "a"},
         {"attention_resolutions": "x"},
         {"image_size": 48, "channel_mult": ""},
