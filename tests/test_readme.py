@@ -41,6 +41,7 @@ NOT_RUN = {
     "python scripts/ae_sample.py --preset cat2dog": "needs a model",
     "python scripts/ae_sample.py --preset dog2cat": "needs a model",
     "python scripts/ae_sample.py --model_path google/ddpm-cat-256": "needs a model",
+    "python scripts/ae_sample.py --model_path stabilityai/stable-diffusion-xl-base-1.0": "needs a model",
     "python scripts/ae_sample.py --model_path M": "an example to read",
     "python scripts/convert.py": "needs a model",
     "python scripts/evaluate.py": "needs data",
