@@ -132,14 +132,12 @@ def open_store(me: Ranks, timeout: timedelta = timedelta(days=1)) -> Any:
 
 def _say_who_is_missing(me, seconds):
     others = f"the other {me.world_size - 1}" if me.rank == 0 else "rank 0"
-    log.warning(
-        "rank %d of %d has been waiting for %s for %.0f seconds, and will for %.0f%s",
-        me.rank, me.world_size, others, PATIENCE, seconds, _leftovers(me),
-    )  # fmt: skip
+    waiting = f"{others} for {PATIENCE:.0f} seconds, and will for {seconds:.0f}{_leftovers(me)}"
+    log.warning("rank %d of %d has been waiting for %s", me.rank, me.world_size, waiting)
 
 
 def _leftovers(me):
-    """Advice for a process that variables of another run make wait, without a launcher."""
+    """Advice for a process without a launcher that waits because of another run's variables."""
     for launcher, rank, size, _ in LAUNCHERS:
         if launcher == me.launcher and {rank, size} <= os.environ.keys():
             address = f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -180,7 +178,7 @@ def _mpi_store(me, timeout):
         )
     hosts = ranks.allgather(socket.gethostname())
     host = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
-    # Rank 0's is open before its port is told, so that ranks connect only once the port is known.
+    # Ranks connect only once the port is known.
     store = _tcp_store(host, 0, me, timeout) if me.rank == 0 else None
     port = ranks.bcast(store.port if store else None)
     return store or _tcp_store(host, port, me, timeout)
@@ -201,12 +199,11 @@ def _first_host(nodelist):
 def abort(me: Ranks, status: int = 1) -> None:
     """End all ranks of an MPI run, where the others would wait forever. Other launchers do so themselves."""
     if me.launcher == "mpiexec" and me.world_size > 1:
-        try:
+        with contextlib.suppress(ImportError):  # the reason for the end, on all ranks
             from mpi4py import MPI
-        except ImportError:  # the reason for the end, on all ranks
-            return
-        time.sleep(1)  # where a rank has died, the launcher ends the others itself, and says which it was
-        MPI.COMM_WORLD.Abort(status)
+
+            time.sleep(1)  # where a rank has died, the launcher ends the others itself, and says which it was
+            MPI.COMM_WORLD.Abort(status)
 
 
 # ---- messages between ranks -----------------------------------------------------------------------------------------

@@ -31,10 +31,11 @@ Batch = tuple[torch.Tensor, dict[str, torch.Tensor]]
 class TrainLoop:
     """Trains a model on batches of an iterator.
 
-    data: yields (images [N, C, H, W] in [-1, 1], keyword arguments of the model [N, ...]). ema_rate: a number, or texts
-    separated by commas. resume_checkpoint: a model*.pt, from which the step is read, with ema*.pt and opt*.pt beside
-    it; or other weights, to start from. Files go to `logger.get_dir()`, rows of numbers to `logger`. Processes of
-    torch's default group (`dist_util.setup_dist`) share the gradient. Raises InputError for files that do not fit.
+    data: yields (images [N, C, H, W] in [-1, 1], keyword arguments of the model [N, ...]). ema_rate: a number, or
+    several separated by commas. resume_checkpoint: a model*.pt to resume, whose name gives the step, with ema*.pt and
+    opt*.pt beside it; or other weights to start from. Files go to `logger.get_dir()`, rows of numbers to `logger`.
+    Processes of torch's default group (`dist_util.setup_dist`) average gradients. Raises InputError for files that do
+    not fit.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class TrainLoop:
     # -- the loop --
 
     def run_loop(self) -> None:
-        """Train until the learning rate is annealed to 0, or for ever; the last step is saved."""
+        """Train for `lr_anneal_steps`, or without end if 0, and save the last step."""
         while not self.lr_anneal_steps or self.step + self.resume_step < self.lr_anneal_steps:
             batch, cond = next(self.data)
             self.run_step(batch, cond)
@@ -137,7 +138,7 @@ class TrainLoop:
             self.save()
 
     def run_step(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> None:
-        """One optimizer step on a batch, logged."""
+        """Take and log one optimizer step on a batch."""
         self.forward_backward(batch, cond)
         if self.mp_trainer.optimize(self.opt):
             self._update_ema()
@@ -145,7 +146,7 @@ class TrainLoop:
         self.log_step()
 
     def forward_backward(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> None:
-        """The gradient of the mean loss of a batch, whatever the size of the microbatches."""
+        """Compute the gradient of a batch's mean loss in microbatches."""
         self.mp_trainer.zero_grad()
         for at in range(0, len(batch), self.microbatch):
             part = slice(at, at + self.microbatch)

@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def make_loop(folder, save_dir, flags=FLAGS, weighting=None, images=None, nonzero=True, **config):
+def make_loop(folder, save_dir, flags=FLAGS, weighting=None, images=None, nonzero=True, ranks=Ranks(), **config):
     torch.manual_seed(0)
     model, diffusion = create_model_and_diffusion(**flags)
     for parameter in model.parameters() if nonzero else ():  # layers that start at zero would hide gradients
@@ -66,11 +66,11 @@ def make_loop(folder, save_dir, flags=FLAGS, weighting=None, images=None, nonzer
     losses = diffusion_loss(diffusion, loss_weights(diffusion, **(weighting or {})))
     sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion)
     images = images or TrainImages(list_images(folder), 8)
-    return Trainer(model, losses, images, config, sampler, device="cpu", ranks=Ranks()), diffusion
+    return Trainer(model, losses, images, config, sampler, device="cpu", ranks=ranks), diffusion
 
 
-def gradients(loop, start=0):
-    numbers = next(batch_numbers(start, loop.config.batch_size))
+def gradients(loop):
+    numbers = next(batch_numbers(0, loop.config.batch_size, loop.ranks.rank, loop.ranks.world_size))
     x, y = next(loop.images.batches(iter([numbers]), "cpu"))
     loop.backward(numbers, x, y)
     return [p.grad.clone() for p in loop.params], numbers, x

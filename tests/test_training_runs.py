@@ -4,7 +4,6 @@ import csv
 import importlib
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from test_training import gradients, make_loop
 
 from guided_diffusion.checkpoint import load_model, read
 from guided_diffusion.dist_util import Ranks
@@ -133,54 +133,32 @@ def test_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(folder, und
         assert (tmp_path / "samples" / name).read_bytes() == (undisturbed / "samples" / name).read_bytes()
 
 
-def test_two_ranks_give_the_gradient_of_one(folder, tmp_path, monkeypatch):
+def test_two_ranks_give_the_gradient_of_one(folder, tmp_path):
     script = tmp_path / "gradient.py"
     script.write_text(
         f"""
-import sys
-import numpy as np, torch
-sys.path[:0] = [{str(ROOT)!r}]
-from guided_diffusion import dist_util
-from guided_diffusion.resample import create_named_schedule_sampler
-from guided_diffusion.script_util import create_model_and_diffusion
-from guided_diffusion.training.config import TrainConfig
-from guided_diffusion.training.data import TrainImages, batch_numbers, list_images
-from guided_diffusion.training.loop import Trainer, process_group
-from guided_diffusion.training.losses import diffusion_loss
+import sys, torch
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from test_training import gradients, make_loop
+from guided_diffusion.dist_util import ranks
+from guided_diffusion.training.loop import process_group
 
-ranks, device = dist_util.ranks(), torch.device("cpu")
-torch.manual_seed(0)
-model, diffusion = create_model_and_diffusion(
-    image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="4", diffusion_steps=30
-)
-for p in model.parameters():
-    torch.nn.init.normal_(p, std=0.05)
-config = TrainConfig(
-    batch_size=6 // ranks.world_size, microbatch=2, save_dir={str(tmp_path)!r}, schedule_sampler="loss-second-moment"
-)
-with process_group(ranks, device):
-    loop = Trainer(
-        model, diffusion_loss(diffusion), TrainImages(list_images({str(folder)!r}), 8, random_flip=True), config,
-        create_named_schedule_sampler(config.schedule_sampler, diffusion), device=device, ranks=ranks,
-    )
-    numbers = next(batch_numbers(0, config.batch_size, ranks.rank, ranks.world_size))
-    loop.backward(numbers, *next(loop.images.batches(iter([numbers]), device)))
-    state = {{name: p.grad for name, p in model.named_parameters()}}
-    state["losses"] = torch.from_numpy(loop.schedule_sampler.losses)
-    torch.save(state, sys.argv[1] + f"{{ranks.rank}}of{{ranks.world_size}}.pt")
+me = ranks()
+with process_group(me, torch.device("cpu")):
+    size = 6 // me.world_size
+    loop, _ = make_loop(sys.argv[1], sys.argv[2], batch_size=size, microbatch=2, schedule_sampler="loss-second-moment",
+                        ranks=me)
+    torch.save([*gradients(loop)[0], torch.from_numpy(loop.schedule_sampler.losses)], sys.argv[2] + f"/{{me.rank}}.pt")
 """
     )
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    two = start(*launcher, script, tmp_path / "gradient")
-    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "gradient")])
-    runpy.run_path(str(script))
-    finish(two)
-    joint = torch.load(tmp_path / "gradient0of1.pt")
-    assert all(joint[name].abs().max() > 0 for name in joint)
+    finish(start(*launcher, script, folder, tmp_path))
+    loop, _ = make_loop(folder, tmp_path, batch_size=6, microbatch=2, schedule_sampler="loss-second-moment")
+    joint = [*gradients(loop)[0], torch.from_numpy(loop.schedule_sampler.losses)]
+    assert all(gradient.abs().max() > 0 for gradient in joint)
     for rank in (0, 1):
-        shared = torch.load(tmp_path / f"gradient{rank}of2.pt")
-        for name in joint:
-            torch.testing.assert_close(shared[name], joint[name], rtol=1e-4, atol=1e-6)
+        for shared, alone in zip(torch.load(tmp_path / f"{rank}.pt"), joint, strict=True):
+            torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-6)
 
 
 def test_extractor_of_two_domains_trains_measures_and_loads(command, folder, tmp_path):

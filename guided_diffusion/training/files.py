@@ -134,7 +134,7 @@ def check_like(entry: str, value: Any, like: Any) -> None:
     if isinstance(like, torch.Tensor):
         plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
         if not plain or value.shape != like.shape or value.dtype != like.dtype:
-            found = f"{value.dtype} {list(value.shape)}" if plain else f"a {shown(type(value).__name__)}"
+            found = f"{value.dtype} {list(value.shape)}" if plain else f"of type {type(value).__name__}"
             raise ValueError(f"{entry} is {found}, not {like.dtype} {list(like.shape)}".replace("torch.", ""))
         if not value.isfinite().all():
             raise ValueError(f"{entry} has values that are NaN or infinite")
@@ -203,7 +203,7 @@ def read_run(folder: str) -> RunRecord:
         classes = content.get("classes") or options.get("classes")
         if not all(isinstance(value, (str, int, float, type(None))) for value in model.values()):
             raise ValueError("an entry of model is no text and no number")
-        if not all(isinstance(name, str) for name in classes or ()):
+        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes or ()):
             raise ValueError("classes is no list of texts")
         return RunRecord({name: value for name, value in model.items() if value is not None}, classes, options)
 
