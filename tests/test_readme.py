@@ -57,8 +57,6 @@ NOT_RUN = {
     "bash scripts/demo.sh --range_t 0.5": "the demo once more",
     "pip install .": "tests/test_translator.py installs a copy",
     "TORCH_INDEX=INDEX bash scripts/demo.sh": "downloads PyTorch",
-    "python benchmarks/speed.py": "takes hours",
-    "python benchmarks/reliability.py": "takes hours",
     ".venv/bin/python -m pip install": "downloads the developers' packages",
     ".venv/bin/pre-commit install": "needs the developers' packages",
     "source .venv/bin/activate": "comes before every command that runs",
@@ -200,6 +198,17 @@ def test_flags_exist_and_values_fit(command):
     given = parser.parse([*mine, *command.flags])
     for cls in {cls for owners in parser.owners.values() for cls in owners} - {methods.EGSDE}:
         given.options(cls)
+
+
+def test_flags_and_programs_in_sentences_exist():
+    known = {"--pdb", "--nproc_per_node", "--input_pertub"}  # pytest's, torchrun's, a fork's
+    for path in [*(ROOT / "scripts").glob("*.py"), ROOT / "docs" / "make.py", ROOT / "datasets" / "prepare_emoji.py"]:
+        known |= {*load_script(f"../{path.parent.name}/{path.stem}").create_parser()._option_string_actions}
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text(encoding="utf-8")
+        assert {*re.findall(r"(?<![\w-])--[a-z]\w+", text)} <= known, document
+        for program in re.findall(r"\b(?:scripts|benchmarks|datasets|notebooks)/[\w/]*\w+\.(?:py|sh)\b", text):
+            assert (ROOT / program).exists(), (document, program)
 
 
 @pytest.mark.parametrize("prefix", RUN)
