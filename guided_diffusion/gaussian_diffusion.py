@@ -278,14 +278,9 @@ class GaussianDiffusion:
     # ---- one step of the reversal ----
 
     def p_mean_variance(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool | float = True,
-        denoised_fn: Callable | None = None,
-        model_kwargs: dict | None = None,
-    ) -> Step:
+            self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool | float = True,
+            denoised_fn: Callable | None = None, model_kwargs: dict | None = None,
+    ) -> Step:  # fmt: skip
         """Evaluate the model: p(x_{t-1} | x_t) and the prediction of x_0.
 
         clip_denoised: clip the prediction to [-1, 1], or to that range if it is a number. denoised_fn: applied to the
@@ -373,18 +368,10 @@ class GaussianDiffusion:
         return {**p_mean_var, "pred_xstart": pred_xstart, "mean": mean}
 
     def p_sample(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool | float = True,
-        denoised_fn: Callable | None = None,
-        cond_fn: Callable | None = None,
-        model_kwargs: dict | None = None,
-        *,
-        noise: Tensor | None = None,
-        cond_fn_with_grad: bool = False,
-    ) -> Step:
+            self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool | float = True,
+            denoised_fn: Callable | None = None, cond_fn: Callable | None = None, model_kwargs: dict | None = None, *,
+            noise: Tensor | None = None, cond_fn_with_grad: bool = False,
+    ) -> Step:  # fmt: skip
         """Take an ancestral step x_t -> x_{t-1}, without noise where t = 0. Returns {"sample", "pred_xstart"}.
 
         cond_fn: guides the step, see `condition_mean`. noise: drawn after the model's evaluation if None.
@@ -403,19 +390,10 @@ class GaussianDiffusion:
         return out["mean"] + nonzero * torch.exp(0.5 * out["log_variance"]) * noise
 
     def ddim_sample(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool | float = True,
-        denoised_fn: Callable | None = None,
-        cond_fn: Callable | None = None,
-        model_kwargs: dict | None = None,
-        eta: float = 0.0,
-        *,
-        noise: Tensor | None = None,
-        cond_fn_with_grad: bool = False,
-    ) -> Step:
+            self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool | float = True,
+            denoised_fn: Callable | None = None, cond_fn: Callable | None = None, model_kwargs: dict | None = None,
+            eta: float = 0.0, *, noise: Tensor | None = None, cond_fn_with_grad: bool = False,
+    ) -> Step:  # fmt: skip
         """Take a DDIM step (Song et al. 2021, equation 12) with eta times the ancestral standard deviation, 0 to 1.
 
         cond_fn: guides the step, see `condition_score`. noise, cond_fn_with_grad: as in `p_sample`. Returns {"sample",
@@ -443,15 +421,9 @@ class GaussianDiffusion:
         return mean, eta * self.extract("sqrt_posterior_variance", t, x.ndim)
 
     def ddim_reverse_sample(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool | float = True,
-        denoised_fn: Callable | None = None,
-        model_kwargs: dict | None = None,
-        eta: float = 0.0,
-    ) -> Step:
+            self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool | float = True,
+            denoised_fn: Callable | None = None, model_kwargs: dict | None = None, eta: float = 0.0,
+    ) -> Step:  # fmt: skip
         """Take a step x_t -> x_{t+1} of DDIM's deterministic path (eta = 0), which encodes an image as noise.
 
         Returns {"sample", "pred_xstart"}.
@@ -467,21 +439,11 @@ class GaussianDiffusion:
     # ---- from noise to image ----
 
     def p_sample_loop_progressive(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool | float = True,
-        denoised_fn: Callable | None = None,
-        cond_fn: Callable | None = None,
-        model_kwargs: dict | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        skip_timesteps: int = 0,
-        init_image: Tensor | None = None,
-        randomize_class: bool = False,
-        cond_fn_with_grad: bool = False,
-    ) -> Iterator[Step]:
+            self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool | float = True,
+            denoised_fn: Callable | None = None, cond_fn: Callable | None = None, model_kwargs: dict | None = None,
+            device: torch.device | str | None = None, progress: bool = False, skip_timesteps: int = 0,
+            init_image: Tensor | None = None, randomize_class: bool = False, cond_fn_with_grad: bool = False,
+    ) -> Iterator[Step]:  # fmt: skip
         """Run ancestral sampling; yield the dict of `p_sample` after each step, from the last index to 0.
 
         noise: x_T, drawn if None. device: where to sample, that of noise or model if None. progress: show a bar. The
@@ -496,22 +458,12 @@ class GaussianDiffusion:
         return self._loop(self.p_sample, model, shape, noise, options, model_kwargs, device, progress, *changes)
 
     def ddim_sample_loop_progressive(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool | float = True,
-        denoised_fn: Callable | None = None,
-        cond_fn: Callable | None = None,
-        model_kwargs: dict | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        eta: float = 0.0,
-        skip_timesteps: int = 0,
-        init_image: Tensor | None = None,
-        randomize_class: bool = False,
-        cond_fn_with_grad: bool = False,
-    ) -> Iterator[Step]:
+            self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool | float = True,
+            denoised_fn: Callable | None = None, cond_fn: Callable | None = None, model_kwargs: dict | None = None,
+            device: torch.device | str | None = None, progress: bool = False, eta: float = 0.0,
+            skip_timesteps: int = 0, init_image: Tensor | None = None, randomize_class: bool = False,
+            cond_fn_with_grad: bool = False,
+    ) -> Iterator[Step]:  # fmt: skip
         """Run DDIM sampling with `ddim_sample`'s eta; otherwise as `p_sample_loop_progressive`."""
         options = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn, "eta": eta}
         changes = skip_timesteps, init_image, randomize_class, cond_fn_with_grad

@@ -110,39 +110,16 @@ def sr_model_and_diffusion_defaults() -> dict[str, Any]:
 
 
 def create_model_and_diffusion(
-    image_size: int = 64,
-    class_cond: bool = False,
-    learn_sigma: bool = False,
-    num_channels: int = 128,
-    num_res_blocks: int = 2,
-    channel_mult: str = "",
-    num_heads: int = 4,
-    num_head_channels: int = -1,
-    num_heads_upsample: int = -1,
-    attention_resolutions: str = "16,8",
-    dropout: float = 0.0,
-    diffusion_steps: int = 1000,
-    noise_schedule: str = "linear",
-    timestep_respacing: str = "",
-    use_kl: bool = False,
-    predict_xstart: bool = False,
-    rescale_timesteps: bool = False,
-    rescale_learned_sigmas: bool = False,
-    use_checkpoint: bool = False,
-    use_scale_shift_norm: bool = True,
-    resblock_updown: bool = False,
-    use_fp16: bool = False,
-    use_new_attention_order: bool = False,
-    *,
-    sigma_small: bool = False,
-    num_classes: int | None = None,
-    norm_groups: int = 32,
-    norm_eps: float = 1e-5,
-    sines_first: bool = False,
-    pad_end: bool = False,
-    middle_norm: bool = True,
-    predict_v: bool = False,
-) -> "tuple[UNetModel, SpacedDiffusion]":
+    image_size: int = 64, class_cond: bool = False, learn_sigma: bool = False, num_channels: int = 128,
+    num_res_blocks: int = 2, channel_mult: str = "", num_heads: int = 4, num_head_channels: int = -1,
+    num_heads_upsample: int = -1, attention_resolutions: str = "16,8", dropout: float = 0.0,
+    diffusion_steps: int = 1000, noise_schedule: str = "linear", timestep_respacing: str = "", use_kl: bool = False,
+    predict_xstart: bool = False, rescale_timesteps: bool = False, rescale_learned_sigmas: bool = False,
+    use_checkpoint: bool = False, use_scale_shift_norm: bool = True, resblock_updown: bool = False,
+    use_fp16: bool = False, use_new_attention_order: bool = False, *, sigma_small: bool = False,
+    num_classes: int | None = None, norm_groups: int = 32, norm_eps: float = 1e-5, sines_first: bool = False,
+    pad_end: bool = False, middle_norm: bool = True, predict_v: bool = False,
+) -> "tuple[UNetModel, SpacedDiffusion]":  # fmt: skip
     """Create the UNet and its diffusion process; the defaults are those of `model_and_diffusion_defaults`.
 
     Parameters after the asterisk are this project's own: see `extension_defaults`, and `create_model` for num_classes.
@@ -200,31 +177,13 @@ def attention_factors(attention_resolutions: str, image_size: int) -> tuple[int,
 
 
 def create_model(
-    image_size: int,
-    num_channels: int,
-    num_res_blocks: int,
-    channel_mult: str = "",
-    learn_sigma: bool = False,
-    class_cond: bool = False,
-    use_checkpoint: bool = False,
-    attention_resolutions: str = "16",
-    num_heads: int = 1,
-    num_head_channels: int = -1,
-    num_heads_upsample: int = -1,
-    use_scale_shift_norm: bool = False,
-    dropout: float = 0,
-    resblock_updown: bool = False,
-    use_fp16: bool = False,
-    use_new_attention_order: bool = False,
-    num_classes: int | None = None,
-    norm_groups: int = 32,
-    norm_eps: float = 1e-5,
-    sines_first: bool = False,
-    pad_end: bool = False,
-    middle_norm: bool = True,
-    super_res: bool = False,
-    **configuration: Any,
-) -> Any:
+    image_size: int, num_channels: int, num_res_blocks: int, channel_mult: str = "", learn_sigma: bool = False,
+    class_cond: bool = False, use_checkpoint: bool = False, attention_resolutions: str = "16", num_heads: int = 1,
+    num_head_channels: int = -1, num_heads_upsample: int = -1, use_scale_shift_norm: bool = False, dropout: float = 0,
+    resblock_updown: bool = False, use_fp16: bool = False, use_new_attention_order: bool = False,
+    num_classes: int | None = None, norm_groups: int = 32, norm_eps: float = 1e-5, sines_first: bool = False,
+    pad_end: bool = False, middle_norm: bool = True, super_res: bool = False, **configuration: Any,
+) -> Any:  # fmt: skip
     """Create the ADM UNet for 3-channel images that the flags describe.
 
     num_classes: of class-conditional models, NUM_CLASSES if None. super_res: create the `SuperResModel` that enlarges
@@ -313,23 +272,12 @@ def create_classifier(
 
 
 def create_classifier_and_diffusion(
-    image_size: int = 64,
-    classifier_use_fp16: bool = False,
-    classifier_width: int = 128,
-    classifier_depth: int = 2,
-    classifier_attention_resolutions: str = "32,16,8",
-    classifier_use_scale_shift_norm: bool = True,
-    classifier_resblock_updown: bool = True,
-    classifier_pool: str = "attention",
-    learn_sigma: bool = False,
-    diffusion_steps: int = 1000,
-    noise_schedule: str = "linear",
-    timestep_respacing: str = "",
-    use_kl: bool = False,
-    predict_xstart: bool = False,
-    rescale_timesteps: bool = False,
-    rescale_learned_sigmas: bool = False,
-) -> "tuple[EncoderUNetModel, SpacedDiffusion]":
+    image_size: int = 64, classifier_use_fp16: bool = False, classifier_width: int = 128, classifier_depth: int = 2,
+    classifier_attention_resolutions: str = "32,16,8", classifier_use_scale_shift_norm: bool = True,
+    classifier_resblock_updown: bool = True, classifier_pool: str = "attention", learn_sigma: bool = False,
+    diffusion_steps: int = 1000, noise_schedule: str = "linear", timestep_respacing: str = "", use_kl: bool = False,
+    predict_xstart: bool = False, rescale_timesteps: bool = False, rescale_learned_sigmas: bool = False,
+) -> "tuple[EncoderUNetModel, SpacedDiffusion]":  # fmt: skip
     """Create the noisy-image classifier of NUM_CLASSES classes and the diffusion process that makes the noise."""
     flags = dict(locals())
     classifier = create_classifier(**_arguments(create_classifier, flags))
@@ -337,32 +285,14 @@ def create_classifier_and_diffusion(
 
 
 def sr_create_model_and_diffusion(
-    large_size: int = 256,
-    small_size: int = 64,
-    class_cond: bool = False,
-    learn_sigma: bool = False,
-    num_channels: int = 128,
-    num_res_blocks: int = 2,
-    num_heads: int = 4,
-    num_head_channels: int = -1,
-    num_heads_upsample: int = -1,
-    attention_resolutions: str = "16,8",
-    dropout: float = 0.0,
-    diffusion_steps: int = 1000,
-    noise_schedule: str = "linear",
-    timestep_respacing: str = "",
-    use_kl: bool = False,
-    predict_xstart: bool = False,
-    rescale_timesteps: bool = False,
-    rescale_learned_sigmas: bool = False,
-    use_checkpoint: bool = False,
-    use_scale_shift_norm: bool = True,
-    resblock_updown: bool = False,
-    use_fp16: bool = False,
-    *,
-    channel_mult: str = "",
-    num_classes: int | None = None,
-) -> "tuple[SuperResModel, SpacedDiffusion]":
+    large_size: int = 256, small_size: int = 64, class_cond: bool = False, learn_sigma: bool = False,
+    num_channels: int = 128, num_res_blocks: int = 2, num_heads: int = 4, num_head_channels: int = -1,
+    num_heads_upsample: int = -1, attention_resolutions: str = "16,8", dropout: float = 0.0,
+    diffusion_steps: int = 1000, noise_schedule: str = "linear", timestep_respacing: str = "", use_kl: bool = False,
+    predict_xstart: bool = False, rescale_timesteps: bool = False, rescale_learned_sigmas: bool = False,
+    use_checkpoint: bool = False, use_scale_shift_norm: bool = True, resblock_updown: bool = False,
+    use_fp16: bool = False, *, channel_mult: str = "", num_classes: int | None = None,
+) -> "tuple[SuperResModel, SpacedDiffusion]":  # fmt: skip
     """Create the super-resolution model and its diffusion process; see `sr_create_model`."""
     flags = dict(locals())
     model = sr_create_model(**_arguments(sr_create_model, flags))
@@ -370,25 +300,11 @@ def sr_create_model_and_diffusion(
 
 
 def sr_create_model(
-    large_size: int,
-    small_size: int,
-    num_channels: int,
-    num_res_blocks: int,
-    learn_sigma: bool,
-    class_cond: bool,
-    use_checkpoint: bool,
-    attention_resolutions: str,
-    num_heads: int,
-    num_head_channels: int,
-    num_heads_upsample: int,
-    use_scale_shift_norm: bool,
-    dropout: float,
-    resblock_updown: bool,
-    use_fp16: bool,
-    *,
-    channel_mult: str = "",
+    large_size: int, small_size: int, num_channels: int, num_res_blocks: int, learn_sigma: bool, class_cond: bool,
+    use_checkpoint: bool, attention_resolutions: str, num_heads: int, num_head_channels: int, num_heads_upsample: int,
+    use_scale_shift_norm: bool, dropout: float, resblock_updown: bool, use_fp16: bool, *, channel_mult: str = "",
     num_classes: int | None = None,
-) -> "SuperResModel":
+) -> "SuperResModel":  # fmt: skip
     """Create the UNet that enlarges images to large_size. They can have any size; small_size is not used.
 
     channel_mult: multipliers, by default the published ones of large_size 64, 256 and 512.

@@ -7,6 +7,7 @@ import signal
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -18,6 +19,7 @@ from guided_diffusion.script_util import (
     diffusion_defaults,
     model_and_diffusion_defaults,
 )
+from guided_diffusion.sddm import sample
 from guided_diffusion.unet import EncoderUNetModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,3 +214,34 @@ class LinearModel(torch.nn.Module):
         self.timesteps.append(t.clone())
         h = torch.nn.functional.conv2d(x, self.weight.to(x.dtype), padding=1)
         return (h * (1 + t.to(x.dtype) / 2000)[:, None, None, None]).tanh()
+
+
+def small_run(steps=8, n=2, size=16, learn_sigma=False, seed=0, dtype=torch.float32):
+    """(model, diffusion, references, draws) of a small run."""
+    generator = torch.Generator().manual_seed(seed)
+    diffusion = create_diffusion(timestep_respacing=str(steps), learn_sigma=learn_sigma)
+    ref = torch.rand(n, 3, size, size, generator=generator, dtype=dtype) * 2 - 1
+    draws = torch.randn(steps + 1, *ref.shape, generator=generator, dtype=dtype)
+    return LinearModel(learn_sigma, dtype), diffusion, ref, draws
+
+
+def run_states(model, diffusion, ref, draws, **options):
+    """All states of a run of SDDM, by step; the draws must be used up."""
+    noise, states = Replay(draws), {}
+    options = {"blocks": 4, "range_t": 2, **options}
+    result = sample(model, diffusion, ref, noise=noise, callback=states.__setitem__, **options)
+    assert not noise.draws and torch.equal(result, states[0])
+    return states
+
+
+def minimum_norm_point(vectors):
+    """The minimum-norm point [D] of a float64 array [K, D] by non-negative least squares.
+
+    min |V w|^2 + m^2 (sum w - 1)^2 over w >= 0 has, for every m > 0, a multiple of the wanted weights as its solution.
+    """
+    from scipy.optimize import nnls
+
+    weight = max(np.linalg.norm(vectors, axis=1).min(), 1e-12)
+    zeros = np.zeros(vectors.shape[1])
+    w, _ = nnls(np.vstack([vectors.T, np.full((1, len(vectors)), weight)]), np.append(zeros, weight))
+    return w / w.sum() @ vectors

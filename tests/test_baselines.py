@@ -146,31 +146,11 @@ def test_images_of_a_batch_do_not_influence_each_other(method):
         torch.testing.assert_close(alone, together[rows], atol=1e-5, rtol=0)
 
 
-@every_sampler
-def test_one_model_evaluation_per_step_at_original_timesteps(method):
-    model, seen = GaussianModel(), []
-    SAMPLERS[method](model, references(), callback=lambda i, x: seen.append(i))
-    steps = 12 if method == "ilvr" else 7
-    assert seen == list(reversed(range(steps)))
-    kept = create_diffusion(timestep_respacing="12").timestep_map
-    assert model.timesteps == [kept[i] for i in seen]
-
-
 @pytest.mark.parametrize("range_t, draws", [(0, 24), (0.3, 20), (11, 13)])
 def test_ilvr_draws_for_the_reference_only_above_range_t(range_t, draws):
     shapes = []
     SAMPLERS["ilvr"](GaussianModel(), references(), range_t=range_t, noise=lambda s: shapes.append(s) or torch.randn(s))
     assert shapes == [(2, 3, 16, 16)] * draws
-
-
-def test_ilvr_without_guided_steps_is_ancestral_sampling():
-    diffusion, noise = create_diffusion(timestep_respacing="12"), seeded(4, slice(2))
-    x = noise((2, 3, 16, 16))
-    with torch.no_grad():
-        for i in reversed(range(12)):
-            x = diffusion.p_sample(GaussianModel(), x, torch.tensor([i, i]), noise=noise(x.shape))["sample"]
-    output = SAMPLERS["ilvr"](GaussianModel(), references(), range_t=11, noise=seeded(4, slice(2)))
-    torch.testing.assert_close(output, x, atol=1e-6, rtol=0)
 
 
 def test_ilvr_with_down_n_1_replaces_the_state_by_the_noised_reference():

@@ -56,23 +56,22 @@ def test_names():
     assert not [name for name in METHODS.split() if not hasattr(GaussianDiffusion, name)]
 
 
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("p_sample", "model x t clip_denoised denoised_fn cond_fn model_kwargs"),
-        ("ddim_sample", "model x t clip_denoised denoised_fn cond_fn model_kwargs eta"),
-        ("ddim_reverse_sample", "model x t clip_denoised denoised_fn model_kwargs eta"),
-        ("p_sample_loop", f"{LOOP} {FORK}"),
-        ("ddim_sample_loop", f"{LOOP} eta {FORK}"),
-        ("calc_bpd_loop", "model x_start clip_denoised model_kwargs"),
-        ("training_losses", "model x_start t model_kwargs noise"),
-    ],
-)
-def test_order_of_arguments(name, expected):
-    spec = inspect.getfullargspec(getattr(GaussianDiffusion, name))
-    assert spec.args[1:] == expected.split()
-    progressive = getattr(GaussianDiffusion, f"{name}_progressive", None)
-    assert progressive is None or inspect.getfullargspec(progressive).args == spec.args
+ORDER = {
+    "p_sample": "model x t clip_denoised denoised_fn cond_fn model_kwargs",
+    "ddim_sample": "model x t clip_denoised denoised_fn cond_fn model_kwargs eta",
+    "ddim_reverse_sample": "model x t clip_denoised denoised_fn model_kwargs eta",
+    "p_sample_loop": f"{LOOP} {FORK}",
+    "p_sample_loop_progressive": f"{LOOP} {FORK}",
+    "ddim_sample_loop": f"{LOOP} eta {FORK}",
+    "ddim_sample_loop_progressive": f"{LOOP} eta {FORK}",
+    "calc_bpd_loop": "model x_start clip_denoised model_kwargs",
+    "training_losses": "model x_start t model_kwargs noise",
+}
+
+
+def test_order_of_arguments():
+    for name, expected in ORDER.items():
+        assert inspect.getfullargspec(getattr(GaussianDiffusion, name)).args[1:] == expected.split(), name
 
 
 # ---- golden numbers -------------------------------------------------------------------------------------------------
@@ -473,19 +472,6 @@ def test_load_data_in_order(pictures):
     assert np.array_equal(found, np.stack(expected))
 
 
-def test_load_data_follows_the_default_generator(pictures):
-    flags = {"data_dir": str(pictures), "batch_size": 3, "image_size": 8, "random_crop": True}
-
-    def batches():
-        torch.manual_seed(1)
-        data = load_data(**flags)
-        return torch.stack([next(data)[0] for _ in range(4)])
-
-    first = batches()
-    assert torch.equal(first, batches())
-    assert not torch.equal(first[0], first[2])
-
-
 def test_load_data_says_what_is_wrong(pictures, tmp_path):
     with pytest.raises(InputError) as caught:
         load_data(data_dir="", batch_size=1, image_size=8)
@@ -499,14 +485,9 @@ def test_load_data_says_what_is_wrong(pictures, tmp_path):
 
 
 def test_state_dicts_are_loaded_safely(tmp_path):
-    from safetensors.torch import save_file
-
     state = {"a": torch.arange(3.0)}
     torch.save(state, tmp_path / "a.pt")
-    save_file(state, tmp_path / "a.safetensors")
-    for name in ("a.pt", "a.safetensors"):
-        loaded = dist_util.load_state_dict(str(tmp_path / name), map_location="cpu")
-        assert torch.equal(loaded["a"], state["a"])
+    assert dist_util.load_state_dict(str(tmp_path / "a.pt"), map_location="cpu")["a"].equal(state["a"])
 
     class Evil:
         def __reduce__(self):
@@ -515,8 +496,6 @@ def test_state_dicts_are_loaded_safely(tmp_path):
     torch.save(Evil(), tmp_path / "evil.pt")
     with pytest.raises(InputError, match="without running code"):
         dist_util.load_state_dict(str(tmp_path / "evil.pt"), weights_only=False)
-    with pytest.raises(InputError, match="does not exist"):
-        dist_util.load_state_dict(str(tmp_path / "missing.pt"))
 
 
 def test_process_group_of_one(monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import LinearModel, golden, golden_index, golden_model_and_diffusion
+from conftest import LinearModel, Replay, golden, golden_index, golden_model_and_diffusion
 from scripts_in_process import message, run_script
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -179,22 +179,10 @@ def test_automatic_precision_is_one_that_the_device_has(monkeypatch):
 def test_half_precision_leaves_the_manifold_in_float32(dtype):
     diffusion = create_diffusion(timestep_respacing="6")
     ref = torch.rand(1, 3, 16, 16) * 2 - 1
-    draws = torch.randn(7, *ref.shape)
-    images = []
+    draws, images = torch.randn(7, *ref.shape), []
     for model in (tiny_network(), tiny_network().set_dtype(dtype)):
-        states, remaining = {}, iter(draws)
-        images.append(
-            sample(
-                model,
-                diffusion,
-                ref,
-                blocks=4,
-                range_t=2,
-                energies=[energy.dct(4)],
-                noise=lambda _, draws=remaining: next(draws),
-                callback=states.__setitem__,
-            )
-        )
+        states, options = {}, {"blocks": 4, "range_t": 2, "energies": [energy.dct(4)], "noise": Replay(draws)}
+        images.append(sample(model, diffusion, ref, callback=states.__setitem__, **options))
         assert images[-1].dtype == torch.float32
         expected = float(diffusion.alphas_cumprod[2]) ** 0.5 * block_mean(ref, 4)
         torch.testing.assert_close(block_mean(states[3], 4), expected, atol=1e-5, rtol=0)

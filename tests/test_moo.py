@@ -1,12 +1,10 @@
 """The minimum-norm point: golden numbers, an independent solver, and the properties that define it."""
 
-import numpy as np
 import pytest
 import torch
-from conftest import golden, golden_names
+from conftest import golden, golden_names, minimum_norm_point
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import nnls
 
 from guided_diffusion.errors import InputError
 from guided_diffusion.moo import min_norm_point, min_norm_weights
@@ -29,14 +27,7 @@ def random_vectors(count, components=24, seed=0, common=1.0, spread=0.0, dtype=t
 
 
 def reference_point(vectors):
-    """The minimum-norm point [D] of [K, D] by non-negative least squares.
-
-    min |V w|^2 + m^2 (sum w - 1)^2 over w >= 0 has, for every m > 0, a multiple of the wanted weights as its solution.
-    """
-    v = vectors.double().numpy()
-    weight = max(np.linalg.norm(v, axis=1).min(), 1e-12)
-    w, _ = nnls(np.vstack([v.T, np.full((1, len(v)), weight)]), np.append(np.zeros(v.shape[1]), weight))
-    return torch.from_numpy(w / w.sum() @ v)
+    return torch.from_numpy(minimum_norm_point(vectors.double().numpy()))
 
 
 vector_sets = st.builds(

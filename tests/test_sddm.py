@@ -9,23 +9,23 @@ import pytest
 import torch
 from conftest import (
     Counted,
-    LinearModel,
     Replay,
     golden,
     golden_encoder,
     golden_index,
     golden_model_and_diffusion,
     golden_names,
+    minimum_norm_point,
 )
-from scipy.optimize import nnls
+from conftest import run_states as run
+from conftest import small_run as setup
 
 from guided_diffusion import energy as energies
 from guided_diffusion.baselines import egsde, ilvr, sdedit
 from guided_diffusion.errors import InputError
 from guided_diffusion.manifold import EPS, BlockManifold, block_statistics, diffuse_statistics
 from guided_diffusion.methods import SDDM
-from guided_diffusion.script_util import create_diffusion
-from guided_diffusion.sddm import LAMBDA, REFINEMENTS, rescale, sample
+from guided_diffusion.sddm import REFINEMENTS, sample
 from guided_diffusion.solvers import SOLVERS
 
 VARIANTS = ("manifold", "released")
@@ -56,25 +56,6 @@ class Zero:
 
     def energy_and_grad(self, x, t, alpha_bar):
         return torch.zeros(x.shape[0]), torch.zeros_like(x)
-
-
-def setup(steps=8, n=2, size=16, learn_sigma=False, seed=0, dtype=torch.float32):
-    """(model, diffusion, references, draws) of a small run."""
-    generator = torch.Generator().manual_seed(seed)
-    diffusion = create_diffusion(timestep_respacing=str(steps), learn_sigma=learn_sigma)
-    ref = torch.rand(n, 3, size, size, generator=generator, dtype=dtype) * 2 - 1
-    draws = torch.randn(steps + 1, *ref.shape, generator=generator, dtype=dtype)
-    return LinearModel(learn_sigma, dtype), diffusion, ref, draws
-
-
-def run(model, diffusion, ref, draws, **options):
-    """All states of a run, by step."""
-    noise, states = Replay(draws), {}
-    options = {"blocks": 4, "range_t": 2, **options}
-    result = sample(model, diffusion, ref, noise=noise, callback=states.__setitem__, **options)
-    assert not noise.draws
-    assert torch.equal(result, states[0])
-    return states
 
 
 def energy_of(name, blocks):
@@ -115,14 +96,6 @@ def each_block(size, blocks):
     for i in range(blocks):
         for j in range(blocks):
             yield slice(i * h, (i + 1) * h), slice(j * w, (j + 1) * w)
-
-
-def minimum_norm(vectors):
-    """The minimum-norm point of a list of planes, by non-negative least squares."""
-    v = np.stack([vector.flatten() for vector in vectors])
-    weight = max(np.linalg.norm(v, axis=1).min(), 1e-9)
-    w, _ = nnls(np.vstack([v.T, np.full((1, len(v)), weight)]), np.append(np.zeros(v.shape[1]), weight))
-    return np.tensordot(w / w.sum(), np.stack(vectors), 1)
 
 
 class Twin:
@@ -181,7 +154,8 @@ class Twin:
                 planes.append(e[n, c] * scale)
             everything = (slice(None), slice(None))
             for block in each_block(x.shape[2:], self.blocks) if self.detail_merge else [everything]:
-                d[n, c][block] = minimum_norm([plane[block] for plane in planes])
+                parts = np.stack([plane[block] for plane in planes])
+                d[n, c][block] = minimum_norm_point(parts.reshape(len(parts), -1)).reshape(parts.shape[1:])
         return d, g - vectors[0], (alpha**-0.5 - 1) * x
 
     def posterior(self, x, i):
@@ -436,46 +410,11 @@ def test_a_zero_gradient_stops_the_move_along_the_manifold(variant, detail_merge
     assert (state["x"] - without["x"]).abs().max() > 1e-2
 
 
-def test_energies_steer():
-    """With the energy, the result is nearer to what it asks for than without."""
-    model, diffusion, ref, draws = setup(steps=20)
-    distances = {}
-    for name, asked in (("with", [Quadratic()]), ("without", [])):
-        result = run(model, diffusion, ref, draws, range_t=0, blocks=2, energies=asked)[0]
-        distances[name] = (result - ref).norm()
-    assert distances["with"] < distances["without"]
-
-
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_an_energys_scale_does_not_matter(scale):
     model, diffusion, ref, draws = setup()
     a, b = (run(model, diffusion, ref, draws, energies=[Quadratic(weight)])[0] for weight in (1.0, scale))
     torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-
-
-def test_rescaled_directions():
-    tangent, direction = torch.randn(2, 2, 3, 8, 8)
-    direction[0, 1] = 0
-    result = rescale(direction, direction, tangent, 0.7)
-    expected = 0.7 * tangent.flatten(2).norm(dim=2)
-    expected[0, 1] = 0
-    torch.testing.assert_close(result.flatten(2).norm(dim=2), expected)
-    cosine = torch.nn.functional.cosine_similarity(result.flatten(2), direction.flatten(2), dim=2)
-    assert math.isclose(float(cosine.sum()), 5, abs_tol=1e-5)
-    assert LAMBDA == 25
-
-
-def test_only_the_tangent_part_of_a_gradient_counts():
-    """The manifold decides on block means: an energy that asks for others as well is heard for the rest."""
-
-    class Brighter(Quadratic):
-        def energy_and_grad(self, x, t, alpha_bar):
-            energy, grad = super().energy_and_grad(x, t, alpha_bar)
-            return energy - 100 * x.flatten(1).sum(1), grad - 100
-
-    model, diffusion, ref, draws = setup()
-    a, b = (run(model, diffusion, ref, draws, energies=[energy])[0] for energy in (Quadratic(), Brighter()))
-    torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
 
 
 def test_clipping_may_be_turned_off():

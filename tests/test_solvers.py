@@ -6,35 +6,24 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import LinearModel
+from conftest import LinearModel, run_states, small_run
 
 from guided_diffusion import energy
 from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType
 from guided_diffusion.manifold import block_statistics, diffuse_statistics
-from guided_diffusion.script_util import create_diffusion
-from guided_diffusion.sddm import sample
 from guided_diffusion.solvers import SOLVERS, Ancestral, create_solver, resolve_step
 
 STEPS = 8
 
 
-def setup(steps=STEPS, seed=0):
+def setup():
     """(diffusion, references, draws) of a small run."""
-    generator = torch.Generator().manual_seed(seed)
-    ref = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
-    draws = torch.randn(steps + 1, *ref.shape, generator=generator)
-    return create_diffusion(timestep_respacing=str(steps)), ref, draws
+    return small_run(STEPS)[1:]
 
 
 def run(diffusion, ref, draws, model=None, **options):
-    """All states of a run, by step."""
-    remaining, states = list(draws), {}
-    options = {"blocks": 4, "range_t": 2, **options}
-    model = model or LinearModel()
-    sample(model, diffusion, ref, noise=lambda _: remaining.pop(0), callback=states.__setitem__, **options)
-    assert not remaining
-    return states
+    return run_states(model or LinearModel(), diffusion, ref, draws, **options)
 
 
 @pytest.mark.parametrize("variant", ["manifold", "released"])
