@@ -27,13 +27,14 @@ from guided_diffusion.run.opening import open_plan
 from guided_diffusion.run.sources import listed
 from guided_diffusion.runtime import pick_device
 
-FOR_SAMPLING = ("clip_denoised", "class_index", "compile", "fuse")
+FOR_SAMPLING = ("clip_denoised", "class_index", "compile", "fuse", "upscale", "prompt", "negative_prompt",
+                "prompt_file", "guidance_scale")  # fmt: skip
 
 
 def evaluate(given: Given, peers: Peers) -> int:
     options = given.options(LikelihoodOptions)
     images = listed(options.data_dir, options.num_samples, peers, "data_dir")
-    wanted = given.options(TargetOptions)
+    wanted = given.options(TargetOptions, upscale=False)
     target = load_target(
         wanted, given.options(ModelFlags), pick_device(wanted.device, peers.local_rank), any_class=True
     )

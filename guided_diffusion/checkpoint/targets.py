@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 
-from ..codec import Pixels
+from ..codec import Codec, Pixels
 from ..errors import InputError, display_name, reading
 from ..options import check, option
 from ..respace import space_timesteps
 from ..runtime import DTYPES, PRECISIONS, CompiledModel, memory_format, pick_precision
 from ..script_util import NUM_CLASSES, create_diffusion
 from ..target import Batch, Counted, Target, WithClass
+from ..upscaler import load_upscaler
 from . import pipelines, remote
-from .loading import load_model, remember
+from .loading import fingerprint, load_model, remember
 from .reconcile import ModelFlags, ModelInfo
 
 PIPELINE_STEPS = 50
@@ -50,6 +51,9 @@ class TargetOptions:
     )
     clip_denoised: bool | None = option(None, "keep predicted images in range (default True)")
     device: str = option("auto", "cpu, cuda, cuda:1, mps or auto", runtime=True, metavar="NAME")
+    upscale: bool | None = option(
+        None, "enlarge pictures with the upscaler that the checkpoint names (default True where it has one)"
+    )
     prompt: str | None = option(None, "text that the pictures shall show, for a pipeline with prompts")
     negative_prompt: str | None = option(None, "text that they shall not show")
     prompt_file: str | None = option(
@@ -117,13 +121,13 @@ def load_target(
     if options.fuse:
         model.fuse()  # type: ignore[operator]
     sigma_small = info.choose("sigma_small", options.sigma_small)
-    size = info.flags["image_size"]
+    size, codec = info.flags["image_size"], Pixels() if super_res else _codec(options, info, device)
     target = Target(
         model=Counted(CompiledModel(model) if options.compile else model),
         diffusion=create_diffusion(**{**info.flags, "sigma_small": sigma_small}),
-        codec=Pixels(),
+        codec=codec,
         shape=(3, size, size),
-        image_size=size,
+        image_size=size * codec.factor,
         clip_denoised=info.choose("clip_denoised", options.clip_denoised),
         device=device,
         info=info,
@@ -133,6 +137,20 @@ def load_target(
         fuse=options.fuse,
     )
     return target if super_res else _with_class(target, options.class_index, any_class)
+
+
+def _codec(options: TargetOptions, info: ModelInfo, device: torch.device) -> Codec:
+    """The codec of a model of pixels: the upscaler that its metadata names, a file beside it, or none."""
+    name = os.path.basename(str(info.metadata.get("upscaler", "")))
+    path = os.path.join(os.path.dirname(info.path), name)
+    if options.upscale is False or not name or not os.path.isfile(path):
+        if options.upscale:
+            reason = f"the file {display_name(path)} is missing" if name else "the checkpoint names no upscaler"
+            raise InputError(reason, parameter="upscale", value=True)
+        return Pixels()
+    upscaler = load_upscaler(path, device)
+    info.flags["upscaler"] = fingerprint(path)
+    return upscaler
 
 
 def _load_pipeline(options: TargetOptions, flags: ModelFlags, device: torch.device, precision: str) -> Target:

@@ -135,6 +135,8 @@ def translate_command(
 
         # A method that takes labels gets the class that way.
         loaded = dataclasses.replace(wanted, class_index=None) if kind.takes_labels else wanted
+        if not translates:
+            loaded = dataclasses.replace(loaded, upscale=False)  # images of the model's own, at its own size
         super_res = method == "super_resolution"
         target = load_target(loaded, flags, device, any_class=not translates, super_res=super_res)
         if energies and given.energy is None and isinstance(target.codec, Autoencoder):
