@@ -15,7 +15,7 @@ ready
 SAVE="$ROOT/output_emoji"
 sample() ( # FILE of rows, further flags; a subshell, which becomes the benchmark
     table="$(cat "$1")"
-    benchmark --name "Flat to 3D emoji" --save_dir "$SAVE" --flags "--precision auto" --batch_size 20 "${@:2}" \
+    benchmark --name "Flat to 3D emoji" --save_dir "$SAVE" --flags "--precision auto --upscale False" --batch_size 20 "${@:2}" \
         <<<"${table//\$DSE/"'$DSE'"}"
 )
 compare() { "$PYTHON" "$ROOT/benchmarks/emoji/fronts.py" --save_dir "$SAVE" --data "$DATA"; }
