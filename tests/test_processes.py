@@ -205,27 +205,18 @@ def as_slurm(rank):
     }  # fmt: skip
 
 
-def assert_finished(out, data, said):
+@pytest.mark.parametrize("launcher", [TORCHRUN, MPI, ()], ids=["torchrun", "mpiexec", "srun"])
+def test_two_processes_make_what_one_makes(data, tmp_path, launcher):
+    out, variables = tmp_path / "out", [()] if launcher else [as_slurm(rank) for rank in range(2)]
+    started = [start(data=data, out=out, launcher=launcher, mpi=launcher is MPI, variables=each) for each in variables]
+    done = [finish(process) for process in started]
+    assert not any(process.returncode for process in done), done
+    said = "".join(process.stdout + process.stderr for process in done)
     assert_within_one_level(pictures(out), pictures(data / "out"))
     assert record(out)["processes"] == 2 and record(out)["counts"]["outputs"] == 6 == record(out)["monitor"]["images"]
     assert files(out).keys() == files(data / "out").keys()
     assert said.count("6 done, 0 already present, 0 failed") == 1  # one rank speaks for all
     assert said.count("100%, 6/6 images") == 1
-
-
-@pytest.mark.parametrize("launcher", [TORCHRUN, MPI], ids=["torchrun", "mpiexec"])
-def test_two_processes_make_what_one_makes(data, tmp_path, launcher):
-    done = finish(start(data=data, out=tmp_path / "out", launcher=launcher, mpi=launcher is MPI))
-    assert done.returncode == 0, done.stderr
-    assert_finished(tmp_path / "out", data, done.stdout + done.stderr)
-
-
-def test_two_processes_of_slurm_make_what_one_makes(data, tmp_path):
-    both = [start(data=data, out=tmp_path / "out", variables=as_slurm(rank)) for rank in range(2)]
-    done = [finish(process) for process in both]
-    assert [process.returncode for process in done] == [0, 0], done
-    assert done[1].stdout == done[1].stderr == ""
-    assert_finished(tmp_path / "out", data, done[0].stdout + done[0].stderr)
 
 
 @pytest.mark.parametrize("launcher, rank", [(TORCHRUN, 1), (MPI, 0)], ids=["torchrun", "mpiexec"])

@@ -114,13 +114,6 @@ def test_any_value_of_any_option_is_taken_or_refused_by_name(data):
         assert isinstance(getattr(made, field.name), (*kinds, int) if float in kinds else kinds)
 
 
-@pytest.mark.parametrize("rate", ["0.99999999999999999999", "1e-3", "0.9,1", "0." + "9" * 300])
-def test_rates_of_averages_are_below_one_in_floating_point(rate):
-    with pytest.raises(InputError) as error:
-        TrainConfig(ema_rate=rate)
-    assert error.value.parameter == "ema_rate"
-
-
 # ---- the loss's weights ---------------------------------------------------------------------------------------------
 
 

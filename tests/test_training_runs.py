@@ -224,7 +224,8 @@ IMAGES = [  # a flag for each check of the options, the data and the network
     ("--data_dir nowhere", "data_dir", "no such file"),
     ("--data_dir {folder} --microbatch 0", "microbatch", "-1 for the whole batch"),
     ("--data_dir {folder} --lr nan", "lr", "finite"),
-    ("--data_dir {folder} --ema_rate 0.9,1.5", "ema_rate", "below 1"),
+    ("--data_dir {folder} --ema_rate 0.9,1", "ema_rate", "below 1"),
+    ("--data_dir {folder} --ema_rate 0.99999999999999999999", "ema_rate", "below 1"),  # 1 as a float
     ("--data_dir {folder} --precision fp8", "precision", "fp32, bf16, fp16 or auto"),
     ("--data_dir {folder} --use_fp16 True --precision bf16", "precision", "use_fp16"),
     ("--data_dir {folder} --p2_gamma 1 --min_snr_gamma 5", "p2_gamma", "min_snr_gamma"),

@@ -159,7 +159,7 @@ def _label(start: Start, label: Label, known: list[str] | None, number: int, exa
 
 
 def _free(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the flags that concern one use of a model only, so that they may change when a run is resumed."""
+    """Flags of a use of the model, which may change when a run is resumed."""
     return {name: value for name, value in given.items() if name in FREE}
 
 
@@ -180,7 +180,7 @@ def in_order(kind: Kind, flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_given(kind: Kind, given: Mapping[str, Any], stored: Mapping[str, Any], checkpoint: str) -> None:
-    """Raise InputError for a flag that means something else than the run's; how it is spelt does not matter."""
+    """Raise InputError for a flag that differs from the run's in meaning, not only in spelling."""
     for name, value in given.items():
         if name not in stored or name in FREE:
             continue
@@ -191,10 +191,9 @@ def check_given(kind: Kind, given: Mapping[str, Any], stored: Mapping[str, Any],
 
 
 def meaning(kind: Kind, name: str, value: Any, flags: Mapping[str, Any]) -> Any:
-    """A flag's value such that two texts for the same network are equal; flags: the others.
+    """A flag's value in a form in which texts for the same network are equal; flags: the others.
 
-    Multipliers are the same where they give the same widths; of the sides with attention those count that the network
-    has.
+    Multipliers become the widths that they give, and attention is at those sides that the network has.
     """
     if name == "channel_mult":
         return [int(float(mult) * flags[kind.size]) for mult in channel_multipliers(value, flags["image_size"])]
