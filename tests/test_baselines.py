@@ -25,15 +25,8 @@ def test_ilvr_trace(name):
     data, settings = golden(name), golden_index()[name]
     model, diffusion = golden_model_and_diffusion(settings)
     noise, states = Replay(data["noise"]), {}
-    result = ilvr(
-        model,
-        diffusion,
-        data["ref"],
-        down_n=settings["down_N"],
-        range_t=settings["range_t"],
-        noise=noise,
-        callback=states.__setitem__,
-    )
+    options = {"down_n": settings["down_N"], "range_t": settings["range_t"], "callback": states.__setitem__}
+    result = ilvr(model, diffusion, data["ref"], noise=noise, **options)
     assert not noise.draws
     assert list(states) == list(reversed(range(diffusion.num_timesteps)))
     assert_same_trace(list(states.values()), data["samples"])
@@ -108,24 +101,19 @@ def seeded(seed, rows=slice(None), n=4):
     return lambda shape: torch.randn(n, *shape[1:], generator=generator)[rows]
 
 
+def started(method, steps="12", **defaults):
+    return lambda model, ref, **more: method(
+        model, create_diffusion(timestep_respacing=steps), ref, **{**defaults, **more}
+    )
+
+
 SAMPLERS = {
-    "ilvr": lambda model, ref, **more: ilvr(
-        model, create_diffusion(timestep_respacing="12"), ref, **{"down_n": 4, "range_t": 3, **more}
-    ),
-    "sdedit": lambda model, ref, **more: sdedit(
-        model, create_diffusion(timestep_respacing="12"), ref, **{"start": 7, **more}
-    ),
-    "egsde": lambda model, ref, **more: egsde(
-        model,
-        create_diffusion(timestep_respacing="12"),
-        ref,
-        **{"start": 7, "ls": 5.0, "li": 0.1, "encoder": PatchEncoder(), "down_n": 4, **more},
-    ),
+    "ilvr": started(ilvr, down_n=4, range_t=3),
+    "sdedit": started(sdedit, start=7),
+    "egsde": started(egsde, start=7, ls=5.0, li=0.1, encoder=PatchEncoder(), down_n=4),
 }
 every_sampler = pytest.mark.parametrize("method", list(SAMPLERS))
-SAMPLERS["unconditional"] = lambda model, ref, **more: unconditional(
-    model, create_diffusion(timestep_respacing="3"), ref, use_ddim=True, **more
-)
+SAMPLERS["unconditional"] = started(unconditional, "3", use_ddim=True)
 
 
 @every_sampler

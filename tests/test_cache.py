@@ -15,7 +15,6 @@ from guided_diffusion.caching import CachedModel, cached
 from guided_diffusion.errors import InputError
 from guided_diffusion.runtime import CompiledModel
 from guided_diffusion.script_util import create_diffusion, create_model
-from guided_diffusion.target import WithClass
 
 STEPS, RANGE_T = 8, 4
 NETWORKS = {
@@ -120,11 +119,6 @@ def test_full_evaluations_are_the_networks(name):
     assert torch.equal(fast(x[:1], t[:1], *labels(name, 1)), model(x[:1], t[:1], *labels(name, 1)))
 
 
-def test_interval_1_is_the_model_itself():
-    for model in (network("updown"), abs, CompiledModel(network("updown"))):
-        assert cached(model, 1) is model
-
-
 def test_shallow_evaluations_leave_the_deep_levels_alone():
     model, seen = network("updown"), []
     for block in (*model.input_blocks[2:], model.middle_block, *model.output_blocks[:-2]):
@@ -199,16 +193,6 @@ def test_runs_do_not_share_features():
     for states in zip(*runs):  # step by step in turns
         together = [state["x"] for state in states]
     assert all(map(torch.equal, together, alone))
-
-
-def test_classes_reach_shallow_evaluations():
-    model = network("classes")
-    x, t = torch.randn(2, 3, 16, 16), torch.tensor([5, 5])
-    for given, tensor in ((2, torch.tensor([2, 2])), (torch.tensor([0, 1]),) * 2):
-        fast, slow = cached(WithClass(model, given), 2), Twin(model, 2)
-        for _ in range(3):
-            x = x + 1
-            assert torch.equal(fast(x, t), slow(x, t, tensor))
 
 
 @pytest.mark.parametrize(

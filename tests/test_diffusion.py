@@ -374,17 +374,6 @@ def test_wrong_number_of_output_channels(var, channels):
         process(var=var).p_mean_variance(LinearModel(channels == 6), x, t)
 
 
-def test_ancestral_step():
-    diffusion, model = process(), LinearModel()
-    x, noise, t = images()
-    out = diffusion.p_mean_variance(model, x, t)
-    step = diffusion.p_sample(model, x, t, noise=noise)
-    expected = out["mean"] + out["variance"].sqrt() * noise
-    torch.testing.assert_close(step["sample"][1:], expected[1:])
-    assert torch.equal(step["sample"][0], out["mean"][0])
-    assert torch.equal(step["pred_xstart"], out["pred_xstart"])
-
-
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_step(eta):
     diffusion, model = process(), LinearModel()

@@ -410,9 +410,6 @@ def test_schedule_samplers():
     assert weights.tolist() == [1.0] * 100 and not isinstance(sampler, LossAwareSampler)
     sampler = create_named_schedule_sampler("loss-second-moment", diffusion)
     assert isinstance(sampler, LossSecondMomentResampler) and isinstance(sampler, LossAwareSampler)
-    for _ in range(10):
-        sampler.update_with_local_losses(torch.arange(5), torch.tensor([1.0, 1, 1, 1, 6]))
-    assert sampler.weights()[4] == pytest.approx(0.6, abs=1e-3)
 
 
 @pytest.mark.parametrize("use_fp16", [False, True])

@@ -71,17 +71,9 @@ def test_golden(name):
     data, config = golden(name), golden_index()[name]
     model, diffusion = golden_model_and_diffusion(config)
     model = Counted(model)
-    states = run(
-        model,
-        diffusion,
-        data["ref"],
-        data["noise"],
-        blocks=config["blocks"],
-        range_t=config["range_t"],
-        energies=[energy_of(energy, config["blocks"]) for energy in config["energies"]],
-        variant="released",
-        detail_merge=config["detail_merge"],
-    )
+    options = {name: config[name] for name in ("blocks", "range_t", "detail_merge")}
+    options["energies"] = [energy_of(energy, config["blocks"]) for energy in config["energies"]]
+    states = run(model, diffusion, data["ref"], data["noise"], variant="released", **options)
     assert list(states) == list(reversed(range(diffusion.num_timesteps)))
     assert diffusion.num_timesteps < model.calls <= diffusion.num_timesteps + REFINEMENTS
     for (i, state), expected in zip(states.items(), data["samples"], strict=True):
@@ -272,24 +264,10 @@ def test_without_guided_steps_it_is_ancestral_sampling(range_t):
 @both_variants
 def test_states_handed_out_are_not_overwritten(variant):
     model, diffusion, ref, draws = setup()
-    before, states, copies = (ref.clone(), draws.clone()), [], []
-
-    def keep(i, x):
-        states.append(x)
-        copies.append(x.clone())
-
-    sample(
-        model,
-        diffusion,
-        ref,
-        blocks=4,
-        range_t=2,
-        variant=variant,
-        energies=[Quadratic()],
-        noise=Replay(draws),
-        callback=keep,
-    )
-    assert all(torch.equal(a, b) for a, b in zip(states, copies))
+    before, states = (ref.clone(), draws.clone()), []
+    options = {"blocks": 4, "range_t": 2, "variant": variant, "energies": [Quadratic()], "noise": Replay(draws)}
+    sample(model, diffusion, ref, callback=lambda i, x: states.append((x, x.clone())), **options)
+    assert len(states) == 8 and all(torch.equal(x, copy) for x, copy in states)
     assert torch.equal(ref, before[0]) and torch.equal(draws, before[1])
 
 
@@ -348,18 +326,9 @@ REFERENCES = {
 def test_flat_references_give_finite_images(variant, detail_merge, picture, blocks):
     model, diffusion, ref, draws = setup(learn_sigma=True)
     ref = picture(ref)
-    asked = [energies.dct(blocks), energies.low_pass(4), Quadratic()]
-    states = run(
-        model,
-        diffusion,
-        ref,
-        draws,
-        blocks=blocks,
-        range_t=0,
-        variant=variant,
-        energies=asked,
-        detail_merge=detail_merge,
-    )
+    options = {"blocks": blocks, "range_t": 0, "variant": variant, "detail_merge": detail_merge}
+    options["energies"] = [energies.dct(blocks), energies.low_pass(4), Quadratic()]
+    states = run(model, diffusion, ref, draws, **options)
     assert all(state.isfinite().all() for state in states.values())
     # Every step but the last is guided, which ends on the manifold of the reference with next to no noise.
     mean, _ = diffuse_statistics(*block_statistics(ref, blocks), float(diffusion.alphas_cumprod[0]))
@@ -374,15 +343,8 @@ def test_constant_states_and_zero_gradients(variant, detail_merge):
     draws = torch.zeros_like(draws)
     for reference in (ref, torch.zeros_like(ref)):
         for asked in ([], [Zero()], [Zero(), Zero()], [Zero(), Quadratic()]):
-            states = run(
-                lambda x, t: torch.zeros_like(x),
-                diffusion,
-                reference,
-                draws,
-                variant=variant,
-                energies=asked,
-                detail_merge=detail_merge,
-            )
+            options = {"variant": variant, "energies": asked, "detail_merge": detail_merge}
+            states = run(lambda x, t: torch.zeros_like(x), diffusion, reference, draws, **options)
             assert all(state.isfinite().all() for state in states.values())
 
 
