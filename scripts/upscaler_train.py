@@ -5,8 +5,9 @@ them: noised a little and denoised, so that it repairs what the model does to a 
 
 examples:
   python scripts/ae_sample.py --model_path models/fluent3d_64.safetensors \\
-      --upscale False --base_samples data/emoji/fluent3d/train --timestep_respacing 25 \\
-      --sampler ddim --start_t 0.2 --range_t 0.3 --save_dir output/copies/0.2
+      --upscale False --base_samples data/emoji/fluent3d/train \\
+      --timestep_respacing 25 --sampler ddim --start_t 0.2 --range_t 0.3 \\
+      --save_dir output/copies/0.2
   python scripts/upscaler_train.py --data_dir data/emoji256/fluent3d/train \\
       --copies output/copies/0.2 --model fluent3d_64 --lr 1e-3 \\
       --lr_anneal_steps 10000 --lr_schedule cosine --lr_warmup_steps 500 \\
