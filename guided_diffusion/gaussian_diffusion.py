@@ -506,8 +506,9 @@ class GaussianDiffusion:
     # ---- training and likelihood ----
 
     def training_losses(
-        self, model: Model, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None, noise: Tensor | None = None
-    ) -> dict[str, Tensor]:
+
+            self, model: Model, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None, noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Return the training loss per image: a dict with `loss` [N] and, where they apply, its terms `mse`, `vb`."""
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise=noise)
@@ -543,14 +544,9 @@ class GaussianDiffusion:
         return self.q_posterior_mean_variance(x_start, x_t, t)[0]
 
     def calc_bpd_loop(
-        self,
-        model: Model,
-        x_start: Tensor,
-        clip_denoised: bool | float = True,
-        model_kwargs: dict | None = None,
-        *,
-        noise: Callable[[torch.Size], Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+            self, model: Model, x_start: Tensor, clip_denoised: bool | float = True, model_kwargs: dict | None = None,
+            *, noise: Callable[[torch.Size], Tensor] | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Compute the variational bound of images x_0 [N, C, H, W] on the 8-bit grid, in bits per dimension.
 
         noise: function of a shape, called at every step from the last to the first; standard normal draws if None.
