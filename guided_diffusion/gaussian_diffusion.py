@@ -278,8 +278,8 @@ class GaussianDiffusion:
     # ---- one step of the reversal ----
 
     def p_mean_variance(
-            self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool | float = True,
-            denoised_fn: Callable | None = None, model_kwargs: dict | None = None,
+        self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool | float = True,
+        denoised_fn: Callable | None = None, model_kwargs: dict | None = None,
     ) -> Step:  # fmt: skip
         """Evaluate the model: p(x_{t-1} | x_t) and the prediction of x_0.
 
@@ -368,9 +368,9 @@ class GaussianDiffusion:
         return {**p_mean_var, "pred_xstart": pred_xstart, "mean": mean}
 
     def p_sample(
-            self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool | float = True,
-            denoised_fn: Callable | None = None, cond_fn: Callable | None = None, model_kwargs: dict | None = None, *,
-            noise: Tensor | None = None, cond_fn_with_grad: bool = False,
+        self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool | float = True,
+        denoised_fn: Callable | None = None, cond_fn: Callable | None = None, model_kwargs: dict | None = None,
+        *, noise: Tensor | None = None, cond_fn_with_grad: bool = False,
     ) -> Step:  # fmt: skip
         """Take an ancestral step x_t -> x_{t-1}, without noise where t = 0. Returns {"sample", "pred_xstart"}.
 
@@ -390,9 +390,9 @@ class GaussianDiffusion:
         return out["mean"] + nonzero * torch.exp(0.5 * out["log_variance"]) * noise
 
     def ddim_sample(
-            self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool | float = True,
-            denoised_fn: Callable | None = None, cond_fn: Callable | None = None, model_kwargs: dict | None = None,
-            eta: float = 0.0, *, noise: Tensor | None = None, cond_fn_with_grad: bool = False,
+        self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool | float = True,
+        denoised_fn: Callable | None = None, cond_fn: Callable | None = None, model_kwargs: dict | None = None,
+        eta: float = 0.0, *, noise: Tensor | None = None, cond_fn_with_grad: bool = False,
     ) -> Step:  # fmt: skip
         """Take a DDIM step (Song et al. 2021, equation 12) with eta times the ancestral standard deviation, 0 to 1.
 
@@ -421,8 +421,8 @@ class GaussianDiffusion:
         return mean, eta * self.extract("sqrt_posterior_variance", t, x.ndim)
 
     def ddim_reverse_sample(
-            self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool | float = True,
-            denoised_fn: Callable | None = None, model_kwargs: dict | None = None, eta: float = 0.0,
+        self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool | float = True,
+        denoised_fn: Callable | None = None, model_kwargs: dict | None = None, eta: float = 0.0,
     ) -> Step:  # fmt: skip
         """Take a step x_t -> x_{t+1} of DDIM's deterministic path (eta = 0), which encodes an image as noise.
 
@@ -439,10 +439,11 @@ class GaussianDiffusion:
     # ---- from noise to image ----
 
     def p_sample_loop_progressive(
-            self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool | float = True,
-            denoised_fn: Callable | None = None, cond_fn: Callable | None = None, model_kwargs: dict | None = None,
-            device: torch.device | str | None = None, progress: bool = False, skip_timesteps: int = 0,
-            init_image: Tensor | None = None, randomize_class: bool = False, cond_fn_with_grad: bool = False,
+        self, model: Model, shape: Sequence[int], noise: Tensor | None = None,
+        clip_denoised: bool | float = True, denoised_fn: Callable | None = None,
+        cond_fn: Callable | None = None, model_kwargs: dict | None = None,
+        device: torch.device | str | None = None, progress: bool = False, skip_timesteps: int = 0,
+        init_image: Tensor | None = None, randomize_class: bool = False, cond_fn_with_grad: bool = False,
     ) -> Iterator[Step]:  # fmt: skip
         """Run ancestral sampling; yield the dict of `p_sample` after each step, from the last index to 0.
 
@@ -458,11 +459,12 @@ class GaussianDiffusion:
         return self._loop(self.p_sample, model, shape, noise, options, model_kwargs, device, progress, *changes)
 
     def ddim_sample_loop_progressive(
-            self, model: Model, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool | float = True,
-            denoised_fn: Callable | None = None, cond_fn: Callable | None = None, model_kwargs: dict | None = None,
-            device: torch.device | str | None = None, progress: bool = False, eta: float = 0.0,
-            skip_timesteps: int = 0, init_image: Tensor | None = None, randomize_class: bool = False,
-            cond_fn_with_grad: bool = False,
+        self, model: Model, shape: Sequence[int], noise: Tensor | None = None,
+        clip_denoised: bool | float = True, denoised_fn: Callable | None = None,
+        cond_fn: Callable | None = None, model_kwargs: dict | None = None,
+        device: torch.device | str | None = None, progress: bool = False, eta: float = 0.0,
+        skip_timesteps: int = 0, init_image: Tensor | None = None, randomize_class: bool = False,
+        cond_fn_with_grad: bool = False,
     ) -> Iterator[Step]:  # fmt: skip
         """Run DDIM sampling with `ddim_sample`'s eta; otherwise as `p_sample_loop_progressive`."""
         options = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn, "eta": eta}
@@ -473,8 +475,8 @@ class GaussianDiffusion:
     ddim_sample_loop = _last_sample(ddim_sample_loop_progressive)
 
     def _loop(
-        self, step, model: Any, shape, noise, options, model_kwargs, device, progress, skip_timesteps, init_image,
-        randomize_class, with_grad,
+        self, step, model: Any, shape, noise, options, model_kwargs, device, progress, skip_timesteps,
+        init_image, randomize_class, with_grad,
     ):  # fmt: skip
         """Run step(model, x, t, model_kwargs=…, **options) from the first index to 0."""
         device = _device(model, noise) if device is None else device
@@ -506,8 +508,8 @@ class GaussianDiffusion:
     # ---- training and likelihood ----
 
     def training_losses(
-
-            self, model: Model, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None, noise: Tensor | None = None,
+        self, model: Model, x_start: Tensor, t: Tensor, model_kwargs: dict | None = None,
+        noise: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Return the training loss per image: a dict with `loss` [N] and, where they apply, its terms `mse`, `vb`."""
         noise = torch.randn_like(x_start) if noise is None else noise
@@ -544,8 +546,8 @@ class GaussianDiffusion:
         return self.q_posterior_mean_variance(x_start, x_t, t)[0]
 
     def calc_bpd_loop(
-            self, model: Model, x_start: Tensor, clip_denoised: bool | float = True, model_kwargs: dict | None = None,
-            *, noise: Callable[[torch.Size], Tensor] | None = None,
+        self, model: Model, x_start: Tensor, clip_denoised: bool | float = True,
+        model_kwargs: dict | None = None, *, noise: Callable[[torch.Size], Tensor] | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Compute the variational bound of images x_0 [N, C, H, W] on the 8-bit grid, in bits per dimension.
 
