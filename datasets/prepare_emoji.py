@@ -204,7 +204,7 @@ def write_picture(job):
 
 
 def settings(size):
-    """What decides every pixel of the set; two sets with equal settings are the same set."""
+    """Settings that decide every pixel of the set; two sets with equal settings are the same set."""
     return {
         "format": 1,
         "size": size,

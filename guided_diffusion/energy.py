@@ -28,7 +28,7 @@ from .manifold import EPS, block_statistics, check_blocks, check_down_n, combine
 
 
 class Energy(Protocol):
-    """What a sampler asks of an energy."""
+    """Interface of an energy."""
 
     def prepare(self, ref: torch.Tensor) -> None:
         """Compute what the energy needs of a batch of references [N, C, H, W]."""

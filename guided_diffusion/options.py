@@ -118,13 +118,13 @@ def field_types(field: dataclasses.Field) -> tuple[type, ...]:
 
 
 def type_words(kinds: tuple[type, ...]) -> str:
-    """What values of these types are called."""
+    """Words for values of these types."""
     words = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
     return " or ".join(words.get(kind, kind.__name__) for kind in kinds if kind is not type(None))
 
 
 def bound_words(least: float | None, most: float | None, above: float | None = None) -> str:
-    """What numbers within bounds are called."""
+    """Words for numbers within bounds."""
     low = f"above {above:g}" if above is not None else f"at least {least:g}" if least is not None else ""
     if low and most is not None:
         return f"from {least:g} to {most:g}" if above is None else f"{low} and at most {most:g}"
@@ -132,7 +132,7 @@ def bound_words(least: float | None, most: float | None, above: float | None = N
 
 
 def near_miss(path: str) -> str:
-    """What a path may have been meant to be: "; did you mean X?" for a similar name beside it, else "".
+    """Suggestion for a path that does not exist: "; did you mean X?" for a similar name beside it, else "".
 
     Names compare whole first, then without their suffixes.
     """

@@ -8,7 +8,7 @@ from .errors import InputError
 
 
 def fitting(value: object, names: list) -> str:
-    """What would fit where a name is none of `names`, with the closest one where it looks like a slip."""
+    """List the names that fit, with the closest one where it looks like a slip."""
     known = [str(name) for name in names]
     close = difflib.get_close_matches(str(value), known, 1)
     listed = known[0] if len(known) == 1 else f"{', '.join(known[:-1])} or {known[-1]}"

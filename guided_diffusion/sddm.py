@@ -42,7 +42,7 @@ VARIANTS = Registry("variant")
 
 
 class Guide:
-    """What a run of SDDM computes at a step: the model's posterior, the score's parts, and the merged move.
+    """Computations of one step: the model's posterior, the score's parts, and the merged move.
 
     model(i) is the model that evaluates step i. energy_factor(i): length of an energy's direction relative to the
     score's tangent part.

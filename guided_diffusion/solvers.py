@@ -28,7 +28,7 @@ Denoise = Callable[[torch.Tensor, int], Prediction]
 
 
 class Solver(Protocol):
-    """What a method asks of a solver; see the module's docstring."""
+    """Interface of a solver; see the module's docstring."""
 
     takes_eta: bool
 

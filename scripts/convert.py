@@ -31,7 +31,7 @@ examples:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What to convert to what."""
+    """Input and output of a conversion."""
 
     model_path: str = option(None, "checkpoint, folder or Hub id to read", file=True, metavar="PATH")
     save_dir: str = option(

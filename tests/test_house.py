@@ -386,6 +386,16 @@ def test_prose_is_plain():
     assert not found, "\n".join(["", *found])
 
 
+def test_docstrings_do_not_begin_with_what():
+    found = []
+    for path in [*MODULES.values(), *SCRIPTS]:
+        for node in ast.walk(tree(path)):
+            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            if isinstance(node, kinds) and (ast.get_docstring(node) or "").startswith("What "):
+                found.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}")
+    assert not found, "\n".join(["", *found])
+
+
 # ---- one version ----------------------------------------------------------------------------------------------------
 
 

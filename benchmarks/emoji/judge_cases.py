@@ -92,7 +92,7 @@ def judged(judge, pictures):
 
 
 def held_out_lines(judge, data):
-    """What it gets right of all held-out pictures of its vendors, with skin tones and without."""
+    """Accuracy on all held-out pictures of its vendors, with skin tones and without."""
     lines = ["| held-out code points | vendor named rightly | code point found among another vendor's pictures |"]
     lines.append("|---|---|---|")
     every = judge_images(JudgeOptions(data_dir=str(data), vendors=",".join(judge.vendors)), "test")

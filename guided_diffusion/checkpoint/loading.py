@@ -59,7 +59,7 @@ class Network:
 
 
 class Source:
-    """What stands at a path, a file or a folder. A file is read when its contents are asked for."""
+    """A file or folder at a path. A file is read when its contents are asked for."""
 
     def __init__(self, path: str, contents: Contents | None = None) -> None:
         self.path = path

@@ -36,7 +36,7 @@ Embeddings = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Prompt:
-    """What pictures shall show.
+    """Prompts of a batch.
 
     text, negative: for all pictures, or one for each. guidance_scale: classifier-free guidance (Ho & Salimans 2022),
     none at 1 and below; None for the pipeline's default. embeddings: ready ones in place of texts, by the names that

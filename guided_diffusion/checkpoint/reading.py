@@ -54,7 +54,7 @@ class Placeholder:
 
 
 def plain(value: Any) -> Any:
-    """What a placeholder stands for; other values as they are."""
+    """The value that a placeholder stands for; other values as they are."""
     return value.value() if isinstance(value, Placeholder) else value
 
 

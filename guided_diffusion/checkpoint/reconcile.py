@@ -47,7 +47,7 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known of all networks of one kind.
+    """Properties of all networks of one kind.
 
     name: `ModelInfo.model_type`. defaults: the kind's flags and their usual values. fixed: flags that are the same in
     all of its networks and no option. width, sides: its flags for the base width and for the sides with attention.
@@ -136,7 +136,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(ModelFlags)}
 
 @dataclass
 class ModelInfo:
-    """What was found out about a checkpoint.
+    """Description of a checkpoint.
 
     model_type: "ADM", "DDPM" or "ENCODER". flags: the architecture with the flag names of `script_util`, and the
     diffusion flags that it was trained with; those of `extension_defaults` only where they differ. metadata: texts of

@@ -1,4 +1,4 @@
-"""What surrounds a command: signals, ranks, messages, exit statuses. InputErrors become one line here."""
+"""Run a command: signals, ranks, messages, exit statuses. InputErrors become one line here."""
 
 import contextlib
 import errno
@@ -26,7 +26,7 @@ log = logging.getLogger("sddm")
 
 
 def start() -> None:
-    """What comes before a command imports torch, which takes seconds: an interrupt in them is one line, too."""
+    """Prepare the process before torch is imported, which takes seconds: an interrupt then is one line, too."""
     for descriptor in (0, 1, 2):  # a closed one would be given to the next file that is opened
         try:
             os.fstat(descriptor)
@@ -200,7 +200,7 @@ def _raise_once() -> Callable[[int, FrameType | None], None]:
 
 
 def cause(interrupt: BaseException, me: Any) -> str:
-    """What a KeyboardInterrupt of a signal handler was."""
+    """Words for the signal behind a KeyboardInterrupt."""
     if "SIGTERM" not in interrupt.args:
         return "interrupted"
     many = me is not None and me.world_size > 1

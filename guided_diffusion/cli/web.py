@@ -1,4 +1,4 @@
-"""What surrounds the page in the browser: its flags, its port, its environment, and the command that it shows."""
+"""Serve the page: its flags, its port, its environment, and the command that it shows."""
 
 import contextlib
 import filecmp
@@ -79,7 +79,7 @@ def warn_of_strangers(host: str) -> None:
 
 @contextlib.contextmanager
 def private_environment(offline: bool) -> Iterator[str]:
-    """What Gradio reads from the environment when it is imported: no telemetry, and a folder that is removed later.
+    """Environment that Gradio reads when it is imported: no telemetry, and a folder that is removed later.
 
     offline: the Hugging Face Hub is not asked either.
     """
@@ -121,7 +121,7 @@ def command_line(model: str, picture: str, settings: "Settings", *, root: str, d
 
 
 def command_for(root: str, examples: str | None, device: str) -> "Command":
-    """What writes the command for the page; a picture of the folder `examples` stands in it with its path."""
+    """Function that writes the command for the page; a picture of the folder `examples` stands in it with its path."""
 
     def command(model: str, picture: "Upload", settings: "Settings") -> str:
         name = picture.name
@@ -134,7 +134,7 @@ def command_for(root: str, examples: str | None, device: str) -> "Command":
 
 
 def private_paths(models: Sequence[str], examples: str | None) -> list[str]:
-    """What the page never serves: the folders of models, or the models alone where the examples are in there."""
+    """Paths that the page never serves: the folders of models, or the models alone where the examples are in there."""
     found = []
     for path in map(os.path.abspath, models):
         folder = os.path.dirname(path)

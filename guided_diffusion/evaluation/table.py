@@ -28,7 +28,7 @@ from ..registry import Registry
 
 METRICS = Registry("metric")
 ROLES = {"source": "sources", "truth": "truth"}
-"""What outputs are paired with, and the option that names its folder."""
+"""Kinds of pictures that outputs are paired with, and the option that names their folder."""
 FOLDERS = ("outputs", "sources", "targets", "truth")
 FEW = 10
 """Means over fewer images than this are shown as unreliable."""

@@ -116,7 +116,7 @@ def steps_of(guided: Iterable[tuple[int, torch.Tensor]], count: int) -> list[dic
 
 
 def total(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """What entries add up to, as entries of run.json; those without numbers do not count.
+    """Sums of entries, as entries of run.json; those without numbers do not count.
 
     `negative_impact`: share of guided evaluations whose move opposes the score's tangent part. `energy_weights`: mean
     weight of each energy in guided evaluations. `model_evaluations` and `seconds_per_image` are means over images.

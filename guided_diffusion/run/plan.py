@@ -1,4 +1,4 @@
-"""What a run makes: the outputs, where they are written, and the batches in which they are made."""
+"""Plan of a run: the outputs, where they are written, and the batches in which they are made."""
 
 import os
 import posixpath
@@ -24,7 +24,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is left to make in an open save folder.
+    """Outputs that are left to make in an open save folder.
 
     batches: keys in their company, those with at least one missing output. skipped: number of outputs that exist.
     record: the entries of run.json, on rank 0.

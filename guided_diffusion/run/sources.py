@@ -1,4 +1,4 @@
-"""What a run makes images from: references, small images to enlarge, or nothing but numbers."""
+"""Sources of a run: references, small images to enlarge, or nothing but numbers."""
 
 import contextlib
 import hashlib

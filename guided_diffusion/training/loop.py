@@ -192,7 +192,7 @@ class Trainer:
                 log.warning("the run has another %s than before: it resumes, but not as it would have continued", name)
 
     def _identity(self) -> dict[str, Any]:
-        """What a resumed run compares besides its options."""
+        """Properties of the data that a resumed run compares, besides its options."""
         batch = self.config.batch_size * self.ranks.world_size
         return {"data": self.images.digest(), "size of the data": self.images.bytes, "joint batch": batch}
 

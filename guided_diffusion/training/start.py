@@ -1,4 +1,4 @@
-"""What a run starts from: a new network, a checkpoint of its own, or any file that the sampling scripts read."""
+"""Start of a run: a new network, a checkpoint of its own, or any file that the sampling scripts read."""
 
 import contextlib
 import inspect
@@ -67,7 +67,7 @@ class Start:
     classes: list[str] | None = None
 
     def metadata(self) -> dict[str, str]:
-        """What the exported file says of itself."""
+        """Metadata of the exported file."""
         stated = {name: value for name, value in self.flags.items() if name not in OF_USE}
         texts = {"model_type": self.model_type, "flags": json.dumps(stated)}
         return texts if self.classes is None else {**texts, "classes": json.dumps(self.classes)}

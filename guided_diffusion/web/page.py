@@ -297,7 +297,7 @@ def _theme() -> Any:
 
 
 def _upload(payload: Any) -> Upload | None:
-    """What the page gets of a picture: the file as it was uploaded. Gradio would decode and rename it."""
+    """The file as it was uploaded. Gradio would decode and rename it."""
     if payload is None:
         return None
     if not payload.path:
@@ -307,7 +307,7 @@ def _upload(payload: Any) -> Upload | None:
 
 
 def _pictures(frame: Frame) -> tuple[Any, Any]:
-    """What the preview and the comparison show of a frame."""
+    """Pictures of a frame for the preview and the comparison."""
     if frame.result:
         return frame.result[1], frame.result
     return frame.preview if frame.preview is not None else gr.skip(), gr.skip()

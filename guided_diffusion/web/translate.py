@@ -1,4 +1,4 @@
-"""What the page in the browser does: one model on the device, and a translation as a generator of frames.
+"""The work behind the page: one model on the device, and a translation as a generator of frames.
 
     studio = Studio(["models/fluent3d_64.safetensors"])
     for frame in studio.translate("models/fluent3d_64.safetensors", "cat.png", Settings()):
@@ -46,7 +46,7 @@ EMOJI_MODEL = os.path.basename(PRESETS["emoji"].options("sddm")["model_path"])
 
 @dataclass(frozen=True)
 class Settings:
-    """What can be chosen on the page, with the page's defaults; the help texts stand below its controls."""
+    """Settings of a translation, with the page's defaults; the help texts stand below its controls."""
 
     area: int = option(
         RECOMMENDED["blocks"],
@@ -135,7 +135,7 @@ def explain(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Model:
-    """What the page needs to know of a model. classes: how many, 0 for a model without."""
+    """Description of a model for the page. classes: how many, 0 for a model without."""
 
     path: str
     image_size: int
@@ -185,7 +185,7 @@ class Frame:
 
     @property
     def words(self) -> str:
-        """What the page says of it."""
+        """Status line of the page."""
         if self.result:
             return f"Done: {self.steps} steps in {self.seconds:.1f} s."
         if not self.step:
