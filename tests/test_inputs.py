@@ -1,13 +1,12 @@
 """Reading references: formats and modes to exact pixels, names and folders, and everything that can be wrong."""
 
 import contextlib
+import hashlib
 import io
 import os
 import random
 import re
-import socket
 import struct
-import subprocess
 import sys
 import warnings
 import zlib
@@ -114,18 +113,6 @@ def bmp_with_alpha(pixels):
     return b"BM" + struct.pack("<IHHI", 14 + 108 + len(data), 0, 0, 14 + 108) + header + data
 
 
-def bmp_rle8(index, palette):
-    """An 8-bit BMP in RLE8 code, one run per pixel pair."""
-    rows = []
-    for row in index[::-1]:
-        rows.append(b"".join(bytes([1, value]) for value in row) + b"\0\0")
-    data = b"".join(rows) + b"\0\1"
-    colours = b"".join(bytes([b, g, r, 0]) for r, g, b in palette)
-    offset = 14 + 40 + len(colours)
-    header = struct.pack("<IiiHHIIiiII", 40, index.shape[1], index.shape[0], 1, 8, 1, len(data), 0, 0, len(palette), 0)
-    return b"BM" + struct.pack("<IHHI", offset + len(data), 0, 0, offset) + header + colours + data
-
-
 def qoi(pixels):
     """A QOI file with every pixel in full."""
     height, width = pixels.shape[:2]
@@ -173,45 +160,12 @@ def animation(form, **options):
 
 # name, the file, the pixels it must give at size 16, tolerance in grey levels
 FORMATS = [
-    ("png rgb", lambda: encode(rgb(*COLOURS), "PNG"), rgb(*COLOURS), EXACT),
     ("png palette", lambda: encode(palette_image(), "PNG"), rgb(*COLOURS), EXACT),
-    ("png palette of 2 bits", lambda: encode(palette_image(), "PNG", bits=2), rgb(*COLOURS), EXACT),
-    (
-        "png palette, one transparent",
-        lambda: encode(palette_image(), "PNG", transparency=1),
-        rgb(RED, WHITE, BLUE, YELLOW),
-        EXACT,
-    ),
     (
         "png palette, alpha per entry",
         lambda: encode(palette_image(), "PNG", transparency=bytes([255, 0, 128, 64])),
         rgb(RED, WHITE, over(128, BLUE, WHITE), over(64, YELLOW, WHITE)),
         1,
-    ),
-    ("png grey", lambda: encode(quadrants(np.uint8(GREYS)), "PNG"), grey(*GREYS), EXACT),
-    (
-        "png grey, one transparent",
-        lambda: encode(quadrants(np.uint8(GREYS)), "PNG", transparency=85),
-        grey(0, 255, 170, 255),
-        EXACT,
-    ),
-    (
-        "png grey and alpha",
-        lambda: encode(
-            Image.merge(
-                "LA",
-                [Image.fromarray(quadrants(np.uint8(GREYS))), Image.fromarray(quadrants(np.uint8([255, 0, 255, 128])))],
-            ),
-            "PNG",
-        ),
-        grey(0, 255, 170, 255),
-        EXACT,
-    ),
-    (
-        "png 1 bit",
-        lambda: encode(Image.fromarray(quadrants(np.uint8([0, 255, 255, 0]))).convert("1"), "PNG"),
-        grey(0, 255, 255, 0),
-        EXACT,
     ),
     (
         "png 1 bit, black transparent",
@@ -267,54 +221,14 @@ FORMATS = [
         rgb(RED, WHITE, BLUE, YELLOW),
         EXACT,
     ),
-    (
-        "png 16-bit grey and alpha",
-        lambda: png(
-            (np.stack([quadrants(GREYS), quadrants([255, 0, 255, 255])], -1) * 257).astype(">u2").tobytes(),
-            SIZE,
-            SIZE,
-            16,
-            4,
-        ),
-        grey(0, 255, 170, 255),
-        EXACT,
-    ),
-    (
-        "png 16-bit rgba",
-        lambda: png((with_alpha([255, 0, 255, 255]).astype(">u2") * 257).tobytes(), SIZE, SIZE, 16, 6),
-        rgb(RED, WHITE, BLUE, YELLOW),
-        EXACT,
-    ),
-    (
-        "png rgb, one transparent",
-        lambda: encode(rgb(*COLOURS), "PNG", transparency=GREEN),
-        rgb(RED, WHITE, BLUE, YELLOW),
-        EXACT,
-    ),
-    (
-        "png rgba",
-        lambda: encode(with_alpha([255, 0, 128, 64]), "PNG"),
-        rgb(RED, WHITE, over(128, BLUE, WHITE), over(64, YELLOW, WHITE)),
-        1,
-    ),
     ("png animated", lambda: animation("PNG"), rgb(*COLOURS), EXACT),
     ("jpeg rgb", lambda: encode(rgb(*COLOURS), "JPEG", quality=95, subsampling=0), rgb(*COLOURS), LOSSY),
-    (
-        "jpeg progressive",
-        lambda: encode(rgb(*COLOURS), "JPEG", quality=95, subsampling=0, progressive=True),
-        rgb(*COLOURS),
-        LOSSY,
-    ),
-    ("jpeg grey", lambda: encode(quadrants(np.uint8(GREYS)), "JPEG", quality=95), grey(*GREYS), LOSSY),
     (
         "jpeg cmyk, inverted as Adobe does",
         lambda: encode(cmyk(), "JPEG", quality=95),
         rgb(RED, GREEN, BLUE, BLACK),
         LOSSY,
     ),
-    ("jpeg of two pictures (MPO)", lambda: animation("MPO", quality=95, subsampling=0), rgb(*COLOURS), LOSSY),
-    ("webp lossless", lambda: encode(rgb(*COLOURS), "WEBP", lossless=True), rgb(*COLOURS), EXACT),
-    ("webp lossy", lambda: encode(grey(0, 90, 170, 255), "WEBP", quality=95), grey(0, 90, 170, 255), LOSSY),
     (
         "webp rgba",
         lambda: encode(with_alpha([255, 0, 128, 64]), "WEBP", lossless=True, exact=True),
@@ -323,46 +237,10 @@ FORMATS = [
     ),
     ("webp animated", lambda: animation("WEBP", lossless=True), rgb(*COLOURS), EXACT),
     ("bmp rgb", lambda: encode(rgb(*COLOURS), "BMP"), rgb(*COLOURS), EXACT),
-    ("bmp grey", lambda: encode(quadrants(np.uint8(GREYS)), "BMP"), grey(*GREYS), EXACT),
-    ("bmp palette", lambda: encode(palette_image(), "BMP"), rgb(*COLOURS), EXACT),
-    (
-        "bmp 1 bit",
-        lambda: encode(Image.fromarray(quadrants(np.uint8([0, 255, 255, 0]))).convert("1"), "BMP"),
-        grey(0, 255, 255, 0),
-        EXACT,
-    ),
-    ("bmp rle8", lambda: bmp_rle8(quadrants(np.uint8([0, 1, 2, 3])), COLOURS), rgb(*COLOURS), EXACT),
     ("bmp with alpha", lambda: bmp_with_alpha(with_alpha([255, 0, 255, 255])), rgb(RED, WHITE, BLUE, YELLOW), EXACT),
     ("tiff rgb", lambda: encode(rgb(*COLOURS), "TIFF"), rgb(*COLOURS), EXACT),
-    ("tiff lzw", lambda: encode(rgb(*COLOURS), "TIFF", compression="tiff_lzw"), rgb(*COLOURS), EXACT),
-    ("tiff deflate", lambda: encode(rgb(*COLOURS), "TIFF", compression="tiff_deflate"), rgb(*COLOURS), EXACT),
-    ("tiff packbits", lambda: encode(rgb(*COLOURS), "TIFF", compression="packbits"), rgb(*COLOURS), EXACT),
-    ("tiff jpeg", lambda: encode(grey(*GREYS), "TIFF", compression="jpeg", quality=95), grey(*GREYS), LOSSY),
-    (
-        "tiff fax",
-        lambda: encode(
-            Image.fromarray(quadrants(np.uint8([0, 255, 255, 0]))).convert("1"), "TIFF", compression="group4"
-        ),
-        grey(0, 255, 255, 0),
-        EXACT,
-    ),
-    ("tiff big", lambda: encode(rgb(*COLOURS), "TIFF", big_tiff=True), rgb(*COLOURS), EXACT),
-    ("tiff palette", lambda: encode(palette_image(), "TIFF"), rgb(*COLOURS), EXACT),
     ("tiff cmyk", lambda: encode(cmyk(), "TIFF"), rgb(RED, GREEN, BLUE, BLACK), EXACT),
-    (
-        "tiff rgba",
-        lambda: encode(with_alpha([255, 0, 128, 64]), "TIFF"),
-        rgb(RED, WHITE, over(128, BLUE, WHITE), over(64, YELLOW, WHITE)),
-        1,
-    ),
-    ("tiff several pages", lambda: animation("TIFF"), rgb(*COLOURS), EXACT),
     ("tiff 16-bit grey", lambda: tiff(quadrants(LEVELS16).tobytes(), 16), grey(*GREYS), EXACT),
-    (
-        "tiff 16-bit grey, big-endian",
-        lambda: tiff(quadrants(LEVELS16).astype(">u2").tobytes(), 16, order=">"),
-        grey(*GREYS),
-        EXACT,
-    ),
     (
         "tiff 16-bit grey, white is zero",
         lambda: tiff(quadrants(LEVELS16).tobytes(), 16, photometric=0),
@@ -382,20 +260,8 @@ FORMATS = [
         EXACT,
     ),
     (
-        "tiff float in 0..1",
-        lambda: tiff(quadrants(np.float32(GREYS) / 255).tobytes(), 32, sample_format=3),
-        grey(*GREYS),
-        EXACT,
-    ),
-    (
         "tiff float in 0..1, negatives clipped",
         lambda: tiff(quadrants(np.float32([-3, 1 / 3, 2 / 3, 1])).tobytes(), 32, sample_format=3),
-        grey(*GREYS),
-        EXACT,
-    ),
-    (
-        "tiff float in 0..255",
-        lambda: tiff(quadrants(np.float32(GREYS)).tobytes(), 32, sample_format=3),
         grey(*GREYS),
         EXACT,
     ),
@@ -406,68 +272,15 @@ FORMATS = [
         EXACT,
     ),
     ("gif", lambda: encode(palette_image(), "GIF"), rgb(*COLOURS), EXACT),
-    ("gif without interlace", lambda: encode(palette_image(), "GIF", interlace=0), rgb(*COLOURS), EXACT),
-    (
-        "gif, one transparent",
-        lambda: encode(palette_image(), "GIF", transparency=1),
-        rgb(RED, WHITE, BLUE, YELLOW),
-        EXACT,
-    ),
-    (
-        "gif animated",
-        lambda: encode(palette_image(), "GIF", save_all=True, append_images=[palette_image((3, 2, 1, 0))]),
-        rgb(*COLOURS),
-        EXACT,
-    ),
-    ("gif grey", lambda: encode(quadrants(np.uint8(GREYS)), "GIF"), grey(*GREYS), EXACT),
     ("jpeg 2000", lambda: encode(rgb(*COLOURS), "JPEG2000"), rgb(*COLOURS), EXACT),
-    ("jpeg 2000 codestream", lambda: encode(rgb(*COLOURS), "JPEG2000", no_jp2=True), rgb(*COLOURS), EXACT),
-    (
-        "jpeg 2000 rgba",
-        lambda: encode(with_alpha([255, 0, 255, 255]), "JPEG2000"),
-        rgb(RED, WHITE, BLUE, YELLOW),
-        EXACT,
-    ),
     ("jpeg 2000 16-bit grey", lambda: encode(quadrants(LEVELS16), "JPEG2000"), grey(*GREYS), EXACT),
     ("pnm rgb", lambda: encode(rgb(*COLOURS), "PPM"), rgb(*COLOURS), EXACT),
-    (
-        "pnm rgb in words",
-        lambda: b"P3\n# a comment\n16 16 255\n" + " ".join(map(str, rgb(*COLOURS).ravel())).encode(),
-        rgb(*COLOURS),
-        EXACT,
-    ),
-    ("pnm grey", lambda: encode(quadrants(np.uint8(GREYS)), "PPM"), grey(*GREYS), EXACT),
     ("pnm 16-bit grey", lambda: b"P5 16 16 65535\n" + quadrants(LEVELS16).astype(">u2").tobytes(), grey(*GREYS), EXACT),
-    (
-        "pnm 10-bit grey",
-        lambda: b"P5 16 16 1023\n" + quadrants([0, 341, 682, 1023]).astype(">u2").tobytes(),
-        grey(*GREYS),
-        EXACT,
-    ),
-    (
-        "pnm 1 bit",
-        lambda: encode(Image.fromarray(quadrants(np.uint8([0, 255, 255, 0]))).convert("1"), "PPM"),
-        grey(0, 255, 255, 0),
-        EXACT,
-    ),
     ("pfm", lambda: encode(quadrants(np.float32(GREYS) / 255), "PPM"), grey(*GREYS), EXACT),
     ("ico of a png", lambda: encode(rgb(*COLOURS), "ICO", sizes=[(SIZE, SIZE)]), rgb(*COLOURS), EXACT),
-    (
-        "ico of a bitmap, with alpha",
-        lambda: encode(with_alpha([255, 0, 255, 255]), "ICO", sizes=[(SIZE, SIZE)], bitmap_format="bmp"),
-        rgb(RED, WHITE, BLUE, YELLOW),
-        EXACT,
-    ),
     ("tga rgb", lambda: encode(rgb(*COLOURS), "TGA"), rgb(*COLOURS), EXACT),
-    ("tga runs", lambda: encode(rgb(*COLOURS), "TGA", compression="tga_rle"), rgb(*COLOURS), EXACT),
-    ("tga rgba", lambda: encode(with_alpha([255, 0, 255, 255]), "TGA"), rgb(RED, WHITE, BLUE, YELLOW), EXACT),
-    ("tga palette", lambda: encode(palette_image(), "TGA"), rgb(*COLOURS), EXACT),
-    ("tga grey", lambda: encode(quadrants(np.uint8(GREYS)), "TGA"), grey(*GREYS), EXACT),
     ("pcx rgb", lambda: encode(rgb(*COLOURS), "PCX"), rgb(*COLOURS), EXACT),
-    ("pcx palette", lambda: encode(palette_image(), "PCX"), rgb(*COLOURS), EXACT),
     ("sgi rgb", lambda: encode(rgb(*COLOURS), "SGI"), rgb(*COLOURS), EXACT),
-    ("sgi grey", lambda: encode(quadrants(np.uint8(GREYS)), "SGI"), grey(*GREYS), EXACT),
-    ("dds rgb", lambda: encode(rgb(*COLOURS), "DDS"), rgb(*COLOURS), EXACT),
     ("dds rgba", lambda: encode(with_alpha([255, 0, 255, 255]), "DDS"), rgb(RED, WHITE, BLUE, YELLOW), EXACT),
     ("qoi", lambda: qoi(rgb(*COLOURS)), rgb(*COLOURS), EXACT),
     ("psd", lambda: psd(rgb(*COLOURS)), rgb(*COLOURS), EXACT),
@@ -475,13 +288,6 @@ FORMATS = [
 if "AVIF" in references_module.FORMATS:  # Pillow 11.2 and newer, where built with libavif
     FORMATS += [
         ("avif", lambda: encode(rgb(*COLOURS), "AVIF", quality=100, subsampling="4:4:4"), rgb(*COLOURS), LOSSY),
-        (
-            "avif rgba",
-            lambda: encode(with_alpha([255, 0, 255, 255]), "AVIF", quality=100, subsampling="4:4:4"),
-            rgb(RED, WHITE, BLUE, YELLOW),
-            LOSSY,
-        ),
-        ("avif animated", lambda: animation("AVIF", quality=100, subsampling="4:4:4"), rgb(*COLOURS), LOSSY),
     ]
 
 
@@ -492,6 +298,23 @@ def test_format_gives_its_pixels(tmp_path, make, expected, tolerance):
     loaded = load_image(str(path), SIZE)
     assert loaded.shape == (SIZE, SIZE, 3) and loaded.dtype == np.uint8 and loaded.flags.writeable
     assert np.abs(loaded.astype(int) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    "resize, colour, alpha, grey",
+    [
+        ("crop", "b1a363851e0b", "781fc1785add", "f57fd77a8228"),
+        ("pad", "aec9fb7f85ae", "7f9b4fa41aee", "34a83de6f0fe"),
+        ("stretch", "6d236c0df203", "3086debee00b", "513fa75f9669"),
+    ],
+)
+def test_plain_pictures_give_the_bits_of_version_0_2(tmp_path, resize, colour, alpha, grey):
+    """Hashes of the arrays that the code of commit fe6cc71 gave."""
+    y, x = np.mgrid[:75, :101]
+    pixels = np.stack([y * 7 + x * 3, y * x, x**2 // 5 + y * 2], -1).astype(np.uint8)
+    for array, expected in ((pixels, colour), (np.dstack([pixels, pixels[..., 1]]), alpha), (pixels[..., 1], grey)):
+        loaded = load_image(saved(tmp_path, array), 32, resize=resize, background="#102030")
+        assert hashlib.sha256(loaded.tobytes()).hexdigest()[:12] == expected
 
 
 ORIENTED = {  # what the stored array must be, so that EXIF's orientation gives the upright one
@@ -507,17 +330,7 @@ ORIENTED = {  # what the stored array must be, so that EXIF's orientation gives 
 
 
 @pytest.mark.parametrize("orientation", ORIENTED)
-@pytest.mark.parametrize(
-    "form, options",
-    [
-        ("PNG", {}),
-        ("JPEG", {"quality": 95, "subsampling": 0}),
-        ("WEBP", {"lossless": True}),
-        ("TIFF", {}),
-        ("TIFF", {"compression": "tiff_lzw"}),
-    ],
-    ids=["png", "jpeg", "webp", "tiff", "tiff-lzw"],
-)
+@pytest.mark.parametrize("form, options", [("JPEG", {"quality": 95, "subsampling": 0}), ("TIFF", {})])
 def test_exif_orientation_is_applied(tmp_path, form, options, orientation):
     upright = np.concatenate([rgb(*COLOURS), rgb(BLACK, BLUE, WHITE, RED)], axis=1)  # no turn or mirror keeps it
     exif = Image.Exif()
@@ -630,47 +443,10 @@ def test_one_colour_stays_at_any_size(tmp_path, width, height, resize):
     assert (load_image(path, 32, resize=resize) == (10, 20, 230)).all()
 
 
-def test_huge_jpeg_loads(tmp_path):
-    path = tmp_path / "huge.jpg"
-    path.write_bytes(encode(rgb(*COLOURS, size=6000), "JPEG"))
-    loaded = load_image(str(path), SIZE).astype(int)
-    assert np.abs(loaded - rgb(*COLOURS))[1:7, 1:7].max() <= LOSSY
-    assert np.abs(loaded - rgb(*COLOURS))[9:15, 9:15].max() <= LOSSY
-
-
-@pytest.mark.parametrize("turn", [False, True], ids=["wide", "tall"])
-def test_crop_keeps_the_centre(tmp_path, turn):
-    array = blocks(RED, GREEN, BLUE)
-    path = saved(tmp_path, array.transpose(1, 0, 2) if turn else array)
-    assert (load_image(path, SIZE) == GREEN).all()
-
-
-def test_crop_of_an_odd_remainder_starts_at_its_floor(tmp_path):
-    ramp = np.repeat(np.broadcast_to(np.uint8(np.arange(21) * 10), (SIZE, 21))[..., None], 3, axis=-1)
-    assert (load_image(saved(tmp_path, ramp), SIZE) == ramp[:, 2:18]).all()  # (21 - 16) // 2 = 2
-
-
-def test_crop_of_a_ribbon_keeps_its_centre(tmp_path):
-    ribbon = blocks(*[RED] * 20, GREEN, *[BLUE] * 20)
-    assert (load_image(saved(tmp_path, ribbon), SIZE) == GREEN).all()
-
-
 def test_crop_of_a_hair_is_not_enlarged_whole(tmp_path):
     hair = np.full((1, 400_000, 3), 7, np.uint8)
     hair[0, 199_990:200_010] = GREEN
     assert (load_image(saved(tmp_path, hair), 512) == GREEN).all()  # whole, it would be 512 x 205 million
-
-
-def test_crop_halves_by_boxes(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    mean = noise.reshape(SIZE, 4, SIZE, 4, 3).mean((1, 3))
-    assert np.abs(load_image(saved(tmp_path, noise), SIZE) - mean).max() <= 2  # two halvings, each rounded twice
-
-
-def test_crop_between_powers_of_two_is_bicubic(tmp_path):
-    noise = np.random.default_rng(1).integers(0, 256, (24, 24, 3), np.uint8)
-    expected = np.array(Image.fromarray(noise).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-    assert (load_image(saved(tmp_path, noise), SIZE) == expected).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -697,11 +473,6 @@ def test_pad_fits_inside_the_background(tmp_path, turn):
     loaded = loaded.transpose(1, 0, 2) if turn else loaded
     assert (loaded[16:32] == array).all()
     assert (loaded[:16] == (1, 2, 3)).all() and (loaded[32:] == (1, 2, 3)).all()
-
-
-def test_pad_enlarges_a_small_image(tmp_path):
-    loaded = load_image(saved(tmp_path, np.uint8([[RED, RED]])), SIZE, resize="pad")
-    assert (loaded[4:12] == RED).all() and (loaded[:4] == WHITE).all() and (loaded[12:] == WHITE).all()
 
 
 def test_pad_of_a_hair_keeps_one_pixel(tmp_path):
@@ -801,21 +572,6 @@ def test_name_that_is_not_utf8(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, stem",
-    [
-        ("a.png", "a"),
-        ("a.b.png", "a.b"),
-        ("dir.d/a.png", "dir.d/a"),
-        ("dir.d/noext", "dir.d/noext"),
-        (".png", ".png"),
-        ("a b.JPG", "a b"),
-    ],
-)
-def test_stem_drops_the_last_suffix_only(name, stem):
-    assert Reference("anywhere", name).stem == stem
-
-
-@pytest.mark.parametrize(
     "name, shown",
     [
         ("a ü.png", "a ü.png"),
@@ -842,10 +598,10 @@ def test_hidden_and_other_files_are_left_out(tmp_path):
     assert names_under(tmp_path) == ["a.png"]
 
 
-@pytest.mark.parametrize("suffix", references_module.IMAGE_SUFFIXES)
-def test_every_suffix_is_searched_for_in_any_case(tmp_path, suffix):
-    touch(tmp_path, "a" + suffix, "b" + suffix.upper(), "c" + suffix.title())
-    assert names_under(tmp_path) == ["a" + suffix, "b" + suffix.upper(), "c" + suffix.title()]
+def test_every_suffix_is_searched_for_in_any_case(tmp_path):
+    names = sorted(name for suffix in references_module.IMAGE_SUFFIXES for name in ("a" + suffix, "b" + suffix.upper()))
+    touch(tmp_path, *names)
+    assert names_under(tmp_path) == names
 
 
 def test_order_is_by_code_point_whatever_the_nesting(tmp_path):
@@ -917,31 +673,6 @@ def test_files_left_out_are_counted_in_one_line(tmp_path, caplog):
     assert "1 without a suffix" in line and r"1 '.nul\n'" in line
 
 
-def test_nothing_is_logged_where_nothing_is_left_out(tmp_path, caplog):
-    touch(tmp_path, "a.png", ".hidden")
-    with caplog.at_level("INFO", logger="sddm"):
-        names_under(tmp_path)
-    assert not caplog.messages
-
-
-def test_deep_nesting_is_no_recursion(tmp_path):
-    limit, depth = sys.getrecursionlimit(), 1100
-    sys.setrecursionlimit(1000)  # Python's own, which torch.compile raises when it compiles in this process
-    folders = [f"{tmp_path}{'/d' * level}" for level in range(1, depth + 1)]
-    try:
-        for folder in folders:
-            os.mkdir(folder)
-        with open(f"{folders[-1]}/x.png", "w"):
-            pass
-        assert names_under(tmp_path) == ["d/" * depth + "x.png"]
-    finally:  # too deep for shutil.rmtree, by which pytest clears its folders
-        sys.setrecursionlimit(limit)
-        if os.path.exists(f"{folders[-1]}/x.png"):
-            os.remove(f"{folders[-1]}/x.png")
-        for folder in filter(os.path.isdir, reversed(folders)):
-            os.rmdir(folder)
-
-
 def test_broken_images_stay_in_the_list(tmp_path):
     touch(tmp_path, "zero.png")
     (tmp_path / "dangling.png").symlink_to("nowhere")
@@ -954,12 +685,6 @@ def test_broken_images_stay_in_the_list(tmp_path):
 BAD_BASES = [
     ("missing", lambda root: None, "no such file or folder"),
     ("empty folder", lambda root: root.mkdir(), "no image in this folder.*no other files"),
-    ("empty subfolders", lambda root: (root / "a.png" / "b").mkdir(parents=True), "no image.*no other files"),
-    (
-        "one other file",
-        lambda root: touch(root, "a.txt"),
-        r"no image.*1 other file \(1 \.txt\); supported are PNG, JPEG",
-    ),
     (
         "other files",
         lambda root: touch(root, "a.txt", "b/c.npz", ".d.png"),
@@ -1048,12 +773,8 @@ COLLISIONS = [
         ["a.jpg", "a.png", "a.webp"],
         {"a.png": "would overwrite that of a.jpg", "a.webp": "would overwrite that of a.jpg"},
     ),
-    ("nested", ["x/a.jpg", "x/a.png", "y/a.png"], {"x/a.png": "its output x/a.png would overwrite that of x/a.jpg"}),
     ("case", ["A.png", "a.png"], {"a.png": "would overwrite that of A.png"}),
-    ("case of a folder", ["Cats/a.png", "cats/A.png"], {"cats/A.png": "would overwrite that of Cats/a.png"}),
     ("composition", ["e\u0301.png", "\u00e9.png"], {"\u00e9.png": "would overwrite that of e\u0301.png"}),
-    ("only the last suffix counts", ["a.b.png", "a.c.png"], {}),
-    ("no suffix", ["a", "a.jpg"], {"a.jpg": "would overwrite that of a"}),
     (
         "output against folder, file first",
         ["a.jpg", "a.png/b.png"],
@@ -1107,22 +828,10 @@ def jpeg_with_size(width, height):
     return patched(data, data.index(b"\xff\xc0") + 5, struct.pack(">HH", height, width))
 
 
-def webp_with_canvas(width, height):
-    data = animation("WEBP")
-    assert data[12:16] == b"VP8X"
-    return patched(data, 24, (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little"))
-
-
 def cut(form, keep, **options):
     """The first `keep` (a share) of a 64 x 64 image of noise."""
     data = encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), form, **options)
     return data[: int(len(data) * keep)]
-
-
-def bound_socket(path):
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(os.path.relpath(path))
-    server.close()
 
 
 def text(content):
@@ -1133,23 +842,16 @@ BOMB = r"pixels.* limit of 178956970 .*decompression bomb"
 TRUNCATED = "^(damaged, truncated or unsupported: |not an image, or damaged at its head: )"
 BROKEN = [
     ("zero bytes", text(b""), r"^the file is empty \(0 bytes\)$"),
-    ("one byte", text(b"\x89"), r"^not an image, or damaged at its head: begins with b'\\x89'"),
     (
         "text",
         text(b"hello world\nsecond line\n"),
         r"^not an image, or damaged at its head: begins with b'hello world\\nseco'",
     ),
     (
-        "html",
-        text(b"<!DOCTYPE html><html>404</html>"),
-        r"^not an image, or damaged at its head: begins with b'<!DOCTYPE html><'",
-    ),
-    (
         "git lfs pointer",
         text(b"version https://git-lfs.github.com/spec/v1\n"),
         "^not an image, or damaged at its head: begins with",
     ),
-    ("zeros", text(bytes(1000)), r"^not an image, or damaged at its head: begins with b'\\x00"),
     (
         "postscript is not run",
         text(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
@@ -1160,42 +862,12 @@ BROKEN = [
         text(b"BMW cars and other things to drive around in, at length, for hours"),
         "Truncated File Read",
     ),
-    ("avi, also RIFF", text(b"RIFF\x10\0\0\0AVI LIST"), "^not an image, or damaged at its head: begins with b'RIFF"),
     ("png signature alone", text(b"\x89PNG\r\n\x1a\n"), TRUNCATED),
-    ("jpeg signature alone", text(b"\xff\xd8"), TRUNCATED),
-    ("gif signature alone", text(b"GIF89a"), TRUNCATED),
-    ("webp signature alone", text(b"RIFF\x10\0\0\0WEBP"), TRUNCATED),
-    ("bmp signature alone", text(b"BM"), TRUNCATED),
     ("tiff signature alone", text(b"II*\0"), TRUNCATED),
-    *[
-        (
-            f"{form.lower()} cut at {keep:.0%}",
-            lambda path, form=form, keep=keep: path.write_bytes(cut(form, keep)),
-            TRUNCATED,
-        )
-        for form in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-        for keep in (0.01, 0.3, 0.6, 0.95)
-    ],
-    *[
-        (
-            f"tiff {how} cut at {keep:.0%}",
-            lambda path, how=how, keep=keep: path.write_bytes(cut("TIFF", keep, compression=how)),
-            TRUNCATED,
-        )
-        for how in ("tiff_lzw", "tiff_deflate", "packbits")
-        for keep in (0.3, 0.95)
-    ],
-    ("progressive jpeg cut", lambda path: path.write_bytes(cut("JPEG", 0.7, progressive=True)), TRUNCATED),
-    ("lossless webp cut", lambda path: path.write_bytes(cut("WEBP", 0.9, lossless=True)), TRUNCATED),
     (
         "png with a damaged header",
         lambda path: path.write_bytes(patched(encode(rgb(*COLOURS), "PNG"), 18, b"\xff")),
         "^not an image, or damaged at its head",
-    ),
-    (
-        "png of a colour type that does not exist",
-        lambda path: path.write_bytes(png(bytes(SIZE * SIZE), SIZE, SIZE, 8, 5)),
-        "PNG",
     ),
     ("png of no pixels", lambda path: path.write_bytes(png(b"\0", 0, 1, 8, 0)), "PNG"),
     (
@@ -1220,33 +892,11 @@ BROKEN = [
     ),
     ("decompression bomb, png", bomb_png, BOMB),
     ("decompression bomb, jpeg", lambda path: path.write_bytes(jpeg_with_size(65_000, 65_000)), BOMB),
-    (
-        "decompression bomb, gif",
-        lambda path: path.write_bytes(patched(encode(palette_image(), "GIF"), 6, b"\xff\xff\xff\xff")),
-        BOMB,
-    ),
-    (
-        "decompression bomb, bmp",
-        lambda path: path.write_bytes(patched(encode(rgb(*COLOURS), "BMP"), 18, struct.pack("<ii", 90_000, 90_000))),
-        BOMB,
-    ),
-    (
-        "decompression bomb, tiff",
-        lambda path: path.write_bytes(tiff(bytes(99), 8, width=1_000_000, height=1_000_000)),
-        BOMB,
-    ),
-    (
-        "decompression bomb, webp",
-        lambda path: path.write_bytes(webp_with_canvas(16_384, 16_384)),
-        r"pixels.* limit of 178956970 .*decompression bomb",
-    ),
     ("no such file", lambda path: None, "^no such file or folder$"),
     ("dangling link", lambda path: path.symlink_to("no where\n"), r"^broken link to 'no where\\n'$"),
     ("link loop", lambda path: path.symlink_to(path.name), "symbolic links"),
     ("folder", lambda path: path.mkdir(), "^a folder, not a regular file$"),
-    ("link to a folder", lambda path: path.symlink_to("."), "^a folder, not a regular file$"),
     ("pipe", lambda path: os.mkfifo(path), "^a named pipe, not a regular file$"),
-    ("socket", bound_socket, "^a socket, not a regular file$"),
     ("device", lambda path: path.symlink_to("/dev/zero"), "^a device, not a regular file$"),
 ]
 
@@ -1263,26 +913,19 @@ def test_broken_file_is_an_image_error_of_one_line(tmp_path, monkeypatch, make, 
     assert message.isprintable() and len(message) < 300 and str(tmp_path) not in message
 
 
+def test_exhausted_memory_is_an_image_error(tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise MemoryError
+
+    path = saved(tmp_path, rgb(*COLOURS))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", exhausted)
+    with pytest.raises(ImageError, match="not enough memory to decode it"):
+        load_image(path, SIZE)
+
+
 def test_path_with_a_nul_byte_is_an_image_error():
     with pytest.raises(ImageError, match="null"):
         load_image("a\0.png", SIZE)
-
-
-def test_exhausted_memory_is_an_image_error(tmp_path):
-    if not os.path.exists("/proc/self/statm"):
-        pytest.skip("needs /proc to know how much memory is in use")
-    path = tmp_path / "large.png"
-    path.write_bytes(png(bytes(13_000 * 13_000 // 8), 13_000, 13_000, 1, 0))
-    code = (
-        "import resource, sys\n"
-        "from guided_diffusion.image_datasets import ImageError, load_image\n"
-        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)\n"
-        "try:\n    load_image(sys.argv[1], 16)\nexcept ImageError as error:\n    print(error)\n"
-    )
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=root, capture_output=True, text=True)
-    assert done.stdout == f"{path}: not enough memory to decode it\n", done.stderr
 
 
 # Files of every decoder, small, with detail, so that a cut or a changed byte has something to spoil.
@@ -1293,39 +936,24 @@ SAMPLES = {
     "png-palette": encode(Image.fromarray(_noise).quantize(16), "PNG", transparency=3),
     "png-16": encode(_noise[..., 0].astype(np.uint16) * 250, "PNG"),
     "jpeg": encode(_noise, "JPEG"),
-    "jpeg-progressive": encode(_noise, "JPEG", progressive=True),
-    "jpeg-cmyk": encode(Image.fromarray(_noise).convert("CMYK"), "JPEG"),
     "webp": encode(_noise, "WEBP"),
-    "webp-lossless": encode(np.dstack([_noise, _noise[..., 0]]), "WEBP", lossless=True),
-    "webp-animated": encode(
-        Image.fromarray(_noise), "WEBP", save_all=True, append_images=[Image.fromarray(255 - _noise)]
-    ),
     "bmp": encode(_noise, "BMP"),
-    "bmp-rle8": bmp_rle8(_noise[..., 0] % 4, COLOURS),
     "tiff": encode(_noise, "TIFF"),
     "tiff-lzw": encode(_noise, "TIFF", compression="tiff_lzw"),
-    "tiff-deflate": encode(_noise, "TIFF", compression="tiff_deflate"),
     "tiff-float": tiff(_noise[..., 0].astype(np.float32).tobytes(), 32, sample_format=3, width=20, height=24),
     "gif": encode(Image.fromarray(_noise).quantize(32), "GIF"),
     "jpeg-2000": encode(_noise, "JPEG2000"),
-    "jpeg-2000-lossy": encode(_noise, "JPEG2000", irreversible=True, quality_mode="rates", quality_layers=[4]),
     "jpeg-2000-codestream": encode(_noise, "JPEG2000", no_jp2=True),
     "pnm": encode(_noise, "PPM"),
-    "pnm-words": b"P3 20 24 255\n" + b" ".join(b"%d" % level for level in _noise.ravel()) + b"\n",
     "pfm": encode(_noise[..., 0].astype(np.float32), "PPM"),
     "ico": encode(_noise, "ICO", sizes=[(20, 24)]),
-    "ico-bitmap": encode(_noise, "ICO", sizes=[(20, 24)], bitmap_format="bmp"),
     "tga": encode(_noise, "TGA"),
-    "tga-runs": encode(_noise, "TGA", compression="tga_rle"),
     "pcx": encode(_noise, "PCX"),
     "sgi": encode(_noise, "SGI"),
     "dds": encode(_noise, "DDS"),
     "qoi": qoi(_noise),
     "psd": psd(_noise),
     **({"avif": encode(_noise, "AVIF")} if "AVIF" in references_module.FORMATS else {}),
-    "gif-animated": encode(
-        Image.fromarray(_noise), "GIF", save_all=True, append_images=[Image.fromarray(255 - _noise)]
-    ),
 }
 
 
@@ -1359,7 +987,7 @@ MUTATIONS = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0,
 
 @pytest.mark.parametrize("name", SAMPLES)
 @settings(
-    max_examples=100,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -1482,24 +1110,10 @@ def test_blobfile_errors_are_ours(tmp_path, through_blobfile):
         load_image(str(tmp_path / "missing.png"), SIZE)
 
 
-def test_blobfile_is_imported_for_urls_only(tmp_path):
-    (tmp_path / "a.png").write_bytes(encode(rgb(*COLOURS), "PNG"))
-    code = (
-        "import sys\n"
-        "sys.modules['blobfile'] = None\n"  # an import of it raises ImportError
-        "from guided_diffusion.errors import InputError, display_name\n"
-        "from guided_diffusion.image_datasets import list_references, load_image\n"
-        "(reference,) = list_references(sys.argv[1])\n"
-        "load_image(reference, 16)\n"
-        "assert not {'scipy', 'torchvision', 'mpi4py'} & set(sys.modules)\n"
-        "try:\n    list_references('gs://bucket/folder')\nexcept InputError as error:\n    print(error)\n"
-    )
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(
-        "base_samples is 'gs://bucket/folder'; reading this address needs the package blobfile"
-    )
+def test_a_url_without_blobfile_names_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "blobfile", None)  # an import of it raises ImportError
+    with pytest.raises(InputError, match="reading this address needs the package blobfile"):
+        list_references("gs://bucket/folder")
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------
@@ -1517,13 +1131,6 @@ def test_to_tensor_orders_channels_and_scales():
     assert x[0, :, 0, 0].tolist() == [1, -1, -1] and x[0, :, 0, -1].tolist() == pytest.approx([-1, 200 / 127.5 - 1, -1])
     assert torch.equal(x, to_tensor(np.stack([first, second])))
     assert torch.equal(to_tensor(first[None, :, ::-1]), x[:1].flip(3))  # a view with negative strides
-
-
-def test_to_tensor_does_not_share_memory():
-    images = np.zeros((1, 4, 4, 3), np.uint8)
-    x = to_tensor(images)
-    images[:] = 255
-    assert (x == -1).all()
 
 
 @pytest.mark.parametrize(
