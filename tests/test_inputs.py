@@ -203,12 +203,6 @@ FORMATS = [
         EXACT,
     ),
     (
-        "png 16-bit rgb",
-        lambda: png((rgb(*COLOURS).astype(">u2") * 257).tobytes(), SIZE, SIZE, 16, 2),
-        rgb(*COLOURS),
-        EXACT,
-    ),
-    (
         "png 16-bit rgb, one transparent",
         lambda: png(
             (rgb(*COLOURS) * np.uint16(256) + np.uint16(7)).astype(">u2").tobytes(),
@@ -276,7 +270,6 @@ FORMATS = [
     ("jpeg 2000 16-bit grey", lambda: encode(quadrants(LEVELS16), "JPEG2000"), grey(*GREYS), EXACT),
     ("pnm rgb", lambda: encode(rgb(*COLOURS), "PPM"), rgb(*COLOURS), EXACT),
     ("pnm 16-bit grey", lambda: b"P5 16 16 65535\n" + quadrants(LEVELS16).astype(">u2").tobytes(), grey(*GREYS), EXACT),
-    ("pfm", lambda: encode(quadrants(np.float32(GREYS) / 255), "PPM"), grey(*GREYS), EXACT),
     ("ico of a png", lambda: encode(rgb(*COLOURS), "ICO", sizes=[(SIZE, SIZE)]), rgb(*COLOURS), EXACT),
     ("tga rgb", lambda: encode(rgb(*COLOURS), "TGA"), rgb(*COLOURS), EXACT),
     ("pcx rgb", lambda: encode(rgb(*COLOURS), "PCX"), rgb(*COLOURS), EXACT),
@@ -286,9 +279,7 @@ FORMATS = [
     ("psd", lambda: psd(rgb(*COLOURS)), rgb(*COLOURS), EXACT),
 ]
 if "AVIF" in references_module.FORMATS:  # Pillow 11.2 and newer, where built with libavif
-    FORMATS += [
-        ("avif", lambda: encode(rgb(*COLOURS), "AVIF", quality=100, subsampling="4:4:4"), rgb(*COLOURS), LOSSY),
-    ]
+    FORMATS += [("avif", lambda: encode(rgb(*COLOURS), "AVIF", quality=100, subsampling="4:4:4"), rgb(*COLOURS), LOSSY)]
 
 
 @pytest.mark.parametrize("make, expected, tolerance", [row[1:] for row in FORMATS], ids=[row[0] for row in FORMATS])
@@ -571,14 +562,7 @@ def test_name_that_is_not_utf8(tmp_path):
     display_name(reference.name).encode("utf-8")
 
 
-@pytest.mark.parametrize(
-    "name, shown",
-    [
-        ("a ü.png", "a ü.png"),
-        ("a\nb.png", r"'a\nb.png'"),
-        ("\udce9", r"'\udce9'"),
-    ],
-)
+@pytest.mark.parametrize("name, shown", [("a ü.png", "a ü.png"), ("a\nb.png", r"'a\nb.png'"), ("\udce9", r"'\udce9'")])
 def test_display_name_is_one_printable_line(name, shown):
     assert display_name(name) == shown
 
@@ -933,23 +917,17 @@ _noise = np.random.default_rng(5).integers(0, 256, (24, 20, 3), np.uint8)
 _noise[8:, 8:] = np.add.outer(np.arange(16) * 9, np.arange(12) * 8)[..., None]
 SAMPLES = {
     "png": encode(_noise, "PNG"),
-    "png-palette": encode(Image.fromarray(_noise).quantize(16), "PNG", transparency=3),
     "png-16": encode(_noise[..., 0].astype(np.uint16) * 250, "PNG"),
     "jpeg": encode(_noise, "JPEG"),
     "webp": encode(_noise, "WEBP"),
     "bmp": encode(_noise, "BMP"),
     "tiff": encode(_noise, "TIFF"),
-    "tiff-lzw": encode(_noise, "TIFF", compression="tiff_lzw"),
     "tiff-float": tiff(_noise[..., 0].astype(np.float32).tobytes(), 32, sample_format=3, width=20, height=24),
     "gif": encode(Image.fromarray(_noise).quantize(32), "GIF"),
     "jpeg-2000": encode(_noise, "JPEG2000"),
-    "jpeg-2000-codestream": encode(_noise, "JPEG2000", no_jp2=True),
     "pnm": encode(_noise, "PPM"),
-    "pfm": encode(_noise[..., 0].astype(np.float32), "PPM"),
     "ico": encode(_noise, "ICO", sizes=[(20, 24)]),
     "tga": encode(_noise, "TGA"),
-    "pcx": encode(_noise, "PCX"),
-    "sgi": encode(_noise, "SGI"),
     "dds": encode(_noise, "DDS"),
     "qoi": qoi(_noise),
     "psd": psd(_noise),

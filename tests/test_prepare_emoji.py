@@ -42,31 +42,10 @@ PAIRED = [
     "1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3fc",
     "26a7",
 ]
+_BOTH = [code for code in PAIRED if code not in ("2764", "26a7")] + ["2764-fe0f", "26a7-fe0f"]
 FILES = {
-    "fluent3d": [
-        "2764-fe0f",
-        "1f44d",
-        "1f44d-1f3fb",
-        "1f44d-1f3ff",
-        "1f916",
-        "1f9d1-200d-1f91d-200d-1f9d1",
-        "1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3fc",
-        "26a7",
-        "26a7-fe0f",
-        "23-20e3",
-    ],
-    "twitter": [
-        "2764-fe0f",
-        "1F44D",
-        "1f44d-1F3FB",
-        "1f44d-1f3ff",
-        "1f916",
-        "1f9d1-200d-1f91d-200d-1f9d1",
-        "1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3fc",
-        "26a7-fe0f",
-        "1f3fb",
-        "0023-20e3",
-    ],
+    "fluent3d": ["26a7", *_BOTH, "23-20e3"],
+    "twitter": [*(code.replace("1f44d", "1F44D") for code in _BOTH), "1f3fb", "0023-20e3"],
     "google": ["2764-fe0f", "1f44d", "1f916", "1f3fb"],
 }
 
@@ -183,35 +162,11 @@ def test_manifest_hashes_are_those_of_the_pixels_on_disk_and_the_digest_covers_t
     assert hashlib.sha256(lines.encode()).hexdigest() == manifest["digest"]
 
 
-def test_two_runs_give_the_same_manifest(shared_tarballs, tmp_path):
-    for name in ("a", "b"):
-        prepare_emoji.prepare(16, tmp_path / name, shared_tarballs)
-    assert (tmp_path / "a" / "manifest.json").read_bytes() == (tmp_path / "b" / "manifest.json").read_bytes()
-
-
 def test_a_known_picture_renders_to_known_pixels():
     """Pins compositing, padding and filter: the manifest is worth something only if every Pillow gives these pixels."""
     picture = Image.frombytes("RGBA", (40, 30), bytes((7 * i * i + i // 4) % 256 for i in range(40 * 30 * 4)))
     pixels = prepare_emoji.render(encoded(picture, "png"), 16).tobytes()
     assert hashlib.sha256(pixels).hexdigest() == KNOWN_PIXELS
-
-
-def test_transparent_parts_become_white_without_a_fringe_of_their_hidden_colour():
-    picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
-    picture.paste((255, 0, 0, 255), (0, 0, 32, 64))
-    rendered = prepare_emoji.render(encoded(picture, "png"), 16)
-    # Red on white everywhere: the filter moves green and blue together and never touches red.
-    red, green, blue = (channel.tobytes() for channel in rendered.split())
-    assert set(red) == {255} and green == blue
-    assert rendered.getpixel((15, 8)) == (255, 255, 255)
-    half = prepare_emoji.render(encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 128)), "png"), 8)
-    assert half.getpixel((4, 4)) == (255, 127, 127)
-
-
-def test_a_picture_that_is_not_square_is_padded_with_white_and_stays_whole():
-    rendered = prepare_emoji.render(encoded(Image.new("RGB", (16, 32), "blue"), "png"), 32)
-    assert rendered.crop((8, 0, 24, 32)).getcolors() == [(512, (0, 0, 255))]
-    assert rendered.crop((0, 0, 8, 32)).getcolors() == [(256, (255, 255, 255))]
 
 
 @given(
@@ -223,10 +178,6 @@ def test_skin_tone_variants_are_always_in_the_split_of_their_base(parts, tones):
     variant = "-".join(part + tone for part, tone in zip(parts, tones))
     assert prepare_emoji.skin_tone_base(variant) == base
     assert prepare_emoji.split_of(variant) == split_by_hand(base)
-
-
-def test_a_skin_tone_alone_is_its_own_base():
-    assert prepare_emoji.skin_tone_base("1f3fb") == "1f3fb"
 
 
 def test_a_complete_set_with_the_same_settings_is_left_alone(shared_tarballs, tmp_path):
@@ -265,14 +216,10 @@ def test_overwrite_never_removes_a_folder_that_holds_other_files(shared_tarballs
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("size", ["0", "7", "1025", "-64", "64.0", "big", "²"])
+@pytest.mark.parametrize("size", ["7", "1025", "²"])
 def test_a_bad_size_is_refused(size, tmp_path):
     line = refused(run(f"--size={size}", "--out", tmp_path / "set"))
     assert "--size" in line and (size in line or ascii(size) in line)
-
-
-def test_a_bad_boolean_is_refused(tmp_path):
-    assert "'maybe' is neither True nor False" in refused(run("--overwrite", "maybe", "--out", tmp_path / "set"))
 
 
 def test_a_missing_tarball_is_named_with_the_command_that_makes_it(tarballs, tmp_path):
@@ -283,25 +230,12 @@ def test_a_missing_tarball_is_named_with_the_command_that_makes_it(tarballs, tmp
     assert os.listdir(tmp_path) == ["packages"]
 
 
-def cut(data):
-    return data[: len(data) // 2]
-
-
 def flip(data):
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
 
 
-def wrong_checksum(data):
-    """The last 8 bytes of a gzip file are its CRC and length."""
-    return data[:-8] + bytes([data[-8] ^ 255]) + data[-7:]
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [cut, flip, wrong_checksum, lambda data: b"", lambda data: b"not an archive"],
-    ids=["truncated", "one byte changed", "wrong checksum", "empty", "text"],
-)
+@pytest.mark.parametrize("spoil", [lambda data: data[: len(data) // 2], flip], ids=["truncated", "one byte changed"])
 def test_a_corrupt_tarball_is_named_and_leaves_nothing(spoil, tarballs, tmp_path):
     path = tarballs / "emoji-datasource-google-16.0.0.tgz"
     path.write_bytes(spoil(path.read_bytes()))
@@ -339,13 +273,6 @@ def test_a_picture_is_opened_by_its_content_and_no_other_program_is_run(tarballs
     assert "1f916.png cannot be read" in line and not (tmp_path / "ran").exists()
 
 
-def test_a_place_that_cannot_be_written_is_refused(shared_tarballs, tmp_path):
-    (tmp_path / "file").write_text("")
-    line = refused(run("--out", tmp_path / "file" / "set", "--from_dir", shared_tarballs))
-    assert "--out is " in line and "cannot be written" in line and line.endswith(f"({tmp_path / 'file'})")
-    assert "is a file" in refused(run("--out", tmp_path / "file", "--from_dir", shared_tarballs))
-
-
 def test_a_write_that_fails_midway_keeps_the_old_set_and_leaves_no_temporary_folder(shared_tarballs, tmp_path):
     prepare_emoji.prepare(16, tmp_path / "set", shared_tarballs)
     before = {path: (tmp_path / "set" / path).read_bytes() for path in tree(tmp_path / "set")}
@@ -353,19 +280,8 @@ def test_a_write_that_fails_midway_keeps_the_old_set_and_leaves_no_temporary_fol
     def no_file_over_1000_bytes():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # the pictures fit, the manifest does not
 
-    line = refused(
-        run(
-            "--size",
-            24,
-            "--out",
-            tmp_path / "set",
-            "--from_dir",
-            shared_tarballs,
-            "--overwrite",
-            "True",
-            preexec_fn=no_file_over_1000_bytes,
-        )
-    )
+    flags = ["--size", 24, "--out", tmp_path / "set", "--from_dir", shared_tarballs, "--overwrite", "True"]
+    line = refused(run(*flags, preexec_fn=no_file_over_1000_bytes))
     assert "--out is " in line and "cannot be written" in line and "File too large" in line
     assert os.listdir(tmp_path) == ["set"]
     assert before == {path: (tmp_path / "set" / path).read_bytes() for path in tree(tmp_path / "set")}
@@ -421,7 +337,7 @@ def test_without_npm_the_error_says_how_to_use_from_dir(tmp_path):
     assert "npm is not installed" in line and "--from_dir" in line and "emoji-datasource-google@16.0.0" in line
 
 
-@pytest.mark.parametrize("number, word", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "interrupted")])
+@pytest.mark.parametrize("number, word", [(signal.SIGTERM, "SIGTERM")])
 def test_an_interrupted_run_leaves_no_half_set_and_no_temporary_folder(number, word, tmp_path):
     env = fake_npm(tmp_path / "bin", f"pathlib.Path({str(tmp_path / 'started')!r}).touch(); time.sleep(60)")
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "set")]

@@ -22,9 +22,8 @@ from conftest import ROOT
 from PIL import Image
 from scripts_in_process import load_script, message, run_script
 
-from guided_diffusion import Translator
-from guided_diffusion.checkpoint import ModelFlags, save_model
-from guided_diffusion.checkpoint.targets import TargetOptions, load_target
+from guided_diffusion.checkpoint import save_model
+from guided_diffusion.checkpoint.targets import load_target
 from guided_diffusion.cli import web
 from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import ImageError, measure_image
@@ -105,7 +104,7 @@ def test_previews_come_first_and_the_result_last(studio, data, first):
     assert not threads()
 
 
-@pytest.mark.parametrize("name", ["a.png", AWKWARD, "-x.png", "größe.webp", "alpha.png", "turned.jpg"])
+@pytest.mark.parametrize("name", [AWKWARD, "-x.png", "alpha.png", "turned.jpg"])
 def test_the_command_makes_the_pages_pixels(studio, data, first, tmp_path, name):
     (tmp_path / name).write_bytes((data / name).read_bytes())
     _, result = last(studio.translate(first, data / name, SETTINGS)).result
@@ -157,14 +156,6 @@ def test_the_command_runs_in_a_shell(studio, data, first, tmp_path):
     assert np.array_equal(np.asarray(result), np.asarray(Image.open(found)))
 
 
-def test_the_name_is_the_visitors(studio, data, first):
-    def pixels(**options):
-        return np.asarray(last(studio.translate(first, data / "a.png", SETTINGS, **options)).result[1])
-
-    assert np.array_equal(pixels(), pixels(name="a.png"))
-    assert not np.array_equal(pixels(), pixels(name="b.png"))
-
-
 @pytest.fixture
 def endless(monkeypatch):
     """Sampling that ends only when it is closed; the function waits for its first step."""
@@ -200,14 +191,6 @@ def test_a_picture_of_many_colours_looks_like_a_photograph(tmp_path):
     assert module.looks_like_a_photograph(tmp_path / "scene.jpg")
     Image.linear_gradient("L").save(tmp_path / "grey.png")
     assert not module.looks_like_a_photograph(tmp_path / "grey.png")
-
-
-def test_a_slow_page_does_not_slow_the_sampler_down(studio, data, first):
-    frames = studio.translate(first, data / "a.png", SETTINGS, interval=0.001)
-    next(frames)
-    threads()[0].join(timeout=600)
-    rest = list(frames)
-    assert len(rest) <= 2 and rest[-1].result, "only the newest state is kept"
 
 
 def test_two_translations_at_once_share_the_model(studio, data, first, monkeypatch):
@@ -252,15 +235,12 @@ def test_waiting_for_the_model_can_be_given_up(studio, data, first, endless):
     "changes, name",
     [
         ({"area": 5}, "area"),
-        ({"area": 0}, "area"),
         ({"range_t": 1.0}, "range_t"),
         ({"steps": 0}, "steps"),
-        ({"seed": -1}, "seed"),
         ({"seed": None}, "seed"),
         ({"energy": "dct,nothing"}, "energy"),
         ({"energy": "vgg"}, "weights"),
         ({"sampler": "euler"}, "sampler"),
-        ({"variant": "other"}, "variant"),
         ({"precision": "int8"}, "precision"),
         ({"class_index": "1"}, "class_index"),
         ({"model": "other.safetensors"}, "model"),
@@ -312,6 +292,8 @@ def test_models_are_looked_at_when_the_studio_opens(studio, data, tmp_path):
     with pytest.raises(InputError):
         Studio([str(data / "model.safetensors"), str(tmp_path / "none.safetensors")], device="cpu")
     plain, classes = studio.models.values()
+    with pytest.raises(InputError, match="class_index"):
+        list(studio.translate(classes.path, data / "a.png", SETTINGS))
     assert (plain.image_size, plain.training_steps, plain.classes, classes.classes) == (16, 1000, 0, 3)
     assert plain.areas == [1, 2, 4, 8] and plain.nearest_area(32) == 8 and plain.nearest_area(4) == 4
 
@@ -328,20 +310,6 @@ def test_sizes_are_measured_without_decoding(data, tmp_path):
     assert measure_image(tmp_path / "a.ico") == (48, 48)
     with pytest.raises(ImageError):
         measure_image(tmp_path / "none.png")
-
-
-def test_translators_can_share_a_loaded_model(data):
-    options = TargetOptions(model_path=str(data / "classes.safetensors"))
-    target = load_target(options, ModelFlags(), torch.device("cpu"), any_class=True)
-    for steps, number in ((6, 0), (4, 2)):
-        given = {"steps": steps, "class_index": number, "area": 4, "range_t": 0.5}
-        shared = Translator(target, **given)
-        alone = Translator(data / "classes.safetensors", device="cpu", **given)
-        assert shared.evaluations == alone.evaluations == steps
-        assert np.array_equal(np.asarray(shared(data / "a.png")), np.asarray(alone(data / "a.png")))
-    with pytest.raises(InputError) as error:
-        Translator(target, steps=4, area=4)
-    assert error.value.parameter == "class_index"
 
 
 # ---- flags and environment ------------------------------------------------------------------------------------------
@@ -430,12 +398,6 @@ def test_examples_stand_in_the_command_with_their_path(data, tmp_path):
     assert "--base_samples ref/a.png " in same and "--model_path owner/name " in same and "--device" not in same
     other = command("owner/name", Upload(path=str(data / AWKWARD), name="a.png"), SETTINGS)
     assert "--base_samples a.png " in other
-
-
-def test_gradios_versions_stand_alike():
-    needed = [line.split("#")[0].strip() for line in (ROOT / "requirements-demo.txt").read_text().splitlines()]
-    needed = [line for line in needed if line]
-    assert f"demo = {needed}".replace("'", '"') in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_shell_script_installs_once_and_passes_flags_on(tmp_path):
