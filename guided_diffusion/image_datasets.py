@@ -37,9 +37,6 @@ log = logging.getLogger("sddm")
 
 RESIZE_MODES = ("crop", "pad", "stretch")
 
-MAX_PIXELS = 178_956_970
-"""Pillow refuses larger images before it decodes them."""
-
 MAX_SIDE = 16_384
 """Images are not enlarged beyond this."""
 
@@ -380,11 +377,10 @@ def load_data(
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """guided-diffusion's endless generator of training batches: (images [N, 3, H, W] in [-1, 1], {} or {"y": [N]}).
 
-    class_cond: add the class, see `class_names`. deterministic: in the order of the names instead of shuffled.
-    random_crop, random_flip: augmentation (deterministic does not turn it off). Ranks share the images. Order and
-    augmentation follow torch's default generator, and in the first pass are those of guided-diffusion's loader. Every
-    image is used in each pass: batches run on into the next one. Raises InputError for a folder without images and
-    for an image that cannot be read. This project's own training uses `training.data`, which resumes in the middle.
+    class_cond: add the class, see `class_names`. deterministic: in the order of the names instead of shuffled; it does
+    not turn the augmentation off. Ranks share the images. Order and augmentation follow torch's default generator, and
+    in the first pass are those of guided-diffusion's loader. Batches run on into the next pass. Raises InputError for a
+    folder without images and for an image that cannot be read.
     """
     from .dist_util import ranks
 

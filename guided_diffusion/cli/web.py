@@ -51,24 +51,22 @@ def free_port(host: str, port: int) -> int:
     """The port, or a free one for 0. Raises InputError where it is in use or the address is not this machine's."""
     name = host.strip("[]")
     family = socket.AF_INET6 if ":" in name else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((name, 0))
-        except OSError as error:
-            raise InputError(
-                f"no page can be served there: {first_line(error)}", parameter="host", value=host
-            ) from None
-        if port == 0:
+
+    def bound(number: int) -> int:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((name, number))
             return probe.getsockname()[1]
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((name, port))
-        except OSError as error:
-            reason = f"it cannot be used ({first_line(error)}); give another one, or 0 for a free one"
-            raise InputError(reason, parameter="port", value=port) from None
-    return port
+
+    try:
+        free = bound(0)
+    except OSError as error:
+        raise InputError(f"no page can be served there: {first_line(error)}", parameter="host", value=host) from None
+    try:
+        return bound(port) if port else free
+    except OSError as error:
+        reason = f"it cannot be used ({first_line(error)}); give another one, or 0 for a free one"
+        raise InputError(reason, parameter="port", value=port) from None
 
 
 def warn_of_strangers(host: str) -> None:

@@ -41,7 +41,7 @@ ENERGY_NAMES = ("dct", "low_pass", "vgg")
 
 RECOMMENDED = PRESETS["emoji"].options("sddm")
 """The page's defaults: those of the demo's model."""
-EMOJI_MODEL = os.path.basename(PRESETS["emoji"].options("sddm")["model_path"])
+EMOJI_MODEL = os.path.basename(RECOMMENDED["model_path"])
 
 
 @dataclass(frozen=True)
@@ -309,13 +309,8 @@ class _Run(threading.Thread):
 
     def __init__(self, studio: Studio, model: str, picture: str, name: str, settings: Settings) -> None:
         super().__init__(daemon=True, name=f"translation of {name!r}")
-        self.studio, self.model, self.picture, self.name_of_picture, self.settings = (
-            studio,
-            model,
-            picture,
-            name,
-            settings,
-        )
+        self.studio, self.model, self.settings = studio, model, settings
+        self.picture, self.name_of_picture = picture, name
         self.stop, self.done = threading.Event(), threading.Event()
         self.error: BaseException | None = None
         self.total = 0
