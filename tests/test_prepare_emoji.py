@@ -360,3 +360,10 @@ def test_the_real_packages_give_the_published_set(tmp_path):
     manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
     assert manifest["counts"] == {style: {"train": 3092, "test": 280} for style in TARBALLS}
     assert manifest["digest"] == DIGEST_64
+
+
+def test_a_place_that_cannot_be_written_is_refused(shared_tarballs, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refused(run("--out", tmp_path / "file" / "set", "--from_dir", shared_tarballs))
+    assert "--out is " in line and "cannot be written" in line and line.endswith(f"({tmp_path / 'file'})")
+    assert "is a file" in refused(run("--out", tmp_path / "file", "--from_dir", shared_tarballs))

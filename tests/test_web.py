@@ -418,3 +418,9 @@ def test_the_shell_script_installs_once_and_passes_flags_on(tmp_path):
     assert install.startswith("-m pip install ") and f"-r {ROOT / 'requirements-demo.txt'}" in install
     assert served == [f"{ROOT / 'scripts' / 'web_demo.py'} --port 0"] * 2
     assert "once" in told[0] and told[1] == ""
+
+
+def test_gradios_versions_stand_alike():
+    needed = [line.split("#")[0].strip() for line in (ROOT / "requirements-demo.txt").read_text().splitlines()]
+    needed = [line for line in needed if line]
+    assert f"demo = {needed}".replace("'", '"') in (ROOT / "pyproject.toml").read_text()
