@@ -11,8 +11,8 @@
 
 Folders of DDPMPipeline, DDIMPipeline, LDMPipeline and of the pipelines in `checkpoint.pipelines.KINDS` load. A folder
 that SDDMPipeline saved loads with its `from_pretrained`, or with the library's own:
-`DiffusionPipeline.from_pretrained(folder, custom_pipeline=<folder with pipeline.py>, trust_remote_code=True)`, where
-pipeline.py has the line `from guided_diffusion.diffusers_pipeline import SDDMPipeline`.
+`DiffusionPipeline.from_pretrained(folder, custom_pipeline="scripts/diffusers", trust_remote_code=True)`, where
+scripts/diffusers/pipeline.py imports the class from this module.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,9 +35,9 @@ from . import sddm
 from .checkpoint.pipelines import (
     KINDS,
     Prompt,
+    Unconditional,
     absent_parts,
     autoencoder,
-    kind_of,
     pipeline_target,
     scheduler_process,
     square,
@@ -55,6 +55,10 @@ Pictures = Picture | Sequence[Picture]
 
 PARAMETERS = {"blocks": "area", "start": "strength", "range_t": "t0"}
 """The pipelines' names of parameters."""
+
+
+PROMPTED = [name for name, kind in KINDS.items() if kind is not Unconditional]
+"""Pipelines with prompts, by class name."""
 
 
 class Stopped(Exception):
@@ -279,7 +283,7 @@ class SDDMPipeline(_Translating, DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: Any, **options: Any) -> Any:
         """The pipeline of another one's parts; `SDDMTextPipeline` around a pipeline with prompts."""
-        if type(pipeline).__name__ in KINDS:
+        if type(pipeline).__name__ in PROMPTED:
             return SDDMTextPipeline(pipeline)
         return super().from_pipe(pipeline, **options)
 
@@ -288,7 +292,7 @@ class SDDMPipeline(_Translating, DiffusionPipeline):
         """The pipeline of a folder or Hub id; `SDDMTextPipeline` for one with prompts."""
         keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
         found = cls.load_config(path, **{key: options[key] for key in keys if key in options})
-        if found.get("_class_name") in KINDS:
+        if found.get("_class_name") in PROMPTED:
             return SDDMTextPipeline(DiffusionPipeline.from_pretrained(path, **{**absent_parts(found), **options}))
         return super().from_pretrained(path, **options)
 
@@ -417,8 +421,9 @@ class SDDMTextPipeline(_Translating):
     """
 
     def __init__(self, pipe: Any) -> None:
+        if type(pipe).__name__ not in PROMPTED:
+            raise InputError(f"it can be {', '.join(PROMPTED)}", parameter="pipe", value=type(pipe).__name__)
         self.pipe = pipe
-        kind_of(pipe)
 
     def __getattr__(self, name: str) -> Any:
         if name == "pipe":

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..codec import Autoencoder, Codec
+from ..codec import Autoencoder, Codec, Pixels
 from ..errors import InputError, display_name, first_line, reading
 from ..flow import EDM, FlowMatching, process
 from ..gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType, get_named_beta_schedule
@@ -225,6 +225,32 @@ class Flux(Pipeline):
         return out.view(n, height // 2, width // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
 
 
+@KINDS.add("DDPMPipeline")
+@KINDS.add("DDIMPipeline")
+@KINDS.add("LDMPipeline")
+class Unconditional(Pipeline):
+    """A UNet2DModel without prompts, of pixels or latents, for the processes that our own networks do not have."""
+
+    def codec(self) -> Codec:
+        for name in ("vqvae", "vae"):
+            if getattr(self.pipe, name, None) is not None:
+                return autoencoder(getattr(self.pipe, name))
+        return Pixels()
+
+    def encode(self, prompt: Prompt, guided: bool, device: torch.device, texts: int) -> Embeddings:
+        if prompt.text is not None:
+            raise InputError("the model takes no prompt", parameter="prompt", value=prompt.text)
+        return {}
+
+    def model(self, prompt: Prompt, device: torch.device, texts: int) -> Callable[..., torch.Tensor]:
+        return super().model(dataclasses.replace(prompt, guidance_scale=1.0), device, texts)
+
+    def call(self, x: torch.Tensor, t: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
+        if self.network.config.num_class_embeds is not None:
+            raise InputError("a class-conditional network is supported by SDDMPipeline in Python only")
+        return self.network(x, t).sample
+
+
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -323,7 +349,8 @@ def pipeline_target(
         reason = f"it must be a multiple of {codec.factor * kind.patch}"
         raise InputError(reason, parameter="image_size", value=image_size)
     tokens = (side // kind.patch) ** 2
-    diffusion, clip, wrap = scheduler_process(pipe.scheduler, steps, tokens=tokens, **given)
+    latent = not isinstance(codec, Pixels)
+    diffusion, clip, wrap = scheduler_process(pipe.scheduler, steps, tokens=tokens, latent=latent, **given)
 
     def condition(batch: Batch) -> Callable[..., torch.Tensor]:
         wanted = prompt(batch) if callable(prompt) else prompt
@@ -352,8 +379,17 @@ def pipeline_class(path: str) -> str | None:
 
 
 def is_pipeline(path: str) -> bool:
-    """Whether a path is a folder of one of `KINDS`."""
-    return pipeline_class(path) in KINDS
+    """Whether a path is a folder of one of `KINDS` that needs the package diffusers.
+
+    A UNet2DModel of pixels and of DDPM's process does not: it is one of our own networks.
+    """
+    kind = KINDS.get(str(pipeline_class(path)))
+    if kind is not Unconditional:
+        return kind is not None
+    scheduler = os.path.join(path, "scheduler", diffusers.SCHEDULER)
+    name = str(read_json(scheduler).get("_class_name")) if os.path.isfile(scheduler) else ""
+    latent = any(os.path.isdir(os.path.join(path, part)) for part in ("vqvae", "vae"))
+    return latent or name.startswith(("FlowMatchEuler", "EDM"))
 
 
 def load_pipeline(path: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, str]:
