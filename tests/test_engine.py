@@ -41,6 +41,7 @@ from guided_diffusion.run.likelihood import DataImages
 from guided_diffusion.run.loop import Loop
 from guided_diffusion.run.opening import open_plan
 from guided_diffusion.run.sources import References, SmallImages
+from guided_diffusion.solvers import NotFiniteError
 from guided_diffusion.target import Counted
 
 NAMES = ("a.png", "b.png", "c c.png", "d.png", "more/a.png", "more/é.png", "more/still/f.png", "g.png", "h.png")
@@ -785,13 +786,18 @@ def test_strict_stops_at_the_first(damaged, tmp_path):
     assert list(pictures(tmp_path / "out")) == ["a.png"]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_fail_their_image_only(data, painted, tmp_path, value):
+@pytest.mark.parametrize("raised", [False, True])
+def test_values_that_are_not_finite_fail_their_image_only(data, painted, tmp_path, raised):
+    """A sampler may return them, or raise as `Translation` does."""
+
     class Faulty(Painter):
         def __call__(self, batch, *, noise, callback):
             x = super().__call__(batch, noise=noise, callback=callback)
             if len(self.batches) == 1:
-                x[1, 2, 3, 4] = value
+                x[1, 2, 3, 4] = float("nan")
+            finite = x.isfinite().flatten(1).all(1)
+            if raised and not finite.all():
+                raise NotFiniteError(x, finite)
             return x
 
     job = create_job(data / "ref", tmp_path / "out", batch_size=4)

@@ -19,6 +19,7 @@ import torch
 from ..errors import InputError, display_name
 from ..image_datasets import ImageError, to_tensor, to_uint8
 from ..runtime import is_out_of_memory
+from ..solvers import NotFiniteError
 from ..target import Batch, count_evaluations
 from . import files, journal, record
 from .grid import contact_sheet
@@ -178,8 +179,12 @@ class Loop:
 
         batch, noise = self._inputs(items)
         with count_evaluations() as count:
-            x = self.sample(batch, noise=noise, callback=callback)
-        valid = x.isfinite().flatten(1).all(1).tolist()  # a GPU has not finished before
+            try:
+                x = self.sample(batch, noise=noise, callback=callback)
+                finite = x.isfinite().flatten(1).all(1)
+            except NotFiniteError as error:  # some images may be sound
+                x, finite = error.x, error.finite
+        valid = finite.tolist()  # a GPU has not finished before
         cost = {"seconds": (time.monotonic() - started) / len(items), "evaluations": count.total / len(items)}
         images, did = to_uint8(x.nan_to_num()), journal.steps_of(guided, len(items))
         for n, (item, (_, content)) in enumerate(items):
