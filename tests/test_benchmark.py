@@ -204,7 +204,7 @@ def test_report_is_one_page_with_pictures_and_charts(made):
     # Pictures come first, then numbers and charts; protocol and commands are folded.
     order = ["<img", "<h2>Results", "<h2>Charts", "<h2>Weights in the merge", "<details><summary>Protocol"]
     assert sorted(order, key=text.index) == order and page.count["details"] == 2
-    assert page.count["figure"] == 4 and "Fréchet distance against SSIM" in page.text
+    assert page.count["figure"] == 6 and "Fréchet distance against SSIM" in page.text
     assert "(published)" not in page.text and "Grey values come from too few pictures." in page.text
     assert 'class="few" title="from too few pictures">' in text
 

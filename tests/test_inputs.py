@@ -922,7 +922,7 @@ def test_mutated_file_loads_or_raises_image_error(tmp_path, name, changes, head_
         try:
             loaded = load_bytes(tmp_path, bytes(data[: int(keep * len(data))]))
         except ImageError as error:
-            assert str(error).isprintable() and len(str(error)) < 300
+            assert str(error).isprintable() and len(str(error).replace(str(tmp_path), "")) < 300
         else:
             assert loaded.shape == (SIZE, SIZE, 3) and loaded.dtype == np.uint8
 
