@@ -85,5 +85,5 @@ def reading(path: str | os.PathLike, kind: str | None = None) -> Iterator[None]:
             raise InputError(f"{file} cannot be read: {error.strerror}") from error
         reason = f"it has no entry {one_line(error, 60)}" if isinstance(error, KeyError) else first_line(error)
         if hasattr(error, "path") and hasattr(error, "reason"):  # an ImageError, which names the file itself
-            reason = error.reason
+            reason = str(error.reason)  # type: ignore[attr-defined]
         raise InputError(f"{file} {f'is damaged or not {kind}' if kind else 'cannot be read'}: {reason}") from error
