@@ -39,26 +39,16 @@ def flags_of(text):
     return re.findall(r"^  --(\w+)", text, re.MULTILINE)
 
 
-def test_every_flag_is_explained(parser):
+def test_every_flag_is_explained_with_its_values_and_default(parser):
     for action in actions(parser):
-        assert action.help and len(action.help) > 5, action.option_strings
-        assert action.help[0] != " " and not re.search(r"[^.]\.$", action.help), action.option_strings
-
-
-def test_values_have_one_style_of_names(parser):
-    for action in actions(parser):
-        assert METAVAR.fullmatch(action.metavar), f"{action.option_strings}: {action.metavar}"
+        flag, text = action.option_strings[0], action.help.replace("%%", "%")
+        assert len(text) > 5 and text[0] != " " and not re.search(r"[^.]\.$", text), flag
+        assert METAVAR.fullmatch(action.metavar), f"{flag}: {action.metavar}"
         field = parser.fields.get(action.dest)
         if field is not None and (choices := field.metadata.get("choices")):
             assert action.metavar == "{" + ",".join(choices) + "}"
-
-
-def test_every_default_is_shown(parser):
-    for action in actions(parser):
-        if action.default is not None:
-            shown = f"(default {shown_default(action.default)})"
-            assert action.help.replace("%%", "%").endswith(shown), action.option_strings
-        assert action.help.count("(default ") <= 1, action.option_strings
+        assert action.default is None or text.endswith(f"(default {shown_default(action.default)})"), flag
+        assert text.count("(default ") <= 1, flag
 
 
 def test_defaults_are_those_of_the_dataclasses(parser):
@@ -66,19 +56,15 @@ def test_defaults_are_those_of_the_dataclasses(parser):
     own = {"batch_size", "save_dir", "iterations", "lr", "ema_rate", "vgg_path", "examples", "num_samples", "npz",
            "sigma_small"}  # set by commands  # fmt: skip
     for flag, field in parser.fields.items():
-        if flag not in own:
-            assert parser.get_default(flag) == field.default, flag
+        assert flag in own or parser.get_default(flag) == field.default, flag
 
 
-@pytest.mark.parametrize("columns", [80, 120])
-def test_it_fits_the_terminal(parser, columns, monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    lines = parser.format_help().splitlines()
-    wide = [line for line in lines if len(line) > columns and not line.startswith("usage: ")]
-    assert not wide, wide
-    assert not any(line != line.rstrip() for line in lines)
-    if columns == 120:
-        assert max(map(len, lines)) > 80
+def test_it_fits_the_terminal(parser, monkeypatch):
+    for columns in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = [line for line in parser.format_help().splitlines() if not line.startswith("usage: ")]
+        assert max(map(len, lines)) <= columns and all(line == line.rstrip() for line in lines)
+    assert max(map(len, lines)) > 80
 
 
 def test_what_has_no_effect_stands_at_the_end(parser):

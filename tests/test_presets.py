@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
 import tiny
@@ -122,10 +121,8 @@ def test_unknown_names_are_refused_with_a_near_miss():
     assert message("ilvr_sample", caught.value) == "--preset is 'fast'; it has no options for ilvr; it has for sddm"
 
 
-@pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("method, script", SCRIPT_OF.items())
-def test_help_lists_them_with_what_they_set(method, script, columns, monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(columns))
+def test_help_lists_them_with_what_they_set(method, script):
     text = " ".join(load_script(script).create_parser().format_help().split())
     for name, preset in PRESETS.items():
         words = " ".join(preset_flags(name, method)) if method in preset.methods else None
@@ -148,13 +145,6 @@ def test_run_json_records_the_flags_and_either_spelling_resumes(data, own, tmp_p
     assert run_script("ae_sample", "--preset", "tiny", *base, "--save_dir", out) == 0
     with pytest.raises(InputError, match="area"):
         run_script("ae_sample", "--preset", "tiny", "--area", 8, *base, "--save_dir", out)
-
-
-def test_the_command_refuses_in_one_line(tmp_path):
-    command = [sys.executable, ROOT / "scripts" / "ae_sample.py", "--preset", "emojy", "--base_samples", "x"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 2 and done.stderr.startswith("error: --preset is 'emojy'; ")
-    assert done.stderr.count("\n") == 1
 
 
 # ---- Python ---------------------------------------------------------------------------------------------------------
@@ -180,9 +170,6 @@ def test_given_options_of_translator_win(data, own):
 
 
 def test_translator_refuses_what_the_command_refuses(data):
-    with pytest.raises(InputError) as caught:
-        Translator(preset="cat2dgo")
-    assert caught.value.parameter == "preset" and "did you mean cat2dog?" in str(caught.value)
     with pytest.raises(InputError) as caught:
         Translator(preset="fast", method="sdedit")
     assert caught.value.parameter == "preset" and "sddm" in caught.value.reason
@@ -210,9 +197,10 @@ def test_rows_know_their_presets_by_their_values():
             rows.parse_row(line)
 
 
-@pytest.mark.parametrize("script", ["cat2dog", "wild2dog", "male2female", "emoji", "ablation_area", "ablation_energy",
-                                    "ablation_moo"])  # fmt: skip
-@pytest.mark.parametrize("task", ["emoji", "cat2dog"])
+@pytest.mark.parametrize("script, task", [
+    ("cat2dog", "cat2dog"), ("wild2dog", "wild2dog"), ("male2female", "male2female"), ("emoji", "emoji"),
+    ("ablation_area", "emoji"), ("ablation_energy", "cat2dog"), ("ablation_moo", "emoji"),
+])  # fmt: skip
 def test_task_scripts_give_rows_that_their_commands_read(tmp_path, script, task):
     """The real shell scripts with an interpreter that prints the table which benchmark.py would get."""
     (tmp_path / "python").write_text("#!/bin/sh\ncat\n")
