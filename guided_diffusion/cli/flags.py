@@ -185,7 +185,7 @@ class Given:
         used: the options that count. Files stand with their hashes; what is None, says how to run, or has no effect (by
         the options' method `ignored`) is left out. found: values that were read from files or resolved, by flag.
         """
-        from ..run.record import fingerprint
+        from ..checkpoint import fingerprint
 
         settings: dict[str, Any] = {}
         for options in used:
@@ -274,10 +274,3 @@ def preset_lines(method: str) -> list[str]:
             )
             lines += [f"{name:12} {preset.about}", *("  " + line.replace("\0", " ") for line in filled)]
     return lines
-
-
-def existing(path: str | os.PathLike, **wrong: Any) -> str:
-    """The path, checked to exist; raises InputError with the details `wrong` (parameter, value) where it does not."""
-    if not os.path.exists(path) and "://" not in os.fspath(path):
-        raise InputError("no such file or folder", **wrong)
-    return os.fspath(path)

@@ -162,9 +162,8 @@ def _make_folders(parent: str, folder: Folder | None) -> None:
 def disk_reason(path: str, error: OSError) -> str:
     """Why a file could not be written, as a sentence that names it."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            f"no room left to write {display_name(path)} ({error.strerror}); make room and run the same command again"
-        )
+        room = f"no room left to write {display_name(path)} ({error.strerror})"
+        return f"{room}; make room and run the same command again"
     return f"{display_name(path)} cannot be written: {error.strerror or first_line(error)}"
 
 

@@ -18,7 +18,7 @@ from ..options import check, option
 from . import journal, record
 from .files import Folder, remove_files
 from .plan import Item, exists, output_paths
-from .sources import Numbers, References, Source
+from .sources import References, Source
 
 MOST_IMAGES = 1_000_000
 
@@ -176,6 +176,3 @@ class Job:
                 output = display_name(os.path.relpath(path, self.options.save_dir))
                 reason = f"the output {output} would replace the reference {display_name(source)}"
                 raise InputError(f"{reason}; give another folder", parameter="save_dir", value=self.options.save_dir)
-
-
-__all__ = ["MOST_IMAGES", "Job", "JobOptions", "Numbers", "OutputOptions", "References"]

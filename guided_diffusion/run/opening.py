@@ -93,7 +93,6 @@ def changed_sources(source: Source, references: dict[str, Reference], recorded: 
     references: of the outputs that exist, by key. recorded: fingerprints of the sources of outputs, by key. Outputs
     without one, as version 0.2 left them, and those whose source cannot be read any more, do not count.
     """
-
     unique = {reference.name: reference for reference in references.values()}
     with ThreadPoolExecutor(8) as pool:
         found = dict(zip(unique, pool.map(source.fingerprint, unique.values())))
@@ -103,8 +102,9 @@ def changed_sources(source: Source, references: dict[str, Reference], recorded: 
     made_again, kept = "made again, because their sources have changed", "kept, although their sources are not recorded"
     for keys, words in ((changed, made_again), (unknown, kept)):
         if keys:
-            first = display_name(references[min(keys)].name)
-            log.warning("outputs that are %s: %d, such as %s", words, len(keys), first)
+            log.warning(
+                "outputs that are %s: %d, such as %s", words, len(keys), display_name(references[min(keys)].name)
+            )
     return changed
 
 

@@ -6,7 +6,6 @@ compute each image in the same company as the first did, and so to the same last
 written.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -25,18 +24,9 @@ def sha256(path: str | os.PathLike) -> str | None:
     """Hash of a file as hexadecimal digits; None for an address that is no local file."""
     if not os.path.isfile(path):
         return None
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    from ..checkpoint.reading import hash_file
 
-
-def fingerprint(path: str | os.PathLike) -> str:
-    """The identity of a checkpoint in a record: the hash of its content, or the address where it is no local file."""
-    from ..checkpoint import fingerprint as of_checkpoint
-
-    return of_checkpoint(path)
+    return hash_file(os.fspath(path))
 
 
 def versions() -> dict[str, str]:
@@ -83,8 +73,7 @@ def check_same(save_dir: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     def value(settings: dict[str, Any], name: str) -> str:
         return shown(settings[name]) if name in settings else "not recorded"
 
-    # Tuples and the like become what they are in the file.
-    new = json.loads(json.dumps(new))
+    new = json.loads(json.dumps(new))  # tuples and the like become what they are in the file
     names = [name for name in sorted({*old, *new}) if not (name in old and name in new and old[name] == new[name])]
     if names:
         differences = "; ".join(f"`{name}` was {value(old, name)} and is {value(new, name)}" for name in names)
