@@ -64,7 +64,6 @@ SLOW_FILES = (
     "test_diffusers_commands",
     "test_engine",
     "test_evaluate",
-    "test_evaluation_faults",
     "test_extensions_metric",
     "test_fast_paths",
     "test_fetch",

@@ -38,9 +38,9 @@ PROCESS = {"diffusion_steps": 1000, "noise_schedule": "linear"}
 METHOD = ("--range_t", "2", "--area", "4", "--energy", "dct", "--device", "cpu")
 
 
-def random_state(network):
+def random_state(network, scale=lambda weight: 0.05):
     """A state dict of the network's shapes in which every weight matters; biases and scales stay as they are."""
-    return {key: torch.randn_like(v) * 0.05 if v.ndim > 1 else v for key, v in network.state_dict().items()}
+    return {key: torch.randn_like(v) * scale(v) if v.ndim > 1 else v for key, v in network.state_dict().items()}
 
 
 def make_model(path, seed=0):
@@ -68,10 +68,10 @@ def make_judge(path, vendors):
     return path
 
 
-def make_references(folder, names):
+def make_references(folder, names, size=SIZE, seed=0):
     """Pictures of random pixels below `folder`, each its own; returns the folder."""
-    for n, name in enumerate(names):
-        pixels = np.random.default_rng(n).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    for n, name in enumerate(names, seed):
+        pixels = np.random.default_rng(n).integers(0, 256, (size, size, 3), np.uint8)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / name)
     return folder
