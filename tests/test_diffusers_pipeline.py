@@ -18,7 +18,7 @@ diffusers = pytest.importorskip("diffusers")
 from guided_diffusion import energy, sddm
 from guided_diffusion.checkpoint import load_model, save_model
 from guided_diffusion.checkpoint.export import convert
-from guided_diffusion.checkpoint.pipelines import autoencoder
+from guided_diffusion.checkpoint.pipelines import autoencoder, scheduler_process
 from guided_diffusion.diffusers_pipeline import SDDMPipeline
 from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import load_image, to_tensor
@@ -206,6 +206,18 @@ def test_schedulers_of_ddpms_process_give_their_timesteps(name, pipe):
     other(references(1), **SMALL, callback_on_step_end=lambda p, i, t, k: times.append(t))
     assert times == sorted(set(times), reverse=True)
     assert set(times) == {round(float(t)) for t in other.scheduler.timesteps if t >= 0}
+
+
+def test_settings_of_schedulers_that_clip_or_hold_betas(pipe):
+    betas = np.linspace(1e-4, 2e-2, 1000)
+    for scheduler, clip in (
+        (diffusers.HeunDiscreteScheduler(clip_sample=True, clip_sample_range=2.0), 2.0),
+        (diffusers.HeunDiscreteScheduler(), False),
+        (diffusers.DDPMScheduler(trained_betas=betas), True),
+    ):
+        process, found, _ = scheduler_process(scheduler, 10, latent=False)
+        assert found == clip and process.num_timesteps >= 10
+    assert process.alphas_cumprod[-1] == pytest.approx(np.cumprod(1 - betas)[process.timestep_map[-1]])
 
 
 # ---- latent models ---------------------------------------------------------------------------------------------------

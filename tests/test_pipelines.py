@@ -3,6 +3,8 @@
 Without guided steps and with the same noise, a run equals the library's own img2img pipeline.
 """
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -327,6 +329,27 @@ def test_baselines_and_prompts_of_each_picture(data, tmp_path):
     ):
         done, _ = run(data, "ae_sample.py", "SD", tmp_path / "wrong", *flags)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_the_documents_examples_run_with_a_small_model(data, tmp_path, monkeypatch):
+    """The command and the Python of docs/models.md with a prompt, for a folder in the place of the Hub's id."""
+    pipe = made("XL, DDIM")[0]
+    pipe.save_pretrained(tmp_path / "xl")
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    hub = "stabilityai/stable-diffusion-xl-base-1.0"
+    blocks = [block for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL) if hub in block]
+    command, python = (block.replace(hub, str(tmp_path / "xl")) for block in blocks)
+    words = shlex.split(command.replace("\\\n", " ").replace("my_dogs", str(data / "ref")))
+    words[0], words[1] = sys.executable, str(ROOT / words[1])
+    small = ["--area", "4", "--timestep_respacing", "4", "--save_dir", str(tmp_path / "out")]
+    done = subprocess.run([*words, *small], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(pictures(tmp_path / "out")) == 3
+    monkeypatch.chdir(tmp_path)
+    (data / "ref" / "a.png").rename(tmp_path / "dog.png")
+    exec(python.replace("area=16", "area=4, num_inference_steps=4"), {})
+    (tmp_path / "dog.png").rename(data / "ref" / "a.png")
+    assert (tmp_path / "cat.png").exists()
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

@@ -415,7 +415,7 @@ def process_flags(config: Mapping[str, Any], file: str = SCHEDULER) -> dict[str,
         get_named_beta_schedule(process["noise_schedule"], process["diffusion_steps"])
     except InputError as error:
         raise fields.wrong("beta_start" if betas is None else "trained_betas", error.reason) from None
-    if name in CLIPPING:
+    if name in (*CLIPPING, "HeunDiscrete"):
         limit = fields["clip_sample_range"]
         process["clip_denoised"] = bool(fields["clip_sample"]) and (True if limit == 1 else float(limit))
     return process
