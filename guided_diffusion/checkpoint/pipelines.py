@@ -310,7 +310,9 @@ def scheduler_process(
             return process(EDM, sigmas, times), False, lambda net: EDM(net, config["sigma_data"], velocity)
         return process(FlowMatching, sigmas, times), False, lambda net: FlowMatching(net, steps)
     diffusers.refuse_other_processes("scheduler", {**config, "_class_name": name})
-    flags = diffusers.process_flags({**config, "_class_name": name})
+    betas = config.get("trained_betas")  # an array where the scheduler was made in Python
+    listed = {} if betas is None else {"trained_betas": [float(beta) for beta in betas]}
+    flags = diffusers.process_flags({**config, **listed, "_class_name": name})
     betas = get_named_beta_schedule(flags["noise_schedule"], flags["diffusion_steps"])
     kinds = {"predict_xstart": ModelMeanType.START_X, "predict_v": ModelMeanType.VELOCITY}
     fixed = ModelVarType.FIXED_LARGE if flags["variance_type"] == "fixed_large" else ModelVarType.FIXED_SMALL
