@@ -1,7 +1,6 @@
 """scripts/benchmark.py on real runs of a tiny model, its table and report; the emoji set's fronts; the task scripts."""
 
 import csv
-import html.parser
 import io
 import json
 import os
@@ -10,12 +9,13 @@ import statistics
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import fronts
 import pytest
 import tiny
 from conftest import ROOT
-from scripts_in_process import load_script
+from scripts_in_process import load_script, run_script
 
 from guided_diffusion import evaluation
 from guided_diffusion.cli import rows as commands
@@ -53,19 +53,15 @@ def test_rows_of_a_table():
         ("# nothing\n\n", "t.txt: no row in it"),
         ("A | b", "t.txt, line 1: 2 columns"),
         ("\nA | b | ilvr_sample.py --x 'y", "line 2: the command cannot be read .No closing quotation"),
-        ("A | b | evaluate.py", "line 1: 'evaluate.py' is no sampling script"),
         ("A | b c | ilvr_sample.py\na | B_C | ilvr_sample.py", "line 2: a second row with the name 'a, B_C'"),
         # What would start other programs
         ("A | b | ../scripts/ilvr_sample.py", "line 1: '../scripts/ilvr_sample.py' is no sampling script"),
-        ("A | b | python ilvr_sample.py", "line 1: 'python' is no sampling script"),
         # What would write or read elsewhere, or sample something else than the other rows
         (".. | | ilvr_sample.py", "line 1: a row cannot be called '..'"),
         ("Table.md | | ilvr_sample.py", "line 1: a row cannot be called 'Table.md'"),
         ("A | b | ilvr_sample.py --save_dir=/tmp/x", "line 1: the row has --save_dir"),
-        ("A | b | ilvr_sample.py --seed 7", "line 1: the row has --seed"),
         # What would break lines and terminals
         ("A\x1b[2J | b | ilvr_sample.py", "line 1: .* has control characters"),
-        (f"A | {'b' * 300} | ilvr_sample.py", "line 1: .* has more than 200 characters"),
         ("# " + "x" * 2 * 10**6, "t.txt is longer than"),
     ],
 )
@@ -102,16 +98,21 @@ def run(monkeypatch, arguments, stdin=""):
     benchmark.compare(benchmark.create_parser().parse(arguments))
 
 
+def in_process(command):
+    return run_script(Path(command[1]).stem, *command[2:])
+
+
 @pytest.fixture(scope="module")
 def made(data):
-    """A whole benchmark: two rows, two seeds; its sampling runs are processes of their own."""
+    """A whole benchmark: two rows, two seeds."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "run", in_process)
         run(patch, flags(data, data / "out"))
     return data / "out"
 
 
-def curves_of(made, row, seed):
-    return curves(tiny.record(made / row["folder"].replace("seed_0", f"seed_{seed}")))
+def folder_of(made, row, seed):
+    return made / row["folder"].replace("seed_0", f"seed_{seed}")
 
 
 def test_results_are_those_of_the_folders(data, made):
@@ -119,16 +120,15 @@ def test_results_are_those_of_the_folders(data, made):
     assert [row["method"] for row in results["rows"]] == ["SDDM", "ILVR"]
     for row, evaluations in zip(results["rows"], (4, 3)):
         for seed in ("0", "1"):
-            folder = made / row["folder"].replace("seed_0", f"seed_{seed}")
+            folder = folder_of(made, row, seed)
             assert sorted(tiny.pictures(folder)) == sorted(NAMES)
             assert tiny.record(folder)["settings"]["seed"] == int(seed)
             direct, _ = evaluation.evaluate(Evaluation(
                 outputs=folder, sources=data / "sources", targets=data / "truth", truth=data / "truth",
                 features=data / "model.safetensors", image_size=tiny.SIZE, lpips="False", device="cpu",
             ))  # fmt: skip
-            assert row["seeds"][seed]["negative_impact"] == direct["metrics"]["negative_impact"]
-            for name in ("fid", "kid", "source_ssim", "source_l2", "truth_ssim"):
-                assert row["seeds"][seed][name] == pytest.approx(direct["metrics"][name], rel=1e-6), name
+            for name, value in direct["metrics"].items():
+                assert row["seeds"][seed][name] == (value if value is None else pytest.approx(value, rel=1e-6)), name
         for name in ("fid", "source_ssim", "truth_psnr"):
             values = [row["seeds"][seed][name] for seed in ("0", "1")]
             assert values[0] != values[1]
@@ -138,14 +138,12 @@ def test_results_are_those_of_the_folders(data, made):
         assert row["images"] == 4 and "source_lpips" not in row["mean"]
     guided, plain = results["rows"]
     assert [step["i"] for step in guided["curves"]] == [3, 2] and plain["curves"] == []
-    assert guided["energies"] == ["dct"] and plain["energies"] == []
+    assert guided["energies"] == ["dct"] and "negative_impact" not in plain["mean"]
     # The share of steps against the score, from the record's own steps, by another way than the record's sum.
-    shares = [step["negative"] for seed in (0, 1) for step in curves_of(made, guided, seed)]
-    assert guided["mean"]["negative_impact"] == pytest.approx(statistics.fmean(shares), abs=1e-9)
-    assert "negative_impact" not in plain["mean"]
-    assert (
-        "4 images for" in " ".join(guided["warnings"]) and "seeds 0, 1; mean ± standard deviation" in results["notes"]
-    )
+    steps = [step for seed in (0, 1) for step in curves(tiny.record(folder_of(made, guided, seed)))]
+    share = statistics.fmean(step["negative"] for step in steps)
+    assert guided["mean"]["negative_impact"] == pytest.approx(share, abs=1e-9)
+    assert "4 images for" in " ".join(guided["warnings"])
 
 
 def test_tables_have_mean_and_deviation_and_the_published_row_beside(made):
@@ -156,76 +154,39 @@ def test_tables_have_mean_and_deviation_and_the_published_row_beside(made):
     assert heading[-2:] == ["published FID", "published SSIM"]
     assert first[-2:] == ["62.29 ± 0.63", "0.422"] and second[-2:] == ["", ""]
     assert first[2] == f"{sddm['mean']['fid']:.2f} ± {sddm['std']['fid']:.2f}"
-    assert first[heading.index("evaluations")] == "4" and second[heading.index("evaluations")] == "3"
+    assert second[heading.index("evaluations")] == "3"
+    assert "- seeds 0, 1; mean ± standard deviation" in lines
     rows = list(csv.DictReader((made / "table.csv").open(encoding="utf-8")))
-    assert [row["method"] for row in rows] == ["SDDM", "ILVR"] and rows[0]["seeds"] == "0 1"
-    assert float(rows[1]["truth_ssim"]) == ilvr["mean"]["truth_ssim"]
+    assert float(rows[1]["truth_ssim"]) == ilvr["mean"]["truth_ssim"] and rows[0]["seeds"] == "0 1"
     assert float(rows[1]["truth_ssim_std"]) == ilvr["std"]["truth_ssim"]
     assert rows[0]["published_fid"] == "62.29 ± 0.63" and rows[0]["images"] == "4"
     assert rows[1]["command"] == "ilvr_sample.py --timestep_respacing 3 --range_t 0 --down_N 4"
 
 
-VOID = ("meta", "img")
-
-
-class Page(html.parser.HTMLParser):
-    """What a page holds: images and links by address, cells, text, and that every element is closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.addresses, self.open, self.text, self.count = [], [], "", {}
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.addresses += [value for name, value in attributes if name in ("src", "href")]
-        self.count[tag] = self.count.get(tag, 0) + 1
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.count[tag] = self.count.get(tag, 0) + 1
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_report_is_one_page_with_pictures_and_charts(made):
     text = (made / "report.html").read_text(encoding="utf-8")
-    page = Page(text[text.index("<html") :])
-    assert page.count["img"] == 4 * 4  # source, two rows and truth of four references
-    images = [address for address in page.addresses if not address.startswith("#")]
-    assert images and all(address.startswith("data:image/webp;base64,") for address in images)
-    assert "Tiny <test>" in page.text and "62.29 ± 0.63" in page.text and "protocol: egsde" in page.text
+    page = re.sub(r"<((meta|img) [^>]*)>", r"<\1/>", text[text.index("<html") :])
+    root = ElementTree.fromstring(page)  # every other element is closed
+    images = [image.get("src") for image in root.iter("img")]
+    assert len(images) == 4 * 4  # source, two rows and truth of four references
+    assert all(address.startswith("data:image/webp;base64,") for address in images)
+    words = "".join(root.itertext())
+    for expected in ("Tiny <test>", "62.29 ± 0.63", "protocol: egsde", "Fréchet distance against SSIM",
+                     "Grey values come from too few pictures."):  # fmt: skip
+        assert expected in words
     # Pictures come first, then numbers and charts; protocol and commands are folded.
     order = ["<img", "<h2>Results", "<h2>Charts", "<h2>Weights in the merge", "<details><summary>Protocol"]
-    assert sorted(order, key=text.index) == order and page.count["details"] == 2
-    assert page.count["figure"] == 6 and "Fréchet distance against SSIM" in page.text
-    assert "(published)" not in page.text and "Grey values come from too few pictures." in page.text
-    assert 'class="few" title="from too few pictures">' in text
+    assert sorted(order, key=text.index) == order and text.count("<figure>") == 6
+    assert "(published)" not in words and 'class="few" title="from too few pictures">' in text
 
-
-def test_report_has_the_mean_weights_of_energies(made):
-    guided = json.loads((made / "results.json").read_text())["rows"][0]
-    names, ((method, setting, *weights),) = report.mean_weights([guided])
+    names, ((method, setting, *weights),) = report.mean_weights(json.loads((made / "results.json").read_text())["rows"])
     assert names == ["score", "dct"] and (method[0], setting[0]) == ("SDDM", "4 steps")
+    steps = json.loads((made / "results.json").read_text())["rows"][0]["curves"]
     for k, (cell, _) in enumerate(weights):
-        assert cell == f"{statistics.fmean(step['weights'][k] for step in guided['curves']):.4f}"
-
-
-def test_trade_offs_are_files_with_title_and_key(made):
+        assert cell == f"{statistics.fmean(step['weights'][k] for step in steps):.4f}"
     for name, where in (("trade_off.svg", "the source"), ("trade_off_truth.svg", "the true translation")):
-        words = " ".join(texts(ElementTree.fromstring((made / name).read_bytes())))
-        assert f"Fréchet distance against SSIM to {where}" in words and {"ILVR", "SDDM"} <= set(words.split())
-
-
-def texts(root):
-    """The texts of an SVG."""
-    return ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
+        words = " ".join("".join(ElementTree.parse(made / name).getroot().itertext()).split())
+        assert f"Fréchet distance against SSIM to {where}" in words and "ILVR" in words and "SDDM" in words
 
 
 def files(folder):
@@ -234,8 +195,7 @@ def files(folder):
 
 def test_a_second_run_samples_nothing_again(data, made, monkeypatch, capsys):
     """And a piece of it gives the same numbers."""
-    before, page = files(made), (made / "report.html").read_bytes()
-    table = (made / "table.md").read_text()
+    before, table, page = files(made), (made / "table.md").read_text(), (made / "report.html").read_bytes()
     monkeypatch.setattr(commands, "run", lambda command: pytest.fail(f"sampled again: {command}"))
     run(monkeypatch, flags(data, made))
     assert files(made) == before and (made / "report.html").read_bytes() == page
@@ -243,17 +203,14 @@ def test_a_second_run_samples_nothing_again(data, made, monkeypatch, capsys):
     run(monkeypatch, flags(data, made, "--only", "ILVR", "--seeds", "1"))
     (row,) = json.loads((made / "results.json").read_text())["rows"]
     assert row["method"] == "ILVR" and row["std"]["fid"] is None and list(row["seeds"]) == ["1"]
-    run(monkeypatch, flags(data, made))
-    assert (made / "table.md").read_text() == table and files(made) == before
+    assert files(made) == before
 
 
 def test_an_unfinished_run_is_finished(data, made, monkeypatch, tmp_path):
     """A run that was killed has its record without an end: it is started again, and nothing else is."""
     folder = made / "ILVR_N=4" / "seed_1"
     pictures = {path: path.read_bytes() for path in folder.rglob("[a-e].png")}
-    record = tiny.record(folder)
-    record["finished"] = None
-    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "run.json").write_text(json.dumps({**tiny.record(folder), "finished": None}))
     (folder / "a.png").unlink()
     started, sample = [], commands.run
     monkeypatch.setattr(commands, "run", lambda command: started.append(command) or sample(command))
@@ -277,17 +234,13 @@ def test_trial_takes_the_first_row_of_each_method_and_three_references(data, mon
     "more, wanted",
     [
         (["--only", "SDEdit"], ("only", "SDEdit")),
-        (["--table", "no.txt"], ("table", "no.txt")),
         (["--seeds", "1,1"], ("seeds", "1,1")),
-        (["--seeds", "9" * 10**6], ("seeds", "9" * 10**6)),
-        (["--num_samples", "0"], ("num_samples", 0)),
         (["--batch_size", "many"], ("batch_size", "many")),
         (["--name", "a\x1b[2J"], ("name", "a\x1b[2J")),
         (["--processes", "2", "--launch", "srun"], ("processes", 2)),
         (["--launch", "'"], ("launch", "'")),
         (["--flags", "--save_dir /tmp/x"], "flags has --save_dir"),
-        (["--model_path", "no.pt", "--truth", "nowhere"], "missing: model_path no.pt; truth nowhere"),
-        (["--features", "no.safetensors"], "missing: features no.safetensors"),
+        (["--model_path", "no.pt", "--features", "no.safetensors"], "missing: model_path no.pt; features no.safe"),
     ],
 )
 def test_what_does_not_fit_is_said_before_sampling(data, monkeypatch, tmp_path, more, wanted):
@@ -359,12 +312,10 @@ def test_published_results_are_drawn_beside_fids_of_inception_only():
     row = row_of(published=published)
     chart = charts.trade_off([row])
     hollow = [line for line in chart.axes[0].get_lines() if line.get_markerfacecolor() == "white"]
-    assert [line.get_xydata().tolist() for line in hollow] == [[[0.422, 62.29]]] and "FID against SSIM" in title_of(
-        chart
-    )
-    assert "A, b" in labels_of(chart) or "A, b (published)" in labels_of(chart)
+    assert [line.get_xydata().tolist() for line in hollow] == [[[0.422, 62.29]]]
+    assert title_of(chart).startswith("FID against SSIM") and "(published)" in "".join(labels_of(chart))
     other = charts.trade_off([row_of(published=published, features="middle block of UNetModel")])
-    assert "Fréchet distance against SSIM" in title_of(other) and labels_of(other) == ["A, b"]
+    assert title_of(other).startswith("Fréchet distance against SSIM") and labels_of(other) == ["A, b"]
     assert charts.trade_off([row_of(mean={})]) is None
     assert list(charts.trade_offs([row])) == ["trade_off.svg"]  # no truth was measured
     assert charts.svg(charts.trade_off([row])) == charts.svg(charts.trade_off([row]))
@@ -394,15 +345,14 @@ def test_methods_are_told_by_dash_and_marker_and_constant_charts_are_left_out():
     assert charts.step_charts([row_of(curves=constant)]) == []
 
 
-@pytest.mark.parametrize("count", [5, 300])
-def test_labels_of_a_chart_do_not_cover_each_other_nor_points(count):
+def test_labels_of_a_chart_do_not_cover_each_other_nor_points():
     """Labels without room are left out."""
-    rows = [row_of(setting=f"M={k}", fid=2 - k // 20 / 80 - k % 20 / 400, ssim=1 + k % 20 / 50, std=dict.fromkeys(
-        ("fid", "source_ssim"))) for k in range(count)]  # fmt: skip
+    std = dict.fromkeys(("fid", "source_ssim"))
+    rows = [row_of("A", f"M={k}", 2 - k // 20 / 80 - k % 20 / 400, 1 + k % 20 / 50, std=std) for k in range(100)]
     figure = charts.trade_off(rows)
     (axes,) = figure.axes
     boxes = [text.get_window_extent() for text in axes.texts]
-    assert len(boxes) == 5 if count == 5 else 5 < len(boxes) < count
+    assert 5 < len(boxes) < 100
     points = [axes.transData.transform((row["mean"]["source_ssim"], row["mean"]["fid"])) for row in rows]
     for k, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:k])
@@ -439,12 +389,8 @@ def emoji(data, tmp_path_factory):
     """fronts.py on real runs of three rows, one of them with two seeds; returns folders made and out."""
     root = tmp_path_factory.mktemp("emoji")
     names = [f"{i}.png" for i in range(5)]
-    for vendor, part, own in (
-        ("twitter", "test", names),
-        ("fluent3d", "test", names[::-1]),
-        ("fluent3d", "train", names),
-    ):
-        tiny.make_references(root / "set" / vendor / part, own)
+    for part, own in (("twitter/test", names), ("fluent3d/test", names[::-1]), ("fluent3d/train", names)):
+        tiny.make_references(root / "set" / part, own)
     (root / "table.txt").write_text(ROWS)
     tiny.make_judge(root / "judge.safetensors", ["twitter", "fluent3d"])
     command = ["fronts.py", "--save_dir", root / "made", "--table", root / "table.txt", "--data", root / "set"]
@@ -452,6 +398,7 @@ def emoji(data, tmp_path_factory):
     rows = ["--table", root / "table.txt", "--base_samples", root / "set" / "twitter" / "test"]
     rows += [word for name in ("--targets", "--truth") for word in (name, root / "set" / "fluent3d" / "test")]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "run", in_process)
         for only, seeds in (("SD", "0"), ("4x4", "0,1")):
             run(patch, flags(data, root / "made", *rows, "--only", only, "--seeds", seeds))
         patch.setattr(sys, "argv", list(map(str, command)))
@@ -472,15 +419,9 @@ def test_fronts_are_of_the_outputs_of_every_seed(emoji):
         if name in again[0]:
             assert value == pytest.approx(statistics.fmean(score[name] for score in again))
     assert again[0]["distance"] != again[1]["distance"]
-
-
-def test_truths_are_at_distance_0_and_all_found_again(emoji):
-    _, out = emoji
-    truth = out / "set" / "fluent3d" / "test"
-    ruler = fronts.Ruler(out / "judge.safetensors", truth)
-    score = fronts.Setting(None, [ruler.measure(str(truth))]).score(ruler.target)
-    assert score["distance"] == pytest.approx(0, abs=1e-6) and score["ssim"] == pytest.approx(1)
-    assert score["content"] == 1
+    score = fronts.Setting(None, [ruler.measure(str(out / "set" / "fluent3d" / "test"))]).score(ruler.target)
+    assert score["distance"] == pytest.approx(0, abs=1e-6)
+    assert score["ssim"] == pytest.approx(1) and score["content"] == 1
 
 
 def test_areas_and_matched_settings_follow_from_the_table(emoji):
@@ -514,13 +455,9 @@ def test_the_documents_tables_are_those_of_the_committed_fronts():
 
 
 def test_a_feature_files_digest_says_whether_measurements_hold(data, tmp_path):
-    options = comparison.Compared(
-        model_path=str(data / "model.safetensors"), base_samples=str(data / "sources"), save_dir=str(tmp_path)
-    )
-    file = data / "model.safetensors"
-    for features, missing in ((str(file), []), ("inception", []), ("no.pt", ["`features` no.pt"])):
-        assert comparison.missing_files(options, Evaluation(outputs="x", features=features)) == missing
-    measured = Evaluation(outputs="x", sources=str(data / "sources"), features=file)
+    file, sources = data / "model.safetensors", str(data / "sources")
+    options = comparison.Compared(model_path=str(file), base_samples=sources, save_dir=str(tmp_path))
+    measured = Evaluation(outputs="x", sources=sources, features=file)
     compared = comparison.Comparison(options, measured, commands.ScriptCommands(commands.Sampling()))
     assert compared.key["features"] == run_record.sha256(file)
 
@@ -541,10 +478,7 @@ def test_the_committed_table_can_be_read():
     "script, missing",
     [
         ("cat2dog", ["afhq_dog_4m.pt", "val/cat", "val/dog", "cat2dog_dse.pt", "vgg_normalised.pth"]),
-        ("wild2dog", ["afhq_dog_4m.pt", "val/wild", "val/dog", "wild2dog_dse.pt", "vgg_normalised.pth"]),
         ("male2female", ["celebahq_female_ddpm.pth", "male", "female", "male2female_dse.pt", "vgg_normalised.pth"]),
-        ("ablation_area", ["afhq_dog_4m.pt", "val/cat", "val/dog", "vgg_normalised.pth"]),
-        ("ablation_moo", ["afhq_dog_4m.pt", "val/cat", "val/dog", "vgg_normalised.pth"]),
         ("ablation_energy", ["celebahq_female_ddpm.pth", "male", "female", "vgg_normalised.pth", "male2female_dse.pt"]),
     ],
 )

@@ -1,7 +1,5 @@
-"""An extension from outside of the package, in one file: a metric per image that needs no reference.
-
-On the command line. The same file adds a kind of feature network, with a metric of what it returns.
-"""
+"""An extension from outside of the package, in one file: a metric of single images, a kind of feature network, and a
+metric of what it returns."""
 
 import csv
 import json
@@ -14,6 +12,10 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
+FLAGS = (
+    "--outputs outputs --extend own_metrics.py --features patches.safetensors --image_size 16 --bootstrap 50 "
+    "--lpips False --device cpu --per_image True --out r"
+)
 OWN = """
 import torch
 from safetensors.torch import load_file
@@ -43,46 +45,25 @@ def darkest(outputs, truths, own):
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("own")
-    (root / "own_metrics.py").write_text(OWN)
-    metadata = {"model_type": "PATCHES"}
-    save_file({"weight": torch.randn(5, 3, 4, 4)}, root / "patches.safetensors", metadata)
-    tiny.make_references(root / "outputs", ["a.png", "b.png", "c.png"])
-    return root
-
-
-def evaluate(folder, *flags):
-    command = [sys.executable, ROOT / "scripts" / "evaluate.py", "--outputs", "outputs", "--extend", "own_metrics.py"]
-    command += ["--image_size", "16", "--lpips", "False", "--device", "cpu", "--out", "r", "--per_image", *flags]
-    done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=600)
+def test_metrics_and_a_feature_network_of_one_file(tmp_path):
+    """Its mean, deviation, interval and values per image are in every output, without any folder to compare with."""
+    (tmp_path / "own_metrics.py").write_text(OWN)
+    weights = {"weight": torch.randn(5, 3, 4, 4)}
+    save_file(weights, tmp_path / "patches.safetensors", {"model_type": "PATCHES"})
+    outputs = tiny.make_references(tmp_path / "outputs", ["a.png", "b.png", "c.png"])
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *FLAGS.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = list(csv.DictReader((folder / "r_images.csv").open()))
-    return json.loads((folder / "r.json").read_text()), rows, done.stdout
-
-
-def pixels(folder):
-    return torch.stack([torch.as_tensor(p) for p in tiny.pictures(folder / "outputs").values()]).double() / 255
-
-
-def test_a_metric_of_single_images_needs_nothing_else(folder):
-    """No folder to compare with; its mean, deviation, interval and values per image are in every output."""
-    result, rows, printed = evaluate(folder, "--bootstrap", 50)
-    expected = pixels(folder).diff(dim=2).abs().mean((1, 2, 3))
-    assert [float(row["sharpness"]) for row in rows] == pytest.approx(expected.tolist(), rel=1e-5)
-    assert result["metrics"]["sharpness"] == pytest.approx(expected.mean().item(), rel=1e-5)
-    assert result["std"]["sharpness"] == pytest.approx(expected.std().item(), rel=1e-4)
-    low, high = result["intervals"]["sharpness"]
-    assert low <= result["metrics"]["sharpness"] <= high and "| sharpness | " in printed
-    (row,) = csv.DictReader((folder / "r.csv").open())
-    assert float(row["sharpness"]) == result["metrics"]["sharpness"]
-
-
-def test_a_kind_of_feature_network_and_a_metric_of_it(folder):
-    result, rows, printed = evaluate(folder, "--features", "patches.safetensors", "--targets", "outputs")
+    result, rows = json.loads((tmp_path / "r.json").read_text()), list(csv.DictReader(open(tmp_path / "r_images.csv")))
+    pixels = torch.stack([torch.as_tensor(picture) for picture in tiny.pictures(outputs).values()]).double() / 255
+    sharpness, darkest = pixels.diff(dim=2).abs().mean((1, 2, 3)), pixels.flatten(1).min(1).values
+    for name, expected in (("sharpness", sharpness), ("darkest", darkest)):
+        assert [float(row[name]) for row in rows] == pytest.approx(expected.tolist(), rel=1e-5)
+        assert result["metrics"][name] == pytest.approx(expected.mean().item(), rel=1e-5)
+        assert result["std"][name] == pytest.approx(expected.std().item(), rel=1e-4)
+        low, high = result["intervals"][name]
+        assert low <= result["metrics"][name] <= high
     assert result["protocol"]["features"].startswith("patches; ") and result["protocol"]["dimensions"] == 5
-    assert result["metrics"]["fid"] == pytest.approx(0, abs=1e-9)
-    expected = pixels(folder).flatten(1).min(1).values
-    assert [float(row["darkest"]) for row in rows] == pytest.approx(expected.tolist(), rel=1e-5)
-    assert "| darkest value | " in printed and "sharpness" in rows[0]
+    assert "| sharpness | " in done.stdout and "| darkest value | " in done.stdout
+    (row,) = csv.DictReader(open(tmp_path / "r.csv"))
+    assert float(row["sharpness"]) == result["metrics"]["sharpness"]

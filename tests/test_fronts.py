@@ -3,7 +3,7 @@
 import itertools
 import math
 
-from fronts import distance_at, encloses, faithfulness_at, front, hypervolume
+from fronts import distance_at, front, hypervolume
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,23 +34,18 @@ def test_hypervolume_counts_the_cells_that_some_point_beats(points):
 
 
 @given(POINTS, POINTS)
-def test_more_settings_never_shrink_the_volume_and_enclosing_is_no_smaller(points, others):
+def test_more_settings_never_shrink_the_volume(points, others):
     reference = (0.0, float(SIDE))
     assert hypervolume(points + others, reference) >= hypervolume(points, reference)
-    if encloses(points, others):
-        assert hypervolume(points, reference) == hypervolume(points + others, reference)
 
 
-@given(POINTS, GRID, GRID)
-def test_matched_comparisons_are_the_best_of_those_that_qualify(points, faithfulness, distance):
+@given(POINTS, GRID)
+def test_matched_comparisons_are_the_best_of_those_that_qualify(points, faithfulness):
     assert distance_at(points, faithfulness) == min([y for x, y in points if x >= faithfulness], default=math.inf)
-    assert faithfulness_at(points, distance) == max([x for x, y in points if y <= distance], default=-math.inf)
 
 
 def test_a_worked_example():
     sddm, sdedit = [(0.38, 1.7), (0.36, 1.4)], [(0.35, 1.8), (0.34, 1.3)]
     assert front([*sddm, *sdedit]) == [(0.34, 1.3), (0.36, 1.4), (0.38, 1.7)]
-    assert not encloses(sddm, sdedit) and encloses([*sddm, (0.34, 1.2)], sdedit)
     assert distance_at(sddm, 0.37) == 1.7 and distance_at(sddm, 0.4) == math.inf
-    assert faithfulness_at(sdedit, 1.5) == 0.34
     assert math.isclose(hypervolume(sddm, (0.3, 2.0)), 0.06 * 0.6 + 0.02 * 0.3)

@@ -28,22 +28,16 @@ RUN = ["--vendors", ",".join(VENDORS), "--image_size", str(SIZE), "--width", "8"
        "cpu"]  # fmt: skip
 
 
-def picture(code, vendor):
-    """Four coloured squares that are the code point's, drawn in the vendor's way."""
-    colours = np.random.default_rng(code).integers(0, 256, (2, 2, 3))
-    pixels = colours.repeat(SIZE // 2, 0).repeat(SIZE // 2, 1).astype(float)
-    if vendor == "dotted":
-        pixels[::2, ::2] = 0
-    if vendor == "shiny":
-        pixels = (pixels + 255) / 2
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
 def write(folder, codes, vendor):
+    """Four coloured squares that are the code point's, drawn in the vendor's way."""
     folder.mkdir(parents=True)
     for code in codes:
-        picture(code, vendor).save(folder / f"{code:04x}.png")
-    return folder
+        pixels = np.random.default_rng(code).integers(0, 256, (2, 2, 3)).repeat(SIZE // 2, 0).repeat(SIZE // 2, 1)
+        if vendor == "dotted":
+            pixels[::2, ::2] = 0
+        if vendor == "shiny":
+            pixels = (pixels + 255) // 2
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{code:04x}.png")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +67,12 @@ def path(run):
     return run / "model.safetensors"
 
 
+@pytest.fixture(scope="module")
+def truth(data):
+    """The target's held-out pictures, eight."""
+    return data / "shiny" / "test"
+
+
 def test_it_learns_to_tell_vendors_and_code_points(run):
     rows = list(csv.DictReader((run / "progress.csv").open()))
     assert float(rows[-1]["acc"]) > 0.9 and float(rows[-1]["val_acc"]) > 0.9
@@ -91,9 +91,8 @@ def test_a_resumed_run_ends_with_the_same_weights_and_keeps_its_vendors(data, ru
 
 
 def test_a_code_points_pictures_are_moved_and_mirrored_together(data):
-    options = JudgeOptions(data_dir=str(data), vendors="flat,flat2", image_size=SIZE)
     parts = judge_images(JudgeOptions(data_dir=str(data), vendors="flat,shiny", image_size=SIZE), "train").parts
-    images = JudgeImages([parts[0].references] * 2, options.image_size)
+    images = JudgeImages([parts[0].references] * 2, SIZE)
     x, _ = next(images.batches(batch_numbers(0, 32), "cpu"))
     assert x.shape == (32, 6, SIZE, SIZE) and torch.equal(x[:, :3], x[:, 3:])
     still = torch.cat([x for _, x, _ in images.ordered_batches(8, "cpu")])
@@ -110,8 +109,6 @@ def test_a_code_points_pictures_are_moved_and_mirrored_together(data):
         ({"data_dir": None}, "data_dir"),
         ({"vendors": "flat,glossy"}, "data_dir"),
         ({"vendors": "flat"}, "vendors"),
-        ({"vendors": "flat,flat"}, "vendors"),
-        ({"image_size": 24}, "image_size"),
         ({"width": 12}, "width"),
     ],
 )
@@ -124,9 +121,9 @@ def test_options_that_do_not_fit(data, options, parameter):
 # ---- in an evaluation -----------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_the_judges_metrics(data, path, tmp_path, capsys):
-    """Truths themselves: every content is found, all are the target's, and the distance is 0."""
-    truth, script = data / "shiny" / "test", load_script("evaluate")
+def test_truths_are_all_found_and_the_targets(path, truth, tmp_path, capsys):
+    """By the command: the metrics are in all of its files, and the distance is 0."""
+    script = load_script("evaluate")
     flags = ["--outputs", truth, "--truth", truth, "--targets", truth, "--features", path, "--bootstrap", "20",
              "--lpips", "False", "--image_size", "16", "--per_image", "True", "--device", "cpu",
              "--out", tmp_path / "r"]  # fmt: skip
@@ -138,8 +135,7 @@ def test_the_command_writes_the_judges_metrics(data, path, tmp_path, capsys):
     (row,) = csv.DictReader((tmp_path / "r.csv").open())
     assert row["content"] == "1.0" and row["target_vendor_low"] == "1.0"
     assert [line["content"] for line in csv.DictReader((tmp_path / "r_images.csv").open())] == ["1.0"] * 8
-    for text in ((tmp_path / "r.md").read_text(), capsys.readouterr().out):
-        assert "| content found again | 1 |" in text and "| taken for the target | 1 |" in text and "Fréchet" in text
+    assert "| content found again | 1 |" in capsys.readouterr().out
 
 
 def measured(path, outputs, **options):
@@ -147,17 +143,15 @@ def measured(path, outputs, **options):
     return evaluate(Evaluation(outputs=outputs, features=path, **options))
 
 
-def test_permuted_outputs_and_other_vendors_are_seen(data, path, tmp_path):
-    truth = data / "shiny" / "test"
-    permuted = tmp_path / "permuted"
-    permuted.mkdir()
+def test_permuted_outputs_and_other_vendors_are_seen(data, path, truth, tmp_path):
     names = sorted(each.name for each in truth.iterdir())
+    permuted, half = tmp_path / "permuted", tmp_path / "half"
+    permuted.mkdir()
     for name, other in zip(names, [*names[2:], *names[1::-1]]):
         shutil.copy(truth / other, permuted / name)
     assert measured(path, permuted, truth=truth)[0]["metrics"]["content"] == 0
-    half = tmp_path / "half"  # two of the eight in the target's way
     shutil.copytree(data / "flat" / "test", half)
-    for name in names[:2]:
+    for name in names[:2]:  # two of the eight in the target's way
         shutil.copy(truth / name, half / name)
     result, images = measured(path, half, truth=truth, bootstrap=50)
     assert result["metrics"]["target_vendor"] == pytest.approx(0.25, abs=0.13)
@@ -166,27 +160,19 @@ def test_permuted_outputs_and_other_vendors_are_seen(data, path, tmp_path):
     assert low < result["metrics"]["target_vendor"] < high
 
 
-def test_some_of_many_truths_and_none(data, path, tmp_path):
+def test_some_of_many_truths_and_none(data, path, truth, tmp_path):
     """The nearest is sought among all images of the folder, also among those without an output."""
-    truth, few = data / "shiny" / "test", tmp_path / "few"
-    few.mkdir()
     name, other = sorted(each.name for each in truth.iterdir())[:2]
-    shutil.copy(truth / other, few / name)
-    result, _ = measured(path, few, truth=truth, partial=True)
-    assert result["metrics"]["content"] == 0 and result["counts"]["truth_pairs"] == 1
-    shutil.copy(truth / name, few / name)
-    assert measured(path, few, truth=truth, partial=True)[0]["metrics"]["content"] == 1
+    for shown, content in ((other, 0), (name, 1)):
+        shutil.copy(truth / shown, tmp_path / name)
+        result, _ = measured(path, tmp_path, truth=truth, partial=True)
+        assert result["metrics"]["content"] == content and result["counts"]["truth_pairs"] == 1
     result, images = measured(path, data / "flat" / "test", targets=truth)
     assert result["metrics"]["content"] is None and result["metrics"]["target_vendor"] < 0.5
     assert result["metrics"]["fid"] > 0 and {"target_vendor"} == set(images[0]) - {"output"}
-
-
-def test_no_other_features_have_its_metrics(data):
-    """Without targets, no Inception is loaded."""
-    folder = data / "shiny" / "test"
-    result, _ = measured("inception", folder, truth=folder)
-    assert result["metrics"]["content"] is None and result["metrics"]["target_vendor"] is None
-    assert result["metrics"]["truth_ssim"] == 1
+    # No other features have its metrics; without targets, no Inception is loaded.
+    result, _ = measured("inception", truth, truth=truth)
+    assert result["metrics"]["content"] is result["metrics"]["target_vendor"] is None
 
 
 # ---- its file -------------------------------------------------------------------------------------------------------
@@ -212,15 +198,11 @@ def test_the_repositorys_judge():
 @pytest.mark.parametrize(
     "change",
     [
-        {"vendors": "flat"},
         {"vendors": '["flat", "dotted"]'},
         {"flags": "[1]"},
         {"flags": '{"image_size": 16, "width": 1000000, "features": 192, "embedding": 128}'},
-        {"flags": '{"image_size": 16, "width": 12, "features": 192, "embedding": 128}'},
         {"content.bias": None},
-        {"more.bias": torch.zeros(3)},
         {"content.bias": torch.full((128,), float("nan"))},
-        {"content.bias": torch.zeros(128, dtype=torch.int32)},
         {"model_type": "OTHER"},
     ],
 )
@@ -232,5 +214,3 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(path, tmp_path, change)
     with pytest.raises(InputError, match=r"j\.safetensors") as caught:
         load_judge(tmp_path / "j.safetensors")
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError):
-        feature_extractor(str(tmp_path / "j.safetensors"))

@@ -80,16 +80,6 @@ def distance_at(points: Sequence[Point], faithfulness: float) -> float:
     return min((y for x, y in points if x >= faithfulness), default=math.inf)
 
 
-def faithfulness_at(points: Sequence[Point], distance: float) -> float:
-    """The largest faithfulness of a point that is at most as distant; minus infinity where there is none."""
-    return max((x for x, y in points if y <= distance), default=-math.inf)
-
-
-def encloses(points: Sequence[Point], others: Sequence[Point]) -> bool:
-    """Whether every one of the others is matched or beaten in both by one of the points."""
-    return all(distance_at(points, x) <= y for x, y in others)
-
-
 @dataclass
 class Setting:
     """A row of the table with what was measured of it.
