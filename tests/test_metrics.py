@@ -234,7 +234,7 @@ def test_inception_statistics_equal_pytorch_fid(inception_path, tmp_path, monkey
     expected = fid_score.compute_statistics_of_path(str(folder), model, 2, 2048, "cpu", num_workers=0)
     found = fid_score.compute_statistics_of_path(str(tmp_path / "own.npz"), model, 2, 2048, "cpu")
     for value, reference in zip(found, expected):
-        assert np.abs(reference).max() > 1e-3
+        assert np.abs(reference).max() > 1e-4  # the random network lets the images through
         np.testing.assert_allclose(value, reference, rtol=1e-4, atol=1e-5 * np.abs(reference).max())
 
 
