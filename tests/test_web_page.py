@@ -270,12 +270,6 @@ def set_number(tab, label, value):
     field.press("Enter")
 
 
-def running(root):
-    """Whether the server samples: its newest preview is young."""
-    previews = list((root / "tmp").rglob("*.jpeg"))
-    return bool(previews) and time.time() - max(path.stat().st_mtime for path in previews) < 1.5
-
-
 def test_upload_and_translate(site, tab, tmp_path):
     root, _ = site
     choose(tab, root / "mine" / NAME)
@@ -306,36 +300,6 @@ def test_an_example_is_chosen_by_a_click(tab):
     wait_for_status(tab, done(6))
     tab.wait_for_selector("#command textarea")
     assert "second.png" in tab.input_value("#command textarea")
-
-
-def test_stop_ends_the_sampling_and_keeps_the_page(site, tab):
-    root, _ = site
-    choose(tab, root / "mine" / "other.png")
-    set_number(tab, "Steps", 250)
-    tab.click("#translate")
-    wait_for_status(tab, "Step ")
-    tab.click("#stop")
-    wait_for_status(tab, "Stopped")
-    wait_for(lambda: not running(root))
-    assert status(tab) == "Stopped."
-    set_number(tab, "Steps", 6)
-    tab.click("#translate")
-    wait_for_status(tab, done(6))
-
-
-def test_closing_the_tab_ends_the_sampling(site, browser):
-    root, address = site
-    context = browser.new_context()
-    page = context.new_page()
-    page.goto(address)
-    page.wait_for_selector("#translate")
-    choose(page, root / "mine" / "other.png")
-    set_number(page, "Steps", 250)
-    page.click("#translate")
-    wait_for_status(page, "Step ")
-    wait_for(lambda: running(root))
-    context.close()
-    wait_for(lambda: not running(root))
 
 
 def test_an_error_keeps_the_picture_the_settings_and_the_last_result(site, tab):
