@@ -43,7 +43,7 @@ from .checkpoint.pipelines import (
     square,
 )
 from .codec import Codec, Pixels, in_range
-from .errors import InputError, first_line
+from .errors import InputError, first_line, renaming
 from .image_datasets import ImageError, load_image, load_picture, to_tensor
 from .manifold import check_blocks
 from .methods import ENERGIES, create_energies, energy_names
@@ -148,7 +148,7 @@ class _Translating:
                 raise Stopped
 
         names = Batch(ref, tuple(map(str, range(len(ref)))))
-        with pipe.progress_bar(total=steps) as bar, _speaking():
+        with pipe.progress_bar(total=steps) as bar, renaming(PARAMETERS):
             check_blocks(ref.shape[2:], area)
             try:
                 x = sddm.sample(
@@ -520,17 +520,6 @@ def _repeated(texts: Any, repeats: int, count: int) -> Any:
     if len(texts) == 1:
         return texts[0]
     raise InputError(f"{count // repeats} are needed, one for each picture", parameter="prompt", value=list(texts))
-
-
-class _speaking:
-    """Errors of the parts, with the pipelines' names of their parameters."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, InputError):
-            error.parameter = PARAMETERS.get(error.parameter, error.parameter)  # type: ignore[arg-type]
 
 
 __all__ = ["SDDMPipeline", "SDDMTextPipeline"]

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 LONGEST = 200  # characters of a value or of another program's message that an error line shows
 
@@ -87,3 +87,13 @@ def reading(path: str | os.PathLike, kind: str | None = None) -> Iterator[None]:
         if hasattr(error, "path") and hasattr(error, "reason"):  # an ImageError, which names the file itself
             reason = str(error.reason)  # type: ignore[attr-defined]
         raise InputError(f"{file} {f'is damaged or not {kind}' if kind else 'cannot be read'}: {reason}") from error
+
+
+@contextlib.contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Give InputErrors that are raised inside another name of their parameter, where `names` has one."""
+    try:
+        yield
+    except InputError as error:
+        error.parameter = names.get(str(error.parameter), error.parameter)
+        raise

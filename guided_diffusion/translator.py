@@ -21,7 +21,7 @@ from PIL import Image
 from .checkpoint import ModelFlags
 from .checkpoint.targets import TargetOptions, adapt, check_flags, load_target
 from .codec import Autoencoder, in_range
-from .errors import InputError
+from .errors import InputError, renaming
 from .image_datasets import check_options, load_image, load_picture, to_tensor, to_uint8
 from .methods import ENERGIES, METHODS, Translation, energy_names
 from .options import check
@@ -76,7 +76,7 @@ class Translator:
         given = {names.get(name, name): value for name, value in options.items()}
         if steps is not None:
             given["timestep_respacing"] = str(steps)
-        with _speaking():
+        with renaming(PARAMETERS):
             kind = METHODS.pick(method)
             recommended = preset_options(preset, method) if preset is not None else {}
             checkpoint, energies = recommended.pop("model_path", None), recommended.pop("energy", None)
@@ -127,7 +127,7 @@ class Translator:
         many = isinstance(pictures, (list, tuple))
         if many and name is not None and len(pictures) > 1:
             raise InputError("it is for a single picture", parameter="name", value=name)
-        with _speaking():
+        with renaming(PARAMETERS):
             batch, noise = self._batch(list(pictures) if many else [pictures], seed, name)
             made = self.translation(batch, noise=noise)
         images = [Image.fromarray(image) for image in to_uint8(made)]
@@ -141,7 +141,7 @@ class Translator:
         Yields a dict after each step: the index `i`, the tensors `x` and `pred_xstart` [1, C, H, W] in the model's
         space, `guided`, and, unless previews is False, `preview`, the predicted x_0 as a PIL image.
         """
-        with _speaking():
+        with renaming(PARAMETERS):
             batch, noise = self._batch([picture], seed, name)
             for state in self.translation.states(batch, noise):
                 yield {**state, "preview": self.image(state["pred_xstart"])} if previews else state
@@ -199,14 +199,3 @@ def _name(picture: Any, number: int) -> str:
     """The name that stands for a picture's relative path: that of its file, or its number in the list."""
     path = picture if isinstance(picture, (str, os.PathLike)) else getattr(picture, "filename", "")
     return os.path.basename(os.fspath(path)) or f"{number}.png"
-
-
-class _speaking:
-    """Errors of the parts, with the translator's names of their parameters."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, InputError):
-            error.parameter = PARAMETERS.get(error.parameter, error.parameter)  # type: ignore[arg-type]
