@@ -3,46 +3,17 @@
 `celebahq_female_ddpm.pth` and the checkpoints of the ddim and pesser repositories have these parameter names.
 """
 
-import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .nn import norm_silu, upsampling_convolution
+from .nn import Upsample, norm_silu, normalization, timestep_embedding, u_shaped, upsampling_convolution
 
-
-def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
-    """DDPM's sinusoidal embedding: sines first, the last frequency is exactly 1/10000. [N] -> float32 [N, dim]."""
-    half = dim // 2
-    frequencies = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=timesteps.device) * (-math.log(10000) / (half - 1))
-    )
-    angles = timesteps.float()[:, None] * frequencies
-    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
-
-
-class Norm(nn.GroupNorm):
-    """Group normalisation with 32 groups and eps 1e-6, computed in float32."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(32, channels, eps=1e-6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by 2, then a 3x3 convolution if `with_conv`."""
-
-    def __init__(self, channels: int, with_conv: bool) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+_norm = partial(normalization, eps=1e-6)
 
 
 class Downsample(nn.Module):
@@ -63,10 +34,10 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, temb_channels: int, dropout: float) -> None:
         super().__init__()
-        self.norm1 = Norm(in_channels)
+        self.norm1 = _norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.temb_proj = nn.Linear(temb_channels, out_channels)
-        self.norm2 = Norm(out_channels)
+        self.norm2 = _norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -84,7 +55,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = Norm(channels)
+        self.norm = _norm(channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -176,7 +147,7 @@ class Model(nn.Module):
                 side *= 2
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)
-        self.norm_out = Norm(channels)
+        self.norm_out = _norm(channels)
         self.conv_out = nn.Conv2d(channels, out_ch, 3, padding=1)
         self.float()  # whatever the default dtype
 
@@ -190,20 +161,12 @@ class Model(nn.Module):
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x: [N, C, H, W]; timesteps: [N] -> predicted noise [N, out_ch, H, W] in x's dtype."""
-        temb = self.embedding(timesteps)
-        down, middle, up = self.stages()
-        h, skips = x.to(self.dtype), []
-        for stage in down:
-            h = stage(h, temb)
-            skips.append(h)
-        h = middle(h, temb)
-        for stage in up:
-            h = stage(torch.cat([h, skips.pop()], dim=1), temb)
+        h = u_shaped(self.stages(), x.to(self.dtype), self.embedding(timesteps))
         return self.head(h, x.dtype)
 
     def embedding(self, timesteps: torch.Tensor) -> torch.Tensor:
         """The vectors [N, 4 ch] of timesteps that all residual blocks get."""
-        temb = timestep_embedding(timesteps, self.ch).to(self.temb.dense[0].weight.dtype)
+        temb = timestep_embedding(timesteps, self.ch, sines_first=True).to(self.temb.dense[0].weight.dtype)
         return self.temb.dense[1](F.silu(self.temb.dense[0](temb)))
 
     def stages(self) -> tuple[Sequence[Any], Any, Sequence[Any]]:

@@ -1,7 +1,8 @@
 """Building blocks that both networks share."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,30 @@ class GroupNorm32(nn.GroupNorm):
 def normalization(channels: int, groups: int = 32, eps: float = 1e-5) -> GroupNorm32:
     """The normalisation of the ADM networks: 32 groups, eps 1e-5; networks of diffusers may have others."""
     return GroupNorm32(groups, channels, eps=eps)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling by 2, followed by a 3x3 convolution if `use_conv`."""
+
+    def __init__(self, channels: int, use_conv: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def u_shaped(stages: tuple[Sequence[Any], Any, Sequence[Any]], h: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+    """Run the stages (down, middle, up) of a UNet, functions of (h, emb), with its skip connections."""
+    down, middle, up = stages
+    skips = []
+    for stage in down:
+        h = stage(h, emb)
+        skips.append(h)
+    h = middle(h, emb)
+    for stage in up:
+        h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+    return h
 
 
 def hooked(*modules: nn.Module | None) -> bool:

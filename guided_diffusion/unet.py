@@ -4,8 +4,8 @@ Parameter names and shapes are those of the published checkpoints; the encoder s
 (head `out`) and as EGSDE's domain-specific extractor (head `I2Iout`).
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +14,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
-from .nn import hooked, norm_silu, normalization, timestep_embedding, upsampling_convolution, zero_module
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by 2, followed by a 3x3 convolution if `use_conv`."""
-
-    def __init__(self, channels: int, use_conv: bool) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+from .nn import (
+    Upsample,
+    hooked,
+    norm_silu,
+    normalization,
+    timestep_embedding,
+    u_shaped,
+    upsampling_convolution,
+    zero_module,
+)
 
 
 class Downsample(nn.Module):
@@ -44,49 +42,63 @@ class Downsample(nn.Module):
         return self.op(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x)
 
 
+@dataclass(frozen=True)
+class _Layers:
+    """How the layers of a network are made; the fields are `UNetModel`'s arguments of these names."""
+
+    embed_dim: int
+    dropout: float
+    conv_resample: bool
+    use_checkpoint: bool
+    num_heads: int
+    num_head_channels: int
+    use_scale_shift_norm: bool
+    resblock_updown: bool
+    use_new_attention_order: bool
+    norm_groups: int = 32
+    norm_eps: float = 1e-5
+    pad_end: bool = False
+
+    def norm(self, channels: int) -> nn.Module:
+        return normalization(channels, self.norm_groups, self.norm_eps)
+
+    def downsample(self, channels: int) -> nn.Module:
+        if self.resblock_updown:
+            return ResBlock(self, channels, channels, Downsample(channels, use_conv=False))
+        return Downsample(channels, self.conv_resample, self.pad_end)
+
+    def upsample(self, channels: int) -> nn.Module:
+        if self.resblock_updown:
+            return ResBlock(self, channels, channels, Upsample(channels, use_conv=False))
+        return Upsample(channels, self.conv_resample)
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions around the time embedding, with a skip connection.
 
-    up / down resample inside the block, on both branches. With `use_scale_shift_norm` the embedding scales and shifts
-    the second normalisation's output, otherwise it is added before it.
+    resample: resizes by 2 inside of the block, on both branches. With `use_scale_shift_norm` the embedding scales and
+    shifts the second normalisation's output, otherwise it is added before it.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        emb_channels: int,
-        dropout: float,
-        out_channels: int | None = None,
-        use_scale_shift_norm: bool = False,
-        use_checkpoint: bool = False,
-        up: bool = False,
-        down: bool = False,
-        norm: Any = normalization,
-    ) -> None:
+    def __init__(self, layers: _Layers, channels: int, out_channels: int, resample: nn.Module | None = None) -> None:
         super().__init__()
-        out_channels = out_channels or channels
-        self.use_scale_shift_norm = use_scale_shift_norm
-        self.use_checkpoint = use_checkpoint
-        self.in_layers = nn.Sequential(norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
-        if up:
-            self.resample = Upsample(channels, use_conv=False)
-        elif down:
-            self.resample = Downsample(channels, use_conv=False)
-        else:
-            self.resample = nn.Identity()
+        self.use_scale_shift_norm = layers.use_scale_shift_norm
+        self.use_checkpoint = layers.use_checkpoint
+        self.in_layers = nn.Sequential(
+            layers.norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.resample = resample or nn.Identity()
         self.emb_layers = nn.Sequential(
-            nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
+            nn.SiLU(), nn.Linear(layers.embed_dim, (2 if self.use_scale_shift_norm else 1) * out_channels)
         )
         self.out_layers = nn.Sequential(
-            norm(out_channels),
+            layers.norm(out_channels),
             nn.SiLU(),
-            nn.Dropout(dropout),
+            nn.Dropout(layers.dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
-        if out_channels == channels:
-            self.skip_connection = nn.Identity()
-        else:
-            self.skip_connection = nn.Conv2d(channels, out_channels, 1)
+        same = out_channels == channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
@@ -115,12 +127,10 @@ class ResBlock(nn.Module):
 
 
 def multi_head_attention(qkv: torch.Tensor, num_heads: int, new_order: bool, fused: bool | None = None) -> torch.Tensor:
-    """Scaled dot-product attention over packed projections.
+    """Scaled dot-product attention over packed projections: qkv [N, 3 * C, L] -> [N, C, L].
 
-    fused: by the fused kernel of CPUs, too; None: in half precision without gradients.
-
-    qkv: [N, 3 * C, L]. The published checkpoints pack it in two ways: the new order is q, k, v each with all heads;
-    the legacy order is, head by head, q, k, v. Returns [N, C, L].
+    The published checkpoints pack them in two ways: the new order is q, k, v each with all heads; the legacy order is,
+    head by head, q, k, v. fused: by the fused kernel of CPUs, too; None: in half precision without gradients.
     """
     n, width, length = qkv.shape
     if new_order:
@@ -147,23 +157,15 @@ def _number_of_heads(channels: int, num_heads: int, num_head_channels: int) -> i
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all pixels, residual."""
+    """Self-attention over all pixels, residual. normed: normalise the input."""
 
-    def __init__(
-        self,
-        channels: int,
-        num_heads: int,
-        num_head_channels: int,
-        use_checkpoint: bool,
-        use_new_attention_order: bool,
-        norm: Any = normalization,
-    ) -> None:
+    def __init__(self, layers: _Layers, channels: int, num_heads: int, normed: bool = True) -> None:
         super().__init__()
-        self.num_heads = _number_of_heads(channels, num_heads, num_head_channels)
-        self.use_checkpoint = use_checkpoint
-        self.use_new_attention_order = use_new_attention_order
+        self.num_heads = _number_of_heads(channels, num_heads, layers.num_head_channels)
+        self.use_checkpoint = layers.use_checkpoint
+        self.use_new_attention_order = layers.use_new_attention_order
         self.fused: bool | None = None
-        self.norm = norm(channels)
+        self.norm = layers.norm(channels) if normed else nn.Identity()
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
@@ -208,46 +210,18 @@ class _UNetEncoder(nn.Module):
     """The contracting half and the middle, which the UNet and the encoder have in common."""
 
     def __init__(
-        self,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        dropout: float,
-        channel_mult: Sequence[float],
-        conv_resample: bool,
-        use_checkpoint: bool,
-        num_heads: int,
-        num_head_channels: int,
-        use_scale_shift_norm: bool,
-        resblock_updown: bool,
-        use_new_attention_order: bool,
-        norm_groups: int = 32,
-        norm_eps: float = 1e-5,
-        sines_first: bool = False,
-        pad_end: bool = False,
-        middle_norm: bool = True,
-    ) -> None:
+        self, image_size: int, in_channels: int, model_channels: int, num_res_blocks: int,
+        attention_resolutions: Sequence[int], channel_mult: Sequence[float], layers: _Layers,
+        sines_first: bool = False, middle_norm: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
         self.dtype = torch.float32
-        self.embed_dim = 4 * model_channels
         self.sines_first = sines_first
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, self.embed_dim), nn.SiLU(), nn.Linear(self.embed_dim, self.embed_dim)
-        )
-
-        norm = functools.partial(normalization, groups=norm_groups, eps=norm_eps)
-
-        def res_block(channels: int, out_channels: int | None = None, **resampling: bool) -> ResBlock:
-            shape = channels, self.embed_dim, dropout, out_channels, use_scale_shift_norm, use_checkpoint
-            return ResBlock(*shape, norm=norm, **resampling)
-
-        def attention(channels: int, heads: int = num_heads, norm: Callable[[int], nn.Module] = norm) -> AttentionBlock:
-            return AttentionBlock(channels, heads, num_head_channels, use_checkpoint, use_new_attention_order, norm)
+        width = layers.embed_dim
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, width), nn.SiLU(), nn.Linear(width, width))
 
         channels = int(channel_mult[0] * model_channels)
         blocks = [TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))]
@@ -255,30 +229,23 @@ class _UNetEncoder(nn.Module):
         downsampling = 1
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [res_block(channels, int(mult * model_channels))]
+                block: list[nn.Module] = [ResBlock(layers, channels, int(mult * model_channels))]
                 channels = int(mult * model_channels)
                 if downsampling in attention_resolutions:
-                    layers.append(attention(channels))
-                blocks.append(TimestepEmbedSequential(*layers))
+                    block.append(AttentionBlock(layers, channels, layers.num_heads))
+                blocks.append(TimestepEmbedSequential(*block))
                 self._skip_channels.append(channels)
             if level < len(channel_mult) - 1:
-                if resblock_updown:
-                    down = res_block(channels, down=True)
-                else:
-                    down = Downsample(channels, conv_resample, pad_end)
-                blocks.append(TimestepEmbedSequential(down))
+                blocks.append(TimestepEmbedSequential(layers.downsample(channels)))
                 self._skip_channels.append(channels)
                 downsampling *= 2
         self.input_blocks = nn.ModuleList(blocks)
-        # In this order, in which they draw their initial weights.
-        middle = [
-            res_block(channels),
-            attention(channels, norm=norm if middle_norm else nn.Identity),
-            res_block(channels),
-        ]
-        self.middle_block = TimestepEmbedSequential(*middle)
+        self.middle_block = TimestepEmbedSequential(
+            ResBlock(layers, channels, channels),
+            AttentionBlock(layers, channels, layers.num_heads, middle_norm),
+            ResBlock(layers, channels, channels),
+        )
         self._channels, self._downsampling = channels, downsampling
-        self._res_block, self._attention, self._norm = res_block, attention, norm
 
     def _embed(self, timesteps):
         embedding = timestep_embedding(timesteps, self.model_channels, sines_first=self.sines_first)
@@ -327,62 +294,30 @@ class UNetModel(_UNetEncoder):
     attention_resolutions: downsampling factors (not sides) at which attention is used.
     num_head_channels: width of a head, or -1 for `num_heads` heads; num_heads_upsample: heads of the expanding half.
 
-    What only networks of diffusers have otherwise: norm_groups, norm_eps: of the normalisations; sines_first: DDPM's
-    time embedding; pad_end: strided convolutions are padded on the right and at the bottom only; middle_norm: whether
-    the middle block's attention normalises its input.
+    Only networks of diffusers have other values of the last five: norm_groups, norm_eps: of the normalisations;
+    sines_first: DDPM's time embedding; pad_end: strided convolutions are padded on the right and at the bottom only;
+    middle_norm: whether the middle block's attention normalises its input.
     """
 
     def __init__(
-        self,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        dropout: float = 0.0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        num_classes: int | None = None,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-        norm_groups: int = 32,
-        norm_eps: float = 1e-5,
-        sines_first: bool = False,
-        pad_end: bool = False,
+        self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
+        attention_resolutions: Sequence[int], dropout: float = 0.0, channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True, num_classes: int | None = None, use_checkpoint: bool = False,
+        use_fp16: bool = False, num_heads: int = 1, num_head_channels: int = -1, num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False, resblock_updown: bool = False, use_new_attention_order: bool = False,
+        norm_groups: int = 32, norm_eps: float = 1e-5, sines_first: bool = False, pad_end: bool = False,
         middle_norm: bool = True,
-    ) -> None:
-        super().__init__(
-            image_size,
-            in_channels,
-            model_channels,
-            num_res_blocks,
-            attention_resolutions,
-            dropout,
-            channel_mult,
-            conv_resample,
-            use_checkpoint,
-            num_heads,
-            num_head_channels,
-            use_scale_shift_norm,
-            resblock_updown,
-            use_new_attention_order,
-            norm_groups,
-            norm_eps,
-            sines_first,
-            pad_end,
-            middle_norm,
-        )
+    ) -> None:  # fmt: skip
+        layers = _Layers(
+            4 * model_channels, dropout, conv_resample, use_checkpoint, num_heads, num_head_channels,
+            use_scale_shift_norm, resblock_updown, use_new_attention_order, norm_groups, norm_eps, pad_end,
+        )  # fmt: skip
+        shape = image_size, in_channels, model_channels, num_res_blocks, attention_resolutions, channel_mult
+        super().__init__(*shape, layers, sines_first, middle_norm)
         self.out_channels = out_channels
         self.num_classes = num_classes
         if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, self.embed_dim)
+            self.label_emb = nn.Embedding(num_classes, layers.embed_dim)
 
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
         channels, downsampling = self._channels, self._downsampling
@@ -390,20 +325,17 @@ class UNetModel(_UNetEncoder):
         blocks = []
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
-                layers: list[nn.Module] = [self._res_block(channels + skip_channels.pop(), int(mult * model_channels))]
+                block: list[nn.Module] = [ResBlock(layers, channels + skip_channels.pop(), int(mult * model_channels))]
                 channels = int(mult * model_channels)
                 if downsampling in attention_resolutions:
-                    layers.append(self._attention(channels, heads_up))
+                    block.append(AttentionBlock(layers, channels, heads_up))
                 if level and i == num_res_blocks:
-                    up = self._res_block(channels, up=True) if resblock_updown else Upsample(channels, conv_resample)
-                    layers.append(up)
+                    block.append(layers.upsample(channels))
                     downsampling //= 2
-                blocks.append(TimestepEmbedSequential(*layers))
+                blocks.append(TimestepEmbedSequential(*block))
         self.output_blocks = nn.ModuleList(blocks)
-        self.out = nn.Sequential(
-            self._norm(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
-        )
-        del self._res_block, self._attention, self._norm
+        last = zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.out = nn.Sequential(layers.norm(channels), nn.SiLU(), last)
         self.float()  # whatever the default dtype
         if use_fp16:
             self.convert_to_fp16()
@@ -413,11 +345,7 @@ class UNetModel(_UNetEncoder):
 
         Returns [N, out_channels, H, W] in x's dtype.
         """
-        emb = self.embedding(timesteps, y)
-        skips = self._encode(x, emb)
-        h = self.middle_block(skips[-1], emb)
-        for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        h = u_shaped(self.stages(), x.to(self.dtype), self.embedding(timesteps, y))
         return self.head(h, x.dtype)
 
     def embedding(self, timesteps: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
@@ -486,71 +414,38 @@ class EncoderUNetModel(_UNetEncoder):
     """
 
     def __init__(
-        self,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        dropout: float = 0.0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-        pool: str = "adaptive",
-        head: str = "out",
-    ) -> None:
-        super().__init__(
-            image_size,
-            in_channels,
-            model_channels,
-            num_res_blocks,
-            attention_resolutions,
-            dropout,
-            channel_mult,
-            conv_resample,
-            use_checkpoint,
-            num_heads,
-            num_head_channels,
-            use_scale_shift_norm,
-            resblock_updown,
-            use_new_attention_order,
-        )
-        del self._res_block, self._attention, self._norm
+        self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
+        attention_resolutions: Sequence[int], dropout: float = 0.0, channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True, use_checkpoint: bool = False, use_fp16: bool = False, num_heads: int = 1,
+        num_head_channels: int = -1, use_scale_shift_norm: bool = False, resblock_updown: bool = False,
+        use_new_attention_order: bool = False, pool: str = "adaptive", head: str = "out",
+    ) -> None:  # fmt: skip
+        layers = _Layers(
+            4 * model_channels, dropout, conv_resample, use_checkpoint, num_heads, num_head_channels,
+            use_scale_shift_norm, resblock_updown, use_new_attention_order,
+        )  # fmt: skip
+        shape = image_size, in_channels, model_channels, num_res_blocks, attention_resolutions, channel_mult
+        super().__init__(*shape, layers)
         self.out_channels = out_channels
         self.pool = pool
         self.head = head
         channels = self._channels
+        normed = [normalization(channels), nn.SiLU()]
         if pool == "adaptive":
-            layers = [
-                normalization(channels),
-                nn.SiLU(),
-                nn.AdaptiveAvgPool2d((1, 1)),
-                zero_module(nn.Conv2d(channels, out_channels, 1)),
-                nn.Flatten(),
-            ]
+            last = zero_module(nn.Conv2d(channels, out_channels, 1))
+            network = [*normed, nn.AdaptiveAvgPool2d((1, 1)), last, nn.Flatten()]
         elif pool == "attention":
             if num_head_channels == -1:
                 raise ValueError("pool='attention' needs num_head_channels")
             side = image_size // self._downsampling
-            layers = [
-                normalization(channels),
-                nn.SiLU(),
-                AttentionPool2d(side, channels, num_head_channels, out_channels),
-            ]
+            network = [*normed, AttentionPool2d(side, channels, num_head_channels, out_channels)]
         elif pool in ("spatial", "spatial_v2"):
             features = sum(self._skip_channels) + channels
             middle = [nn.ReLU()] if pool == "spatial" else [normalization(2048), nn.SiLU()]
-            layers = [nn.Linear(features, 2048), *middle, nn.Linear(2048, out_channels)]
+            network = [nn.Linear(features, 2048), *middle, nn.Linear(2048, out_channels)]
         else:
             raise ValueError(f"pool is {pool!r}; it can be adaptive, attention, spatial or spatial_v2")
-        self.add_module(head, nn.Sequential(*layers))
+        self.add_module(head, nn.Sequential(*network))
         self.float()  # whatever the default dtype
         if use_fp16:
             self.convert_to_fp16()
