@@ -22,16 +22,15 @@ command.start()
 from guided_diffusion.cli import training as loop_flags
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.dist_util import Ranks
-from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.runtime import pick_device
 from guided_diffusion.script_util import create_diffusion
 from guided_diffusion.training.config import ClassifierRunOptions, ClassOptions, DataOptions, EncoderOptions
 from guided_diffusion.training.data import TrainImages, held_out_images, labelled_images
-from guided_diffusion.training.files import owned, write_run
-from guided_diffusion.training.loop import Trainer, process_group
+from guided_diffusion.training.files import owned
 from guided_diffusion.training.losses import classifier_loss, evaluate
-from guided_diffusion.training.start import ENCODER, begin, describe
+from guided_diffusion.training.start import ENCODER, begin
 
+USE = "python scripts/ae_sample.py --base_samples FOLDER"
 DEFAULTS = {"save_dir": "output/classifier", "iterations": 150000, "lr": 3e-4, "batch_size": 4, "ema_rate": ""}
 
 
@@ -46,12 +45,11 @@ def create_parser() -> Parser:
 
 def train(given: Given, ranks: Ranks) -> int:
     data, classes, run = (given.options(cls) for cls in (DataOptions, ClassOptions, ClassifierRunOptions))
-    config, wanted = loop_flags.loop_config(given, run), given.options(EncoderOptions).given()
-    device = pick_device(run.device, ranks.local_rank)
+    config, device = loop_flags.loop_config(given, run), pick_device(run.device, ranks.local_rank)
+    model = given.options(EncoderOptions).given()
     references, label = labelled_images(data.data_dir, classes.domains, config.save_dir)
-    head = "I2Iout" if classes.domains else "out"
     with owned(config, ranks.rank == 0):
-        start = begin(config, ENCODER, wanted, label, head=head)
+        start = begin(config, ENCODER, model, label, head="I2Iout" if classes.domains else "out")
         reading = {"seed": config.seed, "random_crop": classes.random_crop, **data.reading()}
         images = TrainImages(references, start.flags["image_size"], labels=start.labels, **reading)
         diffusion = create_diffusion(**start.flags)
@@ -63,17 +61,8 @@ def train(given: Given, ranks: Ranks) -> int:
                 batch_size=config.batch_size, seed=config.seed, rank=ranks.rank, world_size=ranks.world_size,
             )  # fmt: skip
         record = [data, classes, run, config]
-        write_run(config.save_dir, start.flags, record, start.classes, resumed=start.checkpoint, writes=not ranks.rank)
-        describe(start, images, device, config)
-        sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion, config.sigma_mean, config.sigma_std)
-        with process_group(ranks, device):
-            trainer = Trainer(
-                start.model, losses, images, config, sampler, device=device, ranks=ranks, checkpoint=start.checkpoint,
-                metadata=start.metadata(), evaluate=measure, progress=sys.stderr.isatty(),
-            )  # fmt: skip
-            finished = trainer.run()
-    use = "--energy dse --dsepath {path}" if classes.domains else "--energy classifier --classifier_path {path}"
-    return loop_flags.end(finished, config, ranks, f"python scripts/ae_sample.py {use} ...")
+        use = f"{USE} --energy {'dse --dsepath' if classes.domains else 'classifier --classifier_path'} {{path}}"
+        return loop_flags.train(start, images, losses, diffusion, config, record, ranks, device, use, evaluate=measure)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,16 @@ command.start()
 from guided_diffusion.cli import training as loop_flags
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.dist_util import Ranks
-from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.runtime import pick_device
 from guided_diffusion.script_util import create_diffusion
 from guided_diffusion.training.config import DataOptions, GridOptions, LossOptions, ModelOptions, RunOptions
 from guided_diffusion.training.data import TrainImages, class_labels, list_images, refuse_own_outputs
-from guided_diffusion.training.files import owned, write_run
-from guided_diffusion.training.loop import Trainer, grid_sampler, process_group
+from guided_diffusion.training.files import owned
+from guided_diffusion.training.loop import grid_sampler
 from guided_diffusion.training.losses import diffusion_loss, loss_weights
-from guided_diffusion.training.start import DIFFUSION, begin, describe
+from guided_diffusion.training.start import DIFFUSION, begin
+
+USE = "python scripts/ae_sample.py --model_path {path} --base_samples FOLDER --save_dir output/translated"
 
 
 def create_parser() -> Parser:
@@ -44,12 +45,11 @@ def create_parser() -> Parser:
 
 def train(given: Given, ranks: Ranks) -> int:
     data, loss, grid, run = (given.options(cls) for cls in (DataOptions, LossOptions, GridOptions, RunOptions))
-    config, wanted = loop_flags.loop_config(given, run), given.options(ModelOptions).given()
-    device = pick_device(run.device, ranks.local_rank)
-    references = list_images(data.data_dir)
+    config, device = loop_flags.loop_config(given, run), pick_device(run.device, ranks.local_rank)
+    model, references = given.options(ModelOptions).given(), list_images(data.data_dir)
     refuse_own_outputs(config.save_dir, data.data_dir, references)
     with owned(config, ranks.rank == 0):
-        start = begin(config, DIFFUSION, wanted, lambda names: class_labels(references, names))
+        start = begin(config, DIFFUSION, model, lambda names: class_labels(references, names))
         images = TrainImages(
             references, start.flags["image_size"], labels=start.labels, seed=config.seed, **data.reading()
         )
@@ -57,17 +57,7 @@ def train(given: Given, ranks: Ranks) -> int:
         losses = diffusion_loss(diffusion, loss_weights(diffusion, loss.p2_gamma, loss.p2_k, loss.min_snr_gamma))
         sample = grid_sampler(start, grid, config.seed) if config.sample_interval else None
         record = [data, loss, grid, run, config]
-        write_run(config.save_dir, start.flags, record, start.classes, resumed=start.checkpoint, writes=not ranks.rank)
-        describe(start, images, device, config)
-        sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion, config.sigma_mean, config.sigma_std)
-        with process_group(ranks, device):
-            trainer = Trainer(
-                start.model, losses, images, config, sampler, device=device, ranks=ranks, checkpoint=start.checkpoint,
-                metadata=start.metadata(), sample=sample, progress=sys.stderr.isatty(),
-            )  # fmt: skip
-            finished = trainer.run()
-    use = "python scripts/ae_sample.py --model_path {path} --base_samples FOLDER --save_dir output/translated"
-    return loop_flags.end(finished, config, ranks, use)
+        return loop_flags.train(start, images, losses, diffusion, config, record, ranks, device, USE, sample=sample)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,15 @@ command.start()
 from guided_diffusion.cli import training as loop_flags
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.dist_util import Ranks
-from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.runtime import pick_device
 from guided_diffusion.script_util import create_diffusion
 from guided_diffusion.training.config import DataOptions, ModelOptions, RunOptions, SuperResOptions
 from guided_diffusion.training.data import TrainImages, class_labels, list_images, refuse_own_outputs
-from guided_diffusion.training.files import owned, write_run
-from guided_diffusion.training.loop import Trainer, process_group
+from guided_diffusion.training.files import owned
 from guided_diffusion.training.losses import super_res_loss
-from guided_diffusion.training.start import SUPER_RES, begin, describe
+from guided_diffusion.training.start import SUPER_RES, begin
+
+USE = "python scripts/super_res_sample.py --model_path {path} --base_samples FOLDER --save_dir output/large"
 
 
 def create_parser() -> Parser:
@@ -45,29 +45,19 @@ def create_parser() -> Parser:
 
 def train(given: Given, ranks: Ranks) -> int:
     data, upscaling, run = (given.options(cls) for cls in (DataOptions, SuperResOptions, RunOptions))
-    config, wanted = loop_flags.loop_config(given, run), given.options(ModelOptions).given()
-    device = pick_device(run.device, ranks.local_rank)
-    references = list_images(data.data_dir)
+    config, device = loop_flags.loop_config(given, run), pick_device(run.device, ranks.local_rank)
+    model, references = given.options(ModelOptions).given(), list_images(data.data_dir)
     refuse_own_outputs(config.save_dir, data.data_dir, references)
     with owned(config, ranks.rank == 0):
-        start = begin(config, SUPER_RES, wanted, lambda names: class_labels(references, names), super_res=True)
+        start = begin(config, SUPER_RES, model, lambda names: class_labels(references, names), super_res=True)
         upscaling.check_large(start.flags["image_size"])
         images = TrainImages(
             references, start.flags["image_size"], labels=start.labels, seed=config.seed, **data.reading()
         )
         diffusion = create_diffusion(**start.flags)
+        losses = super_res_loss(diffusion, upscaling.small_size)
         record = [data, upscaling, run, config]
-        write_run(config.save_dir, start.flags, record, start.classes, resumed=start.checkpoint, writes=not ranks.rank)
-        describe(start, images, device, config)
-        sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion, config.sigma_mean, config.sigma_std)
-        with process_group(ranks, device):
-            trainer = Trainer(
-                start.model, super_res_loss(diffusion, upscaling.small_size), images, config, sampler, device=device,
-                ranks=ranks, checkpoint=start.checkpoint, metadata=start.metadata(), progress=sys.stderr.isatty(),
-            )  # fmt: skip
-            finished = trainer.run()
-    use = "python scripts/super_res_sample.py --model_path {path} --base_samples FOLDER --save_dir output/large"
-    return loop_flags.end(finished, config, ranks, use)
+        return loop_flags.train(start, images, losses, diffusion, config, record, ranks, device, USE)
 
 
 if __name__ == "__main__":

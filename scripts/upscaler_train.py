@@ -27,14 +27,13 @@ from types import SimpleNamespace
 from guided_diffusion.cli import training as loop_flags
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.dist_util import Ranks
-from guided_diffusion.resample import UniformSampler
 from guided_diffusion.runtime import keep_freed_memory, pick_device
 from guided_diffusion.training import upscaling
 from guided_diffusion.training.config import RunOptions
 from guided_diffusion.training.data import list_images
-from guided_diffusion.training.files import owned, write_run
-from guided_diffusion.training.loop import Trainer, process_group
+from guided_diffusion.training.files import owned
 
+USE = "python benchmarks/emoji/upscaler.py --upscaler {path}"
 DEFAULTS = {"save_dir": "output/upscaler", "iterations": 10000, "lr": 5e-4, "batch_size": 12, "ema_rate": "0.999"}
 WITHOUT = ["sample_interval", "eval_interval", "schedule_sampler", "sigma_mean", "sigma_std", "microbatch"]
 
@@ -52,19 +51,9 @@ def train(given: Given, ranks: Ranks) -> int:
     images = upscaling.UpscalerImages(list_images(options.data_dir), options, config.seed)
     keep_freed_memory()
     with owned(config, ranks.rank == 0):
-        upscaler, checkpoint = upscaling.begin(config, options)
-        write_run(config.save_dir, {}, [options, run, config], resumed=checkpoint, writes=ranks.rank == 0)
-        if ranks.rank == 0:
-            count = sum(p.numel() for p in upscaler.parameters()) / 1e6
-            command.say(f"{len(images)} images, {count:.2f} M parameters, {device}")
-        with process_group(ranks, device):
-            trainer = Trainer(
-                upscaler, upscaling.upscaler_loss(options), images, config,
-                UniformSampler(SimpleNamespace(num_timesteps=1)), device=device, ranks=ranks, checkpoint=checkpoint,
-                metadata=upscaler.metadata(), progress=sys.stderr.isatty(),
-            )  # fmt: skip
-            finished = trainer.run()
-    return loop_flags.end(finished, config, ranks, "python benchmarks/emoji/upscaler.py --upscaler {path}")
+        start, losses = upscaling.begin(config, options), upscaling.upscaler_loss(options)
+        process = SimpleNamespace(num_timesteps=1)  # it is no diffusion model
+        return loop_flags.train(start, images, losses, process, config, [options, run, config], ranks, device, USE)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,23 @@
-"""Flags of the training loop, and the last lines of a training command."""
+"""Flags of the training loop, and the part that all training commands share."""
 
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ..dist_util import Ranks, ranks
 from ..errors import display_name
+from ..resample import create_named_schedule_sampler
 from ..runtime import pick_device, pick_precision
 from ..training.config import ClassifierRunOptions, RunOptions, TrainConfig, precision
+from ..training.data import TrainImages
+from ..training.files import write_run
+from ..training.loop import Trainer, process_group
+from ..training.losses import Loss
+from ..training.start import Start, describe
 from .flags import Given, Parser
 from .main import DONE, INTERRUPTED, say
 
@@ -33,11 +42,35 @@ def loop_config(given: Given, run: RunOptions) -> TrainConfig:
     return config
 
 
-def end(finished: bool, config: TrainConfig, me: Ranks, use: str) -> int:
-    """Say where the model is and how to use it; returns the exit status. use: a command with {path}."""
-    path = config.export_path()
-    if me.rank == 0 and finished:
-        say(f"done: the model is {display_name(path)}; use it with\n  {use.replace('{path}', display_name(path))}")
-    elif me.rank == 0:
+def train(
+    start: Start,
+    images: TrainImages,
+    losses: Loss,
+    diffusion: Any,
+    config: TrainConfig,
+    record: Sequence[Any],
+    ranks: Ranks,
+    device: torch.device,
+    use: str,
+    **hooks: Any,
+) -> int:
+    """Train a network and say where it is and how to use it; returns the exit status.
+
+    diffusion: anything with the `num_timesteps` of the process. record: all options of the run. use: a command with
+    {path}. hooks: `evaluate` and `sample` of `Trainer`.
+    """
+    write_run(config.save_dir, start.flags, record, start.classes, resumed=start.checkpoint, writes=ranks.rank == 0)
+    describe(start, images, device, config)
+    sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion, config.sigma_mean, config.sigma_std)
+    with process_group(ranks, device):
+        trainer = Trainer(
+            start.model, losses, images, config, sampler, device=device, ranks=ranks, checkpoint=start.checkpoint,
+            metadata=start.metadata(), progress=sys.stderr.isatty(), **hooks,
+        )  # fmt: skip
+        finished = trainer.run()
+    path = display_name(config.export_path())
+    if ranks.rank == 0 and finished:
+        say(f"done: the model is {path}; use it with\n  {use.replace('{path}', path)}")
+    elif ranks.rank == 0:
         say("to resume, run the same command with --resume auto")
     return DONE if finished else INTERRUPTED

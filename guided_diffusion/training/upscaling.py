@@ -12,11 +12,11 @@ from ..checkpoint import load_state_dict
 from ..errors import InputError, display_name
 from ..image_datasets import ImageError, Reference, normalise, to_uint8
 from ..options import option
-from ..upscaler import Upscaler
+from ..upscaler import MODEL_TYPE, Upscaler
 from .config import Checked, TrainConfig
 from .data import TrainImages, list_images, random_uniform
 from .losses import Loss
-from .start import resume_path
+from .start import Start, resume_path
 
 Batches = Iterator[tuple[torch.Tensor, None]]
 
@@ -142,11 +142,15 @@ def upscaler_loss(options: UpscalerOptions) -> Loss:
     return losses
 
 
-def begin(config: TrainConfig, options: UpscalerOptions) -> tuple[Upscaler, str]:
-    """Network of a run in float32 on the CPU, and the checkpoint that its weights come from or "".
+class UpscalerStart(Start):
+    """The upscaler that a run starts with."""
 
-    Raises InputError where the checkpoint is of another network.
-    """
+    def metadata(self) -> dict[str, str]:
+        return self.model.metadata()  # type: ignore[operator]
+
+
+def begin(config: TrainConfig, options: UpscalerOptions) -> Start:
+    """Network of a run in float32 on the CPU. Raises InputError where its checkpoint is of another network."""
     checkpoint = resume_path(config)
     torch.manual_seed(config.seed)
     upscaler = Upscaler(options.factor, options.channels, options.depth, options.model)
@@ -156,7 +160,7 @@ def begin(config: TrainConfig, options: UpscalerOptions) -> tuple[Upscaler, str]
         except RuntimeError as error:
             what = f"{options.channels} channels, {options.depth} blocks and factor {options.factor}"
             raise InputError(f"{display_name(checkpoint)} is not an upscaler of {what}") from error
-    return upscaler, checkpoint
+    return UpscalerStart(upscaler, MODEL_TYPE, {}, checkpoint)
 
 
 __all__ = ["UpscalerImages", "UpscalerOptions", "begin", "upscaler_loss"]
