@@ -3,12 +3,10 @@
 All flags carry the names of `script_util`, except `attention_factors`, the downsampling factors at which there is
 attention: they become sides (`attention_resolutions`) once the image size is known, which tensors cannot tell.
 
-Every size is read from all the tensors that have it, and the majority counts: one tensor that is missing or has a wrong
-shape leaves the architecture known, so that an error can name that tensor.
+Every size is read from one tensor. That the others agree is checked when the network is filled.
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
@@ -93,60 +91,23 @@ def _count(state, prefix):
     return len(numbers)
 
 
-def _size(state: State, *places: tuple[Any, ...], among: tuple[int, ...] | None = None) -> int:
-    """The size that most tensors have at their place: (name, axis) or (name, axis, multiple of the size that is there).
-
-    among: the sizes that are possible. The first place wins a tie; KeyError where no place has a possible size.
-    """
-    votes = Counter()
-    for name, axis, *times in places:
-        shape: list[int] = list(state[name].shape) if name in state else []
-        per: int = times[0] if times else 1
-        length = shape[axis] if axis < len(shape) else 0
-        size, rest = length // per, length % per
-        if size and not rest and (among is None or size in among):
-            votes[size] += 1
-    if not votes:
-        raise KeyError(places[0][0])
-    return votes.most_common(1)[0][0]
-
-
-def _embedding_base(state, first, second):
-    """The base width, from the two layers of the time embedding, which are four times as wide."""
-    wide = ((f"{first}.weight", 0), (f"{first}.bias", 0), *((f"{second}.{name}", 0) for name in ("weight", "bias")))
-    return _size(state, (f"{first}.weight", 1), *((*place, 4) for place in (*wide, (f"{second}.weight", 1))))
-
-
-def _width(state, block, first="in_layers.2", norm="out_layers.0", second="out_layers.3"):
-    """Output channels of a residual block; by default the names of its layers are the ADM networks'."""
-    rows = [(f"{block}.{layer}.{name}", 0) for layer in (second, norm, first) for name in ("weight", "bias")]
-    return _size(state, rows[0], (f"{block}.{second}.weight", 1), *rows[1:])
+def _size(state, name, axis=0):
+    """Length of an axis of a tensor; KeyError, with the tensor's name, where it has none."""
+    shape = state[name].shape
+    if axis >= len(shape) or not shape[axis]:
+        raise KeyError(name)
+    return shape[axis]
 
 
 def _shifts_and_scales(state):
     """Whether the time embedding gives a residual block two numbers per channel, not one."""
-    blocks = ("input_blocks.1.0", "middle_block.0", "middle_block.2")
-    votes = Counter()
-    for block in blocks:
-        for part in ("weight", "bias"):
-            name = f"{block}.emb_layers.1.{part}"
-            if name in state and state[name].ndim:
-                votes[state[name].shape[0] / _width(state, block)] += 1
-    return votes[2] > votes[1]
-
-
-def _has_six_channels(state, layer):
-    """Whether the last layer predicts a variance beside the mean of its three channels."""
-    try:
-        return _size(state, (f"{layer}.weight", 0), (f"{layer}.bias", 0), among=(3, 6)) == 6
-    except KeyError:
-        return False
+    return _size(state, "middle_block.0.emb_layers.1.weight") == 2 * _size(state, "middle_block.0.out_layers.3.weight")
 
 
 def adm(state: State) -> dict[str, Any]:
     """Architecture of an ADM UNet, or of a super-resolution model."""
     modules = _modules(state)
-    base = _embedding_base(state, "time_embed.0", "time_embed.2")
+    base = _size(state, "time_embed.0.weight", 1)
     blocks = _count(state, "output_blocks.")
     # The last output block of every level but the finest ends with an upsampling layer, which ends its list.
     parts = ("in_layers", "out_layers", "conv")
@@ -158,7 +119,7 @@ def adm(state: State) -> dict[str, Any]:
     widths, factors = [], []
     for level in reversed(range(levels)):
         first = f"output_blocks.{(levels - 1 - level) * per_level}"
-        widths.insert(0, _width(state, f"{first}.0"))
+        widths.insert(0, _size(state, f"{first}.0.out_layers.3.weight"))
         if f"{first}.1.qkv" in modules or f"{first}.1.proj_out" in modules:
             factors.insert(0, 2**level)
     flags = {
@@ -166,14 +127,14 @@ def adm(state: State) -> dict[str, Any]:
         "num_res_blocks": per_level - 1,
         "channel_mult": ",".join(multiple(width, base) for width in widths),
         "attention_factors": tuple(factors),
-        "learn_sigma": _has_six_channels(state, "out.2"),
+        "learn_sigma": _size(state, "out.2.weight") == 6,
         "class_cond": "label_emb.weight" in state,
         "use_scale_shift_norm": _shifts_and_scales(state),
     }
     if levels > 1:
         flags["resblock_updown"] = not any(name.endswith(".0.op") for name in modules)
     if flags["class_cond"]:
-        flags["num_classes"] = _size(state, ("label_emb.weight", 0))
+        flags["num_classes"] = _size(state, "label_emb.weight")
     return flags
 
 
@@ -186,15 +147,15 @@ def takes_six_channels(state: State) -> bool:
 def ddpm(state: State) -> dict[str, Any]:
     """Architecture of a DDPM UNet, in the ADM UNet's flag names."""
     modules = _modules(state)
-    base = _embedding_base(state, "temb.dense.0", "temb.dense.1")
+    base = _size(state, "temb.dense.0.weight", 1)
     levels = range(_count(state, "down."))
-    widths = [_width(state, f"down.{i}.block.0", "conv1", "norm2", "conv2") for i in levels]
+    widths = [_size(state, f"down.{i}.block.0.conv2.weight") for i in levels]
     return {
         "num_channels": base,
         "num_res_blocks": _count(state, "down.0.block."),
         "channel_mult": ",".join(multiple(width, base) for width in widths),
         "attention_factors": tuple(2**i for i in levels if f"down.{i}.attn" in modules),
-        "learn_sigma": _has_six_channels(state, "conv_out"),
+        "learn_sigma": _size(state, "conv_out.weight") == 6,
         "class_cond": False,
     }
 
@@ -205,7 +166,7 @@ def encoder(state: State, depth: int | None = None) -> dict[str, Any]:
     depth: the supposed classifier_depth, which counts where the tensors allow several.
     """
     modules = _modules(state)
-    base = _embedding_base(state, "time_embed.0", "time_embed.2")
+    base = _size(state, "time_embed.0.weight", 1)
     head = "I2Iout" if "I2Iout" in modules else "out"
     if head not in modules:
         raise KeyError("out.0.weight")
@@ -213,7 +174,7 @@ def encoder(state: State, depth: int | None = None) -> dict[str, Any]:
     convolved = [i for i in range(1, blocks) if f"input_blocks.{i}.0.op" in modules]
     per_level = convolved[0] if convolved else _level_length(modules, blocks, depth)
     starts = range(1, blocks, per_level)
-    widths = [_width(state, f"input_blocks.{i}.0") for i in starts]
+    widths = [_size(state, f"input_blocks.{i}.0.out_layers.3.weight") for i in starts]
     flags = {
         "classifier_width": base,
         "classifier_depth": per_level - 1,
@@ -226,7 +187,7 @@ def encoder(state: State, depth: int | None = None) -> dict[str, Any]:
         flags["classifier_resblock_updown"] = not convolved
     if f"{head}.2.qkv_proj" in modules:
         last = f"{head}.2.c_proj"
-        positions = _size(state, (f"{head}.2.positional_embedding", 1))
+        positions = _size(state, f"{head}.2.positional_embedding", 1)
         flags["image_size"] = round(max(positions - 1, 1) ** 0.5) * 2 ** (len(widths) - 1)
         flags["classifier_pool"] = "attention"
     elif f"{head}.1" in modules:
@@ -235,7 +196,7 @@ def encoder(state: State, depth: int | None = None) -> dict[str, Any]:
         last, flags["classifier_pool"] = f"{head}.3", "adaptive"
     else:
         last, flags["classifier_pool"] = f"{head}.2", "spatial"
-    flags["num_class"] = _size(state, (f"{last}.bias", 0), (f"{last}.weight", 0))
+    flags["num_class"] = _size(state, f"{last}.weight")
     return flags
 
 
