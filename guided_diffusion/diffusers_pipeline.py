@@ -15,6 +15,7 @@ that SDDMPipeline saved loads with its `from_pretrained`, or with the library's 
 scripts/diffusers/pipeline.py imports the class from this module.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,13 +53,12 @@ from .target import Batch, Counted, Target
 
 Picture = str | Image.Image | np.ndarray | torch.Tensor
 Pictures = Picture | Sequence[Picture]
-
 PARAMETERS = {"blocks": "area", "start": "strength", "range_t": "t0"}
 """The pipelines' names of parameters."""
-
-
 PROMPTED = [name for name, kind in KINDS.items() if kind is not Unconditional]
 """Pipelines with prompts, by class name."""
+
+Callback = Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None]
 
 
 class Stopped(Exception):
@@ -88,27 +88,12 @@ class _Translating:
         return self._guidance_scale
 
     def _translate(
-        self,
-        pipe: Any,
-        target: Target,
-        image: Pictures,
-        *,
-        strength: float | None,
-        t0: float,
-        area: int,
-        energy: Any,
-        variant: str,
-        sampler: str,
-        eta: float,
-        repeats: int,
-        generator: Any,
-        latents: torch.Tensor | None,
-        output_type: str,
-        return_dict: bool,
-        callback_on_step_end: Callable | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-    ) -> Any:
-        """Sample; see `SDDMPipeline.__call__`. pipe: the one that has progress bar and hooks."""
+        self, pipe: Any, target: Target, image: Pictures, repeats: int, *, t0: float, area: int, energy: Any = None,
+        variant: str = "manifold", sampler: str | None = None, eta: float = 0.0, strength: float | None = None,
+        generator: Any = None, latents: torch.Tensor | None = None, output_type: str = "pil", return_dict: bool = True,
+        callback_on_step_end: Callback | None = None, callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Any:  # fmt: skip
+        """Sample; see `SDDMPipeline.__call__`. pipe: the one that has scheduler, progress bar and hooks."""
         self._interrupt = False
         ref, device = self._latents(image, target).repeat_interleave(repeats, dim=0), target.device
         if isinstance(generator, (list, tuple)) and len(generator) != len(ref):
@@ -118,8 +103,7 @@ class _Translating:
         unknown = set(callback_on_step_end_tensor_inputs) - {"latents"}
         if unknown:
             raise InputError("it can be latents", parameter="callback_on_step_end_tensor_inputs", value=min(unknown))
-        process, total = target.diffusion, target.diffusion.num_timesteps
-        start = None
+        process, total, start = target.diffusion, target.diffusion.num_timesteps, None
         if strength is not None:
             if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
                 raise InputError("it must be above 0 and at most 1", parameter="strength", value=strength)
@@ -160,7 +144,7 @@ class _Translating:
                     energies=self._energies(energy, area, target),
                     variant=variant,
                     clip_denoised=target.clip_denoised,
-                    sampler=sampler,
+                    sampler=sampler or default_sampler(pipe.scheduler),
                     eta=eta,
                     start=start,
                     noise=noise,
@@ -178,12 +162,9 @@ class _Translating:
     def _energies(self, energy: Any, area: int, target: Target) -> list[Any]:
         """Energies by name, or as objects; None for dct on pixels and none on latents."""
         if energy is None:
-            energy = ["dct"] if target.shape[0] == 3 else []
-        given = (
-            energy if isinstance(energy, (list, tuple)) else energy.split(",") if isinstance(energy, str) else [energy]
-        )
+            energy = "dct" if isinstance(target.codec, Pixels) else []
         found = []
-        for each in given:
+        for each in energy if isinstance(energy, (list, tuple)) else [energy]:
             if isinstance(each, str):
                 for name in energy_names(each):
                     own = {"blocks": area} if "blocks" in ENERGIES[name].__dataclass_fields__ else {}
@@ -191,9 +172,8 @@ class _Translating:
             elif hasattr(each, "energy_and_grad"):
                 found.append(each)
             else:
-                raise InputError(
-                    "it can be names, or objects of guided_diffusion.energy", parameter="energy", value=each
-                )
+                reason = "it can be names, or objects of guided_diffusion.energy"
+                raise InputError(reason, parameter="energy", value=each)
         return found
 
     def _latents(self, image: Pictures, target: Target) -> torch.Tensor:
@@ -208,8 +188,8 @@ class _Translating:
                 if isinstance(each, torch.Tensor) and each.ndim in (3, 4) and each.shape[-3] == channels != 3:
                     latents = each.reshape(-1, *each.shape[-3:])
                     if latents.shape[1:] != target.shape:
-                        raise InputError(f"latents {list(target.shape)} are needed", parameter="image",
-                                         value=list(each.shape))  # fmt: skip
+                        needed = f"latents {list(target.shape)} are needed"
+                        raise InputError(needed, parameter="image", value=list(each.shape))
                     found.append(latents.to(target.device).float())
                 else:
                     pixels = _pixels(each, target.image_size).to(target.device)
@@ -228,9 +208,8 @@ def _pixels(image: Any, side: int) -> torch.Tensor:
             arrays = image if image.ndim == 4 else image[None]
             return to_tensor([load_picture(Image.fromarray(array), side) for array in arrays])
     except (ImageError, TypeError) as error:
-        raise InputError(
-            first_line(error), parameter="image", value=image if isinstance(image, str) else "it"
-        ) from None
+        value = image if isinstance(image, str) else "it"
+        raise InputError(first_line(error), parameter="image", value=value) from None
     if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.shape[-1] == 3:
         x = torch.from_numpy(np.ascontiguousarray(image if image.ndim == 4 else image[None])).permute(0, 3, 1, 2)
     elif isinstance(image, torch.Tensor) and image.ndim in (3, 4) and image.shape[-3] == 3:
@@ -248,6 +227,10 @@ def _pixels(image: Any, side: int) -> torch.Tensor:
     if x.shape[2:] != (side, side):
         x = F.interpolate(x, (side, side), mode="bicubic", antialias=True)
     return x.clamp(-1, 1)
+
+
+SHARED = {*inspect.getfullargspec(_Translating._translate).kwonlyargs}
+"""Arguments that both pipelines take; `SDDMTextPipeline` takes all others as embeddings."""
 
 
 class SDDMPipeline(_Translating, DiffusionPipeline):
@@ -311,7 +294,7 @@ class SDDMPipeline(_Translating, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
         strength: float | None = None,
@@ -371,24 +354,11 @@ class SDDMPipeline(_Translating, DiffusionPipeline):
             condition=condition,
         )  # fmt: skip
         return self._translate(
-            self,
-            target,
-            image,
-            strength=strength,
-            t0=t0,
-            area=area,
-            energy=energy,
-            variant=variant,
-            sampler=sampler or default_sampler(self.scheduler),
-            eta=eta,
-            repeats=repeats,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            return_dict=return_dict,
+            self, target, image, repeats, t0=t0, area=area, energy=energy, variant=variant, sampler=sampler, eta=eta,
+            strength=strength, generator=generator, latents=latents, output_type=output_type, return_dict=return_dict,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        )  # fmt: skip
 
     def _labels(self, class_labels: Any, count: int, repeats: int) -> dict[str, torch.Tensor]:
         """The network's argument for classes, of `count` pictures."""
@@ -446,30 +416,21 @@ class SDDMTextPipeline(_Translating):
         guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         *,
-        energy: Any = None,
-        variant: str = "manifold",
-        sampler: str | None = None,
-        eta: float = 0.0,
         num_images_per_prompt: int = 1,
         num_images_per_image: int = 1,
         height: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        **embeddings: torch.Tensor,
+        **options: Any,
     ) -> Any:
         """Translate pictures towards a prompt; returns ImagePipelineOutput with `images`.
 
         prompt, negative_prompt: for all pictures, or one for each. guidance_scale: classifier-free guidance, None for
-        the pipeline's default. embeddings: ready ones by the names of the pipeline's arguments, such as
-        `prompt_embeds`. height: side of the pictures in pixels. The defaults suit latents of 64x64 to 128x128; for
-        the other arguments see `SDDMPipeline`. Raises InputError.
+        the pipeline's default. height: side of the pictures in pixels. options: the other arguments of `SDDMPipeline`,
+        such as generator and output_type, and embeddings by the names of the pipeline's arguments, such as
+        `prompt_embeds`. The defaults suit latents of 64x64 to 128x128. Raises InputError.
         """
+        embeddings = {name: options.pop(name) for name in [*options] if name not in SHARED}
         if image is None:
             raise InputError("give the references", parameter="image")
         repeats = num_images_per_prompt * num_images_per_image
@@ -485,25 +446,7 @@ class SDDMTextPipeline(_Translating):
             self.pipe, wanted, steps=num_inference_steps, device=self.pipe._execution_device, image_size=height,
             timesteps=timesteps, sigmas=sigmas,
         )  # fmt: skip
-        return self._translate(
-            self.pipe,
-            target,
-            image,
-            strength=strength,
-            t0=t0,
-            area=area,
-            energy=energy,
-            variant=variant,
-            sampler=sampler or default_sampler(self.pipe.scheduler),
-            eta=eta,
-            repeats=repeats,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        return self._translate(self.pipe, target, image, repeats, strength=strength, t0=t0, area=area, **options)
 
 
 def default_sampler(scheduler: Any) -> str:
@@ -520,6 +463,3 @@ def _repeated(texts: Any, repeats: int, count: int) -> Any:
     if len(texts) == 1:
         return texts[0]
     raise InputError(f"{count // repeats} are needed, one for each picture", parameter="prompt", value=list(texts))
-
-
-__all__ = ["SDDMPipeline", "SDDMTextPipeline"]

@@ -102,13 +102,13 @@ def saved(path, content, **options):
     return path
 
 
-def refused(path, **flags):
-    """The InputError for a file, which must be one line and say which file it is about."""
+def refused(path, names_file=True, **flags):
+    """The InputError for a file, which must be one line and, by default, say which file it is about."""
     with pytest.raises(InputError) as caught:
         load_model(path, **flags)
     message = str(caught.value)
     assert message.isprintable() and len(message) < 1500
-    assert str(path) in message or "\0" in str(path)
+    assert str(path) in message or not names_file or "\0" in str(path)
     return caught.value
 
 
@@ -174,12 +174,11 @@ def golden_flags(name):
     return {flag: entry["flags"][flag] for flag in untold}
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("name", [*golden_names("unet_"), *golden_names("ddpm"), *golden_names("dse")])
-def test_golden_models_give_golden_outputs(name, suffix, tmp_path):
+def test_golden_models_give_golden_outputs(name, tmp_path):
     data = golden(name)
     # The prefix "model." stays: it is one of those that are dropped on loading.
-    path = saved(tmp_path / f"x{suffix}", {key: value for key, value in data.items() if key.startswith("model.")})
+    path = saved(tmp_path / "x.pt", {key: value for key, value in data.items() if key.startswith("model.")})
     model, _ = load_model(path, **golden_flags(name))
     labels = {"y": data["input.y"]} if "input.y" in data else {}
     with torch.no_grad():
@@ -332,64 +331,35 @@ def tiny_file(tmp_path):
     return saved(tmp_path / "tiny.pt", tiny_state())
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"channel_mult": "1,1"},
-        {"channel_mult": "1.0,1"},
-        {"channel_mult": ""},  # 16 pixels have no usual multipliers, so that nothing was said
-        {"attention_resolutions": "8"},
-        {"attention_resolutions": "8,8"},
+def test_flags_that_agree_are_accepted(tiny_file):
+    for flags in (
+        {"channel_mult": "1.0,1"}, {"channel_mult": ""},  # 16 pixels have no usual multipliers: nothing was said
         {"attention_resolutions": "4, 8,128"},  # levels that the network does not have
-        {"attention_resolutions": 8},
-        {"num_res_blocks": "1", "use_scale_shift_norm": "True"},
         {"dropout": 0.3, "use_checkpoint": True, "timestep_respacing": "ddim10", "use_kl": True},
-        {"num_channels": None, "learn_sigma": None, "noise_schedule": None},
-        {"num_classes": 10},  # counts only with class_cond
-    ],
-    ids=str,
-)
-def test_flags_that_agree_are_accepted(flags, tiny_file):
-    assert_tiny(tiny_file, **flags)
+        {"num_channels": None, "noise_schedule": None}, {"num_classes": 10},  # counts only with class_cond
+    ):  # fmt: skip
+        assert_tiny(tiny_file, **flags)
 
 
 @pytest.mark.parametrize("flag, value, fits", [
     ("num_channels", 64, "num_channels=32"), ("num_res_blocks", 2, "num_res_blocks=1"),
-    ("channel_mult", "1,2", "channel_mult=1,1"), ("channel_mult", "1,1,1", "channel_mult=1,1"),
-    ("attention_resolutions", "16", "attention_resolutions=8"),
-    ("attention_resolutions", "16,8", "attention_resolutions=8"),
-    ("attention_resolutions", "4", "attention_resolutions=8"), ("learn_sigma", True, "learn_sigma=False"),
-    ("class_cond", True, "class_cond=False"), ("use_scale_shift_norm", False, "use_scale_shift_norm=True"),
+    ("channel_mult", "1,2", "channel_mult=1,1"), ("attention_resolutions", "16,8", "attention_resolutions=8"),
+    ("learn_sigma", True, "learn_sigma=False"), ("class_cond", True, "class_cond=False"),
     ("resblock_updown", False, "resblock_updown=True"), ("image_size", 15, "a multiple of 2"),
-    ("image_size", 0, "a multiple of 2"), ("num_head_channels", 24, "it must divide 32"),
-    ("num_head_channels", 64, "it must divide 32"), ("num_head_channels", 0, "it must divide 32"),
+    ("num_head_channels", 24, "it must divide 32"), ("num_head_channels", 0, "it must divide 32"),
+    ("num_channels", "many", "a whole number"), ("learn_sigma", "perhaps", "True or False"),
+    ("channel_mult", "1,nan", "list of numbers"), ("attention_resolutions", "0", "list of sides"),
 ])  # fmt: skip
-def test_each_flag_that_contradicts_is_named_with_what_fits(flag, value, fits, tiny_file):
-    error = refused(tiny_file, **{"image_size": 16, "num_head_channels": 16, flag: value})
+def test_each_flag_that_does_not_fit_is_named_with_what_does(flag, value, fits, tiny_file):
+    error = refused(tiny_file, **{"image_size": 16, "num_head_channels": 16, flag: value}, names_file=False)
     assert (error.parameter, error.value) == (flag, value) and fits in error.reason
 
 
-@pytest.mark.parametrize("flag, value, says", [
-    ("num_channels", "many", "a whole number"), ("num_channels", 32.5, "a whole number"),
-    ("learn_sigma", "perhaps", "True or False"), ("channel_mult", "1,x", "list of numbers"),
-    ("channel_mult", "1,nan", "list of numbers"),
-    ("channel_mult", "1,1e308", "list of numbers"), ("attention_resolutions", "8,x", "list of sides"),
-    ("attention_resolutions", "0", "list of sides"),
-])  # fmt: skip
-def test_flags_that_are_nonsense(flag, value, says, tiny_file):
-    with pytest.raises(InputError, match=says) as caught:
-        load_model(tiny_file, **{"image_size": 16, "num_head_channels": 16, flag: value})
-    assert (caught.value.parameter, caught.value.value) == (flag, value)
-
-
 @pytest.mark.parametrize("flag, value, fits", [
-    ("classifier_width", 64, "classifier_width=32"), ("classifier_depth", 2, "classifier_depth=1"),
-    ("classifier_pool", "spatial", "classifier_pool=attention"),
+    ("classifier_width", 64, "classifier_width=32"), ("classifier_pool", "spatial", "classifier_pool=attention"),
     ("classifier_attention_resolutions", "16,8", "classifier_attention_resolutions=8"),
-    ("classifier_resblock_updown", False, "classifier_resblock_updown=True"),
-    ("classifier_use_scale_shift_norm", False, "classifier_use_scale_shift_norm=True"),
-    ("channel_mult", "1,1", "channel_mult=1,2"), ("num_class", 3, "num_class=2"), ("head", "I2Iout", "head=out"),
-    ("image_size", 32, "image_size=16"), ("num_head_channels", 48, "it must divide 64"),
+    ("num_class", 3, "num_class=2"), ("head", "I2Iout", "head=out"), ("image_size", 32, "image_size=16"),
+    ("num_head_channels", 48, "it must divide 64"),
 ])  # fmt: skip
 def test_each_encoder_flag_that_contradicts_is_named(flag, value, fits, tmp_path):
     path = saved(tmp_path / "encoder.pt", zeros(shapes_of(create_classifier(**TINY_ENCODER))))
@@ -471,12 +441,9 @@ def test_flags_that_contradict_metadata(flag, value, tmp_path):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("{", "not a JSON object"), ("", "not a JSON object"), ("[1, 2]", "not a JSON object"),
-    ("null", "not a JSON object"), ('"image_size"', "not a JSON object"), ("[" * 20000, "not a JSON object"),
-    ({"image_size": "big"}, "image_size='big'; it must be a whole number"),
-    ({"image_size": [16]}, "image_size='[16]'; it must be a whole number"),
-    ({**STATED, "num_channels": 64}, "metadata has num_channels=64, but its tensors have num_channels=32"),
-    ({**STATED, "class_cond": True}, "metadata has class_cond=True, but its tensors have class_cond=False"),
+    ("{", "not a JSON object"), ("null", "not a JSON object"), ("[" * 20000, "not a JSON object"),
+    ({"image_size": "big"}, "metadata has image_size=big; it must be a whole number"),
+    ({**STATED, "num_channels": 64}, "metadata has num_channels=64; the tensors of"),
     ({**STATED, "num_head_channels": 24}, "num_head_channels=24"), ({**STATED, "image_size": 15}, "a multiple of 2"),
 ], ids=lambda value: str(value)[:30])  # fmt: skip
 def test_metadata_that_is_wrong(flags, says, tmp_path):
@@ -535,10 +502,7 @@ OWN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [
-    {"attention_resolutions": "16,8"}, {"resblock_updown": False}, {"use_scale_shift_norm": False},
-    {"class_cond": True}, {"learn_sigma": True}, {"num_channels": 64}, {"num_res_blocks": 3},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("change", [{"attention_resolutions": "16,8"}, {"class_cond": True}, {"num_res_blocks": 3}])
 def test_what_only_resembles_a_published_model_is_not_taken_for_it(change, tmp_path, caplog):
     path = saved(tmp_path / "m.pt", layout(**{**OWN, **change}))
     _, info = checkpoint.identify(str(path), *read(str(path)))
@@ -581,10 +545,10 @@ def test_record_of_another_network_is_not_used(tiny_file, tmp_path, caplog):
     assert info.flags["noise_schedule"] == "linear" and "train.json" in caplog.text
 
 
-@pytest.mark.parametrize("text", ["[]", '{"model": 3}', '{"a": 1}', "{", "[" * 100000, "\0", '{"model": {}}'])
-def test_other_files_of_that_name_do_no_harm(text, tiny_file, tmp_path):
-    (tmp_path / "train.json").write_text(text)
-    assert_tiny(tiny_file)
+def test_other_files_of_that_name_do_no_harm(tiny_file, tmp_path):
+    for text in ("[]", '{"model": 3}', '{"a": 1}', "[" * 100000, '{"model": {}}'):
+        (tmp_path / "train.json").write_text(text)
+        assert_tiny(tiny_file)
 
 
 @pytest.mark.parametrize("value, says", [("many", "a whole number"), (10**15, "from 1 to 1e+06")])
@@ -617,12 +581,10 @@ NESTINGS = {
     "ema": lambda: {"model": other_state(), "ema": tiny_state(), "step": 7},
     "model_ema before model": lambda: {"model_ema": tiny_state(), "model": other_state()},
     "rate in the name": lambda: {"state_dict": other_state(), "ema_0.9999": tiny_state()},
-    "two levels of ema": lambda: {"model": other_state(), "ema": {"decay": 0.999, "state_dict": tiny_state()}},
     "average as a list": lambda: {"ema": {"num_updates": 3, "shadow_params": [torch.ones(2)]}, "model": tiny_state()},
     "ddim repository": lambda: [other_state(), optimizer_state(), 3, 1000, tiny_state()],
     "counters beside the weights": lambda: {**tiny_state(), "step": torch.tensor(3), "epoch": 5, "name": "dog"},
     "buffers of averaging": lambda: {**tiny_state(), "decay": torch.tensor(0.99), "num_updates": torch.tensor([4])},
-    "integer buffer": lambda: {**tiny_state(), "steps": torch.arange(1000)},
     "parsed flags and numpy numbers": lambda: {
         "args": argparse.Namespace(lr=np.float64(0.1), betas=np.ones(3), out=Path("x")),
         "step": np.int64(3),
@@ -633,10 +595,6 @@ NESTINGS = {
         **{f"model.{key}": value for key, value in other_state().items()},
         **{f"ema_model.{key}": value for key, value in tiny_state().items()},
         "ema_model.num_updates": torch.tensor(3),
-    },
-    "averages, plain copies without a prefix": lambda: {
-        **other_state(),
-        **{f"model_ema.module.{key}": value for key, value in tiny_state().items()},
     },
     "a name that only looks like an average": lambda: {
         **{f"net.{key}": value for key, value in tiny_state().items()},
@@ -653,29 +611,22 @@ NESTINGS = {
 }
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("nesting", NESTINGS)
-def test_nested_weights_are_found(nesting, legacy, tmp_path):
-    path = tmp_path / "model.pt"
-    assert_tiny(saved(path, NESTINGS[nesting](), _use_new_zipfile_serialization=not legacy))
+def test_nested_weights_are_found(nesting, tmp_path):
+    assert_tiny(saved(tmp_path / "model.pt", NESTINGS[nesting]()))
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize(
-    "prefix",
-    ["module.", "model.", "_orig_mod.", "ema_model.", "model.diffusion_model.", "module._orig_mod.module.", "a b\n."],
-)
-def test_prefixes_of_wrappers_are_dropped(prefix, suffix, tmp_path):
-    assert_tiny(saved(tmp_path / f"model{suffix}", {prefix + key: value for key, value in tiny_state().items()}))
+def test_prefixes_of_wrappers_are_dropped(tmp_path):
+    for prefix in ("module.", "ema_model.", "model.diffusion_model.", "module._orig_mod.module.", "a b\n."):
+        assert_tiny(saved(tmp_path / "model.pt", {prefix + key: value for key, value in tiny_state().items()}))
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_files_of_other_precision_become_float32(dtype, suffix, tmp_path):
-    state = {key: value.to(dtype) for key, value in tiny_state().items()}
-    model, _ = load_model(saved(tmp_path / f"m{suffix}", state), image_size=16, num_head_channels=16)
-    for key, value in model.state_dict().items():
-        torch.testing.assert_close(value, state[key].float(), rtol=0, atol=0)
+def test_files_of_other_precision_become_float32(tmp_path):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        state = {key: value.to(dtype) for key, value in tiny_state().items()}
+        model, _ = load_model(saved(tmp_path / "m.safetensors", state), image_size=16, num_head_channels=16)
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(value, state[key].float(), rtol=0, atol=0)
 
 
 def test_half_precision_inference(tiny_file):
@@ -686,13 +637,11 @@ def test_half_precision_inference(tiny_file):
     assert model.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["model.bin", "model.ckpt", "model", "model.pt", "mödel 1.pt"])
-def test_format_is_told_by_content_not_by_name(name, tmp_path):
-    save_file(tiny_state(), tmp_path / "a.safetensors")
-    os.replace(tmp_path / "a.safetensors", tmp_path / name)
-    assert_tiny(tmp_path / name)
-    torch.save(tiny_state(), tmp_path / "wrong.safetensors")
-    assert_tiny(tmp_path / "wrong.safetensors")
+def test_format_is_told_by_content_not_by_name(tmp_path):
+    save_file(tiny_state(), tmp_path / "mödel 1.pt")
+    torch.save(tiny_state(), tmp_path / "wrong.safetensors", _use_new_zipfile_serialization=False)
+    for name in ("mödel 1.pt", "wrong.safetensors"):
+        assert_tiny(tmp_path / name)
 
 
 def test_state_dict_is_read_as_it_is(tmp_path):
@@ -763,12 +712,11 @@ def test_the_tensor_too_many_is_named(data, name, tmp_path):
     assert key in message
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_values_that_are_not_finite_are_found(value, suffix, tmp_path):
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_that_are_not_finite_are_found(value, tmp_path):
     state = tiny_state()
     state["middle_block.1.qkv.weight"][5, 3, 0] = value
-    message = refusal(saved(tmp_path / f"m{suffix}", state), image_size=16, num_head_channels=16)
+    message = refusal(saved(tmp_path / "m.pt", state), image_size=16, num_head_channels=16)
     assert "middle_block.1.qkv.weight" in message and "NaN or infinite" in message
 
 
@@ -790,8 +738,7 @@ def test_truncated_files(form, tmp_path):
     path = tmp_path / ("m.safetensors" if form == "safetensors" else "m.pt")
     options = {"_use_new_zipfile_serialization": False} if form == "legacy" else {}
     content = saved(path, tiny_state(), **options).read_bytes()
-    lengths = {1, 2, 7, 8, 9, 63, 64, 65, 1000, len(content) // 2, len(content) - 1000, len(content) - 1}
-    for length in sorted(lengths):
+    for length in (1, 8, 64, 1000, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
         refusal(path, image_size=16, num_head_channels=16)
     path.write_bytes(content)
@@ -817,7 +764,7 @@ def sound_bytes(form, folder):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@property_test(80)
+@property_test(60)
 @given(data=st.data())
 def test_changed_bytes_never_raise_anything_but_a_user_error(form, data, tmp_path_factory):
     folder = Path(tmp_path_factory.getbasetemp())
@@ -891,20 +838,17 @@ def test_files_that_contain_themselves_end(tmp_path):
 LONG = "\x1b[31m\n\r" + "x" * 1_000_000
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_texts_of_a_file_are_shown_short_and_harmless(suffix, tmp_path):
-    path = tmp_path / f"m{suffix}"
+def test_texts_of_a_file_are_shown_short_and_harmless(tmp_path):
+    path = tmp_path / "m.pt"
     refusal(saved(path, {LONG: torch.zeros(3)}))
     refusal(saved(path, {**tiny_state(), f"out.{LONG}": torch.zeros(3)}), image_size=16, num_head_channels=16)
     refusal(saved(path, {**tiny_state(), f"first_stage_model.{LONG}": torch.zeros(3)}), image_size=16)
     refusal(saved(path, {**tiny_state(), f"{LONG}.time_embed.0.weight": torch.zeros(3)}), image_size=15)
-    if suffix == ".pt":
-        refusal(saved(path, {LONG: 3, "y": {LONG: 3}}))
+    refusal(saved(path, {LONG: 3, "y": {LONG: 3}}))
 
 
-@pytest.mark.parametrize("wrong", ["tinny.pt", "tiny.pth", "tiny", "Tiny.pt"])
-def test_the_file_beside_a_wrong_path_is_named(wrong, tiny_file):
-    assert f"did you mean {tiny_file}?" in refusal(tiny_file.parent / wrong)
+def test_the_file_beside_a_wrong_path_is_named(tiny_file):
+    assert f"did you mean {tiny_file}?" in refusal(tiny_file.parent / "tinny.pth")
 
 
 def safetensors_bytes(header, body=b""):
@@ -927,18 +871,14 @@ def test_safetensors_headers_that_lie(content, tmp_path):
 
 @pytest.mark.parametrize("content, says", [
     (b"hello, I am not a model\n" * 10, "begins with b'hello"),
-    (b"<!DOCTYPE html><html><body>Sign in</body></html>", "web page"), (b"\n\n<html lang=en>", "web page"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"), (b"", "empty"),
-    (b"\0" * 100, "begins with"), (b"\x80", "damaged"), (b"PK\x03\x04", "damaged"),
-    (gzip.compress(b"x" * 100), "begins with"), (pickle.dumps("only a text"), "operand 149"),
-    (pickle.dumps({"a": 1}, protocol=2), "damaged"), (b'{"weight_map": {}}', "begins with"),
+    (b"\n\n<html><body>Sign in</body></html>", "web page"), (b"", "empty"), (b"\x80", "damaged"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+    (b"PK\x03\x04", "damaged"), (gzip.compress(b"x" * 100), "begins with"),
+    (pickle.dumps("only a text"), "operand 149"), (pickle.dumps({"a": 1}, protocol=2), "damaged"),
 ], ids=lambda v: v if isinstance(v, str) else "")  # fmt: skip
-@pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
-def test_files_that_are_something_else(content, says, name, tmp_path):
-    path = tmp_path / name
-    path.write_bytes(content)
-    message = refusal(path)
-    assert says in message or (name.endswith(".safetensors") and "not a safetensors file" in message)
+def test_files_that_are_something_else(content, says, tmp_path):
+    (tmp_path / "m.pt").write_bytes(content)
+    assert says in refusal(tmp_path / "m.pt")
 
 
 def test_places_that_hold_no_file(tmp_path):
@@ -955,8 +895,7 @@ def test_places_that_hold_no_file(tmp_path):
 
 
 @pytest.mark.parametrize("content, says", [
-    ({}, "holds no weights"), ([], "holds no weights"), ("text", "it is a str"), (torch.zeros(3), "it is a Tensor"),
-    ({"lr": 0.1, "steps": 3}, "its entries are lr, steps"), ({0: torch.zeros(3)}, "holds no weights"),
+    ([], "holds no weights"), (torch.zeros(3), "it is a Tensor"), ({0: torch.zeros(3)}, "holds no weights"),
     ({"step": torch.tensor(3)}, "its entries are step"), (optimizer_state(), "its entries are state, param_groups"),
     ({"optimizer": optimizer_state(), "optimizer_ema": {"x": torch.ones(3)}}, "holds no weights"),
 ], ids=lambda v: v if isinstance(v, str) else "")  # fmt: skip
@@ -1033,11 +972,11 @@ ATTACKS = {
     "functools.reduce": lambda m: Calls(functools.reduce, open, [m, "w"]),
     "whole module": lambda m: tiny(),
 }
-PLACES = {
-    "alone": lambda evil: evil,
-    "in a dict": lambda evil: {"state_dict": tiny_state(), "args": evil},
-    "among the weights": lambda evil: {**tiny_state(), "x": evil},
-}
+PLACES = (
+    lambda evil: evil,
+    lambda evil: {"state_dict": tiny_state(), "args": evil},
+    lambda evil: {**tiny_state(), "x": evil},
+)
 WRITERS = {
     "zip": lambda content, path: torch.save(content, path),
     "legacy": lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
@@ -1046,15 +985,13 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_code_in_a_file_is_refused_and_never_run(attack, place, writer, tmp_path):
+def test_code_in_a_file_is_refused_and_never_run(attack, writer, tmp_path):
     path, marker = tmp_path / "m.pt", tmp_path / "marker"
-    WRITERS[writer](PLACES[place](ATTACKS[attack](str(marker))), path)
-    message = refusal(path, image_size=16, num_head_channels=16)
-    assert not marker.exists()
-    if writer in ("zip", "legacy"):
-        assert "holds more than tensors (" in message
+    for place in PLACES if attack == "os.system" else PLACES[1:2]:
+        WRITERS[writer](place(ATTACKS[attack](str(marker))), path)
+        message = refusal(path, image_size=16, num_head_channels=16)
+        assert not marker.exists() and ("holds more than tensors (" in message or writer == "pickle 4")
 
 
 def test_the_attacks_would_work(tmp_path):
@@ -1077,33 +1014,15 @@ def test_torchscript_is_refused(tmp_path):
 # ---- after loading ---------------------------------------------------------------------------------------------------
 
 
-def open_files():
-    mapped = Path("/proc/self/maps").read_text()
-    return mapped + "".join(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd_exists(fd))
-
-
-def fd_exists(fd):
-    return os.path.lexists(f"/proc/self/fd/{fd}")
-
-
-@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
-@pytest.mark.parametrize("end", ["overwrite", "truncate", "delete"])
-def test_what_becomes_of_the_file_does_not_matter(end, form, tmp_path):
-    path = tmp_path / ("m.safetensors" if form == "safetensors" else "m.pt")
-    options = {"_use_new_zipfile_serialization": False} if form == "legacy" else {}
-    model, _ = assert_tiny(saved(path, tiny_state(), **options))
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_what_becomes_of_the_file_does_not_matter(suffix, tmp_path):
+    path = saved(tmp_path / f"m{suffix}", tiny_state())
+    model, _ = assert_tiny(path)
     state = load_state_dict(path)
     if sys.platform == "linux":
-        assert str(path) not in open_files()
-    if end == "delete":
-        path.unlink()
-    else:
-        with open(path, "r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.truncate(0)
-            if end == "overwrite":
-                file.seek(0)
-                file.write(b"\xff" * size)
+        assert str(path) not in Path("/proc/self/maps").read_text()
+    with open(path, "r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
     torch.testing.assert_close(output_of(model), tiny_output(), rtol=0, atol=0)
     assert all(torch.equal(state[key], value) for key, value in tiny().state_dict().items())
 
@@ -1139,7 +1058,7 @@ def test_url_that_cannot_be_read(monkeypatch):
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_saved_models_load_without_flags(dtype, tmp_path):
     path = tmp_path / "m.safetensors"
     flags = {**TINY, **STATED, "predict_xstart": True}
@@ -1240,15 +1159,9 @@ STATEMENTS = {
         lambda: {**prefixed("denoise_fn."), "diffusion.alphas_cumprod": alpha_bars_of("scaled_linear:0.0015,0.0195")},
         "scaled_linear:0.0015,0.0195",
     ),
-    "float64": (lambda: {"ema": tiny_state(), "betas": betas_of("linear:0.0001,0.02", 500, torch.float64)},
-                "linear:0.0001,0.02"),
     "a list": (lambda: {"model": tiny_state(), "betas": betas_of("cosine").tolist()}, "cosine"),
     "Lightning": (lambda: {"state_dict": prefixed("model."), "hyper_parameters": LIGHTNING},
                   "scaled_linear:0.0015,0.0195"),
-    "betas before hyper-parameters": (
-        lambda: {"state_dict": {**prefixed("model."), "betas": betas_of("cosine")}, "hyper_parameters": LIGHTNING},
-        "cosine",
-    ),
     "LDM without a name": (
         lambda: {"model": tiny_state(), "hparams": {n: v for n, v in LIGHTNING.items() if n != "beta_schedule"}},
         "scaled_linear:0.0015,0.0195",
@@ -1266,10 +1179,6 @@ STATEMENTS = {
     "a numpy array": (
         lambda: {"model": tiny_state(), "betas": get_named_beta_schedule("cosine", 500)}, "cosine"
     ),
-    "parsed flags": (
-        lambda: {"model": tiny_state(), "args": argparse.Namespace(noise_schedule="cosine", diffusion_steps=500, lr=1)},
-        "cosine",
-    ),
 }  # fmt: skip
 
 
@@ -1280,8 +1189,8 @@ def test_schedules_that_a_file_holds_are_used_and_said(name, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         _, info = assert_tiny(path)
     assert (info.flags["noise_schedule"], info.flags["diffusion_steps"]) == (schedule, 500)
-    (line,) = caplog.messages
-    assert f"noise_schedule={schedule}" in line and "use_new_attention_order" in line
+    told, assumed = caplog.messages
+    assert f"noise_schedule={schedule}" in told and "use_new_attention_order" in assumed
     assert not {"noise_schedule", "diffusion_steps"} & {*info.assumed}
     error = refused(path, image_size=16, num_head_channels=16, diffusion_steps=1000)
     assert (error.parameter, error.value) == ("diffusion_steps", 1000)
@@ -1297,11 +1206,10 @@ def test_tables_without_a_name_stay_as_they_are(tmp_path):
 @pytest.mark.parametrize("entries, flags", [
     ({"parameterization": "x0", "image_size": 16, "num_heads": 2}, {"predict_xstart": True, "num_heads": 2}),
     ({"objective": "pred_v"}, {"predict_v": True}),
-    ({"rescale_timesteps": True, "num_channels": 3, "dropout": "many"}, {"rescale_timesteps": True}),
+    ({"rescale_timesteps": True, "num_channels": 3}, {"rescale_timesteps": True}),
     ({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.01}, {"noise_schedule": "linear:0.0001,0.01"}),
 ])  # fmt: skip
 def test_hyper_parameters_tell_what_tensors_cannot(entries, flags, tmp_path):
-    entries = {name: value for name, value in entries.items() if value != "many"}
     path = saved(tmp_path / "m.ckpt", {"state_dict": tiny_state(), "hyper_parameters": entries})
     _, info = load_model(path, image_size=16, **({} if "num_heads" in entries else {"num_head_channels": 16}))
     assert {name: info.flags[name] for name in flags} == flags
@@ -1322,20 +1230,15 @@ def test_statements_that_cannot_be(content, says, tmp_path):
     assert says in refusal(path, image_size=16, num_head_channels=16)
 
 
-@pytest.mark.parametrize(
-    "name", ["edm_bedroom256_ema.pt", "cd_imagenet64_l2.pt", "my-consistency-model.pt", "x_EDM2.pt"]
-)
-def test_other_processes_are_known_by_their_names(name, tmp_path):
-    path = saved(tmp_path / name, tiny_state())
-    message = refusal(path, image_size=16, num_head_channels=16, noise_schedule="linear")
-    assert "EDM or a consistency model" in message
+def test_other_processes_are_known_by_their_names(tmp_path):
+    for name in ("edm_bedroom256_ema.pt", "cd_imagenet64_l2.pt", "my-consistency-model.pt"):
+        path = saved(tmp_path / name, tiny_state())
+        message = refusal(path, image_size=16, num_head_channels=16, noise_schedule="linear")
+        assert "EDM or a consistency model" in message
+    for name in ("redmi.pt", "ct_scans.pt", "inconsistency.pt"):
+        assert_tiny(saved(tmp_path / name, tiny_state()))
     train_record(tmp_path)  # of a training here
     load_model(path)
-
-
-def test_names_that_only_look_like_other_processes(tmp_path):
-    for name in ("redmi.pt", "ct_scans.pt", "cd.pt", "inconsistency.pt"):
-        assert_tiny(saved(tmp_path / name, tiny_state()))
 
 
 def test_other_processes_are_known_by_their_layouts(tmp_path):

@@ -26,7 +26,7 @@ from ..respace import SpacedDiffusion
 from ..run.files import read_json
 from ..target import Batch, Counted, Target
 from . import diffusers
-from .reconcile import ModelInfo
+from .reading import hash_file
 
 KINDS = Registry("pipeline")
 """Pipelines by the name of their class: subclasses of `Pipeline`."""
@@ -57,6 +57,8 @@ class Pipeline:
     """The guidance scale is an input of the network, and there is no negative prompt."""
     names: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
     """The tensors that `encode` gives, positive before negative."""
+    other_prompts: Mapping[str, None] = {}
+    """Arguments of `encode_prompt` for further text encoders: None gives them the same prompt."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -100,8 +102,10 @@ class Pipeline:
 
     def encode_prompt(self, prompt: Prompt, guided: bool, device: torch.device, given: Mapping) -> Sequence[Any]:
         """The pipeline's own encoding: tensors in the order of `names`."""
-        options = {"negative_prompt": prompt.negative, **given}
-        return self.pipe.encode_prompt(prompt.text, device, 1, guided, **options)
+        return self.pipe.encode_prompt(
+            prompt=prompt.text, device=device, num_images_per_prompt=1, do_classifier_free_guidance=guided,
+            negative_prompt=prompt.negative, **self.other_prompts, **given,
+        )  # fmt: skip
 
     def call(self, x: torch.Tensor, t: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
         """The network's output at x, in its own parameterisation."""
@@ -115,18 +119,17 @@ class Pipeline:
         positive = {name: value for name, value in found.items() if not name.startswith("negative_")}
         negative = {name.removeprefix("negative_"): v for name, v in found.items() if name.startswith("negative_")}
         dtype, call = self.network.dtype, Counted(self.call)
-        both = (
-            {name: torch.cat([negative[name], value]).to(dtype) for name, value in positive.items()} if guided else {}
-        )
-        positive = {name: value.to(dtype) for name, value in positive.items()}
+        if guided:
+            positive = {name: torch.cat([negative[name], value]) for name, value in positive.items()}
+        embeddings = {name: value.to(dtype) for name, value in positive.items()}
         if self.distilled:
-            positive["guidance"] = torch.full((texts,), float(scale), device=device)
+            embeddings["guidance"] = torch.full((texts,), float(scale), device=device)
 
         def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             x = x.to(dtype)
             if not guided:
-                return call(x, t, positive).float()
-            without, given = call(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
+                return call(x, t, embeddings).float()
+            without, given = call(torch.cat([x, x]), torch.cat([t, t]), embeddings).float().chunk(2)
             return without + scale * (given - without)
 
         return model
@@ -153,10 +156,6 @@ class StableDiffusionXL(StableDiffusion):
     guidance_scale = 5.0
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
-    def encode_prompt(self, prompt: Prompt, guided: bool, device: torch.device, given: Mapping) -> Sequence[Any]:
-        options = {"negative_prompt": prompt.negative, "do_classifier_free_guidance": guided, **given}
-        return self.pipe.encode_prompt(prompt.text, device=device, **options)
-
     def call(self, x: torch.Tensor, t: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
         side = [n * autoencoder(self.pipe.vae).factor for n in x.shape[2:]]
         times = torch.tensor([[*side, 0, 0, *side]], device=x.device, dtype=x.dtype).repeat(len(x), 1)
@@ -172,10 +171,7 @@ class StableDiffusion3(Pipeline):
 
     guidance_scale = 7.0
     names = StableDiffusionXL.names
-
-    def encode_prompt(self, prompt: Prompt, guided: bool, device: torch.device, given: Mapping) -> Sequence[Any]:
-        options = {"negative_prompt": prompt.negative, "do_classifier_free_guidance": guided, **given}
-        return self.pipe.encode_prompt(prompt.text, None, None, device=device, **options)
+    other_prompts: Mapping[str, None] = {"prompt_2": None, "prompt_3": None}
 
     def call(self, x: torch.Tensor, t: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
         pooled = embeddings["pooled_prompt_embeds"]
@@ -334,9 +330,6 @@ def pipeline_target(
     steps: int = 50,
     device: torch.device,
     image_size: int | None = None,
-    info: ModelInfo | None = None,
-    options: Any = None,
-    precision: str = "fp32",
     **given: Any,
 ) -> Target:
     """A pipeline as a target, over `steps` timesteps of its scheduler.
@@ -362,10 +355,7 @@ def pipeline_target(
         raise RuntimeError("a pipeline is called through Target.conditioned")
 
     shape = (kind.channels, side, side)
-    return Target(
-        Counted(unconditioned), diffusion, codec, shape, side * codec.factor, clip, device, condition=condition,
-        info=info, options=options, precision=precision,
-    )  # fmt: skip
+    return Target(Counted(unconditioned), diffusion, codec, shape, side * codec.factor, clip, device, condition)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -433,13 +423,5 @@ def folder_identity(path: str) -> str:
     digest = hashlib.sha256()
     for file in sorted(filter(os.path.isfile, glob.glob(os.path.join(glob.escape(path), "**"), recursive=True))):
         digest.update(os.path.relpath(file, path).encode("utf-8", "surrogateescape") + b"\0")
-        with open(file, "rb") as content:
-            while block := content.read(1 << 20):
-                digest.update(block)
+        hash_file(file, digest)
     return f"sha256 {digest.hexdigest()}"
-
-
-__all__ = [
-    "KINDS", "Pipeline", "Prompt", "autoencoder", "is_pipeline", "kind_of", "load_pipeline",
-    "pipeline_target", "scheduler_process", "square",
-]  # fmt: skip

@@ -125,16 +125,12 @@ def read_json_object(path: str) -> tuple[dict[str, Any], str]:
     return content, hashlib.sha256(data).hexdigest()
 
 
-def hash_file(path: str) -> str:
-    """SHA-256 of a file's bytes as hexadecimal digits. Raises InputError."""
+def hash_file(path: str, digest: Any = None) -> str:
+    """SHA-256 of a file's bytes as hexadecimal digits; digest: a hash to continue. Raises InputError."""
+    digest = digest or hashlib.sha256()
     with reading(path), open(path, "rb") as file:
-        return _hash(file)
-
-
-def _hash(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -149,8 +145,7 @@ def _read(path: str) -> tuple[Any, dict[str, str] | None, str | None]:
         return *_parse(path, _download(path)), None
     _check_place(path)
     with reading(path), open(path, "rb") as file:
-        before = os.fstat(file.fileno())
-        digest = _hash(file)
+        before, digest = os.fstat(file.fileno()), hash_file(path)
         parsed = _parse(path, file)
         after = os.stat(path)
     if any(getattr(before, name) != getattr(after, name) for name in ("st_ino", "st_dev", "st_size", "st_mtime_ns")):

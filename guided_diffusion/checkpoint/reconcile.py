@@ -5,14 +5,15 @@ tensors (metadata, train.json, betas, hyper-parameters, a scheduler file), and f
 tell is never overruled.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import InputError, display_name, one_line, shown
+from ..errors import InputError, display_name, one_line
 from ..gaussian_diffusion import get_named_beta_schedule
 from ..options import check, check_value, option
 from ..script_util import (
@@ -23,7 +24,6 @@ from ..script_util import (
     diffusion_defaults,
     extension_defaults,
     model_and_diffusion_defaults,
-    str2bool,
 )
 from .published import published
 from .stated import TRAINING_FLAGS, UNDETECTABLE_FLAGS, Stated
@@ -31,18 +31,11 @@ from .stated import TRAINING_FLAGS, UNDETECTABLE_FLAGS, Stated
 log = logging.getLogger(__name__)
 
 # Flags that concern one use of a model only, so that any value fits any file.
-RUNTIME_FLAGS = (
+RUNTIME_FLAGS = {
     *("use_checkpoint", "use_fp16", "timestep_respacing", "use_kl", "rescale_learned_sigmas", "dropout"),
     "sigma_small",
-)
-EXTENSIONS = extension_defaults()
-FLAGS = {
-    *model_and_diffusion_defaults(),
-    *classifier_defaults(),
-    *EXTENSIONS,
-    *RUNTIME_FLAGS,
-    *("num_classes", "num_class", "head"),
 }
+EXTENSIONS = extension_defaults()
 
 
 @dataclass(frozen=True)
@@ -131,7 +124,17 @@ class ModelFlags:
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(ModelFlags)}
+_OTHERS = {
+    **classifier_defaults(),
+    "super_res": False,
+    "sigma_small": True,
+    "num_classes": 1,
+    "num_class": 1,
+    "head": "",
+}
+_OTHER_FLAGS = dataclasses.make_dataclass("_OTHER_FLAGS", [(name, type(value)) for name, value in _OTHERS.items()])
+FLAGS = {field.name: field for cls in (_OTHER_FLAGS, ModelFlags) for field in dataclasses.fields(cls)}
+"""All flags of networks and processes by name, as fields that know their type and bounds."""
 
 
 @dataclass
@@ -176,9 +179,9 @@ def reconcile(
         raise InputError(f"{file}: its metadata has model_type={_brief(metadata['model_type'])}, {tensors}")
     row = published(kind.name, found)
     known = dict(row.flags) if row else {}
-    likes = {**kind.defaults, **found}
-    said = _typed(stated.flags, likes, where) if stated else {}
-    given = _typed(given, likes)
+    concerned = {*kind.defaults, *found}
+    said = _checked(stated.flags, concerned, where) if stated else {}
+    given = _checked(given, concerned)
 
     found = dict(found)
     usual = next((size for size, mult in CHANNEL_MULT.items() if _text(mult) == found["channel_mult"]), None)
@@ -187,47 +190,33 @@ def reconcile(
     factors, multiple = found.pop("attention_factors"), 2 ** found["channel_mult"].count(",")
     if image_size is None:
         raise InputError(f"{file} does not tell it; give a multiple of {multiple}", parameter="image_size")
-    if not 1 <= image_size <= 1 << 16 or image_size % multiple:
-        if "image_size" in given:
+    if image_size % multiple:
+        with _blaming(None if "image_size" in given else where, "image_size", image_size):
             raise _misfit("image_size", image_size, f"{file} needs a multiple of {multiple}")
-        raise InputError(f"{file}: image_size={image_size} does not suit its levels; a multiple of {multiple} does")
     found[kind.sides] = ",".join(str(image_size // factor) for factor in factors)
 
     untold = {flag: value for flag, value in said.items() if flag in UNDETECTABLE_FLAGS + TRAINING_FLAGS}
     untold |= kind.fixed
     if stated and stated.complete and not kind.fixed:
-        usual_ones = {name: value for name, value in EXTENSIONS.items() if name in likes and name not in found}
-        untold = {**usual_ones, **untold}
+        untold = {name: EXTENSIONS[name] for name in EXTENSIONS if name in concerned and name not in found} | untold
     for flag, value in given.items():
         if flag not in RUNTIME_FLAGS and value != untold.get(flag, value):
             raise _misfit(flag, value, f"{file} was trained with {flag}={_brief(untold[flag])}")
-    for flag, value in [*given.items(), *said.items()]:
-        is_given = flag in given and value == given[flag]
-        try:
-            agrees = flag not in found or _agree(flag, value, found, image_size, kind.width)
-        except InputError as error:
-            if is_given:
-                raise
-            raise InputError(f"{where} has {flag}={_brief(value)}; {error.reason}") from None
-        if not agrees:
-            fits = f"{flag}={_brief(found[flag]) if found[flag] != '' else 'none'}"
-            if is_given:
-                empty = value == "" and flag == "channel_mult"
-                means = f" (empty means {_text(CHANNEL_MULT[image_size])})" if empty else ""
-                raise _misfit(flag, value, f"{file} has {fits}{means}")
-            raise InputError(f"{where} has {flag}={_brief(value)}, but its tensors have {fits}")
+    for place, flags in ((None, given), (where, said)):
+        for flag, value in flags.items():
+            with _blaming(place, flag, value):
+                if flag in found and not _agree(flag, value, found, image_size, kind.width):
+                    fits = "none" if found[flag] == "" else _brief(found[flag])
+                    raise _misfit(flag, value, f"the tensors of {file} have {flag}={fits}")
     flags = {**kind.defaults, **known, **untold, **{k: v for k, v in given.items() if k in kind.defaults}, **found}
     flags["image_size"] = image_size
     flags = {k: v for k, v in flags.items() if k not in EXTENSIONS or (k not in kind.fixed and v != EXTENSIONS[k])}
     if "num_heads" in given and "num_head_channels" not in {*given, *untold}:
         flags["num_head_channels"] = -1  # `num_heads` overrides the published `num_head_channels`
+    schedule, place = flags["noise_schedule"], None if {"noise_schedule", "diffusion_steps"} & given.keys() else where
+    with _blaming(place, "noise_schedule", schedule):
+        get_named_beta_schedule(schedule, flags["diffusion_steps"])
     info = ModelInfo(path, kind.name, flags, dict(metadata))
-    try:
-        get_named_beta_schedule(flags["noise_schedule"], flags["diffusion_steps"])
-    except InputError as error:
-        if "noise_schedule" in given or "diffusion_steps" in given:
-            raise
-        raise InputError(f"{where} has noise_schedule={_brief(flags['noise_schedule'])}; {error.reason}") from None
     if kind.heads:
         _check_heads(info, kind, factors, given)
     _report(info, kind, sources, row.files if row else None, stated)
@@ -242,81 +231,28 @@ def _brief(value: Any) -> str:
     return one_line(value, 60)
 
 
-def _report(
-    info: ModelInfo, kind: Kind, sources: tuple[Mapping[str, Any], ...], files: str | None, stated: Stated | None
-) -> None:
-    """One log line on what is assumed, and one where a given flag differs from what was published."""
-    given, found, said, known = sources
-    file = display_name(info.path)
-
-    def text(names: Any, values: Mapping[str, Any] = info.flags) -> str:
-        return ", ".join(f"{name}={_brief(values[name])}" for name in names)
-
-    differing = [
-        flag for flag, value in given.items() if flag in known and value != known[flag] and flag not in RUNTIME_FLAGS
-    ]
-    if differing:
-        line = "%s has the layout of a published model (%s), which has %s; %s is used, as given"
-        log.warning(line, file, files, text(differing, known), text(differing, given))
-    assumed: list[str] = []
-    told = {*given, *found, *said, *known}
-    if kind.heads and not {"num_heads", "num_head_channels"} & told:
-        assumed += [name for name in ("num_heads", "num_head_channels") if name in info.flags]
-    complete = stated is not None and stated.complete
-    if not complete:
-        others = ("image_size", *(["use_new_attention_order"] if kind.heads else []), *TRAINING_FLAGS)
-        assumed += [flag for flag in others if flag not in told and flag in info.flags]
-    info.assumed = tuple(assumed)
-    from_file = [] if complete or not said else [name for name in said if name in info.flags and name not in given]
-    read = f"{stated.where.removeprefix(f'{file}: ')} tells {text(from_file)}" if stated and from_file else ""
-    if assumed:
-        named = text(flag for flag in assumed if info.flags[flag] != -1)
-        # A command line has flags for its model only.
-        advice = "Convert it to .safetensors with" if kind is ENCODER else "Give"
-        rest = f". Besides, {read}" if read else ""
-        log.warning("%s does not tell everything; assumed: %s. %s what differs%s", file, named, advice, rest)
-    elif read:
-        log.info("%s: %s", file, read)
-
-
-def _typed(flags: Mapping[str, Any], likes: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:
-    """The flags that concern a network, each in the type of its other values and within bounds.
-
-    where: the place that states them, None for flags that are given.
-    """
-    typed = {}
-    for flag, value in flags.items():
-        if flag not in likes:
-            continue
-        like = likes[flag]
-        fits = {bool: "True or False", int: "a whole number", float: "a number"}.get(type(like), "a text")
-        try:
-            converted = _converted(value, like)
-            if converted is None:
-                raise InputError(f"it must be {fits}", parameter=flag, value=value)
-            if flag in FIELDS and flag not in ("num_heads", "num_head_channels", "image_size"):
-                check_value(FIELDS[flag], converted)
-        except InputError as error:
-            if where is None:
-                raise
-            raise InputError(f"{where} has {flag}={shown(value)}; {error.reason}") from None
-        typed[flag] = converted
-    return typed
-
-
-def _converted(value: Any, like: Any) -> Any:
-    """A value in the type of another; None where it has no meaning in it."""
-    try:
-        if isinstance(like, bool):
-            return str2bool(value if isinstance(value, bool) else str(value))
-        converted = type(like)(value)
-        return converted if isinstance(like, str) or converted == float(value) else None
-    except Exception:  # str2bool raises argparse's type, numbers raise several
-        return None
-
-
 def _text(multipliers: tuple[float, ...]) -> str:
     return ",".join(f"{m:g}" for m in multipliers)
+
+
+@contextlib.contextmanager
+def _blaming(where: str | None, flag: str, value: Any) -> Iterator[None]:
+    """Context in which an InputError about a flag names the place that states it; None where the caller gave it."""
+    try:
+        yield
+    except InputError as error:
+        if where is None:
+            raise
+        raise InputError(f"{where} has {flag}={_brief(value)}; {error.reason}") from None
+
+
+def _checked(flags: Mapping[str, Any], concerned: set[str], where: str | None = None) -> dict[str, Any]:
+    """Those of the flags that concern a network, each of its type and within its bounds."""
+    kept = {flag: value for flag, value in flags.items() if flag in concerned}
+    for flag, value in kept.items():
+        with _blaming(where, flag, value):
+            check_value(FLAGS[flag], value)
+    return kept
 
 
 def _agree(flag: str, value: Any, found: Mapping[str, Any], image_size: int, width: str) -> bool:
@@ -348,9 +284,37 @@ def _check_heads(info: ModelInfo, kind: Kind, factors: tuple[int, ...], given: M
         value, shared = flags[flag], math.gcd(*widths)
         if shared and (value < 1 or shared % value):
             file, channels = display_name(info.path), ", ".join(map(str, sorted(widths)))
-            needs = f"attention layers of {channels} channels, so it must divide {shared}"
+            needs = f"{file} has attention layers of {channels} channels, so it must divide {shared}"
             if flag in given:
-                raise _misfit(flag, value, f"{file} has {needs}")
+                raise _misfit(flag, value, needs)
             give = f"convert it to .safetensors with `{flag}`" if kind is ENCODER else f"give `{flag}`"
-            untold = f"{flag}={value}, which its tensors do not tell, does not fit"
-            raise InputError(f"{file}: {untold}: it has {needs}; {give}")
+            raise InputError(f"{flag}={value}, which its tensors do not tell, does not fit: {needs}; {give}")
+
+
+def _report(
+    info: ModelInfo, kind: Kind, sources: tuple[Mapping[str, Any], ...], files: str | None, stated: Stated | None
+) -> None:
+    """Log what the file tells, what is assumed, and where a given flag differs from what was published."""
+    given, found, said, known = sources
+    file = display_name(info.path)
+
+    def text(names: Any, values: Mapping[str, Any] = info.flags) -> str:
+        return ", ".join(f"{name}={_brief(values[name])}" for name in names)
+
+    fixed = [flag for flag in given if flag in known and flag not in RUNTIME_FLAGS]
+    if differing := [flag for flag in fixed if given[flag] != known[flag]]:
+        line = "%s has the layout of a published model (%s), which has %s; %s is used, as given"
+        log.warning(line, file, files, text(differing, known), text(differing, given))
+    told = {*given, *found, *said, *known}
+    heads = ["num_heads", "num_head_channels"] if kind.heads and not {"num_heads", "num_head_channels"} & told else []
+    others = ["image_size", *(["use_new_attention_order"] if kind.heads else []), *TRAINING_FLAGS]
+    if stated and stated.complete:
+        others = []
+    elif stated and (from_file := [name for name in said if name in info.flags and name not in given]):
+        log.info("%s: %s tells %s", file, stated.where.removeprefix(f"{file}: "), text(from_file))
+    info.assumed = tuple(flag for flag in (*heads, *others) if flag not in told and flag in info.flags)
+    if info.assumed:
+        named = text(flag for flag in info.assumed if info.flags[flag] != -1)
+        # A command line has flags for its model only.
+        advice = "Convert it to .safetensors with" if kind is ENCODER else "Give"
+        log.warning("%s does not tell everything; assumed: %s. %s what differs", file, named, advice)

@@ -116,7 +116,7 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
         return Start(_create(kind, flags), kind.types[0], flags, "", labels, classes)
 
     record = files.read_run(os.path.dirname(checkpoint))
-    if unknown := sorted(set(record.model) - FLAGS):
+    if unknown := sorted(set(record.model) - FLAGS.keys()):
         where = display_name(os.path.join(os.path.dirname(checkpoint), files.NAME))
         raise InputError(f"{where} has {shown(unknown[0])} among the model's options, which this version does not know")
     check_given(kind, given, record.model, checkpoint)
