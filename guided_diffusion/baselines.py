@@ -7,6 +7,7 @@ in order. callback(i, x): the state after step i. Returns [N, C, H, W].
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,15 +163,18 @@ def unconditional(
     Ancestral sampling, or with use_ddim DDIM (Song et al. 2021), eta its share of noise. Draws: x_T; then one per step.
     cache_interval: see `sddm.sample`.
     """
-    model = cached(model, cache_interval)
-    noise = noise or gaussian_like(ref)
-    x = noise(ref.shape)
+    step = partial(diffusion.ddim_sample, eta=eta) if use_ddim else diffusion.p_sample
+    yield from from_noise(partial(step, cached(model, cache_interval)), diffusion, ref, clip_denoised, noise)
+
+
+def from_noise(
+    step: Callable[..., Any], diffusion: GaussianDiffusion, like: torch.Tensor, clip_denoised: bool | float,
+    noise: Noise | None,
+) -> Iterator[State]:  # fmt: skip
+    """Images of like's shape from noise: step(x, t, clip_denoised, noise=…) from the first index to 0."""
+    noise = noise or gaussian_like(like)
+    x = noise(like.shape)
     for i in reversed(range(diffusion.num_timesteps)):
-        t = at_step(ref, i)
-        draw = noise(ref.shape)
-        if use_ddim:
-            out = diffusion.ddim_sample(model, x, t, clip_denoised, eta=eta, noise=draw)
-        else:
-            out = diffusion.p_sample(model, x, t, clip_denoised, noise=draw)
+        out = step(x, at_step(like, i), clip_denoised, noise=noise(like.shape))
         x = out["sample"]
         yield {"i": i, "x": x, "pred_xstart": out["pred_xstart"], "guided": []}

@@ -66,30 +66,26 @@ def vgg(
     """
     if not 1 <= level <= len(VGG_WIDTHS):
         raise InputError(f"it can be 1 to {len(VGG_WIDTHS)}, for relu1_1 to relu5_1", parameter="level", value=level)
-    is_path = isinstance(weights, (str, os.PathLike))
-    name = display_name(os.fspath(weights)) if is_path else "the VGG state dict"  # type: ignore[arg-type]
-    # Only the layer numbers matter: prefixes like "encoder." come and go.
-    if is_path:
+    name = "the VGG state dict"
+    if isinstance(weights, (str, os.PathLike)):
         from .checkpoint import load_state_dict  # here alone, so that the paper's modules load no reader of files
 
-        weights = load_state_dict(weights)  # type: ignore[arg-type]
+        name = display_name(os.fspath(weights))
+        weights = load_state_dict(weights)
     state = {}
-    for key, value in weights.items():  # type: ignore[union-attr]
-        number = re.search(r"\d.*", key)
-        if number and number.group() in state:
+    for key, value in weights.items():
+        layer = re.sub(r"^\D*", "", key)  # only its number matters: prefixes like "encoder." come and go
+        if layer and layer in state:
             raise InputError(
                 f"{name} holds several networks, {key} is there twice; AdaIN's vgg_normalised.pth is needed"
             )
-        if number:
-            state[number.group()] = value
+        state[layer] = value
     features = _vgg_layers(level)
     wanted = features.state_dict()
     for key, value in wanted.items():
-        if key not in state or state[key].shape != value.shape:
-            found = tuple(state[key].shape) if key in state else "nothing"
-            raise InputError(
-                f"{name} is not AdaIN's vgg_normalised.pth: {key} must have shape {tuple(value.shape)} and has {found}"
-            )
+        shape, found = tuple(value.shape), tuple(state[key].shape) if key in state else "nothing"
+        if found != shape:
+            raise InputError(f"{name} is not AdaIN's vgg_normalised.pth: {key} must have shape {shape} and has {found}")
     features.load_state_dict({key: state[key] for key in wanted})
     return BlockStatisticsEnergy(features, blocks, bf16=bf16, channels_last=channels_last)
 
@@ -185,25 +181,17 @@ def _diffuse(ref, noise, alpha_bar):
     return signal if noise is None else signal + (1 - alpha_bar) ** 0.5 * noise
 
 
-def own_timesteps(timestep: Callable[[float], float] | None, t: torch.Tensor, alpha_bar: float) -> torch.Tensor:
-    """Timesteps [N] of a network that was trained on a schedule of its own: those of the same noise level.
-
-    timestep: alpha_bar -> its timestep (`respace.matching_timestep`); None where the schedules agree.
-    """
+def _own_timesteps(timestep: Callable[[float], float] | None, t: torch.Tensor, alpha_bar: float) -> torch.Tensor:
     return t if timestep is None else torch.full_like(t, timestep(alpha_bar), dtype=torch.float32)
 
 
-def dse(encoder: torch.nn.Module, timestep: Callable[[float], float] | None = None) -> Energy:
+class DomainSpecificEnergy:
     """EGSDE's realism energy: channel-wise cosine between domain-specific features of x and of ref_t.
 
     encoder: a model with `middle_features(x, t)` trained to tell the source from the target domain. Descent makes x
-    lose what marks the source domain. timestep: see `own_timesteps`.
+    lose what marks the source domain. timestep: for an encoder with a schedule of its own, alpha_bar -> its timestep of
+    that noise level (`respace.matching_timestep`).
     """
-    return DomainSpecificEnergy(encoder, timestep)
-
-
-class DomainSpecificEnergy:
-    """See `dse`."""
 
     def __init__(self, encoder: nn.Module, timestep: Callable[[float], float] | None = None) -> None:
         self.timestep = timestep
@@ -213,7 +201,7 @@ class DomainSpecificEnergy:
         self.ref, self.noise = ref, noise
 
     def energy_and_grad(self, x: torch.Tensor, t: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
-        t = own_timesteps(self.timestep, t, alpha_bar)
+        t = _own_timesteps(self.timestep, t, alpha_bar)
         with torch.no_grad():
             ref_features = self.encoder.middle_features(_diffuse(self.ref, self.noise, alpha_bar), t).float()
         with torch.enable_grad():
@@ -224,22 +212,18 @@ class DomainSpecificEnergy:
         return energy.detach(), grad
 
 
-def low_pass(down_n: int = 32) -> Energy:
-    """EGSDE's faithfulness energy: ||phi(ref_t) - phi(x)||^2 with the low-pass filter phi.
-
-    phi shrinks by down_n and enlarges again, with the resizer's linear kernel.
-    """
-    return LowPassEnergy(down_n)
+dse = DomainSpecificEnergy
 
 
 class LowPassEnergy:
-    """See `low_pass`.
+    """EGSDE's faithfulness energy: ||phi(ref_t) - phi(x)||^2 with the low-pass filter phi.
 
-    phi(x) = U D x D^T U^T per channel, with D shrinking and U enlarging. With the small image s = D (x - ref_t) D^T and
-    M = U^T U, E = <s, M s M> and its gradient is 2 D^T (M s M) D: no large product is needed.
+    phi shrinks by down_n and enlarges again, with the resizer's linear kernel: phi(x) = U D x D^T U^T per channel. With
+    the small image s = D (x - ref_t) D^T and M = U^T U, E = <s, M s M> and its gradient is 2 D^T (M s M) D: no large
+    product is needed.
     """
 
-    def __init__(self, down_n: int) -> None:
+    def __init__(self, down_n: int = 32) -> None:
         if down_n < 1:
             raise InputError("it must be at least 1", parameter="down_n", value=down_n)
         self.down_n = down_n
@@ -266,23 +250,19 @@ class LowPassEnergy:
         return energy, 2 * (self.down[0].T @ filtered @ self.down[1])
 
 
-def classifier(
-    model: torch.nn.Module, y: int | torch.Tensor, timestep: Callable[[float], float] | None = None
-) -> Energy:
-    """E = -log p(y | x, t) under a noisy-image classifier; y is a class number or a tensor [N] of them.
-
-    timestep: see `own_timesteps`.
-    """
-    return ClassifierEnergy(model, y, timestep)
+low_pass = LowPassEnergy
 
 
 class ClassifierEnergy:
-    """See `classifier`."""
+    """E = -log p(y | x, t) under a noisy-image classifier; y is a class number or a tensor [N] of them.
 
-    def __init__(self, model: nn.Module, y: Any, timestep: Callable[[float], float] | None = None) -> None:
-        self.timestep = timestep
-        self.model = model.eval().requires_grad_(False)
-        self.y = y
+    timestep: see `DomainSpecificEnergy`.
+    """
+
+    def __init__(
+        self, model: nn.Module, y: int | torch.Tensor, timestep: Callable[[float], float] | None = None
+    ) -> None:
+        self.model, self.y, self.timestep = model.eval().requires_grad_(False), y, timestep
 
     def prepare(self, ref: torch.Tensor) -> None:
         self.labels = torch.as_tensor(self.y, device=ref.device).long().expand(ref.shape[0])
@@ -290,8 +270,10 @@ class ClassifierEnergy:
     def energy_and_grad(self, x: torch.Tensor, t: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            energy = F.cross_entropy(
-                self.model(x, own_timesteps(self.timestep, t, alpha_bar)).float(), self.labels, reduction="none"
-            )
+            logits = self.model(x, _own_timesteps(self.timestep, t, alpha_bar)).float()
+            energy = F.cross_entropy(logits, self.labels, reduction="none")
             (grad,) = torch.autograd.grad(energy.sum(), x)
         return energy.detach(), grad
+
+
+classifier = ClassifierEnergy

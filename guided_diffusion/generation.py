@@ -5,13 +5,15 @@ random draw in order, x_T first, then one per step. callback and the generators 
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from .baselines import from_noise
 from .gaussian_diffusion import GaussianDiffusion
-from .solvers import Noise, State, at_step, gaussian_like, sampler
+from .solvers import Noise, State, sampler
 
 
 @sampler
@@ -44,7 +46,8 @@ def classifier_guided(
     def conditional(x, t):
         return model(x, t, labels) if class_cond else model(x, t)
 
-    yield from _denoise(conditional, diffusion, ref, gradient, use_ddim, clip_denoised, noise)
+    step = partial(diffusion.ddim_sample if use_ddim else diffusion.p_sample, conditional, cond_fn=gradient)
+    yield from from_noise(step, diffusion, ref, clip_denoised, noise)
 
 
 @sampler
@@ -65,18 +68,8 @@ def super_resolution(
         return model(x, t, low_res=ref, **({} if labels is None else {"y": labels}))
 
     like = ref.new_empty(()).expand(*ref.shape[:2], large_size, large_size)
-    yield from _denoise(enlarging, diffusion, like, None, use_ddim, clip_denoised, noise)
-
-
-def _denoise(model, diffusion, like, cond_fn, use_ddim, clip_denoised, noise):
-    """From noise to an image of like's shape, step by step."""
-    noise = noise or gaussian_like(like)
-    step = diffusion.ddim_sample if use_ddim else diffusion.p_sample
-    x = noise(like.shape)
-    for i in reversed(range(diffusion.num_timesteps)):
-        out = step(model, x, at_step(like, i), clip_denoised, cond_fn=cond_fn, noise=noise(like.shape))
-        x = out["sample"]
-        yield {"i": i, "x": x, "pred_xstart": out["pred_xstart"], "guided": []}
+    step = partial(diffusion.ddim_sample if use_ddim else diffusion.p_sample, enlarging)
+    yield from from_noise(step, diffusion, like, clip_denoised, noise)
 
 
 def draw_labels(noise: Any, count: int, num_classes: int, device: torch.device) -> torch.Tensor:

@@ -25,15 +25,16 @@ MANIFOLDS = Registry("manifold")
 
 
 class Manifold(Protocol):
-    """Interface of a manifold for the samplers."""
+    """Interface of a manifold: that of a reference noised to alpha_bar, for x and vectors [N, C, H, W].
 
-    def restrict(self, x: torch.Tensor, alpha_bar: float) -> torch.Tensor:
-        """Bring x [N, C, H, W] to the manifold of the reference noised to alpha_bar."""
-        ...
+    `restrict` brings x to it; `decompose` splits a vector at x into its parts (tangent, normal), whose sum is the vector.
+    """
 
-    def decompose(self, x: torch.Tensor, vector: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Split a vector [N, C, H, W] at x into its parts (tangent, normal), whose sum is the vector."""
-        ...
+    def restrict(self, x: torch.Tensor, alpha_bar: float) -> torch.Tensor: ...
+
+    def decompose(
+        self, x: torch.Tensor, vector: torch.Tensor, alpha_bar: float
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def check_blocks(size: Sequence[int], blocks: int, of: str = "image") -> None:
@@ -42,22 +43,24 @@ def check_blocks(size: Sequence[int], blocks: int, of: str = "image") -> None:
     of: what has this size, for the error.
     """
     height, width = size
-    if blocks >= 1 and height % blocks == width % blocks == 0 and height * width >= 2 * blocks**2:
-        return
-    wanted = f"{height}" if height == width else f"{height}x{width}"
     fit = [n for n in range(1, min(size) + 1) if height % n == width % n == 0 and height * width >= 2 * n * n]
+    if blocks in fit:
+        return
     near = sorted(fit, key=lambda n: (abs(n - blocks), -n))[:2]
     hint = f" ({' and '.join(map(str, near))} {'do' if len(near) > 1 else 'does'})" if near else ""
-    reason = f"it must divide the {of} size {wanted} into blocks of at least two pixels{hint}"
+    reason = f"it must divide the {of} size {_sides(size)} into blocks of at least two pixels{hint}"
     raise InputError(reason, parameter="blocks", value=blocks)
 
 
 def check_down_n(down_n: int, size: Sequence[int]) -> None:
     """Raise InputError unless down_n divides images of size (H, W)."""
     if down_n < 1 or size[0] % down_n or size[1] % down_n:
-        wanted = f"{size[0]}" if size[0] == size[1] else f"{size[0]}x{size[1]}"
-        reason = f"it must be at least 1 and divide the image size {wanted}"
+        reason = f"it must be at least 1 and divide the image size {_sides(size)}"
         raise InputError(reason, parameter="down_n", value=down_n)
+
+
+def _sides(size):
+    return f"{size[0]}" if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
 def to_blocks(x: torch.Tensor, blocks: int) -> torch.Tensor:
@@ -175,14 +178,6 @@ class LowPassManifold:
         normal = self.phi(vector)
         return vector - normal, normal
 
-    split = decompose  # its name up to version 0.1
 
-
-@MANIFOLDS.add("badain")
-def _block_manifold(ref: torch.Tensor, *, blocks: int, down_n: int) -> Manifold:
-    return BlockManifold(ref, blocks)
-
-
-@MANIFOLDS.add("low_pass")
-def _low_pass_manifold(ref: torch.Tensor, *, blocks: int, down_n: int) -> Manifold:
-    return LowPassManifold(ref, down_n)
+MANIFOLDS.add("badain")(lambda ref, *, blocks, down_n: BlockManifold(ref, blocks))
+MANIFOLDS.add("low_pass")(lambda ref, *, blocks, down_n: LowPassManifold(ref, down_n))

@@ -6,6 +6,7 @@ is the plain step of the chosen solver.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -41,29 +42,26 @@ VARIANTS = Registry("variant")
 """How guided steps move: a generator of states of (guide, x, start, range_t, noise)."""
 
 
+@dataclass
 class Guide:
     """Computations of one step: the model's posterior, the score's parts, and the merged move.
 
-    model(i) is the model that evaluates step i. energy_factor(i): length of an energy's direction relative to the
-    score's tangent part.
+    model(i): the model that evaluates step i. merge(directions): the move and the weights of `merge`. energy_factor(i):
+    length of an energy's direction relative to the score's tangent part.
     """
 
-    def __init__(
-        self,
-        model: Callable[[int], Callable],
-        diffusion: GaussianDiffusion,
-        energies: Sequence[Energy],
-        manifold: Manifold,
-        solver: Solver,
-        merge: Callable,
-        energy_factor: Callable[[int], float],
-        clip_denoised: bool | float,
-    ) -> None:
-        self.model, self.diffusion, self.energies = model, diffusion, energies
-        self.manifold, self.solver, self.merge = manifold, solver, merge
-        self.energy_factor, self.clip_denoised = energy_factor, clip_denoised
-        self.alpha_bars = [float(alpha_bar) for alpha_bar in diffusion.alphas_cumprod]
-        self.solver_state: Any = None
+    model: Callable[[int], Callable]
+    diffusion: GaussianDiffusion
+    energies: Sequence[Energy]
+    manifold: Manifold
+    solver: Solver
+    merge: Callable
+    energy_factor: Callable[[int], float]
+    clip_denoised: bool | float
+    solver_state: Any = None
+
+    def __post_init__(self) -> None:
+        self.alpha_bars = [float(alpha_bar) for alpha_bar in self.diffusion.alphas_cumprod]
 
     def denoise(self, x: torch.Tensor, i: int) -> Prediction:
         """The model's p(x_{i-1} | x_i), as `GaussianDiffusion.p_mean_variance` gives it."""
@@ -117,8 +115,8 @@ def manifold(guide: Guide, x: torch.Tensor, start: int, range_t: int, noise: Noi
         guided = []
         if i > range_t:
             move, rest, record = guide.parts(x, i, out["mean"])
-            moved = guide.restrict(x + move, i)
-            x = guide.restrict(guide.add_noise(out, moved + rest, i, noise(x.shape)), i - 1)
+            mean = guide.restrict(x + move, i) + rest
+            x = guide.restrict(guide.add_noise(out, mean, i, noise(x.shape)), i - 1)
             guided.append(record)
         else:
             x = guide.plain_step(out, x, i, noise(x.shape))
