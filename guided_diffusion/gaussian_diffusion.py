@@ -141,8 +141,8 @@ def _with_prediction(cond_fn, out, t):
     return lambda x, _, **model_kwargs: cond_fn(x, t, out, **model_kwargs)
 
 
-def _normal(value):
-    """A tensor made in inference mode as one that autograd can record."""
+def recordable(value: Any) -> Any:
+    """A tensor that autograd can record: a copy of one that was made in inference mode. Other values as they are."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
@@ -496,11 +496,11 @@ class GaussianDiffusion:
         for i in indices:
             # Neither cond_fn nor the model could be differentiated in inference mode.
             with torch.inference_mode(False), torch.set_grad_enabled(with_grad):
-                kwargs = {name: _normal(value) for name, value in (model_kwargs or {}).items()}
+                kwargs = {name: recordable(value) for name, value in (model_kwargs or {}).items()}
                 if randomize_class and "y" in kwargs:
                     kwargs["y"] = torch.randint(model.num_classes, kwargs["y"].shape, device=kwargs["y"].device)
                 t = torch.full(shape[:1], i, device=device)
-                out = step(model, _normal(x).detach().requires_grad_(with_grad), t, model_kwargs=kwargs, **options)
+                out = step(model, recordable(x).detach().requires_grad_(with_grad), t, model_kwargs=kwargs, **options)
                 out = {name: value.detach() for name, value in out.items()}
             yield out
             x = out["sample"]

@@ -25,9 +25,9 @@ MANIFOLDS = Registry("manifold")
 
 
 class Manifold(Protocol):
-    """Interface of a manifold: that of a reference noised to alpha_bar, for x and vectors [N, C, H, W].
+    """Interface of the manifold of a reference noised to alpha_bar. x and vectors are [N, C, H, W].
 
-    `restrict` brings x to it; `decompose` splits a vector at x into its parts (tangent, normal), whose sum is the vector.
+    `restrict` brings x to it. `decompose` splits a vector at x into parts (tangent, normal), whose sum is the vector.
     """
 
     def restrict(self, x: torch.Tensor, alpha_bar: float) -> torch.Tensor: ...

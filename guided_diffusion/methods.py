@@ -36,13 +36,8 @@ METHODS = Registry("method", lambda entries: [check_names([each]) for each in en
 
 _blocks = partial(option, 16, "number of blocks per side", least=1, flag="area")
 _down_n = partial(option, 32, "low_pass, energy or manifold, keeps 1/N of the resolution", least=1, flag="down_N")
-_start = partial(
-    option,
-    None,
-    "late start: begin with the reference noised to this step, or share of the schedule",
-    metavar="STEP",
-    flag="start_t",
-)
+_late = "late start: begin with the reference noised to this step, or share of the schedule"
+_start = partial(option, None, _late, metavar="STEP", flag="start_t")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,24 +98,41 @@ class CachedGuidance(Cached):
         return super().ignored() | ({"cache_guided"} if self.cache_interval == 1 or not self.cache_guided else set())
 
 
+class _Started(Method):
+    """A method with an option `start`, the number of steps of a run."""
+
+    start: Any
+
+    def steps(self, total: int) -> int:
+        return late_start(self.start, total)
+
+
+class _Ranged(_Started):
+    """A method with an option `range_t` besides."""
+
+    range_t: Any
+
+    def check_fit(self, size: tuple[int, int] | None, total: int | None) -> None:
+        if total is not None:
+            resolve_step(self.range_t, total, "range_t")
+        super().check_fit(size, total)
+
+
 @METHODS.add("sddm")
 @dataclass(frozen=True)
-class SDDM(CachedGuidance):
+class SDDM(_Ranged, CachedGuidance):
     """Options of `sddm.sample`: guided above step T0, the plain diffusion model below it."""
 
     takes_energies = True
     about = "SDDM"
 
     range_t: int | float = option(
-        0,
-        "T0: guidance ends at this step of the respaced schedule, or share of it as 0.3",
-        least=0,
-        metavar="STEP",
+        0, "T0: guidance ends at this step of the respaced schedule, or share of it as 0.3", least=0, metavar="STEP"
     )
     blocks: int = _blocks()
     variant: str = option(
         "manifold",
-        "manifold: the method as its authors describe it; released: as their code computes it",
+        "manifold: as the method's authors describe it; released: as their code computes it",
         choices=VARIANTS,
     )
     start: int | float | None = _start()
@@ -130,7 +142,7 @@ class SDDM(CachedGuidance):
     )
     manifold: str = option(
         "badain",
-        "manifold of the reference's block statistics, or of its low frequencies (ablation)",
+        "manifold of the reference's block statistics, or its low frequencies (ablation)",
         choices=MANIFOLDS,
     )
     down_n: int = _down_n()
@@ -140,24 +152,22 @@ class SDDM(CachedGuidance):
 
     def __post_init__(self) -> None:
         check(self)
-        if self.eta and not getattr(SOLVERS.pick(self.sampler), "takes_eta", True):
+        if self.eta and not self._takes_eta():
             raise InputError(f"`sampler` {self.sampler} has none", parameter="eta", value=self.eta)
 
     def ignored(self) -> set[str]:
         # A scale as published is left out of records, as version 0.2 had none.
         unused = {"energy_scale"} if self.energy_scale == LAMBDA else set()
-        unused |= set() if getattr(SOLVERS.pick(self.sampler), "takes_eta", True) else {"eta"}
+        unused |= set() if self._takes_eta() else {"eta"}
         return super().ignored() | unused | (set() if self.manifold == "low_pass" else {"down_n"})
 
-    def steps(self, total: int) -> int:
-        return late_start(self.start, total)
+    def _takes_eta(self):
+        return getattr(SOLVERS.pick(self.sampler), "takes_eta", True)
 
     def check_fit(self, size: tuple[int, int] | None, total: int | None) -> None:
+        super().check_fit(size, total)
         if size is not None:
             MANIFOLDS.pick(self.manifold)(torch.zeros(1, 3, *size), blocks=self.blocks, down_n=self.down_n)
-        if total is not None:
-            resolve_step(self.range_t, total, "range_t")
-            self.steps(total)
 
     def bind(self, target: Target, energies: Sequence[Energy] = ()) -> Callable[..., torch.Tensor]:
         return bind(sddm.sample, energies=energies, clip_denoised=target.clip_denoised, **vars(self))
@@ -165,7 +175,7 @@ class SDDM(CachedGuidance):
 
 @METHODS.add("ilvr")
 @dataclass(frozen=True)
-class ILVR(CachedGuidance):
+class ILVR(_Ranged, CachedGuidance):
     """Options of `baselines.ilvr`."""
 
     about = "ILVR"
@@ -176,15 +186,10 @@ class ILVR(CachedGuidance):
     )
     start: int | float | None = _start()
 
-    def steps(self, total: int) -> int:
-        return late_start(self.start, total)
-
     def check_fit(self, size: tuple[int, int] | None, total: int | None) -> None:
+        super().check_fit(size, total)
         if size is not None:
             check_down_n(self.down_n, size)
-        if total is not None:
-            resolve_step(self.range_t, total, "range_t")
-            self.steps(total)
 
     def bind(self, target: Target, energies: Sequence[Energy] = ()) -> Callable[..., torch.Tensor]:
         return bind(baselines.ilvr, clip_denoised=target.clip_denoised, **vars(self))
@@ -192,7 +197,7 @@ class ILVR(CachedGuidance):
 
 @METHODS.add("sdedit")
 @dataclass(frozen=True)
-class SDEdit(Cached):
+class SDEdit(_Started, Cached):
     """Options of `baselines.sdedit`. Predicted images are not clipped, learned variances are not used."""
 
     about = "SDEdit"
@@ -200,9 +205,6 @@ class SDEdit(Cached):
     start: int | float = option(
         500, "steps from the noised reference to the image, or share of the schedule", above=0, metavar="STEP", flag="t"
     )
-
-    def steps(self, total: int) -> int:
-        return resolve_step(self.start, total, "start", 1, total)
 
     def bind(self, target: Target, energies: Sequence[Energy] = ()) -> Callable[..., torch.Tensor]:
         return bind(baselines.sdedit, variance=_variance(target), **vars(self))
@@ -241,8 +243,9 @@ class EGSDE(SDEdit, CachedGuidance):
             check_down_n(self.down_n, size)
 
     def bind(self, target: Target, energies: Sequence[Energy] = ()) -> Callable[..., torch.Tensor]:
-        network, timestep = load_encoder("encoder", str(self.encoder), target) if self.ls else (None, None)
-        options = {**vars(self), "encoder": network, "timestep": timestep, "variance": _variance(target)}
+        options = {**vars(self), "variance": _variance(target)}
+        if self.ls:
+            options["encoder"], options["timestep"], _ = load_encoder("encoder", str(self.encoder), target)
         return bind(baselines.egsde, **options)
 
 
@@ -364,12 +367,10 @@ class VGG(EnergyOptions):
         return set() if self.vgg_bf16 else {"vgg_bf16"}
 
     def create(self, target: Target) -> Energy:
-        """The energy, its weights loaded."""
         path = _needed(self.weights, "weights", "vgg")
         if self.vgg_bf16 and target.precision != "bf16":
-            raise InputError(
-                f"it needs `precision` bf16, and that is {target.precision}", parameter="vgg_bf16", value=True
-            )
+            reason = f"it needs `precision` bf16, and that is {target.precision}"
+            raise InputError(reason, parameter="vgg_bf16", value=True)
         return energy.vgg(path, self.blocks, self.level, bf16=self.vgg_bf16, channels_last=target.fuse)
 
 
@@ -381,7 +382,6 @@ class DCT(EnergyOptions):
     blocks: int = _blocks()
 
     def create(self, target: Target) -> Energy:
-        """The energy."""
         return energy.dct(self.blocks)
 
 
@@ -397,8 +397,8 @@ class DSE(EnergyOptions):
     )
 
     def create(self, target: Target) -> Energy:
-        """The energy, its extractor loaded."""
-        return energy.dse(*load_encoder("encoder", _needed(self.encoder, "encoder", "dse"), target))
+        encoder, timestep, _ = load_encoder("encoder", _needed(self.encoder, "encoder", "dse"), target)
+        return energy.dse(encoder, timestep)
 
 
 @ENERGIES.add("low_pass")
@@ -409,7 +409,6 @@ class LowPass(EnergyOptions):
     down_n: int = _down_n()
 
     def create(self, target: Target) -> Energy:
-        """The energy."""
         return energy.low_pass(self.down_n)
 
 
@@ -422,7 +421,7 @@ class Classifier(EnergyOptions):
 
     classifier: str | None = option(
         None,
-        "checkpoint of the noisy-image classifier, for classifier",
+        "checkpoint of a noisy-image classifier, for classifier",
         file=True,
         metavar="FILE",
         flag="classifier_path",
@@ -432,11 +431,10 @@ class Classifier(EnergyOptions):
     )
 
     def create(self, target: Target) -> Energy:
-        """The energy, its classifier loaded."""
         path = _needed(self.classifier, "classifier", "classifier")
         if self.target_class is None:
             raise InputError("`energy` classifier needs it", parameter="target_class")
-        model, timestep, info = _load_encoder("classifier", path, target)
+        model, timestep, info = load_encoder("classifier", path, target)
         y = class_number(self.target_class, info, "target_class")
         return energy.classifier(model, y, timestep)
 
@@ -451,16 +449,11 @@ def _needed(path: str | None, parameter: str, name: str) -> str:
     return path
 
 
-def load_encoder(parameter: str, path: str, target: Target) -> tuple[nn.Module, Callable[[float], float] | None]:
-    """An extractor or classifier for a target, and its own timestep of a noise level (`energy.own_timesteps`).
+def load_encoder(parameter: str, path: str, target: Target) -> tuple[nn.Module, Callable[[float], float] | None, Any]:
+    """An extractor or classifier for a target, its timestep of a noise level (`matching_timestep`), and its info.
 
     parameter: the option that names it, for errors. Raises InputError for a file that does not suit the target.
     """
-    model, timestep, _ = _load_encoder(parameter, path, target)
-    return model, timestep
-
-
-def _load_encoder(parameter: str, path: str, target: Target) -> tuple[nn.Module, Callable[[float], float] | None, Any]:
     encoder, info = load_model(path, device=target.device)
     wrong = {"parameter": parameter, "value": path}
     if info.model_type != "ENCODER":

@@ -31,40 +31,37 @@ SR_CHANNEL_MULT = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 
 """Default channel multipliers of super-resolution models, by the size of their output."""
 
 
-def diffusion_defaults() -> dict[str, Any]:
-    """Return the flags of the diffusion process."""
-    return {
-        "learn_sigma": False,
-        "diffusion_steps": 1000,
-        "noise_schedule": "linear",
-        "timestep_respacing": "",
-        "use_kl": False,
-        "predict_xstart": False,
-        "rescale_timesteps": False,
-        "rescale_learned_sigmas": False,
-    }
+def _defaults(function):
+    """The defaults of the parameters that guided-diffusion's function has, too."""
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name: each.default for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD}
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
     """Return the flags of the UNet and of the diffusion process."""
-    return dict(
-        image_size=64,
-        num_channels=128,
-        num_res_blocks=2,
-        num_heads=4,
-        num_heads_upsample=-1,
-        num_head_channels=-1,
-        attention_resolutions="16,8",
-        channel_mult="",
-        dropout=0.0,
-        class_cond=False,
-        use_checkpoint=False,
-        use_scale_shift_norm=True,
-        resblock_updown=False,
-        use_fp16=False,
-        use_new_attention_order=False,
-        **diffusion_defaults(),
-    )
+    return _defaults(create_model_and_diffusion)
+
+
+def classifier_and_diffusion_defaults() -> dict[str, Any]:
+    """Return the flags of the noisy-image classifier and of the diffusion process."""
+    return _defaults(create_classifier_and_diffusion)
+
+
+def sr_model_and_diffusion_defaults() -> dict[str, Any]:
+    """Return the flags of a super-resolution model and of its diffusion process."""
+    return _defaults(sr_create_model_and_diffusion)
+
+
+def classifier_defaults() -> dict[str, Any]:
+    """Return the flags of the noisy-image classifier and, with EGSDE's values, of the domain-specific extractor."""
+    flags = classifier_and_diffusion_defaults().items()
+    return {name: value for name, value in flags if name == "image_size" or name.startswith("classifier_")}
+
+
+def diffusion_defaults() -> dict[str, Any]:
+    """Return the flags of the diffusion process."""
+    model = classifier_defaults()
+    return {name: value for name, value in classifier_and_diffusion_defaults().items() if name not in model}
 
 
 def extension_defaults() -> dict[str, Any]:
@@ -81,32 +78,6 @@ def extension_defaults() -> dict[str, Any]:
         "middle_norm": True,
         "predict_v": False,
     }
-
-
-def classifier_defaults() -> dict[str, Any]:
-    """Return the flags of the noisy-image classifier and, with EGSDE's values, of the domain-specific extractor."""
-    return {
-        "image_size": 64,
-        "classifier_use_fp16": False,
-        "classifier_width": 128,
-        "classifier_depth": 2,
-        "classifier_attention_resolutions": "32,16,8",
-        "classifier_use_scale_shift_norm": True,
-        "classifier_resblock_updown": True,
-        "classifier_pool": "attention",
-    }
-
-
-def classifier_and_diffusion_defaults() -> dict[str, Any]:
-    """Return the flags of the noisy-image classifier and of the diffusion process."""
-    return {**classifier_defaults(), **diffusion_defaults()}
-
-
-def sr_model_and_diffusion_defaults() -> dict[str, Any]:
-    """Return the flags of a super-resolution model and of its diffusion process."""
-    flags = {**model_and_diffusion_defaults(), "large_size": 256, "small_size": 64}
-    names = inspect.getfullargspec(sr_create_model_and_diffusion).args
-    return {name: value for name, value in flags.items() if name in names}
 
 
 def create_model_and_diffusion(
@@ -199,9 +170,7 @@ def create_model(
     factors, mults = attention_factors(attention_resolutions, image_size), channel_multipliers(channel_mult, image_size)
     if factors and not {2**level for level in range(len(mults))} & {*factors} and not torch.empty(0).is_meta:
         sides = ", ".join(str(image_size >> level) for level in range(len(mults)))
-        text = (
-            "attention_resolutions=%s: no level has such a side (they have %s), so that only the middle block attends"
-        )
+        text = "attention_resolutions=%s: no level has such a side (they have %s); only the middle block attends"
         log.warning(text, attention_resolutions, sides)
     flags |= {
         "in_channels": 3,
@@ -235,19 +204,11 @@ def _check_configuration(given, learn_sigma):
 
 
 def create_classifier(
-    image_size: int,
-    classifier_use_fp16: bool = False,
-    classifier_width: int = 128,
-    classifier_depth: int = 2,
-    classifier_attention_resolutions: str = "32,16,8",
-    classifier_use_scale_shift_norm: bool = True,
-    classifier_resblock_updown: bool = True,
-    classifier_pool: str = "attention",
-    channel_mult: str = "",
-    num_class: int | None = None,
-    num_head_channels: int = 64,
-    head: str = "out",
-) -> Any:
+    image_size: int, classifier_use_fp16: bool = False, classifier_width: int = 128, classifier_depth: int = 2,
+    classifier_attention_resolutions: str = "32,16,8", classifier_use_scale_shift_norm: bool = True,
+    classifier_resblock_updown: bool = True, classifier_pool: str = "attention", channel_mult: str = "",
+    num_class: int | None = None, num_head_channels: int = 64, head: str = "out",
+) -> Any:  # fmt: skip
     """Create the noisy-image classifier; with num_class=2 and head="I2Iout" EGSDE's domain-specific extractor.
 
     num_class: number of classes, NUM_CLASSES if None.
@@ -316,18 +277,10 @@ def sr_create_model(
 
 
 def create_gaussian_diffusion(
-    *,
-    steps: int = 1000,
-    learn_sigma: bool = False,
-    sigma_small: bool = False,
-    noise_schedule: str = "linear",
-    use_kl: bool = False,
-    predict_xstart: bool = False,
-    rescale_timesteps: bool = False,
-    rescale_learned_sigmas: bool = False,
-    timestep_respacing: Any = "",
-    predict_v: bool = False,
-) -> SpacedDiffusion:
+    *, steps: int = 1000, learn_sigma: bool = False, sigma_small: bool = False, noise_schedule: str = "linear",
+    use_kl: bool = False, predict_xstart: bool = False, rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False, timestep_respacing: Any = "", predict_v: bool = False,
+) -> SpacedDiffusion:  # fmt: skip
     """Create the diffusion process that the flags describe.
 
     sigma_small: without a learned variance, use the posterior's, which is better with few steps, instead of beta.

@@ -17,7 +17,7 @@ import torch
 
 from .codec import in_range
 from .errors import InputError
-from .gaussian_diffusion import GaussianDiffusion
+from .gaussian_diffusion import GaussianDiffusion, recordable
 from .registry import Registry
 
 SOLVERS = Registry("sampler")
@@ -86,16 +86,12 @@ class DPMSolverPP2M(DDIM):
         prediction = target = out["pred_xstart"]
         if alpha_bar_prev == 1:
             return prediction, None
-        h = (_log_snr(alpha_bar_prev) - _log_snr(alpha_bar)) / 2
+        h = (math.log(alpha_bar_prev / (1 - alpha_bar_prev)) - math.log(alpha_bar / (1 - alpha_bar))) / 2
         if state is not None:
             before, h_before = state
             target = prediction + h / (2 * h_before) * (prediction - before)
         ratio = math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar))
         return ratio * x - math.sqrt(alpha_bar_prev) * math.expm1(-h) * target, (prediction, h)
-
-
-def _log_snr(alpha_bar: float) -> float:
-    return math.log(alpha_bar / (1 - alpha_bar))
 
 
 def create_solver(name: str, diffusion: GaussianDiffusion, eta: float = 0.0) -> Any:
@@ -138,10 +134,10 @@ def sampler(steps: Callable[..., Iterator[State]]) -> Callable[..., torch.Tensor
     ) -> Iterator[State]:
         device, noise = "cpu", options.get("noise")
         if isinstance(ref, torch.Tensor):
-            ref = _normal(ref)
+            ref = recordable(ref)
             device = ref.device.type if torch.amp.is_autocast_available(ref.device.type) else device
         if noise is not None:
-            options["noise"] = lambda shape: _normal(noise(shape))
+            options["noise"] = lambda shape: recordable(noise(shape))
         run = steps(model, diffusion, ref, *arguments, **options)
         while True:
             with torch.autocast(device, enabled=False):
@@ -164,11 +160,6 @@ def sampler(steps: Callable[..., Iterator[State]]) -> Callable[..., torch.Tensor
     return sample
 
 
-def _normal(x: torch.Tensor) -> torch.Tensor:
-    """A tensor that gradients can be taken of: tensors of inference mode are copied."""
-    return x.clone() if x.is_inference() else x
-
-
 def bind(sample: Callable[..., torch.Tensor], **options: Any) -> Callable[..., torch.Tensor]:
     """A sampling function with some of its options given; its generator `steps` has them, too."""
     bound = partial(sample, **options)
@@ -179,13 +170,13 @@ def bind(sample: Callable[..., torch.Tensor], **options: Any) -> Callable[..., t
 def _observer(callback: Callable | None) -> Callable[[State], Any]:
     if callback is None:
         return lambda state: None
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
-        parameters = inspect.signature(callback).parameters.values()
-        needed = [p for p in parameters if p.kind in kinds and p.default is p.empty]
-    except (TypeError, ValueError):
-        needed = []
-    return (lambda state: callback(state["i"], state["x"])) if len(needed) == 2 else callback
+        inspect.signature(callback).bind(State())
+    except TypeError:  # it needs two arguments
+        return lambda state: callback(state["i"], state["x"])
+    except ValueError:  # a builtin that does not tell
+        pass
+    return callback
 
 
 def gaussian_like(ref: torch.Tensor) -> Noise:

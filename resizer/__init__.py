@@ -108,16 +108,6 @@ class Resizer(nn.Module):
                 self.axes[axis - len(self.in_size)] = torch.from_numpy(matrix)
         self._cast: dict[tuple[int, torch.dtype, torch.device], torch.Tensor] = {}
 
-    @property
-    def rows(self) -> torch.Tensor:
-        """The matrix [H', H] of the last axis but one, float64."""
-        return self.axes[-2]
-
-    @property
-    def columns(self) -> torch.Tensor:
-        """The matrix [W', W] of the last axis, float64."""
-        return self.axes[-1]
-
     def matrix(self, axis: int, like: torch.Tensor) -> torch.Tensor:
         """The matrix of an axis (negative) in the dtype and on the device of a tensor."""
         key = axis, like.dtype, like.device
@@ -166,13 +156,8 @@ def _scales_and_sizes(
 
 
 def low_pass_filter(size: Sequence[int], down_n: int, kernel: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """ILVR's filter phi for images of size (H, W): a function that shrinks by down_n and enlarges again.
-
-    Raises ValueError unless down_n divides the size.
-    """
+    """ILVR's filter phi for images of size (H, W): a function that shrinks by down_n, a divisor, and enlarges again."""
     height, width = size
-    if down_n < 1 or height % down_n or width % down_n:
-        raise ValueError(f"down_n is {down_n}; it must be at least 1 and divide the image size {height}x{width}")
     down = Resizer((height, width), 1 / down_n, kernel=kernel)
     up = Resizer((height // down_n, width // down_n), down_n, kernel=kernel)
     return lambda x: up(down(x))

@@ -59,7 +59,7 @@ def test_low_pass_manifold_is_its_formula():
     phi = low_pass_filter((16, 16), 4, "cubic")
     m = LowPassManifold(ref, 4)
     torch.testing.assert_close(m.restrict(x, 0.25), x - phi(x) + 0.5 * phi(ref))
-    tangent, normal = m.split(x, g, 0.25)
+    tangent, normal = m.decompose(x, g, 0.25)
     torch.testing.assert_close(normal, phi(g))
     torch.testing.assert_close(tangent + normal, g)
 
