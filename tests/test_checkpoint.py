@@ -545,6 +545,13 @@ def test_record_of_another_network_is_not_used(tiny_file, tmp_path, caplog):
     assert info.flags["noise_schedule"] == "linear" and "train.json" in caplog.text
 
 
+def test_a_record_that_cannot_be_read_is_said_once(tmp_path, caplog):
+    path = saved(tmp_path / "dse.pt", randomise(create_classifier(**TINY_ENCODER)).state_dict())
+    (tmp_path / "train.json").write_text("{")
+    load_model(path, num_head_channels=32)
+    assert sum("train.json" in message for message in caplog.messages) == 1
+
+
 def test_other_files_of_that_name_do_no_harm(tiny_file, tmp_path):
     for text in ("[]", '{"model": 3}', '{"a": 1}', "[" * 100000, '{"model": {}}'):
         (tmp_path / "train.json").write_text(text)

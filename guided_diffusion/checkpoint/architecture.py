@@ -135,13 +135,9 @@ def adm(state: State) -> dict[str, Any]:
         flags["resblock_updown"] = not any(name.endswith(".0.op") for name in modules)
     if flags["class_cond"]:
         flags["num_classes"] = _size(state, "label_emb.weight")
+    if _size(state, "input_blocks.0.0.weight", 1) == 6:
+        flags["super_res"] = True  # the small image beside the noisy one
     return flags
-
-
-def takes_six_channels(state: State) -> bool:
-    """Whether a UNet takes a small image beside the noisy one."""
-    first = state.get("input_blocks.0.0.weight")
-    return first is not None and first.dim() == 4 and first.shape[1] == 6
 
 
 def ddpm(state: State) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from .diffusers_tensors import to_ours
 from .published import not_ddpm
 from .reading import Contents, hash_file, read_file
 from .reconcile import ADM, DDPM, ENCODER, FLAGS, Kind, ModelInfo, reconcile
-from .stated import hyper_parameters, scheduler_in_metadata, stated_in_file
+from .stated import Stated, hyper_parameters, scheduler_in_metadata, stated_in_file, stated_in_run
 
 CHECKPOINTS = Registry("kind of checkpoint")
 """Kinds of checkpoints by name: functions (source, flags) -> Network or None. The last one added is asked first."""
@@ -70,6 +70,11 @@ class Source:
     def contents(self) -> Contents:
         """The contents of a file; empty for a folder. Raises InputError."""
         return Contents(self.path) if os.path.isdir(self.path) else read_file(self.path)
+
+    @cached_property
+    def record(self) -> Stated | None:
+        """The flags in the train.json of the training run that a file belongs to."""
+        return stated_in_run(self.path)
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
@@ -189,7 +194,7 @@ def _recognise(source: Source, flags: Mapping[str, Any]) -> Network:
 def _network(source: Source, given: Mapping[str, Any], kind: Kind, state: State, found: dict[str, Any]) -> Network:
     """A network of a known kind in one file: its flags from all sources, built on the device "meta"."""
     contents = source.contents
-    stated = stated_in_file(contents, found)
+    stated = stated_in_file(contents, source.record, found)
     described = stated is not None and "noise_schedule" in stated.flags
     told = described or "noise_schedule" in given
     names = [*hyper_parameters(contents), *contents.metadata, *(stated.flags if stated else ())]
@@ -201,40 +206,25 @@ def _network(source: Source, given: Mapping[str, Any], kind: Kind, state: State,
     return Network(build(info), info, state, fingerprint=contents.fingerprint)
 
 
-def _guided(source: Source) -> tuple[State | None, bool]:
-    """(the tensors of a network of guided-diffusion, whether it is a whole UNet); (None, False) for others."""
+@CHECKPOINTS.add("encoder")
+def encoder(source: Source, given: Mapping[str, Any]) -> Network | None:
+    """guided-diffusion's noisy-image classifier, and EGSDE's domain-specific extractor."""
     state = architecture.unwrap(source.tensors, "time_embed.[02]")
-    return state, state is not None and any(key.startswith("output_blocks.") for key in state)
+    if state is None:
+        return None
+    stated = stated_in_file(source.contents, source.record)
+    depth = given.get("classifier_depth", stated.flags.get("classifier_depth") if stated else None)
+    return _network(source, given, ENCODER, state, architecture.detect(architecture.encoder, state, depth=depth))
 
 
 @CHECKPOINTS.add("ADM")
 def adm(source: Source, given: Mapping[str, Any]) -> Network | None:
-    """guided-diffusion's UNet."""
-    state, whole = _guided(source)
-    if state is None or not whole:
+    """guided-diffusion's UNet, also the one for super-resolution, which takes a small image beside the noisy one."""
+    state = architecture.unwrap(source.tensors, "time_embed.[02]")
+    if state is None or not any(key.startswith("output_blocks.") for key in state):
         return None
     architecture.refuse_others(source.tensors)
     return _network(source, given, ADM, state, architecture.detect(architecture.adm, state))
-
-
-@CHECKPOINTS.add("super_res")
-def super_res(source: Source, given: Mapping[str, Any]) -> Network | None:
-    """guided-diffusion's super-resolution model: a UNet that takes the small image beside the noisy one."""
-    state, whole = _guided(source)
-    if state is None or not whole or not architecture.takes_six_channels(state):
-        return None
-    return _network(source, given, ADM, state, architecture.detect(architecture.adm, state) | {"super_res": True})
-
-
-@CHECKPOINTS.add("encoder")
-def encoder(source: Source, given: Mapping[str, Any]) -> Network | None:
-    """guided-diffusion's noisy-image classifier, and EGSDE's domain-specific extractor."""
-    state, whole = _guided(source)
-    if state is None or whole:
-        return None
-    stated = stated_in_file(source.contents)
-    depth = given.get("classifier_depth", stated.flags.get("classifier_depth") if stated else None)
-    return _network(source, given, ENCODER, state, architecture.detect(architecture.encoder, state, depth=depth))
 
 
 @CHECKPOINTS.add("DDPM")

@@ -36,17 +36,26 @@ class Stated:
     complete: bool = True  # what is left out has its default; else it is unknown
 
 
-def stated_in_file(contents: Contents, found: Mapping[str, Any] | None = None) -> Stated | None:
-    """The flags that stand in a file's metadata, in the train.json beside it, or beside its weights; None without any.
+def stated_in_file(contents: Contents, record: Stated | None, found: Mapping[str, Any] | None = None) -> Stated | None:
+    """The flags that stand in a file's metadata, in the record of its training, or beside its weights; None without.
 
-    found: the architecture, which a train.json must fit. The first of these places counts. Raises InputError for
-    entries that cannot be understood.
+    record: of `stated_in_run`. found: the architecture, which the record must fit. The first of these places counts.
+    Raises InputError for entries that cannot be understood.
     """
     if "flags" in contents.metadata:
         flags = _metadata_object(contents, "flags")
-        where = f"{display_name(contents.path)}: its metadata"
-        return Stated({flag: value for flag, value in flags.items() if value is not None}, where)
-    return _stated_in_run(contents.path, found) or _stated_beside(contents)
+        return Stated(_not_none(flags), f"{display_name(contents.path)}: its metadata")
+    sizes = ("num_channels", "num_res_blocks", "classifier_width", "classifier_depth", "class_cond", "learn_sigma")
+    if record and found and any(record.flags.get(name, found.get(name)) != found.get(name) for name in sizes):
+        log.warning(
+            "%s is not the network that %s describes, which is not used", display_name(contents.path), record.where
+        )
+        record = None
+    return record or _stated_beside(contents)
+
+
+def _not_none(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {flag: value for flag, value in flags.items() if value is not None}
 
 
 def scheduler_in_metadata(contents: Contents) -> dict[str, Any]:
@@ -70,8 +79,8 @@ def _metadata_object(contents: Contents, name: str) -> dict[str, Any]:
     return content
 
 
-def _stated_in_run(path: str, found: Mapping[str, Any] | None) -> Stated | None:
-    """The flags in the train.json of the training run that a file without metadata belongs to."""
+def stated_in_run(path: str) -> Stated | None:
+    """The flags in the train.json beside a file; None without one, and for another program's file of that name."""
     record = os.path.join(os.path.dirname(path), "train.json")
     if "://" in path or not os.path.isfile(record):
         return None
@@ -80,14 +89,7 @@ def _stated_in_run(path: str, found: Mapping[str, Any] | None) -> Stated | None:
     except InputError as error:
         log.warning("%s; it is not used for %s", error, display_name(path))
         return None
-    if not isinstance(flags, dict):
-        return None  # another program's file of that name
-    flags = {flag: value for flag, value in flags.items() if value is not None}
-    sizes = ("num_channels", "num_res_blocks", "classifier_width", "classifier_depth", "class_cond", "learn_sigma")
-    if found is not None and any(flags.get(name, found.get(name)) != found.get(name) for name in sizes):
-        log.warning("%s is not the network that %s describes, which is not used", *map(display_name, (path, record)))
-        return None
-    return Stated(flags, display_name(record))
+    return Stated(_not_none(flags), display_name(record)) if isinstance(flags, dict) else None
 
 
 # Entries of a torch file that hold hyper-parameters, those of PyTorch Lightning first.
