@@ -274,9 +274,9 @@ def test_scheduler_file_decides_unless_flags_do(folder):
 
 def test_folder_without_a_scheduler_says_what_is_assumed(folder, caplog):
     shutil.rmtree(folder / "scheduler")
-    _, info = load_model(folder, noise_schedule="cosine", diffusion_steps=500)
-    assert (info.flags["noise_schedule"], info.flags["diffusion_steps"]) == ("cosine", 500)
-    assert "no scheduler file" in caplog.text and "noise_schedule=linear" in caplog.text
+    _, info = load_model(folder, diffusion_steps=500)
+    assert (info.flags["noise_schedule"], info.flags["diffusion_steps"]) == ("linear", 500)
+    assert "noise_schedule" in info.assumed and "assumed: noise_schedule=linear, predict_xstart" in caplog.text
 
 
 @pytest.mark.parametrize("fields, schedule", [

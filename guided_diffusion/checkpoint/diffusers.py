@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch
 from ..errors import InputError, display_name, one_line, shown
 from ..gaussian_diffusion import get_named_beta_schedule
 from .architecture import multiple
-from .reading import read_file, read_json_object
+from .reading import hash_file, read_file, read_json_object
 from .reconcile import ADM, DDPM, Kind
 from .stated import Stated
 
@@ -88,7 +88,8 @@ PROCESS: dict[str, tuple[Any, Any]] = {
     "trained_betas": (None, BETAS),
     "prediction_type": ("epsilon", ["epsilon", "sample", "v_prediction"]),
     "variance_type": (
-        *(None, [None, "fixed_small", "fixed_large", "learned_range", "fixed_small_log", "fixed_large_log"]),
+        None,
+        [None, *(f"fixed_{n}" for n in ("small", "large", "small_log", "large_log")), "learned_range"],
     ),
     "clip_sample": (None, [True, False, None]),
     "clip_sample_range": (1.0, POSITIVE),
@@ -123,19 +124,18 @@ NEEDED = "a model of DDPM's process is needed"
 class Folder:
     """The files of a diffusers model.
 
-    path: the place that was asked for; place: the folder of the network's files. config, scheduler, index: the content
-    of the JSON files, {} for one that is missing; files: the paths of those that were read, and hashes: theirs.
-    weights: the file, where one was asked for.
+    path: the place that was asked for; place: the folder of the network's files. weights: the file, where one was asked
+    for. files: paths of the JSON files by part: index, config and scheduler, without those that are missing; config,
+    scheduler, index: their content, {} for one that is missing.
     """
 
     path: str
     place: str
-    weights: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    scheduler: dict[str, Any] = field(default_factory=dict)
-    index: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-    hashes: dict[str, str] = field(default_factory=dict)
+    weights: str | None
+    files: dict[str, str]
+    config: dict[str, Any]
+    scheduler: dict[str, Any]
+    index: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -148,12 +148,12 @@ class Folder:
 
     def file(self, part: str) -> str:
         """The name of config.json or the scheduler's file for a message."""
-        return self.relative(self.files[part]) if part in self.files else part
+        return f"{self.name}: {self.relative(self.files[part]) if part in self.files else part}"
 
     def fingerprint(self, hashes: Mapping[str, str]) -> str:
         """The identity of the model in a run's record; hashes: of the weights' files, by path."""
         digest = hashlib.sha256()
-        for path, value in {**self.hashes, **hashes}.items():
+        for path, value in {**{path: hash_file(path) for path in self.files.values()}, **hashes}.items():
             digest.update(f"{self.relative(path)}\0{value}\n".encode("utf-8", "surrogateescape"))
         return f"sha256 {digest.hexdigest()}"
 
@@ -186,10 +186,9 @@ def locate(path: str) -> Folder | None:
         return from_weights(path) if os.path.basename(path).startswith(WEIGHTS) and os.path.isfile(config) else None
     if not os.path.isdir(path):
         return None
-    if os.path.isfile(os.path.join(path, INDEX)):
-        inner = os.path.join(path, "unet")
-        return _read(path, inner if os.path.isdir(inner) else path, os.path.join(path, INDEX))
     averaged, plain = (os.path.join(path, name) for name in ("unet_ema", "unet"))
+    if os.path.isfile(os.path.join(path, INDEX)):
+        return _read(path, plain if os.path.isdir(plain) else path)
     for place in (path, averaged, plain):
         if os.path.isfile(os.path.join(place, CONFIG)):
             if place == averaged and os.path.isdir(plain):
@@ -207,33 +206,25 @@ def from_weights(path: str) -> Folder:
     if "://" in path or not os.path.isfile(os.path.join(place, CONFIG)):
         needed = f"its {CONFIG} is needed beside it"
         raise InputError(f"{display_name(path)} has the tensors of a diffusers model; {needed}")
-    return _read(path, place, weights=path)
+    return _read(path, place, path)
 
 
-def _read(path: str, place: str, index: str | None = None, weights: str | None = None) -> Folder:
+def _read(path: str, place: str, weights: str | None = None) -> Folder:
     """Read the configuration files; place: the network's folder."""
-    if not os.path.isfile(os.path.join(place, CONFIG)):
-        raise InputError(f"{display_name(path)}: {display_name(os.path.join(place, CONFIG))} is missing")
-    whole = os.path.abspath(place)
+    config, whole = os.path.join(place, CONFIG), os.path.abspath(place)
+    if not os.path.isfile(config):
+        raise InputError(f"{display_name(path)}: {display_name(config)} is missing")
     above = os.path.dirname(whole)
-    if index is None and os.path.basename(whole) in ("unet", "unet_ema"):
-        index = os.path.join(above, INDEX)
-    start = os.path.dirname(os.path.abspath(index)) if index and os.path.isfile(index) else whole
-    places = [os.path.join(start, "scheduler"), start, os.path.join(above, "scheduler"), whole]
+    root = above if os.path.basename(whole) in ("unet", "unet_ema") else whole
     # A training's checkpoint-N has its scheduler one folder higher.
-    training = [folder for folder in (start, above) if os.path.basename(folder).startswith("checkpoint-")]
-    places += [os.path.join(os.path.dirname(folder), "scheduler") for folder in training]
-    wanted = {
-        "index": [index or ""],
-        "config": [os.path.join(place, CONFIG)],
-        "scheduler": [os.path.join(folder, SCHEDULER) for folder in places],
-    }
-    parts: dict[str, Any] = {"files": {}, "hashes": {}}
-    for part, paths in wanted.items():
-        if (file := next((p for p in paths if os.path.isfile(p)), None)) is not None:
-            parts[part], parts["hashes"][file] = read_json_object(file)
-            parts["files"][part] = file
-    return Folder(path, place, weights, **parts)
+    training = [os.path.dirname(each) for each in (root, above) if os.path.basename(each).startswith("checkpoint-")]
+    schedulers = [*(os.path.join(each, "scheduler") for each in (root, above, *training)), root, whole]
+    places = {"index": [os.path.join(root, INDEX)], "config": [config]}
+    places["scheduler"] = [os.path.join(each, SCHEDULER) for each in schedulers]
+    found = {part: next(filter(os.path.isfile, paths), None) for part, paths in places.items()}
+    files = {part: file for part, file in found.items() if file}
+    contents = {part: read_json_object(files[part]) if part in files else {} for part in places}
+    return Folder(path, place, weights, files, **contents)
 
 
 def weight_files(folder: Folder) -> list[str]:
@@ -257,11 +248,11 @@ def weight_files(folder: Folder) -> list[str]:
             if variant:
                 log.info("%s: only half-precision weights are available (%s)", folder.name, folder.relative(files[0]))
             return files
-    raise InputError(f"{folder.name}: {folder.file('config')} has no {WEIGHTS}.safetensors or .bin beside it")
+    raise InputError(f"{folder.file('config')} has no {WEIGHTS}.safetensors or .bin beside it")
 
 
 def _shards(folder: Folder, index: str) -> list[str]:
-    names = read_json_object(index)[0].get("weight_map")
+    names = read_json_object(index).get("weight_map")
     wrong = f"{folder.name}: {folder.relative(index)}"
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise InputError(f"{wrong} has no `weight_map` of file names")
@@ -295,27 +286,14 @@ def read_weights(folder: Folder) -> tuple[dict[str, torch.Tensor], dict[str, str
 def describe(folder: Folder) -> Description:
     """The network and process of a diffusers model in our terms. Raises InputError for others."""
     _refuse_other_kinds(folder)
-    process = process_flags(folder.scheduler, f"{folder.name}: {folder.file('scheduler')}")
+    process = process_flags(folder.scheduler, folder.file("scheduler"))
     variance, clip = process.pop("variance_type"), process.pop("clip_denoised", None)
     scheduler = {} if clip is None else {"clip_denoised": clip}
     if variance in ("fixed_small", "fixed_large"):
         scheduler["sigma_small"] = variance == "fixed_small"
-    config = _Fields(f"{folder.name}: {folder.file('config')}", UNET, folder.config, IN_PYTHON)
-    found, flags = _network(config, learned=variance == "learned_range")
-    flags |= process
-    return Description(_kind(found, flags), found, Stated(flags, config.file), scheduler)
-
-
-def report(folder: Folder, description: Description) -> None:
-    """One log line on the scheduler file's content, or on what is assumed without one."""
-    if not folder.scheduler:
-        assumed = "noise_schedule=linear, diffusion_steps=1000, the prediction of noise"
-        log.warning("%s has no scheduler file; assumed: %s. Give what differs", folder.name, assumed)
-        return
-    names = ("diffusion_steps", "noise_schedule", "predict_xstart", "predict_v")
-    said = {name: description.stated.flags[name] for name in names if description.stated.flags[name] is not False}
-    text = ", ".join(f"{name}={one_line(value, 40)}" for name, value in {**said, **description.scheduler}.items())
-    log.info("%s: from its scheduler file: %s", folder.name, text)
+    config = _Fields(folder.file("config"), UNET, folder.config, IN_PYTHON)
+    kind, found, flags = _kind(*_network(config, learned=variance == "learned_range"))
+    return Description(kind, found, Stated(flags | process, config.file, bool(process)), scheduler)
 
 
 class _Fields(dict[str, Any]):
@@ -339,12 +317,11 @@ class _Fields(dict[str, Any]):
     def expect(self, name: str, fits: Any) -> None:
         """Raise unless a field's value is one of a list, or passes the test of a pair (words, test)."""
         value = self[name]
-        words = " or ".join(map(json.dumps, fits)) if isinstance(fits, list) else fits[0]
-        fit = (
-            fits[1](value)
-            if isinstance(fits, tuple)
-            else any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in fits)
-        )
+        if isinstance(fits, list):
+            words = " or ".join(map(json.dumps, fits))
+            fit = any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in fits)
+        else:
+            words, fit = fits[0], fits[1](value)
         if not fit:
             raise self.wrong(name, f"it must be {words}")
 
@@ -366,11 +343,10 @@ def _refuse_other_kinds(folder: Folder) -> None:
     if network == "UNet2DConditionModel" or "text_encoder" in parts:
         raise InputError(f"{name} is a text-conditional model (its network is a {network}), which is not supported")
     whole = os.path.abspath(folder.place)
-    inside = os.path.basename(whole) == "unet"
-    for part in ("vqvae", "vae", "movq"):
-        if part in parts or (inside and os.path.isdir(os.path.join(os.path.dirname(whole), part))):
-            needed = "and one of pixels is needed; in Python, SDDMPipeline takes it"
-            raise InputError(f"{name} is a latent diffusion model (it has {part}), {needed}")
+    beside = os.listdir(os.path.dirname(whole)) if os.path.basename(whole) == "unet" else ()
+    if latent := [part for part in ("vqvae", "vae", "movq") if part in parts or part in beside]:
+        needed = "and one of pixels is needed; in Python, SDDMPipeline takes it"
+        raise InputError(f"{name} is a latent diffusion model (it has {latent[0]}), {needed}")
     if network != "UNet2DModel":
         raise InputError(f"{name}: its network is a {network}; a UNet2DModel is needed")
     refuse_other_processes(name, folder.scheduler)
@@ -499,21 +475,13 @@ def _levels(config: _Fields, levels: int) -> tuple[list[bool], str]:
     return attends["down_block_types"], next(iter(kinds), "conv")
 
 
-def _kind(found: dict[str, Any], flags: dict[str, Any]) -> Kind:
-    """Whether the network is a DDPM UNet or an ADM UNet; its flags lose those that say nothing for a DDPM UNet."""
-    is_ddpm = (
-        all(flags[name] == value for name, value in DDPM.fixed.items() if name != "pad_end")
-        and (flags["pad_end"] or "resblock_updown" not in found)
-        and not found.get("resblock_updown")
-        and flags["num_head_channels"] == -1
-        and not found["use_scale_shift_norm"]
-        and not found["class_cond"]
-        and "." not in found["channel_mult"]
-    )
-    if not is_ddpm:
-        return ADM
-    for name in ("num_heads", "num_head_channels", "num_heads_upsample", "use_new_attention_order", *DDPM.fixed):
-        del flags[name]
-    for name in ("use_scale_shift_norm", "resblock_updown"):
-        found.pop(name, None)
-    return DDPM
+def _kind(found: dict[str, Any], flags: dict[str, Any]) -> tuple[Kind, dict[str, Any], dict[str, Any]]:
+    """Whether the network is a DDPM UNet or an ADM UNet; flags that say nothing for a DDPM UNet are left out."""
+    plain = {**DDPM.fixed, "num_head_channels": -1, "use_scale_shift_norm": False, "resblock_updown": False}
+    levels = {} if "resblock_updown" in found else {"pad_end": True, "resblock_updown": False}  # which one level lacks
+    both = {**found, **flags, **levels}
+    if found["class_cond"] or "." in found["channel_mult"] or any(both[name] != plain[name] for name in plain):
+        return ADM, found, flags
+    dropped = {*plain, "num_heads", "num_heads_upsample", "use_new_attention_order"}
+    found, flags = ({name: each[name] for name in each if name not in dropped} for each in (found, flags))
+    return DDPM, found, flags

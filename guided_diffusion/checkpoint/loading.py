@@ -250,7 +250,6 @@ def diffusers_model(source: Source, given: Mapping[str, Any]) -> Network | None:
     model = build(info)
     tensors, hashes = diffusers.read_weights(folder)
     state, names = to_ours(tensors, description)
-    diffusers.report(folder, description)
     return Network(model, info, state, names, folder.fingerprint(hashes))
 
 

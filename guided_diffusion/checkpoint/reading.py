@@ -114,15 +114,14 @@ def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, st
     return dict(contents.tensors), dict(contents.metadata)
 
 
-def read_json_object(path: str) -> tuple[dict[str, Any], str]:
-    """(the object in a JSON file, SHA-256 of the file). Raises InputError, naming the file, for anything else."""
+def read_json_object(path: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError, naming the file, for anything else."""
     _check_place(path)
     with reading(path), open(path, "rb") as file:
-        data = file.read()
-        content = json.loads(data)
+        content = json.loads(file.read())
     if not isinstance(content, dict):
         raise InputError(f"{display_name(path)} cannot be read: it is not a JSON object")
-    return content, hashlib.sha256(data).hexdigest()
+    return content
 
 
 def hash_file(path: str, digest: Any = None) -> str:

@@ -85,7 +85,7 @@ def stated_in_run(path: str) -> Stated | None:
     if "://" in path or not os.path.isfile(record):
         return None
     try:
-        flags = read_json_object(record)[0].get("model")
+        flags = read_json_object(record).get("model")
     except InputError as error:
         log.warning("%s; it is not used for %s", error, display_name(path))
         return None
