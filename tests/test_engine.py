@@ -18,7 +18,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scripts_in_process import load_script
 from tiny import SIZE, assert_within_one_level, command, files, make_model, make_references, pictures, record
 from torch.distributed import HashStore
@@ -32,7 +31,7 @@ from guided_diffusion.run import files as run_files
 from guided_diffusion.run import record as run_record
 from guided_diffusion.run.files import Folder
 from guided_diffusion.run.job import Job, JobOptions, OutputOptions
-from guided_diffusion.run.journal import Journal, curves
+from guided_diffusion.run.journal import curves
 from guided_diffusion.run.likelihood import DataImages
 from guided_diffusion.run.loop import Loop
 from guided_diffusion.run.opening import open_plan
@@ -147,14 +146,13 @@ def translate(script, data, out, *flags, base=None):
 def translated(script, data, tmp_path_factory):
     """Folders of finished runs with the tiny model, by batch size; no test writes here."""
     root = tmp_path_factory.mktemp("translated")
-    for size in (1, 3, 8):
+    for size in (3, 8):
         assert translate(script, data, root / str(size), "--batch_size", size) == 0
     return root
 
 
-@pytest.mark.parametrize("size", [1, 8])
-def test_outputs_do_not_depend_on_the_batch_size(translated, size):
-    found, wanted = pictures(translated / str(size)), pictures(translated / "3")
+def test_outputs_do_not_depend_on_the_batch_size(translated):
+    found, wanted = pictures(translated / "8"), pictures(translated / "3")
     assert list(wanted) == sorted(NAMES)
     assert_within_one_level(found, wanted)
     levels = np.stack(list(wanted.values()))
@@ -227,7 +225,7 @@ def break_at(batch, error):
     return before
 
 
-@pytest.mark.parametrize("batch, error", [(1, KeyboardInterrupt), (3, Broken), (5, Broken)])
+@pytest.mark.parametrize("batch, error", [(1, KeyboardInterrupt), (3, Broken)])
 def test_a_broken_run_resumes(data, painted, tmp_path, batch, error):
     out = tmp_path / "out"
     error_of(paint, data / "ref", out, break_at(batch, error), batch_size=2, kind=error)
@@ -241,6 +239,11 @@ def test_a_broken_run_resumes(data, painted, tmp_path, batch, error):
     assert sum(progress) == Painter.steps * summary.done
     assert files(out) == files(painted)
     assert {name: (out / name).stat().st_mtime_ns for name in made} == times
+    if batch == 3:  # in batches of another size
+        for name in sorted(NAMES)[4:]:
+            (out / name).unlink()
+        assert paint(data / "ref", out, batch_size=3)[1].batches == [3, 2]
+        assert_within_one_level(pictures(out), pictures(painted))
 
 
 def test_lost_outputs_and_half_written_files(data, painted, tmp_path):
@@ -276,14 +279,6 @@ def test_references_may_come_and_go(data, painted, tmp_path):
     assert sorted(key for batch in record(out)["plan"] for key in batch) == sorted(f"{name}#0" for name in NAMES)
 
 
-def test_batch_size_may_change_when_resuming(data, painted, tmp_path):
-    out = tmp_path / "out"
-    error_of(paint, data / "ref", out, break_at(3, Broken), batch_size=2, kind=Broken)
-    _, painter, _ = paint(data / "ref", out, batch_size=3)
-    assert painter.batches == [3, 2]
-    assert_within_one_level(pictures(out), pictures(painted))
-
-
 # ---- whose pictures these are ---------------------------------------------------------------------------------------
 
 
@@ -291,29 +286,22 @@ def exchange(base, name, other):
     shutil.copy(base / other, base / name)
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_outputs_whose_sources_changed_are_made_again(data, painted, tmp_path, caplog, killed):
+def test_outputs_whose_sources_changed_are_made_again(data, painted, tmp_path, caplog):
     """Each as in a run that never knew the old source, also where the restart is killed."""
     base, out = shutil.copytree(data / "ref", tmp_path / "base"), tmp_path / "out"
     shutil.copytree(painted, out)
     for name, other in (("a.png", "b.png"), ("more/é.png", "h.png")):
         exchange(base, name, other)
-    if killed:
-        error_of(paint, base, out, break_at(1, Broken), batch_size=2, kind=Broken)
-        assert not (out / "a.png").exists()
+    error_of(paint, base, out, break_at(1, Broken), batch_size=2, kind=Broken)
+    assert not (out / "a.png").exists()
     summary, painter, _ = paint(base, out, batch_size=2)
     assert (summary.done, summary.skipped) == (2, 7) and painter.batches == [2, 1]
     said = [entry.getMessage() for entry in caplog.records]
     assert said == ["outputs that are made again, because their sources have changed: 2, such as a.png"]
     paint(base, tmp_path / "fresh", batch_size=2)
     assert files(out) == files(tmp_path / "fresh") != files(painted)
-    assert paint(base, out, batch_size=2)[1].batches == []
-
-
-def test_equal_content_elsewhere_is_the_same_source(data, painted, tmp_path, caplog):
-    out = shutil.copytree(painted, tmp_path / "out")
-    base = shutil.copytree(data / "ref", tmp_path / "elsewhere", copy_function=shutil.copyfile)
-    assert paint(base, out, batch_size=2)[1].batches == [] and not caplog.records
+    elsewhere = shutil.copytree(base, tmp_path / "elsewhere", copy_function=shutil.copyfile)
+    assert paint(elsewhere, out, batch_size=2)[1].batches == []  # equal contents are the same sources
 
 
 def test_a_source_that_changes_while_it_is_read_is_noticed_by_the_next_run(data, tmp_path, monkeypatch):
@@ -371,9 +359,7 @@ def test_the_record_says_what_made_the_outputs(data, translated):
     settings = found["settings"]
     digest = hashlib.sha256((data / "model.safetensors").read_bytes()).hexdigest()
     assert settings["model_path"] == f"sha256 {digest}" and settings["seed"] == 0 and settings["method"] == "sddm"
-    assert settings["timestep_respacing"] == "6" and settings["range_t"] == 2 and settings["area"] == 4
-    assert settings["energy"] == ["dct"] and settings["variant"] == "manifold" and settings["precision"] == "fp32"
-    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert settings["energy"] == ["dct"] and settings["variant"] == "manifold" and settings["range_t"] == 2
     assert found["versions"].keys() == {"python", "torch", "numpy", "pillow"}
     assert found["counts"] == {"references": 9, "outputs": 9, "failed": 0} and found["failed"] == {}
     assert found["started"] <= found["finished"] and found["started"][:2] == "20" and 0 < found["seconds"] < 600
@@ -457,24 +443,13 @@ def fifo(path):
     os.mkfifo(path)
 
 
-def folder(path):
-    path.unlink()
-    path.mkdir()
-
-
 DAMAGES = {
     "a FIFO": fifo,
-    "a folder": folder,
     "no text": lambda path: path.write_bytes(bytes(range(256))),
     "another kind": lambda path: path.write_text("[]"),
-    "nesting that can just be read": lambda path: path.write_text(
-        path.read_text().replace('"seed": 0', '"seed": ' + "[" * 700 + "]" * 700)
-    ),
     "a later format": changed(format=99),
     "missing entries": lambda path: path.write_text('{"format": 2, "settings": {}}'),
     "an entry of another type": changed(settings={"samples_per_image": "2"}),
-    "keys that no file has": changed(plan=[["\ud800.png#0"]]),
-    "texts that cannot be written": changed(started="\udfff\ud800"),
 }
 
 
@@ -488,11 +463,8 @@ def test_a_record_of_the_wrong_kind_is_one_line(data, painted, tmp_path, damage)
     assert error.parameter in (None, "save_dir") and len(str(error)) < 5000
     assert str(out) in str(error) and "`overwrite` True" in error.reason
     assert sorted(os.listdir(out)) == before
-    if damage is folder:  # it may hold anything
-        assert error_of(paint, data / "ref", out, overwrite=True).endswith("run.json cannot be removed: Is a directory")
-    else:
-        paint(data / "ref", out, batch_size=2, overwrite=True)
-        assert files(out) == files(painted)
+    paint(data / "ref", out, batch_size=2, overwrite=True)
+    assert files(out) == files(painted)
 
 
 # ---- the lines of images --------------------------------------------------------------------------------------------
@@ -559,13 +531,6 @@ def test_damaged_lines_do_no_harm(data, painted, tmp_path, caplog):
     assert curves({"monitor": 7}) == curves({"monitor": {"steps": {"x": []}}}) == curves({}) == []
 
 
-@pytest.mark.parametrize("make", [fifo, folder], ids=["a FIFO", "a folder"])
-def test_lines_that_are_no_file_are_one_line(data, painted, tmp_path, make):
-    out = shutil.copytree(painted, tmp_path / "out")
-    make(out / "images.jsonl")
-    assert error_of(paint, data / "ref", out, batch_size=2).endswith("images.jsonl is not a regular file")
-
-
 # ---- what is not the run's ------------------------------------------------------------------------------------------
 
 
@@ -573,13 +538,6 @@ def single(root):
     """One picture, to be translated into its own folder."""
     make_references(root / "out", ["a.png"])
     return root / "out" / "a.png", {}
-
-
-def through_a_link(root):
-    """The save folder is a link to the folder of the picture."""
-    make_references(root / "real", ["a.png"])
-    (root / "out").symlink_to("real")
-    return root / "real" / "a.png", {}
 
 
 def linked_output(root):
@@ -597,7 +555,7 @@ def earlier_outputs(root):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("make", [single, through_a_link, linked_output, earlier_outputs])
+@pytest.mark.parametrize("make", [single, linked_output, earlier_outputs])
 def test_references_are_never_replaced_or_removed(tmp_path, make, overwrite):
     base, options = make(tmp_path)
     if make is earlier_outputs and not overwrite:
@@ -620,17 +578,6 @@ def test_links_out_of_the_save_folder_are_refused(data, tmp_path, link, overwrit
     assert (error.parameter, error.value) == ("save_dir", str(tmp_path / "out"))
     assert "is a link out of it; remove the link" in error.reason and link in error.reason
     assert files(tmp_path / "elsewhere") == {"a.png": b"mine"} and not files(tmp_path / "out")
-
-
-def test_links_to_files_are_replaced_and_not_followed(data, painted, tmp_path):
-    shutil.copytree(painted, tmp_path / "out")
-    (tmp_path / "mine").write_text("mine")
-    for name in ("a.png", "grid.png"):
-        (tmp_path / "out" / name).unlink()
-        (tmp_path / "out" / name).symlink_to("../mine")
-    summary, _, _ = paint(data / "ref", tmp_path / "out", batch_size=2)
-    assert summary.done == 1 and (tmp_path / "mine").read_text() == "mine"
-    assert files(tmp_path / "out") == files(painted) and not (tmp_path / "out" / "a.png").is_symlink()
 
 
 def test_a_name_that_cannot_be_written_fails_alone(data, tmp_path):
@@ -663,18 +610,14 @@ def test_a_save_folder_that_is_removed_ends_the_run(data, tmp_path, batch):
     assert not (tmp_path / "out").exists()  # nothing appears there again
 
 
-@pytest.mark.parametrize("finished", [False, True])
-def test_a_save_folder_that_becomes_another_runs_ends_the_run(data, tmp_path, finished):
-    """The folder is removed, and another run begins there, or begins and ends: neither gets an image of the other."""
+def test_a_save_folder_that_becomes_another_runs_ends_the_run(data, tmp_path):
+    """The folder is removed, and another run begins there: neither gets an image of the other."""
     out, second = tmp_path / "out", {"settings": {"seed": 1}, "batch_size": 2}
 
     def replace(painter):
         if len(painter.batches) == 3:
             shutil.rmtree(out.rename(tmp_path / "removed"))
-            if finished:
-                paint(data / "ref", out, **second)
-            else:
-                refused(paint, data / "ref", out, break_at(2, Broken), kind=Broken, **second)
+            refused(paint, data / "ref", out, break_at(2, Broken), kind=Broken, **second)
 
     error = refused(paint, data / "ref", out, replace, batch_size=2)
     assert error.parameter == "save_dir"
@@ -702,13 +645,6 @@ def test_a_file_system_without_locks_is_written_all_the_same(data, painted, tmp_
     assert {**files(tmp_path / "out"), ".lock": b""} == {**files(painted), ".lock": b""}
 
 
-def test_a_lock_that_is_a_link_is_one_line(data, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".lock").symlink_to(tmp_path / "mine")
-    assert "it cannot be locked: " in refused(paint, data / "ref", tmp_path / "out").reason
-    assert not (tmp_path / "mine").exists()
-
-
 # ---- images that fail -----------------------------------------------------------------------------------------------
 
 
@@ -730,25 +666,16 @@ REASONS = {
 }
 
 
-def test_what_fails_is_named_and_the_rest_is_made(damaged, painted, tmp_path):
+def test_what_fails_is_named_and_tried_again_and_the_rest_is_made(damaged, data, painted, tmp_path):
     summary, _, progress = paint(damaged, tmp_path / "out", batch_size=2)
-    assert summary.failed == REASONS == record(tmp_path / "out")["failed"]
-    assert summary.done == 7 and record(tmp_path / "out")["counts"] == {"references": 10, "outputs": 7, "failed": 3}
+    out = tmp_path / "out"
+    assert summary.failed == REASONS == record(out)["failed"]
+    assert summary.done == 7 and record(out)["counts"] == {"references": 10, "outputs": 7, "failed": 3}
     assert sum(progress) == 9 * Painter.steps  # what cannot be made leaves no gap
-    wanted = pictures(painted)
-    assert_within_one_level(
-        {n: i for n, i in pictures(tmp_path / "out").items() if n != "d.png"},
-        {n: wanted[n] for n in wanted if n not in REASONS},
-    )
-
-
-def test_resuming_tries_what_failed_and_makes_nothing_else(damaged, data, tmp_path):
-    paint(damaged, tmp_path / "out", batch_size=2)
-    made = files(tmp_path / "out")
-    summary, painter, _ = paint(damaged, tmp_path / "out", batch_size=2)
-    assert painter.batches == [] and summary.failed == REASONS and files(tmp_path / "out") == made
+    wanted = {name: image for name, image in pictures(painted).items() if name not in REASONS}
+    assert_within_one_level({name: image for name, image in pictures(out).items() if name != "d.png"}, wanted)
     shutil.copy(data / "ref" / "b.png", damaged / "b.png")
-    summary, painter, _ = paint(damaged, tmp_path / "out", batch_size=2)
+    summary, painter, _ = paint(damaged, out, batch_size=2)
     assert painter.batches == [2] and summary.done == 1
     assert summary.failed == {name: REASONS[name] for name in ("d.png", "more/a.png")}
 
@@ -762,17 +689,14 @@ def test_strict_stops_at_the_first(damaged, tmp_path):
     assert list(pictures(tmp_path / "out")) == ["a.png"]
 
 
-@pytest.mark.parametrize("raised", [False, True])
-def test_values_that_are_not_finite_fail_their_image_only(data, painted, tmp_path, raised):
-    """A sampler may return them, or raise as `Translation` does."""
-
+def test_values_that_are_not_finite_fail_their_image_only(data, painted, tmp_path):
     class Faulty(Painter):
         def __call__(self, batch, *, noise, callback):
             x = super().__call__(batch, noise=noise, callback=callback)
             if len(self.batches) == 1:
                 x[1, 2, 3, 4] = float("nan")
             finite = x.isfinite().flatten(1).all(1)
-            if raised and not finite.all():
+            if not finite.all():
                 raise NotFiniteError(x, finite)
             return x
 
@@ -782,27 +706,6 @@ def test_values_that_are_not_finite_fail_their_image_only(data, painted, tmp_pat
     wanted = pictures(painted)
     del wanted["b.png"]
     assert_within_one_level(pictures(tmp_path / "out"), wanted)
-
-
-def test_trajectories_show_pictures_of_states(data, tmp_path):
-    """Latents go through `picture`; the last frame of x_t is the output."""
-    job = create_job(data / "ref", tmp_path / "out", num_samples=1, save_trajectory=True, trajectory="xt")
-
-    class Latent(Painter):
-        def __call__(self, batch, *, noise, callback):
-            def shrunk(state):
-                callback({**state, "x": state["x"].flip(3) / 4})
-
-            return super().__call__(batch, noise=noise, callback=shrunk)
-
-    loop = Loop(job, open_plan(job, SIZE, {}), Latent(), Painter.steps, picture=lambda x: 4 * x.flip(3))
-    loop.run()
-    loop.finish()
-    with Image.open(tmp_path / "out" / "trajectory" / "a.gif") as animation:
-        assert animation.n_frames == 3
-        animation.seek(2)
-        last = np.asarray(animation.convert("RGB")).astype(int)
-    assert np.abs(last - pictures(tmp_path / "out")["a.png"]).mean() < 12  # of a palette
 
 
 def test_a_sampler_gets_names_and_labels(data, tmp_path):
@@ -877,36 +780,6 @@ def test_a_full_disk_ends_the_run_which_can_be_resumed(data, painted, tmp_path, 
     assert files(out) == files(painted)
 
 
-def test_a_disk_that_is_full_at_a_line_of_an_image(data, painted, tmp_path, monkeypatch):
-    """A part of the line is written: the image is not there, and the next run makes it."""
-    add = Journal.add
-
-    def full(journal, entry):
-        class File:
-            left = 40
-
-            def write(self, line):
-                if not self.left:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self.left, count = 0, self.left
-                return written.write(line[:count])
-
-            def close(self):
-                written.close()
-
-        if entry["key"] == "d.png#0":
-            written, journal._file = journal._file, File()
-        add(journal, entry)
-
-    monkeypatch.setattr(Journal, "add", full)
-    assert "no room left to write " in error_of(paint, data / "ref", tmp_path / "out", batch_size=2)
-    assert not (tmp_path / "out" / "d.png").exists()
-    monkeypatch.undo()
-    paint(data / "ref", tmp_path / "out", batch_size=2)
-    assert files(tmp_path / "out") == files(painted)
-    assert record(tmp_path / "out")["monitor"]["images"] == len(NAMES)
-
-
 def test_errors_of_writing_name_the_file(tmp_path):
     (tmp_path / "file").write_text("x")
     message = error_of(run_files.write_png, str(tmp_path / "file" / "a.png"), np.zeros((4, 4, 3), np.uint8))
@@ -943,17 +816,6 @@ def test_writing_makes_folders_but_never_the_save_folder(tmp_path):
         assert not root.exists()
 
 
-def test_what_fails_in_writing_leaves_the_old_file(tmp_path):
-    run_files.write_json(str(tmp_path / "run.json"), {"a": 1})
-
-    def write(file):
-        file.write(b"half")
-        raise Broken
-
-    error_of(run_files.write_atomically, str(tmp_path / "run.json"), write, kind=Broken)
-    assert os.listdir(tmp_path) == ["run.json"] and (tmp_path / "run.json").read_text() == '{\n "a": 1\n}\n'
-
-
 SAVE_DIRS = {
     "a file": (lambda root: root / "file", "is a file; give a folder"),
     "a link to nowhere": (lambda root: root / "link", "cannot be written: File exists"),
@@ -978,18 +840,12 @@ def test_a_save_folder_that_cannot_be_used_is_found_at_once(tmp_path, make, word
 # ---- the time left --------------------------------------------------------------------------------------------------
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("file", [io.StringIO, Terminal], ids=["log", "bar"])
-def test_time_left_after_a_tenth(monkeypatch, file):
+def test_time_left_after_a_tenth(monkeypatch):
     """After a slow start, 100 images in batches of 5, of 10 steps: the first 7 take 3 seconds, the others 2."""
     moments = [61, *[3.0 if step < 7 else 2.0 for _ in range(20) for step in range(10)][1:]]
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    progress = Progress(1000, 10, 100, 0, file())
+    progress = Progress(1000, 10, 100, 0, io.StringIO())
     assert progress.seconds_left() is None
     for n, seconds in enumerate(moments):
         clock[0] += seconds
@@ -998,12 +854,17 @@ def test_time_left_after_a_tenth(monkeypatch, file):
         if 19 <= n < 190:  # within the last batch there are no expensive steps left
             assert abs(progress.seconds_left() - really) <= 0.2 * really
     progress.close()
-    said = progress.file.getvalue()
-    if file is Terminal:
-        assert "100/100 images, step 1000/1000 [" in said and "00:00 left]" in said
-    else:
-        lines = said.splitlines()
-        assert lines[-1].startswith("100%, 100/100 images, step 1000/1000, ") and 2 <= len(lines) <= 100
+    lines = progress.file.getvalue().splitlines()
+    assert lines[-1].startswith("100%, 100/100 images, step 1000/1000, ") and 2 <= len(lines) <= 100
+
+
+def test_a_terminal_gets_a_bar():
+    file = io.StringIO()
+    file.isatty = lambda: True
+    progress = Progress(10, 10, 1, 0, file)
+    progress(10, 1)
+    progress.close()
+    assert "1/1 images, step 10/10 [" in file.getvalue() and "00:00 left]" in file.getvalue()
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------
@@ -1094,17 +955,6 @@ def test_a_rank_that_starts_late_is_waited_for(monkeypatch):
         peers.watch()
 
 
-def test_a_process_that_was_suspended_does_not_take_the_others_for_dead(monkeypatch):
-    monkeypatch.setattr(dist_util, "HEARTBEAT_INTERVAL", 0.05)
-    monkeypatch.setattr(dist_util, "HEARTBEAT_TIMEOUT", 1.0)
-    store = HashStore()
-    me = Peers(Ranks(0, 2, 0, "srun"), store)
-    store.add("beats/1", 1)
-    me.watch()
-    me._watched_at -= 3600  # an hour in which this process did not run
-    me.watch()
-
-
 def test_an_interruption_is_told_by_one_rank():
     """By rank 0; by another where it is interrupted alone; by none after an error, which was told."""
     first, second = two()
@@ -1124,12 +974,11 @@ class LostStore(HashStore):
     set = add = get = check
 
 
-@pytest.mark.parametrize("launcher, owner", [("torchrun", "the launcher"), ("srun", "rank 0")])
-def test_a_lost_store_is_one_line(launcher, owner):
-    peers = Peers(Ranks(1, 2, 1, launcher), LostStore())
+def test_a_lost_store_is_one_line():
+    peers = Peers(Ranks(1, 2, 1, "torchrun"), LostStore())
     for call in (peers.watch, lambda: peers.count("x"), lambda: peers.publish("x", 1), lambda: peers.wait_for("x")):
         message = error_of(call)
-        assert message.startswith(f"rank 1 of 2 lost contact with {owner}, which has ended or cannot be reached; run")
+        assert message.startswith("rank 1 of 2 lost contact with the launcher, which has ended or cannot be reached; ")
     assert peers.interrupted() is True and peers.stop("x") is True
     peers.leave()
 
@@ -1154,9 +1003,6 @@ ENVIRONMENTS = {
     "torchrun under srun": (
         {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1",
          "MASTER_ADDR": "a", "MASTER_PORT": "1"}, Ranks(1, 2, 1, "torchrun"),
-    ),
-    "mpiexec under srun": (
-        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "PMI_RANK": "1", "PMI_SIZE": "2"}, Ranks(1, 2, 0, "mpiexec"),
     ),
     "left over": (
         {"RANK": "1", "WORLD_SIZE": "2"}, "no MASTER_ADDR and MASTER_PORT; started without torchrun, unset RANK",

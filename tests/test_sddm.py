@@ -184,8 +184,7 @@ class Twin:
 
 
 @both_variants
-@pytest.mark.parametrize("detail_merge", [False, True])
-@pytest.mark.parametrize("learn_sigma", [False, True])
+@pytest.mark.parametrize("detail_merge, learn_sigma", [(False, False), (True, True)])
 @pytest.mark.parametrize(
     "make_energies", [lambda: [], lambda: [Quadratic()], lambda: [energies.dct(4), energies.low_pass(4)]]
 )
@@ -281,48 +280,25 @@ def test_last_step_adds_no_noise(variant):
         assert torch.equal(a, b)
 
 
-@both_variants
-def test_default_noise_is_pytorchs_generator(variant):
-    model, diffusion, ref, _ = setup()
-    torch.manual_seed(11)
-    draws = torch.randn(9, *ref.shape)
-    results = []
-    for _ in range(2):
-        torch.manual_seed(11)
-        results.append(sample(model, diffusion, ref, blocks=4, range_t=2, variant=variant))
-    assert torch.equal(*results)
-    torch.manual_seed(11)
-    replayed = run(model, diffusion, ref, [torch.randn(ref.shape) for _ in draws], variant=variant)
-    assert torch.equal(results[0], replayed[0])
-
-
 @pytest.mark.parametrize("detail_merge", [False, True])
-@pytest.mark.parametrize(
-    "make_energies", [lambda: [], lambda: [Quadratic()], lambda: [energies.dct(4), energies.low_pass(4), Quadratic()]]
-)
-def test_images_of_a_batch_do_not_see_each_other(make_energies, detail_merge):
+def test_images_of_a_batch_do_not_see_each_other(detail_merge):
     model, diffusion, ref, draws = setup(n=3)
-    together = run(model, diffusion, ref, draws, energies=make_energies(), detail_merge=detail_merge)[0]
+    options = {"energies": [energies.dct(4), energies.low_pass(4), Quadratic()], "detail_merge": detail_merge}
+    together = run(model, diffusion, ref, draws, **options)[0]
     for n in range(3):
-        alone = run(
-            model, diffusion, ref[n : n + 1], draws[:, n : n + 1], energies=make_energies(), detail_merge=detail_merge
-        )[0]
+        alone = run(model, diffusion, ref[n : n + 1], draws[:, n : n + 1], **options)[0]
         torch.testing.assert_close(alone[0], together[n], atol=1e-5, rtol=0)
 
 
 REFERENCES = {
     "black": lambda ref: torch.full_like(ref, -1.0),
-    "half and half": lambda ref: torch.cat(
-        [torch.full_like(ref[..., :8], -1.0), torch.full_like(ref[..., 8:], 1.0)], dim=-1
-    ),
     "one pixel": lambda ref: torch.where(torch.arange(ref.numel()).reshape(ref.shape) % 256 == 5, 1.0, -1.0),
 }
 
 
 @both_variants
-@pytest.mark.parametrize("detail_merge", [False, True])
 @pytest.mark.parametrize("picture", REFERENCES.values(), ids=REFERENCES)
-@pytest.mark.parametrize("blocks", [1, 8])
+@pytest.mark.parametrize("blocks, detail_merge", [(1, False), (8, True)])
 def test_flat_references_give_finite_images(variant, detail_merge, picture, blocks):
     model, diffusion, ref, draws = setup(learn_sigma=True)
     ref = picture(ref)
@@ -342,7 +318,7 @@ def test_constant_states_and_zero_gradients(variant, detail_merge):
     _, diffusion, ref, draws = setup()
     draws = torch.zeros_like(draws)
     for reference in (ref, torch.zeros_like(ref)):
-        for asked in ([], [Zero()], [Zero(), Zero()], [Zero(), Quadratic()]):
+        for asked in ([], [Zero()], [Zero(), Quadratic()]):
             options = {"variant": variant, "energies": asked, "detail_merge": detail_merge}
             states = run(lambda x, t: torch.zeros_like(x), diffusion, reference, draws, **options)
             assert all(state.isfinite().all() for state in states.values())
@@ -379,13 +355,6 @@ def test_an_energys_scale_does_not_matter(scale):
     torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
-def test_clipping_may_be_turned_off():
-    model, diffusion, ref, draws = setup()
-    clipped, free = (run(model, diffusion, ref, draws, range_t=7, clip_denoised=clip)[0] for clip in (True, False))
-    assert clipped.abs().max() <= 1 + 1e-6
-    assert free.abs().max() > 1
-
-
 # --- refusals
 
 
@@ -393,26 +362,25 @@ def test_clipping_may_be_turned_off():
     "parameter, value, options",
     [
         *((name, "fast", {}) for name in ("variant", "moo", "manifold", "sampler")),
-        *(("blocks", value, {}) for value in (3, 0, 16)),
-        *(("down_n", value, {"manifold": "low_pass"}) for value in (0, 3, 32)),
+        *(("blocks", value, {}) for value in (3, 16)),
+        *(("down_n", value, {"manifold": "low_pass"}) for value in (0, 3)),
         *(("range_t", value, {}) for value in (-1, 8, math.nan)),
-        *(("start", value, {}) for value in (0, 9)),
+        ("start", 9, {}),
         ("eta", 1.5, {}),
         ("blocks", 4, {"energies": [Quadratic(), energies.dct(8)]}),
     ],
 )
 def test_options_that_do_not_fit_are_refused(parameter, value, options):
     model, diffusion, ref, _ = setup()
+    options = {"blocks": 4, "range_t": 2, **options, parameter: value}
     with pytest.raises(InputError) as caught:
-        sample(model, diffusion, ref, **{"blocks": 4, "range_t": 2, **options, parameter: value})
+        sample(model, diffusion, ref, **options)
     assert caught.value.parameter == parameter and caught.value.value is value
     assert not model.timesteps
-
-
-def test_the_low_pass_manifold_has_no_blocks():
-    model, diffusion, ref, _ = setup()
-    options = {"manifold": "low_pass", "down_n": 4, "energies": [energies.dct(8)]}
-    sample(model, diffusion, ref, blocks=3, range_t=6, **options)
+    if "energies" not in options:  # `SDDM` refuses it, too, before a network is loaded
+        with pytest.raises(InputError) as caught:
+            SDDM(**options).check_fit((16, 16), 8)
+        assert caught.value.parameter == parameter
 
 
 WRONG_REFERENCES = {
@@ -421,7 +389,6 @@ WRONG_REFERENCES = {
     "bytes": lambda ref: ((ref + 1) * 127.5).to(torch.uint8),
     "no batch": lambda ref: ref[0],
     "none": lambda ref: ref[:0],
-    "an array": lambda ref: ref.numpy(),
 }
 
 
@@ -438,26 +405,6 @@ def test_references_that_are_none_are_refused(change):
             method(model, diffusion, change(ref))
         assert (caught.value.parameter == "ref" and "[-1, 1]" in str(caught.value)) or "no image" in str(caught.value)
     assert not model.timesteps
-
-
-@pytest.mark.parametrize(
-    "options, parameter",
-    [
-        ({"range_t": -1}, "range_t"),
-        ({"blocks": 0}, "blocks"),
-        ({"variant": "fast"}, "variant"),
-        ({"eta": 0.5}, "eta"),
-        ({"range_t": 8, "blocks": 4}, "range_t"),
-        ({"range_t": 7}, "blocks"),
-        ({"blocks": 4, "start": 9}, "start"),
-        ({"manifold": "low_pass", "down_n": 3}, "down_n"),
-    ],
-)
-def test_options_know_what_fits(options, parameter):
-    """`SDDM` refuses what the function does, and before a network is loaded."""
-    with pytest.raises(InputError) as caught:
-        SDDM(**options).check_fit((16, 16), 8)
-    assert caught.value.parameter == parameter
 
 
 def test_bound_options_are_those_of_the_function():
@@ -482,8 +429,7 @@ def recorded(model, inputs):
 
 
 @both_variants
-@pytest.mark.parametrize("start", [1, 5, 8])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("start, solver", [(1, "ddim"), (5, "ancestral"), (8, "dpmpp_2m")])
 def test_late_start_begins_at_the_noised_reference(variant, start, solver):
     model, diffusion, ref, draws = setup()
     inputs = []
@@ -513,21 +459,6 @@ def test_late_start_with_a_perfect_model_recovers_the_image(variant, solver):
     torch.testing.assert_close(states[0], ref, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("start", [1, 8])
-def test_late_start_without_guidance_is_sdedit(start):
-    model, diffusion, ref, draws = setup()
-    states = run(
-        model, diffusion, ref, draws[: start + 1], variant="released", range_t=7, start=start, clip_denoised=False
-    )
-    expected = {}
-    sdedit(
-        model, diffusion, ref, start=start, variance="fixed_small", noise=Replay(draws), callback=expected.__setitem__
-    )
-    assert list(states) == list(expected)
-    for i, state in states.items():
-        torch.testing.assert_close(state, expected[i], atol=1e-5, rtol=0)
-
-
 # --- the generator of the steps and its callbacks
 
 
@@ -535,8 +466,9 @@ def test_late_start_without_guidance_is_sdedit(start):
 def test_steps_are_what_the_callback_sees(variant):
     model, diffusion, ref, draws = setup()
     options = {"blocks": 4, "range_t": 2, "variant": variant, "energies": [Quadratic()]}
-    told = []
-    result = sample(model, diffusion, ref, noise=Replay(draws), callback=told.append, **options)
+    told, inputs = [], []
+    watched = recorded(model, inputs)
+    result = sample(watched, diffusion, ref, noise=Replay(draws), callback=told.append, **options)  # a builtin of one
     states = list(sample.steps(model, diffusion, ref, noise=Replay(draws), **options))
     assert [state["i"] for state in states] == [state["i"] for state in told] == list(reversed(range(8)))
     for a, b in zip(states, told, strict=True):
@@ -547,17 +479,8 @@ def test_steps_are_what_the_callback_sees(variant):
         assert all(record.keys() == {"tangent", "normal", "move", "weights"} for record in a["guided"])
         assert not a["x"].requires_grad
     assert torch.equal(states[-1]["x"], result)
-
-
-@both_variants
-def test_prediction_is_the_one_that_the_step_was_made_with(variant):
-    model, diffusion, ref, draws = setup()
-    inputs = []
-    for state in sample.steps(
-        recorded(model, inputs), diffusion, ref, blocks=4, range_t=2, variant=variant, noise=Replay(draws)
-    ):
-        out = diffusion.p_mean_variance(model, inputs[-1], torch.full((2,), state["i"]))
-        assert torch.equal(state["pred_xstart"], out["pred_xstart"])
+    out = diffusion.p_mean_variance(model, inputs[-1], torch.full((2,), 0))
+    assert torch.equal(states[-1]["pred_xstart"], out["pred_xstart"])
 
 
 @both_variants
@@ -577,45 +500,24 @@ def test_steps_may_be_closed_early(variant):
         next(steps)
 
 
-class Told:
+class Watcher:
     def __init__(self):
         self.seen = []
 
     def __call__(self, i, x):
-        self.seen.append((i, x))
+        self.seen.append(i)
 
     def optional(self, state, verbose=False):
-        self.seen.append(state)
+        self.seen.append(state["i"])
 
     def bound(self, log, i, x):
-        log.append((i, x))
+        self.seen.append(i)
 
 
-CALLBACKS = {
-    "a default": (lambda told: told.optional, dict),
-    "a builtin of one": (lambda told: told.seen.append, dict),
-    "an object": (lambda told: told, tuple),
-    "partial": (lambda told: partial(told.bound, told.seen), tuple),
-}
-
-
-@pytest.mark.parametrize("make, kind", CALLBACKS.values(), ids=CALLBACKS)
-def test_a_callback_gets_what_it_has_parameters_for(make, kind):
+@pytest.mark.parametrize("make", [lambda w: w, lambda w: w.optional, lambda w: partial(w.bound, [])])
+def test_a_callback_gets_what_it_has_parameters_for(make):
+    """(i, x) with two, else the state: an object, a function with a default, a partial."""
     model, diffusion, ref, draws = setup()
-    told = Told()
-    sample(model, diffusion, ref, blocks=4, range_t=2, noise=Replay(draws), callback=make(told))
-    assert all(type(seen) is kind for seen in told.seen)
-    indices = [seen["i"] if kind is dict else seen[0] for seen in told.seen]
-    assert indices == list(reversed(range(8)))
-
-
-def test_an_error_of_a_callback_ends_the_run():
-    model, diffusion, ref, _ = setup()
-
-    def stop(state):
-        raise KeyboardInterrupt
-
-    with torch.enable_grad(), pytest.raises(KeyboardInterrupt):
-        sample(model, diffusion, ref, blocks=4, range_t=2, callback=stop)
-        assert torch.is_grad_enabled()
-    assert len(model.timesteps) == 1
+    watcher = Watcher()
+    sample(model, diffusion, ref, blocks=4, range_t=2, noise=Replay(draws), callback=make(watcher))
+    assert watcher.seen == list(reversed(range(8)))
