@@ -22,104 +22,70 @@ class Published:
 
 
 LINEAR: dict[str, Any] = {
-    "noise_schedule": "linear",
-    "diffusion_steps": 1000,
-    "predict_xstart": False,
-    "rescale_timesteps": False,
-}
+    "noise_schedule": "linear", "diffusion_steps": 1000, "predict_xstart": False, "rescale_timesteps": False,
+}  # fmt: skip
 COSINE: dict[str, Any] = {**LINEAR, "noise_schedule": "cosine"}
 COSINE_4000: dict[str, Any] = {**COSINE, "diffusion_steps": 4000}
+IMPROVED: dict[str, Any] = {"resblock_updown": False, "num_head_channels": -1}
+"""Networks of improved-diffusion: convolutions that resample, four heads of any width."""
 
 SIX, SEVEN, FIVE, FOUR = "1,1,2,2,4,4", "0.5,1,1,2,2,4,4", "1,1,2,3,4", "1,2,3,4"
 
 
 def _adm(
-    files: str, width: int, blocks: int, mult: str, factors: tuple[int, ...], flags: dict[str, Any], **tensors: Any
-) -> Published:
-    """A network of guided-diffusion: blocks that resample, scale and shift, learned variance by default."""
-    usual = {"learn_sigma": True, "class_cond": False, "use_scale_shift_norm": True, "resblock_updown": True}
-    told = {"num_channels": width, "num_res_blocks": blocks, "channel_mult": mult, "attention_factors": factors}
-    tensors = {**told, **usual, **tensors}
+    files: str, size: int, width: int, blocks: int, mult: str, factors: tuple[int, ...], process: dict = LINEAR,
+    **other: Any,
+) -> Published:  # fmt: skip
+    """A network of guided-diffusion; other: tensors or flags that differ from the usual ones."""
+    tensors: dict[str, Any] = {
+        "num_channels": width, "num_res_blocks": blocks, "channel_mult": mult, "attention_factors": factors,
+        "learn_sigma": True, "class_cond": False, "use_scale_shift_norm": True, "resblock_updown": True,
+    }  # fmt: skip
+    heads = {"num_heads": 4, "num_head_channels": 64, "use_new_attention_order": False}
+    flags = {"image_size": size, **heads, **process}
+    for name, value in other.items():
+        (tensors if name in tensors or name == "super_res" else flags)[name] = value
     if tensors["class_cond"]:
         tensors["num_classes"] = 1000
-    return Published(
-        files, "ADM", tensors, {"num_heads": 4, "num_head_channels": 64, "use_new_attention_order": False, **flags}
-    )
-
-
-def _improved(
-    files: str, width: int, blocks: int, mult: str, factors: tuple[int, ...], flags: dict[str, Any], **tensors: Any
-) -> Published:
-    """A network of improved-diffusion: convolutions that resample, four heads of any width."""
-    flags = {"num_head_channels": -1, **flags}
-    return _adm(files, width, blocks, mult, factors, flags, **{"resblock_updown": False, **tensors})
+    return Published(files, "ADM", tensors, flags)
 
 
 def _ddpm(files: str, size: int, mult: str, factor: int) -> Published:
-    told = {
-        "num_channels": 128,
-        "num_res_blocks": 2,
-        "channel_mult": mult,
-        "attention_factors": (factor,),
+    tensors = {
+        "num_channels": 128, "num_res_blocks": 2, "channel_mult": mult, "attention_factors": (factor,),
         "learn_sigma": False,
-    }
-    return Published(files, "DDPM", told, {"image_size": size, **LINEAR})
+    }  # fmt: skip
+    return Published(files, "DDPM", tensors, {"image_size": size, **LINEAR})
 
 
 def _encoder(files: str, size: int, depth: int, mult: str, classes: int, head: str = "out", **flags: Any) -> Published:
-    told = {
-        "classifier_width": 128,
-        "classifier_depth": depth,
-        "channel_mult": mult,
-        "attention_factors": tuple(size // side for side in (32, 16, 8)),
-        "classifier_use_scale_shift_norm": True,
-        "classifier_resblock_updown": True,
-        "classifier_pool": "attention",
-        "image_size": size,
-        "num_class": classes,
+    tensors = {
+        "classifier_width": 128, "classifier_depth": depth, "channel_mult": mult,
+        "attention_factors": tuple(size // side for side in (32, 16, 8)), "classifier_use_scale_shift_norm": True,
+        "classifier_resblock_updown": True, "classifier_pool": "attention", "image_size": size, "num_class": classes,
         "head": head,
-    }
-    return Published(files, "ENCODER", told, {"num_head_channels": 64, **LINEAR, **flags})
+    }  # fmt: skip
+    return Published(files, "ENCODER", tensors, {"num_head_channels": 64, **LINEAR, **flags})
 
 
 PUBLISHED = (
-    _adm("ILVR's and P2's models of AFHQ", 128, 2, SIX, (16,), {"image_size": 256, **LINEAR}, learn_sigma=False),
-    _adm("ILVR's and P2's models", 128, 1, SIX, (16,), {"image_size": 256, **LINEAR}),
-    _adm("256x256_diffusion_uncond.pt, lsun_*.pt", 256, 2, SIX, (8, 16, 32), {"image_size": 256, **LINEAR}),
-    _adm("256x256_diffusion.pt", 256, 2, SIX, (8, 16, 32), {"image_size": 256, **LINEAR}, class_cond=True),
-    _adm("512x512_diffusion.pt", 256, 2, SEVEN, (16, 32, 64), {"image_size": 512, **LINEAR}, class_cond=True),
-    _adm(
-        *("128x128_diffusion.pt", 256, 2, FIVE, (4, 8, 16)),
-        {"image_size": 128, "num_head_channels": -1, **LINEAR},
-        class_cond=True,
-    ),
-    _adm(
-        *("64x64_diffusion.pt", 192, 3, FOUR, (2, 4, 8)),
-        {"image_size": 64, "use_new_attention_order": True, "dropout": 0.1, **COSINE},
-        class_cond=True,
-    ),
+    _adm("ILVR's and P2's models of AFHQ", 256, 128, 2, SIX, (16,), learn_sigma=False),
+    _adm("ILVR's and P2's models", 256, 128, 1, SIX, (16,)),
+    _adm("256x256_diffusion_uncond.pt, lsun_*.pt", 256, 256, 2, SIX, (8, 16, 32)),
+    _adm("256x256_diffusion.pt", 256, 256, 2, SIX, (8, 16, 32), class_cond=True),
+    _adm("512x512_diffusion.pt", 512, 256, 2, SEVEN, (16, 32, 64), class_cond=True),
+    _adm("128x128_diffusion.pt", 128, 256, 2, FIVE, (4, 8, 16), num_head_channels=-1, class_cond=True),
+    _adm("64x64_diffusion.pt", 64, 192, 3, FOUR, (2, 4, 8), COSINE, use_new_attention_order=True, dropout=0.1,
+         class_cond=True),
     # Both upsamplers have the same levels; where their attention is tells them apart.
-    _adm(
-        *("64_256_upsampler.pt", 192, 2, SIX, (8, 16, 32)),
-        {"image_size": 256, "num_head_channels": -1, **LINEAR},
-        class_cond=True,
-        super_res=True,
-    ),
-    _adm("128_512_upsampler.pt", 192, 2, SIX, (16, 32), {"image_size": 512, **LINEAR}, class_cond=True, super_res=True),
+    _adm("64_256_upsampler.pt", 256, 192, 2, SIX, (8, 16, 32), num_head_channels=-1, class_cond=True, super_res=True),
+    _adm("128_512_upsampler.pt", 512, 192, 2, SIX, (16, 32), class_cond=True, super_res=True),
     # improved-diffusion; what its README does not say has that project's defaults, rescaled timesteps among them.
-    _improved(
-        *("imagenet64_uncond_*.pt", 128, 3, FOUR, (4, 8)), {"image_size": 64, **COSINE_4000, "rescale_timesteps": True}
-    ),
-    _improved(
-        *("cifar10_uncond_*.pt", 128, 3, "1,2,2,2", (2, 4)),
-        {"image_size": 32, "dropout": 0.3, **COSINE_4000, "rescale_timesteps": True},
-    ),
-    _improved("imagenet64_cond_270M_250K.pt", 192, 3, FOUR, (4, 8), {"image_size": 64, **COSINE_4000}, class_cond=True),
-    _improved(
-        *("lsun_uncond_100M_*.pt", 128, 2, SIX, (16,)),
-        {"image_size": 256, "num_heads": 1, **LINEAR},
-        use_scale_shift_norm=False,
-    ),
+    _adm("imagenet64_uncond_*.pt", 64, 128, 3, FOUR, (4, 8), COSINE_4000, rescale_timesteps=True, **IMPROVED),
+    _adm("cifar10_uncond_*.pt", 32, 128, 3, "1,2,2,2", (2, 4), COSINE_4000, rescale_timesteps=True, dropout=0.3,
+         **IMPROVED),
+    _adm("imagenet64_cond_270M_250K.pt", 64, 192, 3, FOUR, (4, 8), COSINE_4000, class_cond=True, **IMPROVED),
+    _adm("lsun_uncond_100M_*.pt", 256, 128, 2, SIX, (16,), num_heads=1, use_scale_shift_norm=False, **IMPROVED),
     _ddpm("celebahq_female_ddpm.pth and the DDPM models of 256 pixels", 256, SIX, 16),
     _ddpm("DDPM's model of CIFAR-10", 32, "1,2,2,2", 2),
     _encoder("64x64_classifier.pt", 64, 4, FOUR, 1000, noise_schedule="cosine"),
@@ -127,7 +93,7 @@ PUBLISHED = (
     _encoder("256x256_classifier.pt", 256, 2, SIX, 1000),
     _encoder("512x512_classifier.pt", 512, 2, SEVEN, 1000),
     _encoder("EGSDE's extractors", 256, 2, SIX, 2, "I2Iout"),
-)
+)  # fmt: skip
 
 
 def published(model_type: str, found: dict[str, Any]) -> Published | None:

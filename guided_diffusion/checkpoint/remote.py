@@ -5,12 +5,12 @@ cache), HF_TOKEN, HF_HUB_OFFLINE. Only configurations and weights are downloaded
 same model at once wait for each other in the client's cache.
 """
 
+import glob
 import logging
 import os
 import re
 import tempfile
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -60,19 +60,19 @@ def resolve(path: str) -> tuple[str, str | None]:
     if not match:
         written = f"it is written {SCHEME}owner/name@revision"
         raise InputError(f"{display_name(path)} is no model of the Hugging Face hub; {written}")
-    name, revision = match[1], match[2]
+    name, revision = match.groups()
     try:
         from huggingface_hub import snapshot_download  # type: ignore[import-not-found]
     except ImportError:
         install = "to load it from the Hugging Face hub, pip install huggingface_hub"
         raise InputError(f"{name} does not exist here; {install}") from None
-    options: dict[str, Any] = {"revision": revision}
     patterns = [*CONFIGURATION, *(pattern.format("safetensors") for pattern in WEIGHTS)]
     try:
-        folder = snapshot_download(name, allow_patterns=patterns, **options)
-        if not _holds(folder, ".safetensors"):
+        folder = snapshot_download(name, allow_patterns=patterns, revision=revision)
+        if not glob.glob(f"{glob.escape(folder)}/**/*.safetensors", recursive=True):
             # Not all models have safe weights; the pickles of others are read without running them.
-            folder = snapshot_download(name, allow_patterns=[*patterns, *(p.format("bin") for p in WEIGHTS)], **options)
+            patterns += [pattern.format("bin") for pattern in WEIGHTS]
+            folder = snapshot_download(name, allow_patterns=patterns, revision=revision)
     except Exception as error:  # of the client, of its HTTP library, of the disk
         kind = next((base.__name__ for base in type(error).__mro__ if base.__name__ in REASONS), None)
         reason = REASONS[kind] if kind else f"cannot be loaded from the Hugging Face hub: {first_line(error)}"
@@ -82,15 +82,9 @@ def resolve(path: str) -> tuple[str, str | None]:
     return folder, f"{name}@{commit}"
 
 
-def _holds(folder: str, suffix: str) -> bool:
-    places = (folder, os.path.join(folder, "unet"))
-    return any(name.endswith(suffix) for place in places if os.path.isdir(place) for name in os.listdir(place))
-
-
 # ---- published files -------------------------------------------------------------------------------------------------
 
-GUIDED = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
-IMPROVED = "https://openaipublic.blob.core.windows.net/diffusion/march-2021/"
+OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/"
 ADAIN = "https://github.com/naoto0804/pytorch-AdaIN/releases/download/v0.0.0/"
 
 
@@ -103,39 +97,30 @@ class Remote:
     sha256: str | None = None
 
 
+GUIDED = {
+    **{f"{n}x{n}_diffusion.pt": f"ImageNet, {n} px, class-conditional" for n in (64, 128, 256, 512)},
+    **{f"{n}x{n}_classifier.pt": f"noisy-image classifier, {n} px" for n in (64, 128, 256, 512)},
+    "256x256_diffusion_uncond.pt": "ImageNet, 256 px, without classes",
+    "lsun_bedroom.pt": "LSUN bedrooms, 256 px",
+    "lsun_cat.pt": "LSUN cats, 256 px",
+    "lsun_horse.pt": "LSUN horses, 256 px",
+    "lsun_horse_nodropout.pt": "LSUN horses without dropout, 256 px",
+}
+IMPROVED = {
+    "imagenet64_uncond_100M_1500K.pt": "improved-diffusion's ImageNet, 64 px",
+    "imagenet64_uncond_vlb_100M_1500K.pt": "the same, trained on the bound",
+    "imagenet64_cond_270M_250K.pt": "improved-diffusion's ImageNet, 64 px, class-conditional",
+    "cifar10_uncond_50M_500K.pt": "improved-diffusion's CIFAR-10, 32 px",
+    "cifar10_uncond_vlb_50M_500K.pt": "the same, trained on the bound",
+    "lsun_uncond_100M_1200K_bs128.pt": "improved-diffusion's LSUN bedrooms, 256 px",
+    "lsun_uncond_100M_2400K_bs64.pt": "the same, trained for longer",
+}
 FILES = {
-    **{
-        f"{name}.pt": Remote(f"{GUIDED}{name}.pt", what)
-        for name, what in {
-            "256x256_diffusion_uncond": "ImageNet, 256 px, without classes",
-            "256x256_diffusion": "ImageNet, 256 px, class-conditional",
-            "512x512_diffusion": "ImageNet, 512 px, class-conditional",
-            "128x128_diffusion": "ImageNet, 128 px, class-conditional",
-            "64x64_diffusion": "ImageNet, 64 px, class-conditional",
-            "256x256_classifier": "noisy-image classifier, 256 px",
-            "512x512_classifier": "noisy-image classifier, 512 px",
-            "128x128_classifier": "noisy-image classifier, 128 px",
-            "64x64_classifier": "noisy-image classifier, 64 px",
-            "lsun_bedroom": "LSUN bedrooms, 256 px",
-            "lsun_cat": "LSUN cats, 256 px",
-            "lsun_horse": "LSUN horses, 256 px",
-            "lsun_horse_nodropout": "LSUN horses without dropout, 256 px",
-        }.items()
-    },
-    **{
-        f"{name}.pt": Remote(f"{IMPROVED}{name}.pt", what)
-        for name, what in {
-            "imagenet64_uncond_100M_1500K": "improved-diffusion's ImageNet, 64 px",
-            "imagenet64_uncond_vlb_100M_1500K": "the same, trained on the bound",
-            "imagenet64_cond_270M_250K": "improved-diffusion's ImageNet, 64 px, class-conditional",
-            "cifar10_uncond_50M_500K": "improved-diffusion's CIFAR-10, 32 px",
-            "cifar10_uncond_vlb_50M_500K": "the same, trained on the bound",
-            "lsun_uncond_100M_1200K_bs128": "improved-diffusion's LSUN bedrooms, 256 px",
-            "lsun_uncond_100M_2400K_bs64": "the same, trained for longer",
-        }.items()
-    },
+    **{name: Remote(f"{OPENAI}jul-2021/{name}", what) for name, what in GUIDED.items()},
+    **{name: Remote(f"{OPENAI}march-2021/{name}", what) for name, what in IMPROVED.items()},
     "vgg_normalised.pth": Remote(f"{ADAIN}vgg_normalised.pth", "AdaIN's VGG-19, for the energy vgg"),
 }
+"""Published files by name."""
 
 
 def fetch(name: str, folder: str | os.PathLike, *, remote: Remote | None = None, progress: bool = False) -> str:
