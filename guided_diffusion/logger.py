@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from .errors import InputError
 from .registry import fitting
-from .run.files import write_text
+from .run.files import disk_reason, write_text
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
@@ -74,16 +74,19 @@ class CSVOutputFormat:
             self.keys: list[str] = next(csv.reader(file), [])
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        if new := sorted(key for key in kvs if key not in self.keys):
+        if new := [key for key in kvs if key not in self.keys]:
             with _open(self.filename, "r") as file:
                 rows = list(csv.reader(file))[1:]
             self.keys += new
             table = io.StringIO()
             csv.writer(table, lineterminator="\n").writerows([self.keys, *(row + [""] * len(new) for row in rows)])
             write_text(self.filename, table.getvalue())
-        with _open(self.filename, "a") as file:
-            row = ["" if kvs.get(key) is None else _plain(kvs[key]) for key in self.keys]
-            csv.writer(file, lineterminator="\n").writerow(row)
+        row = ["" if kvs.get(key) is None else _plain(kvs[key]) for key in self.keys]
+        try:
+            with _open(self.filename, "a") as file:
+                csv.writer(file, lineterminator="\n").writerow(row)
+        except OSError as error:
+            raise InputError(disk_reason(self.filename, error)) from error
 
     def close(self) -> None:
         """Do nothing: no file is left open."""

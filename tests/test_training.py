@@ -11,17 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from tiny_training import FLAGS, draw, gradients, make_loop, rows, train_step
 
 from guided_diffusion.checkpoint import load_model
-from guided_diffusion.dist_util import Ranks
 from guided_diffusion.errors import InputError
 from guided_diffusion.resample import (
     LogNormalSampler,
     LossSecondMomentResampler,
-    create_named_schedule_sampler,
 )
-from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model_and_diffusion
+from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion
 from guided_diffusion.training import files
 from guided_diffusion.training.config import TrainConfig, learning_rate
 from guided_diffusion.training.data import (
@@ -34,46 +32,17 @@ from guided_diffusion.training.data import (
     random_uniform,
     sample_noise,
 )
-from guided_diffusion.training.loop import Trainer, draw_samples
-from guided_diffusion.training.losses import classifier_loss, diffusion_loss, evaluate, loss_weights, means_by_quarter
-
-FLAGS = {
-    "image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": "4",
-    "diffusion_steps": 100,
-}  # fmt: skip
+from guided_diffusion.training.loop import draw_samples
+from guided_diffusion.training.losses import classifier_loss, evaluate, loss_weights, means_by_quarter
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Sixteen pictures of four squares each, in two folders."""
     folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
     for i in range(16):
-        path = folder / ("first" if i < 8 else "second") / f"{i:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        squares = rng.integers(0, 255, (2, 2, 3), dtype=np.uint8)
-        Image.fromarray(squares).resize((8, 8), Image.Resampling.NEAREST).save(path)
+        draw(folder / ("first" if i < 8 else "second") / f"{i:02d}.png", i)
     return folder
-
-
-def make_loop(folder, save_dir, flags=FLAGS, weighting=None, images=None, nonzero=True, ranks=Ranks(), **config):
-    torch.manual_seed(0)
-    model, diffusion = create_model_and_diffusion(**flags)
-    for parameter in model.parameters() if nonzero else ():  # layers that start at zero would hide gradients
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.05)
-    config = TrainConfig(save_dir=str(save_dir), **config)
-    losses = diffusion_loss(diffusion, loss_weights(diffusion, **(weighting or {})))
-    sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion)
-    images = images or TrainImages(list_images(folder), 8)
-    return Trainer(model, losses, images, config, sampler, device="cpu", ranks=ranks), diffusion
-
-
-def gradients(loop):
-    numbers = next(batch_numbers(0, loop.config.batch_size, loop.ranks.rank, loop.ranks.world_size))
-    x, y = next(loop.images.batches(iter([numbers]), "cpu"))
-    loop.backward(numbers, x, y)
-    return [p.grad.clone() for p in loop.params], numbers, x
 
 
 def assert_all_close(actual, expected):
@@ -156,8 +125,7 @@ def test_clipping_bounds_the_gradient_that_the_optimizer_sees(folder, tmp_path):
     loop.optimizer.zero_grad()
     seen = []
     loop.optimizer.register_step_pre_hook(lambda *_: seen.append(torch.cat([p.grad.flatten() for p in loop.params])))
-    numbers = np.arange(4)
-    loop.train_step(numbers, *next(loop.images.batches(iter([numbers]), "cpu")))
+    train_step(loop, np.arange(4))
     torch.testing.assert_close(seen[0], unclipped / unclipped.norm() * 1e-3, rtol=1e-3, atol=1e-9)
 
 
@@ -166,8 +134,7 @@ def test_averages_follow_their_formula(folder, tmp_path, warmup):
     loop, _ = make_loop(folder, tmp_path, batch_size=2, ema_rate="0.9,0.15", lr=1e-3, ema_warmup=warmup)
     expected = {rate: [p.detach().clone() for p in loop.params] for rate in (0.9, 0.15)}
     for at in range(3):
-        numbers = np.arange(2 * at, 2 * at + 2)
-        loop.train_step(numbers, *next(loop.images.batches(iter([numbers]), "cpu")))
+        train_step(loop, np.arange(2 * at, 2 * at + 2))
         for rate, values in expected.items():
             r = min(rate, (1 + at) / (10 + at)) if warmup else rate
             expected[rate] = [r * value + (1 - r) * p.detach() for value, p in zip(values, loop.params)]
@@ -203,13 +170,13 @@ def test_learning_rate_schedules():
 @given(seed=st.integers(0, 2**40), start=st.integers(0, 10**9), count=st.integers(1, 12), cut=st.integers(1, 12))
 def test_draws_depend_on_the_sample_number_only(seed, start, count, cut):
     numbers = np.arange(start, start + count)
-    for draw in (
+    for numbered in (
         lambda n: random_uniform(seed, "flip", n),
         lambda n: sample_noise(seed, n, (2, 3), "cpu").numpy(),
         lambda n: counter_noise(random_bits(seed, "noise", n), (3, 5), "cpu").numpy(),
     ):
-        whole = draw(numbers)
-        parts = [draw(numbers[at : at + cut]) for at in range(0, count, cut)]
+        whole = numbered(numbers)
+        parts = [numbered(numbers[at : at + cut]) for at in range(0, count, cut)]
         assert np.array_equal(whole, np.concatenate(parts))
 
 
@@ -300,15 +267,6 @@ def test_random_crops_are_windows_of_the_larger_image(folder):
     assert len(places) > 3
 
 
-def test_classes_come_from_file_names(tmp_path):
-    for name in ("dog_1.png", "cat_1.png", "cat_2.png"):
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
-    labels, names = class_labels(list_images(tmp_path))
-    assert names == ["cat", "dog"] and labels.tolist() == [0, 0, 1]
-    with pytest.raises(InputError, match=r"dog_1.png: its class 'dog' is not among"):
-        class_labels(list_images(tmp_path), ["cat"])
-
-
 # ---- schedule samplers ----------------------------------------------------------------------------------------------
 
 
@@ -360,7 +318,7 @@ def test_tiny_model_memorises_eight_images(folder, tmp_path):
         lr_schedule="cosine", ema_rate="0.95", log_interval=30,
     )  # fmt: skip
     assert loop.run()
-    losses = [float(row["loss"]) for row in files.ProgressLog(tmp_path, 300).rows]
+    losses = [float(row["loss"]) for row in rows(tmp_path)]
     assert len(losses) == 20 and losses[-1] < 0.2 * losses[0]
 
     def error(images):
@@ -376,8 +334,7 @@ def test_exported_model_loads_without_flags_and_samples(folder, tmp_path):
     flags = {**FLAGS, "noise_schedule": "cosine", "channel_mult": "1,2", "num_heads": 2}
     loop, _ = make_loop(folder, tmp_path, flags=flags, batch_size=2, ema_rate="0.5", lr=1e-3)
     loop.metadata = {"model_type": "ADM", "flags": json.dumps(flags)}
-    numbers = np.arange(2)
-    loop.train_step(numbers, *next(loop.images.batches(iter([numbers]), "cpu")))
+    train_step(loop, np.arange(2))
     loop.save()
     model, info = load_model(tmp_path / "model.safetensors")
     assert info.model_type == "ADM" and info.assumed == ()

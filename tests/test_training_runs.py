@@ -1,7 +1,5 @@
 """Training as people run it: processes that are killed and go on, several ranks, and flags that do not fit."""
 
-import csv
-import importlib
 import json
 import os
 import shutil
@@ -10,24 +8,15 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
-from test_training import gradients, make_loop
+from tiny_training import EXTRACTOR, MODEL, draw, gradients, make_loop, rows, train, words
 
 from guided_diffusion.checkpoint import load_model, read
-from guided_diffusion.dist_util import Ranks
 from guided_diffusion.energy import dse
 from guided_diffusion.errors import InputError
 
-
-def words(text):
-    return text.split()
-
-
-MODEL = words("--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 4")
 # Everything that keeps a state of its own: two averages, dropout, loss-aware timesteps, loader processes, annealing.
 RUN = [
     *MODEL,
@@ -36,34 +25,22 @@ RUN = [
     *words("--lr 1e-3 --save_interval 4 --log_interval 3 --grad_clip 1 --weight_decay 0.01 --ema_rate 0.9,0.5"),
     *words("--learn_sigma True --sample_interval 10 --sample_respacing 2 --device cpu"),
 ]
-EXTRACTOR = words(
-    "--image_size 8 --classifier_width 32 --classifier_depth 1 --channel_mult 1,2 --device cpu --diffusion_steps 100"
-    " --classifier_attention_resolutions 4 --batch_size 8"
-)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Ten dark and ten bright pictures in two folders."""
     folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for name, low in (("dark", 0), ("bright", 128)):
-        (folder / name).mkdir()
-        for i in range(10):
-            squares = rng.integers(low, low + 128, (2, 2, 3), dtype=np.uint8)
-            Image.fromarray(squares).resize((8, 8), Image.Resampling.NEAREST).save(folder / name / f"{i}.png")
+    for i in range(10):
+        draw(folder / "dark" / f"{i}.png", i, high=128)
+        draw(folder / "bright" / f"{i}.png", 10 + i, low=128)
     return folder
 
 
-def start(*command, **options):
+def start(*command):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, **options
-    )
-
-
-def train(folder, save_dir, *flags):
-    return start("scripts/image_train.py", "--data_dir", folder, "--save_dir", save_dir, *RUN, *flags)
+    words = [sys.executable, *map(str, command)]
+    return subprocess.Popen(words, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process, status=0):
@@ -73,64 +50,45 @@ def finish(process, status=0):
     return text
 
 
-def losses_by_step(save_dir):
-    with open(save_dir / "progress.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+def run(folder, save_dir):
+    """Start or resume the run in this process, with one thread, which rounding depends on."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert train("image_train", "--data_dir", folder, "--save_dir", save_dir, *RUN, "--resume", "auto") == 0
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(folder, tmp_path_factory):
     save_dir = tmp_path_factory.mktemp("undisturbed")
-    finish(train(folder, save_dir))
+    run(folder, save_dir)
     return save_dir
 
 
-@pytest.fixture
-def command(monkeypatch):
-    """Calls a script's function in this process: command(script, *flags), as the script itself would."""
-    return load_command(monkeypatch)
+def test_a_run_killed_and_interrupted_ends_with_the_weights_of_an_undisturbed_one(folder, undisturbed, tmp_path):
+    for number, least, status in ((signal.SIGKILL, 8, -signal.SIGKILL), (signal.SIGINT, 16, 130)):
+        base = ["--data_dir", folder, "--save_dir", tmp_path, *RUN, "--resume", "auto"]
+        process = start("scripts/image_train.py", *base)
+        while not (tmp_path / f"model{least:06d}.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(number)
+        text = finish(process, status)
+        stopped_at = max(int(path.stem[5:]) for path in tmp_path.glob("model*.pt"))
+        assert least <= stopped_at < 30
+    assert f"stopped after step {stopped_at}, which is saved" in text and "with --resume auto" in text
+    run(folder, tmp_path)
 
-
-def load_command(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-
-    def run(script, *flags):
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            module = importlib.import_module(script)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        return module.train(module.create_parser().parse([str(flag) for flag in flags]), Ranks())
-
-    return run
-
-
-@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(folder, undisturbed, tmp_path, number, status):
-    process = train(folder, tmp_path)
-    while not (tmp_path / "model000008.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(number)
-    text = finish(process, status)
-    stopped_at = max(int(path.stem[5:]) for path in tmp_path.glob("model*.pt"))
-    assert 8 <= stopped_at < 30
-    if number == signal.SIGINT:
-        assert f"stopped after step {stopped_at}, which is saved" in text and "with --resume auto" in text
-    finish(train(folder, tmp_path, "--resume", "auto"))
-
-    for name in ("model000030.pt", "ema_0.9_000030.pt", "ema_0.5_000030.pt", "model.safetensors"):
+    for name in ("model000030.pt", "ema_0.9_000030.pt", "ema_0.5_000030.pt"):
         expected, actual = read(str(undisturbed / name))[0], read(str(tmp_path / name))[0]
         assert list(expected) == list(actual)
         assert all(torch.equal(expected[key], actual[key]) for key in expected), name
     expected, actual = (torch.load(path / "opt000030.pt", weights_only=True) for path in (undisturbed, tmp_path))
     for i, state in expected["state"].items():
         assert all(torch.equal(value, actual["state"][i][key]) for key, value in state.items())
-    assert (tmp_path / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
-    assert losses_by_step(tmp_path) == losses_by_step(undisturbed)
-    assert [int(row["step"]) for row in losses_by_step(tmp_path)] == [*range(1, 11), *range(12, 31, 3)]
-    for name in ("000010.png", "000020.png", "000030.png"):
-        assert (tmp_path / "samples" / name).read_bytes() == (undisturbed / "samples" / name).read_bytes()
+    assert rows(tmp_path) == rows(undisturbed)
+    assert [int(row["step"]) for row in rows(tmp_path)] == [*range(1, 11), *range(12, 31, 3)]
+    for name in ("model.safetensors", "samples/000010.png", "samples/000020.png", "samples/000030.png"):
+        assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
 def test_two_ranks_give_the_gradient_of_one(folder, tmp_path):
@@ -139,7 +97,7 @@ def test_two_ranks_give_the_gradient_of_one(folder, tmp_path):
         f"""
 import sys, torch
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from test_training import gradients, make_loop
+from tiny_training import gradients, make_loop
 from guided_diffusion.dist_util import ranks
 from guided_diffusion.training.loop import process_group
 
@@ -161,11 +119,11 @@ with process_group(me, torch.device("cpu")):
             torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-6)
 
 
-def test_extractor_of_two_domains_trains_measures_and_loads(command, folder, tmp_path):
+def test_extractor_of_two_domains_trains_measures_and_loads(folder, tmp_path):
     domains = f"{folder}/dark,{folder}/bright"
     flags = [*EXTRACTOR, *words("--iterations 40 --eval_interval 20 --log_interval 20 --lr 1e-3")]
-    command("classifier_train", "--domains", domains, "--val_domains", domains, "--save_dir", tmp_path, *flags)
-    last = losses_by_step(tmp_path)[-1]
+    train("classifier_train", "--domains", domains, "--val_domains", domains, "--save_dir", tmp_path, *flags)
+    last = rows(tmp_path)[-1]
     assert float(last["val_acc_q0"]) > 0.9 and float(last["val_acc_q0"]) >= float(last["val_acc_q3"])
     encoder, info = load_model(tmp_path / "model.safetensors")
     assert info.model_type == "ENCODER" and encoder.head == "I2Iout"
@@ -178,37 +136,32 @@ def test_extractor_of_two_domains_trains_measures_and_loads(command, folder, tmp
     assert value.isfinite().all() and gradient.abs().max() > 0
 
 
-def test_extractor_of_three_domains(folder, tmp_path, command):
+def test_extractor_of_three_domains(folder, tmp_path):
     third = tmp_path / "third"
     shutil.copytree(folder / "dark", third)
     flags = [*EXTRACTOR, *words("--iterations 2 --eval_interval 2 --log_interval 1")]
     domains = f"{folder}/dark,{third},{folder}/bright"
     out = tmp_path / "out"
-    command("classifier_train", "--domains", domains, "--val_domains", domains, "--save_dir", out, *flags)
+    train("classifier_train", "--domains", domains, "--val_domains", domains, "--save_dir", out, *flags)
     encoder, info = load_model(out / "model.safetensors")
     assert encoder.head == "I2Iout" and info.flags["num_class"] == 3
     assert json.loads(info.metadata["classes"]) == ["dark", "third", "bright"]
     with pytest.raises(InputError, match="dark, third, bright"):
         other = f"{third},{folder}/dark,{folder}/bright"  # the same domains in another order
-        command("classifier_train", "--domains", other, "--save_dir", out, "--resume", "auto", *flags)
+        train("classifier_train", "--domains", other, "--save_dir", out, "--resume", "auto", *flags)
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def refused(command):
-    """Calls a script's function with flags that it must refuse; returns its InputError."""
-
-    def run(script, *flags):
-        with pytest.raises(InputError) as error:
-            command(script, "--iterations", "1", *flags)
-        return error.value
-
-    return run
+def refused(script, *flags):
+    """The InputError of a script's function for flags that it must refuse."""
+    with pytest.raises(InputError) as error:
+        train(script, "--iterations", "1", *flags)
+    return error.value
 
 
-def test_another_run_is_not_overwritten_and_its_flags_are_kept(refused, folder, undisturbed):
+def test_another_run_is_not_overwritten_and_its_flags_are_kept(folder, undisturbed):
     base = ["--data_dir", folder, "--save_dir", undisturbed]
     error = refused("image_train", *base)
     assert error.parameter == "save_dir" and "newest of step 30" in str(error)
@@ -222,17 +175,11 @@ def test_another_run_is_not_overwritten_and_its_flags_are_kept(refused, folder, 
 IMAGES = [  # a flag for each check of the options, the data and the network
     ("", "data_dir", "folder of training images"),
     ("--data_dir nowhere", "data_dir", "no such file"),
-    ("--data_dir {folder} --microbatch 0", "microbatch", "-1 for the whole batch"),
-    ("--data_dir {folder} --lr nan", "lr", "finite"),
-    ("--data_dir {folder} --ema_rate 0.9,1", "ema_rate", "below 1"),
     ("--data_dir {folder} --ema_rate 0.99999999999999999999", "ema_rate", "below 1"),  # 1 as a float
-    ("--data_dir {folder} --precision fp8", "precision", "fp32, bf16, fp16 or auto"),
     ("--data_dir {folder} --use_fp16 True --precision bf16", "precision", "use_fp16"),
     ("--data_dir {folder} --p2_gamma 1 --min_snr_gamma 5", "p2_gamma", "min_snr_gamma"),
-    ("--data_dir {folder} --p2_gamma 1 --use_kl True", "p2_gamma", "use_kl"),
     ("--data_dir {folder} --p2_gamma 1 --predict_xstart True", "p2_gamma", "predict_xstart"),
     ("--data_dir {folder} --device cuda:77", "device", "cannot be used"),
-    ("--data_dir {folder} --export model.pt", "export", ".safetensors"),
     ("--data_dir {folder} --resume_checkpoint missing.pt", None, "missing.pt does not exist"),
     ("--data_dir {folder} --sample_interval 1 --sample_respacing ddim400", "sample_respacing", "stride"),
     ("--data_dir {folder} --num_channels 40", None, "do not go together"),
@@ -248,7 +195,6 @@ CLASSIFIERS = [
     ("--data_dir {folder} --domains a,b", "data_dir", "domains"),
     ("--domains {folder}/dark", "domains", "two folders or more"),
     ("--domains {folder}/dark,{folder}", "domains", "would belong to both"),
-    (f"{TWO} --val_data_dir a", "val_data_dir", "domains"),
     (f"{TWO} --val_domains {{folder}}/dark,{{folder}}/bright,x", "val_domains", "2 folders"),
     (f"{TWO} --classifier_pool max", None, "pool is 'max'"),
     (f"{TWO} --save_dir {{folder}}/dark/out", "save_dir", "training images"),
@@ -257,7 +203,7 @@ CLASSIFIERS = [
 
 
 @pytest.mark.parametrize("flags, parameter, text", [*IMAGES, *CLASSIFIERS])
-def test_flags_that_do_not_fit(refused, folder, undisturbed, tmp_path, flags, parameter, text):
+def test_flags_that_do_not_fit(folder, undisturbed, tmp_path, flags, parameter, text):
     given = flags.format(folder=folder, model=undisturbed / "model.safetensors").split()
     save_dir = [] if "--save_dir" in given else ["--save_dir", tmp_path / "out"]
     script = ["image_train", *MODEL] if (flags, parameter, text) in IMAGES else ["classifier_train"]

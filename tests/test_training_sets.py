@@ -11,35 +11,71 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from test_training import make_loop
-from test_training_faults import SMALL, draw, folder, load_command  # noqa: F401 - folder is a fixture
-from test_training_runs import words
+from tiny_training import RUN, draw, draw_pets, make_loop, rows, train, train_step, words
 
 from guided_diffusion import runtime
 from guided_diffusion.dist_util import ranks
 from guided_diffusion.errors import InputError
 from guided_diffusion.training import config as options
 from guided_diffusion.training import files
-from guided_diffusion.training.data import TrainImages, class_labels, list_images
+from guided_diffusion.training.data import TrainImages, class_labels, folder_names, list_domains, list_images
 
 
 @pytest.fixture
-def command(monkeypatch):
-    return load_command(monkeypatch)
+def folder(tmp_path):
+    return draw_pets(tmp_path / "pictures")
 
 
 # ---- data sets ------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_numbered_its_classes_as_texts_resumes_with_them(command, tmp_path):
+@pytest.mark.parametrize("name", ["{i:04d}_small.png", "video{i}/frame.png", "dog.png"])
+def test_pictures_that_would_be_classes_of_their_own_are_refused(tmp_path, name):
+    for i in range(4):
+        draw(tmp_path / name.format(i=i))
+    with pytest.raises(InputError, match="into a folder"):
+        class_labels(list_images(str(tmp_path)))
+
+
+def test_classes_of_version_0_1_are_read(tmp_path):
+    (tmp_path / "train.json").write_text('{"model": {"num_class": 2}, "flags": {"classes": ["a", "b"]}}')
+    assert files.read_run(str(tmp_path)).classes == ["a", "b"]
+
+
+def test_domains_are_called_by_what_tells_their_folders_apart(folder, tmp_path):
+    assert folder_names(["/a/cat", "/b/dog"]) == ["cat", "dog"]
+    assert folder_names(["/e/cat/train", "/e/dog/train", "/e/fox/train"]) == ["cat", "dog", "fox"]
+    assert folder_names(["/a/x", "/a/y", "/b/x"]) == ["a-x", "a-y", "b-x"]
+    assert list_domains(f"{folder}/cat,{folder}/dog")[2] == ["source", "target"]
+    shutil.copytree(folder / "cat", tmp_path / "wild")
+    references, labels, names = list_domains(f"{folder}/cat,{tmp_path}/wild,{folder}/dog")
+    assert names == ["cat", "wild", "dog"] and labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert [reference.name.split("/")[0] for reference in references] == [names[label] for label in labels]
+    link = tmp_path / "link"
+    link.symlink_to(folder / "cat")
+    with pytest.raises(InputError) as error:
+        list_domains(f"{folder}/cat,{link}")
+    assert error.value.parameter == "domains"
+
+
+def test_classes_come_from_file_names(tmp_path):
+    for name in ("dog_1.png", "cat_1.png", "cat_2.png"):
+        draw(tmp_path / name)
+    labels, names = class_labels(list_images(tmp_path))
+    assert names == ["cat", "dog"] and labels.tolist() == [0, 0, 1]
+    with pytest.raises(InputError, match=r"dog_1.png: its class 'dog' is not among"):
+        class_labels(list_images(tmp_path), ["cat"])
+
+
+def test_a_run_that_numbered_its_classes_as_texts_resumes_with_them(tmp_path):
     for name, i in itertools.product(("10", "2"), range(2)):
         draw(tmp_path / "data" / name / f"{i}.png")
-    base = ["--data_dir", tmp_path / "data", "--save_dir", tmp_path / "run", *SMALL, "--class_cond", "True"]
-    command("image_train", *base, "--iterations", 1)
+    base = ["--data_dir", tmp_path / "data", "--save_dir", tmp_path / "run", *RUN, "--class_cond", "True"]
+    train("image_train", *base, "--iterations", 1)
     assert files.read_run(str(tmp_path / "run")).classes == ["2", "10"]
     path = tmp_path / "run" / "train.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "classes": ["10", "2"]}))
-    command("image_train", *base, "--iterations", 2, "--resume", "auto")
+    train("image_train", *base, "--iterations", 2, "--resume", "auto")
     assert files.read_run(str(tmp_path / "run")).classes == ["10", "2"]
 
 
@@ -91,7 +127,7 @@ def test_parts_of_a_data_set_as_classes_deserve_a_line(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_picture_late_in_training_loses_no_step(folder, tmp_path, workers):  # noqa: F811
+def test_a_damaged_picture_late_in_training_loses_no_step(folder, tmp_path, workers):
     data = shutil.copytree(folder, tmp_path / "data")
     references = list_images(str(data))
     images = TrainImages(references, 8, cache="none", num_workers=workers)
@@ -106,7 +142,7 @@ def test_a_damaged_picture_late_in_training_loses_no_step(folder, tmp_path, work
 
 
 @pytest.mark.parametrize("cache, workers", [("memory", 0), ("none", 2)])
-def test_skipped_pictures_are_replaced_by_their_class_and_counted(folder, tmp_path, caplog, cache, workers):  # noqa: F811
+def test_skipped_pictures_are_replaced_by_their_class_and_counted(folder, tmp_path, caplog, cache, workers):
     data = shutil.copytree(folder, tmp_path / "data")
     for name in ("cat/0.png", "dog/7.png"):
         (data / name).write_bytes(b"")
@@ -129,11 +165,11 @@ PARTS = [
     options.TrainConfig(), options.DataOptions(), options.ClassOptions(), options.LossOptions(), options.GridOptions(),
     options.ClassifierRunOptions(), options.SuperResOptions(),
 ]  # fmt: skip
-RUNTIME = set(words(
+RUNTIME = words(
     "save_dir microbatch iterations channels_last compile deterministic log_interval save_interval sample_interval"
     " eval_interval keep resume resume_checkpoint export export_dtype cache num_workers val_data_dir val_domains"
     " num_samples sample_respacing device use_fp16 classifier_use_fp16 anneal_lr"
-))  # fmt: skip
+)
 
 
 def test_every_option_that_changes_what_is_learned_is_recorded_and_compared(tmp_path, caplog):
@@ -159,33 +195,33 @@ def test_every_option_that_changes_what_is_learned_is_recorded_and_compared(tmp_
     assert "dropout 0.5 (before 0.0), timestep_respacing '10' (before '')" in caplog.text
 
 
-def test_options_of_the_network_are_refused(command, folder, tmp_path, caplog):  # noqa: F811
+def test_options_of_the_network_are_refused(folder, tmp_path, caplog):
     flags = words("--large_size 16 --channel_mult 1 --num_channels 32 --num_res_blocks 1 --device cpu --iterations")
     base = ["--save_dir", tmp_path, "--data_dir", folder, "--attention_resolutions", 8, *flags]
-    command("super_res_train", *base, 1, "--small_size", 8)
+    train("super_res_train", *base, 1, "--small_size", 8)
     for changed, parameter in ((["--small_size", 4], "small_size"), (["--noise_schedule", "cosine"], "noise_schedule")):
         with pytest.raises(InputError) as error:
-            command("super_res_train", *base, 2, "--small_size", 8, "--resume", "auto", *changed)
+            train("super_res_train", *base, 2, "--small_size", 8, "--resume", "auto", *changed)
         assert error.value.parameter == parameter
-    command("super_res_train", *base, 2, "--small_size", 8, "--resume", "auto", "--seed", 7, "--lr", 0.5)
+    train("super_res_train", *base, 2, "--small_size", 8, "--resume", "auto", "--seed", 7, "--lr", 0.5)
     assert "resumed with other options" in caplog.text
     assert "lr 0.5 (before 0.0001), seed 7 (before 0)" in caplog.text
 
 
-def test_other_images_under_the_same_names_are_announced(command, folder, tmp_path, caplog):  # noqa: F811
-    base = ["--save_dir", tmp_path / "run", *SMALL, "--resume", "auto", "--data_dir"]
+def test_other_images_under_the_same_names_are_announced(folder, tmp_path, caplog):
+    base = ["--save_dir", tmp_path / "run", *RUN, "--resume", "auto", "--data_dir"]
     data = shutil.copytree(folder, tmp_path / "data")
-    command("image_train", *base, data, "--iterations", 1)
-    command("image_train", *base, data, "--iterations", 2)
+    train("image_train", *base, data, "--iterations", 1)
+    train("image_train", *base, data, "--iterations", 2)
     assert "before" not in caplog.text
     shutil.copy(data / "dog" / "5.png", data / "cat" / "0.png")
     with open(data / "cat" / "1.png", "ab") as file:
         file.write(b"\0" * 100)
-    command("image_train", *base, data, "--iterations", 3, "--batch_size", 1)
+    train("image_train", *base, data, "--iterations", 3, "--batch_size", 1)
     assert "another size of the data than before" in caplog.text and "another joint batch" in caplog.text
 
 
-def test_an_older_run_goes_on_without_the_warm_up_of_its_average(folder, tmp_path):  # noqa: F811
+def test_an_older_run_goes_on_without_the_warm_up_of_its_average(folder, tmp_path):
     loop, _ = make_loop(folder, tmp_path, batch_size=1, iterations=1, ema_rate="0.9")
     loop.run()
     path = tmp_path / "opt000001.pt"
@@ -198,7 +234,7 @@ def test_an_older_run_goes_on_without_the_warm_up_of_its_average(folder, tmp_pat
         again._resume(str(tmp_path / "model000001.pt"))
         again.step = 2
         before = [value.clone() for value in again.ema["0.9"]]
-        again.train_step(np.arange(1), *next(again.images.batches(iter([np.arange(1)]), "cpu")))
+        train_step(again, np.arange(1))
         for old, new, weights in zip(before, again.ema["0.9"], again.params):
             torch.testing.assert_close(new, old * expected + weights.detach() * (1 - expected))
 
@@ -206,23 +242,23 @@ def test_an_older_run_goes_on_without_the_warm_up_of_its_average(folder, tmp_pat
 # ---- precision, log, machine ----------------------------------------------------------------------------------------
 
 
-def test_precision_of_a_cpu_that_emulates_bf16(command, folder, tmp_path, monkeypatch, caplog):  # noqa: F811
+def test_precision_of_a_cpu_that_emulates_bf16(folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(runtime, "best_precision", lambda device: "fp32")
     runtime._warn_of_emulation.cache_clear()
-    base = ["--data_dir", folder, *SMALL, "--iterations", 1, "--save_dir"]
-    command("image_train", *base, tmp_path / "auto", "--precision", "auto")
+    base = ["--data_dir", folder, *RUN, "--iterations", 1, "--save_dir"]
+    train("image_train", *base, tmp_path / "auto", "--precision", "auto")
     assert files.read_run(str(tmp_path / "auto")).options["precision"] == "fp32" and "emulates" not in caplog.text
     for name in "ab":
-        command("image_train", *base, tmp_path / name, "--precision", "bf16")
+        train("image_train", *base, tmp_path / name, "--precision", "bf16")
     assert caplog.text.count("emulates bf16") == 1
     runtime._warn_of_emulation.cache_clear()
 
 
-def test_the_first_ten_steps_are_logged(folder, tmp_path, caplog):  # noqa: F811
+def test_the_first_ten_steps_are_logged(folder, tmp_path, caplog):
     loop, _ = make_loop(folder, tmp_path, batch_size=1, iterations=14, log_interval=13)
     with caplog.at_level(logging.INFO):
         loop.run()
-    steps = [int(row["step"]) for row in files.ProgressLog(str(tmp_path), 99).rows]
+    steps = [int(row["step"]) for row in rows(tmp_path)]
     assert steps == [*range(1, 11), 13] and "step 1 of 14: loss" in caplog.text and " left" in caplog.text
 
 

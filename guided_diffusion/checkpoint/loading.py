@@ -399,7 +399,7 @@ def contiguous(model_or_state: torch.nn.Module | State, dtype: torch.dtype | Non
 
 
 def write_safetensors(path: str, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a .safetensors file that appears whole or not at all."""
+    """Write a .safetensors file that appears whole or not at all; the same content gives the same bytes."""
     from safetensors.torch import save
 
     try:
@@ -408,4 +408,9 @@ def write_safetensors(path: str, state: dict[str, torch.Tensor], metadata: dict[
         raise InputError(f"{display_name(path)} cannot be written: {first_line(error)}") from None
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise InputError(f"{display_name(path)} cannot be written: its folder does not exist")
-    write_bytes(path, data)
+    # The library writes metadata in random order.
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = {**json.loads(data[8:end]), "__metadata__": metadata}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
+    write_bytes(path, len(text).to_bytes(8, "little") + text + data[end:])

@@ -7,7 +7,6 @@ model is, the others are complete. Every file is written whole or not at all.
 import contextlib
 import csv
 import io
-import json
 import logging
 import os
 import re
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 
 from ..errors import InputError, first_line, reading, shown
-from ..run.files import Folder, make_folder, read_json, write_atomically, write_bytes, write_json
+from ..logger import CSVOutputFormat
+from ..run.files import Folder, check_regular, make_folder, read_json, write_atomically, write_json, write_text
 from ..run.record import versions
 from .config import TrainConfig
 
@@ -147,37 +147,6 @@ def check_like(entry: str, value: Any, like: Any) -> None:
         raise ValueError(f"{entry} is {shown(value)}")
 
 
-# ---- exports --------------------------------------------------------------------------------------------------------
-
-
-def exported_bytes(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str], dtype: torch.dtype) -> bytes:
-    """Content of a .safetensors file that `checkpoint.load_model` reads without flags; metadata: texts by name.
-
-    The same model gives the same bytes: safetensors itself writes metadata in random order.
-    """
-    from safetensors.torch import save
-
-    tensors = {
-        name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
-        for name, value in state.items()
-    }
-    data = save(tensors)
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = {"__metadata__": {"format": "pt", **metadata}, **json.loads(data[8:end])}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
-    return len(text).to_bytes(8, "little") + text + data[end:]
-
-
-def export_model(path: str, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str], dtype: torch.dtype) -> None:
-    """Write `exported_bytes`, unless the file has them already."""
-    data = exported_bytes(state, metadata, dtype)
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        if file.read() == data:
-            return
-    write_bytes(path, data)
-
-
 # ---- train.json -----------------------------------------------------------------------------------------------------
 
 
@@ -256,13 +225,14 @@ class ProgressLog:
     """
 
     def __init__(self, folder: str, step: int) -> None:
-        self.path = os.path.join(folder, "progress.csv")
-        self.columns: list[str] = []
-        self.rows: list[dict[str, str]] = []
-        if os.path.lexists(self.path):
-            with reading(self.path, "a log of training (move it away to resume)"):
-                self._read(step)
-        self._rewrite()
+        path = os.path.join(folder, "progress.csv")
+        check_regular(path)
+        table = io.StringIO()
+        if os.path.exists(path):
+            with reading(path, "a log of training (move it away to resume)"):
+                csv.writer(table, lineterminator="\n").writerows(_rows(path, step))
+        write_text(path, table.getvalue())
+        self.table = CSVOutputFormat(path)
         self.tensorboard: Any = None
         with self._convenience(), contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
@@ -278,43 +248,27 @@ class ProgressLog:
             self.tensorboard = None
             log.warning("TensorBoard's log cannot be written: %s", first_line(error))
 
-    def _read(self, step: int) -> None:
-        if not os.path.isfile(self.path):
-            raise ValueError("not a regular file")
-        with open(self.path, newline="", encoding="utf-8") as file:
-            columns, *rows = list(csv.reader(file)) or [[]]
-        if columns and ("step" not in columns or len(set(columns)) != len(columns)):
-            raise ValueError("its columns are wrong")
-        # A kill can cut the last row off in the middle.
-        found = [dict(zip(columns, row)) for row in rows if len(row) == len(columns)]
-        self.rows = [row for row in found if re.fullmatch("[0-9]{1,18}", row["step"]) and int(row["step"]) <= step]
-        self.columns = columns if self.rows else []
-
     def write(self, row: Mapping[str, float]) -> None:
         """Add a row: numbers by column, among them `step`."""
-        self.rows.append({name: str(v) if isinstance(v, int) else f"{v:.9g}" for name, v in row.items()})
-        if new := [name for name in row if name not in self.columns]:
-            self.columns += new
-            self._rewrite()
-        else:
-            try:
-                with open(self.path, "a", newline="", encoding="utf-8") as file:
-                    csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(self.rows[-1])
-            except OSError:
-                self._rewrite()  # fits after all, or raises InputError
+        self.table.writekvs({name: v if isinstance(v, int) else f"{v:.9g}" for name, v in row.items()})
         with self._convenience():
             for name in row.keys() - {"step"} if self.tensorboard else ():
                 self.tensorboard.add_scalar(name, row[name], row["step"])
-
-    def _rewrite(self) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
-        if self.columns:
-            writer.writeheader()
-        writer.writerows(self.rows)
-        write_bytes(self.path, text.getvalue().encode())
 
     def close(self) -> None:
         """Flush what TensorBoard has not written yet."""
         with contextlib.suppress(Exception):
             self.tensorboard.close()
+
+
+def _rows(path: str, step: int) -> list[list[str]]:
+    """The head of a log and its rows up to a step; [] where there are none."""
+    with open(path, newline="", encoding="utf-8") as file:
+        columns, *rows = list(csv.reader(file)) or [["step"]]
+    if columns.count("step") != 1 or len(set(columns)) != len(columns):
+        raise ValueError("its columns are wrong")
+    at = columns.index("step")
+    # A kill can cut the last row off in the middle.
+    whole = [row for row in rows if len(row) == len(columns) and re.fullmatch("[0-9]{1,18}", row[at])]
+    kept = [row for row in whole if int(row[at]) <= step]
+    return [columns, *kept] if kept else []

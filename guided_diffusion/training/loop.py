@@ -24,6 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..checkpoint import load_state_dict
+from ..checkpoint.loading import contiguous, write_safetensors
 from ..dist_util import Ranks, Stopped, join_ranks
 from ..errors import InputError, display_name, first_line, reading
 from ..gaussian_diffusion import GaussianDiffusion
@@ -469,12 +470,12 @@ class Trainer:
         files.remove_old_checkpoints(config.save_dir, config.keep)
 
     def _export(self) -> None:
-        """Write the file to sample with, where it is not up to date."""
+        """Write the file to sample with."""
         config = self.config
         average = f"EMA {next(iter(self.ema))}" if self.ema else "no EMA"
         done = f"{self.step} steps, {self.samples} images, AdamW {config.lr:g}, {average}, {self.precision}"
-        metadata, dtype = {**self.metadata, "training": done}, DTYPES[config.export_dtype]
-        files.export_model(config.export_path(), self._state(self._exported()), metadata, dtype)
+        metadata, dtype = {"format": "pt", **self.metadata, "training": done}, DTYPES[config.export_dtype]
+        write_safetensors(config.export_path(), contiguous(self._state(self._exported()), dtype), metadata)
 
     def _save_samples(self) -> None:
         if not self.is_main or self.sample is None:
