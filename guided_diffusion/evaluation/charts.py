@@ -67,15 +67,17 @@ def trade_offs(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def trade_off(results: Sequence[Result], against: str = "source_ssim") -> Any:
-    """A figure of the Fréchet distance against SSIM to the source or, with "truth_ssim", to the truth.
+    """A figure of a distance against SSIM to the source or, with "truth_ssim", to the truth.
 
-    Each method has a line through its front: the settings that no other of its settings beats in both. Published
+    The distance is FID or, with features other than Inception's, the kernel distance where it was measured, else the
+    Fréchet distance. Each method has a line through its front: the settings that no other of its settings beats in both. Published
     results are hollow, and stand only beside FIDs of Inception features and SSIM to the source, which they can be
     compared with. Distances that differ by more than ten times have a logarithmic axis. None without any point.
     """
     role, _, name = against.partition("_")
     inception = any(table.is_inception(row["protocol"]) for row in results)
-    distance, other = table.Value(table.METRICS["fid"]), table.Value(table.METRICS[name], role)
+    key = "kid" if not inception and any("kid" in row["mean"] for row in results) else "fid"
+    distance, other = table.Value(table.METRICS[key]), table.Value(table.METRICS[name], role)
     y_label, x_label = distance.label(inception), f"{other.label(inception)} to {WHERE[role]}"
     y_label += "" if inception else " distance"
     figure, axes = new_figure(f"{y_label} against {x_label} (lower right is better)", x_label, y_label)
@@ -84,9 +86,9 @@ def trade_off(results: Sequence[Result], against: str = "source_ssim") -> Any:
         own = []
         bare = {**style, "linestyle": ""}
         for row in (row for row in results if row["method"] == method):
-            if {"fid", against} <= row["mean"].keys():
-                own.append((row["mean"][against], row["mean"]["fid"]))
-                axes.errorbar(*own[-1], row["std"]["fid"], row["std"][against], **bare)
+            if {key, against} <= row["mean"].keys():
+                own.append((row["mean"][against], row["mean"][key]))
+                axes.errorbar(*own[-1], row["std"][key], row["std"][against], **bare)
                 labels.append(name_of(row))
             x, y = (leading_number(row["published"][key]) for key in ("source_ssim", "fid"))
             if inception and against == "source_ssim" and x is not None and y is not None:

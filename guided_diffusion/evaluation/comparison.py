@@ -20,6 +20,7 @@ from ..run import files
 from ..run import record as run_record
 from ..run.journal import curves
 from . import charts, report, table
+from .features import NAMED
 from .packages import library
 from .protocol import Evaluation, Instruments, evaluate
 
@@ -132,7 +133,7 @@ def select(options: Compared, rows: Sequence[Row]) -> tuple[Compared, list[Row]]
 def missing_files(options: Compared, measured: Evaluation) -> list[str]:
     """Names and paths of the options' files that do not exist, their parameters in backticks."""
     wanted = {name: getattr(options, name) for name in ("model_path", "base_samples", "targets", "truth")}
-    wanted["features"] = None if measured.features == "inception" else measured.features
+    wanted["features"] = None if measured.features in NAMED else measured.features
     wanted["inception_path"] = measured.inception_path
     missing = {name: path for name, path in wanted.items() if path and not os.path.exists(path) and "://" not in path}
     return [f"`{name}` {display_name(path)}" for name, path in missing.items()]
@@ -317,7 +318,8 @@ def summarise(values: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], di
 
 def shown_columns(results: Sequence[Mapping[str, Any]]) -> list[table.Value]:
     """The columns that some row has a value for."""
-    return [column for column in table.columns() if any(column.key in row["mean"] for row in results)]
+    inception = any(table.is_inception(row["protocol"]) for row in results)
+    return [column for column in table.columns(inception) if any(column.key in row["mean"] for row in results)]
 
 
 def table_of(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[tuple[str, bool]]]]:

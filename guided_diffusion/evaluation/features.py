@@ -18,12 +18,15 @@ from ..image_datasets import Reference
 from ..registry import Registry
 from ..run import files
 from ..run import record as run_record
+from . import efficientnet
 from .distances import root_of_covariance
 from .images import Progress, in_batches, open_npz, size_words
 from .packages import library, quiet_download, reason
 
 FEATURE_TIMESTEP = 50  # of the 1000 of training: nearly clean images, whose middle features describe content
 TOLERANCE = 1e-4  # of a covariance's symmetry and smallest eigenvalue, relative to its largest entry or eigenvalue
+NAMED = ("inception", "efficientnet")
+"""Values of `features` that are no file."""
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 STATISTICS = "statistics of images (arrays mu [D] and sigma [D, D])"
 
@@ -56,7 +59,7 @@ def feature_extractor(
     """Load a feature network; raises InputError where it is missing or does not fit.
 
     "inception": the TF-ported Inception of pytorch-fid, 2048 features, with weights from `inception_path` or
-    pytorch-fid's own download. FILE.pt: a TorchScript module that maps images [N, 3, H, W] in [0, 1] to [N, D]; it is a
+    pytorch-fid's own download. "efficientnet": EfficientNet-Lite0 at 224 pixels, 1280 features. FILE.pt: a TorchScript module that maps images [N, 3, H, W] in [0, 1] to [N, D]; it is a
     program, and runs only with `trust_features`. FILE.safetensors: a network of one of the kinds in `NETWORKS`, or a
     diffusion model or encoder of this project; its features are then the spatial mean of the middle block at t = 50 of
     images at the model's size, fed in [-1, 1] without noise.
@@ -67,9 +70,12 @@ def feature_extractor(
     if inception_path is not None:
         reason = f"it has no effect where `features` is {shown(features)}; leave it out"
         raise InputError(reason, parameter="inception_path", value=inception_path)
+    if features == "efficientnet":
+        model = efficientnet.load(device)
+        return Extractor("efficientnet-lite0 (ImageNet, 1280-d)", model.features, efficientnet.IMAGE_SIZE)
     path = Path(features)
     if path.suffix not in (".pt", ".safetensors"):
-        raise InputError("it can be inception, a TorchScript FILE.pt or a FILE.safetensors", **wrong)
+        raise InputError("it can be inception, efficientnet, a TorchScript FILE.pt or a FILE.safetensors", **wrong)
     _require_file(path, "features")
     if path.suffix == ".safetensors":
         return NETWORKS.get(model_type(path), _diffusion_features)(path, device)

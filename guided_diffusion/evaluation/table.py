@@ -189,6 +189,11 @@ class Value:
         general = self.metric.general_label if isinstance(self.metric, SetDistance) and not inception else ""
         return general or self.metric.label
 
+    def words(self, inception: bool) -> str:
+        """Its label in a sentence or chart: "FID", or "Fréchet distance" of other features."""
+        is_general = isinstance(self.metric, SetDistance) and self.metric.general_label and not inception
+        return self.label(inception) + (" distance" if is_general else "")
+
     def line(self, inception: bool) -> str:
         """Its label in the table of one evaluation: "PSNR (dB), source"."""
         unit = f" ({self.metric.unit})" if self.metric.unit else ""
@@ -210,17 +215,22 @@ class Value:
         return text if std is None or self.is_cost else f"{text} ± {std * metric.factor:{metric.format}}"
 
 
-def values() -> list[Value]:
-    """Every value of an evaluation's result and every cost of a run, in the order in which they are shown."""
-    found = [Value(metric) for metric in of_kind(SetDistance)]
+def values(inception: bool = True) -> list[Value]:
+    """Every value of an evaluation's result and every cost of a run, in the order in which they are shown.
+
+    inception: whether the features are Inception's, for which FID comes first, as published. With others, distances of
+    Gaussians, which are biased where there are few images, come after those that are not.
+    """
+    distances = of_kind(SetDistance)
+    found = [Value(metric) for metric in sorted(distances, key=lambda metric: metric.of_gaussian and not inception)]
     found += [Value(metric, role) for role in ROLES for metric in of_kind(PairedMetric)]
     found += [Value(metric) for kind in (ImageMetric, FeatureMetric, RecordedMetric) for metric in of_kind(kind)]
     return sorted(found, key=lambda value: value.is_cost)
 
 
-def columns() -> list[Value]:
-    """The columns of a comparison, in their order."""
-    found = [value for value in values() if value.metric.column is not None]
+def columns(inception: bool = True) -> list[Value]:
+    """The columns of a comparison, in their order; see `values`."""
+    found = [value for value in values(inception) if value.metric.column is not None]
     groups = list(dict.fromkeys((type(value.metric), value.role, value.is_cost) for value in found))
     places = {group: place for place, group in enumerate(groups)}
     return sorted(found, key=lambda v: (places[type(v.metric), v.role, v.is_cost], v.metric.column))
@@ -247,7 +257,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     """The values of an evaluation and its protocol as a Markdown page."""
     inception = is_inception(result["protocol"])
     lines = [f"# {display_name(result['outputs'])}", "", "| metric | value | std | interval |", "|---|---|---|---|"]
-    for each in values():
+    for each in values(inception):
         value = result["metrics"].get(each.key)
         if value is not None:
             std = f"{result['std'][each.key]:.4g}" if each.key in result["std"] else ""
