@@ -150,10 +150,10 @@ def test_tables_have_mean_and_deviation_and_the_published_row_beside(made):
     sddm, ilvr = json.loads((made / "results.json").read_text())["rows"]
     lines = (made / "table.md").read_text().splitlines()
     heading, first, second = ([cell.strip() for cell in lines[i].strip("|").split("|")] for i in (2, 4, 5))
-    assert lines[0] == "# Tiny <test>" and heading[:3] == ["method", "setting", "Fréchet ↓"]  # FID is Inception's name
+    assert lines[0] == "# Tiny <test>" and heading[2:4] == ["kernel·10³ ↓", "Fréchet ↓"]  # FID is Inception's name
     assert heading[-2:] == ["published FID", "published SSIM"]
     assert first[-2:] == ["62.29 ± 0.63", "0.422"] and second[-2:] == ["", ""]
-    assert first[2] == f"{sddm['mean']['fid']:.2f} ± {sddm['std']['fid']:.2f}"
+    assert first[3] == f"{sddm['mean']['fid']:.2f} ± {sddm['std']['fid']:.2f}"
     assert second[heading.index("evaluations")] == "3"
     assert "- seeds 0, 1; mean ± standard deviation" in lines
     rows = list(csv.DictReader((made / "table.csv").open(encoding="utf-8")))
@@ -171,7 +171,7 @@ def test_report_is_one_page_with_pictures_and_charts(made):
     assert len(images) == 4 * 4  # source, two rows and truth of four references
     assert all(address.startswith("data:image/webp;base64,") for address in images)
     words = "".join(root.itertext())
-    for expected in ("Tiny <test>", "62.29 ± 0.63", "protocol: egsde", "Fréchet distance against SSIM",
+    for expected in ("Tiny <test>", "62.29 ± 0.63", "protocol: egsde", "kernel distance against SSIM",
                      "Grey values come from too few pictures."):  # fmt: skip
         assert expected in words
     # Pictures come first, then numbers and charts; protocol and commands are folded.
@@ -186,7 +186,7 @@ def test_report_is_one_page_with_pictures_and_charts(made):
         assert cell == f"{statistics.fmean(step['weights'][k] for step in steps):.4f}"
     for name, where in (("trade_off.svg", "the source"), ("trade_off_truth.svg", "the true translation")):
         words = " ".join("".join(ElementTree.parse(made / name).getroot().itertext()).split())
-        assert f"Fréchet distance against SSIM to {where}" in words and "ILVR" in words and "SDDM" in words
+        assert f"kernel distance against SSIM to {where}" in words and "ILVR" in words and "SDDM" in words
 
 
 def files(folder):

@@ -192,7 +192,7 @@ def test_statistics_file_in_place_of_a_folder(data, tmp_path):
     low, high = result["intervals"]["fid"]
     assert low < result["metrics"]["fid"] < high
     assert result["metrics"]["kid"] is None and result["counts"]["targets"] == 21
-    assert result["warnings"] == ["KID is left out: it needs the target images, not their statistics"]
+    assert result["warnings"] == ["kernel distance is left out: it needs the target images, not their statistics"]
 
 
 def test_kid_by_subsets_few_images_partial_pairs_and_sizes():

