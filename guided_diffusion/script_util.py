@@ -77,6 +77,7 @@ def extension_defaults() -> dict[str, Any]:
         "pad_end": False,
         "middle_norm": True,
         "predict_v": False,
+        "in_channels": 3,
     }
 
 
@@ -89,7 +90,7 @@ def create_model_and_diffusion(
     use_checkpoint: bool = False, use_scale_shift_norm: bool = True, resblock_updown: bool = False,
     use_fp16: bool = False, use_new_attention_order: bool = False, *, sigma_small: bool = False,
     num_classes: int | None = None, norm_groups: int = 32, norm_eps: float = 1e-5, sines_first: bool = False,
-    pad_end: bool = False, middle_norm: bool = True, predict_v: bool = False,
+    pad_end: bool = False, middle_norm: bool = True, predict_v: bool = False, in_channels: int = 3,
 ) -> "tuple[UNetModel, SpacedDiffusion]":  # fmt: skip
     """Create the UNet and its diffusion process; the defaults are those of `model_and_diffusion_defaults`.
 
@@ -153,17 +154,19 @@ def create_model(
     num_head_channels: int = -1, num_heads_upsample: int = -1, use_scale_shift_norm: bool = False, dropout: float = 0,
     resblock_updown: bool = False, use_fp16: bool = False, use_new_attention_order: bool = False,
     num_classes: int | None = None, norm_groups: int = 32, norm_eps: float = 1e-5, sines_first: bool = False,
-    pad_end: bool = False, middle_norm: bool = True, super_res: bool = False, **configuration: Any,
+    pad_end: bool = False, middle_norm: bool = True, super_res: bool = False, in_channels: int = 3,
+    **configuration: Any,
 ) -> Any:  # fmt: skip
-    """Create the ADM UNet for 3-channel images that the flags describe.
+    """Create the ADM UNet that the flags describe.
 
     num_classes: of class-conditional models, NUM_CLASSES if None. super_res: create the `SuperResModel` that enlarges
-    images to image_size. configuration: the keys `type`, `in_channels`, `out_channels`, `resamp_with_conv` and
-    `var_type`, which ddrm and its descendants pass; they change nothing, and a value that would is named in a warning.
+    images to image_size. in_channels: channels of the images, 1 for grey ones. configuration: the keys `type`,
+    `out_channels`, `resamp_with_conv` and `var_type`, which ddrm and its descendants pass; they change nothing, and a
+    value that would is named in a warning.
     """
     from .unet import SuperResModel, UNetModel
 
-    _check_configuration(configuration, learn_sigma)
+    _check_configuration(configuration, in_channels, learn_sigma)
     flags = dict(locals())
     if super_res and channel_mult in ("", None) and image_size in SR_CHANNEL_MULT:
         channel_mult = ",".join(map(str, SR_CHANNEL_MULT[image_size]))
@@ -173,9 +176,8 @@ def create_model(
         text = "attention_resolutions=%s: no level has such a side (they have %s); only the middle block attends"
         log.warning(text, attention_resolutions, sides)
     flags |= {
-        "in_channels": 3,
         "model_channels": num_channels,
-        "out_channels": 6 if learn_sigma else 3,
+        "out_channels": in_channels * (2 if learn_sigma else 1),
         "attention_resolutions": factors,
         "channel_mult": mults,
         "num_classes": (NUM_CLASSES if num_classes is None else num_classes) if class_cond else None,
@@ -183,13 +185,12 @@ def create_model(
     return (SuperResModel if super_res else UNetModel)(**_arguments(UNetModel, flags))
 
 
-def _check_configuration(given, learn_sigma):
+def _check_configuration(given, channels, learn_sigma):
     """Warn of keys of a configuration file that ask for another network; TypeError for keys that it does not have."""
     fitting = {
         "type": ("openai",),
-        "in_channels": (3,),
         # Published files give 3 for models with a learned variance, too.
-        "out_channels": (3, 6) if learn_sigma else (3,),
+        "out_channels": (channels, 2 * channels) if learn_sigma else (channels,),
         "resamp_with_conv": (True,),
         "var_type": ("fixedsmall", "fixedlarge"),
     }

@@ -46,7 +46,7 @@ def test_every_flag_is_explained_with_its_values_and_default(parser):
         assert METAVAR.fullmatch(action.metavar), f"{flag}: {action.metavar}"
         field = parser.fields.get(action.dest)
         if field is not None and (choices := field.metadata.get("choices")):
-            assert action.metavar == "{" + ",".join(choices) + "}"
+            assert action.metavar == "{" + ",".join(map(str, choices)) + "}"
         assert action.default is None or text.endswith(f"(default {shown_default(action.default)})"), flag
         assert text.count("(default ") <= 1, flag
 

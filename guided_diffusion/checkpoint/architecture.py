@@ -104,6 +104,13 @@ def _shifts_and_scales(state):
     return _size(state, "middle_block.0.emb_layers.1.weight") == 2 * _size(state, "middle_block.0.out_layers.3.weight")
 
 
+def _channels(state, last):
+    """Flags of the channels: those of the images, and whether the last layer predicts a variance beside the mean."""
+    out = _size(state, f"{last}.weight")
+    channels = 1 if out < 3 else 3
+    return {"in_channels": channels, "learn_sigma": out == 2 * channels}
+
+
 def adm(state: State) -> dict[str, Any]:
     """Architecture of an ADM UNet, or of a super-resolution model."""
     modules = _modules(state)
@@ -127,7 +134,7 @@ def adm(state: State) -> dict[str, Any]:
         "num_res_blocks": per_level - 1,
         "channel_mult": ",".join(multiple(width, base) for width in widths),
         "attention_factors": tuple(factors),
-        "learn_sigma": _size(state, "out.2.weight") == 6,
+        **_channels(state, "out.2"),
         "class_cond": "label_emb.weight" in state,
         "use_scale_shift_norm": _shifts_and_scales(state),
     }
@@ -151,7 +158,7 @@ def ddpm(state: State) -> dict[str, Any]:
         "num_res_blocks": _count(state, "down.0.block."),
         "channel_mult": ",".join(multiple(width, base) for width in widths),
         "attention_factors": tuple(2**i for i in levels if f"down.{i}.attn" in modules),
-        "learn_sigma": _size(state, "conv_out.weight") == 6,
+        **_channels(state, "conv_out"),
         "class_cond": False,
     }
 

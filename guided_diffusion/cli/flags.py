@@ -99,7 +99,7 @@ class Parser(argparse.ArgumentParser):
     def _add_flag(self, group: Any, flag: str, field: dataclasses.Field, default: Any) -> None:
         kinds, meta = field_types(field), field.metadata
         choices = meta.get("choices")
-        listed = f"{{{','.join(choices)}}}" if choices else None
+        listed = f"{{{','.join(map(str, choices))}}}" if choices else None
         metavar = meta.get("metavar") or listed or METAVARS.get(kinds[0], "TEXT")
         text = re.sub(r"`(\w+)`", lambda match: self.spell(match[1]), meta.get("help", ""))
         if default is not None:

@@ -219,9 +219,11 @@ BOUNDS: dict[str, dict[str, Any]] = {
     "num_head_channels": {"least": -1, "most": 1 << 14},
     "dropout": {"least": 0, "most": 1},
     "diffusion_steps": {"least": 1, "most": 1_000_000},
+    "in_channels": {"choices": (1, 3)},
 }
 HELP = {
     "image_size": "side of the images in pixels",
+    "in_channels": "channels of the images: 3, or 1 for grey ones",
     "num_channels": "channels of the first level",
     "classifier_width": "channels of the first level",
     "channel_mult": "channels per level as multiples of `num_channels`; empty: by the image size",
@@ -253,7 +255,7 @@ HELP = {
 def unet_defaults() -> dict[str, Any]:
     """Defaults of the diffusion model. Weights stay in float32, so use_fp16 is an option of the loop."""
     defaults = {name: value for name, value in model_and_diffusion_defaults().items() if name != "use_fp16"}
-    return {**defaults, "predict_v": False}
+    return {**defaults, "predict_v": False, "in_channels": 3}
 
 
 def super_res_defaults() -> dict[str, Any]:

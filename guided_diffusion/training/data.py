@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from ..errors import InputError, display_name, first_line, reading, shown
-from ..image_datasets import ImageError, load_image, load_picture, normalise
+from ..image_datasets import ImageError, grey, load_image, load_picture, normalise
 from ..references import FORMATS, IMAGE_SUFFIXES, Reference, list_references
 
 log = logging.getLogger(__name__)
@@ -329,7 +329,8 @@ class TrainImages:
     samples. random_crop: read images 5/4 as large and cut out a random window. cache: "memory" and "device" keep all
     images decoded as uint8, on the CPU or on the device; "none" decodes in `num_workers` loader processes; "auto" keeps
     sets of up to 2 GiB on the device. skip_damaged: replace an image that cannot be read by the next one of its class,
-    and note the reason in `damaged`. background, resize: see `image_datasets.load_image`.
+    and note the reason in `damaged`. channels: 3, or 1 for
+    grey images. background, resize: see `image_datasets.load_image`.
     """
 
     def __init__(
@@ -346,6 +347,7 @@ class TrainImages:
         resize: str = "crop",
         background: str = "white",
         skip_damaged: bool = False,
+        channels: int = 3,
     ) -> None:
         self.references = references
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
@@ -353,12 +355,13 @@ class TrainImages:
         self.stored_size = image_size * 5 // 4 if random_crop else image_size
         self.random_flip = random_flip
         self.seed = seed
+        self.channels = channels
         self.num_workers = num_workers
         self.skip_damaged = skip_damaged
         self.damaged: dict[int, str] = {}
         self._options: dict[str, Any] = {"resize": resize, "background": background}
         if cache == "auto":
-            cache = "device" if len(references) * 3 * self.stored_size**2 <= AUTO_CACHE_BYTES else "none"
+            cache = "device" if len(references) * channels * self.stored_size**2 <= AUTO_CACHE_BYTES else "none"
         self.cache = cache
         self._cached: torch.Tensor | None = None
         self._permutations: dict[int, np.ndarray] = {}
@@ -434,7 +437,7 @@ class TrainImages:
     def _decoded(self, device: str | torch.device) -> torch.Tensor:
         """All images as uint8 [len, 3, S, S]."""
         if self._cached is None:
-            images = torch.empty(len(self), 3, self.stored_size, self.stored_size, dtype=torch.uint8)
+            images = torch.empty(len(self), self.channels, self.stored_size, self.stored_size, dtype=torch.uint8)
             with ThreadPoolExecutor(max_workers=8) as pool:
                 for i, image in enumerate(pool.map(self.read, range(len(self)))):
                     images[i] = image
@@ -474,7 +477,8 @@ class TrainImages:
             array = load_picture(picture, self.stored_size, **self._options)
         else:
             array = load_image(reference, self.stored_size, **self._options)
-        return torch.from_numpy(array).permute(2, 0, 1)
+        pixels = torch.from_numpy(array).permute(2, 0, 1)
+        return pixels if self.channels == 3 else grey(pixels)
 
     def _augment(self, raw: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
         images = self._crop(raw, numbers)

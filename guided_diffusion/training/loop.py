@@ -513,6 +513,7 @@ def grid_sampler(start: Start, grid: GridOptions, seed: int) -> Callable[[torch.
     return functools.partial(
         draw_samples, diffusion=diffusion, number=grid.num_samples, image_size=start.flags["image_size"],
         use_ddim=grid.sample_respacing.startswith("ddim"), seed=seed, num_classes=len(start.classes or ()),
+        channels=start.flags["in_channels"],
     )  # fmt: skip
 
 
@@ -525,6 +526,7 @@ def draw_samples(
     use_ddim: bool,
     seed: int = 0,
     num_classes: int = 0,
+    channels: int = 3,
     batch_size: int = 16,
 ) -> np.ndarray:
     """Samples of a model, of its classes in turn if any, as uint8 [number, H, W, 3], from fixed noise."""
@@ -533,9 +535,9 @@ def draw_samples(
     torch.manual_seed(seed)
     images = []
     for numbers in np.split(np.arange(number), range(batch_size, number, batch_size)):
-        noise = sample_noise(f"{seed}/samples", numbers, (3, image_size, image_size), device)
+        noise = sample_noise(f"{seed}/samples", numbers, (channels, image_size, image_size), device)
         labels = {"y": torch.from_numpy(numbers % num_classes).to(device)} if num_classes else {}
         # An average over the first steps can still be far off: what is not a number is shown as grey.
         x = loop(in_float32(model), noise.shape, noise=noise, model_kwargs=labels).nan_to_num(0.0)
-        images.append(to_uint8(x))
+        images.append(to_uint8(x.expand(-1, 3, -1, -1)))
     return np.concatenate(images)

@@ -229,7 +229,7 @@ def check_network(kind: Kind, flags: Mapping[str, Any]) -> None:
         with torch.device("meta"), torch.no_grad():
             model = _create(kind, flags)
             parameters = sum(p.numel() for p in model.parameters())
-            x = torch.empty(1, 3, size, size)
+            x = torch.empty(1, flags.get("in_channels", 3), size, size)
             labels = {"y": torch.zeros(1, dtype=torch.long)} if flags.get("class_cond") else {}
             if flags.get("super_res"):
                 labels["low_res"] = x
