@@ -15,7 +15,6 @@ The photographs are under CC BY-NC-SA 4.0 (Buerhop-Lutz et al. 2018, Deitsch et 
 
 import hashlib
 import io
-import json
 import os
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from PIL import Image
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.errors import InputError, one_line, reading
 from guided_diffusion.options import check, option
+from guided_diffusion.run.files import read_json_or_none, write_json
 
 PACKAGE = "elpv-dataset==1.0.0.post1"
 DATA = "elpv_dataset/data/"
@@ -104,7 +104,7 @@ def write_set(cells: dict[str, tuple[str, bytes]], options: "Options", folder: P
             files[path] = hashlib.sha256(picture.tobytes()).hexdigest()
     counts = dict(sorted(Counter(os.path.dirname(path) for path in files).items()))
     manifest = {"settings": options.settings(), "counts": counts, "pixels_sha256": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / MANIFEST, manifest)
     return counts
 
 
@@ -130,13 +130,10 @@ def present(options: Options) -> dict[str, int] | None:
     out = Path(options.out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    try:
-        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        complete = all((out / path).is_file() for path in manifest["pixels_sha256"])
-        if complete and manifest["settings"] == options.settings():
+    manifest = read_json_or_none(out / MANIFEST)
+    if isinstance(manifest, dict) and manifest.get("settings") == options.settings():
+        if all((out / path).is_file() for path in manifest.get("pixels_sha256", ())):
             return manifest["counts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     raise InputError("it holds something else; name a folder that is new or empty", parameter="out", value=options.out)
 
 
