@@ -117,12 +117,13 @@ class Translator:
         """Number of steps of a translation."""
         return self.translation.steps
 
-    def __call__(self, pictures: Any, *, seed: int = 0, name: str | None = None) -> Any:
+    def __call__(self, pictures: Any, *, seed: int | Sequence[int] = 0, name: str | None = None) -> Any:
         """Translate a picture or a list of them.
 
         pictures: paths, PIL images, arrays uint8 [H, W, 3], or tensors [3, H, W] in [-1, 1], one or a list. seed and
-        name determine the noise; name: of a single picture, by default that of its file: a command's relative path
-        gives the command's very pixels. Returns a PIL image, or a list of them for a list.
+        name determine the noise; several seeds: a result of every picture for each, as one batch. name: of a single
+        picture, by default that of its file: a command's relative path gives the command's very pixels. Returns a PIL
+        image, or a list of them for a list of pictures or seeds.
         """
         many = isinstance(pictures, (list, tuple))
         if many and name is not None and len(pictures) > 1:
@@ -131,33 +132,37 @@ class Translator:
             batch, noise = self._batch(list(pictures) if many else [pictures], seed, name)
             made = self.translation(batch, noise=noise)
         images = [Image.fromarray(image) for image in to_uint8(made)]
-        return images if many else images[0]
+        return images if many or isinstance(seed, Sequence) else images[0]
 
     def steps(
-        self, picture: Any, *, seed: int = 0, name: str | None = None, previews: bool = True
+        self, picture: Any, *, seed: int | Sequence[int] = 0, name: str | None = None, previews: bool = True
     ) -> Iterator[dict[str, Any]]:
         """Translate one picture step by step; closing the generator stops.
 
-        Yields a dict after each step: the index `i`, the tensors `x` and `pred_xstart` [1, C, H, W] in the model's
-        space, `guided`, and, unless previews is False, `preview`, the predicted x_0 as a PIL image.
+        Yields a dict after each step: the index `i`, the tensors `x` and `pred_xstart` [N, C, H, W] in the model's
+        space, one for each seed, `guided`, and, unless previews is False, `preview`, the first predicted x_0 as a PIL
+        image.
         """
         with renaming(PARAMETERS):
             batch, noise = self._batch([picture], seed, name)
             for state in self.translation.states(batch, noise):
-                yield {**state, "preview": self.image(state["pred_xstart"])} if previews else state
+                yield {**state, "preview": self.images(state["pred_xstart"][:1])[0]} if previews else state
 
-    def image(self, x: torch.Tensor) -> Image.Image:
-        """The first of a batch of states [N, C, H, W] as a PIL image."""
-        return Image.fromarray(to_uint8(self.translation.picture(x[:1]).nan_to_num())[0])
+    def images(self, x: torch.Tensor) -> list[Image.Image]:
+        """A batch of states [N, C, H, W] as PIL images."""
+        return [Image.fromarray(image) for image in to_uint8(self.translation.picture(x).nan_to_num())]
 
-    def _batch(self, pictures: list[Any], seed: int, name: str | None) -> tuple[Batch, ImageNoise]:
-        """Pictures as a batch, and its random draws."""
-        if not pictures:
-            raise InputError("it has no picture", parameter="pictures", value="an empty list")
+    def _batch(self, pictures: list[Any], seed: int | Sequence[int], name: str | None) -> tuple[Batch, ImageNoise]:
+        """Pictures as a batch, each as often as there are seeds, and its random draws."""
+        seeds = seed if isinstance(seed, Sequence) else [seed]
+        if not pictures or not seeds:
+            missing = "seed" if pictures else "pictures"
+            raise InputError("one at least is needed", parameter=missing, value="an empty list")
         ref = torch.cat([self.read(picture) for picture in pictures]).to(self.target.device)
         names = [name if name is not None else _name(picture, n) for n, picture in enumerate(pictures)]
-        noise = ImageNoise([image_key(seed, each) for each in names], self.target.device)
-        return Batch(ref, tuple(names)), noise
+        noise = ImageNoise([image_key(each, of) for of in names for each in seeds], self.target.device)
+        repeated = tuple(of for of in names for _ in seeds)
+        return Batch(ref.repeat_interleave(len(seeds), 0), repeated), noise
 
     def read(self, picture: Any) -> torch.Tensor:
         """A picture as the model gets it: float32 [1, 3, H, W] in [-1, 1]. Raises InputError or ImageError."""

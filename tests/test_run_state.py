@@ -58,7 +58,7 @@ def test_translations_side_by_side_do_not_mix(translator, tmp_path):
     last = [states[-1]["x"] for states in zip(*(list(zip(*in_turn))), strict=True)]
     for n, wanted in enumerate(alone):
         assert np.array_equal(together[n], wanted)
-        assert np.array_equal(np.asarray(translator.image(last[n])), wanted)
+        assert np.array_equal(np.asarray(translator.images(last[n])[0]), wanted)
 
 
 def test_a_translator_can_be_pickled(translator, tmp_path):

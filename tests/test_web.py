@@ -95,19 +95,51 @@ def output(picture, save_dir):
 
 def test_previews_come_first_and_the_result_last(studio, data, first):
     frames = list(studio.translate(first, data / "a.png", SETTINGS))
-    assert frames[0].preview.size == (tiny.SIZE, tiny.SIZE) and frames[0].result is None
-    assert all(frame.result is None for frame in frames[:-1])
-    reference, result = frames[-1].result
-    assert np.array_equal(np.asarray(reference), np.asarray(Image.open(data / "a.png")))
+    assert frames[0].preview.size == (tiny.SIZE, tiny.SIZE)
+    assert not any(frame.results for frame in frames[:-1])
+    assert np.array_equal(np.asarray(frames[-1].reference), np.asarray(Image.open(data / "a.png")))
+    result = frames[-1].results[0]
     assert np.array_equal(np.asarray(result), np.asarray(frames[-1].preview)), "at the last step both are one"
     assert frames[-1].step == frames[-1].steps == 6 and frames[-1].words.startswith("Done: 6 steps in ")
     assert not threads()
 
 
+def differ_little(one, other):
+    """Whether no value differs by more than a grey level: a batch rounds otherwise than its images alone."""
+    return np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 1
+
+
+def test_several_results_are_those_of_consecutive_seeds(studio, data, first):
+    frames = list(studio.translate(first, data / "a.png", replace(SETTINGS, count=3)))
+    assert frames[-1].steps == 6, "they are one batch"
+    side = frames[0].preview.width
+    assert side > 2 * tiny.SIZE and frames[0].preview.height > 2 * tiny.SIZE, "the preview has them side by side"
+    for seed, result in zip((3, 4, 5), frames[-1].results, strict=True):
+        alone = last(studio.translate(first, data / "a.png", replace(SETTINGS, seed=seed))).results[0]
+        assert differ_little(result, alone)
+    assert not differ_little(*frames[-1].results[:2])
+
+
+def test_results_that_do_not_fit_together_are_made_one_by_one(studio, data, first, monkeypatch):
+    steps = module.Translator.steps
+
+    def small(self, picture, *, seed, **options):
+        if len(seed) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return steps(self, picture, seed=seed, **options)
+
+    settings = replace(SETTINGS, count=2)
+    together = last(studio.translate(first, data / "a.png", settings)).results
+    monkeypatch.setattr(module.Translator, "steps", small)
+    end = last(studio.translate(first, data / "a.png", settings))
+    assert end.words.startswith("Done: 12 steps in ")
+    assert all(differ_little(*pair) for pair in zip(together, end.results, strict=True))
+
+
 @pytest.mark.parametrize("name", [AWKWARD, "-x.png", "alpha.png", "turned.jpg"])
 def test_the_command_makes_the_pages_pixels(studio, data, first, tmp_path, name):
     (tmp_path / name).write_bytes((data / name).read_bytes())
-    _, result = last(studio.translate(first, data / name, SETTINGS)).result
+    result = last(studio.translate(first, data / name, SETTINGS)).results[0]
     text = web.command_line(first, name, SETTINGS, root=str(tmp_path), device="cpu")
     assert np.array_equal(np.asarray(result), made_by(text, tmp_path))
 
@@ -129,11 +161,11 @@ def test_every_setting_is_in_the_command(studio, data, tmp_path, changes):
     model = str(data / changes.pop("model", "model.safetensors"))
     wanted = replace(SETTINGS, **changes)
     (tmp_path / "a.png").write_bytes((data / "a.png").read_bytes())
-    result = np.asarray(last(studio.translate(model, data / "a.png", wanted)).result[1])
+    result = np.asarray(last(studio.translate(model, data / "a.png", wanted)).results[0])
     text = web.command_line(model, "a.png", wanted, root=str(tmp_path), device="cpu")
     assert np.array_equal(result, made_by(text, tmp_path))
     plain = str(data / "model.safetensors")
-    other = np.asarray(last(studio.translate(plain, data / "a.png", replace(SETTINGS, steps=wanted.steps))).result[1])
+    other = np.asarray(last(studio.translate(plain, data / "a.png", replace(SETTINGS, steps=wanted.steps))).results[0])
     assert not np.array_equal(result, other), "the setting changes the picture"
 
 
@@ -145,15 +177,17 @@ def test_the_command_runs_in_a_shell(studio, data, first, tmp_path):
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     (tmp_path / AWKWARD).write_bytes((data / "a.png").read_bytes())
-    text = web.command_line(first, AWKWARD, SETTINGS, root=str(tmp_path), device="cpu")
+    settings = replace(SETTINGS, count=2)
+    text = web.command_line(first, AWKWARD, settings, root=str(tmp_path), device="cpu")
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    _, result = last(studio.translate(first, data / "a.png", SETTINGS, name=AWKWARD)).result
-    found = output(AWKWARD, tmp_path / shlex.split(text)[-1])
-    assert np.array_equal(np.asarray(result), np.asarray(Image.open(found)))
+    frame = last(studio.translate(first, data / "a.png", settings, name=AWKWARD))
+    folders = [tmp_path / shlex.split(text)[-2].removesuffix(";").replace("$seed", seed) for seed in ("3", "4")]
+    for result, folder in zip(frame.results, folders, strict=True):
+        assert differ_little(result, Image.open(output(AWKWARD, folder)))
 
 
 @pytest.fixture
@@ -201,12 +235,12 @@ def test_two_translations_at_once_share_the_model(studio, data, first, monkeypat
     monkeypatch.setattr(module, "load_target", exclusive)
     other = str(data / "classes.safetensors")
     jobs = [(first, SETTINGS), (first, LONG), (other, replace(SETTINGS, class_index="1")), (first, SETTINGS)]
-    alone = [np.asarray(last(studio.translate(model, data / "a.png", wanted)).result[1]) for model, wanted in jobs]
+    alone = [np.asarray(last(studio.translate(model, data / "a.png", wanted)).results[0]) for model, wanted in jobs]
     together = [None] * len(jobs)
 
     def work(k):
         model, wanted = jobs[k]
-        together[k] = np.asarray(last(studio.translate(model, data / "a.png", wanted, interval=0.05)).result[1])
+        together[k] = np.asarray(last(studio.translate(model, data / "a.png", wanted, interval=0.05)).results[0])
 
     workers = [threading.Thread(target=work, args=(k,)) for k in range(len(jobs))]
     for worker in workers:
@@ -238,6 +272,7 @@ def test_waiting_for_the_model_can_be_given_up(studio, data, first, endless):
         ({"range_t": 1.0}, "range_t"),
         ({"steps": 0}, "steps"),
         ({"seed": None}, "seed"),
+        ({"count": 5}, "count"),
         ({"energy": "dct,nothing"}, "energy"),
         ({"energy": "vgg"}, "weights"),
         ({"sampler": "euler"}, "sampler"),
@@ -256,7 +291,7 @@ def test_wrong_settings_are_one_line_in_the_pages_words(data, first, changes, na
     words = explain(error.value)
     assert words.startswith(LABELS[name]) and "\n" not in words and "--" not in words and "`" not in words
     assert not threads()
-    assert last(studio.translate(first, data / "a.png", SETTINGS)).result, "the next translation works"
+    assert last(studio.translate(first, data / "a.png", SETTINGS)).results, "the next translation works"
 
 
 def test_pictures_that_cannot_be_used(studio, data, first, tmp_path):
@@ -273,7 +308,7 @@ def test_pictures_that_cannot_be_used(studio, data, first, tmp_path):
         words = explain(error.value)
         assert words.startswith("Your picture") and "\n" not in words and str(tmp_path) not in words
     Image.new("RGB", (4096, 10)).save(tmp_path / "wide.png")
-    assert last(studio.translate(first, tmp_path / "wide.png", SETTINGS)).result
+    assert last(studio.translate(first, tmp_path / "wide.png", SETTINGS)).results
 
 
 def test_a_defect_is_one_line_on_the_page_and_a_traceback_in_the_log(studio, data, first, monkeypatch, caplog):

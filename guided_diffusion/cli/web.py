@@ -95,7 +95,8 @@ def private_environment(offline: bool) -> Iterator[str]:
 def command_line(model: str, picture: str, settings: "Settings", *, root: str, device: str = "auto") -> str:
     """The command that makes the page's very pixels, for a shell in the folder `root`.
 
-    model: as given to the page. picture: the file's name or path; only its last part counts for the result.
+    model: as given to the page. picture: the file's name or path; only its last part counts for the result. Several
+    seeds are a loop.
     """
     flags: dict[str, object] = {
         "model_path": _seen_from(root, model),
@@ -104,7 +105,6 @@ def command_line(model: str, picture: str, settings: "Settings", *, root: str, d
         "area": settings.area,
         "range_t": f"{settings.range_t:g}",
         "energy": settings.energy,
-        "seed": settings.seed,
     }
     if settings.start != 1:
         flags["start_t"] = f"{settings.start:g}"
@@ -115,7 +115,9 @@ def command_line(model: str, picture: str, settings: "Settings", *, root: str, d
     text = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
     # A folder of its own, since the command refuses one that holds a run with other flags.
     folder = f"output/web_{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
-    return f"python scripts/ae_sample.py {text} --save_dir {folder}"
+    seed = settings.seed if settings.count == 1 else "$seed"
+    run = f"python scripts/ae_sample.py {text} --seed {seed} --save_dir {folder}_{seed}"
+    return run if settings.count == 1 else f"for seed in {' '.join(map(str, settings.seeds))}; do {run}; done"
 
 
 def command_for(root: str, examples: str | None, device: str) -> "Command":

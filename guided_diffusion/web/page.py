@@ -10,7 +10,6 @@ import logging
 import os
 import random
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
@@ -27,28 +26,50 @@ from ..methods import energy_names
 from ..runtime import PRECISIONS
 from ..sddm import VARIANTS
 from ..solvers import SOLVERS
-from .translate import EMOJI_MODEL, LABELS, Frame, Model, Settings, Studio, explain, looks_like_a_photograph
+from .translate import (
+    EMOJI_MODEL,
+    LABELS,
+    MOST_RESULTS,
+    Frame,
+    Model,
+    Settings,
+    Studio,
+    explain,
+    looks_like_a_photograph,
+)
 
 TITLE = "Repaint a picture in another style"
 INTRODUCTION = (
-    "Choose a picture and press **Translate**. A diffusion model, which has only ever seen pictures of one kind, "
-    "paints one of its own kind with the layout and colours of yours."
+    "Choose a picture and press **Translate**: a diffusion model that knows pictures of one kind only paints one of "
+    "that kind, with the layout and colours of yours."
 )
 MOST_STEPS = 250
 PHOTOGRAPH = "This looks like a photograph. The demo's model knows emoji: drawings with few colours suit it better."
 
 STYLE = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
-#preview, #compare { width: 100%; max-width: 440px; margin: 0 auto; aspect-ratio: 1; }
+#preview, .compare { width: 100%; max-width: 440px; margin: 0 auto; aspect-ratio: 1; }
 #preview .image-container, #preview .image-container > button, #preview .image-frame { width: 100%; height: 100%; }
 #preview img { width: 100%; height: 100%; object-fit: contain; }
+#results { display: grid; grid-template-columns: repeat(auto-fit, minmax(45%, 1fr)); }
+#results > .column { gap: 6px; }
+#results > .column:not(:has(.compare:not(.hidden))) { display: none; }
 #examples .gallery-item .container, #examples .gallery-item img { width: 3.6rem; height: 3.6rem; }
-@media (max-width: 640px) {  /* a phone shows the result without scrolling */
-  #picture, #picture .image-container { height: 130px !important; min-height: 0 !important; }
-  #examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
-  #preview, #compare { max-width: 310px; }
-}
 #command textarea { font-family: var(--font-mono); font-size: var(--text-sm); }
+@media (max-width: 640px) {  /* a phone shows the source and the results without scrolling */
+  #about h1 { font-size: var(--text-lg); margin: 0; }
+  #about p { font-size: var(--text-sm); }
+  #work { display: grid; grid-template-columns: 1fr 1fr; gap: 8px; }
+  #work > .column { display: contents; }
+  #work > .column > * { grid-column: 1 / -1; min-width: 0; }
+  #work #picture { grid-column: 1; grid-row: 1; }
+  #picture, #picture .image-container { height: 130px !important; min-height: 0 !important; }
+  #work #buttons { grid-column: 2; grid-row: 1; flex-direction: column; }
+  #buttons button { width: 100%; }
+  #work #examples, #work #count { order: 1; }
+  #results { gap: 8px; }
+  #preview, .compare { max-width: 310px; }
+}
 """
 
 
@@ -78,8 +99,8 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
         return {"label": LABELS[name], "info": helps.get(name)}
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.Markdown(f"# {TITLE}\n{INTRODUCTION}" + (f" {note}" if note else ""))
-        with gr.Row():
+        gr.Markdown(f"# {TITLE}\n{INTRODUCTION}" + (f" {note}" if note else ""), elem_id="about")
+        with gr.Row(elem_id="work"):
             with gr.Column(min_width=300):
                 picture = gr.Image(
                     pictures[0] if pictures else None,
@@ -98,6 +119,9 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                         components=[picture], samples=[[path] for path in pictures], label="Examples", type="index",
                         samples_per_page=24, elem_id="examples",
                     )  # fmt: skip
+                count = gr.Radio(
+                    list(range(1, MOST_RESULTS + 1)), value=settings.count, elem_id="count", **named("count")
+                )
                 model = gr.Dropdown(
                     [(_short(path), path) for path in studio.models],
                     value=first.path,
@@ -105,7 +129,7 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                     **named("model"),
                 )
             with gr.Column(min_width=300):
-                with gr.Row():
+                with gr.Row(elem_id="buttons"):
                     go = gr.Button("Translate", variant="primary", min_width=100, elem_id="translate")
                     stop = gr.Button("Stop", min_width=100, elem_id="stop")
                 status = gr.Textbox(
@@ -113,16 +137,17 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                     elem_id="status",
                 )  # fmt: skip
                 preview = gr.Image(label="Result", format="jpeg", interactive=False, buttons=[], elem_id="preview")
-                compare = gr.ImageSlider(
-                    label="Before | after",
-                    format="png",
-                    type="filepath",
-                    image_mode=None,
-                    interactive=False,
-                    visible=False,
-                    elem_id="compare",
-                )
-                download = gr.DownloadButton("Download", visible=False, size="sm", elem_id="download")
+                compare, download = [], []
+                with gr.Row(elem_id="results"):
+                    for _ in range(MOST_RESULTS):
+                        with gr.Column(min_width=140):
+                            slider = gr.ImageSlider(
+                                format="png", type="filepath", image_mode=None, interactive=False, visible=False,
+                                elem_classes="compare",
+                            )  # fmt: skip
+                            button = gr.DownloadButton(visible=False, size="sm", elem_classes="download")
+                        compare.append(slider)
+                        download.append(button)
         with gr.Row():
             with gr.Column(min_width=240):
                 area = gr.Dropdown(first.areas, value=settings.area, **named("area"))
@@ -168,8 +193,9 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
             sampler: str,
             precision: str,
             class_index: str,
-        ) -> Iterator[tuple[Any, Any, str, Any]]:
-            """Translate a picture: (preview, (reference, translation), status, command)."""
+            count: int,
+        ) -> Iterator[Sequence[Any]]:
+            """Translate a picture: (preview, (reference, translation), status, command, pairs of further seeds)."""
             same, shown = gr.skip(), gr.skip()
             try:
                 wanted = Settings(
@@ -177,6 +203,7 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                     range_t=round(t0, 4),
                     steps=steps,
                     seed=seed,
+                    count=count,
                     start=round(late_start, 4),
                     energy=",".join(energy) or "none",
                     variant=variant,
@@ -187,24 +214,32 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                 path, name = picture or ("", "")
                 shown = command(model, picture, wanted) if picture else same
                 for frame in studio.translate(model, path, wanted, name=name):
-                    yield *_pictures(frame), frame.words, shown
+                    preview = same if frame.preview is None else frame.preview
+                    pairs = _pairs(frame, name, wanted.seeds, compare[0].GRADIO_CACHE)
+                    yield preview, pairs[0], frame.words, shown, *pairs[1:]
             except Exception as error:
                 words = explain(error)
-                yield same, same, words, same
+                yield same, same, words, same, *[same] * (MOST_RESULTS - 1)
                 raise gr.Error(words, title="That did not work", duration=12, print_exception=False) from None
 
-        def begin() -> tuple[Any, Any, str]:
-            return (
-                gr.update(value=None, visible=True),
-                gr.update(visible="hidden"),
-                "Waiting until the device is free …",
-            )
+        def begin() -> Sequence[Any]:
+            """The preview takes the place of the latest results."""
+            hidden = [gr.update(visible="hidden")] * 2 * MOST_RESULTS
+            return (gr.update(value=None, visible=True), "Waiting until the device is free …", *hidden)
 
-        def end(pair: Any, written: str | None, uploaded: Upload | None) -> tuple[Any, Any, Any, Any]:
-            """The latest result comes back where there is one."""
-            shown = gr.update(visible=pair is None), gr.update(visible=True if pair else "hidden")
-            file = _named_copy(pair[1], uploaded.name) if pair and uploaded else None
-            return *shown, gr.update(visible=bool(written)), gr.update(value=file, visible=file is not None)
+        def end(written: str | None, *pairs: tuple[str, str] | None) -> Sequence[Any]:
+            """The latest results come back where there are any."""
+            files = [pair[1] if pair else None for pair in pairs]
+            several = any(files[1:])
+            sliders, buttons = [], []
+            for file in files:
+                seed = file and os.path.splitext(file)[0].rpartition("_seed")[2]
+                shown = True if file else "hidden"
+                label = f"Seed {seed}" if several else "Before | after"
+                sliders.append(gr.update(visible=shown, label=label))
+                label = f"Download seed {seed}" if several else "Download"
+                buttons.append(gr.update(visible=shown, value=file, label=label))
+            return (gr.update(visible=not any(files)), gr.update(visible=bool(written)), *sliders, *buttons)
 
         def hint(uploaded: Upload | None, path: str) -> str:
             """A warning where the picture is not of the kind that the demo's model is for."""
@@ -223,15 +258,16 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
             )
 
         private = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-        begun = go.click(begin, None, [preview, compare, status], **private)
+        begun = go.click(begin, None, [preview, status, *compare, *download], **private)
+        controls = [picture, area, range_t, steps, seed, model, start, energy, variant, sampler, precision, class_index]
         translation = begun.then(
             translate,
-            [picture, area, range_t, steps, seed, model, start, energy, variant, sampler, precision, class_index],
-            [preview, compare, status, text],
+            [*controls, count],
+            [preview, compare[0], status, text, *compare[1:]],
             api_name="translate",
             show_progress="hidden",
         )
-        ended, shown = [preview, compare, text, download], [compare, text, picture]
+        shown, ended = [text, *compare], [preview, text, *compare, *download]
         translation.success(end, shown, ended, **private)
         translation.failure(end, shown, ended, **private)
         stopped = stop.click(end, shown, ended, cancels=[translation], **private)
@@ -306,20 +342,18 @@ def _upload(payload: Any) -> Upload | None:
     return Upload(payload.path, name or "picture")
 
 
-def _pictures(frame: Frame) -> tuple[Any, Any]:
-    """Pictures of a frame for the preview and the comparison."""
-    if frame.result:
-        return frame.result[1], frame.result
-    return frame.preview if frame.preview is not None else gr.skip(), gr.skip()
-
-
-def _named_copy(result: str, source: str) -> str:
-    """A copy of a result named after its source, as cat_sddm.png."""
-    folder = tempfile.mkdtemp(dir=os.path.dirname(result))
+def _pairs(frame: Frame, source: str, seeds: range, folder: str) -> list[Any]:
+    """(reference, file of a result) for every slider: files of their own folder, named after source and seed."""
+    if not frame.results:
+        return [gr.skip()] * MOST_RESULTS
     stem = re.sub(r"[^\w.() -]", "_", os.path.splitext(source)[0])[:60]  # names may be longer than files' may be
-    path = os.path.join(folder, f"{stem}_sddm.png")
-    shutil.copyfile(result, path)
-    return path
+    folder = tempfile.mkdtemp(dir=folder)
+    pairs: list[Any] = [None] * MOST_RESULTS
+    for n, (seed, result) in enumerate(zip(seeds, frame.results)):
+        path = os.path.join(folder, f"{stem}_seed{seed}.png")
+        result.save(path)
+        pairs[n] = frame.reference, path
+    return pairs
 
 
 def _short(path: str) -> str:

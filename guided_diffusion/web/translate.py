@@ -2,7 +2,7 @@
 
     studio = Studio(["models/fluent3d_64.safetensors"])
     for frame in studio.translate("models/fluent3d_64.safetensors", "cat.png", Settings()):
-        frame.preview  # the predicted result so far; the last frame has `result`
+        frame.preview  # the predicted result so far; the last frame has `results`
 
 A thread samples. It keeps the newest state only, so that a slow page does not slow it down, and it ends at the next
 step once the generator is closed.
@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 
 from ..checkpoint import ModelFlags
@@ -27,6 +29,7 @@ from ..manifold import check_blocks
 from ..methods import ENERGIES, energy_names
 from ..options import check, option
 from ..presets import PRESETS
+from ..run.grid import contact_sheet
 from ..runtime import PRECISIONS, is_out_of_memory, pick_device
 from ..sddm import VARIANTS
 from ..solvers import SOLVERS
@@ -37,7 +40,7 @@ log = logging.getLogger("sddm")
 
 # Energies that need no file besides, and vgg, whose file has a usual place.
 ENERGY_NAMES = ("dct", "low_pass", "vgg")
-
+MOST_RESULTS = 4
 
 RECOMMENDED = PRESETS["emoji"].options("sddm")
 """The page's defaults: those of the demo's model."""
@@ -68,6 +71,7 @@ class Settings:
         most=1000,
     )
     seed: int = option(0, "Any number; another one gives another result.", least=0, most=2**53 - 1)
+    count: int = option(1, "So many results at once, with this seed and those after it.", least=1, most=MOST_RESULTS)
     start: float = option(
         RECOMMENDED.get("start", 1.0),
         "1 begins with pure noise. Less begins later, with your picture under so much noise: fewer steps.",
@@ -96,6 +100,11 @@ class Settings:
         check(self)
         energy_names(self.energy)
 
+    @property
+    def seeds(self) -> range:
+        """The seed of every result."""
+        return range(self.seed, self.seed + self.count)
+
 
 LABELS = {
     "picture": "Your picture",
@@ -104,6 +113,7 @@ LABELS = {
     "range_t": "Freedom (T0)",
     "steps": "Steps",
     "seed": "Seed",
+    "count": "Results",
     "start": "Late start",
     "energy": "Energy",
     "variant": "Variant",
@@ -173,20 +183,21 @@ class Frame:
     """How far a translation is.
 
     step: steps done of `steps`, and the seconds since the first began; 0 while it waits for the model. preview: the
-    predicted result, a PIL image, None before the first step. result: in the last frame, the reference as the model got
-    it and its translation.
+    predicted results side by side, None before the first step. reference: the picture as the model got it, and results:
+    its translations, one for each seed, both in the last frame only. All pictures are PIL images.
     """
 
     step: int
     steps: int
     seconds: float
     preview: Image.Image | None = None
-    result: tuple[Image.Image, Image.Image] | None = None
+    reference: Image.Image | None = None
+    results: Sequence[Image.Image] = ()
 
     @property
     def words(self) -> str:
         """Status line of the page."""
-        if self.result:
+        if self.results:
             return f"Done: {self.steps} steps in {self.seconds:.1f} s."
         if not self.step:
             return "Waiting for the model …"
@@ -238,7 +249,7 @@ class Studio:
         name: str | None = None,
         interval: float = 0.3,
     ) -> Iterator[Frame]:
-        """Translate a picture file; yields a frame at least every `interval` seconds, the result in the last.
+        """Translate a picture file; yields a frame at least every `interval` seconds, the results in the last.
 
         model: one of the paths. name: the picture's name, which with the seed determines the noise; by default the
         file's. Closing the generator ends the sampling at its next step. Raises InputError and ImageError.
@@ -316,7 +327,7 @@ class _Run(threading.Thread):
         self.total = 0
         self.began = self.ended = 0.0
         self.reference: Any = None
-        self.newest: tuple[int, dict[str, Any]] | None = None  # steps done, and the state after them
+        self.newest: tuple[int, Any, Any] | None = None  # steps done, and the state and the predictions after them
         self.translator: Translator | None = None
 
     def run(self) -> None:
@@ -350,26 +361,39 @@ class _Run(threading.Thread):
             **options,
         )
         self.reference = translator.read(self.picture)
-        self.total = translator.evaluations
         self.began = time.monotonic()
-        states = translator.steps(self.reference, seed=wanted.seed, name=self.name_of_picture, previews=False)
-        for step, state in enumerate(states, 1):
-            self.newest = step, state
-            if self.stop.is_set():
-                return
+        try:
+            self._sample_seeds([wanted.seeds])
+        except Exception as error:
+            if wanted.count == 1 or not is_out_of_memory(error):
+                raise
+            self._sample_seeds([range(seed, seed + 1) for seed in wanted.seeds])
+
+    def _sample_seeds(self, batches: Sequence[range]) -> None:
+        """Sample every batch of seeds, one batch after the other."""
+        assert self.translator is not None
+        self.total = self.translator.evaluations * len(batches)
+        step, finished = 0, []
+        for seeds in batches:
+            for state in self.translator.steps(self.reference, seed=seeds, name=self.name_of_picture, previews=False):
+                step += 1
+                x, predicted = (torch.cat([*finished, state[key]]) for key in ("x", "pred_xstart"))
+                self.newest = step, x, predicted
+                if self.stop.is_set():
+                    return
+            finished = [x]
 
     def frame(self, result: bool = False) -> Frame:
         """The newest state as a frame. It is converted here, in the thread that shows it."""
         if self.newest is None:
             return Frame(0, self.total, 0.0)
-        step, state = self.newest
+        assert self.translator is not None
+        step, x, predicted = self.newest
         seconds = (self.ended or time.monotonic()) - self.began
-        image = self.translator.image  # type: ignore[union-attr]
-        pair = (_image(self.reference), image(state["x"])) if result else None
-        preview = pair[1] if pair else image(state["pred_xstart"])
-        return Frame(step, self.total, seconds, preview, pair)
-
-
-def _image(x: Any) -> Image.Image:
-    """The first of a batch [N, 3, H, W] in [-1, 1]."""
-    return Image.fromarray(to_uint8(x.nan_to_num())[0])
+        pictures = self.translator.images(x if result else predicted)
+        preview = pictures[0]
+        if len(pictures) > 1:
+            preview = Image.fromarray(contact_sheet([[np.asarray(each)] for each in pictures], preview.width, 2))
+        if not result:
+            return Frame(step, self.total, seconds, preview)
+        return Frame(step, self.total, seconds, preview, Image.fromarray(to_uint8(self.reference)[0]), pictures)
