@@ -61,7 +61,7 @@ def site(tmp_path_factory):
     root = tmp_path_factory.mktemp("site")
     (root / "models").mkdir()
     tiny.make_model(root / "models" / "model.safetensors")
-    tiny.make_references(root / "examples", ["first.png", "second.png"])
+    tiny.make_references(root / "examples", ["first.png", "second.png", *(f"{n}.png" for n in range(12))])
     tiny.make_references(root / "mine", ["other.png", NAME, TAMER])
     with serving(root, "--model_path", "models/model.safetensors", "--examples", "examples") as (_, address):
         yield root, address
@@ -102,8 +102,8 @@ def made_by(text, folder):
 @pytest.mark.parametrize("name", ["other.png", TAMER])
 def test_the_client_gets_the_commands_pixels(site, client, name):
     root, _ = site
-    _, pair, status, text = predict(client, str(root / "mine" / name), *ARGUMENTS)
-    assert status.startswith(done(6))
+    _, pair, status, text, *further = predict(client, str(root / "mine" / name), *ARGUMENTS)
+    assert status.startswith(done(6)) and further == [None] * 3
     reference, result = (np.asarray(Image.open(path)) for path in pair)
     assert np.array_equal(reference, np.asarray(Image.open(root / "mine" / name)))
     # The page does not know the folder of the models' paths; the command is for the project's.
@@ -112,7 +112,7 @@ def test_the_client_gets_the_commands_pixels(site, client, name):
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [((5, 0.35, 6, 3), "5"), ((4, 1.5, 6, 3), "0.95"), ((4, 0.35, 9999, 3), "250"), ((4, 0.35, 6, -1), "0")],
+    [((5, 0.35, 6, 3), "5"), ((4, 1.5, 6, 3), "0.95"), ((4, 0.35, 9999, 3), "250")],
 )
 def test_values_outside_of_a_control_are_refused(site, client, arguments, words):
     with pytest.raises(Exception) as error:
@@ -161,7 +161,7 @@ def test_what_is_not_needed_is_closed(site):
 
 def call(address, picture):
     """What the page answers to a picture as a bare request, without a client that uploads it first."""
-    rest = ["models/model.safetensors", 1, ["dct"], "manifold", "ancestral", "fp32", ""]
+    rest = ["models/model.safetensors", 1, ["dct"], "manifold", "ancestral", "fp32", "", 1]
     data = {"data": [{**picture, "meta": {"_type": "gradio.FileData"}}, *ARGUMENTS, *rest]}
     event = httpx.post(f"{address}gradio_api/call/translate", json=data).json().get("event_id")
     return httpx.get(f"{address}gradio_api/call/translate/{event}", timeout=600).text if event else ""
@@ -276,20 +276,50 @@ def test_upload_and_translate(site, tab, tmp_path):
     set_number(tab, "Steps", 6)
     tab.click("#translate")
     wait_for_status(tab, done(6))
-    tab.wait_for_selector("#compare img")
-    with tab.expect_download() as download:
-        tab.click("#download")
+    tab.wait_for_selector(".compare img")
     stem = re.sub(r"[^\w.() -]", "_", os.path.splitext(NAME)[0])
-    assert download.value.suggested_filename == f"{stem}_sddm.png"
+    with tab.expect_download() as download:
+        tab.click(".download >> visible=true")
+    assert download.value.suggested_filename == f"{stem}_seed0.png"
     before = tab.get_by_label("Seed").input_value()
     tab.click("#random_seed")
     wait_for(lambda: tab.get_by_label("Seed").input_value() != before)
     text = tab.input_value("#command textarea")
     assert NAME in shlex.split(text), "the name is the visitor's, to the last character"
     with tab.expect_download() as download:
-        tab.click("#compare button[aria-label='Download']")
+        tab.click(".compare button[aria-label='Download']")
     download.value.save_as(tmp_path / "result.png")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "result.png")), made_by(text, root / "mine"))
+
+
+def test_several_results_have_downloads_of_their_own(site, tab, tmp_path):
+    root, _ = site
+    choose(tab, root / "mine" / "other.png")
+    set_number(tab, "Steps", 6)
+    set_number(tab, "Late start", 1)
+    tab.get_by_label("Seed", exact=True).fill("7")
+    tab.locator("#count").get_by_text("3").click()
+    tab.click("#translate")
+    wait_for_status(tab, "Done")
+    tab.wait_for_selector(".download >> nth=2")
+    assert (
+        tab.locator(".compare img >> visible=true").count() == 6
+        and tab.locator("#preview >> visible=true").count() == 0
+    )
+    pictures = []
+    for n in range(3):
+        with tab.expect_download() as download:
+            tab.click(f".download >> nth={n}")
+        assert download.value.suggested_filename == f"other_seed{7 + n}.png"
+        download.value.save_as(tmp_path / "result.png")
+        pictures.append(Image.open(tmp_path / "result.png").tobytes())
+    assert len(set(pictures)) == 3
+    tab.locator("#count").get_by_text("1").click()
+    tab.click("#translate")
+    wait_for_status(tab, "Waiting")
+    wait_for_status(tab, "Done")
+    tab.wait_for_selector(".compare")
+    assert tab.locator(".compare img >> visible=true").count() == 2, "those of the run before are gone"
 
 
 def test_an_example_is_chosen_by_a_click(tab):
@@ -307,11 +337,11 @@ def test_an_error_keeps_the_picture_the_settings_and_the_last_result(site, tab):
     set_number(tab, "Steps", 6)
     tab.click("#translate")
     wait_for_status(tab, "Done")
-    tab.wait_for_selector("#compare img")
+    tab.wait_for_selector(".compare img")
     tab.get_by_label("Seed").fill("")
     tab.click("#translate")
     wait_for_status(tab, "Seed is missing")
-    tab.wait_for_selector("#compare img")
+    tab.wait_for_selector(".compare img")
     assert tab.locator("#picture img").count() == 1
     assert "Traceback" not in tab.content()
     (root / "broken.png").write_bytes((root / "mine" / "other.png").read_bytes()[:150])
@@ -333,8 +363,25 @@ def test_nothing_is_wider_than_the_screen(site, browser, width):
     wait_for_status(page, "Done")
     page.wait_for_selector("#command textarea")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    sides = page.evaluate("(() => { const b = document.querySelector('#compare').getBoundingClientRect();"
+    sides = page.evaluate("(() => { const b = document.querySelector('.compare').getBoundingClientRect();"
                           " return [b.width, b.height] })()")  # fmt: skip
     assert min(sides) >= 300, "the result is large enough to be seen"
-    assert page.evaluate("document.querySelector('#compare').getBoundingClientRect().top + scrollY") < 600
+    context.close()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_phone_shows_source_and_results_without_scrolling(site, browser, count):
+    context = browser.new_context(viewport={"width": 400, "height": 800})
+    page = context.new_page()
+    page.goto(site[1])
+    page.wait_for_selector("#translate")
+    page.locator("#count").get_by_text(str(count)).click()
+    page.evaluate("scrollTo(0, 0)")
+    page.click("#translate")
+    wait_for_status(page, "Done")
+    page.wait_for_selector(f".download >> nth={count - 1}")
+    for selector in ("#picture", *(f".compare >> nth={n}" for n in range(count))):
+        box = page.locator(selector).bounding_box()
+        assert box["y"] >= 0 and box["y"] + box["height"] <= 800, selector
+    assert page.evaluate("scrollY") == 0
     context.close()

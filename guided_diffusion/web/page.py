@@ -119,9 +119,8 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                         components=[picture], samples=[[path] for path in pictures], label="Examples", type="index",
                         samples_per_page=24, elem_id="examples",
                     )  # fmt: skip
-                count = gr.Radio(
-                    list(range(1, MOST_RESULTS + 1)), value=settings.count, elem_id="count", **named("count")
-                )
+                numbers = list(range(1, MOST_RESULTS + 1))
+                count = gr.Radio(numbers, value=settings.count, elem_id="count", **named("count"))
                 model = gr.Dropdown(
                     [(_short(path), path) for path in studio.models],
                     value=first.path,
