@@ -66,7 +66,7 @@ STYLE = """
   #picture, #picture .image-container { height: 130px !important; min-height: 0 !important; }
   #work #buttons { grid-column: 2; grid-row: 1; flex-direction: column; }
   #buttons button { width: 100%; }
-  #work #examples, #work #count { order: 1; }
+  #work #examples, #work .form:has(#count) { order: 1; }
   #results { gap: 8px; }
   #preview, .compare { max-width: 310px; }
 }
