@@ -101,9 +101,18 @@ def test_lists_give_lists(data, translate):
     assert len(mixed) == 3 and len({pixels(image).tobytes() for image in mixed}) == 3
     assert np.abs(pixels(mixed[0]).astype(int) - pixels(images[0])).max() <= 1
     single = translate(paths[:1], seed=3, name="b.png")
-    assert isinstance(single, list) and np.array_equal(
-        pixels(single[0]), pixels(translate(paths[0], seed=3, name="b.png"))
-    )
+    alone = translate(paths[0], seed=3, name="b.png")
+    assert isinstance(single, list) and np.array_equal(pixels(single[0]), pixels(alone))
+
+
+def test_seeds_give_a_result_each(data, translate):
+    paths = [data / "ref" / name for name in NAMES[:2]]
+    images = translate(paths, seed=[3, 4])
+    wanted = [translate(path, seed=seed) for path in paths for seed in (3, 4)]
+    for image, alone in zip(images, wanted, strict=True):
+        assert np.abs(pixels(image).astype(int) - pixels(alone)).max() <= 1
+    assert len({pixels(image).tobytes() for image in images}) == 4
+    assert isinstance(translate(paths[0], seed=range(3, 4)), list)
 
 
 def test_pictures_are_brought_to_the_models_size(data, translate):
@@ -134,6 +143,9 @@ def test_other_wrong_calls(translate, data):
     with pytest.raises(InputError) as caught:
         translate([])
     assert caught.value.parameter == "pictures"
+    with pytest.raises(InputError) as caught:
+        translate(data / "ref" / "a.png", seed=[])
+    assert caught.value.parameter == "seed"
     with pytest.raises(InputError) as caught:
         translate([data / "ref" / "a.png", data / "ref" / "b.png"], name="a.png")
     assert (caught.value.parameter, caught.value.value) == ("name", "a.png")
