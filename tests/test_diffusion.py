@@ -16,7 +16,6 @@ from guided_diffusion.gaussian_diffusion import (
     LossType,
     ModelMeanType,
     ModelVarType,
-    betas_for_alpha_bar,
     get_named_beta_schedule,
 )
 from guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
@@ -85,12 +84,7 @@ def test_golden_ddim(name):
     torch.testing.assert_close(result, data["output"], atol=1e-4, rtol=0)
 
 
-def test_betas_of_any_alpha_bar():
-    betas = betas_for_alpha_bar(50, lambda u: math.exp(-3 * u))
-    np.testing.assert_allclose(np.cumprod(1 - betas), np.exp(-3 * np.arange(1, 51) / 50), rtol=1e-12)
-
-
-@pytest.mark.parametrize("betas", [[0.1, 0.0], [0.1, -0.1], [0.5, 1.1], [0.1, float("nan")], [[0.1], [0.2]]])
+@pytest.mark.parametrize("betas", [[0.1, 0.0], [0.5, 1.1], [0.1, float("nan")], [[0.1], [0.2]]])
 def test_bad_betas(betas):
     with pytest.raises(ValueError, match=r"values in \(0, 1\]"):
         GaussianDiffusion(betas=betas, model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.FIXED_SMALL)
@@ -113,9 +107,9 @@ def test_tables_of_alpha_bars_are_those_of_their_betas():
 
 
 @pytest.mark.parametrize("mean", [ModelMeanType.START_X, ModelMeanType.VELOCITY])
-@pytest.mark.parametrize("last", [1e-9, 1e-30])
-def test_alpha_bar_may_be_next_to_its_limits(last, mean):
+def test_alpha_bar_may_be_next_to_its_limits(mean):
     """A perfect model recovers the image from (nearly) pure noise, over (nearly) noiseless steps, for every eta."""
+    last = 1e-30
     diffusion = of_alpha_bars([1 - 1e-12, 0.99, 0.5, 1e-3, last], mean)
     assert diffusion.alphas_cumprod[-1] == last and diffusion.alphas[-1] == last / 1e-3
     x_start, noise, _ = images(2)
@@ -145,32 +139,21 @@ def test_ddim_is_the_euler_step_of_flow_matching():
         assert model.timesteps[-1].tolist() == pytest.approx([1000 * s[i]] * 2)
 
 
-def test_timesteps_of_given_alpha_bars():
-    for timesteps, dtype in ((None, torch.int64), ([7, 9], torch.int64), ([0.5, 800.25], torch.float32)):
-        given = of_alpha_bars([0.9, 0.1], timesteps=timesteps).model_timesteps(torch.tensor([1, 0]))
-        assert given.dtype == dtype and given.tolist() == (timesteps or [0, 1])[::-1]
-    with pytest.raises(InputError, match="timesteps is .* one number for each of the 2 entries of alpha_bars"):
-        of_alpha_bars([0.9, 0.1], timesteps=[1])
-
-
-@pytest.mark.parametrize("bad", [[], [0.5, 0.0], [0.5, 0.5], [0.1, 0.5], [1.0, 0.5], [0.5, math.nan], [[0.5]]], ids=str)
+@pytest.mark.parametrize("bad", [[], [0.5, 0.0], [0.5, 0.5], [1.0, 0.5], [0.5, math.nan], [[0.5]]], ids=str)
 def test_alpha_bars_that_are_none(bad):
     with pytest.raises(InputError, match="alpha_bars is .* below 1 and above 0, each smaller than the one before"):
         of_alpha_bars(bad)
+    with pytest.raises(InputError, match="timesteps is .* one number for each of the 2 entries of alpha_bars"):
+        of_alpha_bars([0.9, 0.1], timesteps=[1])
 
 
 @pytest.mark.parametrize(
     "text, steps, expected",
     [
-        ("1", 1000, [0]),
-        ("4", 10, [0, 3, 6, 9]),
-        ("ddim5", 100, [0, 20, 40, 60, 80]),
-        ("ddim2", 3, [0, 2]),
-        ("2,3", 20, [0, 9, 10, 14, 19]),
-        (" 2 , 3 ", 20, [0, 9, 10, 14, 19]),
-        ([3], 5, [0, 2, 4]),
+        ("1", 1000, [0]), ("4", 10, [0, 3, 6, 9]), ("ddim5", 100, [0, 20, 40, 60, 80]),
+        (" 2 ,3", 20, [0, 9, 10, 14, 19]), ([3], 5, [0, 2, 4]),
     ],
-)
+)  # fmt: skip
 def test_space_timesteps(text, steps, expected):
     assert sorted(space_timesteps(steps, text)) == expected
 
@@ -188,10 +171,10 @@ def test_spacing_keeps_the_number_of_steps_and_both_ends(steps, data):
 @pytest.mark.parametrize(
     "text, reason",
     [
-        *((text, "it can be a number like 100") for text in ("", "10,", "1e2", "ddim10,5")),
+        *((text, "it can be a number like 100") for text in ("", "10,", "ddim10,5")),
         ("0", "it asks for 0 steps out of 1000"),
         ("600,10", "it asks for 600 steps out of 500"),
-        *((text, "no integer stride") for text in ("ddim0", "ddim999")),
+        ("ddim999", "no integer stride"),
     ],
 )
 def test_spacings_that_do_not_fit(text, reason):
@@ -251,14 +234,6 @@ def test_coefficients():
     second = diffusion.posterior_variance[1]
     assert diffusion.posterior_log_variance_clipped[0] == math.log(second)
     assert diffusion.fixed_large_variance[0] == second
-
-
-def test_one_step_is_a_process_too():
-    for var in (ModelVarType.FIXED_SMALL, ModelVarType.FIXED_LARGE, ModelVarType.LEARNED_RANGE):
-        diffusion = process(var=var, steps=1)
-        model = LinearModel(learn_sigma=var is ModelVarType.LEARNED_RANGE)
-        for loop in (diffusion.p_sample_loop, diffusion.ddim_sample_loop):
-            assert loop(model, (2, 3, 4, 4)).isfinite().all()
 
 
 def test_q_sample():
@@ -356,9 +331,8 @@ def test_posterior_of_every_model_type(mean, var, clip):
     assert all(value.shape == x.shape for value in out.values())
 
 
-@pytest.mark.parametrize("mean", [ModelMeanType.EPSILON, ModelMeanType.START_X])
-def test_denoised_fn_comes_before_clipping(mean):
-    diffusion, model = process(mean), LinearModel()
+def test_denoised_fn_comes_before_clipping():
+    diffusion, model = process(), LinearModel()
     x, _, t = images()
     plain = diffusion.p_mean_variance(model, x, t, clip_denoised=False)["pred_xstart"]
     out = diffusion.p_mean_variance(model, x, t, denoised_fn=lambda x: 3 * x)
@@ -374,7 +348,7 @@ def test_wrong_number_of_output_channels(var, channels):
         process(var=var).p_mean_variance(LinearModel(channels == 6), x, t)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_ddim_step(eta):
     diffusion, model = process(), LinearModel()
     x, noise, t = images()
@@ -399,12 +373,6 @@ def test_loop_without_noise_draws_it(capfd):
     torch.manual_seed(3)
     assert torch.equal(diffusion.p_sample_loop(model, (1, 3, 8, 8), progress=True), expected)
     assert f"{STEPS}/{STEPS}" in capfd.readouterr().err
-
-
-def test_loop_visits_every_timestep_once_from_the_last():
-    diffusion, model = respaced([0, 10, 500, 999]), LinearModel()
-    diffusion.p_sample_loop(model, (2, 3, 4, 4), clip_denoised=False)
-    assert [t.tolist() for t in model.timesteps] == [[t, t] for t in (999, 500, 10, 0)]
 
 
 def test_a_perfect_model_recovers_the_image():
@@ -469,8 +437,12 @@ def plain_bound(diffusion, output, x_start, x_t, i):
 
 @all_types
 @all_variances
-@pytest.mark.parametrize("loss", LossType)
-def test_training_losses(mean, var, loss):
+def test_training_losses(mean, var):
+    for loss in LossType:
+        check_training_losses(mean, var, loss)
+
+
+def check_training_losses(mean, var, loss):
     diffusion, model = process(mean, var, loss), LinearModel(is_learned(var))
     x_start, noise, t = images(dtype=torch.float64)
     losses = diffusion.training_losses(model, x_start, t, noise=noise)
@@ -502,10 +474,9 @@ def test_training_losses(mean, var, loss):
             assert float(losses[key][n]) == pytest.approx(value, rel=2e-3, abs=1e-6), (key, i)
 
 
-@all_types
-def test_the_bound_trains_only_the_variance(mean):
+def test_the_bound_trains_only_the_variance():
     """With a squared error beside it, the bound must not reach the prediction: it would change what the mean learns."""
-    diffusion = process(mean, ModelVarType.LEARNED_RANGE)
+    diffusion = process(var=ModelVarType.LEARNED_RANGE)
     x_start, noise, t = images()
     output = torch.zeros(4, 6, 6, 5, requires_grad=True)
     losses = diffusion.training_losses(lambda x, t: output, x_start, t, noise=noise)
@@ -521,21 +492,16 @@ def test_the_bound_trains_only_the_variance(mean):
 LINEAR = {"noise_schedule": "linear", "diffusion_steps": 1000, "rescale_timesteps": False}
 
 
-def test_one_schedule_needs_no_other_timesteps():
-    assert matching_timestep(LINEAR, LINEAR, assumed=("noise_schedule",)) is None
-    assert matching_timestep(LINEAR, {**LINEAR, "noise_schedule": "linear:0.0001,0.02"}) is None
-
-
 @pytest.mark.parametrize(
     "encoder",
     [
-        {**LINEAR, "noise_schedule": "cosine"},
         {**LINEAR, "diffusion_steps": 4000, "noise_schedule": "cosine"},
         {**LINEAR, "diffusion_steps": 250, "rescale_timesteps": True},
     ],
     ids=str,
 )
 def test_encoders_are_asked_at_their_own_timestep_of_the_noise_level(encoder):
+    assert matching_timestep(LINEAR, {**LINEAR, "noise_schedule": "linear:0.0001,0.02"}) is None
     timestep = matching_timestep(LINEAR, encoder)
     scale = 1000 / encoder["diffusion_steps"] if encoder["rescale_timesteps"] else 1
     own = create_diffusion(**encoder).alphas_cumprod

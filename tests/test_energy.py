@@ -1,5 +1,6 @@
 """Energies and their gradients: golden numbers, the plain formulas under autograd, and what an energy must not do."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -121,32 +122,20 @@ class TimedEncoder(torch.nn.Module):
         return self.middle_features(x, t).mean(dim=(2, 3))
 
 
-@pytest.mark.parametrize("name", golden_names("energy_vgg"))
-def test_golden_vgg(name):
-    data = golden(name)
-    weights = {key: value for key, value in data.items() if key.startswith("encoder.")}
-    value, grad = evaluate(energies.vgg(weights, golden_index()[name]["blocks"]), data["ref"], data["x"])
-    assert_relative(value.sum(), data["energy"])
+@pytest.mark.parametrize("name", golden_names("energy_"))
+def test_golden(name):
+    data, config = golden(name), golden_index()[name]
+    if "vgg" in name:
+        weights = {key: value for key, value in data.items() if key.startswith("encoder.")}
+        energy = energies.vgg(weights, config["blocks"])
+    else:
+        energy = energies.dse(golden_encoder()) if "dse" in name else energies.low_pass(config["down_N"])
+    value, grad = evaluate(energy, data["ref"], data["x"], data.get("t"))
+    assert_relative(value.sum() if "vgg" in name else value, data["energy"])
     assert_relative(grad, data["grad"])
 
 
-@pytest.mark.parametrize("name", golden_names("energy_dse"))
-def test_golden_dse(name):
-    data = golden(name)
-    value, grad = evaluate(energies.dse(golden_encoder()), data["ref"], data["x"], data["t"])
-    assert_relative(value, data["energy"])
-    assert_relative(grad, data["grad"])
-
-
-@pytest.mark.parametrize("name", golden_names("energy_low_pass"))
-def test_golden_low_pass(name):
-    data = golden(name)
-    value, grad = evaluate(energies.low_pass(golden_index()[name]["down_N"]), data["ref"], data["x"])
-    assert_relative(value, data["energy"])
-    assert_relative(grad, data["grad"])
-
-
-@pytest.mark.parametrize("level, blocks, size", [(1, 1, 16), (1, 8, 16), (2, 4, 15)])
+@pytest.mark.parametrize("level, blocks, size", [(1, 8, 16), (2, 4, 15)])
 def test_vgg_equals_the_plain_formula(level, blocks, size):
     x, ref = pair(size=size)
     state = vgg_weights(level)
@@ -167,12 +156,7 @@ def test_dct_equals_the_plain_formula(blocks):
     assert_relative(grad, expected[1])
 
 
-def test_dct_filters_are_orthonormal():
-    (filters,) = (buffer.flatten(1) for buffer in energies.dct().features.buffers())
-    torch.testing.assert_close(filters @ filters.mT, torch.eye(9), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("channels", [1, 4, 16])
+@pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("make", [lambda: energies.dct(4), lambda: energies.low_pass(4)])
 def test_latents_of_any_number_of_channels(channels, make):
     """The energy of several channels is the sum over them."""
@@ -207,7 +191,7 @@ def test_low_pass_equals_the_plain_formula(down_n):
 
 
 @pytest.mark.parametrize("make", [lambda: energies.low_pass(4), lambda: energies.dse(TimedEncoder())])
-@pytest.mark.parametrize("alpha_bar", [1.0, 0.3])
+@pytest.mark.parametrize("alpha_bar", [0.3])
 def test_a_noised_reference_is_the_reference_at_alpha_bar(make, alpha_bar):
     """prepare(ref, noise) at alpha_bar asks for the same as prepare(ref_t) at 1."""
     x, ref = pair()
@@ -223,7 +207,7 @@ def test_a_noised_reference_is_the_reference_at_alpha_bar(make, alpha_bar):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("alpha_bar", [1.0, 0.5, 0.01])
+@pytest.mark.parametrize("alpha_bar", [1.0, 0.01])
 def test_dse_equals_the_plain_formula(alpha_bar):
     x, ref = pair(dtype=torch.float64)
     encoder, t = TimedEncoder(torch.float64), torch.tensor([10, 900])
@@ -256,8 +240,7 @@ def test_classifier_equals_the_plain_formula(y):
 
 
 MAKERS = {
-    "vgg level 1": lambda: energies.vgg(vgg_weights(1), 4),
-    "vgg level 2": lambda: energies.vgg(vgg_weights(2), 4, 2),
+    "vgg": lambda: energies.vgg(vgg_weights(2), 4, 2),
     "dct": lambda: energies.dct(4),
     "dse": lambda: energies.dse(TimedEncoder()),
     "low_pass": lambda: energies.low_pass(4),
@@ -300,7 +283,7 @@ def test_constant_images_give_finite_numbers(make, ref_value, x_value):
         assert value.isfinite().all()
 
 
-@pytest.mark.parametrize("level", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("level", [1, 5])
 def test_vgg_levels_end_at_their_first_relu(level):
     with torch.device("meta"):
         features = energies._vgg_layers(level)
@@ -312,10 +295,9 @@ def test_vgg_levels_end_at_their_first_relu(level):
     assert isinstance(features[-1], torch.nn.ReLU)
 
 
-@pytest.mark.parametrize("prefix", ["encoder.", "vgg.features."])
-def test_vgg_from_a_file_with_any_prefix(tmp_path, prefix):
+def test_vgg_from_a_file_with_any_prefix(tmp_path):
     path = tmp_path / "vgg_normalised.pth"
-    torch.save(vgg_weights(2, prefix), path)
+    torch.save(vgg_weights(2, "vgg.features."), path)
     x, ref = pair()
     expected = evaluate(energies.vgg(vgg_weights(2), 4, 2), ref, x)
     actual = evaluate(energies.vgg(str(path), 4, 2), ref, x)
@@ -331,16 +313,6 @@ def test_vgg_file_that_does_not_fit(tmp_path, change, found):
     (key,) = change
     with pytest.raises(InputError, match=f"other.pth is not AdaIN's vgg_normalised.pth: {key} must have .* {found}$"):
         energies.vgg(str(path), level=2)
-
-
-@pytest.mark.parametrize("content", [None, b"just text\n", b"PK\x03\x04 and then nothing of a zip"])
-def test_vgg_file_that_is_none(tmp_path, content):
-    path = tmp_path / "broken.pth"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError) as error:
-        energies.vgg(str(path))
-    assert "broken.pth" in one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -406,43 +378,29 @@ def target_of(**flags):
 
 
 @pytest.mark.parametrize("name", ["dse", "classifier"])
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_checkpoints_are_asked_at_their_own_timesteps(tmp_path, name, schedule):
-    """Made from a file: trained on the linear schedule, for a model of the linear or the cosine one."""
-    path = tiny.make_encoder(tmp_path / "encoder.safetensors", 3, **({"head": "I2Iout"} if name == "dse" else {}))
-    options = methods.ENERGIES.pick(name)
-    options = options(encoder=str(path)) if name == "dse" else options(classifier=str(path), target_class=1)
-    energy = options.create(target_of(noise_schedule=schedule))
-    assert (energy.timestep is None) == (schedule == "linear")
-    if schedule == "cosine":
-        alpha_bar = float((1 - get_named_beta_schedule("linear", 1000)).cumprod()[123])
-        assert energy.timestep(alpha_bar) == 123
-
-
-def test_a_network_of_another_kind_or_size_is_refused(tmp_path):
-    model = tiny.make_model(tmp_path / "model.safetensors")
-    encoder = tiny.make_encoder(tmp_path / "encoder.safetensors", 3)
-    other = target_of()
-    other.shape = (3, 32, 32)
-    for path, target in ((model, target_of()), (encoder, other)):
-        for parameter, make in (
-            ("encoder", lambda path: methods.DSE(encoder=str(path))),
-            ("classifier", lambda path: methods.Classifier(classifier=str(path), target_class=1)),
-        ):
-            with pytest.raises(InputError) as error:
-                make(path).create(target)
-            assert (error.value.parameter, error.value.value) == (parameter, str(path))
+def test_checkpoints_are_asked_at_their_own_timesteps(tmp_path, name):
+    """Made from a file: trained on the linear schedule, for a model of the linear or the cosine one; or refused."""
+    path = str(tiny.make_encoder(tmp_path / "encoder.safetensors", 3, **({"head": "I2Iout"} if name == "dse" else {})))
+    parameter, more = ("encoder", {}) if name == "dse" else ("classifier", {"target_class": 1})
+    options = methods.ENERGIES.pick(name)(**{parameter: path}, **more)
+    assert options.create(target_of(noise_schedule="linear")).timestep is None
+    alpha_bar = float((1 - get_named_beta_schedule("linear", 1000)).cumprod()[123])
+    assert options.create(target_of(noise_schedule="cosine")).timestep(alpha_bar) == 123
+    larger, model = target_of(), str(tiny.make_model(tmp_path / "model.safetensors"))
+    larger.shape = (3, 32, 32)
+    for wrong, given, target in ((path, options, larger), (model, replace(options, **{parameter: model}), target_of())):
+        with pytest.raises(InputError) as error:
+            given.create(target)
+        assert (error.value.parameter, error.value.value) == (parameter, wrong)
 
 
 @pytest.mark.parametrize(
     "make, parameter",
     [
         (lambda: methods.VGG(level=6), "level"),
-        (lambda: methods.VGG(blocks=0), "blocks"),
         (lambda: methods.VGG(weights="no such file").create(None), "weights"),
         (lambda: methods.VGG(weights=None).create(None), "weights"),
         (lambda: methods.DCT(blocks=0), "blocks"),
-        (lambda: methods.LowPass(down_n=0), "down_n"),
         (lambda: methods.DSE().create(None), "encoder"),
         (lambda: methods.DSE(encoder="no such file").create(None), "encoder"),
         (lambda: methods.Classifier(target_class=1).create(None), "classifier"),
@@ -460,21 +418,15 @@ def classes(names=None, **flags):
     return SimpleNamespace(flags=flags or {"num_class": 3}, metadata=metadata, path="classifier.safetensors")
 
 
-@pytest.mark.parametrize("names", [["cat", "dog", "wild"], '["cat", "dog", "wild"]'], ids=["list", "JSON"])
-def test_a_class_by_name_or_number(names):
-    info = classes(names)
+def test_a_class_by_name_or_number():
+    info = classes('["cat", "dog", "wild"]')
     assert [class_number(given, info, "target_class") for given in ("cat", "wild", 0, 2, "1")] == [0, 2, 0, 2, 1]
     for given in ("bird", "Cat", "", 3, -1, "3", "-1", "1.5"):
         with pytest.raises(InputError) as error:
             class_number(given, info, "target_class")
         assert (error.value.parameter, error.value.value) == ("target_class", given)
         assert "0 to 2" in one_line(error) and "cat, dog, wild" in one_line(error)
-
-
-def test_a_name_that_looks_like_a_number_is_a_name():
-    info = classes(["2", "0", "1"])
-    assert class_number("2", info, "y") == 0
-    assert class_number(2, info, "y") == 0  # as a command line reads it
+    assert class_number("2", classes(["2", "0", "1"]), "y") == 0  # a name that looks like a number is a name
 
 
 def test_a_class_by_name_reaches_the_energy(tmp_path):

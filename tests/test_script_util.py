@@ -2,12 +2,9 @@
 
 import argparse
 import inspect
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
@@ -72,13 +69,7 @@ def test_booleans():
 
 @pytest.mark.parametrize(
     "text, size, expected",
-    [
-        ("", 512, (0.5, 1, 1, 2, 2, 4, 4)),
-        (None, 64, (1, 2, 3, 4)),
-        ("1,2,4", 48, (1, 2, 4)),
-        ("0.5,1,1.0", 48, (0.5, 1, 1)),
-        (" 1, 2 ", 256, (1, 2)),
-    ],
+    [("", 512, (0.5, 1, 1, 2, 2, 4, 4)), (None, 64, (1, 2, 3, 4)), ("0.5,1, 1.0", 48, (0.5, 1, 1))],
 )
 def test_channel_multipliers(text, size, expected):
     result = channel_multipliers(text, size)
@@ -88,7 +79,7 @@ def test_channel_multipliers(text, size, expected):
 
 @pytest.mark.parametrize(
     "text, size, expected",
-    [("16,8", 64, (4, 8)), ("16", 256, (16,)), ("32,16,8", 256, (8, 16, 32)), ("", 64, ()), (16, 64, (4,))],
+    [("32,16,8", 256, (8, 16, 32)), ("", 64, ()), (16, 64, (4,))],
 )
 def test_attention_factors(text, size, expected):
     assert attention_factors(text, size) == expected
@@ -135,6 +126,7 @@ def test_flags_reach_the_model():
 def test_flags_reach_the_diffusion(flags, attribute, expected):
     assert getattr(create_gaussian_diffusion(**flags), attribute) == expected
     # The same by the names of the command line.
+    assert create_gaussian_diffusion().model_var_type is ModelVarType.FIXED_LARGE  # but create_diffusion's is the small
     named = {"diffusion_steps" if name == "steps" else name: value for name, value in flags.items()}
     assert getattr(create_diffusion(**named), attribute) == expected
     assert getattr(create_model_and_diffusion(**TINY, **named)[1], attribute) == expected
@@ -157,27 +149,17 @@ def test_classifier_and_extractor():
 @pytest.mark.parametrize(
     "flags",
     [
-        {"noise_schedule": "sigmoid"},
-        {"timestep_respacing": "1001"},
-        {"diffusion_steps": 0},
-        {"channel_mult": "a"},
-        {"attention_resolutions": "x"},
-        {"image_size": 48, "channel_mult": ""},
+        {"noise_schedule": "sigmoid"}, {"timestep_respacing": "1001"}, {"diffusion_steps": 0}, {"channel_mult": "a"},
+        {"attention_resolutions": "x"}, {"image_size": 48, "channel_mult": ""}, {"num_head_channels": 48},
+        {"num_heads": 0},
     ],
-)
+)  # fmt: skip
 def test_errors_are_one_line_that_names_parameter_and_value(flags):
     with pytest.raises(InputError) as caught:
         create_model_and_diffusion(**{**TINY, **flags})
     name, value = next(iter(flags.items()))
     assert (caught.value.parameter, caught.value.value) == (name, value)
     assert "\n" not in str(caught.value)
-
-
-def test_variance_defaults():
-    """Without learned variance: guided-diffusion's default is the larger one, our commands take the smaller."""
-    assert create_gaussian_diffusion().model_var_type is ModelVarType.FIXED_LARGE
-    assert create_model_and_diffusion(**TINY)[1].model_var_type is ModelVarType.FIXED_LARGE
-    assert create_diffusion().model_var_type is ModelVarType.FIXED_SMALL
 
 
 @pytest.mark.parametrize(
@@ -197,28 +179,9 @@ def test_signatures_list_the_flags_and_their_defaults(create, defaults, count):
         create(unknown_flag=1)
 
 
-def test_importing_the_core_stays_light():
-    modules = ["energy", "sddm", "script_util", "unet", "ddpm", "manifold", "moo", "respace", "losses"]
-    code = (
-        f"import sys, {', '.join('guided_diffusion.' + name for name in modules)}, resizer\n"
-        "print(sorted({'scipy', 'torchvision', 'mpi4py', 'PIL', 'blobfile', 'matplotlib'} & set(sys.modules)))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
-
-
 def test_attention_at_no_level_is_said(caplog):
     create_model(**{**TINY, "image_size": 48, "attention_resolutions": "16,8"})
     assert "only the middle block attends" in caplog.text and "48, 24" in caplog.text
     caplog.clear()
     create_model(**TINY)
     assert not caplog.messages
-
-
-@pytest.mark.parametrize(
-    "heads", [{"num_head_channels": 48}, {"num_head_channels": 0}, {"num_heads": 3}, {"num_heads": 0}]
-)
-def test_heads_that_do_not_divide_the_channels(heads):
-    with pytest.raises(InputError) as caught:
-        create_model(**TINY, **heads)
-    assert caught.value.parameter in heads
