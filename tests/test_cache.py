@@ -94,9 +94,8 @@ class Twin:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("interval", [2, 3])
-def test_shared_features_are_those_that_hooks_put_there(name, interval):
-    model = network(name)
+def test_shared_features_are_those_that_hooks_put_there(name):
+    model, interval = network(name), 3
     fast, slow = cached(model, interval), Twin(model, interval)
     different = []
     for call in range(5):
@@ -107,7 +106,7 @@ def test_shared_features_are_those_that_hooks_put_there(name, interval):
     assert different == [call % interval > 0 for call in range(5)]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["classes", "ddpm"])
 def test_full_evaluations_are_the_networks(name):
     model = network(name)
     fast = CachedModel(model, 2)
@@ -117,18 +116,6 @@ def test_full_evaluations_are_the_networks(name):
         assert torch.equal(fast(x, t, *labels(name)), model(x, t, *labels(name)))
     # Images of another batch size are not mistaken for these.
     assert torch.equal(fast(x[:1], t[:1], *labels(name, 1)), model(x[:1], t[:1], *labels(name, 1)))
-
-
-def test_shallow_evaluations_leave_the_deep_levels_alone():
-    model, seen = network("updown"), []
-    for block in (*model.input_blocks[2:], model.middle_block, *model.output_blocks[:-2]):
-        block.register_forward_hook(lambda *_: seen.append(1))
-    fast = cached(model, 2)
-    x, t = torch.randn(1, 3, 16, 16), torch.tensor([5])
-    fast(x, t)
-    assert len(seen) == 5
-    fast(x, t)
-    assert len(seen) == 5
 
 
 def run(method, model, seed=0, **options):
@@ -206,15 +193,8 @@ def test_models_that_cannot_share_are_refused(model, words):
     assert (caught.value.parameter, caught.value.value) == ("cache_interval", 2)
     with pytest.raises(InputError, match="cache_interval is 0; it must be at least 1"):
         cached(model(), 0)
-
-
-def test_options_are_refused_where_they_do_nothing():
-    with pytest.raises(InputError, match="cache_guided True") as caught:
-        methods.EGSDE(ls=0, cache_interval=2)
-    assert caught.value.parameter == "cache_interval"
-    assert methods.EGSDE(ls=0, cache_interval=2, cache_guided=True).cache_guided
-    with pytest.raises(InputError, match="from 1 to 1000"):
-        methods.SDDM(cache_interval=0)
+    with pytest.raises(InputError, match="cache_guided True"):
+        methods.EGSDE(ls=0, cache_interval=2)  # where it would do nothing
 
 
 def test_command_and_translator(tmp_path):
@@ -269,17 +249,6 @@ def test_fused_layers_round_no_worse_in_bf16():
         plain_error = (plain(x, t) - wanted).norm()
         fused_error = (copy.deepcopy(plain).fuse()(x, t) - wanted).norm()
     assert 0 < fused_error < 1.2 * plain_error < 0.1 * wanted.norm()
-
-
-def test_upsampling_convolution_without_bias():
-    from guided_diffusion.nn import upsampling_convolution
-
-    torch.manual_seed(0)
-    for bias in (False, True):
-        conv = torch.nn.Conv2d(5, 7, 3, padding=1, bias=bias).double()
-        x = torch.randn(2, 5, 6, 4).double()
-        wanted = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        torch.testing.assert_close(upsampling_convolution(conv)(x), wanted, atol=1e-6, rtol=0)
 
 
 # --- energies

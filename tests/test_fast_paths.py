@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import LinearModel, Replay, golden, golden_index, golden_model_and_diffusion
+from conftest import LinearModel
 from scripts_in_process import message, run_script
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from guided_diffusion import ddpm, energy, moo, nn, runtime, sddm, unet
 from guided_diffusion.ddpm import Model
 from guided_diffusion.errors import InputError
-from guided_diffusion.manifold import block_mean
 from guided_diffusion.nn import GroupNorm32, norm_silu
 from guided_diffusion.script_util import create_diffusion, create_model
 from guided_diffusion.sddm import sample
@@ -40,8 +39,7 @@ def tiny_network(**flags):
 # --- networks
 
 
-@pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("channels", [32, 128])
+@pytest.mark.parametrize("affine, channels", [(False, 32), (True, 128)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_normalisation_in_one_buffer(dtype, channels, affine):
     torch.manual_seed(0)
@@ -82,17 +80,6 @@ def test_normalisation_of_gpus_in_half_precision(dtype, monkeypatch):
         read = norm_silu(norm, x.to(dtype), scale, shift)
     assert read.dtype == dtype and not torch.equal(read, copied)
     assert (read - exact).abs().mean() < 3 * (copied - exact).abs().mean()
-
-
-def test_order_in_memory():
-    """Eager GPUs alone keep PyTorch's own order; what is computed is the same."""
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert runtime.memory_format(gpu) is torch.contiguous_format
-    assert {runtime.memory_format(*case) for case in ((gpu, True), (cpu,), (cpu, True))} == {torch.channels_last}
-    model, x, t = tiny_network(), torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
-    with torch.no_grad():
-        plain = model.to(memory_format=runtime.memory_format(gpu))(x, t)
-        torch.testing.assert_close(model.to(memory_format=torch.channels_last)(x, t), plain, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale_shift", [False, True])
@@ -175,24 +162,10 @@ def test_automatic_precision_is_one_that_the_device_has(monkeypatch):
     assert runtime.best_precision(torch.device("mps")) == "fp32"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_leaves_the_manifold_in_float32(dtype):
-    diffusion = create_diffusion(timestep_respacing="6")
-    ref = torch.rand(1, 3, 16, 16) * 2 - 1
-    draws, images = torch.randn(7, *ref.shape), []
-    for model in (tiny_network(), tiny_network().set_dtype(dtype)):
-        states, options = {}, {"blocks": 4, "range_t": 2, "energies": [energy.dct(4)], "noise": Replay(draws)}
-        images.append(sample(model, diffusion, ref, callback=states.__setitem__, **options))
-        assert images[-1].dtype == torch.float32
-        expected = float(diffusion.alphas_cumprod[2]) ** 0.5 * block_mean(ref, 4)
-        torch.testing.assert_close(block_mean(states[3], 4), expected, atol=1e-5, rtol=0)
-    assert (images[0] - images[1]).abs().mean() * 127.5 < 2
-
-
 # --- the method
 
 
-@pytest.mark.parametrize("k", [3, 4, 5])
+@pytest.mark.parametrize("k", [3, 5])
 def test_faces_solved_side_by_side_are_those_solved_one_by_one(k):
     generator = torch.Generator().manual_seed(k)
     vectors = torch.randn(40, k, 6, generator=generator, dtype=torch.float64)
@@ -223,8 +196,7 @@ class OnDevice(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("detail_merge", [False, True])
-@pytest.mark.parametrize("variant", ["manifold", "released"])
-@pytest.mark.parametrize("sampler", ["ancestral", "dpmpp_2m"])
+@pytest.mark.parametrize("variant, sampler", [("manifold", "dpmpp_2m"), ("released", "ancestral")])
 def test_no_step_waits_for_the_device(variant, sampler, detail_merge):
     """On the meta device, which has no values, everything that needs one on the host is an error."""
     device = torch.device("meta")
@@ -273,23 +245,6 @@ def test_waiting_for_the_device_is_noticed(monkeypatch):
                noise=lambda shape: torch.empty(shape, device="meta"))  # fmt: skip
     with pytest.raises(AssertionError, match="copy"), OnDevice():
         torch.tensor([1.0, 2.0]).to("meta")
-
-
-def test_everything_fast_gives_the_golden_run():
-    """Channels-last, kept memory and the loop without gradients, on a whole run of the release."""
-    name = "sddm_vgg_b4"
-    data, config = golden(name), golden_index()[name]
-    model, diffusion = golden_model_and_diffusion(config)
-    model.to(memory_format=torch.channels_last)
-    weights = {k: v for k, v in golden("energy_vgg_badain").items() if k.startswith("encoder.")}
-    draws, states = list(data["noise"]), {}
-    sample(
-        model, diffusion, data["ref"], blocks=config["blocks"], range_t=config["range_t"], variant="released",
-        energies=[energy.vgg(weights, config["blocks"])], detail_merge=config["detail_merge"],
-        noise=lambda _: draws.pop(0), callback=states.__setitem__,
-    )  # fmt: skip
-    for (i, state), expected in zip(states.items(), data["samples"], strict=True):
-        torch.testing.assert_close(state, expected, atol=1e-3, rtol=0, msg=lambda m, i=i: f"step {i}: {m}")
 
 
 # --- the command

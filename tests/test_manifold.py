@@ -92,13 +92,6 @@ def test_restriction_lands_on_the_manifold_and_stays(shape, seed, alpha_bar):
 
 
 @settings(deadline=None, max_examples=30)
-@given(shapes, st.integers(0, 2**32))
-def test_restriction_to_the_own_statistics_is_the_identity(shape, seed):
-    x, _ = images(shape, seed)
-    torch.testing.assert_close(block_adain(x, *block_statistics(x, shape[2])), x, atol=1e-12, rtol=1e-10)
-
-
-@settings(deadline=None, max_examples=30)
 @given(shapes, st.integers(0, 2**32), st.floats(-3, 3), st.floats(0.1, 10))
 def test_restriction_ignores_brightness_and_contrast_of_its_input(shape, seed, shift, contrast):
     # Without EPS this holds exactly; with it, up to EPS relative to the smaller variance.

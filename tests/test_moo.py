@@ -89,23 +89,9 @@ def test_scaling_all_vectors_scales_the_point(vectors, factor):
     torch.testing.assert_close(scaled, result, atol=1e-5 * float(vectors.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("count", [2, 3, 6, 8])
-def test_never_longer_than_any_vector(count, method):
-    vectors = torch.stack([random_vectors(count, 16, seed, 1.0, 2.0, torch.float32) for seed in range(100)])
-    result = min_norm_point(vectors, 1, method).norm(dim=1)
-    shortest = vectors.norm(dim=2).min(dim=1).values
-    if (method == "exact" and count <= EXACT_UP_TO) or count <= 2:
-        assert (result <= shortest * (1 + 1e-5)).all()
-    else:
-        # Frank-Wolfe stops short of the minimum-norm point, and may end a little above the shortest vector.
-        assert (result <= vectors.norm(dim=2).mean(dim=1)).all()
-
-
-@pytest.mark.parametrize("count", [7, 8])
-def test_many_vectors_are_nearly_exact(count):
+def test_many_vectors_are_nearly_exact():
     for seed in range(20):
-        vectors = random_vectors(count, 40, seed, common=0.5 * (seed % 3))
+        vectors = random_vectors(9, 40, seed, common=0.5 * (seed % 3))
         result = min_norm_point(vectors, 0)
         assert result.norm() <= 1.02 * reference_point(vectors).norm()
 
@@ -116,10 +102,11 @@ def test_exact_is_never_longer_than_frank_wolfe(count):
     exact, approximate = (min_norm_point(vectors, 1, method).norm(dim=1) for method in METHODS)
     assert (exact <= approximate * (1 + 1e-6)).all()
     assert (exact < approximate * (1 - 1e-3)).any()
+    assert (approximate <= vectors.norm(dim=2).mean(dim=1)).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("count", [1, 3])
 def test_identical_and_zero_vectors(count, method):
     vector = torch.randn(2, 3, 1, 5, 4)
     result = min_norm_point(vector.expand(-1, -1, count, -1, -1), 2, method)
@@ -127,7 +114,7 @@ def test_identical_and_zero_vectors(count, method):
     assert torch.equal(min_norm_point(torch.zeros(2, count, 5), 1, method), torch.zeros(2, 5))
 
 
-@pytest.mark.parametrize("ratio", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("ratio", [1.0, 1e3])
 @pytest.mark.parametrize("method", METHODS)
 def test_opposite_vectors_cancel(method, ratio):
     vector = torch.randn(3, 1, 10)
@@ -135,8 +122,7 @@ def test_opposite_vectors_cancel(method, ratio):
     torch.testing.assert_close(result, torch.zeros(3, 10), atol=1e-6 * max(1, ratio), rtol=0)
 
 
-@pytest.mark.parametrize("count", [3, 6])
-@pytest.mark.parametrize("spread", [4.0, 8.0])
+@pytest.mark.parametrize("count, spread", [(3, 4.0), (6, 8.0)])
 def test_lengths_far_apart(count, spread):
     for seed in range(10):
         vectors = random_vectors(count, 24, seed, common=0.3, spread=spread)
@@ -146,33 +132,22 @@ def test_lengths_far_apart(count, spread):
         assert result.norm() <= expected.norm() * 1.01 + 1e-7 * float(vectors.norm(dim=1).max())
 
 
-def test_orthogonal_vectors_have_a_closed_form():
-    # For orthogonal vectors the weights are proportional to 1 / |v|^2.
-    lengths = torch.tensor([1.0, 2.0, 4.0, 0.5])
-    weights = min_norm_weights(torch.diag(lengths), 0)
-    expected = lengths**-2 / (lengths**-2).sum()
-    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=1e-5)
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("count", [2, 3])
 def test_problems_and_components_may_have_any_shape(count, method):
-    """`dim` may be first, last or between, counted from either end; the dimensions around it only change the view."""
-    torch.manual_seed(1)
-    vectors = torch.randn(6, count, 20)
+    """`dim` is counted from either end; the dimensions around it only change the view."""
+    vectors = torch.randn(6, count, 20, generator=torch.Generator().manual_seed(1))
     weights, expected = min_norm_weights(vectors, 1, method), min_norm_point(vectors, 1, method)
-    for problems in [(6,), (2, 3), (1, 6, 1)]:
-        for components in [(20,), (4, 5), (2, 5, 2)]:
-            shaped = vectors.reshape(*problems, count, *components)
-            dim = len(problems)
-            for index in (dim, dim - shaped.ndim):
-                torch.testing.assert_close(min_norm_weights(shaped, index, method), weights.reshape(*problems, count))
-                torch.testing.assert_close(
-                    min_norm_point(shaped, index, method), expected.reshape(*problems, *components)
-                )
+    shaped = vectors.reshape(2, 3, count, 4, 5)
+    for dim in (2, -3):
+        torch.testing.assert_close(min_norm_weights(shaped, dim, method), weights.reshape(2, 3, count))
+        torch.testing.assert_close(min_norm_point(shaped, dim, method), expected.reshape(2, 3, 4, 5))
+    with pytest.raises(InputError) as caught:
+        min_norm_point(shaped, 2, "newton")
+    assert (caught.value.parameter, caught.value.value) == ("method", "newton")
 
 
-@pytest.mark.parametrize("count", [2, 3, 6])
+@pytest.mark.parametrize("count", [2, 6])
 def test_problems_do_not_see_each_other(count):
     vectors = torch.stack([random_vectors(count, 16, seed, 1.0, 1.0, torch.float32) for seed in range(8)])
     together = min_norm_point(vectors, 1)
@@ -197,12 +172,6 @@ def test_other_precisions(count, dtype):
     expected = torch.stack([reference_point(v) for v in vectors])
     error = (result - expected).norm(dim=1) / vectors.norm(dim=2).max(dim=1).values
     assert (error < 4 * torch.finfo(dtype).eps ** 0.5 + 1e-6).all()
-
-
-def test_unknown_method():
-    with pytest.raises(InputError) as caught:
-        min_norm_point(torch.randn(2, 3), 0, "newton")
-    assert (caught.value.parameter, caught.value.value) == ("method", "newton")
 
 
 class OnApple(torch.Tensor):

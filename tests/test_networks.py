@@ -58,13 +58,8 @@ def test_unet_forward(name):
 def test_ddpm_forward(name):
     data = golden(name)
     config = golden_index()[name]["config"]
-    model = Model(
-        ch=config["ch"],
-        ch_mult=config["mult"],
-        num_res_blocks=config["nrb"],
-        attn_resolutions=config["att"],
-        image_size=config["size"],
-    )
+    names = {"ch": "ch", "mult": "ch_mult", "nrb": "num_res_blocks", "att": "attn_resolutions", "size": "image_size"}
+    model = Model(**{name: config[short] for short, name in names.items()})
     load_golden_model(data, model, prefix="model.module.")
     with torch.no_grad():
         assert_same_output(model(data["input.x"], data["input.t"]), data["output"])
@@ -80,17 +75,7 @@ def test_encoder_features_and_logits(name):
 
 @pytest.mark.parametrize("pool", ["adaptive", "attention", "spatial", "spatial_v2"])
 def test_encoder_pools(pool):
-    model = EncoderUNetModel(
-        image_size=16,
-        in_channels=3,
-        model_channels=32,
-        out_channels=7,
-        num_res_blocks=1,
-        attention_resolutions=(2,),
-        channel_mult=(1, 2),
-        num_head_channels=32,
-        pool=pool,
-    )
+    model = EncoderUNetModel(16, 3, 32, 7, 1, (2,), channel_mult=(1, 2), num_head_channels=32, pool=pool)
     x = torch.randn(2, 3, 16, 16)
     logits = model(x, torch.tensor([3, 500]))
     assert logits.shape == (2, 7)
@@ -109,34 +94,22 @@ def test_half_precision_stays_close(dtype):
     assert (output - data["output"]).abs().mean() < 0.02 * data["output"].std()
 
 
-def test_class_labels_are_required_and_refused():
-    flags = {
-        "image_size": 16,
-        "num_channels": 32,
-        "num_res_blocks": 1,
-        "channel_mult": "1",
-        "attention_resolutions": "8",
-    }
-    x, t, y = torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+SMALL = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "8"}
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_class_labels_are_required_and_refused(classes):
+    y = {} if classes else {"y": torch.zeros(1, dtype=torch.long)}
     with pytest.raises(ValueError, match="class labels"):
-        create_model(**flags)(x, t, y)
-    with pytest.raises(ValueError, match="class labels"):
-        create_model(**flags, class_cond=True)(x, t)
+        create_model(**SMALL, class_cond=classes)(torch.zeros(1, 3, 16, 16), torch.zeros(1), **y)
 
 
 def test_activation_checkpointing_keeps_gradients():
-    flags = {
-        "image_size": 16,
-        "num_channels": 32,
-        "num_res_blocks": 1,
-        "channel_mult": "1,2",
-        "attention_resolutions": "8",
-    }
     torch.manual_seed(0)
-    plain = create_model(**flags)
+    plain = create_model(**SMALL)
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    saving = create_model(**flags, use_checkpoint=True)
+    saving = create_model(**SMALL, use_checkpoint=True)
     saving.load_state_dict(plain.state_dict())
     x, t = torch.randn(1, 3, 16, 16), torch.tensor([5])
     for model in (plain, saving):

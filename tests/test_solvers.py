@@ -52,15 +52,6 @@ def test_ddim_without_guidance_is_the_ddim_loop(eta):
         torch.testing.assert_close(states[i], x, atol=1e-5, rtol=1e-5)
 
 
-def test_without_noise_the_draws_do_not_count():
-    diffusion, ref, draws = setup()
-    other = torch.cat([draws[:1], torch.randn(STEPS, *ref.shape)])
-    for name in ("ddim", "dpmpp_2m"):
-        a, b = (run(diffusion, ref, d, sampler=name, energies=[energy.dct(4)]) for d in (draws, other))
-        assert torch.equal(a[0], b[0])
-    assert not torch.equal(*(run(diffusion, ref, d)[0] for d in (draws, other)))
-
-
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m"])
 def test_guided_steps_are_ddim_and_end_on_the_next_manifold(name):
     diffusion, ref, draws = setup()
