@@ -74,7 +74,6 @@ SLOW_FILES = (
     "test_presets",
     "test_processes",
     "test_readme",
-    "test_registries",
     "test_train_util",
     "test_training",
     "test_training_faults",

@@ -1,9 +1,11 @@
 """The rules of the house (docs/architecture.md): layers, one of each, no side effects, annotations, plain words.
 
-Sources are read with `ast`, so that nothing escapes by standing inside a function.
+Sources are read with `ast`, so that nothing escapes by standing inside a function. A rule is a generator of what breaks
+it; `test_the_house_keeps` checks all of them.
 """
 
 import ast
+import graphlib
 import io
 import json
 import re
@@ -21,6 +23,8 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
            for path in sorted(PACKAGE.rglob("*.py"))}  # fmt: skip
 BELOW_CLI = {name: path for name, path in MODULES.items() if not name.startswith("guided_diffusion.cli")}
+
+SOURCES = [*MODULES.values(), *SCRIPTS, *sorted((ROOT / "datasets").glob("*.py"))]
 
 # From the ground floor up. A module imports from its own layer and those before it.
 LAYERS = (
@@ -97,60 +101,47 @@ def imports(module, path):
 # ---- rule 1: below cli/ nobody knows a flag, argparse, stderr or an exit status -------------------------------------
 
 
-def test_no_flag_stands_below_cli():
-    found = []
+def no_flag_stands_below_cli():
+    strings = {tokenize.STRING, tokenize.COMMENT, getattr(tokenize, "FSTRING_MIDDLE", -1)}
     for name, path in BELOW_CLI.items():
         for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
-            if token.type in (tokenize.STRING, tokenize.COMMENT) or token.type == getattr(
-                tokenize, "FSTRING_MIDDLE", -1
-            ):
-                found += [f"{name}:{token.start[0]}: {flag}" for flag in FLAG.findall(token.string)]
-    assert not found, "\n".join(["", *found])
+            if token.type in strings:
+                yield from (f"{name}:{token.start[0]}: {flag}" for flag in FLAG.findall(token.string))
 
 
-def test_no_argparse_below_cli():
-    found = []
+def no_argparse_below_cli():
     for name, path in BELOW_CLI.items():
+        # guided-diffusion's functions share one import at the head of their module, which may be used by no other.
         for node in ast.walk(tree(path)):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if "argparse" in names and (name, owner(path, node.lineno)) not in ARGPARSE_ALLOWED:
-                # guided-diffusion's functions may share one import at the head of their module.
-                uses = [n.lineno for n in ast.walk(tree(path)) if name_of(n).startswith("argparse.")]
-                if owner(path, node.lineno) == "" and {(name, owner(path, line)) for line in uses} <= ARGPARSE_ALLOWED:
-                    continue
-                found.append(f"{name}:{node.lineno}")
-    assert not found, "\n".join(["", *found])
+            if name_of(node).startswith("argparse.") and (name, owner(path, node.lineno)) not in ARGPARSE_ALLOWED:
+                yield f"{name}:{node.lineno}"
+        imported = {target for target, _ in imports(name, path)}
+        if "argparse" in imported and name not in {module for module, _ in ARGPARSE_ALLOWED}:
+            yield name
 
 
-def test_nothing_below_cli_prints_or_exits():
-    found = []
+def nothing_below_cli_prints_or_exits():
     for name, path in BELOW_CLI.items():
         for node in ast.walk(tree(path)):
             word = name_of(node.func) if isinstance(node, ast.Call) else name_of(node)
             exits = word in ("sys.exit", "exit", "quit", "SystemExit")
             prints = word in ("sys.stderr", "sys.stdout") or (isinstance(node, ast.Call) and word == "print")
             if exits or (prints and name not in PRINT_ALLOWED):
-                found.append(f"{name}:{node.lineno}: {word}")
-    assert not found, "\n".join(["", *found])
+                yield f"{name}:{node.lineno}: {word}"
 
 
 # ---- rule 3: options are frozen dataclasses -------------------------------------------------------------------------
 
 
-def test_options_are_frozen_dataclasses():
-    files = [*MODULES.values(), *SCRIPTS, *sorted((ROOT / "datasets").glob("*.py"))]
-    found = []
-    for path in files:
+def options_are_frozen_dataclasses():
+    for path in SOURCES:
         for node in ast.walk(tree(path)):
-            if not isinstance(node, ast.ClassDef):
-                continue
-            fields = [item.value for item in node.body if isinstance(item, ast.AnnAssign)]
-            if any(isinstance(value, ast.Call) and name_of(value.func).split(".")[-1] == "option" for value in fields):
+            if isinstance(node, ast.ClassDef):
+                values = [item.value for item in node.body if isinstance(item, ast.AnnAssign)]
+                calls = {name_of(value.func).split(".")[-1] for value in values if isinstance(value, ast.Call)}
                 decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
-                if not any("dataclass" in text and "frozen=True" in text for text in decorators):
-                    found.append(f"{path.relative_to(ROOT)}: {node.name}")
-    assert not found, "\n".join(["", *found])
+                if "option" in calls and not any("dataclass" in d and "frozen=True" in d for d in decorators):
+                    yield f"{path.relative_to(ROOT)}: {node.name}"
 
 
 # ---- rule 5: one writer per file ------------------------------------------------------------------------------------
@@ -158,20 +149,16 @@ def test_options_are_frozen_dataclasses():
 WRITERS = {"write_json", "write_text", "write_bytes", "write_atomically", "open", "dump"}
 
 
-def test_run_json_has_one_writer():
-    writers, speakers = set(), set()
+def run_json_has_one_writer():
+    """And its name stands once, in run.record."""
     for name, path in MODULES.items():
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Call) and name_of(node.func).split(".")[-1] in WRITERS:
-                text = ast.unparse(node)
-                if "run.json" in text or re.search(r"\brecord\.NAME\b|\brun_record\.NAME\b", text):
-                    writers.add(name)
-                if name.endswith("run.record") and re.search(r"\bNAME\b", text):
-                    writers.add(name)
-            if isinstance(node, ast.Constant) and node.value == "run.json":
-                speakers.add(name)
-    assert writers <= {"guided_diffusion.run.record"}
-    assert speakers <= {"guided_diffusion.run.record"}, "the name stands once: record.NAME"
+                speaks = re.search(r"run\.json|\b(run_)?record\.NAME\b", ast.unparse(node))
+            else:
+                speaks = isinstance(node, ast.Constant) and node.value == "run.json"
+            if speaks and name != "guided_diffusion.run.record":
+                yield f"{name}:{node.lineno}"
 
 
 # ---- rule 6: importing has no side effect ---------------------------------------------------------------------------
@@ -238,16 +225,13 @@ ONE_OF_EACH = {
 }
 
 
-@pytest.mark.parametrize("what", ONE_OF_EACH)
-def test_there_is_one_of_each(what):
-    pattern, allowed = ONE_OF_EACH[what]
-    found = []
-    for path in [*MODULES.values(), *SCRIPTS, *sorted((ROOT / "datasets").glob("*.py"))]:
-        name = path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else str(path.relative_to(ROOT))
-        if name not in allowed:
-            lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-            found += [f"{name}:{number}: {line.strip()}" for number, line in lines if re.search(pattern, line)]
-    assert not found, "\n".join(["", *found])
+def there_is_one_of_each():
+    for what, (pattern, allowed) in ONE_OF_EACH.items():
+        for path in SOURCES:
+            name = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).as_posix()
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                if name not in allowed and re.search(pattern, line):
+                    yield f"{what}: {name}:{number}: {line.strip()}"
 
 
 # ---- rule 8: imports go down ----------------------------------------------------------------------------------------
@@ -264,25 +248,42 @@ def layer(module):
     return next((k for k, names in enumerate(LAYERS) if part in names), len(LAYERS))
 
 
-def test_every_module_has_a_layer():
-    assert [name for name in MODULES if name != "guided_diffusion" and layer(name) == len(LAYERS)] == []
+def every_module_has_a_layer():
+    yield from (name for name in MODULES if name != "guided_diffusion" and layer(name) == len(LAYERS))
 
 
-def test_imports_go_down():
-    found = []
+def imports_go_down():
     for name, path in MODULES.items():
         for target, line in imports(name, path):
-            inside = target == "guided_diffusion" or target.startswith("guided_diffusion.")
-            if (
-                inside
-                and target != "guided_diffusion"
-                and layer(target) > layer(name)
-                and (name, target) not in UPWARDS
-            ):
-                found.append(f"{name}:{line} imports {target}")
-            if target.split(".")[0] in {script.stem for script in SCRIPTS}:
-                found.append(f"{name}:{line} imports the script {target}")
-    assert not found, "\n".join(["", *found])
+            up = target.startswith("guided_diffusion.") and layer(target) > layer(name)
+            if up and (name, target) not in UPWARDS:
+                yield f"{name}:{line} imports {target}"
+
+
+def imports_make_no_circle():
+    # A package's own __init__ gathers what its modules offer.
+    graph = {
+        name: {
+            target
+            for target, _ in imports(name, path)
+            if target in MODULES and target not in (name, "guided_diffusion") and not name.startswith(f"{target}.")
+        }
+        for name, path in MODULES.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        yield " -> ".join(error.args[1])
+
+
+def no_script_is_imported():
+    stems = {"scripts", *(path.stem for path in SCRIPTS)}
+    folders = ("scripts", "datasets", "benchmarks", "guided_diffusion", "resizer")
+    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(tree(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            yield from (f"{path.relative_to(ROOT)}: {name}" for name in names if name.split(".")[0] in stems)
 
 
 def test_the_paper_stands_alone():
@@ -294,47 +295,6 @@ def test_the_paper_stands_alone():
     assert loaded and not [name for name in loaded if name.split(".")[1] in above]
 
 
-def test_imports_make_no_circle():
-    graph = {
-        name: {target for target, _ in imports(name, path) if target in MODULES and target != name}
-        for name, path in MODULES.items()
-    }
-    # A package's own __init__ gathers what its modules offer.
-    graph = {
-        name: {t for t in targets if not name.startswith(f"{t}.") and t != "guided_diffusion"}
-        for name, targets in graph.items()
-    }
-    done, circles = set(), []
-
-    def visit(name, above):
-        if name in above:
-            circles.append(" -> ".join([*above[above.index(name) :], name]))
-        elif name not in done:
-            for target in sorted(graph[name]):
-                visit(target, [*above, name])
-            done.add(name)
-
-    for name in graph:
-        visit(name, [])
-    assert not circles, "\n".join(["", *circles])
-
-
-def test_no_script_is_imported():
-    stems = {path.stem for path in SCRIPTS}
-    found = []
-    folders = ("scripts", "datasets", "benchmarks", "guided_diffusion", "resizer")
-    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
-        for node in ast.walk(tree(path)):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.level == 0:
-                names = [node.module or ""]
-            for name in names:
-                parts = name.split(".")
-                if parts[0] in stems or parts[0] == "scripts":
-                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {name}")
-    assert not found, "\n".join(["", *found])
-
-
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_scripts_show_their_wiring_on_one_screen(script):
     lines = script.read_text(encoding="utf-8").splitlines()
@@ -343,27 +303,22 @@ def test_scripts_show_their_wiring_on_one_screen(script):
     assert any(re.match(r"    command\.run\(", line) for line in lines), "signals and exit statuses are cli.main's"
 
 
-# ---- annotations ----------------------------------------------------------------------------------------------------
+# ---- annotations and prose ------------------------------------------------------------------------------------------
 
 
-def test_public_functions_are_annotated():
-    found = []
+def public_functions_are_annotated():
     for name, path in {**MODULES, "resizer": ROOT / "resizer" / "__init__.py"}.items():
         for function, node in functions(path):
-            if any(part.startswith("_") and part != "__init__" and part != "__call__" for part in function.split(".")):
+            if any(part.startswith("_") and part not in ("__init__", "__call__") for part in function.split(".")):
                 continue
-            everything = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            everything += [extra for extra in (node.args.vararg, node.args.kwarg) if extra]
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            arguments += [extra for extra in (node.args.vararg, node.args.kwarg) if extra]
             static = any(name_of(decorator) == "staticmethod" for decorator in node.decorator_list)
-            if "." in function and not static:
-                everything = everything[1:]
-            missing = [argument.arg for argument in everything if argument.annotation is None]
+            arguments = arguments[1:] if "." in function and not static else arguments
+            missing = [argument.arg for argument in arguments if argument.annotation is None]
             if missing or node.returns is None:
-                found.append(f"{name}.{function}: {', '.join(missing) or 'what it returns'}")
-    assert not found, "\n".join(["", *found])
+                yield f"{name}.{function}: {', '.join(missing) or 'what it returns'}"
 
-
-# ---- prose ----------------------------------------------------------------------------------------------------------
 
 # A dot stands for white space or a line break, so that this file has none of them.
 WORN_OUT = ("gone.on with", "goes.on with", "to be.had", "a()new", "is found.out", "were.there")
@@ -371,30 +326,38 @@ PHRASES = re.compile("|".join(rf"(?<![a-zA-Z]){p}(?![a-zA-Z])".replace(".", r"\s
 TEXTS = {".py", ".md", ".sh", ".toml", ".yml", ".yaml", ".cff", ".txt", ".ipynb"}
 
 
-def test_prose_is_plain():
+def prose_is_plain():
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0:
         paths = [ROOT / name for name in listed.stdout.splitlines()]
     else:  # a copy without git
         paths = [path for path in ROOT.rglob("*") if not {".venv", "data"} & set(path.relative_to(ROOT).parts)]
-    found = []
     for path in paths:
         if (path.suffix in TEXTS or path.name == "run") and path.is_file() and path != Path(__file__).resolve():
             text = path.read_text(encoding="utf-8")
             for match in PHRASES.finditer(text):
-                line = text.count("\n", 0, match.start()) + 1
-                found.append(f"{path.relative_to(ROOT)}:{line}: {match[0]!r}")
-    assert not found, "\n".join(["", *found])
+                yield f"{path.relative_to(ROOT)}:{text.count(chr(10), 0, match.start()) + 1}: {match[0]!r}"
 
 
-def test_docstrings_do_not_begin_with_what():
-    found = []
+def docstrings_do_not_begin_with_what():
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in [*MODULES.values(), *SCRIPTS]:
         for node in ast.walk(tree(path)):
-            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
             if isinstance(node, kinds) and (ast.get_docstring(node) or "").startswith("What "):
-                found.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}")
-    assert not found, "\n".join(["", *found])
+                yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+
+
+RULES = (
+    no_flag_stands_below_cli, no_argparse_below_cli, nothing_below_cli_prints_or_exits, options_are_frozen_dataclasses,
+    run_json_has_one_writer, there_is_one_of_each, every_module_has_a_layer, imports_go_down, imports_make_no_circle,
+    no_script_is_imported, public_functions_are_annotated, prose_is_plain, docstrings_do_not_begin_with_what,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_house_keeps(rule):
+    broken = list(rule())
+    assert not broken, "\n".join(["", *broken])
 
 
 # ---- one version ----------------------------------------------------------------------------------------------------
