@@ -5,6 +5,7 @@ from typing import Any, Protocol
 import torch
 
 from .errors import InputError
+from .image_datasets import grey
 
 OVERSHOOT = 1.1
 """Resampling kernels overshoot the range of pixels by up to a tenth; more is another range."""
@@ -37,6 +38,21 @@ class Pixels:
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+
+class Grey(Pixels):
+    """The codec of models of one channel: luma of the pictures, and three equal channels back."""
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return grey(images)
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        return x.expand(-1, 3, -1, -1)
+
+
+def pixels(channels: int) -> Pixels:
+    """The codec of a model of pixels with 1 or 3 channels."""
+    return Grey() if channels == 1 else Pixels()
 
 
 class Autoencoder:

@@ -43,7 +43,7 @@ from .checkpoint.pipelines import (
     scheduler_process,
     square,
 )
-from .codec import Codec, Pixels, in_range
+from .codec import Codec, Pixels, in_range, pixels
 from .errors import InputError, first_line, renaming
 from .image_datasets import ImageError, load_image, load_picture, to_tensor
 from .manifold import check_blocks
@@ -181,7 +181,7 @@ class _Translating:
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         if not images:
             raise InputError("give at least one", parameter="image", value="[]")
-        channels = target.shape[0]
+        channels = 3 if isinstance(target.codec, Pixels) else target.shape[0]
         found = []
         with torch.no_grad():
             for each in images:
@@ -212,10 +212,10 @@ def _pixels(image: Any, side: int) -> torch.Tensor:
         raise InputError(first_line(error), parameter="image", value=value) from None
     if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.shape[-1] == 3:
         x = torch.from_numpy(np.ascontiguousarray(image if image.ndim == 4 else image[None])).permute(0, 3, 1, 2)
-    elif isinstance(image, torch.Tensor) and image.ndim in (3, 4) and image.shape[-3] == 3:
-        x = image.reshape(-1, *image.shape[-3:])
+    elif isinstance(image, torch.Tensor) and image.ndim in (3, 4) and image.shape[-3] in (1, 3):
+        x = image.reshape(-1, *image.shape[-3:]).expand(-1, 3, -1, -1)
     elif isinstance(image, (np.ndarray, torch.Tensor)):
-        reason = "arrays have the shape [N, H, W, 3], tensors [N, 3, H, W]"
+        reason = "arrays have the shape [N, H, W, 3], tensors [N, 3, H, W] or [N, 1, H, W]"
         raise InputError(reason, parameter="image", value=f"{image.dtype} {list(image.shape)}")
     else:
         reason = "it can be paths, PIL pictures, arrays or tensors"
@@ -236,9 +236,9 @@ SHARED = {*inspect.getfullargspec(_Translating._translate).kwonlyargs}
 class SDDMPipeline(_Translating, DiffusionPipeline):
     """Translate pictures into the domain of an unconditional or class-conditional model (SDDM, Sun et al. 2023).
 
-    unet: a UNet2DModel, of pixels or of latents; scheduler: DDPM's process, flow matching or EDM, whose process and
-    list of steps count, not its way to take a step. vqvae or vae: the autoencoder of a latent model. Raises InputError
-    for parts that do not fit.
+    unet: a UNet2DModel, of colour or grey pixels, or of latents; scheduler: DDPM's process, flow matching or EDM, whose
+    process and list of steps count, not its way to take a step. vqvae or vae: the autoencoder of a latent model. Raises
+    InputError for parts that do not fit.
     """
 
     model_cpu_offload_seq = "unet->vqvae->vae"
@@ -255,7 +255,7 @@ class SDDMPipeline(_Translating, DiffusionPipeline):
         super().__init__()
         config, own = unet.config, vqvae if vqvae is not None else vae
         square(config.sample_size)
-        wanted = 3 if own is None else own.config.latent_channels
+        wanted = own.config.latent_channels if own is not None else 1 if config.in_channels == 1 else 3
         if config.in_channels != wanted or config.out_channels not in (wanted, 2 * wanted):
             channels = f"{config.in_channels} channels in and {config.out_channels} out"
             needed = f"{wanted} in, and as many or twice as many out, are needed"
@@ -307,8 +307,8 @@ class SDDMPipeline(_Translating, DiffusionPipeline):
 
         Args:
             image: references, one or a list: paths; PIL pictures, which are turned upright, cropped and resized to the
-                model's size; arrays [N, H, W, 3], uint8 or in [0, 1]; tensors [N, 3, H, W] in [0, 1] or, where a value
-                is negative, [-1, 1]; or latents [N, C, H, W].
+                model's size; arrays [N, H, W, 3], uint8 or in [0, 1]; tensors [N, 3, H, W], or [N, 1, H, W] of grey
+                ones, in [0, 1] or, where a value is negative, [-1, 1]; or latents [N, C, H, W].
             num_inference_steps: steps of the whole process.
             t0: share of the process, at its end, without guidance. More of it: more realistic, less like the reference.
             area: number of blocks per side, of the latents for a latent model: with a factor of 8, 16 blocks of
@@ -330,8 +330,8 @@ class SDDMPipeline(_Translating, DiffusionPipeline):
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise InputError("it must be at least 1", parameter="num_images_per_image", value=repeats)
         own = self.vqvae if self.vqvae is not None else self.vae
-        codec: Codec = Pixels() if own is None else autoencoder(own)
         channels, side = self.unet.config.in_channels, square(self.unet.config.sample_size)
+        codec: Codec = pixels(channels) if own is None else autoencoder(own)
         if side is None:
             raise InputError("its network's sample_size is null; set it to a side in pixels", parameter="unet")
         given = {"timesteps": timesteps, "sigmas": sigmas}

@@ -90,6 +90,13 @@ def vgg(
     return BlockStatisticsEnergy(features, blocks, bf16=bf16, channels_last=channels_last)
 
 
+class _VGG(nn.Sequential):
+    """Layers of VGG-19, for colour pictures [N, 3, H, W] and grey ones [N, 1, H, W]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.expand(-1, 3, -1, -1))
+
+
 def _vgg_layers(level):
     """The layers of `vgg_normalised.pth` up to relu{level}_1, numbered as there."""
     layers: list[nn.Module] = [nn.Conv2d(3, 3, 1)]
@@ -100,7 +107,7 @@ def _vgg_layers(level):
         for width in widths if i < level - 1 else widths[:1]:
             layers += [nn.ReflectionPad2d(1), nn.Conv2d(channels, width, 3), nn.ReLU()]
             channels = width
-    return nn.Sequential(*layers)
+    return _VGG(*layers)
 
 
 def dct(blocks: int = 16) -> Energy:

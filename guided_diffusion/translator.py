@@ -120,10 +120,10 @@ class Translator:
     def __call__(self, pictures: Any, *, seed: int | Sequence[int] = 0, name: str | None = None) -> Any:
         """Translate a picture or a list of them.
 
-        pictures: paths, PIL images, arrays uint8 [H, W, 3], or tensors [3, H, W] in [-1, 1], one or a list. seed and
-        name determine the noise; several seeds: a result of every picture for each, as one batch. name: of a single
-        picture, by default that of its file: a command's relative path gives the command's very pixels. Returns a PIL
-        image, or a list of them for a list of pictures or seeds.
+        pictures: paths, PIL images, arrays uint8 [H, W, 3] or [H, W], or tensors [3, H, W] or [1, H, W] in [-1, 1],
+        one or a list. seed and name determine the noise; several seeds: a result of every picture for each, as one
+        batch. name: of a single picture, by default that of its file: a command's relative path gives the command's
+        very pixels. Returns a PIL image, or a list of them for a list of pictures or seeds.
         """
         many = isinstance(pictures, (list, tuple))
         if many and name is not None and len(pictures) > 1:
@@ -171,14 +171,11 @@ class Translator:
         if isinstance(picture, (str, os.PathLike)):
             return to_tensor([load_image(os.fspath(picture), size, **options)])
         if isinstance(picture, torch.Tensor):
-            if (
-                tuple(picture.shape[-3:]) != (3, size, size)
-                or picture.ndim > 4
-                or (picture.ndim == 4 and len(picture) > 1)
-            ):
+            shape = tuple(picture.shape[1:] if picture.ndim == 4 and len(picture) == 1 else picture.shape)
+            if shape not in ((3, size, size), (1, size, size)):
                 reason = f"a tensor [3, {size}, {size}] in [-1, 1] is needed"
                 raise InputError(reason, parameter="picture", value=f"a tensor {list(picture.shape)}")
-            picture = in_range(picture.detach().float(), "picture").reshape(1, 3, size, size)
+            picture = in_range(picture.detach().float(), "picture").reshape(1, *shape).expand(-1, 3, -1, -1)
             if picture.min() >= 0:
                 log.warning("a picture is a tensor without negative values; [-1, 1] is expected: 2 * x - 1 converts")
             return picture

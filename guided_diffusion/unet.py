@@ -252,8 +252,8 @@ class _UNetEncoder(nn.Module):
         return self.time_embed(embedding.to(self.time_embed[0].weight.dtype))  # type: ignore[arg-type, call-overload]
 
     def _encode(self, x, emb):
-        """All skip tensors, the last of them the input of the middle block."""
-        h = x.to(self.dtype)
+        """All skip tensors, the last of them the input of the middle block; grey x [N, 1, H, W] has equal channels."""
+        h = x.to(self.dtype).expand(-1, self.in_channels, -1, -1)
         skips = []
         for block in self.input_blocks:
             h = block(h, emb)

@@ -44,7 +44,7 @@ def evaluate(given: Given, peers: Peers) -> int:
     plan = open_plan(job, target.image_size, sampling.given_settings(given, target, [options], peers, **found))
     with image_bar(len(job.items), peers.rank) as bar:
         loop = LikelihoodLoop(
-            job, plan, target.model, target.diffusion, options.clip_denoised,
+            job, plan, target, options.clip_denoised,
             progress=lambda _, images: bar.update(images - bar.n),
         )  # fmt: skip
         failed = loop.run().failed

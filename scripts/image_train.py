@@ -52,7 +52,7 @@ def train(given: Given, ranks: Ranks) -> int:
         start = begin(config, DIFFUSION, model, lambda names: class_labels(references, names))
         images = TrainImages(
             references, start.flags["image_size"], labels=start.labels, seed=config.seed,
-            channels=start.flags["in_channels"], **data.reading(),
+            channels=start.channels, **data.reading(),
         )  # fmt: skip
         diffusion = create_diffusion(**start.flags)
         losses = diffusion_loss(diffusion, loss_weights(diffusion, loss.p2_gamma, loss.p2_k, loss.min_snr_gamma))

@@ -52,8 +52,9 @@ def train(given: Given, ranks: Ranks) -> int:
         start = begin(config, SUPER_RES, model, lambda names: class_labels(references, names), super_res=True)
         upscaling.check_large(start.flags["image_size"])
         images = TrainImages(
-            references, start.flags["image_size"], labels=start.labels, seed=config.seed, **data.reading()
-        )
+            references, start.flags["image_size"], labels=start.labels, seed=config.seed, channels=start.channels,
+            **data.reading(),
+        )  # fmt: skip
         diffusion = create_diffusion(**start.flags)
         losses = super_res_loss(diffusion, upscaling.small_size)
         record = [data, upscaling, run, config]

@@ -269,7 +269,8 @@ def test_configurations_of_2022(folder):
 
 @pytest.mark.parametrize("name, says", [
     ("latent", "latent diffusion model (it has vqvae)"), ("text_conditional", "text-conditional"),
-    ("variance_exploding", "variance-exploding"), ("consistency", "consistency model"), ("grey", "in_channels=1"),
+    ("variance_exploding", "variance-exploding"), ("consistency", "consistency model"),
+    ("grey", "diffusion_pytorch_model"),
     ("zero_snr_epsilon", "rescale_betas_zero_snr"), ("learned_variance", 'variance_type="learned"'),
     ("class_from_embedding", "class_embed_type"), ("unknown_block", "KDownBlock2D"),
     ("no_weights", "diffusion_pytorch_model"),

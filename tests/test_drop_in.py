@@ -340,8 +340,8 @@ CONFIGURATION = {
 def test_configuration_keys_of_ddrm(recwarn):
     flags = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "learn_sigma": True}
     assert create_model(**flags, **CONFIGURATION).out_channels == 6 and not recwarn.list
-    with pytest.warns(UserWarning, match="in_channels=1 has no effect; the network is made for 3"):
-        create_model(**flags, **{**CONFIGURATION, "in_channels": 1})
+    with pytest.warns(UserWarning, match="out_channels=3 has no effect; the network is made for 1 or 2"):
+        assert create_model(**flags, **{**CONFIGURATION, "in_channels": 1}).out_channels == 2
     with pytest.raises(TypeError, match="mystery"):
         create_model(**flags, mystery=1)
 

@@ -47,8 +47,8 @@ ANY = "", lambda v: True
 # Fields of a UNet2DModel's configuration: the library's default, and the values that have a meaning here.
 UNET: dict[str, tuple[Any, Any]] = {
     "sample_size": (None, SIDE),
-    "in_channels": (3, [3]),
-    "out_channels": (3, [3, 6]),
+    "in_channels": (3, [1, 3]),
+    "out_channels": (3, [1, 2, 3, 6]),
     "center_input_sample": (False, [False]),
     "time_embedding_type": ("positional", ["positional"]),
     "time_embedding_dim": (None, ANY),
@@ -411,10 +411,10 @@ def _schedule(fields: _Fields) -> str:
 
 def _network(config: _Fields, learned: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the flags that tensors tell, those that they do not); learned: whether the scheduler expects variances."""
-    if config["out_channels"] != (6 if learned else 3):
-        raise config.wrong(
-            "out_channels", "3 is for a scheduler without variance_type learned_range, 6 for one with it"
-        )
+    channels = config["in_channels"]
+    if config["out_channels"] != channels * (2 if learned else 1):
+        fits = f"{channels} is for a scheduler without variance_type learned_range, {2 * channels} for one with it"
+        raise config.wrong("out_channels", fits)
     widths, groups, head = (config[name] for name in ("block_out_channels", "norm_num_groups", "attention_head_dim"))
     sines_first = not config["flip_sin_to_cos"]
     config.expect("time_embedding_dim", [None, 4 * widths[0]])
@@ -436,6 +436,7 @@ def _network(config: _Fields, learned: bool) -> tuple[dict[str, Any], dict[str, 
         **({"resblock_updown": resampling == "resnet"} if len(widths) > 1 else {}),
         **({"num_classes": classes} if classes is not None else {}),
         "learn_sigma": learned,
+        "in_channels": channels,
     }
     flags = {
         "num_heads": 1 if head is None else 4,

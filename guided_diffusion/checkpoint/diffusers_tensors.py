@@ -118,7 +118,7 @@ def to_diffusers(
         raise InputError(f"{file} is a classifier or extractor, for which diffusers has no class")
     if flags.get("super_res"):
         raise InputError(f"{file} is a super-resolution model, for which diffusers has no pipeline")
-    size, base = flags["image_size"], flags["num_channels"]
+    size, base, channels = flags["image_size"], flags["num_channels"], flags.get("in_channels", 3)
     mults = channel_multipliers(flags["channel_mult"], size)
     widths = [int(mult * base) for mult in mults]
     if widths[0] != base:
@@ -144,7 +144,8 @@ def to_diffusers(
         **{name: value for name, value in FIELDS.items() if name != "num_train_timesteps"},
         "_class_name": "UNet2DModel",
         "sample_size": size,
-        "out_channels": 6 if flags["learn_sigma"] else 3,
+        "in_channels": channels,
+        "out_channels": channels * (2 if flags["learn_sigma"] else 1),
         "freq_shift": int(fixed["sines_first"]),
         "flip_sin_to_cos": not fixed["sines_first"],
         "down_block_types": ["AttnDownBlock2D" if at else plain.format("Down") for at in attends],

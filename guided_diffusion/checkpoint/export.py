@@ -44,7 +44,7 @@ def convert(
 ) -> ModelInfo:
     """Write a model as a diffusers folder, or as our format where `save_dir` ends with .safetensors.
 
-    drop_variance: keep the mean's three channels of a model that learned variances. flags: as for `load_model`. The
+    drop_variance: keep the mean's channels of a model that learned variances. flags: as for `load_model`. The
     result is read back and compared for one input before it appears under its name. Raises InputError, also where
     `save_dir` exists.
     """
@@ -55,10 +55,10 @@ def convert(
     if not os.path.isdir(parent):
         raise InputError(f"there is no folder {display_name(parent)}", parameter="save_dir", value=target)
     model, info = load_model(path, **flags)
-    state, written = dict(model.state_dict()), info
+    state, written, channels = dict(model.state_dict()), info, info.flags.get("in_channels", 3)
     if drop_variance and info.flags.get("learn_sigma"):
         last = "out.2" if info.model_type == "ADM" else "conv_out"
-        state |= {f"{last}.{end}": state[f"{last}.{end}"][:3] for end in ("weight", "bias")}
+        state |= {f"{last}.{end}": state[f"{last}.{end}"][:channels] for end in ("weight", "bias")}
         written = replace(info, flags={**info.flags, "learn_sigma": False})
     elif drop_variance:
         log.info("%s has learned no variance; there is nothing to drop", display_name(path))
@@ -108,13 +108,13 @@ def _compare(written: str, target: str, model: torch.nn.Module, info: ModelInfo)
         again, _ = load_model(written)
     finally:
         logging.getLogger("guided_diffusion").setLevel(level)
-    side = info.flags["image_size"]
-    x = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    side, channels = info.flags["image_size"], info.flags.get("in_channels", 3)
+    x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([info.flags["diffusion_steps"] // 2])
     extra = {"y": torch.zeros(1, dtype=torch.long)} if info.flags["class_cond"] else {}
     extra |= {"low_res": x} if info.flags.get("super_res") else {}
     with torch.no_grad():
-        before, after = model(x, t, **extra)[:, :3], again(x, t, **extra)[:, :3]
+        before, after = model(x, t, **extra)[:, :channels], again(x, t, **extra)[:, :channels]
     difference = float((after - before).abs().max())
     if not difference <= TOLERANCE * max(1.0, float(before.abs().max())):
         what = f"would differ from the original by {difference:.1e}; it was not written"

@@ -272,11 +272,11 @@ def build(info: ModelInfo) -> torch.nn.Module:
 def _ddpm_network(flags: Mapping[str, Any]) -> torch.nn.Module:
     from ..ddpm import Model
 
-    size = flags["image_size"]
+    size, channels = flags["image_size"], flags.get("in_channels", 3)
     return Model(
         ch=flags["num_channels"],
-        in_channels=flags.get("in_channels", 3),
-        out_ch=flags.get("in_channels", 3) * (2 if flags["learn_sigma"] else 1),
+        in_channels=channels,
+        out_ch=channels * (2 if flags["learn_sigma"] else 1),
         ch_mult=channel_multipliers(flags["channel_mult"], size),
         num_res_blocks=flags["num_res_blocks"],
         attn_resolutions=[size // factor for factor in attention_factors(flags["attention_resolutions"], size)],

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..codec import Autoencoder, Codec, Pixels
+from ..codec import Autoencoder, Codec, Pixels, pixels
 from ..errors import InputError, display_name, first_line, reading
 from ..flow import EDM, FlowMatching, process
 from ..gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType, get_named_beta_schedule
@@ -231,7 +231,7 @@ class Unconditional(Pipeline):
         for name in ("vqvae", "vae"):
             if getattr(self.pipe, name, None) is not None:
                 return autoencoder(getattr(self.pipe, name))
-        return Pixels()
+        return pixels(self.channels)
 
     def encode(self, prompt: Prompt, guided: bool, device: torch.device, texts: int) -> Embeddings:
         if prompt.text is not None:

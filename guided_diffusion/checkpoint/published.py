@@ -40,6 +40,7 @@ def _adm(
     tensors: dict[str, Any] = {
         "num_channels": width, "num_res_blocks": blocks, "channel_mult": mult, "attention_factors": factors,
         "learn_sigma": True, "class_cond": False, "use_scale_shift_norm": True, "resblock_updown": True,
+        "in_channels": 3,
     }  # fmt: skip
     heads = {"num_heads": 4, "num_head_channels": 64, "use_new_attention_order": False}
     flags = {"image_size": size, **heads, **process}
@@ -53,7 +54,7 @@ def _adm(
 def _ddpm(files: str, size: int, mult: str, factor: int) -> Published:
     tensors = {
         "num_channels": 128, "num_res_blocks": 2, "channel_mult": mult, "attention_factors": (factor,),
-        "learn_sigma": False,
+        "learn_sigma": False, "in_channels": 3,
     }  # fmt: skip
     return Published(files, "DDPM", tensors, {"image_size": size, **LINEAR})
 

@@ -106,6 +106,7 @@ class ModelFlags:
         None, "steps to sample with, as 100, 10,10,5, ddim25, linspace25, leading25 or trailing25; empty for all"
     )
     use_kl: bool | None = option(None, "the training loss; has no effect when sampling", runtime=True)
+    in_channels: int | None = option(None, "channels of the images: 3, or 1 for grey ones", choices=(1, 3))
     predict_xstart: bool | None = option(None, "the model predicts x_0 instead of the noise")
     predict_v: bool | None = option(None, "the model predicts the velocity instead of the noise")
     rescale_timesteps: bool | None = option(None, "the model was trained with timesteps scaled to 1000")

@@ -45,7 +45,8 @@ def stated_in_file(contents: Contents, record: Stated | None, found: Mapping[str
     if "flags" in contents.metadata:
         flags = _metadata_object(contents, "flags")
         return Stated(_not_none(flags), f"{display_name(contents.path)}: its metadata")
-    sizes = ("num_channels", "num_res_blocks", "classifier_width", "classifier_depth", "class_cond", "learn_sigma")
+    sizes = ("num_channels", "num_res_blocks", "classifier_width", "classifier_depth")
+    sizes += ("in_channels", "class_cond", "learn_sigma")
     if record and found and any(record.flags.get(name, found.get(name)) != found.get(name) for name in sizes):
         log.warning(
             "%s is not the network that %s describes, which is not used", display_name(contents.path), record.where

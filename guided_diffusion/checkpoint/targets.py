@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..codec import Codec, Pixels
+from ..codec import Codec, pixels
 from ..errors import InputError, display_name, reading
 from ..options import check, option
 from ..respace import space_timesteps
@@ -121,12 +121,13 @@ def load_target(
     if options.fuse:
         model.fuse()  # type: ignore[operator]
     sigma_small = info.choose("sigma_small", options.sigma_small)
-    size, codec = info.flags["image_size"], Pixels() if super_res else _codec(options, info, device)
+    size, channels = info.flags["image_size"], info.flags.get("in_channels", 3)
+    codec = pixels(channels) if super_res else _codec(options, info, device)
     target = Target(
         model=Counted(CompiledModel(model) if options.compile else model),
         diffusion=create_diffusion(**{**info.flags, "sigma_small": sigma_small}),
         codec=codec,
-        shape=(3, size, size),
+        shape=(channels, size, size),
         image_size=size * codec.factor,
         clip_denoised=info.choose("clip_denoised", options.clip_denoised),
         device=device,
@@ -141,13 +142,14 @@ def load_target(
 
 def _codec(options: TargetOptions, info: ModelInfo, device: torch.device) -> Codec:
     """The codec of a model of pixels: the upscaler that its metadata names, a file beside it, or none."""
-    name = os.path.basename(str(info.metadata.get("upscaler", "")))
+    channels = info.flags.get("in_channels", 3)
+    name = os.path.basename(str(info.metadata.get("upscaler", ""))) if channels == 3 else ""
     path = os.path.join(os.path.dirname(info.path), name)
     if options.upscale is False or not name or not os.path.isfile(path):
         if options.upscale:
             reason = f"the file {display_name(path)} is missing" if name else "the checkpoint names no upscaler"
             raise InputError(reason, parameter="upscale", value=True)
-        return Pixels()
+        return pixels(channels)
     upscaler = load_upscaler(path, device)
     info.flags["upscaler"] = fingerprint(path)
     return upscaler

@@ -16,7 +16,7 @@ import torch
 
 from ..checkpoint import ModelFlags
 from ..checkpoint.targets import TargetOptions, check_flags, class_number, load_target, num_classes
-from ..codec import Autoencoder
+from ..codec import Autoencoder, Grey
 from ..dist_util import Peers
 from ..errors import InputError, display_name
 from ..generation import draw_labels
@@ -280,7 +280,8 @@ def execute(
     if plan.skipped:
         log.info("%d of %d images are already present", plan.skipped, len(job.items))
     progress = Progress(plan.image_steps(steps), steps, len(job.items), plan.skipped) if job.peers.rank == 0 else None
-    loop = Loop(job, plan, sample, steps, progress or (lambda image_steps, images: None), translation.picture)
+    grey = isinstance(translation.target.codec, Grey)
+    loop = Loop(job, plan, sample, steps, progress or (lambda image_steps, images: None), translation.picture, grey)
     try:
         try:
             summary = loop.run()

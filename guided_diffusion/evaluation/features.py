@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from ..codec import pixels
 from ..errors import InputError, display_name, shown
 from ..image_datasets import Reference
 from ..registry import Registry
@@ -157,10 +158,11 @@ def _diffusion_features(path: Path, device: str | torch.device) -> Extractor:
     if features is None:
         fitting = f"{type(model).__name__} has no features to read; an ADM model is needed"
         raise InputError(fitting, parameter="features", value=path)
+    codec = pixels(info.flags.get("in_channels", 3))
 
     def extract(images: torch.Tensor) -> torch.Tensor:
         timesteps = torch.full((len(images),), FEATURE_TIMESTEP, device=images.device)
-        return features(images * 2 - 1, timesteps).mean(dim=(2, 3))
+        return features(codec.encode(images * 2 - 1), timesteps).mean(dim=(2, 3))
 
     name = f"middle block of {type(model).__name__} {digest(path)} at t = {FEATURE_TIMESTEP}"
     return Extractor(name, extract, image_size=int(info.flags["image_size"]))

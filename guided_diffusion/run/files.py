@@ -233,7 +233,7 @@ def remove_temporaries(folder: str | os.PathLike) -> None:
 
 
 def write_png(path: str, image: np.ndarray, folder: Folder | None = None) -> None:
-    """Write uint8 [H, W, 3] as PNG; folder as in `write_atomically`."""
+    """Write uint8 [H, W, 3], or grey [H, W], as PNG; folder as in `write_atomically`."""
     from PIL import Image
 
     write_atomically(path, lambda file: Image.fromarray(image).save(file, "PNG"), folder)

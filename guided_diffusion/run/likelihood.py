@@ -19,10 +19,9 @@ import torch
 
 from ..dist_util import Peers
 from ..errors import InputError, display_name
-from ..gaussian_diffusion import GaussianDiffusion
 from ..image_datasets import Reference, class_names, load_image
 from ..options import option
-from ..target import Batch
+from ..target import Batch, Target
 from . import journal, record
 from .files import write_bytes, write_text
 from .job import Job, RunOptions
@@ -126,14 +125,14 @@ class LikelihoodLoop(Loop):
         self,
         job: LikelihoodJob,
         plan: Plan,
-        model: Callable[..., torch.Tensor],
-        diffusion: GaussianDiffusion,
+        target: Target,
         clip_denoised: bool = True,
         progress: Callable[[int, int], None] = lambda image_steps, images: None,
     ) -> None:
         def terms(batch: Batch, noise: Callable) -> dict[str, torch.Tensor]:
             kwargs = {} if batch.labels is None else {"y": batch.labels}
-            return diffusion.calc_bpd_loop(model, batch.ref, clip_denoised, kwargs, noise=noise)
+            x = target.codec.encode(batch.ref)
+            return target.diffusion.calc_bpd_loop(target.model, x, clip_denoised, kwargs, noise=noise)
 
         super().__init__(job, plan, terms, 1, progress)
 

@@ -55,9 +55,9 @@ class Loop:
     sample(batch, noise=, callback=): images [N, 3, S, S] in [-1, 1] for a `Batch`. noise(shape) is the next draw;
     callback(state) is called after every step, with a dict of `i`, `x`, `pred_xstart`, and `guided`, a list of dicts of
     what `journal.record_of` takes. steps: calls of callback per image. picture(x): pictures [N, 3, S, S] of states
-    [N, C, H, W], for trajectories. progress(image_steps, images): called on rank 0 with the image-steps done since the
-    last call, over all ranks, and the number of outputs that exist; `plan.image_steps(steps)` is what the former add up
-    to.
+    [N, C, H, W], for trajectories. grey: all channels are equal, and outputs become grey PNG files.
+    progress(image_steps, images): called on rank 0 with the image-steps done since the last call, over all ranks, and
+    the number of outputs that exist; `plan.image_steps(steps)` is what the former add up to.
     """
 
     def __init__(
@@ -68,9 +68,10 @@ class Loop:
         steps: int,
         progress: Callable[[int, int], None] = lambda image_steps, images: None,
         picture: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+        grey: bool = False,
     ) -> None:
         self.job, self.plan, self.sample, self.steps = job, plan, sample, steps
-        self.progress, self.picture = progress, picture
+        self.progress, self.picture, self.grey = progress, picture, grey
         self.summary = Summary(skipped=plan.skipped, failed=dict(job.source.failed))
         self._journal = journal.Journal(job.folder, job.peers.rank)
         self._writing: deque[Future] = deque()
@@ -203,7 +204,7 @@ class Loop:
             # The image goes last: where it exists, all is written.
             if frames:
                 files.write_animation(animation, frames, folder=self.job.folder)
-            files.write_png(path, image, self.job.folder)
+            files.write_png(path, image[..., 0] if self.grey else image, self.job.folder)
             return True
         except InputError as error:
             number = getattr(error.__cause__, "errno", None)

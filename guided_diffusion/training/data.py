@@ -329,8 +329,8 @@ class TrainImages:
     samples. random_crop: read images 5/4 as large and cut out a random window. cache: "memory" and "device" keep all
     images decoded as uint8, on the CPU or on the device; "none" decodes in `num_workers` loader processes; "auto" keeps
     sets of up to 2 GiB on the device. skip_damaged: replace an image that cannot be read by the next one of its class,
-    and note the reason in `damaged`. channels: 3, or 1 for
-    grey images. background, resize: see `image_datasets.load_image`.
+    and note the reason in `damaged`. channels: 3, or 1 for grey images. background, resize: see
+    `image_datasets.load_image`.
     """
 
     def __init__(
@@ -398,7 +398,7 @@ class TrainImages:
     def batches(
         self, numbers: Iterator[np.ndarray], device: str | torch.device
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Batches for an iterator over arrays of sample numbers: images [N, 3, H, W] in [-1, 1], labels [N] or None."""
+        """Batches for an iterator over arrays of sample numbers: images [N, C, H, W] in [-1, 1], labels [N] or None."""
         numbers, ahead = itertools.tee(numbers)  # a loader fetches numbers ahead of its batches
         for raw, current in zip(self._raw_batches(ahead, device), numbers):
             labels = None if self.labels is None else self.labels[self.indices(current)].to(device, non_blocking=True)
@@ -416,7 +416,7 @@ class TrainImages:
             yield part, normalise(self._crop(raw, None)), labels
 
     def _raw_batches(self, numbers: Iterator[np.ndarray], device: str | torch.device) -> Iterator[torch.Tensor]:
-        """Batches of uint8 [N, 3, S, S] for arrays of sample numbers, S the stored size."""
+        """Batches of uint8 [N, C, S, S] for arrays of sample numbers, S the stored size."""
         if self.cache != "none":
             images = self._decoded(device if self.cache == "device" else "cpu")
             for current in numbers:
@@ -435,7 +435,7 @@ class TrainImages:
             yield raw
 
     def _decoded(self, device: str | torch.device) -> torch.Tensor:
-        """All images as uint8 [len, 3, S, S]."""
+        """All images as uint8 [len, C, S, S]."""
         if self._cached is None:
             images = torch.empty(len(self), self.channels, self.stored_size, self.stored_size, dtype=torch.uint8)
             with ThreadPoolExecutor(max_workers=8) as pool:
@@ -445,7 +445,7 @@ class TrainImages:
         return self._cached
 
     def read(self, index: int) -> torch.Tensor:
-        """Decode image `index` from its file, uint8 [3, S, S]. Raises InputError, naming the file."""
+        """Decode image `index` from its file, uint8 [C, S, S]. Raises InputError, naming the file."""
         for at in self._from(int(index)):
             try:
                 return self._load(self.references[at])

@@ -204,7 +204,7 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32")
 
     def train_step(self, numbers: np.ndarray, x: torch.Tensor, y: torch.Tensor | None) -> None:
-        """One optimizer step on images x [N, 3, H, W] with labels y [N] or None and sample numbers [N]."""
+        """One optimizer step on images x [N, C, H, W] with labels y [N] or None and sample numbers [N]."""
         config = self.config
         self.backward(numbers, x, y)
         for group in self.optimizer.param_groups:
@@ -513,7 +513,7 @@ def grid_sampler(start: Start, grid: GridOptions, seed: int) -> Callable[[torch.
     return functools.partial(
         draw_samples, diffusion=diffusion, number=grid.num_samples, image_size=start.flags["image_size"],
         use_ddim=grid.sample_respacing.startswith("ddim"), seed=seed, num_classes=len(start.classes or ()),
-        channels=start.flags["in_channels"],
+        channels=start.channels,
     )  # fmt: skip
 
 

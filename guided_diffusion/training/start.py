@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from ..checkpoint import load_model
-from ..checkpoint.reconcile import FLAGS
+from ..checkpoint.loading import build
+from ..checkpoint.reconcile import FLAGS, ModelInfo
 from ..checkpoint.reconcile import RUNTIME_FLAGS as FREE
 from ..errors import InputError, display_name, first_line, shown
 from ..script_util import attention_factors, channel_multipliers, create_classifier, create_model
@@ -65,6 +66,11 @@ class Start:
     checkpoint: str = ""
     labels: Any = None
     classes: list[str] | None = None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.flags.get("in_channels", 3)
 
     def metadata(self) -> dict[str, str]:
         """Metadata of the exported file."""
@@ -119,12 +125,22 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
     if unknown := sorted(set(record.model) - FLAGS.keys()):
         where = display_name(os.path.join(os.path.dirname(checkpoint), files.NAME))
         raise InputError(f"{where} has {shown(unknown[0])} among the model's options, which this version does not know")
+    # A model of colour pictures can begin a run of grey ones; a run that resumes keeps its channels.
+    to_grey = given.get("in_channels") == 1 and files.step_of_checkpoint(checkpoint) is None
+    if to_grey:
+        given = {name: value for name, value in given.items() if name != "in_channels"}
+        record.model.pop("in_channels", None)
     check_given(kind, given, record.model, checkpoint)
     # What the run has stands in its record; how a flag is spelt there is how it was first given.
     model, info = load_model(checkpoint, dtype=torch.float32, **{**given, **record.model, **_free(given)})
     found = ENCODER if info.model_type in ENCODER.types else SUPER_RES if info.flags.get("super_res") else DIFFUSION
     if found is not kind:
         raise InputError(f"{display_name(checkpoint)} is a {found.word}, and a {kind.word} is to be trained")
+    if to_grey and info.flags.get("in_channels", 3) == 3:
+        model = greyed(model, info)
+        log.info(
+            "%s is for colour pictures; its first and last layers are reduced to one channel", display_name(checkpoint)
+        )
     # A run keeps to its record; options that are newer than it come from the file.
     newer = {name: value for name, value in info.flags.items() if not record.model or name in kind.defaults()}
     known = {**newer, **record.model, **_free(given)}
@@ -136,6 +152,24 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
     if kind is ENCODER or flags["class_cond"]:
         _label(start, label, record.classes or _classes_of(info.metadata), flags[kind.classes], exactly=kind is ENCODER)
     return start
+
+
+def greyed(model: torch.nn.Module, info: ModelInfo) -> torch.nn.Module:
+    """The network for grey pictures that a network for colour pictures becomes; info: its description, changed, too.
+
+    Kernels of the first layer are summed over the input's channels: of three equal channels it computes the same. In
+    the last layer, the three channels of the mean and those of the variance are averaged.
+    """
+    first, last = ("conv_in", "conv_out") if info.model_type == "DDPM" else ("input_blocks.0.0", "out.2")
+    state = model.state_dict()
+    # A super-resolution network takes the small image's channels after those of x.
+    state[f"{first}.weight"] = state[f"{first}.weight"].unflatten(1, (-1, 3)).sum(2)
+    for name in (f"{last}.weight", f"{last}.bias"):
+        state[name] = state[name].unflatten(0, (-1, 3)).mean(1)
+    info.flags["in_channels"] = 1
+    grey = build(info)
+    grey.load_state_dict(state, assign=True)
+    return grey
 
 
 def _label(start: Start, label: Label, known: list[str] | None, number: int, exactly: bool) -> None:
