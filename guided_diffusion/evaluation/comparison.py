@@ -162,7 +162,6 @@ class Comparison:
         """Sample and measure everything; returns one dict per row with its values by seed, means and deviations."""
         files.make_folder(self.options.save_dir, "save_dir")
         for row in rows:
-            check_folder(row)
             self._check_inside(row)
         library("matplotlib", "matplotlib", "the report's charts")  # what is missing is reported before sampling
         self.instruments.load()

@@ -8,6 +8,7 @@ import numpy as np
 
 from .table import Measured, set_distance
 
+TOLERANCE = 1e-4  # of a covariance's symmetry and smallest eigenvalue, relative to its largest entry or eigenvalue
 KERNEL_ROWS = 512  # rows of a kernel matrix held in memory at once
 RESAMPLED = 2**25  # entries of the matrices of counts held in memory at once: 256 MiB
 
@@ -15,32 +16,26 @@ Gaussian = tuple[np.ndarray, np.ndarray]
 """Mean [D] and root R [R, D] with RᵀR the covariance."""
 
 
-def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
+def frechet_of_roots(mean1: np.ndarray, root1: np.ndarray, mean2: np.ndarray, root2: np.ndarray) -> float:
     """Fréchet distance |mean1 - mean2|² + Tr(cov1 + cov2 - 2 (cov1 cov2)^½) of two Gaussians (Heusel et al. 2017).
 
-    mean [D], cov [D, D] float64, cov symmetric and positive semidefinite -> float >= 0. The trace of the square root is
-    the nuclear norm of R1 R2ᵀ for cov = RᵀR. No matrix square root is needed, so singular covariances are no special
-    case; where pytorch-fid's square root converges, the two agree to about 1e-6 relative.
+    mean [D], root R [R, D] with RᵀR the covariance, float64 -> float >= 0. The trace of the square root is the nuclear
+    norm of R1 R2ᵀ, so singular covariances are no special case; where pytorch-fid's square root converges, the two
+    agree to about 1e-6 relative.
     """
-    return frechet_of_roots(mean1, root_of_covariance(cov1), mean2, root_of_covariance(cov2))
-
-
-def frechet_of_roots(mean1: np.ndarray, root1: np.ndarray, mean2: np.ndarray, root2: np.ndarray) -> float:
-    """`frechet_distance` of Gaussians given as mean [D] and root R [R, D] with RᵀR the covariance."""
     overlap = np.linalg.svd(root1 @ root2.T, compute_uv=False).sum()
     distance = np.sum((mean1 - mean2) ** 2) + np.sum(root1**2) + np.sum(root2**2) - 2 * overlap
     return max(float(distance), 0.0)
 
 
-def root_of_covariance(cov: np.ndarray, tolerance: float | None = None) -> np.ndarray:
-    """R [D, D] with RᵀR = cov, for a symmetric positive semidefinite cov [D, D].
+def root_of_covariance(cov: np.ndarray) -> np.ndarray:
+    """R [D, D] with RᵀR = cov [D, D]; raises ValueError where cov is not symmetric and positive semidefinite.
 
-    Negative eigenvalues are rounding errors and count as 0. Raises ValueError where one is larger than `tolerance`, if
-    given, times the largest eigenvalue: then cov is no covariance.
+    Negative eigenvalues of at most `TOLERANCE` times the largest are rounding errors and count as 0.
     """
     values, vectors = np.linalg.eigh(cov)
-    if tolerance is not None and values[0] < -tolerance * max(values[-1], 0):
-        raise ValueError(f"sigma has a negative eigenvalue, {values[0]:.3g}")
+    if values[0] < -TOLERANCE * max(values[-1], 0) or np.abs(cov - cov.T).max() > TOLERANCE * np.abs(cov).max():
+        raise ValueError("sigma is no covariance: it is not symmetric, or has a negative eigenvalue")
     return np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
 
 
@@ -134,7 +129,7 @@ def bootstrap_distance(
     for _ in range(replicates):
         resampled = x[rng.integers(len(x), size=len(x))]
         value = compute(resampled, y if isinstance(y, tuple) else y[rng.integers(len(y), size=len(y))])
-        values.append(value.value if isinstance(value, Measured) else float(value))
+        values.append(Measured.of(value).value)
     return _quantiles(np.array(values) - np.mean(values) + estimate, confidence)
 
 
@@ -143,31 +138,21 @@ def bootstrap_frechet(
 ) -> tuple[float, float]:
     """`bootstrap_distance` of the Fréchet distance, which is not negative. target: features [M, D] or a Gaussian."""
 
-    def distance(x: np.ndarray, y: np.ndarray | Gaussian) -> float:
-        return fid(x, y if isinstance(y, tuple) else gaussian_of_features(y))
-
-    low, high = bootstrap_distance(distance, x, target, estimate, **options)
+    low, high = bootstrap_distance(fid, x, target, estimate, **options)
     return max(low, 0.0), high
 
 
 def bootstrap_kernel(
     x: np.ndarray, y: np.ndarray, estimate: float, *, replicates: int, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """`bootstrap_distance` of the kernel distance, all replicates at once."""
-    draws_x = draws_y = np.random.default_rng(seed)
-    parts = list(_parts(replicates, len(x) + len(y)))
-    if len(parts) > 1:  # the draws of y follow all those of x, however many are in memory at once
-        draws_y = np.random.default_rng(seed)
-        for count in parts:
-            _resample(draws_y, len(x), count)
-    values = [_mmd2(x, y, _resample(draws_x, len(x), count), _resample(draws_y, len(y), count)) for count in parts]
+    """`bootstrap_distance` of the kernel distance, as many replicates at once as fit in memory."""
+    rng, values = np.random.default_rng(seed), []
+    for count in _parts(replicates, len(x) + len(y)):
+        # how often each row is taken in each resample
+        counts_x, counts_y = (rng.multinomial(n, np.full(n, 1 / n), size=count).astype(float) for n in (len(x), len(y)))
+        values.append(_mmd2(x, y, counts_x, counts_y))
     found = np.concatenate(values)
     return _quantiles(found - found.mean() + estimate, confidence)
-
-
-def _resample(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
-    """How often each of `size` rows is taken in `count` resamples: [count, size]."""
-    return rng.multinomial(size, np.full(size, 1 / size), size=count).astype(np.float64)
 
 
 def _quantiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
@@ -182,9 +167,10 @@ def _quantiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
     "fid", "FID", general_label="Fréchet", format=".2f", lower_is_better=True, of_gaussian=True,
     interval=bootstrap_frechet,
 )  # fmt: skip
-def fid(x: np.ndarray, target: Gaussian) -> float:
-    """`frechet_distance` of features x [N, D] from the targets' Gaussian."""
-    return frechet_of_roots(*gaussian_of_features(x), *target)
+def fid(x: np.ndarray, target: np.ndarray | Gaussian) -> float:
+    """Fréchet distance of features x [N, D] from other features [M, D] or their Gaussian."""
+    known = target if isinstance(target, tuple) else gaussian_of_features(target)
+    return frechet_of_roots(*gaussian_of_features(x), *known)
 
 
 @set_distance(

@@ -1,7 +1,6 @@
 """Feature networks for distances, features of images, and statistics files."""
 
 import contextlib
-import math
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +19,11 @@ from ..registry import Registry
 from ..run import files
 from ..run import record as run_record
 from . import efficientnet
-from .distances import root_of_covariance
+from .distances import Gaussian, root_of_covariance
 from .images import Progress, in_batches, open_npz, size_words
 from .packages import library, quiet_download, reason
 
 FEATURE_TIMESTEP = 50  # of the 1000 of training: nearly clean images, whose middle features describe content
-TOLERANCE = 1e-4  # of a covariance's symmetry and smallest eigenvalue, relative to its largest entry or eigenvalue
 NAMED = ("inception", "efficientnet")
 """Values of `features` that are no file."""
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
@@ -233,15 +231,6 @@ def _unfit(extractor: Extractor, problem: str) -> InputError:
 # Statistics files
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """A Gaussian of features: mean [D], root [D, D] with rootᵀ root the covariance, and number of images, if known."""
-
-    mean: np.ndarray
-    root: np.ndarray
-    count: int | None
-
-
 def save_statistics(path: str | Path, features: np.ndarray, description: str) -> None:
     """Write mean and unbiased covariance of features [N, D] as pytorch-fid does (`mu`, `sigma`).
 
@@ -253,10 +242,18 @@ def save_statistics(path: str | Path, features: np.ndarray, description: str) ->
     files.write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
-def load_statistics(path: str | Path, description: str) -> Statistics:
-    """Read a statistics file; raises InputError where no images can have these statistics, or others are needed."""
+def load_statistics(path: str | Path, description: str) -> tuple[Gaussian, int | None]:
+    """The Gaussian in a statistics file, and the number of images where it has that.
+
+    Raises InputError where no images can have these statistics, or those of other features are needed.
+    """
     with open_npz(path, STATISTICS) as file:
-        mean, root = _gaussian(file["mu"], file["sigma"])
+        mean, sigma = file["mu"], file["sigma"]
+        if mean.ndim != 1 or not len(mean) or sigma.shape != (len(mean), len(mean)):
+            raise ValueError(f"mu {list(mean.shape)} and sigma {list(sigma.shape)} do not fit")
+        if not (mean.dtype.kind in "fiu" and sigma.dtype.kind in "fiu" and np.isfinite([mean, *sigma]).all()):
+            raise ValueError("mu or sigma has values that are no finite real numbers")
+        mean, root = mean.astype(np.float64), root_of_covariance(sigma.astype(np.float64))
         count = file.get("count")
         if count is not None and (count.shape or count.dtype.kind not in "iu" or count < 2):
             raise ValueError(f"its count is {shown(count)}, not a whole number of 2 images or more")
@@ -264,21 +261,7 @@ def load_statistics(path: str | Path, description: str) -> Statistics:
     if recorded != description:
         reason = f"it was made with {shown(recorded)}, but this run uses {shown(description)}"
         raise InputError(reason, parameter="targets", value=path)
-    return Statistics(mean, root, None if count is None else int(count))
-
-
-def _gaussian(mu: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and root of the covariance; raises ValueError where sigma is no covariance."""
-    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"mu {list(mu.shape)} and sigma {list(sigma.shape)} do not fit")
-    if mu.dtype.kind not in "fiu" or sigma.dtype.kind not in "fiu":
-        raise ValueError(f"mu is {mu.dtype} and sigma {sigma.dtype}, not real numbers")
-    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
-    if not (math.isfinite(np.abs(mu).sum()) and math.isfinite(np.abs(sigma).sum())):
-        raise ValueError("mu or sigma has values that are not finite")
-    if np.abs(sigma - sigma.T).max() > TOLERANCE * np.abs(sigma).max():
-        raise ValueError("sigma is not symmetric")
-    return mu, root_of_covariance(sigma, TOLERANCE)
+    return (mean, root), None if count is None else int(count)
 
 
 def _require_file(path: str | Path, parameter: str) -> None:

@@ -28,7 +28,7 @@ from ..run import files
 from ..run import record as run_record
 from ..runtime import pick_device
 from . import table
-from .distances import bootstrap_distance, bootstrap_mean, gaussian_of_features
+from .distances import bootstrap_distance, bootstrap_mean
 from .features import Extractor, extract_features, feature_extractor, load_statistics, save_statistics
 from .images import Progress, in_batches, is_npz, list_images, open_npz, read_image, read_male2female
 from .pairs import MIN_MSSSIM_SIZE, MIN_SSIM_SIZE, first_pairs, measure, pair
@@ -39,7 +39,6 @@ PROTOCOLS = {
     "egsde-male2female": "EGSDE protocol for male2female: images stretched to 256x256, then to 299x299 (PIL bilinear), "
     "normalised with ImageNet's mean and std before the network, whose own scaling stays",
 }
-YES, NO = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 MOST_RESAMPLES = 100_000
 
 Read = Callable[..., torch.Tensor]
@@ -109,7 +108,7 @@ class Pairs:
     lpips: str = option(
         "auto",
         "auto: measure it if the lpips package and its weights are available, else warn; True: else raise an error",
-        metavar="{auto,True,False}",
+        choices=("auto", "True", "False"),
     )
     lpips_net: str = option("alex", "LPIPS's backbone", choices=("alex", "vgg", "squeeze"))
 
@@ -138,10 +137,7 @@ class Evaluation(Images, Protocol, Distances, Pairs, Confidence, Running):
     """All options of an evaluation. Raises InputError for a value that does not fit."""
 
     def __post_init__(self) -> None:
-        wanted = str(self.lpips).lower()
-        spelled = "True" if wanted in YES else "False" if wanted in NO else wanted
-        if spelled not in ("auto", "True", "False"):
-            raise InputError("it can be auto, True or False", parameter="lpips", value=self.lpips)
+        spelled = {"true": "True", "false": "False"}.get(str(self.lpips).lower(), self.lpips)
         object.__setattr__(self, "lpips", spelled)
         for name in ("outputs", "sources", "targets", "truth", "inception_path", "features"):  # pathlib's are welcome
             if isinstance(getattr(self, name), os.PathLike):
@@ -433,11 +429,13 @@ class _Measuring:
         """Distances of the outputs' features from those of the targets, and metrics of features."""
         options, instruments = self.options, self.instruments
         targets, description = options.targets, instruments.reading[1]
-        references = [] if targets is None or is_statistics(targets) else list_images(targets, "targets")
-        known = load_statistics(targets, description) if targets is not None and not references else None
+        known, references = None, []
+        if targets is not None and is_statistics(targets):
+            known = load_statistics(targets, description)
+        elif targets is not None:
+            references = list_images(targets, "targets")
         outputs, self.sizes["outputs"] = self.features(self.found, "" if targets is None else "outputs")
-        self.protocol["features"] = description
-        self.protocol["dimensions"] = outputs["features"].shape[1]
+        self.protocol |= {"features": description, "dimensions": outputs["features"].shape[1]}
         self.measure_single(outputs)
         if targets is None:
             return
@@ -446,14 +444,15 @@ class _Measuring:
             self.warn_of_rank("outputs", *rows.shape)
         y: Any = None
         if known is not None:
-            gaussian, width, self.counts["targets"] = (known.mean, known.root), len(known.mean), known.count
+            y, self.counts["targets"] = known
+            width = len(y[0])
         else:
             key = targets, description
             if key not in instruments.targets:
                 found, seen = self.features(references, "targets")
                 instruments.targets[key] = found["features"], seen
             y, self.sizes["targets"] = instruments.targets[key]
-            gaussian, width, self.counts["targets"] = gaussian_of_features(y), y.shape[1], len(y)
+            self.counts["targets"], width = y.shape
         if width != x[0].shape[1]:
             raise InputError(
                 f"it has {width} features, and `outputs` has {x[0].shape[1]}; both need one feature network and, with "
@@ -464,13 +463,11 @@ class _Measuring:
         if self.counts["targets"] is not None:
             self.warn_of_rank("targets", self.counts["targets"], width)
         for metric in table.of_kind(SetDistance):
-            if y is None and not metric.of_gaussian:
-                self.warnings.append(
-                    f"{self.label(metric)} is left out: it needs the target images, not their statistics"
-                )
+            if known is None or metric.of_gaussian:
+                self.measure_distance(metric, x, y)
             else:
-                target = gaussian if metric.of_gaussian else y
-                self.measure_distance(metric, x, target, gaussian if y is None else y)
+                left_out = f"{self.label(metric)} is left out: it needs the target images, not their statistics"
+                self.warnings.append(left_out)
 
     def label(self, metric: SetDistance) -> str:
         """The distance's name for this evaluation's features."""
@@ -485,13 +482,11 @@ class _Measuring:
         if count <= dimensions and warning not in self.warnings:
             self.warnings.append(warning)
 
-    def measure_distance(self, metric: SetDistance, x: list[np.ndarray], target: Any, resampled: Any) -> None:
-        """One distance of every translation's features from the target's; resampled: what its interval is made of."""
+    def measure_distance(self, metric: SetDistance, x: list[np.ndarray], y: Any) -> None:
+        """One distance of every translation's features from the target's, which are features or a Gaussian."""
         chosen = {name: getattr(self.options, name) for name in metric.options}
         compute = functools.partial(metric.compute, **chosen)  # type: ignore[arg-type]
-        results = [
-            each if isinstance(each, Measured) else Measured(float(each)) for each in (compute(r, target) for r in x)
-        ]
+        results = [Measured.of(compute(rows, y)) for rows in x]
         self.metrics[metric.name] = estimate = float(np.mean([result.value for result in results]))
         if len(x) > 1:
             self.std[metric.name] = float(np.std([result.value for result in results], ddof=1))
@@ -503,8 +498,8 @@ class _Measuring:
         if not math.isnan(results[0].std):
             self.std.setdefault(metric.name, results[0].std)
         if self.options.bootstrap and len(x) == 1:
-            interval = metric.interval or functools.partial(bootstrap_distance, _of_features(compute, metric))
-            self.intervals[metric.name] = interval(x[0], resampled, estimate, **self.interval)
+            interval = metric.interval or functools.partial(bootstrap_distance, compute)
+            self.intervals[metric.name] = interval(x[0], y, estimate, **self.interval)
 
     def measure_single(self, outputs: dict[str, np.ndarray]) -> None:
         """Metrics of single outputs that the feature network's arrays suffice for."""
@@ -602,11 +597,6 @@ def split_features(features: np.ndarray, found: Sequence[Reference], sets: list)
     if not x or min(map(len, x)) < 2:
         raise InputError("a translation in `outputs` has 1 image or none; distances need 2 or more")
     return x
-
-
-def _of_features(compute: Callable, metric: SetDistance) -> Callable:
-    """A distance as a function of two sets of features."""
-    return (lambda x, y: compute(x, gaussian_of_features(y))) if metric.of_gaussian else compute
 
 
 def _number(value: Any) -> float | None:

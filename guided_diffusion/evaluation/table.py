@@ -96,7 +96,7 @@ class SetDistance(Metric):
     """A distance between sets of features. compute: (x [N, D], y [M, D]) float64 -> a number, or `Measured`.
 
     general_label: label for features other than Inception's, for which names like FID are reserved. of_gaussian:
-    `compute` takes (mean [D], root [R, D]) of y instead of y, so statistics suffice. options: fields of the
+    `compute` also takes (mean [D], root [R, D]) for y, so statistics suffice. options: fields of the
     evaluation's options that `compute` takes as keywords. interval: (x, y, estimate, replicates=, confidence=, seed=)
     -> (low, high); by default, both sets are resampled.
     """
@@ -121,43 +121,36 @@ class Measured(NamedTuple):
     std: float = math.nan
     how: str = ""
 
-
-def paired_metric(name: str, label: str, **details: Any) -> Decorator:
-    """Register a function (a, b) -> [N]; details: further fields of `PairedMetric`."""
-    return _register(PairedMetric, name, label, details)
-
-
-def image_metric(name: str, label: str, **details: Any) -> Decorator:
-    """Register a function of single images, images -> [N]; details: further fields of `ImageMetric`."""
-    return _register(ImageMetric, name, label, details)
+    @classmethod
+    def of(cls, value: Any) -> "Measured":
+        """What a distance returned, a number or a `Measured`."""
+        return value if isinstance(value, cls) else cls(float(value))
 
 
-def feature_metric(name: str, label: str, **details: Any) -> Decorator:
-    """Register a function (outputs, truths, own) -> [N]; details: further fields of `FeatureMetric`."""
-    return _register(FeatureMetric, name, label, details)
+def registering(kind: type[Metric]) -> Callable[..., Decorator]:
+    """A decorator (name, label, further fields of the kind) that registers the function below it as a metric."""
+
+    def named(name: str, label: str, **details: Any) -> Decorator:
+        def register(compute: Callable) -> Callable:
+            METRICS.add(name)(kind(name, label, compute=compute, **details))
+            return compute
+
+        return register
+
+    return named
 
 
-def set_distance(name: str, label: str, **details: Any) -> Decorator:
-    """Register a function (x, y) -> a number; details: further fields of `SetDistance`."""
-    return _register(SetDistance, name, label, details)
+paired_metric = registering(PairedMetric)
+image_metric = registering(ImageMetric)
+feature_metric = registering(FeatureMetric)
+set_distance = registering(SetDistance)
 
-
-def _register(kind: type[Metric], name: str, label: str, details: Mapping[str, Any]) -> Decorator:
-    def register(compute: Callable) -> Callable:
-        METRICS.add(name)(kind(name, label, compute=compute, **details))
-        return compute
-
-    return register
-
-
-def add_recorded(name: str, label: str, **details: Any) -> None:
-    """Register a value of run.json; details: further fields of `RecordedMetric`."""
-    METRICS.add(name)(RecordedMetric(name, label, **details))
-
-
-add_recorded("negative_impact", "negative impact", lower_is_better=True)
-add_recorded("seconds_per_image", "s/image", format=".3g", is_cost=True)
-add_recorded("model_evaluations", "evaluations", format=".0f", is_cost=True)
+for recorded in (
+    RecordedMetric("negative_impact", "negative impact", lower_is_better=True),
+    RecordedMetric("seconds_per_image", "s/image", format=".3g", is_cost=True),
+    RecordedMetric("model_evaluations", "evaluations", format=".0f", is_cost=True),
+):
+    METRICS.add(recorded.name)(recorded)
 
 Kind = TypeVar("Kind", bound=Metric)
 
