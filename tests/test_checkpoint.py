@@ -302,7 +302,7 @@ def test_flags_that_agree_are_accepted(tiny_file):
     ("channel_mult", "1,2", "channel_mult=1,1"), ("attention_resolutions", "16,8", "attention_resolutions=8"),
     ("learn_sigma", True, "learn_sigma=False"), ("class_cond", True, "class_cond=False"),
     ("resblock_updown", False, "resblock_updown=True"), ("image_size", 15, "a multiple of 2"),
-    ("num_head_channels", 24, "it must divide 32"), ("num_head_channels", 0, "it must divide 32"),
+    ("num_head_channels", 24, "it must divide the 32"), ("num_head_channels", 0, "it must divide the 32"),
     ("num_channels", "many", "a whole number"), ("learn_sigma", "perhaps", "True or False"),
     ("channel_mult", "1,nan", "list of numbers"), ("attention_resolutions", "0", "list of sides"),
 ])  # fmt: skip
@@ -317,7 +317,7 @@ def test_each_flag_that_does_not_fit_is_named_with_what_does(flag, value, fits, 
     ("classifier_width", 64, "classifier_width=32"), ("classifier_pool", "spatial", "classifier_pool=attention"),
     ("classifier_attention_resolutions", "16,8", "classifier_attention_resolutions=8"),
     ("num_class", 3, "num_class=2"), ("head", "I2Iout", "head=out"), ("image_size", 32, "image_size=16"),
-    ("num_head_channels", 48, "it must divide 64"),
+    ("num_head_channels", 48, "it must divide the 64"),
 ])  # fmt: skip
 def test_each_encoder_flag_that_contradicts_is_named(flag, value, fits, tmp_path):
     path = saved(tmp_path / "encoder.pt", zeros(shapes_of(create_classifier(**TINY_ENCODER))))
@@ -397,7 +397,7 @@ def test_flags_that_contradict_metadata(flag, value, tmp_path):
     ("{", "not a JSON object"), ("null", "not a JSON object"), ("[" * 20000, "not a JSON object"),
     ({"image_size": "big"}, "metadata has image_size=big; it must be a whole number"),
     ({**STATED, "num_channels": 64}, "metadata has num_channels=64; the tensors of"),
-    ({**STATED, "num_head_channels": 24}, "num_head_channels=24"), ({**STATED, "image_size": 15}, "a multiple of 2"),
+    ({**STATED, "num_head_channels": 24}, "num_head_channels is 24"), ({**STATED, "image_size": 15}, "a multiple of 2"),
 ], ids=lambda value: str(value)[:30])  # fmt: skip
 def test_metadata_that_is_wrong(flags, says, tmp_path):
     assert says in refusal(metadata_file(tmp_path / "m.safetensors", flags))

@@ -15,7 +15,7 @@ another kind of checkpoint, or the network with its tensors. `load_model` checks
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -203,7 +203,7 @@ def _network(source: Source, given: Mapping[str, Any], kind: Kind, state: State,
         raise InputError(f"{display_name(source.path)} {what}")
     info = reconcile(source.path, kind, found, given, metadata=contents.metadata, stated=stated)
     info.scheduler = scheduler_in_metadata(contents)
-    return Network(build(info), info, state, fingerprint=contents.fingerprint)
+    return Network(build(info, given), info, state, fingerprint=contents.fingerprint)
 
 
 @CHECKPOINTS.add("encoder")
@@ -247,15 +247,18 @@ def diffusers_model(source: Source, given: Mapping[str, Any]) -> Network | None:
     description = diffusers.describe(folder)
     info = reconcile(source.path, description.kind, description.found, given, stated=description.stated)
     info.scheduler = description.scheduler
-    model = build(info)
+    model = build(info, given)
     tensors, hashes = diffusers.read_weights(folder)
     state, names = to_ours(tensors, description)
     return Network(model, info, state, names, folder.fingerprint(hashes))
 
 
-def build(info: ModelInfo) -> torch.nn.Module:
-    """The network that a ModelInfo describes, without memory for its parameters (on the device "meta")."""
-    flags = info.flags
+def build(info: ModelInfo, given: Collection[str] = ()) -> torch.nn.Module:
+    """The network that a ModelInfo describes, without memory for its parameters (on the device "meta").
+
+    given: names of the flags that the caller gave, for errors.
+    """
+    flags, file = info.flags, display_name(info.path)
     try:
         with torch.device("meta"):
             if info.model_type == DDPM.name:
@@ -265,8 +268,9 @@ def build(info: ModelInfo) -> torch.nn.Module:
             names = set(inspect.signature(create).parameters) - {"use_fp16", "classifier_use_fp16"}
             return create(**{name: flags[name] for name in names if name in flags})
     except Exception as error:  # whatever the layers raise for sizes that do not fit together
-        what = f"describes a network that cannot be built: {first_line(error)}"
-        raise InputError(f"{display_name(info.path)} {what}") from None
+        if isinstance(error, InputError) and error.parameter in given:
+            raise InputError(f"{error.reason} of {file}", parameter=error.parameter, value=error.value) from None
+        raise InputError(f"{file} describes a network that cannot be built: {first_line(error)}") from None
 
 
 def _ddpm_network(flags: Mapping[str, Any]) -> torch.nn.Module:

@@ -40,22 +40,20 @@ class Placeholder:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def value(self) -> Any:
-        """The dictionary, array or number that it stands for; itself for others."""
-        with contextlib.suppress(Exception):  # of other objects, and of damaged ones
-            if isinstance(self.state, dict):
-                return self.state
-            array = isinstance(self.state, tuple)
-            dtype, raw = (self.state[2], self.state[4]) if array else self.args
-            text, encoding = raw.args if isinstance(raw, Placeholder) else (raw.decode("latin1"), "latin1")
-            found = np.frombuffer(text.encode(encoding), dtype.args[0]).copy()
-            return found if array else found[0].item()
-        return self
-
 
 def plain(value: Any) -> Any:
-    """The value that a placeholder stands for; other values as they are."""
-    return value.value() if isinstance(value, Placeholder) else value
+    """The dictionary, array or number that a placeholder stands for; other values as they are."""
+    if not isinstance(value, Placeholder):
+        return value
+    if isinstance(value.state, dict):
+        return value.state
+    with contextlib.suppress(Exception):  # of other objects, and of damaged ones
+        array = isinstance(value.state, tuple)
+        dtype, raw = (value.state[2], value.state[4]) if array else value.args
+        text, encoding = raw.args if isinstance(raw, Placeholder) else (raw.decode("latin1"), "latin1")
+        found = np.frombuffer(text.encode(encoding), dtype.args[0]).copy()
+        return found if array else found[0].item()
+    return value
 
 
 # Globals of pickles that become placeholders.
@@ -96,14 +94,13 @@ def read_file(path: str | os.PathLike) -> Contents:
     content, metadata, digest = _read(path)
     found = (content, {}) if metadata is not None else _find_state(content)
     if found is None:
-        entries = list(content)[:8] if isinstance(content, dict) else []
-        names = ", ".join(one_line(name, 60) for name in entries if isinstance(name, str))
-        what = f"its entries are {names}" if names else f"it is a {type(content).__name__}"
+        names = [one_line(name, 60) for name in content if isinstance(name, str)] if isinstance(content, dict) else []
+        what = f"its entries are {', '.join(names[:8])}" if names else f"it is a {type(content).__name__}"
         raise InputError(f"{display_name(path)} holds no weights: {one_line(what)}")
     for name, value in found[0].items():
         if value.is_nested or value.layout != torch.strided or value.is_quantized or value.is_meta:
-            odd = value.layout if value.layout != torch.strided else value.dtype
-            what = "nested" if value.is_nested else "on the device meta, without values" if value.is_meta else odd
+            what = "nested" if value.is_nested else "on the device meta" if value.is_meta else value.layout
+            what = value.dtype if value.is_quantized else what
             raise InputError(f"{display_name(path)}: the tensor {one_line(name, 100)} is {what}; a dense one is needed")
     return Contents(path, found[0], metadata or {}, found[1], digest)
 
@@ -145,8 +142,7 @@ def _read(path: str) -> tuple[Any, dict[str, str] | None, str | None]:
     _check_place(path)
     with reading(path), open(path, "rb") as file:
         before, digest = os.fstat(file.fileno()), hash_file(path)
-        parsed = _parse(path, file)
-        after = os.stat(path)
+        parsed, after = _parse(path, file), os.stat(path)
     if any(getattr(before, name) != getattr(after, name) for name in ("st_ino", "st_dev", "st_size", "st_mtime_ns")):
         raise InputError(f"{display_name(path)} was changed while it was read; run the same command again")
     return *parsed, digest
@@ -231,12 +227,13 @@ def _why_not_loaded(error: Exception) -> str:
     """The reason of an error of torch.load, as the rest of a sentence that begins with the file's name."""
     text = str(error)
     if refused := re.search(r"GLOBAL (\S+)", text):
-        what = f"holds more than tensors ({one_line(refused[1], 100)}), and loading that could run code: refused"
-        return f"{what}. Save its state dict alone"
-    if "TorchScript" in text:
-        return "is a TorchScript program, which would be run: refused. Save its state dict alone"
-    reason = re.search(r"WeightsUnpickler error:\s*(.+)", text)
-    return f"is damaged or not a torch checkpoint: {one_line(reason[1]) if reason else first_line(error)}"
+        what = f"holds more than tensors ({one_line(refused[1], 100)}), and loading that could run code"
+    elif "TorchScript" in text:
+        what = "is a TorchScript program, which would be run"
+    else:
+        reason = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+        return f"is damaged or not a torch checkpoint: {one_line(reason[1]) if reason else first_line(error)}"
+    return f"{what}: refused. Save its state dict alone"
 
 
 def _looks_like(head: bytes) -> str:

@@ -8,7 +8,6 @@ tell is never overruled.
 import contextlib
 import dataclasses
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -218,8 +217,6 @@ def reconcile(
     with _blaming(place, "noise_schedule", schedule):
         get_named_beta_schedule(schedule, flags["diffusion_steps"])
     info = ModelInfo(path, kind.name, flags, dict(metadata))
-    if kind.heads:
-        _check_heads(info, kind, factors, given)
     _report(info, kind, sources, row.files if row else None, stated)
     return info
 
@@ -269,27 +266,6 @@ def _agree(flag: str, value: Any, found: Mapping[str, Any], image_size: int, wid
         reached = {2**level for level in range(found["channel_mult"].count(",") + 1)}
         return set(attention_factors(value, image_size)) & reached == set(attention_factors(fits, image_size))
     return value == fits
-
-
-def _check_heads(info: ModelInfo, kind: Kind, factors: tuple[int, ...], given: Mapping[str, Any]) -> None:
-    """Raise InputError where the channels of an attention layer cannot be shared among its heads."""
-    flags = info.flags
-    mults = channel_multipliers(flags["channel_mult"], flags["image_size"])
-    outer = {int(mult * flags[kind.width]) for level, mult in enumerate(mults) if 2**level in factors}
-    inner = {*outer, int(mults[-1] * flags[kind.width])}
-    if flags["num_head_channels"] != -1 or "num_heads" not in flags:
-        checks = [("num_head_channels", inner)]
-    else:
-        checks = [("num_heads", inner)] + [("num_heads_upsample", outer)] * (flags["num_heads_upsample"] != -1)
-    for flag, widths in checks:
-        value, shared = flags[flag], math.gcd(*widths)
-        if shared and (value < 1 or shared % value):
-            file, channels = display_name(info.path), ", ".join(map(str, sorted(widths)))
-            needs = f"{file} has attention layers of {channels} channels, so it must divide {shared}"
-            if flag in given:
-                raise _misfit(flag, value, needs)
-            give = f"convert it to .safetensors with `{flag}`" if kind is ENCODER else f"give `{flag}`"
-            raise InputError(f"{flag}={value}, which its tensors do not tell, does not fit: {needs}; {give}")
 
 
 def _report(
