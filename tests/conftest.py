@@ -38,55 +38,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # The golden files in tests/golden. Their tests are collected whether the files exist or not, so that a lost file fails.
 # Tests of other golden files are collected where GOLDEN_DIR has them; the summary lists those that are missing.
 COMMITTED = (
-    "block_ops_4",
-    "ddim10",
-    "energy_low_pass",
-    "energy_vgg_badain",
-    "frank_wolfe_2",
-    "frank_wolfe_3",
-    "frank_wolfe_4",
-    "frank_wolfe_blockwise",
-    "p_mean_variance",
-    "resizer",
-    "schedules",
-    "sddm_vgg_b4",
-    "sdedit_m12",
+    "block_ops_4", "ddim10", "energy_low_pass", "energy_vgg_badain", "frank_wolfe_2", "frank_wolfe_3", "frank_wolfe_4",
+    "frank_wolfe_blockwise", "p_mean_variance", "resizer", "schedules", "sddm_vgg_b4", "sdedit_m12",
     "unet_updown_scaleshift_learnsigma",
-)
+)  # fmt: skip
 
 # Files whose tests start processes or train: `-m "not slow"` leaves them out.
 SLOW_FILES = (
-    "test_ablations",
-    "test_ae_sample",
-    "test_baseline_scripts",
-    "test_bench_scripts",
-    "test_benchmark",
-    "test_diffusers_commands",
-    "test_engine",
-    "test_evaluate",
-    "test_extensions_metric",
-    "test_fast_paths",
-    "test_fetch",
-    "test_jobs",
-    "test_judge",
-    "test_notebook",
-    "test_prepare_emoji",
-    "test_presets",
-    "test_processes",
-    "test_readme",
-    "test_train_util",
-    "test_training",
-    "test_training_faults",
-    "test_training_runs",
-    "test_translator",
-    "test_upscaler",
-    "test_web_page",
-)
+    "test_ablations", "test_ae_sample", "test_baseline_scripts", "test_bench_scripts", "test_benchmark",
+    "test_diffusers_commands", "test_engine", "test_evaluate", "test_extensions_metric", "test_fast_paths",
+    "test_fetch", "test_jobs", "test_judge", "test_notebook", "test_prepare_emoji", "test_presets", "test_processes",
+    "test_readme", "test_train_util", "test_training", "test_training_faults", "test_training_runs", "test_translator",
+    "test_upscaler", "test_web_page",
+)  # fmt: skip
 # Others that take more than about two seconds, by file and function.
-SLOW_TESTS: tuple[str, ...] = (
-    "test_web::test_the_command_runs_in_a_shell",
-    "test_web::test_two_translations_at_once_share_the_model",
-)
+SLOW_TESTS = (
+    "test_web::test_the_command_runs_in_a_shell", "test_web::test_two_translations_at_once_share_the_model",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -629,13 +629,6 @@ def test_a_save_folder_that_becomes_another_runs_ends_the_run(data, tmp_path):
     assert files(out) == files(tmp_path / "alone") and record(out)["settings"]["seed"] == 1
 
 
-def test_a_lock_that_is_removed_ends_the_run(data, tmp_path):
-    """As rm -rf does on a network's file system, which keeps a folder with an open file."""
-    lock = tmp_path / "out" / ".lock"
-    error = refused(paint, data / "ref", tmp_path / "out", lambda painter: lock.unlink(missing_ok=True))
-    assert error.reason == "it was removed while the run was writing to it, and another one is in its place"
-
-
 def test_a_file_system_without_locks_is_written_all_the_same(data, painted, tmp_path, monkeypatch):
     def no_locks(descriptor, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -804,16 +797,6 @@ def test_temporary_files_are_not_written_through_links(tmp_path, monkeypatch):
         run_files.write_json(tmp_path / "a.json", {})
     monkeypatch.undo()
     assert (tmp_path / "mine").read_text() == "mine"
-
-
-def test_writing_makes_folders_but_never_the_save_folder(tmp_path):
-    root, image = tmp_path / "out", np.zeros((4, 4, 3), np.uint8)
-    folder = Folder(root)
-    run_files.write_png(str(root / "very" / "deep" / "a.png"), image, folder)
-    shutil.rmtree(root)
-    for name in ("more/a.png", "a.png"):
-        error_of(run_files.write_png, str(root / name), image, folder)
-        assert not root.exists()
 
 
 SAVE_DIRS = {

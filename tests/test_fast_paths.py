@@ -21,7 +21,6 @@ from guided_diffusion.errors import InputError
 from guided_diffusion.nn import GroupNorm32, norm_silu
 from guided_diffusion.script_util import create_diffusion, create_model
 from guided_diffusion.sddm import sample
-from guided_diffusion.unet import multi_head_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 UNET = "unet_updown_scaleshift_learnsigma"
@@ -98,20 +97,6 @@ def test_networks_give_the_same_bits_with_it_and_without(scale_shift, monkeypatc
             for module in (unet, ddpm):
                 patch.setattr(module, "norm_silu", plain)
             assert torch.equal(model(x, t), fast)
-
-
-@pytest.mark.parametrize("new_order", [False, True])
-def test_attention(new_order):
-    torch.manual_seed(0)
-    heads, width, length = 2, 8, 20
-    qkv = torch.randn(3, 3 * heads * width, length)
-    parts = qkv.reshape(3, 3, heads, width, length).unbind(1) if new_order else (
-        qkv.reshape(3, heads, 3, width, length).unbind(2)
-    )  # fmt: skip
-    q, k, v = (part.double() for part in parts)
-    weights = torch.einsum("nhcl,nhcm->nhlm", q, k).div(width**0.5).softmax(-1)
-    expected = torch.einsum("nhlm,nhcm->nhcl", weights, v).reshape(3, heads * width, length)
-    torch.testing.assert_close(multi_head_attention(qkv, heads, new_order).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_compiled_network_stays_close_and_leaves_other_shapes_alone():

@@ -220,20 +220,6 @@ def test_guided_steps_end_on_the_next_manifold(variant, detail_merge):
     assert (block_statistics(states[2], 4)[0] - mean).abs().max() > 1e-2
 
 
-def test_manifold_starts_on_its_manifold_and_released_does_not():
-    starts = {}
-    for variant in VARIANTS:
-        model, diffusion, ref, draws = setup()
-        seen = []
-        sample(recorded(model, seen), diffusion, ref, blocks=4, range_t=0, noise=Replay(draws), variant=variant)
-        starts[variant] = seen[0]
-    mean, var = diffuse_statistics(*block_statistics(ref, 4), float(diffusion.alphas_cumprod[-1]))
-    assert torch.equal(starts["released"], draws[0])
-    own_mean, own_var = block_statistics(starts["manifold"], 4)
-    torch.testing.assert_close(own_mean, mean, atol=1e-5, rtol=0)
-    torch.testing.assert_close(own_var, var, atol=0, rtol=1e-3)
-
-
 @both_variants
 @pytest.mark.parametrize("range_t", [0, 3, 6, 7])
 def test_evaluations_of_model_and_energies(variant, range_t):
@@ -268,16 +254,6 @@ def test_states_handed_out_are_not_overwritten(variant):
     sample(model, diffusion, ref, callback=lambda i, x: states.append((x, x.clone())), **options)
     assert len(states) == 8 and all(torch.equal(x, copy) for x, copy in states)
     assert torch.equal(ref, before[0]) and torch.equal(draws, before[1])
-
-
-@both_variants
-def test_last_step_adds_no_noise(variant):
-    model, diffusion, ref, draws = setup()
-    changed = draws.clone()
-    changed[-1] += 100
-    for range_t in (0, 2):
-        a, b = (run(model, diffusion, ref, d, variant=variant, range_t=range_t)[0] for d in (draws, changed))
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("detail_merge", [False, True])
