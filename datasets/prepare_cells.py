@@ -3,7 +3,7 @@
     python datasets/prepare_cells.py --size 64 --out data/cells [--wheel FILE]
 
 The photographs come from the PyPI package elpv-dataset (91 MB), which pip downloads; none of its code runs. Written are
-grey PNG files `<out>/{functional,defective}/{train,test}/cellNNNN.png` and `<out>/manifest.json`. Cells whose defect
+grey PNG files `<out>/{train,test}/{functional,defective}/cellNNNN.png` and `<out>/manifest.json`. Cells whose defect
 probability is neither 0 nor 1 are left out.
 
 Cells of one module look alike, so that a random split would put near-copies on both sides. A group is a connected
@@ -57,7 +57,7 @@ def download(folder: str) -> str:
 
 def read_wheel(path: str) -> dict[str, tuple[str, bytes]]:
     """{name of a cell: (defect probability, encoded photograph)} of the wheel. Raises InputError."""
-    with reading(path, "wheel of elpv-dataset"), zipfile.ZipFile(path) as archive:
+    with reading(path, f"the wheel of {PACKAGE}"), zipfile.ZipFile(path) as archive:
         rows = [line.split() for line in archive.read(f"{DATA}labels.csv").decode().splitlines()]
         return {Path(row[0]).stem: (row[1], archive.read(DATA + row[0])) for row in rows}
 
@@ -97,7 +97,7 @@ def write_set(cells: dict[str, tuple[str, bytes]], options: "Options", folder: P
     test, files = held_out(names, groups(photographs)), {}
     for name, photograph in zip(names, photographs):
         if label := CLASSES.get(cells[name][0]):
-            path = f"{label}/{'test' if name in test else 'train'}/{name}.png"
+            path = f"{'test' if name in test else 'train'}/{label}/{name}.png"
             picture = photograph.resize((options.size, options.size), Image.Resampling.LANCZOS)
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             picture.save(folder / path)
@@ -131,9 +131,9 @@ def present(options: Options) -> dict[str, int] | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     manifest = read_json_or_none(out / MANIFEST)
-    if isinstance(manifest, dict) and manifest.get("settings") == options.settings():
-        if all((out / path).is_file() for path in manifest.get("pixels_sha256", ())):
-            return manifest["counts"]
+    same = isinstance(manifest, dict) and manifest.get("settings") == options.settings()
+    if same and all((out / path).is_file() for path in manifest["pixels_sha256"]):
+        return manifest["counts"]
     raise InputError("it holds something else; name a folder that is new or empty", parameter="out", value=options.out)
 
 

@@ -1,0 +1,233 @@
+"""Repair photographs of defective solar cells: sample every row of table.txt, and measure.
+
+Realism, of translated defective cells: kernel distance to held-out functional cells in ImageNet features
+(EfficientNet-Lite0, trained by others), and the share that the judge takes for functional. Faithfulness, of translated
+functional cells, which should come back unchanged: SSIM and L2 to the source. The use: the mean absolute difference
+between source and translation as a score of a defect, its AUROC for defective against functional cells.
+
+    bash scripts/cells.sh                        # makes data and models, and calls this
+    python benchmarks/cells/cells.py --only SDDM # some of the rows; a run that was stopped resumes
+
+Writes results.md, results.json, front.svg and pictures.png to the folder of the outputs.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn import functional as F
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from guided_diffusion.checkpoint import load_model
+from guided_diffusion.cli import rows as tables
+from guided_diffusion.evaluation import charts
+from guided_diffusion.evaluation.distances import (
+    bootstrap_kernel,
+    bootstrap_mean,
+    fid,
+    gaussian_of_features,
+    kernel_distance,
+)
+from guided_diffusion.evaluation.features import Extractor, extract_features, feature_extractor
+from guided_diffusion.evaluation.images import list_images, read_image
+from guided_diffusion.evaluation.pairs import l2, ssim
+from guided_diffusion.evaluation.table import markdown_table
+from guided_diffusion.run import files
+
+FUNCTIONAL, DEFECTIVE = "functional", "defective"
+REPLICATES = 1000
+CELL, LABEL = 128, 150  # pixels of a picture and of the labels' column in pictures.png
+BRIGHTEST = 0.25  # difference, as a share of the range of pixels, that the map shows as its brightest colour
+BLUR = 5  # side of the box filter over a difference map
+
+
+def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Share of pairs in which the positive has the larger score, ties half: the area under the ROC curve."""
+    order = np.sort(negative)
+    below = np.searchsorted(order, positive, "left") + np.searchsorted(order, positive, "right")
+    return float(below.mean() / 2 / len(negative))
+
+
+def auroc_interval(positive: np.ndarray, negative: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of `auroc`; both sets are resampled."""
+    rng = np.random.default_rng(seed)
+    draws = [auroc(rng.choice(positive, len(positive)), rng.choice(negative, len(negative))) for _ in range(REPLICATES)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high)
+
+
+class Cells:
+    """Pictures of a folder with functional/ and defective/, by class: names and tensors [N, 3, S, S] in [0, 1]."""
+
+    def __init__(self, folder: Path, sampled: bool = False) -> None:
+        references = sorted(list_images(folder, "data", sampled=sampled), key=lambda r: r.name)
+        self.references = {c: [r for r in references if r.name.startswith(f"{c}/")] for c in (FUNCTIONAL, DEFECTIVE)}
+        self.images = {c: torch.stack([read_image(r) for r in found]) for c, found in self.references.items()}
+
+    def features(self, name: str, extractor: Extractor) -> np.ndarray:
+        return extract_features(self.references[name], extractor, read_image)["features"]
+
+
+class Judge:
+    """A classifier of clean cells that no method uses."""
+
+    def __init__(self, path: Path) -> None:
+        self.model, info = load_model(path)
+        self.functional = json.loads(info.metadata["classes"]).index(FUNCTIONAL)
+
+    def __call__(self, images: torch.Tensor) -> np.ndarray:
+        """Probability of being functional, [N]."""
+        with torch.no_grad():
+            logits = [self.model(2 * x - 1, torch.zeros(len(x))) for x in images.split(64)]
+        return torch.cat(logits).softmax(1)[:, self.functional].double().numpy()
+
+
+def sample(row: Any, args: argparse.Namespace, folder: Path) -> None:
+    """Translate the held-out cells by a row's script. What is finished is left alone."""
+    record = files.read_json_or_none(folder / "run.json")
+    if record and record.get("finished"):
+        return
+    flags = [flag.replace("$DSE", str(args.save_dir / "extractor.safetensors")) for flag in row.flags]
+    command = [sys.executable, str(ROOT / "scripts" / row.script), "--model_path", str(args.model), *flags]
+    command += ["--base_samples", str(args.data), "--save_dir", str(folder), "--batch_size", str(args.batch_size)]
+    print(row.name, flush=True)
+    subprocess.run([*command, "--precision", "auto", "--grid", "0"], check=True, stdout=subprocess.DEVNULL)
+
+
+def differences(sources: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """Absolute differences [N, S, S], averaged over the channels."""
+    return (sources - outputs).abs().mean(1)
+
+
+def measure(sources: Cells, outputs: Cells, judge: Judge, extractor: Extractor, real: np.ndarray) -> dict[str, Any]:
+    """All numbers of a setting; intervals of 95 % under "… interval"."""
+    features = outputs.features(DEFECTIVE, extractor)
+    kid = kernel_distance(features, real)[0]
+    functional = judge(outputs.images[DEFECTIVE]) > 0.5
+    kept = ssim(outputs.images[FUNCTIONAL], sources.images[FUNCTIONAL]).double().numpy()
+    defective, fine = (
+        differences(sources.images[c], outputs.images[c]).mean((1, 2)).double().numpy() for c in (DEFECTIVE, FUNCTIONAL)
+    )
+    return {
+        "kid": kid, "kid interval": bootstrap_kernel(features, real, kid, replicates=200),
+        "frechet": fid(features, gaussian_of_features(real)),
+        "functional": float(functional.mean()),
+        "functional interval": bootstrap_mean(functional.astype(float), replicates=REPLICATES),
+        "ssim": float(kept.mean()), "ssim interval": bootstrap_mean(kept, replicates=REPLICATES),
+        "l2": float(l2(outputs.images[FUNCTIONAL], sources.images[FUNCTIONAL]).mean()),
+        "auroc": auroc(defective, fine), "auroc interval": auroc_interval(defective, fine),
+    }  # fmt: skip
+
+
+def spelled(result: dict[str, Any], name: str, digits: int = 3) -> str:
+    """A number with its interval."""
+    text = f"{result[name]:.{digits}f}"
+    low, high = result.get(f"{name} interval", (None, None))
+    return text if low is None else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def text_of(results: Sequence[tuple[Any, dict[str, Any]]], notes: Sequence[str]) -> str:
+    """results.md."""
+    head = ["method", "setting", "evaluations", "KID ↓", "Fréchet ↓", "judged functional ↑", "SSIM to source ↑"]
+    cells = [
+        [row.method, row.setting, f"{r['evaluations']:.0f}", spelled(r, "kid"), f"{r['frechet']:.1f}",
+         spelled(r, "functional", 2), spelled(r, "ssim"), f"{r['l2']:.2f}", spelled(r, "auroc", 2)]
+        for row, r in results
+    ]  # fmt: skip
+    table = markdown_table([*head, "L2 ↓", "AUROC ↑"], cells)
+    return "\n".join(["# Repaired solar cells", "", table, "", *(f"- {note}" for note in notes), ""])
+
+
+def chart(results: Sequence[tuple[Any, dict[str, Any]]]) -> str:
+    """Realism against faithfulness, as SVG."""
+    figure, axes = charts.new_figure("Repaired solar cells", "SSIM of functional cells to their source", "KID")
+    for method in dict.fromkeys(row.method for row, _ in results):
+        points = sorted((r["ssim"], r["kid"]) for row, r in results if row.method == method)
+        axes.plot(*zip(*points), marker="o", label=method)
+    axes.legend()
+    return charts.svg(figure)
+
+
+def heat(maps: np.ndarray) -> np.ndarray:
+    """Differences [S, S] as colours from black over red to yellow and white, uint8 [S, S, 3]."""
+    level = np.clip(maps / BRIGHTEST, 0, 1)[..., None] * 3 - np.arange(3)
+    return (np.clip(level, 0, 1) * 255).round().astype(np.uint8)
+
+
+def sheet(sources: Cells, outputs: Cells, chosen: Sequence[int]) -> Image.Image:
+    """pictures.png: defective cells, their repair, and the blurred difference; a column each."""
+    before, after = (cells.images[DEFECTIVE][list(chosen)] for cells in (sources, outputs))
+    maps = F.avg_pool2d(differences(before, after)[:, None], BLUR, 1, BLUR // 2, count_include_pad=False)[:, 0]
+    image = Image.new("RGB", (LABEL + CELL * len(chosen), 3 * CELL), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+    pictures = [[(x.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8) for x in part] for part in (before, after)]
+    for i, (name, row) in enumerate(zip(("defective", "repaired", "difference"), [*pictures, map(heat, maps.numpy())])):
+        draw.text((8, i * CELL + CELL // 2 - 9), name, fill="black", font=font)
+        for k, array in enumerate(row):
+            picture = Image.fromarray(array).resize((CELL, CELL), Image.Resampling.BICUBIC)
+            image.paste(picture, (LABEL + k * CELL, i * CELL))
+    return image
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "cells" / "test", help="held-out cells")
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "cells_64.safetensors", help="the model")
+    parser.add_argument("--save_dir", type=Path, default=ROOT / "output_cells", help="folder of outputs and results")
+    parser.add_argument("--only", default="", help="rows whose name contains this text")
+    parser.add_argument("--batch_size", type=int, default=32, help="images at once (default 32)")
+    parser.add_argument("--shown", default="", help="the row of pictures.png; default the one of the largest AUROC")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_flags()
+    rows = [row for row in tables.read_table(str(HERE / "table.txt")) if args.only in row.name]
+    for row in rows:
+        sample(row, args, args.save_dir / row.folder)
+
+    sources, extractor = Cells(args.data), feature_extractor("efficientnet")
+    judge = Judge(args.save_dir / "judge.safetensors")
+    real = sources.features(FUNCTIONAL, extractor)
+    outputs = {row.name: Cells(args.save_dir / row.folder, sampled=True) for row in rows}
+    results = []
+    for row in rows:
+        record = files.read_json(args.save_dir / row.folder / "run.json")
+        found = measure(sources, outputs[row.name], judge, extractor, real)
+        results.append((row, {"evaluations": record["model_evaluations"], **found}))
+
+    fine, defective = judge(sources.images[FUNCTIONAL]), judge(sources.images[DEFECTIVE])
+    right, half = np.concatenate([fine > 0.5, defective <= 0.5]), np.random.default_rng(0).permutation(len(real))
+    low, high = bootstrap_mean(right.astype(float), replicates=REPLICATES)
+    unchanged = sources.features(DEFECTIVE, extractor)
+    taken = [100 * float((p > 0.5).mean()) for p in (defective, fine)]
+    floor, start = kernel_distance(real[half[::2]], real[half[1::2]])[0], kernel_distance(unchanged, real)[0]
+    notes = [
+        f"{len(defective)} defective and {len(fine)} functional cells that no training saw; 95 % intervals.",
+        f"The judge names {100 * right.mean():.1f} % of them rightly ({100 * low:.1f} to {100 * high:.1f}); its "
+        f"AUROC, with labels, is {auroc(1 - defective, 1 - fine):.3f}. It takes {taken[0]:.0f} % of the "
+        f"defective and {taken[1]:.0f} % of the functional cells for functional.",
+        f"KID between halves of the functional cells {floor:.4f}, of the defective cells as they are {start:.4f}.",
+    ]
+    best = next((row for row in rows if row.name == args.shown), max(results, key=lambda found: found[1]["auroc"])[0])
+    drop = judge(outputs[best.name].images[DEFECTIVE]) - defective
+    sheet(sources, outputs[best.name], np.argsort(-drop)[:8].tolist()).save(args.save_dir / "pictures.png")
+    notes.append(f"pictures.png: {best.name}; the eight cells whose probability of being functional rises most.")
+    files.write_text(args.save_dir / "results.md", text_of(results, notes))
+    files.write_json(args.save_dir / "results.json", {row.name: found for row, found in results})
+    files.write_text(args.save_dir / "front.svg", chart(results))
+    print((args.save_dir / "results.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
