@@ -26,18 +26,10 @@ VARIANCES = {"fixed_small": ModelVarType.FIXED_SMALL, "fixed_large": ModelVarTyp
 
 @sampler
 def ilvr(
-    model: Callable,
-    diffusion: GaussianDiffusion,
-    ref: torch.Tensor,
-    *,
-    down_n: int,
-    range_t: int | float,
-    start: int | float | None = None,
-    cache_interval: int = 1,
-    cache_guided: bool = False,
-    noise: Noise | None = None,
+    model: Callable, diffusion: GaussianDiffusion, ref: torch.Tensor, *, down_n: int, range_t: int | float,
+    start: int | float | None = None, cache_interval: int = 1, cache_guided: bool = False, noise: Noise | None = None,
     clip_denoised: bool | float = True,
-) -> Iterator[State]:
+) -> Iterator[State]:  # fmt: skip
     """Iterative latent variable refinement (Choi et al. 2021, algorithm 1).
 
     Steps i = T'-1 … 0; while i > range_t, the step's result takes its low frequencies from the reference noised to i:
@@ -67,15 +59,9 @@ def ilvr(
 
 @sampler
 def sdedit(
-    model: Callable,
-    diffusion: GaussianDiffusion,
-    ref: torch.Tensor,
-    *,
-    start: int | float,
-    variance: str = "fixed_small",
-    cache_interval: int = 1,
-    noise: Noise | None = None,
-) -> Iterator[State]:
+    model: Callable, diffusion: GaussianDiffusion, ref: torch.Tensor, *, start: int | float,
+    variance: str = "fixed_small", cache_interval: int = 1, noise: Noise | None = None,
+) -> Iterator[State]:  # fmt: skip
     """SDEdit (Meng et al. 2022): noise the reference by `start` steps, then denoise it; `egsde` without energies.
 
     See `egsde` for start, variance and the draws, `sddm.sample` for cache_interval.
@@ -86,21 +72,11 @@ def sdedit(
 
 @sampler
 def egsde(
-    model: Callable,
-    diffusion: GaussianDiffusion,
-    ref: torch.Tensor,
-    *,
-    start: int | float,
-    ls: float,
-    li: float,
-    encoder: torch.nn.Module | None,
-    down_n: int | None,
-    variance: str = "fixed_small",
-    timestep: Callable[[float], float] | None = None,
-    cache_interval: int = 1,
-    cache_guided: bool = False,
+    model: Callable, diffusion: GaussianDiffusion, ref: torch.Tensor, *, start: int | float, ls: float, li: float,
+    encoder: torch.nn.Module | None, down_n: int | None, variance: str = "fixed_small",
+    timestep: Callable[[float], float] | None = None, cache_interval: int = 1, cache_guided: bool = False,
     noise: Noise | None = None,
-) -> Iterator[State]:
+) -> Iterator[State]:  # fmt: skip
     """Energy-guided SDE (Zhao et al. 2022, algorithm 1); published runs use the full 1000-step linear schedule.
 
     start: M, the number of steps from the noised reference ref_{M-1} to the image, 1 to T'. In step i, the posterior
@@ -148,16 +124,9 @@ def egsde(
 
 @sampler
 def unconditional(
-    model: Callable,
-    diffusion: GaussianDiffusion,
-    ref: torch.Tensor,
-    *,
-    use_ddim: bool = False,
-    eta: float = 0.0,
-    cache_interval: int = 1,
-    noise: Noise | None = None,
-    clip_denoised: bool | float = True,
-) -> Iterator[State]:
+    model: Callable, diffusion: GaussianDiffusion, ref: torch.Tensor, *, use_ddim: bool = False, eta: float = 0.0,
+    cache_interval: int = 1, noise: Noise | None = None, clip_denoised: bool | float = True,
+) -> Iterator[State]:  # fmt: skip
     """Generate images without references; only the shape, type and device of ref are used.
 
     Ancestral sampling, or with use_ddim DDIM (Song et al. 2021), eta its share of noise. Draws: x_T; then one per step.

@@ -90,17 +90,10 @@ class Model(nn.Module):
     up: Any
 
     def __init__(
-        self,
-        ch: int = 128,
-        out_ch: int = 3,
-        ch_mult: Sequence[float] = (1, 1, 2, 2, 4, 4),
-        num_res_blocks: int = 2,
-        attn_resolutions: Sequence[int] = (16,),
-        in_channels: int = 3,
-        image_size: int = 256,
-        dropout: float = 0.0,
+        self, ch: int = 128, out_ch: int = 3, ch_mult: Sequence[float] = (1, 1, 2, 2, 4, 4), num_res_blocks: int = 2,
+        attn_resolutions: Sequence[int] = (16,), in_channels: int = 3, image_size: int = 256, dropout: float = 0.0,
         resamp_with_conv: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.image_size = image_size
         self.in_channels = in_channels

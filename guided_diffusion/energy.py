@@ -52,13 +52,9 @@ VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256, 256), (512, 512, 512, 512), 
 
 
 def vgg(
-    weights: str | os.PathLike | Mapping[str, torch.Tensor],
-    blocks: int = 16,
-    level: int = 1,
-    *,
-    bf16: bool = False,
+    weights: str | os.PathLike | Mapping[str, torch.Tensor], blocks: int = 16, level: int = 1, *, bf16: bool = False,
     channels_last: bool = False,
-) -> Energy:
+) -> Energy:  # fmt: skip
     """The release's energy: match the block statistics of VGG features of the reference.
 
     weights: path of AdaIN's `vgg_normalised.pth` or a state dict of it. level k takes relu{k}_1, 1 to 5. bf16,

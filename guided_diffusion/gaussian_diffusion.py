@@ -26,6 +26,21 @@ P = ParamSpec("P")
 SCHEDULES = "linear, cosine, linear:A,B, scaled_linear:A,B, sigmoid:A,B, laplace or betas:B0,B1,…"
 
 
+def _laplace(u: float) -> float:
+    """sqrt(SNR / (1 + SNR)) of the Laplace schedule at time u, which diffusers uses in place of alpha_bar."""
+    log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
+    snr = math.exp(log_snr)
+    return math.sqrt(snr / (1 + snr))
+
+
+_ALPHA_BARS = {"cosine": lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, "laplace": _laplace}
+_BETAS = {
+    "linear": lambda low, high, n: np.linspace(low, high, n),
+    "scaled_linear": lambda low, high, n: np.linspace(low**0.5, high**0.5, n) ** 2,
+    "sigmoid": lambda low, high, n: 1 / (1 + np.exp(-np.linspace(-6, 6, n))) * (high - low) + low,
+}
+
+
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
     """Return the betas of a noise schedule, float64 [T].
 
@@ -33,46 +48,28 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     `scaled_linear:A,B` and `sigmoid:A,B`, from A to B for any T, and `laplace`; `betas:b0,b1,…` lists T betas.
     Raises InputError for `noise_schedule`.
     """
-    n = num_diffusion_timesteps
-    if schedule_name == "linear":
+    n, schedule = num_diffusion_timesteps, str(schedule_name)
+    if schedule == "linear":
         # The published end points are for 1000 steps; scaled, the total noise does not depend on their number.
-        scale = 1000 / n
-        return np.linspace(scale * 0.0001, scale * 0.02, n, dtype=np.float64)
-    if schedule_name == "cosine":
-        return betas_for_alpha_bar(n, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
-    if schedule_name == "laplace":
-        return betas_for_alpha_bar(n, _laplace)
-    name, _, text = str(schedule_name).partition(":")
+        return np.linspace(1000 / n * 0.0001, 1000 / n * 0.02, n)
+    if schedule in _ALPHA_BARS:
+        return betas_for_alpha_bar(n, _ALPHA_BARS[schedule])
+    name, _, text = schedule.partition(":")
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
     wrong: dict = {"parameter": "noise_schedule", "value": schedule_name}
-    fits = name == "betas" or (name in ("linear", "scaled_linear", "sigmoid") and len(numbers) == 2)
+    fits = name == "betas" or (name in _BETAS and len(numbers) == 2)
     if not fits or not numbers or not all(0 < number < 1 for number in numbers):
         raise InputError(f"it can be {SCHEDULES}, with betas above 0 and below 1", **wrong)
     if name == "betas" and len(numbers) != n:
         raise InputError(f"it has {len(numbers)} betas, and `diffusion_steps` is {n}", **wrong)
-    low, high = numbers[0], numbers[-1]
-    if name == "betas":
-        betas = np.array(numbers, dtype=np.float64)
-    elif name == "linear":
-        betas = np.linspace(low, high, n, dtype=np.float64)
-    elif name == "scaled_linear":
-        betas = np.linspace(low**0.5, high**0.5, n, dtype=np.float64) ** 2
-    else:
-        betas = 1 / (1 + np.exp(-np.linspace(-6, 6, n, dtype=np.float64))) * (high - low) + low
+    betas = np.array(numbers) if name == "betas" else _BETAS[name](numbers[0], numbers[1], n)
     alpha_bars = np.cumprod(1 - betas)
     if not (np.diff(alpha_bars, prepend=1.0) < 0).all() or alpha_bars[-1] < 1e-30:
         raise InputError("its alpha_bar must fall at every step, and stay above 1e-30", **wrong)
     return betas
-
-
-def _laplace(u: float) -> float:
-    """sqrt(SNR / (1 + SNR)) of the Laplace schedule at time u, which diffusers uses in place of alpha_bar."""
-    log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
-    snr = math.exp(log_snr)
-    return math.sqrt(snr / (1 + snr))
 
 
 def betas_for_alpha_bar(
@@ -155,15 +152,9 @@ class GaussianDiffusion:
     """
 
     def __init__(
-        self,
-        *,
-        betas: Any,
-        model_mean_type: ModelMeanType,
-        model_var_type: ModelVarType,
-        loss_type: LossType = LossType.MSE,
-        rescale_timesteps: bool = False,
-        alpha_bars: np.ndarray | None = None,
-    ) -> None:
+        self, *, betas: Any, model_mean_type: ModelMeanType, model_var_type: ModelVarType,
+        loss_type: LossType = LossType.MSE, rescale_timesteps: bool = False, alpha_bars: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
         self.loss_type = loss_type

@@ -18,18 +18,10 @@ from .solvers import Noise, State, sampler
 
 @sampler
 def classifier_guided(
-    model: Callable[..., torch.Tensor],
-    diffusion: GaussianDiffusion,
-    ref: torch.Tensor,
-    *,
-    classifier: torch.nn.Module,
-    labels: torch.Tensor,
-    scale: float = 1.0,
-    class_cond: bool = False,
-    use_ddim: bool = False,
-    clip_denoised: bool | float = True,
-    noise: Noise | None = None,
-) -> Iterator[State]:
+    model: Callable[..., torch.Tensor], diffusion: GaussianDiffusion, ref: torch.Tensor, *, classifier: torch.nn.Module,
+    labels: torch.Tensor, scale: float = 1.0, class_cond: bool = False, use_ddim: bool = False,
+    clip_denoised: bool | float = True, noise: Noise | None = None,
+) -> Iterator[State]:  # fmt: skip
     """Images of classes `labels` [N], guided by a classifier of noisy images (Dhariwal & Nichol 2021, section 4).
 
     Only the shape, type and device of ref [N, C, H, W] are used. scale: factor of the gradient of the log-probability.
@@ -52,16 +44,10 @@ def classifier_guided(
 
 @sampler
 def super_resolution(
-    model: Callable[..., torch.Tensor],
-    diffusion: GaussianDiffusion,
-    ref: torch.Tensor,
-    *,
-    large_size: int,
-    labels: torch.Tensor | None = None,
-    use_ddim: bool = False,
-    clip_denoised: bool | float = True,
+    model: Callable[..., torch.Tensor], diffusion: GaussianDiffusion, ref: torch.Tensor, *, large_size: int,
+    labels: torch.Tensor | None = None, use_ddim: bool = False, clip_denoised: bool | float = True,
     noise: Noise | None = None,
-) -> Iterator[State]:
+) -> Iterator[State]:  # fmt: skip
     """Images of side large_size of small ones, ref [N, 3, h, w]; model: a `SuperResModel`; labels [N]: its classes."""
 
     def enlarging(x, t):

@@ -149,27 +149,12 @@ def released(guide: Guide, x: torch.Tensor, start: int, range_t: int, noise: Noi
 
 @sampler
 def sample(
-    model: Callable,
-    diffusion: GaussianDiffusion,
-    ref: torch.Tensor,
-    *,
-    blocks: int = 16,
-    range_t: int | float,
-    energies: Sequence[Energy] = (),
-    variant: str = "manifold",
-    detail_merge: bool = False,
-    moo: str = "min_norm",
-    manifold: str = "badain",
-    down_n: int = 32,
-    clip_denoised: bool | float = True,
-    sampler: str = "ancestral",
-    eta: float = 0.0,
-    start: int | float | None = None,
-    cache_interval: int = 1,
-    cache_guided: bool = False,
-    energy_scale: float = LAMBDA,
-    noise: Noise | None = None,
-) -> Iterator[State]:
+    model: Callable, diffusion: GaussianDiffusion, ref: torch.Tensor, *, blocks: int = 16, range_t: int | float,
+    energies: Sequence[Energy] = (), variant: str = "manifold", detail_merge: bool = False, moo: str = "min_norm",
+    manifold: str = "badain", down_n: int = 32, clip_denoised: bool | float = True, sampler: str = "ancestral",
+    eta: float = 0.0, start: int | float | None = None, cache_interval: int = 1, cache_guided: bool = False,
+    energy_scale: float = LAMBDA, noise: Noise | None = None,
+) -> Iterator[State]:  # fmt: skip
     """Translate references into the domain of the model; returns images [N, C, H, W].
 
     Args:

@@ -89,13 +89,9 @@ class Resizer(nn.Module):
     """
 
     def __init__(
-        self,
-        in_shape: Sequence[int],
-        scale_factor: float | Sequence[float] | None = None,
-        output_shape: Sequence[int] | None = None,
-        kernel: str | None = None,
-        antialiasing: bool = True,
-    ) -> None:
+        self, in_shape: Sequence[int], scale_factor: float | Sequence[float] | None = None,
+        output_shape: Sequence[int] | None = None, kernel: str | None = None, antialiasing: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.in_size = tuple(int(side) for side in in_shape)
         scales, sizes = _scales_and_sizes(self.in_size, scale_factor, output_shape)
