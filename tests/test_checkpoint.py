@@ -78,8 +78,8 @@ def tiny_output():
     return output_of(tiny())
 
 
-def output_of(model, size=16, **labels):
-    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+def output_of(model, size=16, channels=3, **labels):
+    x = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return model(x, torch.tensor([3, 700]), **labels)
 
@@ -197,6 +197,7 @@ def adm_flags(draw):
         "image_size": 16, "num_channels": base, "num_res_blocks": draw(st.integers(1, 3)),
         "channel_mult": draw(st.sampled_from(MULTIPLIERS[base])), "attention_resolutions": ",".join(sides),
         "num_classes": draw(st.integers(1, 12)), **heads, **{name: draw(st.booleans()) for name in names},
+        "in_channels": draw(st.sampled_from([3, 1])),
     }  # fmt: skip
 
 
@@ -211,14 +212,16 @@ def test_any_adm_unet_is_recognised_and_loaded(flags, suffix, tmp_path):
     original = randomise(create_model(**flags))
     state = unwrap(original.state_dict(), "time_embed.[02]")
     told = ["num_channels", "num_res_blocks", "channel_mult", "learn_sigma", "class_cond", "use_scale_shift_norm"]
+    told.append("in_channels")
     told += ["resblock_updown"] * ("," in flags["channel_mult"]) + ["num_classes"] * flags["class_cond"]
     expected = {**{flag: flags[flag] for flag in told}, "attention_factors": reached_factors(flags)}
     assert detect(architecture.adm, state) == expected
 
     path = saved(tmp_path / f"model{suffix}", state)
     model, info = load_model(path, **{flag: flags[flag] for flag in UNTOLD if flag in flags})
-    labels = {"y": torch.tensor([0, flags["num_classes"] - 1])} if flags["class_cond"] else {}
-    torch.testing.assert_close(output_of(model, **labels), output_of(original, **labels), rtol=0, atol=0)
+    given = {"y": torch.tensor([0, flags["num_classes"] - 1])} if flags["class_cond"] else {}
+    given["channels"] = flags["in_channels"]
+    torch.testing.assert_close(output_of(model, **given), output_of(original, **given), rtol=0, atol=0)
     # All flags that it was made with fit, and so do those that were found.
     load_model(path, **{flag: value for flag, value in flags.items() if flag != "num_classes" or flags["class_cond"]})
     load_model(path, **info.flags)
@@ -261,22 +264,23 @@ def test_any_encoder_is_recognised_and_loaded(flags, suffix, tmp_path):
 @property_test(10)
 @given(
     base=st.sampled_from([32, 64]), mult=st.sampled_from([(1,), (1, 2), (2, 1), (1, 1, 2)]), depth=st.integers(1, 3),
-    sides=st.lists(st.sampled_from([16, 8, 4, 2]), unique=True), out_ch=st.sampled_from([3, 6]),
+    sides=st.lists(st.sampled_from([16, 8, 4, 2]), unique=True), channels=st.sampled_from([3, 1]),
+    learned=st.booleans(),
 )  # fmt: skip
-def test_any_ddpm_unet_is_recognised_and_loaded(base, mult, depth, sides, out_ch, tmp_path):
-    original = randomise(
-        Model(ch=base, out_ch=out_ch, ch_mult=mult, num_res_blocks=depth, attn_resolutions=sides, image_size=16)
-    )
+def test_any_ddpm_unet_is_recognised_and_loaded(base, mult, depth, sides, channels, learned, tmp_path):
+    shape = {"ch_mult": mult, "num_res_blocks": depth, "attn_resolutions": sides, "image_size": 16}
+    original = randomise(Model(ch=base, in_channels=channels, out_ch=channels * (1 + learned), **shape))
     path = saved(tmp_path / "model.pt", {f"module.{k}": v for k, v in original.state_dict().items()})
     model, info = load_model(path, image_size=16)
     reached = [str(16 >> level) for level in range(len(mult)) if 16 >> level in sides]
     expected = {
         "num_channels": base, "num_res_blocks": depth, "channel_mult": ",".join(map(str, mult)),
-        "attention_resolutions": ",".join(reached), "learn_sigma": out_ch == 6, "class_cond": False,
+        "attention_resolutions": ",".join(reached), "learn_sigma": learned, "class_cond": False,
     }  # fmt: skip
     assert info.model_type == "DDPM"
     assert {flag: info.flags[flag] for flag in expected} == expected
-    torch.testing.assert_close(output_of(model), output_of(original), rtol=0, atol=0)
+    assert info.flags.get("in_channels", 3) == channels
+    torch.testing.assert_close(output_of(model, 16, channels), output_of(original, 16, channels), rtol=0, atol=0)
 
 
 # ---- flags and metadata ----------------------------------------------------------------------------------------------

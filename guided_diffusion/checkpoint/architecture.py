@@ -108,7 +108,7 @@ def _channels(state, last):
     """Flags of the channels: those of the images, and whether the last layer predicts a variance beside the mean."""
     out = _size(state, f"{last}.weight")
     channels = 1 if out < 3 else 3
-    return {"learn_sigma": out == 2 * channels, **({"in_channels": 1} if channels == 1 else {})}
+    return {"learn_sigma": out == 2 * channels, "in_channels": channels}
 
 
 def adm(state: State) -> dict[str, Any]:
