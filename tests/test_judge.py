@@ -93,7 +93,7 @@ def test_a_resumed_run_ends_with_the_same_weights_and_keeps_its_vendors(data, ru
 def test_a_code_points_pictures_are_moved_and_mirrored_together(data):
     parts = judge_images(JudgeOptions(data_dir=str(data), vendors="flat,shiny", image_size=SIZE), "train").parts
     images = JudgeImages([parts[0].references] * 2, SIZE)
-    x, _ = next(images.batches(batch_numbers(0, 32), "cpu"))
+    _, x, _ = next(images.batches(batch_numbers(0, 32), "cpu"))
     assert x.shape == (32, 6, SIZE, SIZE) and torch.equal(x[:, :3], x[:, 3:])
     still = torch.cat([x for _, x, _ in images.ordered_batches(8, "cpu")])
     chosen = images.indices(np.arange(32))

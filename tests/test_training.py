@@ -227,7 +227,7 @@ def test_noise_of_gpus_is_normal_and_white():
 def test_every_epoch_shows_every_image_once(folder, cache, workers):
     images = TrainImages(list_images(folder), 8, cache=cache, num_workers=workers, seed=3)
     numbers = [np.arange(at, at + 5) for at in range(0, 35, 5)]
-    shown = torch.cat([x for x, _ in images.batches(iter(numbers), "cpu")])
+    shown = torch.cat([x for _, x, _ in images.batches(iter(numbers), "cpu")])
     expected = torch.stack([images.read(i) for i in range(16)]).float() / 127.5 - 1
     which = [int((x == expected).flatten(1).all(dim=1).nonzero()) for x in shown]
     assert sorted(which[:16]) == sorted(which[16:32]) == list(range(16))
@@ -245,17 +245,17 @@ def test_half_of_the_images_are_flipped_the_same_ones_whenever(folder):
     images = TrainImages(list_images(folder), 8, random_flip=True)
     plain = TrainImages(list_images(folder), 8)
     numbers = np.arange(200)
-    flipped, straight = (next(data.batches(iter([numbers]), "cpu"))[0] for data in (images, plain))
+    flipped, straight = (next(data.batches(iter([numbers]), "cpu"))[1] for data in (images, plain))
     mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(flipped, straight)]
     assert all(a or torch.equal(x, y) for a, x, y in zip(mirrored, flipped, straight))
     assert 70 < sum(mirrored) < 130
-    again = next(images.batches(iter([numbers[50:60]]), "cpu"))[0]
+    again = next(images.batches(iter([numbers[50:60]]), "cpu"))[1]
     assert torch.equal(again, flipped[50:60])
 
 
 def test_random_crops_are_windows_of_the_larger_image(folder):
     images = TrainImages(list_images(folder), 8, random_crop=True)
-    crops, _ = next(images.batches(iter([np.arange(32)]), "cpu"))
+    _, crops, _ = next(images.batches(iter([np.arange(32)]), "cpu"))
     places = set()
     for crop, index in zip(crops, images.indices(np.arange(32))):
         large = images.read(index).float() / 127.5 - 1

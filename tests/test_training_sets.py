@@ -92,8 +92,8 @@ def test_labels_of_dataset_json_count_and_not_its_buckets(tmp_path, packed):
     found, names = class_labels(references)
     assert names == ["2", "10"] and found.tolist() == [1, 0, 1, 0]
     images = TrainImages(references, 8, labels=found, cache="none", num_workers=2)
-    x, y = next(images.batches(iter([np.arange(4)]), "cpu"))
-    assert torch.equal(x, next(plain.batches(iter([np.arange(4)]), "cpu"))[0])
+    _, x, y = next(images.batches(iter([np.arange(4)]), "cpu"))
+    assert torch.equal(x, next(plain.batches(iter([np.arange(4)]), "cpu"))[1])
     assert y.tolist() == found[images.indices(np.arange(4))].tolist()
 
 
@@ -166,7 +166,7 @@ PARTS = [
     options.ClassifierRunOptions(), options.SuperResOptions(),
 ]  # fmt: skip
 RUNTIME = words(
-    "save_dir microbatch iterations channels_last compile deterministic log_interval save_interval sample_interval"
+    "save_dir microbatch iterations compile deterministic log_interval save_interval sample_interval"
     " eval_interval keep resume resume_checkpoint export export_dtype cache num_workers val_data_dir val_domains"
     " num_samples sample_respacing device use_fp16 classifier_use_fp16 anneal_lr"
 )

@@ -105,13 +105,13 @@ def test_file_that_is_no_upscaler_is_refused_by_name(tmp_path, change, entries, 
 def test_pairs_are_aligned_crops_of_pictures_and_copies(folders):
     options = UpscalerOptions(data_dir=str(folders[0]), copies=str(folders[1]), large_size=LARGE, crop=CROP, blur=0)
     images = UpscalerImages(list_images(options.data_dir), options, seed=3)
-    x = next(images.batches(batch_numbers(0, 256), "cpu"))[0]
+    x = next(images.batches(batch_numbers(0, 256), "cpu"))[1]
     small, large = x[:, :3], F.pixel_shuffle(x[:, 3:], FACTOR)
     copied = (small[:, 1] == -1).all((1, 2)) & ~(large[:, 1] == -1).all((1, 2))
     assert 0.15 < copied.float().mean() < 0.35  # half of the samples of half of the pictures
     error = (small - F.avg_pool2d(large, FACTOR)).abs()[:, [0, 2]]
     assert error[~copied].mean() < 0.08 and error[copied].mean() < 0.08  # misplaced crops differ by 0.3
-    assert torch.equal(x[7:9], next(images.batches(batch_numbers(7, 2), "cpu"))[0])  # a function of the sample number
+    assert torch.equal(x[7:9], next(images.batches(batch_numbers(7, 2), "cpu"))[1])  # a function of the sample number
 
 
 def test_training_beats_bicubic_and_survives_a_kill(folders, tmp_path):

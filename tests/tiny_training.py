@@ -72,13 +72,13 @@ def make_loop(folder, save_dir, flags=FLAGS, weighting=None, images=None, nonzer
 
 def train_step(loop, numbers):
     """One step of a Trainer on the images of sample numbers."""
-    loop.train_step(numbers, *next(loop.images.batches(iter([numbers]), "cpu")))
+    loop.train_step(*next(loop.images.batches(iter([numbers]), "cpu")))
 
 
 def gradients(loop):
     """The gradients of a Trainer's first step, the sample numbers and the images."""
     numbers = next(batch_numbers(0, loop.config.batch_size, loop.ranks.rank, loop.ranks.world_size))
-    x, y = next(loop.images.batches(iter([numbers]), "cpu"))
+    _, x, y = next(loop.images.batches(iter([numbers]), "cpu"))
     loop.backward(numbers, x, y)
     return [p.grad.clone() for p in loop.params], numbers, x
 

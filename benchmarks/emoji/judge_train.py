@@ -41,7 +41,7 @@ from guided_diffusion.resample import UniformSampler
 from guided_diffusion.runtime import pick_device
 from guided_diffusion.training import files
 from guided_diffusion.training.config import RunOptions, TrainConfig
-from guided_diffusion.training.data import TrainImages, list_images, random_uniform
+from guided_diffusion.training.data import Batch, TrainImages, list_images, random_uniform
 from guided_diffusion.training.files import owned
 from guided_diffusion.training.loop import Trainer, process_group
 from guided_diffusion.training.losses import Loss, Terms, add_by_quarter
@@ -92,17 +92,15 @@ class JudgeImages(TrainImages):
         super().__init__(parts[0], image_size, seed=seed)
         self.parts = [TrainImages(part, image_size, random_flip=True, cache="memory", seed=seed) for part in parts]
 
-    def batches(
-        self, numbers: Iterator[np.ndarray], device: str | torch.device
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Batches for an iterator over arrays of sample numbers: images [N, 3 V, H, W] in [-1, 1], and None."""
+    def batches(self, numbers: Iterator[np.ndarray], device: str | torch.device) -> Iterator[Batch]:
+        """Batches for an iterator over arrays of sample numbers: (numbers [N], images [N, 3 V, H, W], None)."""
         for current in numbers:
-            images = torch.cat([next(part.batches(iter([current]), device))[0] for part in self.parts], 1)
-            yield self._moved(images, current), None
+            images = torch.cat([next(part.batches(iter([current]), device))[1] for part in self.parts], 1)
+            yield current, self._moved(images, current), None
 
     def ordered_batches(
         self, batch_size: int, device: str | torch.device, rank: int = 0, world_size: int = 1
-    ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]]:
+    ) -> Iterator[Batch]:
         """One pass in order, unaugmented, shared among ranks: yields (positions [N], images [N, 3 V, H, W], None)."""
         for parts in zip(*(part.ordered_batches(batch_size, device, rank, world_size) for part in self.parts)):
             yield parts[0][0], torch.cat([images for _, images, _ in parts], 1), None

@@ -47,7 +47,6 @@ class TrainConfig(Checked):
     sigma_mean: float = option(-0.3, "lognormal: mean of ln sigma, sigma^2 = (1 - alpha_bar) / alpha_bar")
     sigma_std: float = option(1.2, "lognormal: standard deviation of ln sigma", above=0)
     precision: str = option("fp32", "autocast type; auto: bf16 where it is native, else fp32", choices=PRECISIONS)
-    channels_last: bool = option(True, "channels-last memory format", runtime=True)
     compile: bool = option(False, "torch.compile the model", runtime=True)
     deterministic: bool = option(False, "deterministic kernels; slower on a GPU", runtime=True)
     seed: int = option(0, "seed of initial weights, order, flips, timesteps, noise and dropout", least=0)

@@ -322,6 +322,10 @@ def refuse_own_outputs(save_dir: str, folders: str | None, references: Sequence[
 # ---- the set --------------------------------------------------------------------------------------------------------
 
 
+Batch = tuple[np.ndarray, torch.Tensor, torch.Tensor | None]
+"""Numbers [N], images [N, C, H, W] in [-1, 1], labels [N] or None."""
+
+
 class TrainImages:
     """Images of one size, with labels or without, read from files or from a decoded copy in memory.
 
@@ -395,19 +399,17 @@ class TrainImages:
             self._permutations[epoch] = np.argsort(bits, kind="stable")
         return self._permutations[epoch]
 
-    def batches(
-        self, numbers: Iterator[np.ndarray], device: str | torch.device
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Batches for an iterator over arrays of sample numbers: images [N, C, H, W] in [-1, 1], labels [N] or None."""
+    def batches(self, numbers: Iterator[np.ndarray], device: str | torch.device) -> Iterator[Batch]:
+        """Batches for an iterator over arrays of sample numbers: (numbers [N], images, labels)."""
         numbers, ahead = itertools.tee(numbers)  # a loader fetches numbers ahead of its batches
         for raw, current in zip(self._raw_batches(ahead, device), numbers):
             labels = None if self.labels is None else self.labels[self.indices(current)].to(device, non_blocking=True)
-            yield self._augment(raw.to(device, non_blocking=True), current), labels
+            yield current, self._augment(raw.to(device, non_blocking=True), current), labels
 
     def ordered_batches(
         self, batch_size: int, device: str | torch.device, rank: int = 0, world_size: int = 1
-    ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]]:
-        """One pass in order, unaugmented, shared among ranks: yields (positions [N], images, labels)."""
+    ) -> Iterator[Batch]:
+        """One pass in order, unaugmented, shared among ranks: (positions [N], images, labels)."""
         mine = np.arange(len(self))[rank::world_size]
         for at in range(0, len(mine), batch_size):
             part = mine[at : at + batch_size]

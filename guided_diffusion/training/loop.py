@@ -8,7 +8,6 @@ bit for bit on a CPU (on a GPU with deterministic=True, as far as its kernels ar
 import contextlib
 import copy
 import functools
-import itertools
 import logging
 import math
 import os
@@ -33,7 +32,7 @@ from ..nn import update_ema
 from ..resample import LossAwareSampler, ScheduleSampler
 from ..run.files import remove_temporaries, write_png
 from ..run.grid import contact_sheet
-from ..runtime import DTYPES, is_out_of_memory, pick_precision
+from ..runtime import DTYPES, is_out_of_memory, memory_format, pick_precision
 from ..script_util import create_diffusion
 from . import files
 from .config import GridOptions, TrainConfig, averaging_rate, learning_rate
@@ -121,7 +120,7 @@ class Trainer:
         self.metadata = dict(metadata or {})
         self.evaluate, self.sample, self.progress = evaluate, sample, progress
 
-        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.memory_format = memory_format(self.device, config.compile)
         self.model = model.to(self.device, memory_format=self.memory_format).train().requires_grad_(True)  # type: ignore[call-overload]
         self.params = list(self.model.parameters())
         self.ema = {rate: [p.detach().clone() for p in self.params] for rate in config.ema_rates()}
@@ -134,18 +133,14 @@ class Trainer:
         self.ema_warmup = config.ema_warmup
         self.failure: InputError | None = None  # why an image could not be read, or a file not be written
         self._resume(checkpoint)
-        self.ddp: Any = self._distributed()
-        self.forward: Any = self.model if self.ddp is None else self.ddp
+        self.ddp: Any = None
+        if ranks.world_size > 1:
+            gpu = [self.device.index] if self.device.type == "cuda" else None
+            ddp = torch.nn.parallel.DistributedDataParallel
+            self.ddp = ddp(self.model, device_ids=gpu, gradient_as_bucket_view=True)
+        self.forward: Any = self.ddp or self.model
         if config.compile:
             self.forward = torch.compile(self.forward)
-        self._averaged: torch.nn.Module | None = None
-
-    def _distributed(self) -> Any:
-        """The model with gradients exchanged between processes; None for a single one."""
-        if self.ranks.world_size == 1:
-            return None
-        gpu = [self.device.index] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(self.model, device_ids=gpu, gradient_as_bucket_view=True)
 
     # -- resuming --
 
@@ -282,23 +277,34 @@ class Trainer:
         """
         config, last = self.config, self.config.last_step()
         if last is not None and self.step >= last:
-            self._complete(last)
+            if self.is_main:
+                log.info("nothing to train: the run has its %d steps", self.step)
+                # Make up for what a run lacks that was killed between its last checkpoint and its end.
+                remove_temporaries(config.save_dir)
+                if self.step == last:
+                    self._export()
+                files.remove_old_checkpoints(config.save_dir, config.keep)
             return True
         if self.is_main:
             remove_temporaries(config.save_dir)
             self.progress_log = files.ProgressLog(config.save_dir, self.step)
         self._clock, self._logged_samples = time.perf_counter(), self.samples
-        self._started, self._first_step = self._clock, self.step
         saved = self.step
-        with stop_on_signals() as stop, self._bar(last) as bar, self._in_one_line(), deterministic_kernels(config):
-            batches = self._batches()
-            batch = self._next(batches)
+        hidden = not (self.progress and self.is_main)
+        bar = tqdm(total=last, initial=self.step, unit="step", dynamic_ncols=True, disable=hidden)
+        with stop_on_signals() as stop, bar, self._in_one_line(), deterministic_kernels(config):
+            numbers = batch_numbers(self.samples, config.batch_size, self.ranks.rank, self.ranks.world_size)
+            batches = self.images.batches(numbers, self.device)
             while True:
-                finished = self.step == last
+                batch, finished = None, self.step == last
+                if not finished:
+                    with self._failing_later():
+                        batch = next(batches)
                 # One rank that fails or is stopped stops all: each has its next batch, or knows that there is none.
                 stopped, failed = self._any(stop.is_set(), self.failure is not None)
                 if self.step > saved and (finished or stopped or failed or self.step % config.save_interval == 0):
-                    self._written(self.save)
+                    with self._failing_later():
+                        self.save()
                     saved = self.step
                     (failed,) = self._any(self.failure is not None)
                 if failed:
@@ -312,7 +318,6 @@ class Trainer:
                 self._report(bar, self.step == last)
                 if config.sample_interval and (self.step == last or self.step % config.sample_interval == 0):
                     self._save_samples()
-                batch = None if self.step == last else self._next(batches)
         if self.images.damaged:
             log.warning("%d images could not be read and were skipped", len(self.images.damaged))
         if self.is_main:
@@ -321,31 +326,13 @@ class Trainer:
                 log.info("stopped after step %d, which is saved", self.step)
         return finished
 
-    def _batches(self) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]]:
-        """Endless iterator over this rank's batches: sample numbers [N], images and labels."""
-        numbers, ahead = itertools.tee(
-            batch_numbers(self.samples, self.config.batch_size, self.ranks.rank, self.ranks.world_size)
-        )
-        for current, (x, y) in zip(numbers, self.images.batches(ahead, self.device)):
-            yield current, x, y
-
-    def _next(self, batches: Iterator[Any]) -> Any:
-        """Next batch; None where an image cannot be read, which ends the run in all processes."""
+    @contextlib.contextmanager
+    def _failing_later(self) -> Iterator[None]:
+        """Keep an InputError of a file: the loop ends the run in all processes after the step is saved."""
         try:
-            return next(batches)
+            yield
         except InputError as error:
             self.failure = self.failure or error
-            return None
-
-    def _complete(self, last: int) -> None:
-        """Make up for what a run lacks that was killed between its last checkpoint and its end."""
-        if not self.is_main:
-            return
-        remove_temporaries(self.config.save_dir)
-        log.info("nothing to train: the run has its %d steps", self.step)
-        if self.step == last:
-            self._export()
-        files.remove_old_checkpoints(self.config.save_dir, self.config.keep)
 
     @contextlib.contextmanager
     def _in_one_line(self) -> Iterator[None]:
@@ -369,17 +356,6 @@ class Trainer:
                 raise
             raise InputError(reason, **where) from error
 
-    def _written(self, write: Callable[..., None], *arguments: Any) -> None:
-        """Call a function that writes files; a failure ends the run, in all processes, after the step is saved."""
-        try:
-            write(*arguments)
-        except InputError as error:
-            self.failure = self.failure or error
-
-    def _bar(self, last: int | None) -> Any:
-        hidden = not (self.progress and self.is_main)
-        return tqdm(total=last, initial=self.step, unit="step", dynamic_ncols=True, disable=hidden)
-
     def _report(self, bar: Any, finished: bool) -> None:
         """Write a row of progress.csv where one is due."""
         config = self.config
@@ -401,19 +377,19 @@ class Trainer:
                 totals = self.evaluate(self.averaged_model())
             row |= means_by_quarter(self._sum_over_ranks(totals), prefix="val_")
         if row and self.is_main:
-            self._written(self.progress_log.write, {"step": self.step, **row})
+            with self._failing_later():
+                self.progress_log.write({"step": self.step, **row})
             if not self.progress:
-                shown = [f"{name} {row[name]:.4g}" for name in ("loss", "acc", "val_loss", "val_acc") if name in row]
-                place, left = self._progress()
-                log.info("%s: %s%s", place, ", ".join(shown), left)
+                self._say(row)
 
-    def _progress(self) -> tuple[str, str]:
-        """The step, and the time that the run still takes at its speed so far: for a log without a bar."""
-        last, done = self.config.last_step(), self.step - self._first_step
-        if last is None or not done or self.step == last:
-            return f"step {self.step}" + (f" of {last}" if last else ""), ""
-        left = (last - self.step) * (time.perf_counter() - self._started) / done
-        return f"step {self.step} of {last}", f", {tqdm.format_interval(left)} left"
+    def _say(self, row: dict[str, Any]) -> None:
+        """Log a row, and the time left at the present speed, where there is no bar."""
+        last = self.config.last_step()
+        shown = [f"{name} {row[name]:.4g}" for name in ("loss", "acc", "val_loss", "val_acc") if name in row]
+        if last and self.step < last and "images_per_second" in row:
+            images = (last - self.step) * self.config.batch_size * self.ranks.world_size
+            shown.append(f"{tqdm.format_interval(images / row['images_per_second'])} left")
+        log.info("step %d%s: %s", self.step, f" of {last}" if last else "", ", ".join(shown))
 
     def _check_finite(self, totals: Terms) -> None:
         """End a run that has diverged, before it is saved. fp16's occasional overflows are skipped steps."""
@@ -436,12 +412,9 @@ class Trainer:
 
     def averaged_model(self) -> torch.nn.Module:
         """A copy of the model, in eval mode, with the weights that are exported."""
-        averaged = self._averaged
-        if averaged is None:
-            averaged = self._averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
-        with torch.no_grad():
-            for target, value in zip(averaged.parameters(), self._exported()):
-                target.copy_(value)
+        averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
+        for target, value in zip(averaged.parameters(), self._exported()):
+            target.copy_(value.detach())
         return averaged
 
     def save(self) -> None:
@@ -483,7 +456,8 @@ class Trainer:
         with self.autocast():
             images = self.sample(self.averaged_model())
         sheet = contact_sheet([[image] for image in images], images.shape[1], math.ceil(len(images) ** 0.5))
-        self._written(write_png, os.path.join(self.config.save_dir, "samples", f"{self.step:06d}.png"), sheet)
+        with self._failing_later():
+            write_png(os.path.join(self.config.save_dir, "samples", f"{self.step:06d}.png"), sheet)
 
 
 @contextlib.contextmanager

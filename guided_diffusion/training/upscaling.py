@@ -14,11 +14,9 @@ from ..image_datasets import ImageError, Reference, normalise, to_uint8
 from ..options import option
 from ..upscaler import MODEL_TYPE, Upscaler
 from .config import Checked, TrainConfig
-from .data import TrainImages, list_images, random_uniform
+from .data import Batch, TrainImages, list_images, random_uniform
 from .losses import Loss
 from .start import Start, resume_path
-
-Batches = Iterator[tuple[torch.Tensor, None]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class UpscalerImages(_Images):
                 self._copies[places[copy.name]].append((part, i))
         self._small: list[list[torch.Tensor]] = []  # for every image its shrunk self, then its copies
 
-    def batches(self, numbers: Iterator[np.ndarray], device: str | torch.device) -> Batches:
+    def batches(self, numbers: Iterator[np.ndarray], device: str | torch.device) -> Iterator[Batch]:
         """Batches for an iterator over arrays of sample numbers."""
         large = self._decoded("cpu")
         self._small = self._small or self._read_small(large)
@@ -105,7 +103,7 @@ class UpscalerImages(_Images):
             small, detailed = (normalise(torch.stack(part)) for part in zip(*pairs))
             share = torch.from_numpy(options.blur * strength**2).float()[:, None, None, None]
             small = small.lerp(binomial_blur(small), share)
-            yield torch.cat([small, F.pixel_unshuffle(detailed, options.factor)], 1).to(device), None
+            yield current, torch.cat([small, F.pixel_unshuffle(detailed, options.factor)], 1).to(device), None
 
     def _read_small(self, large: torch.Tensor) -> list[list[torch.Tensor]]:
         codec = Upscaler(self.options.factor, 1, 0)
