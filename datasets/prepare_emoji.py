@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,33 +36,19 @@ command.start()
 from PIL import Image
 
 from guided_diffusion.cli.flags import Given, Parser
-from guided_diffusion.errors import InputError
+from guided_diffusion.errors import InputError, reading
 from guided_diffusion.options import check, option
+from guided_diffusion.run.files import read_json_or_none
 
 TARGET, SOURCE = "fluent3d", "twitter"
 PACKAGES = {
-    "fluent3d": {
-        "role": "target",
-        "package": "@lobehub/fluent-emoji-3d",
-        "version": "1.1.0",
-        "folder": "package/assets/",
-        "licence": "MIT",
-    },
-    "twitter": {
-        "role": "source",
-        "package": "emoji-datasource-twitter",
-        "version": "16.0.0",
-        "folder": "package/img/twitter/64/",
-        "licence": "CC-BY-4.0",
-    },
-    "google": {
-        "role": "second source",
-        "package": "emoji-datasource-google",
-        "version": "16.0.0",
-        "folder": "package/img/google/64/",
-        "licence": "Apache-2.0",
-    },
-}
+    "fluent3d": {"role": "target", "package": "@lobehub/fluent-emoji-3d", "version": "1.1.0",
+                 "folder": "package/assets/", "licence": "MIT"},
+    "twitter": {"role": "source", "package": "emoji-datasource-twitter", "version": "16.0.0",
+                "folder": "package/img/twitter/64/", "licence": "CC-BY-4.0"},
+    "google": {"role": "second source", "package": "emoji-datasource-google", "version": "16.0.0",
+               "folder": "package/img/google/64/", "licence": "Apache-2.0"},
+}  # fmt: skip
 MANIFEST = "manifest.json"
 MIN_SIZE, MAX_SIZE = 8, 1024
 WORKERS = 2
@@ -85,13 +70,10 @@ def skin_tone_base(code):
     return "-".join(part for part in code.split("-") if part not in SKIN_TONES) or code
 
 
-def held_out(code):
-    """Whether the code point belongs to the test split, together with all its skin-tone variants."""
-    return int(hashlib.sha256(skin_tone_base(code).encode()).hexdigest(), 16) % 10 == 0
-
-
 def split_of(code):
-    return "test" if held_out(code) else "train"
+    """The split of a code point, which all its skin-tone variants share."""
+    held_out = int(hashlib.sha256(skin_tone_base(code).encode()).hexdigest(), 16) % 10 == 0
+    return "test" if held_out else "train"
 
 
 def tarball_name(package, version):
@@ -112,13 +94,12 @@ def npm_error(completed):
 
 
 def npm_pack(package, version, folder):
-    """Fetch PACKAGE@VERSION with the npm client into `folder`; return the tarball's path."""
+    """Fetch a package with the npm client into `folder`; returns the tarball's path."""
     npm = shutil.which("npm")
     if npm is None:
         raise InputError(
-            "npm is not installed: install Node.js, or run `npm pack NAME@VERSION` on another machine for "
-            + ", ".join(f"{p['package']}@{p['version']}" for p in PACKAGES.values())
-            + " and give the folder with the tarballs as `from_dir`"
+            "npm is not installed: install Node.js, or give a folder as `from_dir` with the tarballs that `npm pack` "
+            "makes elsewhere of " + ", ".join(f"{p['package']}@{p['version']}" for p in PACKAGES.values())
         )
     call = [npm, "pack", f"{package}@{version}", "--json", "--pack-destination", str(folder)]
     # npm waits 10 s and then 60 s between its tries; a machine without a network should hear so sooner.
@@ -146,14 +127,11 @@ def tarball_path(spec, from_dir, work):
 
 
 def read_tarball(path, spec):
-    """Read a package's pictures.
+    """A package's pictures, {code point: (file name, encoded bytes)}, from a tarball of `npm pack`.
 
-    :param path: a tarball as `npm pack` makes it.
-    :param spec: the package's entry in `PACKAGES`.
-    :return: {code point: (file name, encoded bytes)}.
-    :raises InputError: if the file is no intact tarball, is another package, or holds no picture.
+    Raises InputError where it is no intact tarball, is another package, or holds no picture.
     """
-    try:
+    with reading(path, "an npm tarball"):
         # Decompressed whole: that checks the CRC of every byte, where tarfile stops reading at the last file.
         with tarfile.open(fileobj=io.BytesIO(gzip.decompress(path.read_bytes())), mode="r:") as archive:
             package = json.load(archive.extractfile("package/package.json"))
@@ -162,9 +140,7 @@ def read_tarball(path, spec):
                 for member in archive
                 if member.isfile() and member.name.startswith(spec["folder"])
             }
-    except (tarfile.TarError, zlib.error, EOFError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is not an intact npm tarball ({error}): fetch it again") from error
-    found, wanted = (f"{p.get('name', p.get('package'))}@{p.get('version')}" for p in (package, spec))
+        found, wanted = f"{package['name']}@{package['version']}", f"{spec['package']}@{spec['version']}"
     if found != wanted:
         raise InputError(f"{path} holds {found}, and not {wanted}")
 
@@ -193,12 +169,10 @@ def render(encoded, size):
 
 
 def write_picture(job):
-    """Render one (name, encoded bytes, size, path) to a PNG file; return the sha256 of its pixels."""
+    """Render one (name, encoded bytes, size, path) to a PNG file; returns the sha256 of its pixels."""
     name, encoded, size, path = job
-    try:
+    with reading(f"the package's picture {name}"):
         picture = render(encoded, size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"the package's picture {name} cannot be read ({error})") from error
     picture.save(path, format="PNG")
     return hashlib.sha256(picture.tobytes()).hexdigest()
 
@@ -218,7 +192,7 @@ def settings(size):
 
 
 def write_set(pictures, size, folder):
-    """Write the set of {style: {code point: (file name, bytes)}} into the empty `folder`; return its manifest."""
+    """Write the set of {style: {code point: (file name, bytes)}} into the empty `folder`; returns its manifest."""
     paired = sorted(pictures[TARGET].keys() & pictures[SOURCE].keys())
     if not paired:
         raise InputError(f"no code point is drawn by both {TARGET} and {SOURCE}: are these the right tarballs?")
@@ -241,10 +215,7 @@ def write_set(pictures, size, folder):
             for style in PACKAGES
         },
         "digest": hashlib.sha256(lines.encode()).hexdigest(),
-        "paired": {
-            "train": [code for code in paired if not held_out(code)],
-            "test": [code for code in paired if held_out(code)],
-        },
+        "paired": {split: [code for code in paired if split_of(code) == split] for split in ("train", "test")},
         "left_out": {style: sorted(pictures[style].keys() - set(paired)) for style in PACKAGES},
         "pixels_sha256": {path: hashes[path] for path in sorted(hashes)},
     }
@@ -253,41 +224,34 @@ def write_set(pictures, size, folder):
 
 
 def existing_set(out, size, overwrite):
-    """Look at what `out` holds already.
+    """The manifest in `out` if that is the complete set that is asked for; None if a set is to be written.
 
-    :return: its manifest if it is the complete set that is asked for, or None if a set is to be written.
-    :raises InputError: if it holds anything else and may not, or must not, be replaced.
+    Raises InputError where it holds anything else and may not, or must not, be replaced.
     """
     if not out.exists():
         return None
     if not out.is_dir():
         raise InputError("it is a file; name a folder", parameter="out", value=out)
     entries = sorted(path.name for path in out.iterdir())
-    if not entries:
-        return None
     foreign = [name for name in entries if name not in (*PACKAGES, MANIFEST)]
     if foreign:
         reason = f"it holds other files ({foreign[0]}); name a folder that is new or empty"
         raise InputError(reason, parameter="out", value=out)
-    if overwrite:
+    if overwrite or not entries:
         return None
+    manifest = read_json_or_none(out / MANIFEST)
     try:
-        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        found, files = manifest["settings"], list(manifest["pixels_sha256"])
-        counts = {style: dict(split) for style, split in manifest["counts"].items()}
-        found_size, digest = found["size"], manifest["digest"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        present = {"counts": {style: dict(split) for style, split in manifest["counts"].items()}}
+        present["digest"], found, paths = manifest["digest"], manifest["settings"], list(manifest["pixels_sha256"])
+    except (KeyError, TypeError, ValueError, AttributeError):  # what is no manifest fails in many ways
         problem = f"it has no usable {MANIFEST}"
     else:
-        missing = [path for path in files if not (out / path).is_file()]
+        missing = [path for path in paths if not (out / path).is_file()]
         if found == settings(size) and not missing:
-            return {"counts": counts, "digest": digest}
-        if found_size != size:
-            problem = f"it holds the set at size {found_size}, not {size}"
-        elif missing:
-            problem = f"it lacks {len(missing)} of the set's {len(files)} pictures (first: {missing[0]})"
-        else:
-            problem = "it holds a set made with other settings"
+            return present
+        problem = (
+            f"it lacks pictures of its set, such as {missing[0]}" if missing else "it holds the set in another size"
+        )
     raise InputError(f"{problem}; name another folder or set `overwrite` to True", parameter="out", value=out)
 
 
@@ -305,14 +269,10 @@ def put_in_place(new, out, work):
 
 
 def prepare(size, out, from_dir=None, overwrite=False):
-    """Make the emoji set at `out`, or recognise that it is already present.
+    """Make the emoji set in the folder `out`, which appears whole or not at all, unless it is there already.
 
-    :param size: side of the pictures in pixels.
-    :param out: the folder of the set; it appears whole or not at all.
-    :param from_dir: a folder with the packages' tarballs, or None to fetch them with npm.
-    :param overwrite: replace another emoji set at `out`.
-    :return: (a dict with the set's `counts` and `digest`, whether it was written now).
-    :raises InputError: if the set cannot be made; `out` is then as it was.
+    from_dir: a folder with the packages' tarballs; None fetches them with npm. Returns (a dict with the set's `counts`
+    and `digest`, whether it was written now). Raises InputError where it cannot be made; `out` is then as it was.
     """
     out = Path(os.path.realpath(out))
     work = None

@@ -19,6 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from guided_diffusion.errors import InputError
+
 SCRIPT = Path(__file__).resolve().parents[1] / "datasets" / "prepare_emoji.py"
 spec = importlib.util.spec_from_file_location("prepare_emoji", SCRIPT)
 prepare_emoji = importlib.util.module_from_spec(spec)
@@ -32,16 +34,8 @@ TARBALLS = {
 DIGEST_64 = "59cf2eab9a7b1d26a7bf3dfedf9a4f125ad28a5c1c6199c0b2747d12b4f93d2e"
 KNOWN_PIXELS = "c9166b1f653b16152b00ac593c105a16cb5da2f7e00017f24737a6d91e03f557"
 # A heart, a thumb and its tones, a robot (held out), two people, and what only one vendor draws.
-PAIRED = [
-    "2764",
-    "1f44d",
-    "1f44d-1f3fb",
-    "1f44d-1f3ff",
-    "1f916",
-    "1f9d1-200d-1f91d-200d-1f9d1",
-    "1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3fc",
-    "26a7",
-]
+PAIRED = ["2764", "1f44d", "1f44d-1f3fb", "1f44d-1f3ff", "1f916", "1f9d1-200d-1f91d-200d-1f9d1",
+          "1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3fc", "26a7"]  # fmt: skip
 _BOTH = [code for code in PAIRED if code not in ("2764", "26a7")] + ["2764-fe0f", "26a7-fe0f"]
 FILES = {
     "fluent3d": ["26a7", *_BOTH, "23-20e3"],
@@ -95,30 +89,47 @@ def tarballs(shared_tarballs, tmp_path):
     return Path(shutil.copytree(shared_tarballs, tmp_path / "packages"))
 
 
-def run(*arguments, **options):
+def run(*arguments):
+    """The command in this process, without its handling of errors."""
+    prepare_emoji.main(prepare_emoji.create_parser().parse(list(map(str, arguments))))
+
+
+def refused(*arguments):
+    """The one line of a refusal."""
+    parser = prepare_emoji.create_parser()
+    with pytest.raises(InputError) as caught:
+        prepare_emoji.main(parser.parse(list(map(str, arguments))))
+    return caught.value.text(parser.spell)
+
+
+def in_a_process(*arguments, **options):
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, **options)
-
-
-def refused(completed):
-    """The one line of a refusal."""
-    assert completed.returncode == 2
-    lines = completed.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ")
-    return lines[0]
 
 
 def tree(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def contents(folder):
+    return {path: (folder / path).read_bytes() for path in tree(folder)}
+
+
 def split_by_hand(base):
     return "test" if int(hashlib.sha256(base.encode()).hexdigest(), 16) % 10 == 0 else "train"
 
 
-def test_the_set_holds_exactly_the_code_points_that_target_and_source_both_draw(shared_tarballs, tmp_path):
-    completed = run("--size", 16, "--out", tmp_path / "set", "--from_dir", shared_tarballs)
+@pytest.fixture(scope="session")
+def made(shared_tarballs, tmp_path_factory):
+    """A set that no test changes, and what the command printed."""
+    folder = tmp_path_factory.mktemp("made") / "set"
+    completed = in_a_process("--size", 16, "--out", folder, "--from_dir", shared_tarballs)
     assert completed.returncode == 0, completed.stderr
+    return folder, completed.stdout
+
+
+def test_the_set_holds_exactly_the_code_points_that_target_and_source_both_draw(made):
+    folder, printed = made
     split = {code: split_by_hand(code) for code in PAIRED}
     split["1f44d-1f3fb"] = split["1f44d-1f3ff"] = split["1f44d"]
     split["1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3fc"] = split["1f9d1-200d-1f91d-200d-1f9d1"]
@@ -126,39 +137,31 @@ def test_the_set_holds_exactly_the_code_points_that_target_and_source_both_draw(
     google = ["2764", "1f44d", "1f916"]
     expected = [f"{style}/{split[code]}/{code}.png" for style in ("fluent3d", "twitter") for code in PAIRED]
     expected += [f"google/{split[code]}/{code}.png" for code in google] + ["manifest.json"]
-    assert tree(tmp_path / "set") == sorted(expected)
+    assert tree(folder) == sorted(expected)
 
-    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
     assert sorted(manifest["paired"]["train"] + manifest["paired"]["test"]) == sorted(PAIRED)
     assert all(split[code] == name for name, codes in manifest["paired"].items() for code in codes)
     assert manifest["left_out"] == {"fluent3d": ["23-20e3"], "twitter": ["0023-20e3", "1f3fb"], "google": ["1f3fb"]}
     assert manifest["settings"]["packages"]["fluent3d"]["version"] == "1.1.0"
     assert sum(manifest["counts"]["google"].values()) == 3
-    assert "google: " in completed.stdout and manifest["digest"] in completed.stdout
+    assert "google: " in printed and manifest["digest"] in printed
 
 
-def test_every_picture_is_its_own_vendors_drawing_of_its_own_code_point(shared_tarballs, tmp_path):
-    prepare_emoji.prepare(16, tmp_path / "set", shared_tarballs)
+def test_every_picture_is_its_own_vendors_drawing_and_its_hash_is_in_the_manifest(made):
+    folder, _ = made
+    manifest = json.loads((folder / "manifest.json").read_text())
+    hashes = dict(manifest["pixels_sha256"])
     stems = {style: {stem.lower().replace("-fe0f", ""): stem for stem in FILES[style]} for style in FILES}
-    pictures = list((tmp_path / "set").rglob("*.png"))
-    assert len(pictures) == 2 * len(PAIRED) + 3
-    for path in pictures:
+    for path in folder.rglob("*.png"):
         style = path.parts[-3]
         picture = Image.open(path)
         assert (picture.mode, picture.size) == ("RGB", (16, 16))
         # Fluent draws 26a7 twice; the fully qualified name, which comes later in FILES, is the one to take.
         assert picture.getcolors() == [(256, colour(style, stems[style][path.stem]))]
-
-
-def test_manifest_hashes_are_those_of_the_pixels_on_disk_and_the_digest_covers_them_all(shared_tarballs, tmp_path):
-    prepare_emoji.prepare(16, tmp_path / "set", shared_tarballs)
-    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
-    hashes = manifest["pixels_sha256"]
-    assert sorted([*hashes, "manifest.json"]) == tree(tmp_path / "set")
-    for path, value in hashes.items():
-        pixels = Image.open(tmp_path / "set" / path).tobytes()
-        assert hashlib.sha256(pixels).hexdigest() == value
-    lines = "".join(f"{path} {value}\n" for path, value in sorted(hashes.items()))
+        assert hashlib.sha256(picture.tobytes()).hexdigest() == hashes.pop(path.relative_to(folder).as_posix())
+    assert not hashes
+    lines = "".join(f"{path} {value}\n" for path, value in sorted(manifest["pixels_sha256"].items()))
     assert hashlib.sha256(lines.encode()).hexdigest() == manifest["digest"]
 
 
@@ -180,53 +183,43 @@ def test_skin_tone_variants_are_always_in_the_split_of_their_base(parts, tones):
     assert prepare_emoji.split_of(variant) == split_by_hand(base)
 
 
-def test_a_complete_set_with_the_same_settings_is_left_alone(shared_tarballs, tmp_path):
-    first = run("--size", 16, "--out", tmp_path / "set", "--from_dir", shared_tarballs)
-    before = {path: (tmp_path / "set" / path).stat().st_mtime_ns for path in tree(tmp_path / "set")}
-    second = run("--size", 16, "--out", tmp_path / "set", env={**os.environ, "PATH": ""})
-    assert second.returncode == 0 and "left alone" in second.stdout
-    assert first.stdout.splitlines()[1:] == second.stdout.splitlines()[1:]
-    assert before == {path: (tmp_path / "set" / path).stat().st_mtime_ns for path in tree(tmp_path / "set")}
+def test_a_complete_set_with_the_same_settings_is_left_alone(made, monkeypatch, capsys):
+    folder, printed = made
+    before = {path: (folder / path).stat().st_mtime_ns for path in tree(folder)}
+    monkeypatch.setenv("PATH", "")  # nothing is fetched
+    run("--size", 16, "--out", folder)
+    again = capsys.readouterr().out
+    assert "left alone" in again and again.splitlines()[1:] == printed.splitlines()[1:]
+    assert before == {path: (folder / path).stat().st_mtime_ns for path in tree(folder)}
 
 
-def test_another_size_is_refused_and_written_with_overwrite(shared_tarballs, tmp_path):
-    run("--size", 16, "--out", tmp_path / "set", "--from_dir", shared_tarballs)
-    line = refused(run("--size", 24, "--out", tmp_path / "set", "--from_dir", shared_tarballs))
-    assert "size 16, not 24" in line and "set --overwrite to True" in line
-    again = run("--size", 24, "--out", tmp_path / "set", "--from_dir", shared_tarballs, "--overwrite", "True")
-    assert again.returncode == 0, again.stderr
-    assert Image.open(tmp_path / "set" / "twitter" / "test" / "1f916.png").size == (24, 24)
+def test_other_sets_are_refused_and_replaced_with_overwrite(made, shared_tarballs, tmp_path):
+    """One of another size, one that lost a picture, and one without a manifest."""
+    folder = Path(shutil.copytree(made[0], tmp_path / "set"))
+    flags = ["--out", folder, "--from_dir", shared_tarballs]
+    line = refused("--size", 24, *flags)
+    assert "in another size" in line and "set --overwrite to True" in line
+    (folder / "twitter" / "test" / "1f916.png").unlink()
+    assert "lacks pictures of its set, as twitter/test/1f916.png" in refused("--size", 16, *flags)
+    for text in ("{", "[]", '{"settings": 1}'):
+        (folder / "manifest.json").write_text(text)
+        assert "no usable manifest.json" in refused("--size", 16, *flags)
+    run("--size", 24, *flags, "--overwrite", "True")
+    assert Image.open(folder / "twitter" / "test" / "1f916.png").size == (24, 24)
     assert os.listdir(tmp_path) == ["set"]
 
 
-def test_a_set_that_lost_a_picture_or_its_manifest_is_refused(shared_tarballs, tmp_path):
-    prepare_emoji.prepare(16, tmp_path / "set", shared_tarballs)
-    (tmp_path / "set" / "twitter" / "test" / "1f916.png").unlink()
-    line = refused(run("--size", 16, "--out", tmp_path / "set", "--from_dir", shared_tarballs))
-    assert "lacks 1 of the set's 19 pictures" in line and "1f916.png" in line
-    (tmp_path / "set" / "manifest.json").write_text("{")
-    assert "no usable manifest.json" in refused(run("--size", 16, "--out", tmp_path / "set"))
-
-
 def test_overwrite_never_removes_a_folder_that_holds_other_files(shared_tarballs, tmp_path):
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").write_text("years of work")
-    line = refused(run("--out", tmp_path / "home", "--from_dir", shared_tarballs, "--overwrite", "True"))
-    assert "thesis.tex" in line
-    assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
-
-
-@pytest.mark.parametrize("size", ["7", "1025", "²"])
-def test_a_bad_size_is_refused(size, tmp_path):
-    line = refused(run(f"--size={size}", "--out", tmp_path / "set"))
-    assert "--size" in line and (size in line or ascii(size) in line)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "thesis.tex" in refused("--out", tmp_path, "--from_dir", shared_tarballs, "--overwrite", "True")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 def test_a_missing_tarball_is_named_with_the_command_that_makes_it(tarballs, tmp_path):
     (tarballs / "lobehub-fluent-emoji-3d-1.1.0.tgz").unlink()
-    line = refused(run("--out", tmp_path / "set", "--from_dir", tarballs))
+    line = refused("--out", tmp_path / "set", "--from_dir", tarballs)
     assert "lobehub-fluent-emoji-3d-1.1.0.tgz" in line and "npm pack @lobehub/fluent-emoji-3d@1.1.0" in line
-    assert "is not a folder" in refused(run("--out", tmp_path / "set", "--from_dir", tmp_path / "nowhere"))
+    assert "is not a folder" in refused("--out", tmp_path / "set", "--from_dir", tmp_path / "nowhere")
     assert os.listdir(tmp_path) == ["packages"]
 
 
@@ -239,64 +232,68 @@ def flip(data):
 def test_a_corrupt_tarball_is_named_and_leaves_nothing(spoil, tarballs, tmp_path):
     path = tarballs / "emoji-datasource-google-16.0.0.tgz"
     path.write_bytes(spoil(path.read_bytes()))
-    line = refused(run("--out", tmp_path / "set", "--from_dir", tarballs))
-    assert str(path) in line and "not an intact npm tarball" in line
+    line = refused("--out", tmp_path / "set", "--from_dir", tarballs)
+    assert str(path) in line and "is damaged or not an npm tarball" in line
     assert os.listdir(tmp_path) == ["packages"]
 
 
-def test_a_tarball_of_another_version_is_refused(tarballs, tmp_path):
-    make_tarball(tarballs, "twitter", version="15.0.0")
-    line = refused(run("--out", tmp_path / "set", "--from_dir", tarballs))
-    assert "emoji-datasource-twitter@15.0.0" in line and "not emoji-datasource-twitter@16.0.0" in line
+NOT_THE_PACKAGES = {
+    "another version": (
+        {"version": "15.0.0"},
+        "holds emoji-datasource-twitter@15.0.0, and not emoji-datasource-twitter@16",
+    ),
+    "no picture": ({"files": {}}, "holds no picture"),
+    "nothing in common": (
+        {"files": {"1f600": encoded(Image.new("RGB", (8, 8)), "png")}},
+        "no code point is drawn by both",
+    ),
+    "a broken picture": ({"files": {"1f916": b"no picture"}}, "1f916.png cannot be read"),
+}
 
 
-def test_a_tarball_without_pictures_and_vendors_without_a_common_emoji_are_refused(tarballs, tmp_path):
-    make_tarball(tarballs, "twitter", files={})
-    assert "holds no picture" in refused(run("--out", tmp_path / "set", "--from_dir", tarballs))
-    make_tarball(tarballs, "twitter", files={"1f600": encoded(Image.new("RGB", (8, 8)), "png")})
-    assert "no code point is drawn by both" in refused(run("--out", tmp_path / "set", "--from_dir", tarballs))
-
-
-def test_a_broken_picture_is_named_and_leaves_nothing(tarballs, tmp_path):
-    make_tarball(tarballs, "twitter", files={"1f916": b"no picture"})
-    assert "1f916.png cannot be read" in refused(run("--out", tmp_path / "set", "--from_dir", tarballs))
+@pytest.mark.parametrize("wrong", NOT_THE_PACKAGES)
+def test_tarballs_that_do_not_fit_are_named_and_leave_nothing(wrong, tarballs, tmp_path):
+    options, message = NOT_THE_PACKAGES[wrong]
+    make_tarball(tarballs, "twitter", **options)
+    assert message in refused("--out", tmp_path / "set", "--from_dir", tarballs)
     assert os.listdir(tmp_path) == ["packages"]
 
 
-def test_a_picture_is_opened_by_its_content_and_no_other_program_is_run(tarballs, tmp_path):
+def test_a_picture_is_opened_by_its_content_and_no_other_program_is_run(tarballs, tmp_path, monkeypatch):
     """Pillow hands EPS to Ghostscript. A file of a package may be one, whatever its name."""
-    env = fake_npm(tmp_path / "bin", "")
+    fake_npm(monkeypatch, tmp_path / "bin", "")
     (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
     (tmp_path / "bin" / "gs").chmod(0o755)
     make_tarball(tarballs, "twitter", files={"1f916": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"})
-    line = refused(run("--out", tmp_path / "set", "--from_dir", tarballs, env=env))
+    line = refused("--out", tmp_path / "set", "--from_dir", tarballs)
     assert "1f916.png cannot be read" in line and not (tmp_path / "ran").exists()
 
 
-def test_a_write_that_fails_midway_keeps_the_old_set_and_leaves_no_temporary_folder(shared_tarballs, tmp_path):
-    prepare_emoji.prepare(16, tmp_path / "set", shared_tarballs)
-    before = {path: (tmp_path / "set" / path).read_bytes() for path in tree(tmp_path / "set")}
+def test_a_write_that_fails_midway_keeps_the_old_set_and_leaves_no_temporary_folder(made, shared_tarballs, tmp_path):
+    folder = Path(shutil.copytree(made[0], tmp_path / "set"))
+    before = contents(folder)
 
     def no_file_over_1000_bytes():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # the pictures fit, the manifest does not
 
-    flags = ["--size", 24, "--out", tmp_path / "set", "--from_dir", shared_tarballs, "--overwrite", "True"]
-    line = refused(run(*flags, preexec_fn=no_file_over_1000_bytes))
-    assert "--out is " in line and "cannot be written" in line and "File too large" in line
-    assert os.listdir(tmp_path) == ["set"]
-    assert before == {path: (tmp_path / "set" / path).read_bytes() for path in tree(tmp_path / "set")}
+    flags = ["--size", 24, "--out", folder, "--from_dir", shared_tarballs, "--overwrite", "True"]
+    done = in_a_process(*flags, preexec_fn=no_file_over_1000_bytes)
+    assert done.returncode == 2 and done.stderr.startswith("error: --out is ") and done.stderr.count("\n") == 1
+    assert "cannot be written" in done.stderr and "File too large" in done.stderr
+    assert os.listdir(tmp_path) == ["set"] and before == contents(folder)
 
 
-def fake_npm(folder, body):
-    """Put an executable `npm` with a Python body into `folder`; return an environment where only it is found."""
+def fake_npm(monkeypatch, folder, body):
+    """Put an executable `npm` with a Python body into `folder`, the only one where programs are found."""
     folder.mkdir()
     (folder / "npm").write_text(f"#!{sys.executable}\nimport json, pathlib, shutil, sys, time\n{body}\n")
     (folder / "npm").chmod(0o755)
-    return {**os.environ, "PATH": str(folder)}
+    monkeypatch.setenv("PATH", str(folder))
 
 
-def test_packages_are_asked_of_npm_by_name_and_version(shared_tarballs, tmp_path):
-    env = fake_npm(
+def test_packages_are_asked_of_npm_by_name_and_version(made, shared_tarballs, tmp_path, monkeypatch, capsys):
+    fake_npm(
+        monkeypatch,
         tmp_path / "bin",
         f"""
 name, version = sys.argv[2].rsplit("@", 1)
@@ -306,12 +303,10 @@ shutil.copy(pathlib.Path({str(shared_tarballs)!r}) / tarball, destination)
 print(json.dumps([{{"filename": tarball}}]))
 """,
     )
-    completed = run("--size", 16, "--out", tmp_path / "set", env=env)
-    assert completed.returncode == 0, completed.stderr
-    assert "fetching @lobehub/fluent-emoji-3d@1.1.0" in completed.stdout
-    prepare_emoji.prepare(16, tmp_path / "direct", shared_tarballs)
-    assert (tmp_path / "set" / "manifest.json").read_text() == (tmp_path / "direct" / "manifest.json").read_text()
-    assert sorted(os.listdir(tmp_path)) == ["bin", "direct", "set"]
+    run("--size", 16, "--out", tmp_path / "set")
+    assert "fetching @lobehub/fluent-emoji-3d@1.1.0" in capsys.readouterr().out
+    assert contents(tmp_path / "set") == contents(made[0])
+    assert sorted(os.listdir(tmp_path)) == ["bin", "set"]
 
 
 @pytest.mark.parametrize(
@@ -326,30 +321,31 @@ print(json.dumps([{{"filename": tarball}}]))
     ],
     ids=["json report", "error log", "silence"],
 )
-def test_npms_own_reason_is_passed_on_in_one_line(body, reason, tmp_path):
-    line = refused(run("--out", tmp_path / "set", env=fake_npm(tmp_path / "bin", body)))
+def test_npms_own_reason_is_passed_on_in_one_line(body, reason, tmp_path, monkeypatch):
+    fake_npm(monkeypatch, tmp_path / "bin", body)
+    line = refused("--out", tmp_path / "set")
     assert reason in line and "@lobehub/fluent-emoji-3d@1.1.0" in line and "--from_dir" in line
     assert os.listdir(tmp_path) == ["bin"]
 
 
-def test_without_npm_the_error_says_how_to_use_from_dir(tmp_path):
-    line = refused(run("--out", tmp_path / "set", env={**os.environ, "PATH": ""}))
+def test_without_npm_the_error_says_how_to_use_from_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    line = refused("--out", tmp_path / "set")
     assert "npm is not installed" in line and "--from_dir" in line and "emoji-datasource-google@16.0.0" in line
 
 
-@pytest.mark.parametrize("number, word", [(signal.SIGTERM, "SIGTERM")])
-def test_an_interrupted_run_leaves_no_half_set_and_no_temporary_folder(number, word, tmp_path):
-    env = fake_npm(tmp_path / "bin", f"pathlib.Path({str(tmp_path / 'started')!r}).touch(); time.sleep(60)")
+def test_an_interrupted_run_leaves_no_half_set_and_no_temporary_folder(tmp_path, monkeypatch):
+    fake_npm(monkeypatch, tmp_path / "bin", f"pathlib.Path({str(tmp_path / 'started')!r}).touch(); time.sleep(60)")
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "set")]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 600
     while not (tmp_path / "started").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, messages = process.communicate(timeout=600)
     assert process.returncode == 130
-    assert word in messages.splitlines()[-1] and "Traceback" not in messages
+    assert "SIGTERM" in messages.splitlines()[-1] and "Traceback" not in messages
     assert sorted(os.listdir(tmp_path)) == ["bin", "started"]
 
 
@@ -364,6 +360,6 @@ def test_the_real_packages_give_the_published_set(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused(shared_tarballs, tmp_path):
     (tmp_path / "file").write_text("")
-    line = refused(run("--out", tmp_path / "file" / "set", "--from_dir", shared_tarballs))
+    line = refused("--out", tmp_path / "file" / "set", "--from_dir", shared_tarballs)
     assert "--out is " in line and "cannot be written" in line and line.endswith(f"({tmp_path / 'file'})")
-    assert "is a file" in refused(run("--out", tmp_path / "file", "--from_dir", shared_tarballs))
+    assert "is a file" in refused("--out", tmp_path / "file", "--from_dir", shared_tarballs)
