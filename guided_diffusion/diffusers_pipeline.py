@@ -246,12 +246,9 @@ class SDDMPipeline(_Translating, DiffusionPipeline):
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(
-        self,
-        unet: UNet2DModel,
-        scheduler: KarrasDiffusionSchedulers,
-        vqvae: VQModel | None = None,
+        self, unet: UNet2DModel, scheduler: KarrasDiffusionSchedulers, vqvae: VQModel | None = None,
         vae: AutoencoderKL | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         config, own = unet.config, vqvae if vqvae is not None else vae
         square(config.sample_size)
@@ -280,29 +277,15 @@ class SDDMPipeline(_Translating, DiffusionPipeline):
         return super().from_pretrained(path, **options)
 
     def __call__(
-        self,
-        image: Pictures,
-        num_inference_steps: int = 100,
-        t0: float = 0.5,
-        area: int = 16,
-        energy: Any = None,
-        variant: str = "manifold",
-        sampler: str | None = None,
-        eta: float = 0.0,
-        class_labels: int | Sequence[int] | torch.Tensor | None = None,
-        num_images_per_image: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        *,
-        strength: float | None = None,
-        num_images_per_prompt: int | None = None,
-        latents: torch.Tensor | None = None,
-        timesteps: Sequence[int] | None = None,
-        sigmas: Sequence[float] | None = None,
-    ) -> Any:
+        self, image: Pictures, num_inference_steps: int = 100, t0: float = 0.5, area: int = 16, energy: Any = None,
+        variant: str = "manifold", sampler: str | None = None, eta: float = 0.0,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None, num_images_per_image: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None, output_type: str = "pil",
+        return_dict: bool = True, callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",), *, strength: float | None = None,
+        num_images_per_prompt: int | None = None, latents: torch.Tensor | None = None,
+        timesteps: Sequence[int] | None = None, sigmas: Sequence[float] | None = None,
+    ) -> Any:  # fmt: skip
         """Translate pictures; returns ImagePipelineOutput with `images`, several in a row for every reference.
 
         Args:
@@ -406,23 +389,12 @@ class SDDMTextPipeline(_Translating):
         return self
 
     def __call__(
-        self,
-        prompt: str | list[str] | None = None,
-        image: Pictures | None = None,
-        strength: float = 0.8,
-        num_inference_steps: int = 50,
-        t0: float = 0.4,
-        area: int = 16,
-        guidance_scale: float | None = None,
-        negative_prompt: str | list[str] | None = None,
-        *,
-        num_images_per_prompt: int = 1,
-        num_images_per_image: int = 1,
-        height: int | None = None,
-        timesteps: Sequence[int] | None = None,
-        sigmas: Sequence[float] | None = None,
-        **options: Any,
-    ) -> Any:
+        self, prompt: str | list[str] | None = None, image: Pictures | None = None, strength: float = 0.8,
+        num_inference_steps: int = 50, t0: float = 0.4, area: int = 16, guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None, *, num_images_per_prompt: int = 1,
+        num_images_per_image: int = 1, height: int | None = None, timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None, **options: Any,
+    ) -> Any:  # fmt: skip
         """Translate pictures towards a prompt; returns ImagePipelineOutput with `images`.
 
         prompt, negative_prompt: for all pictures, or one for each. guidance_scale: classifier-free guidance, None for
