@@ -46,30 +46,28 @@ def _modules(kind: str, found: Mapping[str, Any]) -> Iterator[tuple[str, str, tu
             yield from ((f"{ours}.{part[-1]}", f"{theirs}.{part}", None) for part in QKV)
 
     for i in range(levels):
-        up = levels - 1 - i  # of the expanding half, which diffusers counts from the coarsest level
         for down, blocks in ((True, n), (False, n + 1)):
-            theirs = f"{'down' if down else 'up'}_blocks.{i}"
-            level = i if down else up
+            side = "down" if down else "up"
+            theirs, put = f"{side}_blocks.{i}", "input" if down else "output"
+            level = i if down else levels - 1 - i  # diffusers counts the expanding half from the coarsest level
+            start = i * (n + 1) + down  # of ADM's list of blocks
             for j in range(blocks):
-                if kind == "ADM":
-                    block = f"input_blocks.{1 + i * (n + 1) + j}" if down else f"output_blocks.{i * (n + 1) + j}"
-                    ours, attn = f"{block}.0", f"{block}.1"
-                else:
-                    side = f"{'down' if down else 'up'}.{level}"
-                    ours, attn = f"{side}.block.{j}", f"{side}.attn.{j}"
+                ours, attn = f"{put}_blocks.{start + j}.0", f"{put}_blocks.{start + j}.1"
+                if kind == "DDPM":
+                    ours, attn = f"{side}.{level}.block.{j}", f"{side}.{level}.attn.{j}"
                 yield from resnet(ours, f"{theirs}.resnets.{j}")
                 if attends[level]:
                     yield from attention(attn, f"{theirs}.attentions.{j}")
             if i == levels - 1:
                 continue
-            sampler = f"{theirs}.{'down' if down else 'up'}samplers.0"
+            sampler = f"{theirs}.{side}samplers.0"
             if kind == "DDPM":
-                ours = f"down.{level}.downsample.conv" if down else f"up.{level}.upsample.conv"
+                ours, conv = f"{side}.{level}.{side}sample", ".conv"
             elif down:
-                ours = f"input_blocks.{1 + i * (n + 1) + n}.0" + ("" if residual else ".op")
+                ours, conv = f"input_blocks.{start + n}.0", ".op"
             else:
-                ours = f"output_blocks.{i * (n + 1) + n}.{2 if attends[level] else 1}" + ("" if residual else ".conv")
-            yield from resnet(ours, sampler) if residual else iter(((ours, f"{sampler}.conv", None),))
+                ours, conv = f"output_blocks.{start + n}.{2 if attends[level] else 1}", ".conv"
+            yield from resnet(ours, sampler) if residual else iter([(f"{ours}{conv}", f"{sampler}.conv", None)])
     first, attn, second = names["middle"]
     yield from resnet(first, "mid_block.resnets.0")
     yield from attention(attn, "mid_block.attentions.0")
@@ -88,15 +86,12 @@ def to_ours(
             sources = [f"{theirs}.{part}.{end}" for part in parts] if parts else [f"{theirs}.{end}"]
             name = f"{module}.{end}"
             names[name] = next((source for source in sources if source not in rest), sources[0])
-            if not all(source in rest for source in sources):
+            if names[name] not in rest:
                 continue
             values = [rest.pop(source) for source in sources]
-            ndim = 2 if end == "weight" else 1
-            if parts and (len({value.shape for value in values}) > 1 or values[0].ndim != ndim):
-                names[name] = sources[0]
-                ours[name] = values[0]  # of a wrong shape, which the check of shapes reports
-                continue
-            value = torch.cat(values) if parts else values[0]
+            value = values[0]  # also where shapes differ, which the check of shapes reports
+            if parts and value.ndim and len({value.shape for value in values}) == 1:
+                value = torch.cat(values)
             if value.ndim == 2 and (module.rsplit(".", 1)[-1] in ("qkv", "proj_out") or theirs.endswith(QKV)):
                 value = value[:, :, None] if kind == "ADM" else value[:, :, None, None]
             ours[name] = value
