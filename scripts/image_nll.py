@@ -48,13 +48,14 @@ def evaluate(given: Given, peers: Peers) -> int:
             progress=lambda _, images: bar.update(images - bar.n),
         )  # fmt: skip
         failed = loop.run().failed
-    mean = loop.finish()
-    if mean is None:
+    ended = loop.finish()
+    if peers.rank:
         return command.DONE
     for name, reason in failed.items():
         command.say(f"failed: {display_name(name)}: {reason}")
     done = len(job.items) - len(failed)
-    command.say(f"{done} images: {mean:.4f} bits per dimension; the terms are in {display_name(options.save_dir)}")
+    where = f"the terms are in {display_name(options.save_dir)}"
+    command.say(f"{done} images: {ended['bits_per_dimension']:.4f} bits per dimension; {where}")
     return command.FAILED if failed else command.DONE
 
 

@@ -21,7 +21,7 @@ TEMPORARY = ".writing"
 LOCK = ".lock"
 """File in a folder that is locked while a run writes there."""
 
-# What a file system without locks says, such as NFS without a lock service.
+# Errors of a file system without locks, such as NFS without a lock service.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -54,16 +54,14 @@ class Folder:
             lock.acquire(blocking=False)
         except filelock.Timeout:
             raise busy from None
-        except NotImplementedError:
-            lock = None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise self._refuse(f"it cannot be locked: {error.strerror or first_line(error)}") from None
-            lock = None
-        if lock is not None and not os.path.exists(file):  # another run ended between opening and locking
-            lock.release()
-            raise busy
-        self._lock = lock
+        else:
+            if not os.path.exists(file):  # another run ended between opening and locking
+                lock.release()
+                raise busy
+            self._lock = lock
         self.watch()
 
     def watch(self) -> None:
@@ -123,11 +121,16 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any], 
     """
     path = os.fspath(path)
     parent, name = os.path.split(path)
-    # Short, because file systems limit a name's length, and the final name may just fit.
+    # Short because file systems limit a name's length, and the final name may just fit.
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
     temporary = os.path.join(parent, f".{digest}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
     try:
-        _make_folders(parent or ".", folder)
+        if folder is None:
+            os.makedirs(parent or ".", exist_ok=True)
+        else:
+            for each in (*reversed(Path(parent).parents), Path(parent)):
+                if Path(folder.path) in each.parents and not each.is_dir():
+                    each.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         try:
@@ -148,15 +151,6 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any], 
         if folder is not None:
             folder.check()
         raise InputError(disk_reason(path, error)) from error
-
-
-def _make_folders(parent: str, folder: Folder | None) -> None:
-    if folder is None:
-        os.makedirs(parent, exist_ok=True)
-        return
-    for each in (*reversed(Path(parent).parents), Path(parent)):
-        if Path(folder.path) in each.parents and not each.is_dir():
-            each.mkdir(exist_ok=True)
 
 
 def disk_reason(path: str, error: OSError) -> str:
@@ -239,19 +233,14 @@ def write_png(path: str, image: np.ndarray, folder: Folder | None = None) -> Non
     write_atomically(path, lambda file: Image.fromarray(image).save(file, "PNG"), folder)
 
 
-def write_animation(
-    path: str, frames: Sequence[np.ndarray], seconds: float = 4.0, folder: Folder | None = None
-) -> None:
-    """Write uint8 frames [H, W, 3] as an animated GIF that shows the last frame for longer and repeats.
+def write_animation(path: str, frames: Sequence[np.ndarray], folder: Folder | None = None) -> None:
+    """Write uint8 frames [H, W, 3] as an animated GIF of about four seconds that shows the last frame for longer.
 
     folder: as in `write_atomically`.
     """
     from PIL import Image
 
-    images = [Image.fromarray(frame) for frame in frames]
-    durations = [max(20, int(1000 * seconds / len(images)))] * (len(images) - 1) + [1500]
-
-    def save(file):
-        images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
-
-    write_atomically(path, save, folder)
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    durations = [max(20, 4000 // len(frames))] * len(rest) + [1500]
+    options: dict[str, Any] = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
+    write_atomically(path, lambda file: first.save(file, "GIF", **options), folder)

@@ -5,19 +5,20 @@ that. What is done is what exists on disk: outputs appear whole, so a killed run
 """
 
 import os
+import posixpath
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
 
 from ..dist_util import Peers
 from ..errors import InputError, display_name
-from ..image_datasets import RESIZE_MODES, ImageError, check_options, is_url, load_image
+from ..image_datasets import RESIZE_MODES, ImageError, Reference, check_options, is_url, load_image
 from ..options import check, option
 from . import journal, record
 from .files import Folder, remove_files
-from .plan import Item, exists, output_paths
 from .sources import References, Source
 
 MOST_IMAGES = 1_000_000
@@ -71,7 +72,7 @@ class JobOptions(OutputOptions):
     strict: bool = option(False, "stop at the first unreadable image", runtime=True)
 
     def ignored(self) -> set[str]:
-        """As in `OutputOptions`; records of version 0.2 have no `white_level`."""
+        # Records of version 0.2 have no white_level.
         return super().ignored() | ({"white_level"} if self.white_level is None else set())
 
     def __post_init__(self) -> None:
@@ -84,6 +85,19 @@ class JobOptions(OutputOptions):
             self.base_samples, peers, self.num_samples, samples=self.samples_per_image, strict=self.strict,
             resize=self.resize, background=self.background, white_level=self.white_level,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Item:
+    """One output to make: the `sample`-th translation of a reference. `key` identifies it in the run."""
+
+    reference: Reference
+    sample: int
+
+    @property
+    def key(self) -> str:
+        """The reference's relative path and the sample's number."""
+        return f"{self.reference.name}#{self.sample}"
 
 
 class Job:
@@ -116,11 +130,15 @@ class Job:
 
     def paths(self, key: str, samples: int | None = None) -> tuple[str, ...]:
         """Where a key's image and its trajectory are written; samples: of each reference, by default this job's."""
-        return output_paths(self.options.save_dir, key, samples or self.source.samples)
+        name, _, sample = key.rpartition("#")
+        folder = "" if (samples or self.source.samples) == 1 else f"sample_{sample}/"
+        stem = f"{folder}{posixpath.splitext(name)[0]}"
+        names = f"{stem}.png", f"trajectory/{stem}.gif"
+        return tuple(os.path.join(self.options.save_dir, *each.split("/")) for each in names)
 
     def exists(self, item: Item) -> bool:
-        """Whether an item's image is there."""
-        return exists(self.path(item))
+        """Whether an item's image is there: a file, and no link to one."""
+        return os.path.isfile(self.path(item)) and not os.path.islink(self.path(item))
 
     def discard(self, keys: Iterable[str]) -> None:
         """Remove the outputs of keys."""
@@ -141,23 +159,24 @@ class Job:
         """Files that a run writes besides the outputs, the record last."""
         return [os.path.join(self.options.save_dir, name) for name in ("grid.png", journal.NAME, record.NAME)]
 
+    def _refuse(self, reason: str) -> NoReturn:
+        raise InputError(reason, parameter="save_dir", value=self.options.save_dir)
+
     def _check_outside(self) -> None:
-        base, save_dir = self.source.base, self.options.save_dir
-        if base is not None and not is_url(base) and os.path.isdir(base):
-            sources, outputs = os.path.realpath(base), os.path.realpath(save_dir)
-            if os.path.commonpath([sources, outputs]) == sources:
-                reason = "it lies in `base_samples`, and outputs would become references; move it"
-                raise InputError(reason, parameter="save_dir", value=save_dir)
+        base = self.source.base
+        if base is not None and not is_url(base) and os.path.isdir(base) and _inside(self.options.save_dir, base):
+            self._refuse("it lies in `base_samples`, and outputs would become references; move it")
 
     def _check_inside(self) -> None:
         """Raise InputError where a link in the save folder leads an output out of it."""
-        save_dir = self.options.save_dir
-        root = os.path.realpath(save_dir)
         for folder in {os.path.dirname(path) for key in self.items for path in self.paths(key)}:
-            if os.path.commonpath([root, os.path.realpath(folder)]) != root:
-                name = display_name(os.path.relpath(folder, save_dir))
-                reason = f"its folder {name} is a link out of it; remove the link"
-                raise InputError(reason, parameter="save_dir", value=save_dir)
+            if not self.holds(folder):
+                name = display_name(os.path.relpath(folder, self.options.save_dir))
+                self._refuse(f"its folder {name} is a link out of it; remove the link")
+
+    def holds(self, folder: str) -> bool:
+        """Whether a folder lies in the save folder once links are followed."""
+        return _inside(folder, self.options.save_dir)
 
     def _find_protected(self) -> dict[str, str]:
         """Files that must not be overwritten: real path -> name. Includes sources that cannot be used."""
@@ -175,4 +194,9 @@ class Job:
             if os.path.lexists(path) and (source := self._protected.get(os.path.realpath(path))) is not None:
                 output = display_name(os.path.relpath(path, self.options.save_dir))
                 reason = f"the output {output} would replace the reference {display_name(source)}"
-                raise InputError(f"{reason}; give another folder", parameter="save_dir", value=self.options.save_dir)
+                self._refuse(f"{reason}; give another folder")
+
+
+def _inside(path: str, folder: str) -> bool:
+    root = os.path.realpath(folder)
+    return os.path.commonpath([root, os.path.realpath(path)]) == root

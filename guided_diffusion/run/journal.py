@@ -121,24 +121,21 @@ def total(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
     `negative_impact`: share of guided evaluations whose move opposes the score's tangent part. `energy_weights`: mean
     weight of each energy in guided evaluations. `model_evaluations` and `seconds_per_image` are means over images.
     """
-    images, seconds, evaluations = 0, 0.0, 0.0
+    images, costs = 0, np.zeros(2)  # seconds and evaluations
     sums: dict[int, np.ndarray] = {}
     for entry in found:
-        try:
-            cost = float(entry["seconds"]), float(entry["evaluations"])
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            cost = np.array([entry["seconds"], entry["evaluations"]], float)
             steps = {int(i): np.array(values, float) for i, values in entry["steps"].items()}
             merged = {i: values + sums.get(i, 0) for i, values in steps.items()}
-            if not np.isfinite([*cost, *(value for values in merged.values() for value in values)]).all():
-                continue
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            continue
-        images, seconds, evaluations = images + 1, seconds + cost[0], evaluations + cost[1]
-        sums |= merged
-    every = np.sum([*sums.values()], axis=0) if sums else np.zeros(len(COLUMNS))
-    count = float(every[0])
+            if all(np.isfinite(values).all() for values in (cost, *merged.values())):
+                images, costs, sums = images + 1, costs + cost, {**sums, **merged}
+    seconds, evaluations = costs.tolist()
+    count, *others = np.sum([*sums.values()], axis=0).tolist() if sums else [0.0]
+    means = [value / count for value in others] if count else []
     return {
-        "negative_impact": float(every[COLUMNS.index("negative")]) / count if count else None,
-        "energy_weights": (every[len(COLUMNS) + 1 :] / count).tolist() if count else [],
+        "negative_impact": means[COLUMNS.index("negative") - 1] if means else None,
+        "energy_weights": means[len(COLUMNS) :],
         "model_evaluations": evaluations / images if images else None,
         "seconds_per_image": round(seconds / images, 6) if images else None,
         "monitor": {
@@ -156,12 +153,12 @@ def curves(record: dict[str, Any]) -> list[dict[str, Any]]:
     record: the content of a run.json. Returns a list of dicts: `i`, `tangent` and `normal` (Euclidean norms of the
     score's parts), `negative` (share of negative inner products), `weights` (of the score and of every energy).
     """
-    result = []
     try:
-        for i, (count, *sums) in sorted(record["monitor"]["steps"].items(), key=lambda item: -int(item[0])):
-            tangent, normal, negative, *weights = (float(value / count) for value in sums)
-            means = {"tangent": tangent, "normal": normal, "negative": negative, "weights": weights}
-            result.append({"i": int(i), **means})
+        steps = sorted((int(i), values) for i, values in record["monitor"]["steps"].items())
+        rows = [(i, *(float(value / values[0]) for value in values[1:])) for i, values in reversed(steps)]
+        return [
+            {"i": i, "tangent": tangent, "normal": normal, "negative": negative, "weights": weights}
+            for i, tangent, normal, negative, *weights in rows
+        ]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError):
         return []
-    return result

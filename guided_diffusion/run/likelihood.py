@@ -24,10 +24,9 @@ from ..options import option
 from ..target import Batch, Target
 from . import journal, record
 from .files import write_bytes, write_text
-from .job import Job, RunOptions
+from .job import Item, Job, RunOptions
 from .loop import NOT_FINITE, Loop
-from .opening import now
-from .plan import Item, Plan
+from .opening import Plan
 from .sources import Source, fingerprint, npz_bytes
 
 SUMS = ("vb", "mse", "xstart_mse")  # one value per step
@@ -62,16 +61,14 @@ class DataImages(Source):
         self._labels = {reference.name: numbers[name] for reference, name in zip(entries, names)}
 
     def read(self, reference: Reference, image_size: int) -> np.ndarray:
-        """As in `Source`: uint8 [image_size, image_size, 3]."""
         return load_image(reference, image_size)
 
     def fingerprint(self, reference: Reference) -> str | None:
-        """As in `Source`; the class, which depends on the other folders, belongs to the content."""
+        # The class, which depends on the other folders, belongs to the content.
         found = fingerprint(reference.path)
         return found and f"{found} {self.label(reference)}"
 
     def label(self, reference: Reference) -> int | None:
-        """As in `Source`."""
         return self._labels.get(reference.name)
 
 
@@ -85,20 +82,16 @@ class LikelihoodJob(Job):
         super().__init__(options, peers, device, source)
 
     def paths(self, key: str, samples: int | None = None) -> tuple[str, ...]:
-        """Empty: an image has no file of its own."""
-        return ()
+        return ()  # an image has no file of its own
 
     def own_files(self) -> list[str]:
-        """As in `Job`."""
         names = [*(f"{name}_terms.npz" for name in SUMS), "bpd.csv", journal.NAME, record.NAME]
         return [os.path.join(self.options.save_dir, name) for name in names]
 
     def discard(self, keys: Iterable[str]) -> None:
-        """As in `Job`."""
         self._known.difference_update(keys)
 
     def exists(self, item: Item) -> bool:
-        """Whether an item's terms are known from before."""
         return item.key in self._known
 
     @cached_property
@@ -117,7 +110,7 @@ class LikelihoodJob(Job):
 
 
 class LikelihoodLoop(Loop):
-    """One rank's share of a likelihood. On rank 0, `finish` returns the mean in bits per dimension."""
+    """One rank's share of a likelihood. `finish` tells the mean, `bits_per_dimension`."""
 
     job: LikelihoodJob
 
@@ -150,28 +143,17 @@ class LikelihoodLoop(Loop):
                 self.summary.done += 1
         self._report(len(items))
 
-    def finish(self) -> float | None:
-        """Write the results of all images and release the folder (rank 0)."""
-        folder, failed = self.job.folder, self.summary.failed
-        if self.job.peers.rank:
-            return None
-        try:
-            journal.gather(folder)
-            known = self.job.terms()
-            terms = {item.reference.name: known[key] for key, item in self.job.items.items() if key in known}
-            if not terms:
-                name, reason = next(iter(failed.items()))
-                raise InputError(f"none of the images can be evaluated; the first: {display_name(name)}: {reason}")
-            for name in SUMS:
-                means = np.mean([each[name] for each in terms.values()], axis=0).astype(np.float32)
-                write_bytes(os.path.join(folder.path, f"{name}_terms.npz"), npz_bytes(means), folder)
-            rows = [[name, *(float(each[one]) for one in ONES)] for name, each in terms.items()]
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows([["name", *ONES], *rows])
-            write_text(os.path.join(folder.path, "bpd.csv"), text.getvalue(), folder)
-            mean = float(np.mean([row[1] for row in rows]))
-            ended = {"finished": now(), "images": len(rows), "failed": failed, "bits_per_dimension": mean}
-            record.write(folder, {**self.plan.record, **ended})
-            return mean
-        finally:
-            folder.release()
+    def _complete(self) -> dict[str, Any]:
+        folder, known = self.job.folder, self.job.terms()
+        terms = {item.reference.name: known[key] for key, item in self.job.items.items() if key in known}
+        if not terms:
+            name, reason = next(iter(self.summary.failed.items()))
+            raise InputError(f"none of the images can be evaluated; the first: {display_name(name)}: {reason}")
+        for name in SUMS:
+            means = np.mean([each[name] for each in terms.values()], axis=0).astype(np.float32)
+            write_bytes(os.path.join(folder.path, f"{name}_terms.npz"), npz_bytes(means), folder)
+        rows = [[name, *(float(each[one]) for one in ONES)] for name, each in terms.items()]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([["name", *ONES], *rows])
+        write_text(os.path.join(folder.path, "bpd.csv"), text.getvalue(), folder)
+        return {"images": len(rows), "bits_per_dimension": float(np.mean([row[1] for row in rows]))}

@@ -23,10 +23,9 @@ from ..solvers import NotFiniteError
 from ..target import Batch, count_evaluations
 from . import files, journal, record
 from .grid import contact_sheet
-from .job import Job, OutputOptions
+from .job import Item, Job, OutputOptions
 from .noise import ImageNoise, image_key
-from .opening import now
-from .plan import Item, Plan
+from .opening import Plan, now
 
 TRAJECTORY_FRAMES = 48
 NOT_FINITE = "the model gave values that are NaN or infinite (too low a precision for it?)"
@@ -203,7 +202,7 @@ class Loop:
             self._journal.add(entry)
             # The image goes last: where it exists, all is written.
             if frames:
-                files.write_animation(animation, frames, folder=self.job.folder)
+                files.write_animation(animation, frames, self.job.folder)
             files.write_png(path, image[..., 0] if self.grey else image, self.job.folder)
             return True
         except InputError as error:
@@ -256,30 +255,35 @@ class Loop:
 
     # ---- after the run ----------------------------------------------------------------------------------------------
 
-    def finish(self) -> None:
-        """Write grid.png, complete run.json and release the folder, in this order (rank 0)."""
-        job, content, failed = self.job, self.plan.record, self.summary.failed
-        if job.peers.rank:
-            return
+    def finish(self) -> dict[str, Any]:
+        """Complete the outputs and run.json, then release the folder; returns what the record tells of the end.
+
+        Rank 0 does this; on the others nothing happens.
+        """
+        if self.job.peers.rank:
+            return {}
         try:
-            job.folder.check()
-            for item in job.items.values():
-                if item.reference.name not in failed and not job.exists(item):
-                    failed[item.reference.name] = "its output was removed while the run was going"
-            self._write_grid()
-            journal.gather(job.folder)
-            totals = journal.total(journal.entries(job.folder.path))
-            self._say_idle(totals["energy_weights"])
-            counts = {
-                "references": len({r.name for r in job.source.entries} | failed.keys()),
-                "outputs": job.made(),
-                "failed": len(failed),
-            }
-            seconds = round(content["seconds"] + self.summary.seconds, 3)
-            ended = {"finished": now(), "counts": counts, "failed": failed, "seconds": seconds}
-            record.write(job.folder, {**content, **ended, **totals})
+            self.job.folder.check()
+            journal.gather(self.job.folder)
+            ended = {**self._complete(), "finished": now(), "failed": self.summary.failed}
+            record.write(self.job.folder, {**self.plan.record, **ended})
+            return ended
         finally:
-            job.folder.release()
+            self.job.folder.release()
+
+    def _complete(self) -> dict[str, Any]:
+        """Write what shows the whole run, grid.png; returns its entries of the record."""
+        job, failed = self.job, self.summary.failed
+        for item in job.items.values():
+            if item.reference.name not in failed and not job.exists(item):
+                failed[item.reference.name] = "its output was removed while the run was going"
+        self._write_grid()
+        totals = journal.total(journal.entries(job.folder.path))
+        self._say_idle(totals["energy_weights"])
+        references = len({r.name for r in job.source.entries} | failed.keys())
+        counts = {"references": references, "outputs": job.made(), "failed": len(failed)}
+        seconds = round(self.plan.record["seconds"] + self.summary.seconds, 3)
+        return {"counts": counts, "seconds": seconds, **totals}
 
     def _say_idle(self, weights: list[float]) -> None:
         """Log energies that had next to no weight in this run's guided steps."""
@@ -298,11 +302,12 @@ class Loop:
             if reference.name in self.summary.failed or not all(map(job.exists, made)):
                 continue
             try:
-                rows.append(job.source.row(reference, [job.image(item, size) for item in made], size))
+                rows.append([*job.source.beside(reference, size), *(job.image(item, size) for item in made)])
             except (ImageError, InputError):  # made earlier, and changed by somebody since
                 continue
         if rows:
-            sheet = contact_sheet(rows, *job.source.layout(len(rows), size))
+            columns = max(1, round((len(rows) / len(rows[0])) ** 0.5))
+            sheet = contact_sheet(rows, min(256, max(128, size)), columns)
             files.write_png(os.path.join(job.folder.path, "grid.png"), sheet, job.folder)
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError, display_name, one_line
@@ -13,13 +14,30 @@ from ..image_datasets import Reference
 from . import journal, record
 from .files import remove_files, remove_temporaries
 from .job import Job
-from .plan import Plan, divide, without
 from .sources import Source
 
 AUTO_BATCH = {"cuda": 32, "mps": 8, "cpu": 8}
 """First batch size tried with batch_size="auto"; it is halved while memory does not suffice."""
 
 log = logging.getLogger("sddm")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Outputs that are left to make in an open save folder.
+
+    batches: keys in their company, those with at least one missing output. skipped: number of outputs that exist.
+    record: the entries of run.json, on rank 0.
+    """
+
+    image_size: int
+    batches: list[list[str]]
+    skipped: int = 0
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def image_steps(self, steps: int) -> int:
+        """Number of image-steps of the whole run, over all ranks."""
+        return steps * sum(map(len, self.batches))
 
 
 def open_plan(job: Job, image_size: int, settings: dict[str, Any]) -> Plan:
@@ -66,8 +84,11 @@ def _open(job, image_size, settings):
     journal.gather(folder, keep=lambda entry: entry["key"] not in missing)
     old_plan = old["plan"] if old else []
     if old and old["batch_size"] != batch_size:
-        old_plan = without(old_plan, missing)
-    batches = divide(job.items, batch_size, old_plan)
+        old_plan = [kept for batch in old_plan if (kept := [key for key in batch if key not in missing])]
+    # The batches of an earlier plan stay as they are; keys that are new to it are added.
+    placed = {key for batch in old_plan for key in batch}
+    rest = [key for key in job.items if key not in placed]
+    batches = [*old_plan, *(rest[i : i + batch_size] for i in range(0, len(rest), batch_size))]
     content = {
         "format": record.FORMAT,
         "settings": settings,
@@ -99,12 +120,12 @@ def changed_sources(source: Source, references: dict[str, Reference], recorded: 
     now = {key: found[reference.name] for key, reference in references.items() if found[reference.name] is not None}
     changed = {key for key, value in now.items() if key in recorded and recorded[key] != value}
     unknown = now.keys() - recorded.keys()
-    made_again, kept = "made again, because their sources have changed", "kept, although their sources are not recorded"
-    for keys, words in ((changed, made_again), (unknown, kept)):
+    groups = {"made again, because their sources have changed": changed}
+    groups["kept, although their sources are not recorded"] = unknown
+    for words, keys in groups.items():
         if keys:
-            log.warning(
-                "outputs that are %s: %d, such as %s", words, len(keys), display_name(references[min(keys)].name)
-            )
+            example = display_name(references[min(keys)].name)
+            log.warning("outputs that are %s: %d, such as %s", words, len(keys), example)
     return changed
 
 
@@ -113,9 +134,8 @@ def _refuse_foreign(job):
     for path in [*(path for key in job.items for path in job.paths(key)[:1]), *job.own_files()]:
         if os.path.lexists(path):
             name = display_name(os.path.relpath(path, job.folder.path))
-            reason = f"{name} is already present, and no {record.NAME} of a run that wrote it"
-            reason += "; give another folder, or `overwrite` True"
-            raise InputError(reason, parameter="save_dir", value=job.folder.path)
+            reason = f"{name} is already present, and no {record.NAME} of a run that wrote it; give another folder"
+            raise InputError(f"{reason}, or `overwrite` True", parameter="save_dir", value=job.folder.path)
 
 
 def _forget(job):
@@ -129,14 +149,12 @@ def _forget(job):
         wanted += [path for batch in old["plan"] for key in batch for path in job.paths(key, count)]
     job.refuse_protected(wanted)
     # The record goes last: a run that is killed in here is still known for what it is.
-    root = os.path.realpath(job.folder.path)
-    inside = [path for path in wanted if os.path.commonpath([root, os.path.realpath(os.path.dirname(path))]) == root]
+    inside = [path for path in wanted if job.holds(os.path.dirname(path))]
     remove_files([*inside, *journal.parts(job.folder.path), *job.own_files()])
 
 
 def _report_versions(old: dict[str, str]) -> None:
-    new = record.versions()
-    changed = [f"{name} {old.get(name)} -> {version}" for name, version in new.items() if old.get(name) != version]
+    changed = [f"{name} {old.get(name)} -> {new}" for name, new in record.versions().items() if old.get(name) != new]
     if changed:
         log.info("other versions than the run began with: %s", one_line(", ".join(changed)))
 

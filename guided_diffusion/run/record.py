@@ -69,18 +69,15 @@ def _check_entries(found: dict[str, Any]) -> None:
 
 def check_same(save_dir: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise InputError with the list of differences unless two records' settings are equal."""
-
-    def value(settings: dict[str, Any], name: str) -> str:
-        return shown(settings[name]) if name in settings else "not recorded"
-
     new = json.loads(json.dumps(new))  # tuples and the like become what they are in the file
-    names = [name for name in sorted({*old, *new}) if not (name in old and name in new and old[name] == new[name])]
-    if names:
-        differences = "; ".join(f"`{name}` was {value(old, name)} and is {value(new, name)}" for name in names)
-        reason = (
-            f"it holds a run with other settings: {differences}. Give another folder, or `overwrite` True to start over"
-        )
-        raise InputError(reason, parameter="save_dir", value=save_dir)
+    differences = []
+    for name in sorted({*old, *new}):
+        was, now = (shown(each[name]) if name in each else "not recorded" for each in (old, new))
+        if not (name in old and name in new and old[name] == new[name]):
+            differences.append(f"`{name}` was {was} and is {now}")
+    if differences:
+        reason = f"it holds a run with other settings: {'; '.join(differences)}. Give another folder"
+        raise InputError(f"{reason}, or `overwrite` True to start over", parameter="save_dir", value=save_dir)
 
 
 def write(folder: Folder, record: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import io
-import math
 from typing import Any
 
 import numpy as np
@@ -39,13 +38,9 @@ class Source:
         """The class of an image, where it has one of its own."""
         return None
 
-    def row(self, reference: Reference, made: list[np.ndarray], image_size: int) -> list[np.ndarray]:
-        """The pictures that grid.png shows of an entry, given its outputs."""
-        return made
-
-    def layout(self, rows: int, image_size: int) -> tuple[int, int]:
-        """The side of the pictures in grid.png, and how many rows stand beside each other."""
-        return min(256, image_size), math.ceil(rows**0.5)
+    def beside(self, reference: Reference, image_size: int) -> list[np.ndarray]:
+        """The pictures that grid.png shows before an entry's outputs."""
+        return []
 
 
 class Numbers(Source):
@@ -62,36 +57,21 @@ class References(Source):
     """
 
     def __init__(
-        self,
-        base: str,
-        peers: Peers,
-        count: int | None = None,
-        *,
-        samples: int = 1,
-        strict: bool = False,
-        **options: Any,
+        self, base: str, peers: Peers, count: int | None = None, samples: int = 1, strict: bool = False, **options: Any
     ) -> None:
-        # Several samples have folders of their own.
         found = listed(base, count, peers)
-        failed = find_collisions(found, reserved=["grid.png"] if samples == 1 else [])
+        failed = find_collisions(found, reserved=["grid.png"] if samples == 1 else [])  # several have their folders
         super().__init__([reference for reference in found if reference.name not in failed], failed)
         self.base, self.samples, self.strict, self._options = base, samples, strict, options
 
     def read(self, reference: Reference, image_size: int) -> np.ndarray:
-        """As in `Source`: uint8 [image_size, image_size, 3]."""
         return load_image(reference, image_size, **self._options)
 
     def fingerprint(self, reference: Reference) -> str | None:
-        """As in `Source`."""
         return fingerprint(reference.path)
 
-    def row(self, reference: Reference, made: list[np.ndarray], image_size: int) -> list[np.ndarray]:
-        """As in `Source`: the reference, and what was made of it."""
-        return [self.read(reference, image_size), *made]
-
-    def layout(self, rows: int, image_size: int) -> tuple[int, int]:
-        """As in `Source`."""
-        return min(256, max(128, image_size)), max(1, round((rows / (1 + self.samples)) ** 0.5))
+    def beside(self, reference: Reference, image_size: int) -> list[np.ndarray]:
+        return [self.read(reference, image_size)]
 
 
 class SmallImages(References):
@@ -113,26 +93,22 @@ class SmallImages(References):
             Source.__init__(self, _numbered(len(self.array))[:count])
 
     def read(self, reference: Reference, image_size: int) -> np.ndarray:
-        """As in `Source`."""
         return load_image(reference, self.small_size) if self.array is None else self.array[_number(reference)]
 
     def fingerprint(self, reference: Reference) -> str | None:
-        """As in `Source`; the class belongs to the content."""
         if self.array is None:
             return fingerprint(reference.path)
-        image = self.read(reference, 0)
+        image = self.read(reference, 0)  # the class belongs to the content
         return _digest(image.tobytes(), f"{image.shape} {self.label(reference)}")
 
     def label(self, reference: Reference) -> int | None:
-        """As in `Source`."""
         if self.class_index is not None or self.labels is None:
             return self.class_index
         return int(self.labels[_number(reference)])
 
-    def row(self, reference: Reference, made: list[np.ndarray], image_size: int) -> list[np.ndarray]:
-        """As in `Source`: the small image, its pixels enlarged, and what was made of it."""
+    def beside(self, reference: Reference, image_size: int) -> list[np.ndarray]:
         small = Image.fromarray(self.read(reference, image_size))
-        return [np.asarray(small.resize((image_size, image_size), Image.Resampling.NEAREST)), *made]
+        return [np.asarray(small.resize((image_size, image_size), Image.Resampling.NEAREST))]
 
 
 def listed(base: str, count: int | None, peers: Peers, parameter: str = "base_samples") -> list[Reference]:
