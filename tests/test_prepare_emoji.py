@@ -200,7 +200,7 @@ def test_other_sets_are_refused_and_replaced_with_overwrite(made, shared_tarball
     line = refused("--size", 24, *flags)
     assert "in another size" in line and "set --overwrite to True" in line
     (folder / "twitter" / "test" / "1f916.png").unlink()
-    assert "lacks pictures of its set, as twitter/test/1f916.png" in refused("--size", 16, *flags)
+    assert "lacks pictures of its set, such as twitter/test/1f916.png" in refused("--size", 16, *flags)
     for text in ("{", "[]", '{"settings": 1}'):
         (folder / "manifest.json").write_text(text)
         assert "no usable manifest.json" in refused("--size", 16, *flags)
