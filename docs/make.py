@@ -38,7 +38,6 @@ from guided_diffusion.training.loop import draw_samples
 WIDTH, GAP, TEXT = 800, 4, 15  # pixels; 800 is the width of GitHub's pages
 LARGEST = 280_000
 AREAS, SHARES = (32, 16, 8, 4), (0.1, 0.2, 0.3, 0.4, 0.5)
-FREE = {"sampler": "ancestral"}  # where guidance ends early, dpmpp_2m leaves speckles
 SAMPLES = 50  # of samples.png
 INK, PAPER = "#222222", "white"
 TABLE = re.compile(r"(<!-- presets: made by docs/make\.py -->\n).*?(<!-- end of presets -->)", re.DOTALL)
@@ -119,7 +118,7 @@ def range_t_area(options: Pictures) -> Sheet:
         y = top + row * (side + GAP)
         sheet.text(f"area {area}", left - 8, y + side / 2, "rm")
         for column, share in enumerate(SHARES):
-            made = options.translator(area=area, range_t=share, **FREE)(source, seed=options.seed)
+            made = options.translator(area=area, range_t=share)(source, seed=options.seed)
             sheet.picture(made, left + column * (side + GAP), y, side)
     return sheet
 
@@ -174,7 +173,7 @@ def with_presets(text: str) -> str:
 SHEETS = {
     "range_t_area": range_t_area,
     "demo": partial(pairs, title="3D"),
-    "half_schedule": partial(pairs, title="T0 = 0.5 T", range_t=0.5, **FREE),
+    "half_schedule": partial(pairs, title="T0 = 0.5 T", range_t=0.5),
     "samples": samples,
 }
 

@@ -88,7 +88,7 @@ class Settings:
     )
     sampler: str = option(
         RECOMMENDED.get("sampler", "ancestral"),
-        "How a step is taken. ddim and dpmpp_2m need fewer steps, such as 25; ancestral suits a Freedom above 0.3.",
+        "How a step is taken. ddim and dpmpp_2m keep more of your picture, and look flatter.",
         choices=SOLVERS,
     )
     precision: str = option(
