@@ -23,6 +23,7 @@ import torch
 
 from ..errors import InputError, display_name, first_line, one_line, reading
 from ..options import near_miss
+from ..run.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +115,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, st
 def read_json_object(path: str) -> dict[str, Any]:
     """The object in a JSON file. Raises InputError, naming the file, for anything else."""
     _check_place(path)
-    with reading(path), open(path, "rb") as file:
-        content = json.loads(file.read())
+    content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{display_name(path)} cannot be read: it is not a JSON object")
     return content
