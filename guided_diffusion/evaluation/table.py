@@ -123,7 +123,7 @@ class Measured(NamedTuple):
 
     @classmethod
     def of(cls, value: Any) -> "Measured":
-        """What a distance returned, a number or a `Measured`."""
+        """The result of a distance, a number or a `Measured`."""
         return value if isinstance(value, cls) else cls(float(value))
 
 
