@@ -13,6 +13,7 @@ Writes results.md, results.json, front.svg and pictures.png to the folder of the
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -92,6 +93,17 @@ class Judge:
         return torch.cat(logits).softmax(1)[:, self.functional].double().numpy()
 
 
+def choose(data: Path, folder: Path) -> None:
+    """Copy the defective cells and as many functional ones, spread evenly, to the folder of sources."""
+    found = {name: sorted((data / name).glob("*.png")) for name in (FUNCTIONAL, DEFECTIVE)}
+    count = min(map(len, found.values()))
+    for name, paths in found.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for k in range(count):
+            path = paths[k * len(paths) // count]
+            shutil.copyfile(path, folder / name / path.name)
+
+
 def sample(row: Any, args: argparse.Namespace, folder: Path) -> None:
     """Translate the held-out cells by a row's script. What is finished is left alone."""
     record = files.read_json_or_none(folder / "run.json")
@@ -99,7 +111,14 @@ def sample(row: Any, args: argparse.Namespace, folder: Path) -> None:
         return
     flags = [flag.replace("$DSE", str(args.save_dir / "extractor.safetensors")) for flag in row.flags]
     command = [sys.executable, str(ROOT / "scripts" / row.script), "--model_path", str(args.model), *flags]
-    command += ["--base_samples", str(args.data), "--save_dir", str(folder), "--batch_size", str(args.batch_size)]
+    command += [
+        "--base_samples",
+        str(args.save_dir / "sources"),
+        "--save_dir",
+        str(folder),
+        "--batch_size",
+        str(args.batch_size),
+    ]
     print(row.name, flush=True)
     subprocess.run([*command, "--precision", "auto", "--grid", "0"], check=True, stdout=subprocess.DEVNULL)
 
@@ -193,12 +212,14 @@ def parse_flags() -> argparse.Namespace:
 def main() -> None:
     args = parse_flags()
     rows = [row for row in tables.read_table(str(HERE / "table.txt")) if args.only in row.name]
+    choose(args.data, args.save_dir / "sources")
     for row in rows:
         sample(row, args, args.save_dir / row.folder)
 
-    sources, extractor = Cells(args.data), feature_extractor("efficientnet")
+    sources, held_out = Cells(args.save_dir / "sources"), Cells(args.data)
+    extractor = feature_extractor("efficientnet")
     judge = Judge(args.save_dir / "judge.safetensors")
-    real = sources.features(FUNCTIONAL, extractor)
+    real = held_out.features(FUNCTIONAL, extractor)
     outputs = {row.name: Cells(args.save_dir / row.folder, sampled=True) for row in rows}
     results = []
     for row in rows:
@@ -206,22 +227,23 @@ def main() -> None:
         found = measure(sources, outputs[row.name], judge, extractor, real)
         results.append((row, {"evaluations": record["model_evaluations"], **found}))
 
-    fine, defective = judge(sources.images[FUNCTIONAL]), judge(sources.images[DEFECTIVE])
+    fine, defective = judge(held_out.images[FUNCTIONAL]), judge(held_out.images[DEFECTIVE])
     right, half = np.concatenate([fine > 0.5, defective <= 0.5]), np.random.default_rng(0).permutation(len(real))
     low, high = bootstrap_mean(right.astype(float), replicates=REPLICATES)
     unchanged = sources.features(DEFECTIVE, extractor)
     taken = [100 * float((p > 0.5).mean()) for p in (defective, fine)]
     floor, start = kernel_distance(real[half[::2]], real[half[1::2]])[0], kernel_distance(unchanged, real)[0]
     notes = [
-        f"{len(defective)} defective and {len(fine)} functional cells that no training saw; 95 % intervals.",
+        f"{len(defective)} defective and {len(sources.images[FUNCTIONAL])} functional cells that no training saw were "
+        f"translated; KID is to all {len(fine)} functional ones; 95 % intervals.",
         f"The judge names {100 * right.mean():.1f} % of them rightly ({100 * low:.1f} to {100 * high:.1f}); its "
         f"AUROC, with labels, is {auroc(1 - defective, 1 - fine):.3f}. It takes {taken[0]:.0f} % of the "
         f"defective and {taken[1]:.0f} % of the functional cells for functional.",
         f"KID between halves of the functional cells {floor:.4f}, of the defective cells as they are {start:.4f}.",
     ]
     best = next((row for row in rows if row.name == args.shown), max(results, key=lambda found: found[1]["auroc"])[0])
-    drop = judge(outputs[best.name].images[DEFECTIVE]) - defective
-    sheet(sources, outputs[best.name], np.argsort(-drop)[:8].tolist()).save(args.save_dir / "pictures.png")
+    rise = judge(outputs[best.name].images[DEFECTIVE]) - defective
+    sheet(sources, outputs[best.name], np.argsort(-rise)[:8].tolist()).save(args.save_dir / "pictures.png")
     notes.append(f"pictures.png: {best.name}; the eight cells whose probability of being functional rises most.")
     files.write_text(args.save_dir / "results.md", text_of(results, notes))
     files.write_json(args.save_dir / "results.json", {row.name: found for row, found in results})
