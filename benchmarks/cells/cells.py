@@ -149,14 +149,14 @@ def differences(sources: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
 def measure(sources: Cells, outputs: Cells, judge: Judge, extractor: Extractor, real: np.ndarray) -> dict[str, Any]:
     """All numbers of a setting; intervals of 95 % under "… interval"."""
     features = outputs.features(DEFECTIVE, extractor)
-    kid = kernel_distance(features, real)[0]
+    kernel = kernel_distance(features, real)[0]
     functional = judge(features) > 0.5
     kept = ssim(outputs.images[FUNCTIONAL], sources.images[FUNCTIONAL]).double().numpy()
     defective, fine = (
         differences(sources.images[c], outputs.images[c]).mean((1, 2)).double().numpy() for c in (DEFECTIVE, FUNCTIONAL)
     )
     return {
-        "kid": kid, "kid interval": bootstrap_kernel(features, real, kid, replicates=200),
+        "kernel": kernel, "kernel interval": bootstrap_kernel(features, real, kernel, replicates=200),
         "frechet": fid(features, gaussian_of_features(real)),
         "functional": float(functional.mean()),
         "functional interval": bootstrap_mean(functional.astype(float), replicates=REPLICATES),
@@ -175,9 +175,17 @@ def spelled(result: dict[str, Any], name: str, digits: int = 3) -> str:
 
 def text_of(results: Sequence[tuple[Any, dict[str, Any]]], notes: Sequence[str]) -> str:
     """results.md."""
-    head = ["method", "setting", "evaluations", "KID ↓", "Fréchet ↓", "judged functional ↑", "SSIM to source ↑"]
+    head = [
+        "method",
+        "setting",
+        "evaluations",
+        "kernel distance ↓",
+        "Fréchet ↓",
+        "judged functional ↑",
+        "SSIM to source ↑",
+    ]
     cells = [
-        [row.method, row.setting, f"{r['evaluations']:.0f}", spelled(r, "kid"), f"{r['frechet']:.1f}",
+        [row.method, row.setting, f"{r['evaluations']:.0f}", spelled(r, "kernel"), f"{r['frechet']:.1f}",
          spelled(r, "functional", 2), spelled(r, "ssim"), f"{r['l2']:.2f}", spelled(r, "auroc", 2)]
         for row, r in results
     ]  # fmt: skip
@@ -187,9 +195,11 @@ def text_of(results: Sequence[tuple[Any, dict[str, Any]]], notes: Sequence[str])
 
 def chart(results: Sequence[tuple[Any, dict[str, Any]]]) -> str:
     """Realism against faithfulness, as SVG."""
-    figure, axes = charts.new_figure("Repaired solar cells", "SSIM of functional cells to their source", "KID")
+    figure, axes = charts.new_figure(
+        "Repaired solar cells", "SSIM of functional cells to their source", "kernel distance"
+    )
     for method in dict.fromkeys(row.method for row, _ in results):
-        points = sorted((r["ssim"], r["kid"]) for row, r in results if row.method == method)
+        points = sorted((r["ssim"], r["kernel"]) for row, r in results if row.method == method)
         axes.plot(*zip(*points), marker="o", label=method)
     axes.legend()
     return charts.svg(figure)
@@ -223,6 +233,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--save_dir", type=Path, default=ROOT / "output_cells", help="folder of outputs and results")
     parser.add_argument("--only", default="", help="rows whose name contains this text")
     parser.add_argument("--batch_size", type=int, default=32, help="images at once (default 32)")
+    parser.add_argument("--pictures", type=int, default=8, help="columns of pictures.png (default 8)")
     parser.add_argument("--shown", default="", help="the row of pictures.png; default the one of the largest AUROC")
     return parser.parse_args()
 
@@ -254,16 +265,16 @@ def main() -> None:
     floor, start = kernel_distance(real[half[::2]], real[half[1::2]])[0], kernel_distance(unchanged, real)[0]
     notes = [
         f"{len(defective)} defective and {len(sources.images[FUNCTIONAL])} functional cells that no training saw were "
-        f"translated; KID is to all {len(fine)} functional ones; 95 % intervals.",
+        f"translated; distances are to all {len(fine)} functional ones; 95 % intervals.",
         f"The judge names {100 * right.mean():.1f} % of them rightly ({100 * low:.1f} to {100 * high:.1f}); its "
         f"AUROC, with labels, is {auroc(1 - defective, 1 - fine):.3f}. It takes {taken[0]:.0f} % of the "
         f"defective and {taken[1]:.0f} % of the functional cells for functional.",
-        f"KID between halves of the functional cells {floor:.4f}, of the defective cells as they are {start:.4f}.",
+        f"Kernel distance between halves of the functional cells {floor:.4f}, of the defective cells as they are {start:.4f}.",
     ]
     best = next((row for row in rows if row.name == args.shown), max(results, key=lambda found: found[1]["auroc"])[0])
     rise = judge(outputs[best.name].features(DEFECTIVE, extractor)) - defective
-    sheet(sources, outputs[best.name], np.argsort(-rise)[:8].tolist()).save(args.save_dir / "pictures.png")
-    notes.append(f"pictures.png: {best.name}; the eight cells whose probability of being functional rises most.")
+    sheet(sources, outputs[best.name], np.argsort(-rise)[: args.pictures].tolist()).save(args.save_dir / "pictures.png")
+    notes.append(f"pictures.png: {best.name}; the cells whose probability of being functional rises most.")
     files.write_text(args.save_dir / "results.md", text_of(results, notes))
     files.write_json(args.save_dir / "results.json", {row.name: found for row, found in results})
     files.write_text(args.save_dir / "front.svg", chart(results))
