@@ -4,13 +4,11 @@ import contextlib
 import hashlib
 import io
 import os
-import random
 import re
 import struct
 import sys
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -73,58 +71,17 @@ def png(raw, width, height, depth, colour_type, transparent=None):
 
     stride = len(raw) // height
     lines = b"".join(b"\0" + raw[row * stride : (row + 1) * stride] for row in range(height))
-    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
     extra = b"" if transparent is None else chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + extra
-        + chunk(b"IDAT", zlib.compress(lines, 9))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
 
 
-def tiff(data, bits, photometric=1, sample_format=1, order="<", width=SIZE, height=SIZE):
+def tiff(data, bits, photometric=1, sample_format=1, width=SIZE, height=SIZE):
     """An uncompressed one-strip greyscale TIFF."""
-    tags = {
-        256: width,
-        257: height,
-        258: bits,
-        259: 1,
-        262: photometric,
-        273: 0,
-        277: 1,
-        278: height,
-        279: len(data),
-        339: sample_format,
-    }
-    tags[273] = 8 + 2 + 12 * len(tags) + 4
-    entries = b"".join(struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in tags.items())
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(tags))
-    return head + entries + struct.pack(order + "I", 0) + data
-
-
-def bmp_with_alpha(pixels):
-    """A 32-bit BMP with an alpha mask (BITFIELDS, version 4 header)."""
-    height, width = pixels.shape[:2]
-    data = pixels[::-1, :, [2, 1, 0, 3]].tobytes()
-    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
-    header = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(data), 2835, 2835, 0, 0) + masks + bytes(52)
-    return b"BM" + struct.pack("<IHHI", 14 + 108 + len(data), 0, 0, 14 + 108) + header + data
-
-
-def qoi(pixels):
-    """A QOI file with every pixel in full."""
-    height, width = pixels.shape[:2]
-    data = b"".join(b"\xfe" + bytes(pixel) for pixel in pixels.reshape(-1, 3))
-    return b"qoif" + struct.pack(">IIBB", width, height, 3, 0) + data + bytes(7) + b"\1"
-
-
-def psd(pixels):
-    """An uncompressed Photoshop file without layers."""
-    height, width = pixels.shape[:2]
-    header = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, height, width, 8, 3)
-    return header + bytes(4 + 4 + 4 + 2) + np.ascontiguousarray(pixels.transpose(2, 0, 1)).tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8 + 2 + 12 * 10 + 4, 277: 1, 278: height}
+    tags |= {279: len(data), 339: sample_format}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + data
 
 
 def palette_image(indices=(0, 1, 2, 3)):
@@ -153,97 +110,48 @@ LEVELS_NEAR = np.array([128, 129, 65406, 65407], np.uint16)  # 0.498, 0.502, 254
 EXACT, LOSSY = 0, 6
 
 
-def animation(form, **options):
-    """A file of two pictures, of which the first counts."""
-    return encode(rgb(*COLOURS), form, save_all=True, append_images=[Image.fromarray(rgb(*COLOURS[::-1]))], **options)
+TWO_BITS = bytes([0x00, 0x00, 0x55, 0x55] * 8 + [0xAA, 0xAA, 0xFF, 0xFF] * 8)
+FOUR_BITS = bytes([0x00] * 4 + [0x55] * 4) * 8 + bytes([0xAA] * 4 + [0xFF] * 4) * 8
+TWELVE_BITS = bytes([0x00] * 12 + [0x55] * 12) * 8 + bytes([0xAA] * 12 + [0xFF] * 12) * 8
+DEEP_COLOURS = (rgb(*COLOURS) * np.uint16(256) + np.uint16(7)).astype(">u2").tobytes()
+SEEN_THROUGH = rgb(RED, WHITE, over(128, BLUE, WHITE), over(64, YELLOW, WHITE))
+ANIMATED = encode(rgb(*COLOURS), "PNG", save_all=True, append_images=[Image.fromarray(rgb(*COLOURS[::-1]))])
+
+
+def floats(*values):
+    return tiff(quadrants(np.float32(values)).tobytes(), 32, sample_format=3)
 
 
 # name, the file, the pixels it must give at size 16, and a tolerance in grey levels unless they are exact
+# fmt: off
 FORMATS = [
-    ("png palette", encode(palette_image(), "PNG"), rgb(*COLOURS)),
-    (
-        "png palette, alpha per entry",
-        encode(palette_image(), "PNG", transparency=bytes([255, 0, 128, 64])),
-        rgb(RED, WHITE, over(128, BLUE, WHITE), over(64, YELLOW, WHITE)),
-        1,
-    ),
-    (
-        "png 1 bit, black transparent",
-        png(bytes([0x00, 0xFF] * SIZE), SIZE, SIZE, 1, 0, transparent=[0]),
-        grey(255, 255, 255, 255),
-    ),
-    (
-        "png 2 bits, a transparent level",
-        png(bytes([0x00, 0x00, 0x55, 0x55] * 8 + [0xAA, 0xAA, 0xFF, 0xFF] * 8), SIZE, SIZE, 2, 0, transparent=[1]),
-        grey(0, 255, 170, 255),
-    ),
-    (
-        "png 4 bits, a transparent level",
-        png(bytes([0x00] * 4 + [0x55] * 4) * 8 + bytes([0xAA] * 4 + [0xFF] * 4) * 8, SIZE, SIZE, 4, 0, transparent=[5]),
-        grey(0, 255, 170, 255),
-    ),
+    ("png palette, alpha per entry",
+     encode(palette_image(), "PNG", transparency=bytes([255, 0, 128, 64])), SEEN_THROUGH, 1),
+    ("png 1 bit, black transparent", png(bytes([0x00, 0xFF] * SIZE), SIZE, SIZE, 1, 0, [0]), grey(255, 255, 255, 255)),
+    ("png 2 bits, a transparent level", png(TWO_BITS, SIZE, SIZE, 2, 0, [1]), grey(0, 255, 170, 255)),
+    ("png 4 bits, a transparent level", png(FOUR_BITS, SIZE, SIZE, 4, 0, [5]), grey(0, 255, 170, 255)),
     ("png 16-bit grey rounds to the nearest level", encode(quadrants(LEVELS_NEAR), "PNG"), grey(0, 1, 254, 255)),
-    (
-        "png 16-bit grey, one transparent",
-        png(quadrants(LEVELS16).astype(">u2").tobytes(), SIZE, SIZE, 16, 0, transparent=[21845]),
-        grey(0, 255, 170, 255),
-    ),
-    (
-        "png 16-bit rgb, one transparent",
-        png(
-            (rgb(*COLOURS) * np.uint16(256) + np.uint16(7)).astype(">u2").tobytes(),
-            SIZE,
-            SIZE,
-            16,
-            2,
-            transparent=[7, 200 * 256 + 7, 7],
-        ),
-        rgb(RED, WHITE, BLUE, YELLOW),
-    ),
-    ("png animated", animation("PNG"), rgb(*COLOURS)),
+    ("png 16-bit grey, one transparent",
+     png(quadrants(LEVELS16).astype(">u2").tobytes(), SIZE, SIZE, 16, 0, [21845]), grey(0, 255, 170, 255)),
+    ("png 16-bit rgb, one transparent",
+     png(DEEP_COLOURS, SIZE, SIZE, 16, 2, [7, 200 * 256 + 7, 7]), rgb(RED, WHITE, BLUE, YELLOW)),
+    ("png animated", ANIMATED, rgb(*COLOURS)),
     ("jpeg rgb", encode(rgb(*COLOURS), "JPEG", quality=95, subsampling=0), rgb(*COLOURS), LOSSY),
     ("jpeg cmyk, inverted as Adobe does", encode(cmyk(), "JPEG", quality=95), rgb(RED, GREEN, BLUE, BLACK), LOSSY),
-    (
-        "webp rgba",
-        encode(with_alpha([255, 0, 128, 64]), "WEBP", lossless=True, exact=True),
-        rgb(RED, WHITE, over(128, BLUE, WHITE), over(64, YELLOW, WHITE)),
-        1,
-    ),
-    ("webp animated", animation("WEBP", lossless=True), rgb(*COLOURS)),
-    ("bmp rgb", encode(rgb(*COLOURS), "BMP"), rgb(*COLOURS)),
-    ("bmp with alpha", bmp_with_alpha(with_alpha([255, 0, 255, 255])), rgb(RED, WHITE, BLUE, YELLOW)),
-    ("tiff rgb", encode(rgb(*COLOURS), "TIFF"), rgb(*COLOURS)),
+    ("webp rgba", encode(with_alpha([255, 0, 128, 64]), "WEBP", lossless=True, exact=True), SEEN_THROUGH, 1),
     ("tiff cmyk", encode(cmyk(), "TIFF"), rgb(RED, GREEN, BLUE, BLACK)),
     ("tiff 16-bit grey, white is zero", tiff(quadrants(LEVELS16).tobytes(), 16, photometric=0), grey(*GREYS[::-1])),
-    (
-        "tiff 12-bit grey",
-        tiff(bytes([0x00] * 12 + [0x55] * 12) * 8 + bytes([0xAA] * 12 + [0xFF] * 12) * 8, 12),
-        grey(*GREYS),
-    ),
+    ("tiff 12-bit grey", tiff(TWELVE_BITS, 12), grey(*GREYS)),
     ("tiff 32-bit integers in 16-bit range", tiff(quadrants(LEVELS16).astype("<u4").tobytes(), 32), grey(*GREYS)),
-    (
-        "tiff float in 0..1, negatives clipped",
-        tiff(quadrants(np.float32([-3, 1 / 3, 2 / 3, 1])).tobytes(), 32, sample_format=3),
-        grey(*GREYS),
-    ),
-    (
-        "tiff float beyond 255, clipped",
-        tiff(quadrants(np.float32([-9, 85.4, 169.6, 1e30])).tobytes(), 32, sample_format=3),
-        grey(*GREYS),
-    ),
+    ("tiff float in 0..1, negatives clipped", floats(-3, 1 / 3, 2 / 3, 1), grey(*GREYS)),
+    ("tiff float beyond 255, clipped", floats(-9, 85.4, 169.6, 1e30), grey(*GREYS)),
     ("gif", encode(palette_image(), "GIF"), rgb(*COLOURS)),
-    ("jpeg 2000", encode(rgb(*COLOURS), "JPEG2000"), rgb(*COLOURS)),
     ("jpeg 2000 16-bit grey", encode(quadrants(LEVELS16), "JPEG2000"), grey(*GREYS)),
-    ("pnm rgb", encode(rgb(*COLOURS), "PPM"), rgb(*COLOURS)),
     ("pnm 16-bit grey", b"P5 16 16 65535\n" + quadrants(LEVELS16).astype(">u2").tobytes(), grey(*GREYS)),
-    ("ico of a png", encode(rgb(*COLOURS), "ICO", sizes=[(SIZE, SIZE)]), rgb(*COLOURS)),
-    ("tga rgb", encode(rgb(*COLOURS), "TGA"), rgb(*COLOURS)),
-    ("pcx rgb", encode(rgb(*COLOURS), "PCX"), rgb(*COLOURS)),
-    ("sgi rgb", encode(rgb(*COLOURS), "SGI"), rgb(*COLOURS)),
+    ("tga rgb, which has no signature", encode(rgb(*COLOURS), "TGA"), rgb(*COLOURS)),
     ("dds rgba", encode(with_alpha([255, 0, 255, 255]), "DDS"), rgb(RED, WHITE, BLUE, YELLOW)),
-    ("qoi", qoi(rgb(*COLOURS)), rgb(*COLOURS)),
-    ("psd", psd(rgb(*COLOURS)), rgb(*COLOURS)),
 ]
+# fmt: on
 if "AVIF" in references_module.FORMATS:  # Pillow 11.2 and newer, where built with libavif
     FORMATS += [("avif", encode(rgb(*COLOURS), "AVIF", quality=100, subsampling="4:4:4"), rgb(*COLOURS), LOSSY)]
 
@@ -356,15 +264,6 @@ def test_twelve_bits_in_sixteen(tmp_path, caplog):
     assert (loaded[..., 0] == np.rint(levels / 4095 * 255)).all()
 
 
-def test_blank_on_its_background_is_a_line(tmp_path, caplog):
-    image = np.full((SIZE, SIZE, 4), 255, np.uint8)
-    image[4:, :, 3] = 0
-    load_image(saved(tmp_path, image), SIZE, background="black")
-    assert not caplog.messages
-    load_image(saved(tmp_path, image), SIZE)
-    assert "blank on its background" in caplog.text
-
-
 def test_pillow_images_are_read_as_files_are(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -395,7 +294,7 @@ def blocks(*colours, size=SIZE):
     return np.concatenate([np.full((size, size, 3), colour, np.uint8) for colour in colours], axis=1)
 
 
-@pytest.mark.parametrize("width, height", [(1, 1), (1, 7), (7, 1), (2, 3), (5000, 1), (1, 60000), (3000, 2000)])
+@pytest.mark.parametrize("width, height", [(1, 1), (7, 1), (1, 60000), (3000, 2000)])
 @pytest.mark.parametrize("resize", ["crop", "stretch"])
 def test_one_colour_stays_at_any_size(tmp_path, width, height, resize):
     path = saved(tmp_path, np.broadcast_to(np.uint8([10, 20, 230]), (height, width, 3)))
@@ -434,16 +333,6 @@ def test_pad_fits_inside_the_background(tmp_path, turn):
     assert (loaded[:16] == (1, 2, 3)).all() and (loaded[32:] == (1, 2, 3)).all()
 
 
-def test_pad_of_a_hair_keeps_one_pixel(tmp_path):
-    loaded = load_image(saved(tmp_path, np.full((1, 3000, 3), 9, np.uint8)), SIZE, resize="pad")
-    assert (loaded == 9).all(axis=(1, 2)).sum() == 1
-
-
-def test_stretch_keeps_every_part(tmp_path):
-    loaded = load_image(saved(tmp_path, blocks(RED, GREEN)), SIZE, resize="stretch")
-    assert (loaded[:, :6] == RED).all() and (loaded[:, 10:] == GREEN).all()
-
-
 @pytest.mark.parametrize("background, colour", [("white", WHITE), ("black", BLACK), ("#102030", (16, 32, 48))])
 def test_background_shows_through(tmp_path, background, colour):
     loaded = load_image(saved(tmp_path, with_alpha([255, 0, 128, 0])), SIZE, background=background)
@@ -452,14 +341,7 @@ def test_background_shows_through(tmp_path, background, colour):
 
 
 @pytest.mark.parametrize(
-    "parameter, value",
-    [
-        ("background", "wihte"),
-        ("background", "#10203040"),
-        ("resize", "squash"),
-        ("image_size", 0),
-        ("image_size", 2**40),
-    ],
+    "parameter, value", [("background", "#10203040"), ("resize", "squash"), ("image_size", 0), ("image_size", 2**40)]
 )
 def test_wrong_option_is_an_input_error(tmp_path, parameter, value):
     path = saved(tmp_path, rgb(*COLOURS))
@@ -471,18 +353,8 @@ def test_wrong_option_is_an_input_error(tmp_path, parameter, value):
 # ---- names and folders ----------------------------------------------------------------------------------------------
 
 NAMES = [
-    "UPPER.PNG",
-    "Ünïcödé.webp",
-    "猫/三毛.png",
-    "--base_samples.png",
-    "new\nline.png",
-    "quote'\".tif",
-    "a.b.c.tiff",
-    "star*?[x].png",
-    "back\\slash.png",
-    "nested/deep/er/x.png",
-    "folder.png/inside.png",
-    "#hash$HOME`id`.png",
+    *("UPPER.PNG", "Ünïcödé.webp", "猫/三毛.png", "--base_samples.png", "new\nline.png", "a.b.c.tiff"),
+    *("back\\slash.png", "nested/deep/er/x.png", "folder.png/inside.png", "#hash$HOME`id`'\"*?[x].png"),
 ]
 
 
@@ -510,11 +382,6 @@ def test_name_that_is_not_utf8(tmp_path):
     display_name(reference.name).encode("utf-8")
 
 
-@pytest.mark.parametrize("name, shown", [("a ü.png", "a ü.png"), ("a\nb.png", r"'a\nb.png'"), ("\udce9", r"'\udce9'")])
-def test_display_name_is_one_printable_line(name, shown):
-    assert display_name(name) == shown
-
-
 def touch(root, *names):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -523,23 +390,6 @@ def touch(root, *names):
 
 def names_under(path):
     return [reference.name for reference in list_references(str(path))]
-
-
-def test_hidden_and_other_files_are_left_out(tmp_path):
-    touch(tmp_path, "a.png", ".hidden.png", ".git/b.png", "sub/.c/d.png", "notes.txt", "png", "e.png.txt", "f.heic")
-    assert names_under(tmp_path) == ["a.png"]
-
-
-def test_every_suffix_is_searched_for_in_any_case(tmp_path):
-    names = sorted(name for suffix in references_module.IMAGE_SUFFIXES for name in ("a" + suffix, "b" + suffix.upper()))
-    touch(tmp_path, *names)
-    assert names_under(tmp_path) == names
-
-
-def test_trailing_slash_and_relative_path_change_no_name(tmp_path, monkeypatch):
-    touch(tmp_path, "in/a.png", "in/b/c.png")
-    monkeypatch.chdir(tmp_path)
-    assert names_under("in/") == names_under("./in") == names_under("in//") == ["a.png", "b/c.png"]
 
 
 @pytest.mark.parametrize("name", ["one.png", "no suffix", ".hidden"])
@@ -556,7 +406,7 @@ def test_linked_files_and_folders_are_followed(tmp_path):
     (tmp_path / "base" / "file.png").symlink_to(tmp_path / "elsewhere" / "a.png")
     (tmp_path / "base_link").symlink_to(tmp_path / "base")
     expected = ["file.png", "folder/a.png", "folder/sub/b.png", "own.png"]
-    assert names_under(tmp_path / "base") == names_under(tmp_path / "base_link") == expected
+    assert names_under(tmp_path / "base") == names_under(f"{tmp_path / 'base_link'}//") == expected
 
 
 def test_cycles_of_links_end(tmp_path):
@@ -601,18 +451,15 @@ def test_broken_images_stay_in_the_list(tmp_path):
     assert names_under(tmp_path) == ["dangling.png", "loop.jpg", "pipe.png", "zero.png"]
 
 
+# fmt: off
 BAD_BASES = [
     ("missing", lambda root: None, "no such file or folder"),
     ("empty folder", lambda root: root.mkdir(), "no image in this folder.*no other files"),
-    (
-        "other files",
-        lambda root: touch(root, "a.txt", "b/c.npz", ".d.png"),
-        r"no image.*2 other files \(1 \.txt, 1 \.npz\)",
-    ),
+    ("others", lambda root: touch(root, "a.txt", "b/c.npz", ".d.png"), r"no image.*2 other files \(1 \.txt, 1 \.npz\)"),
     ("dangling link", lambda root: root.symlink_to("nowhere"), "broken link to nowhere"),
-    ("link loop", lambda root: root.symlink_to(root.name), "symbolic links"),
     ("pipe", lambda root: os.mkfifo(root), "a named pipe, not a regular file"),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("make, words", [row[1:] for row in BAD_BASES], ids=[row[0] for row in BAD_BASES])
@@ -685,47 +532,29 @@ def test_unreadable_folder_is_an_input_error(open_tmp_path, locked):
 
 # ---- two files to one output ----------------------------------------------------------------------------------------
 
+OVERWRITES = "would overwrite that of "
+# fmt: off
 COLLISIONS = [
-    ("none", ["a.png", "b.png", "sub/a.png"], {}),
-    (
-        "suffixes",
-        ["a.jpg", "a.png", "a.webp"],
-        {"a.png": "would overwrite that of a.jpg", "a.webp": "would overwrite that of a.jpg"},
-    ),
-    ("case", ["A.png", "a.png"], {"a.png": "would overwrite that of A.png"}),
-    ("composition", ["e\u0301.png", "\u00e9.png"], {"\u00e9.png": "would overwrite that of e\u0301.png"}),
-    (
-        "output against folder, file first",
-        ["a.jpg", "a.png/b.png"],
-        {"a.png/b.png": "needs a folder where the output of a.jpg lies"},
-    ),
-    (
-        "output against folder, folder first",
-        ["a.PNG/b.png", "a.webp"],
-        {"a.webp": "its output a.png has the name of the folder for the output of a.PNG/b.png"},
-    ),
-    (
-        "the loser of one clash causes no other",
-        ["a.jpg", "a.png/b.jpg", "a.png/b.png", "c.png"],
-        {"a.png/b.jpg": "needs a folder", "a.png/b.png": "needs a folder"},
-    ),
-    ("line break", ["a\n.jpg", "a\n.png"], {"a\n.png": r"would overwrite that of 'a\n.jpg'"}),
-    ("a file of the run", ["Grid.jpg", "sub/grid.png"], {"Grid.jpg": "a file that the run itself writes"}),
+    (["a.png", "b.png", "sub/a.png"], {}),
+    (["a.jpg", "a.png", "a.webp"], {"a.png": f"{OVERWRITES}a.jpg", "a.webp": f"{OVERWRITES}a.jpg"}),
+    (["A.png", "a.png"], {"a.png": f"{OVERWRITES}A.png"}),
+    (["e\u0301.png", "\u00e9.png"], {"\u00e9.png": f"{OVERWRITES}e\u0301.png"}),
+    (["a.jpg", "a.png/b.png"], {"a.png/b.png": "needs a folder where the output of a.jpg lies"}),
+    (["a.PNG/b.png", "a.webp"], {"a.webp": "has the name of the folder for the output of a.PNG/b.png"}),
+    (["a.jpg", "a.png/b.jpg", "a.png/b.png", "c.png"],  # the loser of one clash causes no other
+     {"a.png/b.jpg": "needs a folder", "a.png/b.png": "needs a folder"}),
+    (["a\n.jpg", "a\n.png"], {"a\n.png": rf"{OVERWRITES}'a\n.jpg'"}),
+    (["Grid.jpg", "sub/grid.png"], {"Grid.jpg": "a file that the run itself writes"}),
 ]
+# fmt: on
 
 
-@pytest.mark.parametrize("names, expected", [row[1:] for row in COLLISIONS], ids=[row[0] for row in COLLISIONS])
+@pytest.mark.parametrize("names, expected", COLLISIONS, ids=[row[0][-1] for row in COLLISIONS])
 def test_collisions_are_found(names, expected):
     found = find_collisions([Reference("/" + name, name) for name in names], reserved=["grid.png", "run.json"])
     assert found.keys() == expected.keys()
     for name, words in expected.items():
         assert words in found[name] and "\n" not in found[name]
-
-
-def test_collisions_depend_on_the_output_suffix():
-    references = [Reference(name, name) for name in ("a.gif", "a.png/b.gif")]
-    assert find_collisions(references, suffix=".webp") == {}
-    assert list(find_collisions(references, suffix=".png")) == ["a.png/b.gif"]
 
 
 # ---- broken files ---------------------------------------------------------------------------------------------------
@@ -759,65 +588,30 @@ def text(content):
 
 BOMB = r"pixels.* limit of 178956970 .*decompression bomb"
 TRUNCATED = "^(damaged, truncated or unsupported: |not an image, or damaged at its head: )"
+NO_IMAGE = "^not an image, or damaged at its head"
+# fmt: off
 BROKEN = [
     ("zero bytes", text(b""), r"^the file is empty \(0 bytes\)$"),
-    (
-        "text",
-        text(b"hello world\nsecond line\n"),
-        r"^not an image, or damaged at its head: begins with b'hello world\\nseco'",
-    ),
-    (
-        "git lfs pointer",
-        text(b"version https://git-lfs.github.com/spec/v1\n"),
-        "^not an image, or damaged at its head: begins with",
-    ),
-    (
-        "postscript is not run",
-        text(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
-        "^not an image, or damaged at its head: begins with",
-    ),
-    (
-        "text that begins like a bmp",
-        text(b"BMW cars and other things to drive around in, at length, for hours"),
-        "Truncated File Read",
-    ),
+    ("text", text(b"hello world\nsecond line\n"), rf"{NO_IMAGE}: begins with b'hello world\\nseco'"),
+    ("postscript is not run", text(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), f"{NO_IMAGE}: begins with"),
+    ("text that begins like a bmp", text(b"BMW cars and other things to drive around in, long"), "Truncated File Read"),
     ("png signature alone", text(b"\x89PNG\r\n\x1a\n"), TRUNCATED),
     ("tiff signature alone", text(b"II*\0"), TRUNCATED),
-    (
-        "png with a damaged header",
-        text(patched(encode(rgb(*COLOURS), "PNG"), 18, b"\xff")),
-        "^not an image, or damaged at its head",
-    ),
+    ("png with a damaged header", text(patched(encode(rgb(*COLOURS), "PNG"), 18, b"\xff")), NO_IMAGE),
     ("png of no pixels", text(png(b"\0", 0, 1, 8, 0)), "PNG"),
-    (
-        "tiff of half floats",
-        text(tiff(bytes(2 * SIZE * SIZE), 16, sample_format=3)),
-        "^not an image, or damaged at its head|unknown pixel mode",
-    ),
-    (
-        "tiff with NaN",
-        text(tiff(quadrants(np.float32([0, 1, np.nan, 0])).tobytes(), 32, sample_format=3)),
-        "float image with values that are NaN",
-    ),
-    (
-        "tiff of integers beyond 16 bits",
-        text(tiff(quadrants(np.uint32([0, 1, 2, 70_000])).tobytes(), 32)),
-        "integer image with values from 0 to 70000",
-    ),
-    (
-        "tiff of negative integers",
-        text(tiff(quadrants(np.int16([-5, 1, 2, 3])).tobytes(), 16, sample_format=2)),
-        "integer image with values from -5 to 3",
-    ),
+    ("tiff of half floats", text(tiff(bytes(2 * SIZE * SIZE), 16, sample_format=3)), f"{NO_IMAGE}|unknown pixel mode"),
+    ("tiff with NaN", text(floats(0, 1, np.nan, 0)), "float image with values that are NaN"),
+    ("tiff beyond 16 bits", text(tiff(quadrants(np.uint32([0, 1, 2, 70_000])).tobytes(), 32)), "from 0 to 70000"),
+    ("negative tiff", text(tiff(quadrants(np.int16([-5, 1, 2, 3])).tobytes(), 16, sample_format=2)), "from -5 to 3"),
     ("decompression bomb, png", bomb_png, BOMB),
     ("decompression bomb, jpeg", text(jpeg_with_size(65_000, 65_000)), BOMB),
     ("no such file", lambda path: None, "^no such file or folder$"),
     ("dangling link", lambda path: path.symlink_to("no where\n"), r"^broken link to 'no where\\n'$"),
-    ("link loop", lambda path: path.symlink_to(path.name), "symbolic links"),
     ("folder", lambda path: path.mkdir(), "^a folder, not a regular file$"),
     ("pipe", lambda path: os.mkfifo(path), "^a named pipe, not a regular file$"),
     ("device", lambda path: path.symlink_to("/dev/zero"), "^a device, not a regular file$"),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("make, words", [row[1:] for row in BROKEN], ids=[row[0] for row in BROKEN])
@@ -842,11 +636,6 @@ def test_exhausted_memory_is_an_image_error(tmp_path, monkeypatch):
         load_image(path, SIZE)
 
 
-def test_path_with_a_nul_byte_is_an_image_error():
-    with pytest.raises(ImageError, match="null"):
-        load_image("a\0.png", SIZE)
-
-
 # Files of every decoder, small, with detail, so that a cut or a changed byte has something to spoil.
 _noise = np.random.default_rng(5).integers(0, 256, (24, 20, 3), np.uint8)
 _noise[8:, 8:] = np.add.outer(np.arange(16) * 9, np.arange(12) * 8)[..., None]
@@ -855,17 +644,10 @@ SAMPLES = {
     "png-16": encode(_noise[..., 0].astype(np.uint16) * 250, "PNG"),
     "jpeg": encode(_noise, "JPEG"),
     "webp": encode(_noise, "WEBP"),
-    "bmp": encode(_noise, "BMP"),
-    "tiff": encode(_noise, "TIFF"),
     "tiff-float": tiff(_noise[..., 0].astype(np.float32).tobytes(), 32, sample_format=3, width=20, height=24),
     "gif": encode(Image.fromarray(_noise).quantize(32), "GIF"),
     "jpeg-2000": encode(_noise, "JPEG2000"),
-    "pnm": encode(_noise, "PPM"),
-    "ico": encode(_noise, "ICO", sizes=[(20, 24)]),
     "tga": encode(_noise, "TGA"),
-    "dds": encode(_noise, "DDS"),
-    "qoi": qoi(_noise),
-    "psd": psd(_noise),
     **({"avif": encode(_noise, "AVIF")} if "AVIF" in references_module.FORMATS else {}),
 }
 
@@ -930,26 +712,12 @@ def test_mutated_file_loads_or_raises_image_error(tmp_path, name, changes, head_
 # ---- no side effects ------------------------------------------------------------------------------------------------
 
 
-def test_threads_read_what_one_thread_reads(tmp_path):
-    paths = []
-    for name, data in SAMPLES.items():
-        paths.append(str(tmp_path / name))
-        with open(paths[-1], "wb") as file:
-            file.write(data)
-    alone = [load_image(path, SIZE) for path in paths]
-    order = list(range(len(paths))) * 6
-    random.Random(0).shuffle(order)
-    with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda i: load_image(paths[i], SIZE), order))
-    assert all((loaded == alone[i]).all() for i, loaded in zip(order, together))
-
-
 def test_pillow_and_warnings_are_left_as_they_were(tmp_path):
     def state():
         return Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters), list(Image.ID)
 
     before = state()
-    for data in (SAMPLES["png"], SAMPLES["tiff"][:200], jpeg_with_size(65_000, 65_000)):
+    for data in (SAMPLES["png"], SAMPLES["tiff-float"][:200], jpeg_with_size(65_000, 65_000)):
         with contextlib.suppress(ImageError):
             load_bytes(tmp_path, data)
     assert state() == before
@@ -972,20 +740,6 @@ def test_no_file_stays_open(tmp_path):
 
 
 # ---- blobfile -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "path, expected",
-    [
-        ("gs://bucket/x", True),
-        ("az://account/container/x", True),
-        ("https://me.blob.core.windows.net/c/x", True),
-        ("https://example.org/a.png", False),
-        ("C:\\x.png", False),
-    ],
-)
-def test_urls_of_blobfile_are_known(path, expected):
-    assert image_datasets.is_url(path) is expected
 
 
 @pytest.fixture
@@ -1030,11 +784,6 @@ def test_a_url_without_blobfile_names_the_package(monkeypatch):
 # ---- tensors --------------------------------------------------------------------------------------------------------
 
 
-def test_every_grey_level_survives_the_round_trip():
-    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
-    assert (to_uint8(to_tensor(levels)) == levels).all()
-
-
 def test_to_tensor_orders_channels_and_scales():
     first, second = rgb(*COLOURS), grey(0, 85, 170, 255)
     x = to_tensor([first, second])
@@ -1042,44 +791,16 @@ def test_to_tensor_orders_channels_and_scales():
     assert x[0, :, 0, 0].tolist() == [1, -1, -1] and x[0, :, 0, -1].tolist() == pytest.approx([-1, 200 / 127.5 - 1, -1])
     assert torch.equal(x, to_tensor(np.stack([first, second])))
     assert torch.equal(to_tensor(first[None, :, ::-1]), x[:1].flip(3))  # a view with negative strides
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
+    assert (to_uint8(to_tensor(levels)) == levels).all()
+    for images in (levels.astype(np.float32), levels[0], levels[..., [0, 0, 0, 0]]):
+        with pytest.raises(ValueError):
+            to_tensor(images)
 
 
-@pytest.mark.parametrize(
-    "images",
-    [
-        np.zeros((1, 4, 4, 3), np.float32),
-        np.zeros((4, 4, 3), np.uint8),
-        np.zeros((1, 4, 4, 4), np.uint8),
-        [np.zeros((4, 4, 3), np.uint8), np.zeros((5, 4, 3), np.uint8)],
-    ],
-    ids=["float", "one image", "four channels", "sizes differ"],
-)
-def test_to_tensor_refuses_what_is_no_batch(images):
-    with pytest.raises(ValueError):
-        to_tensor(images)
-
-
-@pytest.mark.parametrize(
-    "value, level",
-    [
-        (5, 255),
-        (float("inf"), 255),
-        (float("-inf"), 0),
-        (-1 + 0.9 / 127.5, 1),
-        (-1 + 0.4 / 127.5, 0),
-        (1 - 0.6 / 127.5, 254),
-    ],
-)
+@pytest.mark.parametrize("value, level", [(5, 255), (float("-inf"), 0), (-1 + 0.9 / 127.5, 1), (-1 + 0.4 / 127.5, 0)])
 def test_to_uint8_rounds_to_nearest_and_clips(value, level):
     assert (to_uint8(torch.full((1, 3, 2, 2), value)) == level).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_to_uint8_takes_any_float_and_layout(dtype):
-    x = to_tensor(rgb(*COLOURS)[None]).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-    pixels = to_uint8(x)
-    assert pixels.shape == (1, SIZE, SIZE, 3) and pixels.dtype == np.uint8
-    assert np.abs(pixels[0].astype(int) - rgb(*COLOURS)).max() <= (1 if dtype == torch.bfloat16 else 0)
 
 
 def test_to_uint8_names_the_images_with_nan():
