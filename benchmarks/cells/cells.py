@@ -189,7 +189,7 @@ def text_of(results: Sequence[tuple[Any, dict[str, Any]]], notes: Sequence[str])
          spelled(r, "functional", 2), spelled(r, "ssim"), f"{r['l2']:.2f}", spelled(r, "auroc", 2)]
         for row, r in results
     ]  # fmt: skip
-    table = markdown_table([*head, "L2 ↓", "AUROC ↑"], cells)
+    table = markdown_table([*head, "SSIM to source ↑", "L2 ↓", "AUROC ↑"], cells)
     return "\n".join(["# Repaired solar cells", "", table, "", *(f"- {note}" for note in notes), ""])
 
 
@@ -269,7 +269,7 @@ def main() -> None:
         f"The judge names {100 * right.mean():.1f} % of them rightly ({100 * low:.1f} to {100 * high:.1f}); its "
         f"AUROC, with labels, is {auroc(1 - defective, 1 - fine):.3f}. It takes {taken[0]:.0f} % of the "
         f"defective and {taken[1]:.0f} % of the functional cells for functional.",
-        f"Kernel distance between halves of the functional cells {floor:.4f}, of the defective cells as they are {start:.4f}.",
+        f"Kernel distance between halves of the functional cells {floor:.4f}, of defective cells as they are {start:.4f}.",
     ]
     best = next((row for row in rows if row.name == args.shown), max(results, key=lambda found: found[1]["auroc"])[0])
     rise = judge(outputs[best.name].features(DEFECTIVE, extractor)) - defective
