@@ -21,6 +21,7 @@ from guided_diffusion import evaluation
 from guided_diffusion.cli import rows as commands
 from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import Evaluation, charts, comparison, report
+from guided_diffusion.evaluation.distances import kernel_distance
 from guided_diffusion.run import record as run_record
 from guided_diffusion.run.journal import curves
 
@@ -422,6 +423,11 @@ def test_fronts_are_of_the_outputs_of_every_seed(emoji):
     score = fronts.Setting(None, [ruler.measure(str(out / "set" / "fluent3d" / "test"))]).score(ruler.target)
     assert score["distance"] == pytest.approx(0, abs=1e-6)
     assert score["ssim"] == pytest.approx(1) and score["content"] == 1
+    distances = [kernel_distance(ruler.measure(str(folder))["features"], ruler.features)[0] for folder in folders]
+    value, low, high = record["settings"][2]["kernel"]
+    assert value == pytest.approx(statistics.fmean(distances)) and low < value < high
+    value, low, high = record["others"]["kernel"]
+    assert low < value < high and f"KID {value:.3f} [{low:.3f}, {high:.3f}] away" in (out / "fronts.md").read_text()
 
 
 def test_areas_and_matched_settings_follow_from_the_table(emoji):

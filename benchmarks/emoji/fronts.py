@@ -1,9 +1,9 @@
 """Compare methods as curves, on the outputs that scripts/emoji.sh made: fronts, areas under them, matched settings.
 
 Realism is the Fréchet distance to the true translations of the whole test split in the features of the judge, a network
-that no method uses. Faithfulness is SSIM to the true translation, which no method sees. Besides, the judge says how
-often what an output shows is found again (its nearest truth is its own), and how often it takes an output for the
-target vendor's drawing.
+that no method uses, and beside it the kernel distance, which is unbiased in sets of any size. Faithfulness is SSIM to
+the true translation, which no method sees. Besides, the judge says how often what an output shows is found again (its
+nearest truth is its own), and how often it takes an output for the target vendor's drawing.
 
     bash scripts/emoji.sh                        # samples every row of table.txt, and calls this
     python benchmarks/emoji/fronts.py            # the tables, charts and pictures of what is there
@@ -36,7 +36,12 @@ from guided_diffusion.cli import rows as tables
 from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import charts
 from guided_diffusion.evaluation.charts import Point, front
-from guided_diffusion.evaluation.distances import frechet_of_roots, gaussian_of_features
+from guided_diffusion.evaluation.distances import (
+    bootstrap_kernel,
+    frechet_of_roots,
+    gaussian_of_features,
+    kernel_distance,
+)
 from guided_diffusion.evaluation.images import list_images
 from guided_diffusion.evaluation.pairs import ssim
 from guided_diffusion.evaluation.table import markdown_table
@@ -56,6 +61,13 @@ FAR = 2  # times the smallest distance: farther settings are in the table, not i
 BATCH = 40
 BLOCK = re.compile(r"(<!-- fronts: made by benchmarks/emoji/fronts\.py -->\n).*?(<!-- end of fronts -->)", re.DOTALL)
 CELL, LABEL = 96, 236  # pixels of a picture and of the labels' column in pictures.png
+COLUMNS = {
+    "distance": "judge distance ↓",
+    "kernel": "KID ↓",
+    "ssim": "SSIM to truth ↑",
+    "content": "content found ↑",
+    "target": "taken for 3D ↑",
+}
 SKIN_TONE = re.compile(r"1f3f[b-f]")
 
 
@@ -99,6 +111,17 @@ class Setting:
         }
         return {"distance": float(np.mean(distances)), **means}
 
+    def kernel(self, truths, replicates):
+        """Unbiased kernel distance to truths [M, D] and its 95 % interval (low, high), each the mean over the seeds."""
+        found = [kernel(m["features"], truths, replicates) for m in self.measured]
+        return np.mean(found, axis=0).tolist()
+
+
+def kernel(features, truths, replicates):
+    """Kernel distance of features [N, D] and truths [M, D], with its 95 % bootstrap interval: (value, low, high)."""
+    value, _ = kernel_distance(features, truths)
+    return value, *bootstrap_kernel(features, truths, value, replicates=replicates)
+
 
 class Ruler:
     """The judge, and the true translations that everything is measured against."""
@@ -110,8 +133,8 @@ class Ruler:
         self.stems = sorted(self.truth)
         self.images = self.read([self.truth[stem] for stem in self.stems])
         seen = self.look(self.images)
-        self.embeddings = seen["embeddings"]
-        self.target = gaussian_of_features(seen["features"])
+        self.embeddings, self.features = seen["embeddings"], seen["features"]
+        self.target = gaussian_of_features(self.features)
 
     def read(self, paths):
         """[N, 3, H, W] in [0, 1], at the judge's size."""
@@ -247,7 +270,7 @@ def text_of(settings, scores, anchors, areas, volumes, pairs, missing, reference
     points = points_of(settings, scores)
     lines = ["# Flat to 3D emoji: fronts", ""]
     timed = all("seconds" in setting.costs for setting in settings)
-    head = ["method", "setting", "evaluations", *["s/image"] * timed, "judge distance ↓", "SSIM to truth ↑"]
+    head = ["method", "setting", "evaluations", *["s/image"] * timed, *headings(scores), "seeds"]
     cells = []
     for setting, score in zip(settings, scores):
         mark = " *" if (score["ssim"], score["distance"]) in front(points[setting.row.method]) else ""
@@ -256,7 +279,6 @@ def text_of(settings, scores, anchors, areas, volumes, pairs, missing, reference
             [setting.row.method, setting.row.setting + mark, *costs, *shown(score), str(len(setting.measured))]
         )
     cells += [[f"*{name}*", "", *[""] * (1 + timed), *shown(score), ""] for name, score in anchors.items()]
-    head += ["content found ↑", "taken for 3D ↑", "seeds"]
     lines += [markdown_table(head, cells), "", "\\* on its method's front", ""]
     lines += [f"## Area under the front, with SSIM above {reference[0]:g} and distance below {reference[1]:.2f}", ""]
     cells = []
@@ -290,15 +312,7 @@ def text_of(settings, scores, anchors, areas, volumes, pairs, missing, reference
 
 def summary(record):
     """The table of docs/results.md, from the content of fronts.json: the settings on the methods' fronts."""
-    head = [
-        "method",
-        "setting",
-        "evaluations",
-        "judge distance ↓",
-        "SSIM to truth ↑",
-        "content found ↑",
-        "taken for 3D ↑",
-    ]
+    head = ["method", "setting", "evaluations", *headings(record["settings"])]
     cells = []
     for row in record["settings"]:
         own = [(other["ssim"], other["distance"]) for other in record["settings"] if other["method"] == row["method"]]
@@ -309,8 +323,19 @@ def summary(record):
     return markdown_table(head, cells)
 
 
+def headings(scores):
+    """The columns that these scores have; records made before there was a kernel distance have none."""
+    return [title for name, title in COLUMNS.items() if all(name in score for score in scores)]
+
+
 def shown(score):
-    return [f"{score['distance']:.2f}", f"{score['ssim']:.3f}", f"{score['content']:.3f}", f"{score['target']:.3f}"]
+    return [spelled(name, score[name]) for name in COLUMNS if name in score]
+
+
+def spelled(name, value):
+    if name == "kernel":
+        return "{:.3f} [{:.3f}, {:.3f}]".format(*value)
+    return f"{value:.2f}" if name == "distance" else f"{value:.3f}"
 
 
 def chart_rows(settings, scores):
@@ -373,16 +398,24 @@ def main():
     scores = [setting.score(ruler.target) for setting in settings]
     train = list_images(args.data / "fluent3d" / "train", "train")
     others = sorted(train, key=lambda r: hashlib.sha256(r.name.encode()).hexdigest())[: len(ruler.stems)]
-    drawn = gaussian_of_features(ruler.look(ruler.read([r.path for r in others]))["features"])
-    sources = Setting(None, [ruler.measure(str(test["twitter"]))]).score(ruler.target)
+    drawn = ruler.look(ruler.read([r.path for r in others]))["features"]
+    apart = {
+        "distance": frechet_of_roots(*gaussian_of_features(drawn), *ruler.target),
+        "kernel": kernel(drawn, ruler.features, args.replicates),
+    }
+    unchanged = Setting(None, [ruler.measure(str(test["twitter"]))])
+    sources = unchanged.score(ruler.target)
     anchors = {"sources as they are": sources}
+    for setting, score in zip((*settings, unchanged), (*scores, sources)):
+        score["kernel"] = setting.kernel(ruler.features, args.replicates)
     reference = (LOWEST_SSIM, sources["distance"])
     draws, areas = bootstrap(settings, ruler.target, reference, args.replicates)
     volumes = {method: hypervolume(own, reference) for method, own in points_of(settings, scores).items()}
     pairs = matched(settings, scores, draws)
     notes = [
         f"{len(ruler.stems)} pictures; judge {ruler.digest}; intervals by {args.replicates} resamples of the pictures",
-        f"true pictures of other emoji, of the training split, are {frechet_of_roots(*drawn, *ruler.target):.2f} away",
+        "KID is unbiased, so that it is about 0 for true pictures; in brackets its interval of 95 %",
+        f"true pictures of other emoji, of the training split, are {' and KID '.join(shown(apart))} away",
     ]
     if len(devices) > 1:
         notes.append(f"sampled on {' and '.join(devices)}; the draws are the same, seconds would not compare")
@@ -393,7 +426,7 @@ def main():
              "seeds": len(s.measured), **s.costs, **score}
             for s, score in zip(settings, scores)
         ],
-        "anchors": anchors, "reference": reference, "matched": pairs, "missing": missing,
+        "anchors": anchors, "others": apart, "reference": reference, "matched": pairs, "missing": missing,
         "areas": {method: [volumes[method], *interval(values)] for method, values in areas.items()},
     }  # fmt: skip
     files.write_text(str(args.out / "fronts.md"), text)
