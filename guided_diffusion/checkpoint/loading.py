@@ -301,10 +301,9 @@ def _prepared(network: Network, device: str | torch.device) -> dict[str, torch.T
     file = display_name(path)
     _check_tensors(file, state, wanted, network.names)
     held = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
-    needed = sum(4 * like.numel() for like in wanted.values())
-    if needed > 4 * sum(held.values()) + ROOM:
-        what = f"its {sum(held.values())} bytes of tensors describe a network of {needed} bytes"
-        raise InputError(f"{file} is refused: {what}")
+    stored, needed = sum(held.values()), sum(4 * like.numel() for like in wanted.values())
+    if needed > 4 * stored + ROOM:
+        raise InputError(f"{file} is refused: its {stored} bytes of tensors describe a network of {needed} bytes")
     prepared, places = {}, set()
     try:
         for key, like in wanted.items():

@@ -293,18 +293,18 @@ def scheduler_process(
     steps = config.get("num_train_timesteps", 1000)
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= steps:
         raise InputError(f"it can be 1 to {steps}", parameter="num_inference_steps", value=count)
+    if not {"timesteps", "sigmas"} & given.keys():
+        given["num_inference_steps"] = count
     try:
-        scheduler.set_timesteps(
-            **({} if {"timesteps", "sigmas"} & given.keys() else {"num_inference_steps": count}), **given
-        )
+        scheduler.set_timesteps(**given)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} does not take these steps: {first_line(error)}", parameter="scheduler") from None
     if flow or edm:
-        sigmas, times = scheduler.sigmas[:-1].tolist(), scheduler.timesteps.tolist()
+        velocity = config.get("prediction_type") == "v_prediction"
+        made = process(EDM if edm else FlowMatching, scheduler.sigmas[:-1].tolist(), scheduler.timesteps.tolist())
         if edm:
-            velocity = config.get("prediction_type") == "v_prediction"
-            return process(EDM, sigmas, times), False, lambda net: EDM(net, config["sigma_data"], velocity)
-        return process(FlowMatching, sigmas, times), False, lambda net: FlowMatching(net, steps)
+            return made, False, lambda network: EDM(network, config["sigma_data"], velocity)
+        return made, False, lambda network: FlowMatching(network, steps)
     diffusers.refuse_other_processes("scheduler", {**config, "_class_name": name})
     betas = config.get("trained_betas")  # an array where the scheduler was made in Python
     listed = {} if betas is None else {"trained_betas": [float(beta) for beta in betas]}
@@ -361,13 +361,10 @@ def pipeline_target(
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def pipeline_class(path: str) -> str | None:
-    """The class of a pipeline's folder, by its model_index.json; None for another path."""
-    index = os.path.join(path, diffusers.INDEX)
-    if not os.path.isfile(index):
-        return None
-    content = read_json(index)
-    return str(content.get("_class_name")) if isinstance(content, dict) else None
+def _class_name(file: str) -> str:
+    """The class that a JSON file of diffusers names, "" without the file."""
+    content = read_json(file) if os.path.isfile(file) else {}
+    return str(content.get("_class_name", "")) if isinstance(content, dict) else ""
 
 
 def is_pipeline(path: str) -> bool:
@@ -375,13 +372,12 @@ def is_pipeline(path: str) -> bool:
 
     A UNet2DModel of pixels and of DDPM's process does not: it is one of our own networks.
     """
-    kind = KINDS.get(str(pipeline_class(path)))
+    kind = KINDS.get(_class_name(os.path.join(path, diffusers.INDEX)))
     if kind is not Unconditional:
         return kind is not None
-    scheduler = os.path.join(path, "scheduler", diffusers.SCHEDULER)
-    name = str(read_json(scheduler).get("_class_name")) if os.path.isfile(scheduler) else ""
+    scheduler = _class_name(os.path.join(path, "scheduler", diffusers.SCHEDULER))
     latent = any(os.path.isdir(os.path.join(path, part)) for part in ("vqvae", "vae"))
-    return latent or name.startswith(("FlowMatchEuler", "EDM"))
+    return latent or scheduler.startswith(("FlowMatchEuler", "EDM"))
 
 
 def load_pipeline(path: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, str]:

@@ -1,5 +1,6 @@
 """Load a target: the model of a checkpoint on its device, with its process and its class."""
 
+import contextlib
 import csv
 import dataclasses
 import glob
@@ -200,19 +201,14 @@ class Prompts:
 
     def __call__(self, names: Sequence[str]) -> str | list[str] | None:
         """One prompt for all, or a list with one for each name."""
-        if self.path is None:
-            return self.prompt
-        return [self._of(name) for name in names]
+        return self.prompt if self.path is None else [self._of(name) for name in names]
 
     def _of(self, name: str) -> str:
-        stem = os.path.splitext(name)[0]
-        for key in (name, stem):
-            if key in self.by_name:
-                return self.by_name[key]
-        if self.prompt is None:
+        found = self.by_name.get(name, self.by_name.get(os.path.splitext(name)[0], self.prompt))
+        if found is None:
             reason = f"it has no prompt for {display_name(name)}, and `prompt` is not given"
             raise InputError(reason, parameter="prompt_file", value=self.path)
-        return self.prompt
+        return found
 
 
 def load_beside(target: Target, path: str, *, class_index: int | str | None = None) -> Target:
@@ -262,14 +258,10 @@ def _with_class(target: Target, given: int | str | None, any_class: bool) -> Tar
 
 def class_number(given: int | str, info: Any, parameter: str) -> int:
     """The number of a class that is given by number or by name; names are in a checkpoint's metadata `classes`."""
-    flags = info.flags
-    count = flags.get("num_class") or flags.get("num_classes") or 0
+    count = info.flags.get("num_class") or info.flags.get("num_classes") or 0
     names = info.metadata.get("classes")
-    if isinstance(names, str):
-        try:
-            names = json.loads(names)
-        except ValueError:
-            names = None  # somebody else's entry of that name
+    with contextlib.suppress(ValueError, TypeError):  # somebody else's entry of that name
+        names = json.loads(names)
     names = names if isinstance(names, list) else []
     if str(given) in names:
         return names.index(str(given))
