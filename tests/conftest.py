@@ -46,7 +46,7 @@ COMMITTED = (
 # Files whose tests start processes or train: `-m "not slow"` leaves them out.
 SLOW_FILES = (
     "test_ablations", "test_ae_sample", "test_baseline_scripts", "test_bench_scripts", "test_benchmark",
-    "test_diffusers_commands", "test_engine", "test_evaluate", "test_extensions_metric", "test_fast_paths",
+    "test_engine", "test_evaluate", "test_extensions_metric", "test_fast_paths",
     "test_fetch", "test_jobs", "test_judge", "test_notebook", "test_prepare_emoji", "test_presets", "test_processes",
     "test_readme", "test_train_util", "test_training", "test_training_faults", "test_training_runs", "test_translator",
     "test_upscaler", "test_web_page",

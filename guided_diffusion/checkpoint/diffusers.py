@@ -46,57 +46,37 @@ ANY = "", lambda v: True
 
 # Fields of a UNet2DModel's configuration: the library's default, and the values that have a meaning here.
 UNET: dict[str, tuple[Any, Any]] = {
-    "sample_size": (None, SIDE),
-    "in_channels": (3, [1, 3]),
-    "out_channels": (3, [1, 2, 3, 6]),
-    "center_input_sample": (False, [False]),
-    "time_embedding_type": ("positional", ["positional"]),
-    "time_embedding_dim": (None, ANY),
-    "freq_shift": (0, [0, 1]),
-    "flip_sin_to_cos": (True, [True, False]),
+    "sample_size": (None, SIDE), "in_channels": (3, [1, 3]), "out_channels": (3, [1, 2, 3, 6]),
+    "center_input_sample": (False, [False]), "time_embedding_type": ("positional", ["positional"]),
+    "time_embedding_dim": (None, ANY), "freq_shift": (0, [0, 1]), "flip_sin_to_cos": (True, [True, False]),
     "down_block_types": (["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"], BLOCKS),
     "mid_block_type": ("UNetMidBlock2D", ["UNetMidBlock2D"]),
     "up_block_types": (["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"], BLOCKS),
-    "block_out_channels": ([224, 448, 672, 896], WIDTHS),
-    "layers_per_block": (2, WHOLE),
-    "mid_block_scale_factor": (1, [1]),
-    "downsample_padding": (1, [0, 1]),
-    "downsample_type": ("conv", ["conv", "resnet"]),
-    "upsample_type": ("conv", ["conv", "resnet"]),
-    "dropout": (0.0, DROPOUT),
-    "act_fn": ("silu", ["silu", "swish"]),
-    "attention_head_dim": (8, MAYBE_WHOLE),
-    "norm_num_groups": (32, WHOLE),
-    "attn_norm_num_groups": (None, MAYBE_WHOLE),
-    "norm_eps": (1e-5, PART),
-    "resnet_time_scale_shift": ("default", ["default", "scale_shift"]),
-    "add_attention": (True, [True]),
-    "class_embed_type": (None, [None]),
-    "num_class_embeds": (None, MAYBE_WHOLE),
-    "num_train_timesteps": (None, ANY),
-}
+    "block_out_channels": ([224, 448, 672, 896], WIDTHS), "layers_per_block": (2, WHOLE),
+    "mid_block_scale_factor": (1, [1]), "downsample_padding": (1, [0, 1]),
+    "downsample_type": ("conv", ["conv", "resnet"]), "upsample_type": ("conv", ["conv", "resnet"]),
+    "dropout": (0.0, DROPOUT), "act_fn": ("silu", ["silu", "swish"]), "attention_head_dim": (8, MAYBE_WHOLE),
+    "norm_num_groups": (32, WHOLE), "attn_norm_num_groups": (None, MAYBE_WHOLE), "norm_eps": (1e-5, PART),
+    "resnet_time_scale_shift": ("default", ["default", "scale_shift"]), "add_attention": (True, [True]),
+    "class_embed_type": (None, [None]), "num_class_embeds": (None, MAYBE_WHOLE), "num_train_timesteps": (None, ANY),
+}  # fmt: skip
 FIELDS = {name: default for name, (default, _) in UNET.items()}
 # Fields that EMAModel adds to what it saves.
 OF_AVERAGES = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 
 # Fields of a scheduler's configuration.
 PROCESS: dict[str, tuple[Any, Any]] = {
-    "num_train_timesteps": (1000, WHOLE),
-    "beta_start": (0.0001, PART),
-    "beta_end": (0.02, PART),
+    "num_train_timesteps": (1000, WHOLE), "beta_start": (0.0001, PART), "beta_end": (0.02, PART),
     "beta_schedule": ("linear", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]),
-    "trained_betas": (None, BETAS),
-    "prediction_type": ("epsilon", ["epsilon", "sample", "v_prediction"]),
+    "trained_betas": (None, BETAS), "prediction_type": ("epsilon", ["epsilon", "sample", "v_prediction"]),
     "variance_type": (
         None,
         [None, *(f"fixed_{n}" for n in ("small", "large", "small_log", "large_log")), "learned_range"],
     ),
-    "clip_sample": (None, [True, False, None]),
-    "clip_sample_range": (1.0, POSITIVE),
-    "thresholding": (False, [False, None]),
-    "rescale_betas_zero_snr": (False, [False, None]),
+    "clip_sample": (None, [True, False, None]), "clip_sample_range": (1.0, POSITIVE),
+    "thresholding": (False, [False, None]), "rescale_betas_zero_snr": (False, [False, None]),
     "use_flow_sigmas": (False, [False, None]),
-}
+}  # fmt: skip
 
 # Blocks: how they resample ("" where a field decides) and whether they attend.
 DOWN_BLOCKS, UP_BLOCKS = (
@@ -380,13 +360,10 @@ def process_flags(config: Mapping[str, Any], file: str = SCHEDULER) -> dict[str,
         return {"variance_type": None}
     betas, steps, predicted = fields["trained_betas"], fields["num_train_timesteps"], fields["prediction_type"]
     process = {
-        "diffusion_steps": steps if betas is None else len(betas),
-        "noise_schedule": _schedule(fields),
-        "predict_xstart": predicted == "sample",
-        "predict_v": predicted == "v_prediction",
-        "rescale_timesteps": False,
+        "diffusion_steps": steps if betas is None else len(betas), "noise_schedule": _schedule(fields),
+        "predict_xstart": predicted == "sample", "predict_v": predicted == "v_prediction", "rescale_timesteps": False,
         "variance_type": (fields["variance_type"] or "").removesuffix("_log") or None,
-    }
+    }  # fmt: skip
     try:
         get_named_beta_schedule(process["noise_schedule"], process["diffusion_steps"])
     except InputError as error:
@@ -427,29 +404,20 @@ def _network(config: _Fields, learned: bool) -> tuple[dict[str, Any], dict[str, 
             raise config.wrong(name, f"it must divide {', '.join(map(str, sorted(set(divided))))}")
     shifts, classes, size = (config[n] for n in ("resnet_time_scale_shift", "num_class_embeds", "sample_size"))
     found = {
-        "num_channels": widths[0],
-        "num_res_blocks": config["layers_per_block"],
+        "num_channels": widths[0], "num_res_blocks": config["layers_per_block"],
         "channel_mult": ",".join(multiple(width, widths[0]) for width in widths),
         "attention_factors": tuple(2**level for level, at in enumerate(attends) if at),
-        "class_cond": classes is not None,
-        "use_scale_shift_norm": shifts == "scale_shift",
+        "class_cond": classes is not None, "use_scale_shift_norm": shifts == "scale_shift",
         **({"resblock_updown": resampling == "resnet"} if len(widths) > 1 else {}),
-        **({"num_classes": classes} if classes is not None else {}),
-        "learn_sigma": learned,
-        "in_channels": channels,
-    }
+        **({"num_classes": classes} if classes is not None else {}), "learn_sigma": learned, "in_channels": channels,
+    }  # fmt: skip
     flags = {
-        "num_heads": 1 if head is None else 4,
-        "num_head_channels": -1 if head is None else head,
-        "num_heads_upsample": -1,
-        "use_new_attention_order": True,
-        "dropout": float(config["dropout"]),
-        "norm_groups": groups,
-        "norm_eps": float(config["norm_eps"]),
-        "sines_first": sines_first,
+        "num_heads": 1 if head is None else 4, "num_head_channels": -1 if head is None else head,
+        "num_heads_upsample": -1, "use_new_attention_order": True, "dropout": float(config["dropout"]),
+        "norm_groups": groups, "norm_eps": float(config["norm_eps"]), "sines_first": sines_first,
         "pad_end": config["downsample_padding"] == 0 and resampling == "conv",
         "middle_norm": shifts != "scale_shift" or config["attn_norm_num_groups"] is not None,
-    }
+    }  # fmt: skip
     if size is not None:
         flags["image_size"] = size[0] if isinstance(size, list) else size
     return found, flags

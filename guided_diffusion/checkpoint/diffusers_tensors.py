@@ -126,38 +126,27 @@ def to_diffusers(
     head = _head_width(file, flags, widths, attends) if adm else None
     residual, scale_shift = adm and flags["resblock_updown"], adm and flags["use_scale_shift_norm"]
     found = {
-        **flags,
-        "channel_mult": ",".join(map(str, mults)),
-        "attention_factors": factors,
-        "resblock_updown": residual,
-    }
+        **flags, "channel_mult": ",".join(map(str, mults)), "attention_factors": factors, "resblock_updown": residual,
+    }  # fmt: skip
     fixed = {name: flags.get(name, value) for name, value in (EXTENSIONS if adm else DDPM.fixed).items()}
     if not fixed["middle_norm"] and not scale_shift:
         raise InputError(f"{file}: without middle_norm, diffusers needs use_scale_shift_norm")
     plain = "Resnet{}sampleBlock2D" if residual else "{}Block2D"
     config = {
         **{name: value for name, value in FIELDS.items() if name != "num_train_timesteps"},
-        "_class_name": "UNet2DModel",
-        "sample_size": size,
-        "in_channels": channels,
-        "out_channels": channels * (2 if flags["learn_sigma"] else 1),
-        "freq_shift": int(fixed["sines_first"]),
+        "_class_name": "UNet2DModel", "sample_size": size, "in_channels": channels,
+        "out_channels": channels * (2 if flags["learn_sigma"] else 1), "freq_shift": int(fixed["sines_first"]),
         "flip_sin_to_cos": not fixed["sines_first"],
         "down_block_types": ["AttnDownBlock2D" if at else plain.format("Down") for at in attends],
         "up_block_types": ["AttnUpBlock2D" if at else plain.format("Up") for at in reversed(attends)],
-        "block_out_channels": widths,
-        "layers_per_block": flags["num_res_blocks"],
-        "downsample_padding": 0 if fixed["pad_end"] else 1,
-        "downsample_type": "resnet" if residual else "conv",
-        "upsample_type": "resnet" if residual else "conv",
-        "dropout": flags["dropout"],
-        "attention_head_dim": head,
+        "block_out_channels": widths, "layers_per_block": flags["num_res_blocks"],
+        "downsample_padding": 0 if fixed["pad_end"] else 1, "downsample_type": "resnet" if residual else "conv",
+        "upsample_type": "resnet" if residual else "conv", "dropout": flags["dropout"], "attention_head_dim": head,
         "norm_num_groups": fixed["norm_groups"],
         "attn_norm_num_groups": fixed["norm_groups"] if fixed["middle_norm"] and adm else None,
-        "norm_eps": fixed["norm_eps"],
-        "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
+        "norm_eps": fixed["norm_eps"], "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
         "num_class_embeds": flags.get("num_classes") if flags["class_cond"] else None,
-    }
+    }  # fmt: skip
     parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
     index = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.21.0", **parts}
     return _their_tensors(state, info, found, head), config, _their_scheduler(info), index
@@ -221,16 +210,9 @@ def _their_scheduler(info: ModelInfo) -> dict[str, Any]:
     fixed = "fixed_small" if info.choose("sigma_small") else "fixed_large"
     predictions = {"predict_xstart": "sample", "predict_v": "v_prediction"}
     return {
-        "_class_name": "DDPMScheduler",
-        "_diffusers_version": "0.21.0",
-        "num_train_timesteps": steps,
-        **betas,
+        "_class_name": "DDPMScheduler", "_diffusers_version": "0.21.0", "num_train_timesteps": steps, **betas,
         "prediction_type": next((text for flag, text in predictions.items() if flags.get(flag)), "epsilon"),
-        "variance_type": "learned_range" if flags["learn_sigma"] else fixed,
-        "clip_sample": bool(clip),
-        "clip_sample_range": float(clip) if clip else 1.0,
-        "thresholding": False,
-        "timestep_spacing": "linspace",
-        "steps_offset": 0,
-        "rescale_betas_zero_snr": False,
-    }
+        "variance_type": "learned_range" if flags["learn_sigma"] else fixed, "clip_sample": bool(clip),
+        "clip_sample_range": float(clip) if clip else 1.0, "thresholding": False, "timestep_spacing": "linspace",
+        "steps_offset": 0, "rescale_betas_zero_snr": False,
+    }  # fmt: skip
