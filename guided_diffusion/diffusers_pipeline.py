@@ -414,10 +414,8 @@ class SDDMTextPipeline(_Translating):
             each = [_repeated(texts, repeats, len(batch.ref)) for texts in (prompt, negative_prompt)]
             return Prompt(each[0], each[1], guidance_scale, embeddings)
 
-        target = pipeline_target(
-            self.pipe, wanted, steps=num_inference_steps, device=self.pipe._execution_device, image_size=height,
-            timesteps=timesteps, sigmas=sigmas,
-        )  # fmt: skip
+        device, given = self.pipe._execution_device, {"timesteps": timesteps, "sigmas": sigmas}
+        target = pipeline_target(self.pipe, wanted, num_inference_steps, device, height, **given)
         return self._translate(self.pipe, target, image, repeats, strength=strength, t0=t0, area=area, **options)
 
 

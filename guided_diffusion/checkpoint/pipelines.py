@@ -250,14 +250,6 @@ class Unconditional(Pipeline):
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def kind_of(pipe: Any) -> Pipeline:
-    """The pipeline as `Pipeline`; InputError, by its class's name, for one that is not supported."""
-    name = type(pipe).__name__
-    if name not in KINDS:
-        raise InputError(f"it can be {', '.join(KINDS)}", parameter="pipe", value=name)
-    return KINDS[name](pipe)
-
-
 def autoencoder(network: Any) -> Autoencoder:
     """The codec of an AutoencoderKL, AutoencoderTiny or VQModel, with the scale and shift of its configuration."""
     config = network.config
@@ -324,20 +316,14 @@ def scheduler_process(
 
 
 def pipeline_target(
-    pipe: Any,
-    prompt: Prompt | Callable[[Batch], Prompt],
-    *,
-    steps: int = 50,
-    device: torch.device,
-    image_size: int | None = None,
-    **given: Any,
+    pipe: Any, prompt: Callable[[Batch], Prompt], steps: int, device: torch.device, image_size: int | None, **given: Any
 ) -> Target:
     """A pipeline as a target, over `steps` timesteps of its scheduler.
 
-    prompt: for all pictures, or a function that gives those of a batch. image_size: side of the pictures, by default
-    the pipeline's. given: `timesteps` or `sigmas`. Raises InputError.
+    prompt: gives the prompts of a batch. image_size: side of the pictures, None for the pipeline's. given: `timesteps`
+    or `sigmas`. Raises InputError.
     """
-    kind = kind_of(pipe)
+    kind = KINDS.pick(type(pipe).__name__)(pipe)
     codec = kind.codec()
     side = kind.side() if image_size is None else image_size // codec.factor
     if side is None or side < 1 or (image_size or 0) % codec.factor or side % kind.patch:
@@ -348,8 +334,7 @@ def pipeline_target(
     diffusion, clip, wrap = scheduler_process(pipe.scheduler, steps, tokens=tokens, latent=latent, **given)
 
     def condition(batch: Batch) -> Callable[..., torch.Tensor]:
-        wanted = prompt(batch) if callable(prompt) else prompt
-        return wrap(kind.model(wanted, device, len(batch.ref)))
+        return wrap(kind.model(prompt(batch), device, len(batch.ref)))
 
     def unconditioned(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("a pipeline is called through Target.conditioned")
