@@ -32,21 +32,13 @@ import machine
 
 BLOCKS = 16
 SHARED = {
-    "image_size": 256,
-    "num_channels": 128,
-    "num_res_blocks": 2,
-    "attention_resolutions": "16",
-    "num_head_channels": 64,
-    "resblock_updown": True,
-    "use_scale_shift_norm": True,
-    "learn_sigma": False,
-}
+    "image_size": 256, "num_channels": 128, "num_res_blocks": 2, "attention_resolutions": "16", "num_head_channels": 64,
+    "resblock_updown": True, "use_scale_shift_norm": True, "learn_sigma": False,
+}  # fmt: skip
 SMALL = {"image_size": 32, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "num_head_channels": 32}
 ARCHITECTURES = {
-    "readme": SHARED,
-    "ilvr": {**SHARED, "num_res_blocks": 1, "learn_sigma": True},
-    "tiny": {**SHARED, **SMALL},
-}
+    "readme": SHARED, "ilvr": {**SHARED, "num_res_blocks": 1, "learn_sigma": True}, "tiny": {**SHARED, **SMALL}
+}  # fmt: skip
 RELEASE_RUN = {"guided": 49 + 4, "plain": 51}
 """Steps of the release's example: 100 with guidance until step 50, four refinements."""
 
@@ -491,13 +483,13 @@ PARTS = {each.__name__: each for each in (evaluations, steps, runs, release, sta
 
 def table(rows):
     """Rows as a Markdown table; its columns are all keys, in order."""
+    from guided_diffusion.evaluation.table import markdown_table
 
     def text(value):
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns), *([text(row.get(key, "")) for key in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown_table(columns, [[text(row.get(key, "")) for key in columns] for row in rows]) + "\n"
 
 
 def main():

@@ -47,7 +47,8 @@ def compare(given: Given) -> None:
     sampling = given.options(rows.Sampling)
     values = {name: value for part in EVALUATION for name, value in given.values(part).items()}
     options, chosen = comparison.select(options, rows.read_table(options.table))
-    measured = comparison.evaluation_of(options, **values, device=sampling.device)
+    folders = {"sources": options.base_samples, "targets": options.targets, "truth": options.truth}
+    measured = protocol.Evaluation(**values, **folders, device=sampling.device)
     missing = comparison.missing_files(options, measured) + rows.missing_files(chosen)
     if missing:
         raise InputError(f"missing: {'; '.join(missing)}")

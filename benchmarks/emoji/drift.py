@@ -8,14 +8,15 @@ without skin tones, evenly spaced by name; seed 0.
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+from judge import SKIN_TONE
 
 from guided_diffusion import baselines, checkpoint
 from guided_diffusion.image_datasets import load_image, to_tensor
@@ -23,7 +24,6 @@ from guided_diffusion.runtime import keep_freed_memory
 from guided_diffusion.script_util import create_diffusion
 
 STEPS, SHARES, BATCH = 50, (0.5, 0.7), 16
-SKIN_TONE = re.compile(r"1f3f[b-f]")
 
 
 def drift(model, diffusion, truths, share):

@@ -23,14 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from judge import load_judge
+from judge import SKIN_TONE, content, judged, load_judge, target_vendor
 
 from guided_diffusion.cli import rows as tables
 from guided_diffusion.errors import InputError
@@ -58,7 +57,6 @@ NEAR = (
     0.05,
 )  # a setting is near the front if so much more SSIM and so large a share less distance puts it there
 FAR = 2  # times the smallest distance: farther settings are in the table, not in the chart
-BATCH = 40
 BLOCK = re.compile(r"(<!-- fronts: made by benchmarks/emoji/fronts\.py -->\n).*?(<!-- end of fronts -->)", re.DOTALL)
 CELL, LABEL = 96, 236  # pixels of a picture and of the labels' column in pictures.png
 COLUMNS = {
@@ -68,7 +66,6 @@ COLUMNS = {
     "content": "content found ↑",
     "target": "taken for 3D ↑",
 }
-SKIN_TONE = re.compile(r"1f3f[b-f]")
 
 
 # A setting is a point (faithfulness, distance): the first is better when larger, the second when smaller.
@@ -132,19 +129,13 @@ class Ruler:
         self.truth = {r.stem: r.path for r in list_images(truth_folder, "truth")}
         self.stems = sorted(self.truth)
         self.images = self.read([self.truth[stem] for stem in self.stems])
-        seen = self.look(self.images)
-        self.embeddings, self.features = seen["embeddings"], seen["features"]
+        self.truths = judged(self.judge, self.images)
+        self.features = self.truths["features"]
         self.target = gaussian_of_features(self.features)
 
     def read(self, paths):
         """[N, 3, H, W] in [0, 1], at the judge's size."""
         return (to_tensor([load_image(path, self.judge.image_size) for path in paths]) + 1) / 2
-
-    def look(self, images):
-        """The judge's features, embeddings and vendors, float64 arrays."""
-        parts = [self.judge.judge(part) for part in images.split(BATCH)]
-        names = ("features", "embeddings", "vendors")
-        return {name: torch.cat([getattr(p, name) for p in parts]).double().numpy() for name in names}
 
     def measure(self, folder):
         """The measurements of a folder with an output for every truth; kept in a file beside it."""
@@ -158,13 +149,12 @@ class Ruler:
                 if str(file["key"]) == key:
                     return {name: file[name] for name in ("features", "ssim", "content", "target")}
         images = self.read([paths[stem] for stem in self.stems])
-        seen = self.look(images)
-        own = (seen["embeddings"] @ self.embeddings.T).argmax(1) == np.arange(len(self.stems))
+        seen = judged(self.judge, images)
         values = {
             "features": seen["features"],
             "ssim": ssim(images, self.images).double().numpy(),
-            "content": own.astype(float),
-            "target": (seen["vendors"].argmax(1) == len(self.judge.vendors) - 1).astype(float),
+            "content": content(seen, self.truths, np.arange(len(self.stems))).astype(float),
+            "target": target_vendor(seen).astype(float),
         }
         files.write_atomically(str(kept), lambda file: np.savez_compressed(file, key=key, **values))
         return values
@@ -398,7 +388,7 @@ def main():
     scores = [setting.score(ruler.target) for setting in settings]
     train = list_images(args.data / "fluent3d" / "train", "train")
     others = sorted(train, key=lambda r: hashlib.sha256(r.name.encode()).hexdigest())[: len(ruler.stems)]
-    drawn = ruler.look(ruler.read([r.path for r in others]))["features"]
+    drawn = judged(ruler.judge, ruler.read([r.path for r in others]))["features"]
     apart = {
         "distance": frechet_of_roots(*gaussian_of_features(drawn), *ruler.target),
         "kernel": kernel(drawn, ruler.features, args.replicates),

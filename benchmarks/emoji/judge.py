@@ -11,6 +11,7 @@ that `--features models/emoji_judge_64.safetensors` works. In Python:
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,8 @@ from guided_diffusion.evaluation.features import digest
 
 MODEL_TYPE = "JUDGE"
 DEFAULT_PATH = Path(__file__).resolve().parent.parent.parent / "models" / "emoji_judge_64.safetensors"
+SKIN_TONE = re.compile(r"1f3f[b-f]")
+"""In the names of variants of a code point, which most tables leave out."""
 MULTIPLES = (1, 2, 4, 6)  # widths of the four levels, in units of `width`
 
 
@@ -128,6 +131,12 @@ def load_judge(path: str | os.PathLike = DEFAULT_PATH, device: str | torch.devic
             judge = Judge(json.loads(metadata["vendors"]), **json.loads(metadata["flags"]))
         fill(judge, state)
     return judge.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+
+
+def judged(judge: Judge, images: torch.Tensor, batch: int = 40) -> dict[str, np.ndarray]:
+    """A judge's outputs by name, float64 arrays, for images [N, 3, image_size, image_size] in [0, 1]."""
+    parts = [judge.judge(part) for part in images.split(batch)]
+    return {name: torch.cat([getattr(part, name) for part in parts]).double().numpy() for name in Judged._fields}
 
 
 def fill(judge: Judge, state: Mapping[str, torch.Tensor]) -> None:

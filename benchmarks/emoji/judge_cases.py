@@ -13,7 +13,6 @@ It writes judge_cases.md beside this file; exit status 1 where the order is wron
 
 import argparse
 import io
-import re
 import sys
 from pathlib import Path
 
@@ -25,15 +24,14 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from judge import DEFAULT_PATH, content, load_judge, target_vendor
+from judge import DEFAULT_PATH, SKIN_TONE, content, judged, load_judge, target_vendor
 from judge_train import JudgeImages, JudgeOptions, held_out, judge_images
 
 from guided_diffusion import Translator, baselines
-from guided_diffusion.evaluation.distances import bootstrap_frechet, fid, gaussian_of_features
+from guided_diffusion.evaluation.distances import bootstrap_frechet, fid
 from guided_diffusion.image_datasets import load_image
 from guided_diffusion.training.losses import means_by_quarter
 
-SKIN_TONE = re.compile(r"1f3f[b-f]")
 DENOISED, TRUTHS = "truths, noised to 0.3 T and denoised", "truths"
 SLIGHT = "truths, noise of 10 grey levels"
 BATCH = 32
@@ -86,9 +84,9 @@ def denoised(pictures, model, steps):
     return [image for k, part in enumerate(parts) for image in translate(part, seed=k)]
 
 
-def judged(judge, pictures):
+def seen_by(judge, pictures):
     images = torch.from_numpy(np.stack([np.array(picture) for picture in pictures])).permute(0, 3, 1, 2) / 255
-    return {name: value.double().numpy() for name, value in judge.judge(images)._asdict().items()}
+    return judged(judge, images)
 
 
 def held_out_lines(judge, data):
@@ -127,11 +125,11 @@ def main():
     kinds["Noto's pictures"] = read_pictures(args.data / "google" / "test", names)
     kinds["sources (Twemoji's pictures)"] = read_pictures(args.data / "twitter" / "test", names)
 
-    said = {name: judged(judge, pictures) for name, pictures in kinds.items()}
+    said = {name: seen_by(judge, pictures) for name, pictures in kinds.items()}
     y, rows = said[TRUTHS]["features"], {}
     for name, each in said.items():
         x = each["features"]
-        distance = fid(x, gaussian_of_features(y))
+        distance = fid(x, y)
         interval = bootstrap_frechet(x, y, distance, replicates=200) if name != TRUTHS else (0.0, 0.0)
         found = content(each, said[TRUTHS], np.arange(len(x))).mean()
         taken = target_vendor(each).mean()

@@ -76,9 +76,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upscaler", default=str(ROOT / "models" / "fluent3d_upscaler.safetensors"))
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "emoji256", help="the emoji set at 256 pixels")
-    parser.add_argument(
-        "--inputs", nargs="*", default=[], metavar="NAME=DIR", help="small pictures, named as the truths"
-    )
+    parser.add_argument("--inputs", nargs="*", default=[], metavar="NAME=DIR", help="small pictures, named as truths")
     parser.add_argument("--count", type=int, default=0, help="pictures, evenly spaced by name; 0: all (default)")
     parser.add_argument("--table", type=Path, help="file for the table; without, it is printed only")
     parser.add_argument("--grid", type=Path, help="file for the grid")
@@ -91,12 +89,7 @@ def main():
     inputs = {"truths": torch.cat([to_tensor(to_uint8(upscaler.encode(part))) for part in truths.split(16)])}
     for kind, _, folder in (text.partition("=") for text in args.inputs):
         inputs[kind] = pictures([Path(folder) / name for name in names], TILE)
-    rows = [
-        f"{len(names)} held-out pictures",
-        "",
-        "| input | enlarged by | PSNR, dB | distance |",
-        "|---|---|---|---|",
-    ]
+    rows = [f"{len(names)} held-out pictures", "", "| input | enlarged by | PSNR, dB | distance |", "|---|---|---|---|"]
     for kind, small in inputs.items():
         for name, enlarge in enlargements(upscaler).items():
             decibels, distance = measured(enlarge, judge, small, truths)

@@ -139,12 +139,6 @@ def missing_files(options: Compared, measured: Evaluation) -> list[str]:
     return [f"`{name}` {display_name(path)}" for name, path in missing.items()]
 
 
-def evaluation_of(options: Compared, **measured: Any) -> Evaluation:
-    """The options of every row's evaluation; measured: fields of `Evaluation` beyond the folders."""
-    folders = {"sources": options.base_samples, "targets": options.targets, "truth": options.truth}
-    return Evaluation(**{**measured, **folders})
-
-
 class Comparison:
     """Sample, measure and write; results that an earlier run of the same comparison has made are kept."""
 
