@@ -466,6 +466,7 @@ def test_a_feature_files_digest_says_whether_measurements_hold(data, tmp_path):
     measured = Evaluation(outputs="x", sources=sources, features=file)
     compared = comparison.Comparison(options, measured, commands.ScriptCommands(commands.Sampling()))
     assert compared.key["features"] == run_record.sha256(file)
+    assert comparison.missing_files(options, Evaluation(features="efficientnet")) == []  # a name, and no file
 
 
 def test_the_committed_table_can_be_read():

@@ -12,20 +12,12 @@ import torch
 from ..errors import InputError, display_name
 from ..image_datasets import Reference
 from .packages import library, quiet_download, reason
-from .table import METRICS, PairedMetric, of_kind, paired_metric
+from .table import METRICS, PairedMetric, paired_metric
 
 MIN_SSIM_SIZE, MIN_MSSSIM_SIZE = 11, 161  # one window; one window after four halvings
 
 Paired = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """A function of images (a, b), float32 [N, 3, H, W] in [0, 1], that returns [N]."""
-
-
-def paired_metrics(a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Every registered metric of image pairs that needs no network.
-
-    a, b: float32 [N, C, H, W] in [0, 1], H and W at least 11 -> a dict of float64 tensors [N] on the CPU.
-    """
-    return {m.name: measure(m.name, m.compute, a, b) for m in of_kind(PairedMetric) if m.compute}
 
 
 def measure(name: str, compute: Callable[..., Any], *images: torch.Tensor) -> torch.Tensor:
@@ -107,11 +99,12 @@ def load_lpips(net: str = "alex", *, device: str | torch.device = "cpu") -> Pair
     return lambda a, b: model(a.float(), b.float(), normalize=True).flatten()
 
 
-def _load_lpips(options: Any, device: torch.device) -> Paired | None:
-    return None if options.lpips == "False" else load_lpips(options.lpips_net, device=device)
-
-
-METRICS.add("lpips")(PairedMetric("lpips", "LPIPS", lower_is_better=True, column=5, load=_load_lpips))
+METRICS.add("lpips")(
+    PairedMetric(
+        "lpips", "LPIPS", lower_is_better=True, column=5,
+        load=lambda options, device: None if options.lpips == "False" else load_lpips(options.lpips_net, device=device),
+    )
+)  # fmt: skip
 
 
 # Which images are pairs
