@@ -3,7 +3,7 @@
 import functools
 import io
 import itertools
-import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +17,7 @@ TRADE_OFFS = {"trade_off.svg": "source_ssim", "trade_off_truth.svg": "truth_ssim
 """Files of the charts of the distance against another value."""
 WHERE = {"source": "the source", "truth": "the true translation"}
 SCORE = "score"
+RADIUS = 4  # of a marker, in pixels
 LEAST_CHANGE = 0.01  # of a weight, for a chart of it
 PROGRESS = "share of the schedule; sampling runs leftwards"
 
@@ -109,7 +110,9 @@ def trade_off(results: Sequence[Result], against: str = "source_ssim") -> Any:
 def annotate(figure: Any, axes: Any, points: Sequence[Point], labels: Sequence[str]) -> None:
     """Label points where there is room: labels overlap neither each other nor a point."""
     figure.draw_without_rendering()
-    taken = [box_around(*axes.transData.transform(point)) for point in points]
+    transforms = library("matplotlib.transforms", "matplotlib", "the report's charts")
+    places = [axes.transData.transform(point) for point in points]
+    taken = [transforms.Bbox([place - RADIUS, place + RADIUS]) for place in places]
     for point, label in zip(points, labels):
         for x, y, side in ((7, 4, "left"), (-7, 4, "right"), (7, -10, "left"), (-7, -10, "right")):
             options = {"textcoords": "offset points", "fontsize": "x-small", "horizontalalignment": side}
@@ -122,19 +125,10 @@ def annotate(figure: Any, axes: Any, points: Sequence[Point], labels: Sequence[s
             text.remove()
 
 
-def box_around(x: float, y: float, radius: float = 4) -> Any:
-    """The box of a marker at pixel (x, y)."""
-    transforms = library("matplotlib.transforms", "matplotlib", "the report's charts")
-    return transforms.Bbox([[x - radius, y - radius], [x + radius, y + radius]])
-
-
 def leading_number(text: str) -> float | None:
     """The number at the beginning of a text such as "62.29 ± 0.63"; None where there is none."""
-    try:
-        number = float(text.split()[0])
-    except (IndexError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
+    number = re.match(r"[0-9]+(\.[0-9]+)?", text)
+    return float(number[0]) if number else None
 
 
 # Guided steps
@@ -167,7 +161,8 @@ def lines(
     values differ much.
     """
     curves = {name_of(row): [(progress(row, step), value(row, step)) for step in row["curves"]] for row in rows}
-    if not any(varies([y for _, y in curve], least) for curve in curves.values()):
+    heights = [[y for _, y in curve] for curve in curves.values()]
+    if not any(max(ys) - min(ys) > max(least, 1e-6 * max(map(abs, ys))) for ys in heights):
         return None
     figure, axes = new_figure(title, PROGRESS, y_label)
     looks = styles(rows)
@@ -175,7 +170,7 @@ def lines(
         style = {**looks[row["method"]], "color": colour, "markevery": 0.1, "label": name_of(row)}
         axes.plot(*zip(*curves[name_of(row)]), **style)
     if log:
-        scale_logarithmically(axes, [y for curve in curves.values() for _, y in curve])
+        scale_logarithmically(axes, [*itertools.chain(*heights)])
     axes.legend(fontsize="small")
     return figure
 
@@ -184,11 +179,6 @@ def scale_logarithmically(axes: Any, values: Sequence[float]) -> None:
     """Use a logarithmic axis for positive values that differ by more than ten times."""
     if max(values) > 10 * min(values) > 0:
         axes.set_yscale("log")
-
-
-def varies(values: Sequence[float], least: float) -> bool:
-    """Whether values differ by more than `least` and rounding."""
-    return max(values) - min(values) > max(least, 1e-6 * max(map(abs, values)))
 
 
 def directions(row: Result) -> list[str]:

@@ -263,7 +263,7 @@ class Comparison:
         options, seeds = self.options, self.options.seed_numbers
         notes = [
             f"model {os.path.basename(options.model_path)}, sha256 {str(self.model)[:12]}",
-            f"references {short_path(options.base_samples)}: {results[0]['images']} outputs per seed",
+            f"references {options.base_samples.removeprefix(ROOT + os.sep)}: {results[0]['images']} outputs per seed",
             f"seeds {', '.join(map(str, seeds))}" + ("; mean ± standard deviation" if len(seeds) > 1 else ""),
             *table.protocol_notes(results[0]["protocol"]),
         ]
@@ -344,8 +344,3 @@ def csv_of(results: Sequence[Mapping[str, Any]]) -> str:
         line |= {"published_fid": row["published"]["fid"], "published_ssim": row["published"]["source_ssim"]}
         lines.append({**line, "command": row["command"]})
     return table.csv_text(lines)
-
-
-def short_path(path: str) -> str:
-    """A path as the results name it: from the repository's folder on, if it lies there."""
-    return path.removeprefix(ROOT + os.sep)

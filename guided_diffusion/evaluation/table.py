@@ -19,7 +19,7 @@ comparison then include it:
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -286,11 +286,10 @@ def row(result: Mapping[str, Any]) -> dict[str, Any]:
     return cells | {"warnings": "; ".join(result["warnings"])}
 
 
-def csv_text(rows: Sequence[Mapping[str, Any]], names: Iterable[str] | None = None) -> str:
-    """Rows as CSV with a heading; names: of the columns, by default all that occur."""
-    names = list(dict.fromkeys(name for row in rows for name in row)) if names is None else list(names)
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV, with a heading of all names that occur."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
