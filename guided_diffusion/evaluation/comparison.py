@@ -277,7 +277,6 @@ def read_record(folder: str) -> dict[str, Any] | None:
     record = files.read_json_or_none(os.path.join(folder, run_record.NAME))
     try:
         entries = record["finished"], record["counts"]["references"], record["counts"]["failed"], record["settings"]
-        curves(record)
     except Exception:  # a record of another kind fails in many ways
         return None
     kinds = (str, int, int, dict)
