@@ -116,14 +116,6 @@ def mmd2_by_loops(x, y):
     return within_x + within_y - 2 * np.mean([kernel(a, b) for a in x for b in y])
 
 
-def test_kernel_distance_by_subsets_estimates_the_whole():
-    x, y = features(6, 300, 8), features(7, 300, 8, shift=0.3)
-    whole = distances.kernel_distance(x, y)[0]
-    mean, std = distances.kernel_distance(x, y, subset_size=100, subsets=200, seed=1)
-    assert abs(mean - whole) < 0.2 * whole and 0 < std < whole
-    assert distances.kernel_distance(x, y, subset_size=100, subsets=200, seed=1) == (mean, std)
-
-
 @settings(max_examples=20, deadline=None)
 @given(SEEDS)
 def test_kernel_distance_equals_its_definition(seed):
@@ -173,14 +165,17 @@ def test_intervals_of_distances_hold_the_estimate_and_narrow(kind):
     assert 2 < widths[0] / widths[1] < 8  # 16 times the images: a quarter of the width
 
 
-def test_resamples_are_the_same_however_many_are_in_memory(monkeypatch):
-    x, y = features(3, 50, 4), features(4, 43, 4, shift=0.4)
-    whole = distances.kernel_distance(x, y, subset_size=20, subsets=20)
+def test_subsets_and_resamples_estimate_the_whole_however_many_are_in_memory(monkeypatch):
+    x, y = features(6, 300, 8), features(7, 300, 8, shift=0.3)
+    whole = distances.kernel_distance(x, y)[0]
+    mean, std = distances.kernel_distance(x, y, subset_size=100, subsets=200, seed=1)
+    assert abs(mean - whole) < 0.2 * whole and 0 < std < whole
     monkeypatch.setattr(distances, "KERNEL_ROWS", 7)
-    monkeypatch.setattr(distances, "RESAMPLED", 7 * 93)
-    assert distances.kernel_distance(x, y, subset_size=20, subsets=20) == pytest.approx(whole, rel=1e-10)
-    low, high = distances.bootstrap_kernel(x, y, whole[0], replicates=30)
-    assert low < whole[0] < high
+    monkeypatch.setattr(distances, "RESAMPLED", 30 * 600)
+    again = distances.kernel_distance(x, y, subset_size=100, subsets=200, seed=1)
+    assert again == pytest.approx((mean, std), rel=1e-10)
+    low, high = distances.bootstrap_kernel(x, y, whole, replicates=50)
+    assert low < whole < high
 
 
 # Paired metrics

@@ -477,7 +477,7 @@ class _Measuring:
         """Warn once where there are too few images for a covariance of full rank."""
         warning = (
             f"{parameter}: too few images for the covariance's rank: {count} images for {dimensions} features make it "
-            f"singular and {self.label(METRICS['fid'])} biased; compare it only with values from as many images"
+            f"singular, and {self.label(METRICS['fid'])}s are biased: compare them only with those of as many images"
         )
         if count <= dimensions and warning not in self.warnings:
             self.warnings.append(warning)

@@ -270,8 +270,10 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def protocol_notes(protocol: Mapping[str, Any]) -> list[str]:
-    """The protocol of a result as texts "key: value"."""
-    return [f"{'protocol' if key == 'name' else key}: {value}" for key, value in protocol.items()]
+    """The protocol of a result as texts "key: value", where distances have the names that their features allow."""
+    inception = is_inception(protocol)
+    names = {"name": "protocol", **{metric.name: Value(metric).words(inception) for metric in of_kind(SetDistance)}}
+    return [f"{names.get(key, key)}: {value}" for key, value in protocol.items()]
 
 
 def row(result: Mapping[str, Any]) -> dict[str, Any]:
