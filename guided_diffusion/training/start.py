@@ -17,7 +17,7 @@ from ..checkpoint.loading import build
 from ..checkpoint.reconcile import FLAGS, ModelInfo
 from ..checkpoint.reconcile import RUNTIME_FLAGS as FREE
 from ..errors import InputError, display_name, first_line, shown
-from ..script_util import attention_factors, channel_multipliers, create_classifier, create_model
+from ..script_util import channel_multipliers, create_classifier, create_model
 from . import files
 from .config import TrainConfig, encoder_defaults, super_res_defaults, unet_defaults
 from .data import Label, TrainImages, listed
@@ -130,9 +130,12 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
     if to_grey:
         given = {name: value for name, value in given.items() if name != "in_channels"}
         record.model.pop("in_channels", None)
-    check_given(kind, given, record.model, checkpoint)
-    # What the run has stands in its record; how a flag is spelt there is how it was first given.
-    model, info = load_model(checkpoint, dtype=torch.float32, **{**given, **record.model, **_free(given)})
+    by_meaning = ("channel_mult", kind.attention)  # texts that `load_model` compares with the tensors
+    for name in given.keys() & record.model.keys() - {*FREE, *by_meaning}:
+        if given[name] != record.model[name]:
+            reason = f"it does not fit {display_name(checkpoint)}: that run has {name}={record.model[name]}"
+            raise InputError(reason, parameter=name, value=given[name])
+    model, info = load_model(checkpoint, dtype=torch.float32, **{**record.model, **given})
     found = ENCODER if info.model_type in ENCODER.types else SUPER_RES if info.flags.get("super_res") else DIFFUSION
     if found is not kind:
         raise InputError(f"{display_name(checkpoint)} is a {found.word}, and a {kind.word} is to be trained")
@@ -143,7 +146,7 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
         )
     # A run keeps to its record; options that are newer than it come from the file.
     newer = {name: value for name, value in info.flags.items() if not record.model or name in kind.defaults()}
-    known = {**newer, **record.model, **_free(given)}
+    known = {**newer, **record.model, **{name: value for name, value in given.items() if name in FREE}}
     flags = in_order(kind, {name: value for name, value in known.items() if not name.endswith("use_fp16")})
     for name, value in fixed.items():
         if flags.get(name) != value:
@@ -192,11 +195,6 @@ def _label(start: Start, label: Label, known: list[str] | None, number: int, exa
         raise InputError(f"the images have {len(start.classes)} classes, the model of {where} has {number}")
 
 
-def _free(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags of a use of the model, which may change when a run is resumed."""
-    return {name: value for name, value in given.items() if name in FREE}
-
-
 def _classes_of(metadata: Mapping[str, str]) -> list[str] | None:
     with contextlib.suppress(ValueError, RecursionError):
         names = json.loads(metadata.get("classes", "null"))
@@ -211,30 +209,6 @@ def in_order(kind: Kind, flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # ---- flags that do not fit ------------------------------------------------------------------------------------------
-
-
-def check_given(kind: Kind, given: Mapping[str, Any], stored: Mapping[str, Any], checkpoint: str) -> None:
-    """Raise InputError for a flag that differs from the run's in meaning, not only in spelling."""
-    for name, value in given.items():
-        if name not in stored or name in FREE:
-            continue
-        known = {**kind.defaults(), **stored}
-        if meaning(kind, name, value, known) != meaning(kind, name, stored[name], known):
-            reason = f"it does not fit {display_name(checkpoint)}: that run has {name}={stored[name]}"
-            raise InputError(reason, parameter=name, value=value)
-
-
-def meaning(kind: Kind, name: str, value: Any, flags: Mapping[str, Any]) -> Any:
-    """A flag's value in a form in which texts for the same network are equal; flags: the others.
-
-    Multipliers become the widths that they give, and attention is at those sides that the network has.
-    """
-    if name == "channel_mult":
-        return [int(float(mult) * flags[kind.size]) for mult in channel_multipliers(value, flags["image_size"])]
-    if name == kind.attention:
-        levels = len(channel_multipliers(flags["channel_mult"], flags["image_size"]))
-        return {2**level for level in range(levels)} & set(attention_factors(value, flags["image_size"]))
-    return value
 
 
 def check_network(kind: Kind, flags: Mapping[str, Any]) -> None:
