@@ -140,8 +140,10 @@ def _leftovers(me):
     """Advice for a process without a launcher that waits because of another run's variables."""
     for launcher, rank, size, _ in LAUNCHERS:
         if launcher == me.launcher and {rank, size} <= os.environ.keys():
-            address = f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            where = address if launcher == "torchrun" else ""
+            where = {
+                "torchrun": f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
+                "srun": " (MASTER_ADDR and MASTER_PORT choose another address)",
+            }.get(launcher, "")
             return f"{where}; if {launcher} did not start this process, unset {rank} and {size}"
     return ""
 
@@ -159,10 +161,7 @@ def _slurm_store(me, timeout):
     job, step = (_variable(name, 0, 0, 1 << 60) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     # A port that all ranks can compute, below those that systems give to outgoing connections.
     port = _variable("MASTER_PORT", 20000 + (job * 7 + step) % 12000, 1, 65535)
-    try:
-        return _tcp_store(env.get("MASTER_ADDR", host), port, me, timeout)
-    except RuntimeError as error:
-        raise RuntimeError(f"{first_line(error)} (port {port}; MASTER_ADDR and MASTER_PORT choose another)") from None
+    return _tcp_store(env.get("MASTER_ADDR", host), port, me, timeout)
 
 
 def _mpi_store(me, timeout):

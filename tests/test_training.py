@@ -21,7 +21,7 @@ from guided_diffusion.resample import (
 )
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion
 from guided_diffusion.training import files
-from guided_diffusion.training.config import TrainConfig, learning_rate
+from guided_diffusion.training.config import GridOptions, TrainConfig, learning_rate
 from guided_diffusion.training.data import (
     TrainImages,
     batch_numbers,
@@ -32,8 +32,9 @@ from guided_diffusion.training.data import (
     random_uniform,
     sample_noise,
 )
-from guided_diffusion.training.loop import draw_samples
+from guided_diffusion.training.loop import grid_sampler
 from guided_diffusion.training.losses import classifier_loss, evaluate, loss_weights, means_by_quarter
+from guided_diffusion.training.start import Start
 
 
 @pytest.fixture(scope="module")
@@ -343,7 +344,7 @@ def test_exported_model_loads_without_flags_and_samples(folder, tmp_path):
     for value, average in zip(model.parameters(), loop.ema["0.5"]):
         torch.testing.assert_close(value, average, rtol=2e-3, atol=2e-3)
     assert any(not torch.equal(value, trained) for value, trained in zip(model.parameters(), loop.params))
-    images = draw_samples(model, create_gaussian_diffusion(steps=100, timestep_respacing="4"), 3, 8, use_ddim=False)
+    images = grid_sampler(Start(model, "ADM", info.flags), GridOptions(num_samples=3, sample_respacing="4"), 0)(model)
     assert images.shape == (3, 8, 8, 3) and images.dtype == np.uint8
 
 

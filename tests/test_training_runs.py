@@ -1,17 +1,13 @@
 """Training as people run it: processes that are killed and go on, several ranks, and flags that do not fit."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from conftest import ROOT
-from tiny_training import EXTRACTOR, MODEL, draw, gradients, make_loop, rows, train, words
+from tiny_training import EXTRACTOR, MODEL, draw, end_at, finish, gradients, make_loop, rows, start, train, words
 
 from guided_diffusion.checkpoint import load_model, read
 from guided_diffusion.energy import dse
@@ -37,46 +33,23 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(*command):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, *map(str, command)]
-    return subprocess.Popen(words, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process, status=0):
-    """What the process wrote to stderr; its exit status must be as expected."""
-    _, text = process.communicate(timeout=600)
-    assert process.returncode == status, text
-    return text
-
-
-def run(folder, save_dir):
-    """Start or resume the run in this process, with one thread, which rounding depends on."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert train("image_train", "--data_dir", folder, "--save_dir", save_dir, *RUN, "--resume", "auto") == 0
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(folder, tmp_path_factory):
     save_dir = tmp_path_factory.mktemp("undisturbed")
-    run(folder, save_dir)
+    train("image_train", "--data_dir", folder, "--save_dir", save_dir, *RUN)
     return save_dir
 
 
 def test_a_run_killed_and_interrupted_ends_with_the_weights_of_an_undisturbed_one(folder, undisturbed, tmp_path):
+    flags = ["--data_dir", folder, "--save_dir", tmp_path, *RUN, "--resume", "auto"]
     for number, least, status in ((signal.SIGKILL, 8, -signal.SIGKILL), (signal.SIGINT, 16, 130)):
-        base = ["--data_dir", folder, "--save_dir", tmp_path, *RUN, "--resume", "auto"]
-        process = start("scripts/image_train.py", *base)
-        while not (tmp_path / f"model{least:06d}.pt").exists() and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(number)
+        process = start("scripts/image_train.py", *flags)
+        end_at(process, tmp_path / f"model{least:06d}.pt", number)
         text = finish(process, status)
         stopped_at = max(int(path.stem[5:]) for path in tmp_path.glob("model*.pt"))
         assert least <= stopped_at < 30
     assert f"stopped after step {stopped_at}, which is saved" in text and "with --resume auto" in text
-    run(folder, tmp_path)
+    train("image_train", *flags)
 
     for name in ("model000030.pt", "ema_0.9_000030.pt", "ema_0.5_000030.pt"):
         expected, actual = read(str(undisturbed / name))[0], read(str(tmp_path / name))[0]

@@ -1,8 +1,6 @@
 """The upscaler: its codec, its file, its training pairs, and a run that is killed and resumes."""
 
-import subprocess
-import sys
-import time
+import signal
 
 import numpy as np
 import pytest
@@ -10,11 +8,11 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import save_file
-from scripts_in_process import load_script, message
+from scripts_in_process import message
+from tiny_training import end_at, finish, start, train
 from torch.nn import functional as F
 
 from guided_diffusion.checkpoint import read
-from guided_diffusion.dist_util import Ranks
 from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import to_tensor, to_uint8
 from guided_diffusion.training.data import batch_numbers, list_images
@@ -53,10 +51,6 @@ def folders(tmp_path_factory):
             copy = np.array(picture.resize((SMALL, SMALL), Image.Resampling.LANCZOS)) * np.uint8([1, 0, 1])
             Image.fromarray(copy).save(copies / f"{i}.png")
     return large, copies
-
-
-def start(*flags):
-    return subprocess.Popen(list(map(str, [sys.executable, ROOT / "scripts" / "upscaler_train.py", *RUN, *flags])))
 
 
 def test_encode_is_pillows_lanczos():
@@ -115,17 +109,16 @@ def test_pairs_are_aligned_crops_of_pictures_and_copies(folders):
 
 
 def test_training_beats_bicubic_and_survives_a_kill(folders, tmp_path):
-    start("--data_dir", folders[0], "--save_dir", tmp_path / "whole").wait()
+    flags = {name: ["--data_dir", folders[0], "--save_dir", tmp_path / name, *RUN] for name in ("whole", "killed")}
+    train("upscaler_train", *flags["whole"])
     upscaler = load_upscaler(tmp_path / "whole" / "model.safetensors")
     truths = to_tensor([np.array(Image.open(path)) for path in folders[0].glob("*.png")])
     assert gain(upscaler, truths) > 0.5 and upscaler.model == "tiny"
 
-    process = start(*(again := ["--data_dir", folders[0], "--save_dir", tmp_path / "killed"]))
-    while not (tmp_path / "killed" / "model000040.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() < 0
-    start(*again, "--resume", "auto").wait()
+    process = start("scripts/upscaler_train.py", *flags["killed"])
+    end_at(process, tmp_path / "killed" / "model000040.pt", signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    train("upscaler_train", *flags["killed"], "--resume", "auto")
     expected, actual = (read(tmp_path / name / "model.safetensors")[0] for name in ("whole", "killed"))
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
@@ -136,10 +129,9 @@ def test_training_beats_bicubic_and_survives_a_kill(folders, tmp_path):
 ])  # fmt: skip
 def test_flags_that_do_not_fit(folders, tmp_path, flags, reason):
     Image.new("RGB", (SMALL, SMALL)).save(tmp_path / "unknown.png")
-    script = load_script("upscaler_train")
     flags = ["--data_dir", folders[0], "--save_dir", tmp_path / "run", *RUN, *flags]
     with pytest.raises(InputError) as error:
-        script.train(script.create_parser().parse([str(flag).format(save_dir=tmp_path) for flag in flags]), Ranks())
+        train("upscaler_train", *[str(flag).format(save_dir=tmp_path) for flag in flags])
     assert reason in message("upscaler_train", error.value) and not (tmp_path / "run").exists()
 
 

@@ -1,11 +1,15 @@
 """Training runs so small that they take a fraction of a second, and what tests read of them."""
 
 import csv
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import torch
 from PIL import Image
-from scripts_in_process import load_script
+from scripts_in_process import ROOT, load_script
 
 from guided_diffusion.dist_util import Ranks
 from guided_diffusion.resample import create_named_schedule_sampler
@@ -51,9 +55,34 @@ def draw_pets(folder):
 
 
 def train(script, *flags):
-    """Call a script's function in this process, as the script itself would."""
-    module = load_script(script)
-    return module.train(module.create_parser().parse([str(flag) for flag in flags]), Ranks())
+    """Call a script's function in this process, as the script itself would; with one thread, for the same rounding."""
+    module, threads = load_script(script), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return module.train(module.create_parser().parse([str(flag) for flag in flags]), Ranks())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def start(*command):
+    """The same as a process."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *map(str, command)]
+    return subprocess.Popen(words, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process, status=0):
+    """The text that the process wrote to stderr; its exit status must be as expected."""
+    _, text = process.communicate(timeout=600)
+    assert process.returncode == status, text
+    return text
+
+
+def end_at(process, checkpoint, number):
+    """Send a signal once a checkpoint is there."""
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
 
 
 def make_loop(folder, save_dir, flags=FLAGS, weighting=None, images=None, nonzero=True, ranks=Ranks(), **config):

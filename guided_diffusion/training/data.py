@@ -18,7 +18,7 @@ import re
 import signal
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +123,7 @@ class TrainReference(Reference):
     label: str | None = None
 
 
-def list_images(folder: str | None, parameter: str = "data_dir") -> list[Reference]:
+def list_images(folder: str | None, parameter: str = "data_dir") -> list[TrainReference]:
     """List the images of a folder or .zip file, with the labels of its dataset.json (StyleGAN's and EDM's) if any.
 
     Raises InputError for the parameter.
@@ -163,7 +163,9 @@ def natural(name: str) -> list[Any]:
     return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"([0-9]+)", name)]
 
 
-def class_labels(references: Sequence[Reference], names: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
+def class_labels(
+    references: Sequence[TrainReference], names: Sequence[str] | None = None
+) -> tuple[np.ndarray, list[str]]:
     """Classes of a data set: (labels [len(references)], names of the classes, in natural order unless given).
 
     The class of an image is that of dataset.json, where the set has one; else the first folder of its relative path,
@@ -171,7 +173,7 @@ def class_labels(references: Sequence[Reference], names: Sequence[str] | None = 
     Raises InputError for an image without a class or of one that is not among given names, and, where no names are
     given, if most classes have one image: those are numbers, not classes.
     """
-    stated = [getattr(reference, "label", None) for reference in references]
+    stated = [reference.label for reference in references]
     if any(label is not None for label in stated):
         where, classes = "its entry in dataset.json", [label or None for label in stated]
     elif all("/" in reference.name for reference in references):
@@ -213,7 +215,7 @@ def listed(names: Sequence[str], longest: int = 8) -> str:
 
 def list_domains(
     folders: str, parameter: str = "domains", classes: Sequence[str] | None = None
-) -> tuple[list[Reference], np.ndarray, list[str]]:
+) -> tuple[list[TrainReference], np.ndarray, list[str]]:
     """Images of several domains: (references, labels, names of the domains) of comma-separated folders.
 
     The last folder is the target. Two domains are called source and target, more by their folders. classes: the
@@ -233,19 +235,15 @@ def list_domains(
             )
     names = ["source", "target"] if len(parts) == 2 else folder_names([os.path.realpath(part) for part in parts])
     found = [list_images(part, parameter) for part in parts]
-    references: list[Reference] = [
-        TrainReference(image.path, f"{name}/{image.name}", getattr(image, "archive", ""))
+    references: list[TrainReference] = [
+        TrainReference(image.path, f"{name}/{image.name}", image.archive)
         for name, images in zip(classes or names, found)
         for image in images
     ]
     return references, np.repeat(np.arange(len(parts)), [len(images) for images in found]), list(classes or names)
 
 
-Label = Callable[[Sequence[str] | None], tuple[np.ndarray, list[str]]]
-"""Labels [N] of the training images and the names of their classes; names: those that number the classes."""
-
-
-def labelled_images(data_dir: str | None, domains: str | None, save_dir: str) -> tuple[list[Reference], Label]:
+def labelled_images(data_dir: str | None, domains: str | None, save_dir: str) -> tuple[list[TrainReference], Label]:
     """Images for a classifier, of a data set or of several domains, and the function that labels them.
 
     Raises InputError unless there are two classes, and where save_dir lies among the images.
@@ -262,7 +260,7 @@ def labelled_images(data_dir: str | None, domains: str | None, save_dir: str) ->
         reason = f"it has one class only, {shown(names[0])}; it needs a folder per class"
         raise InputError(reason, parameter="data_dir", value=data_dir)
 
-    def label(known: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
+    def label(known: Sequence[str] | None) -> Labels:
         if known is None or list(known) == names:
             return labels, names
         if domains:
@@ -275,7 +273,7 @@ def labelled_images(data_dir: str | None, domains: str | None, save_dir: str) ->
 
 def held_out_images(
     data_dir: str | None, domains: str | None, trained_on: str | None, classes: Sequence[str] | None
-) -> tuple[list[Reference], np.ndarray] | None:
+) -> tuple[list[TrainReference], np.ndarray] | None:
     """Held-out images and their labels, None where none are named; trained_on: the domains of the training images."""
     wrong, value, right = ("val_data_dir", data_dir, "domains") if trained_on else ("val_domains", domains, "data_dir")
     if value:
@@ -291,12 +289,10 @@ def held_out_images(
 def folder_names(folders: Sequence[str]) -> list[str]:
     """Short names that tell folders apart: the last part of their paths in which all differ, else several parts."""
     paths = [folder.strip("/").split("/") for folder in folders]
-    for place in range(1, min(map(len, paths)) + 1):
-        column = [path[-place] for path in paths]
-        if len(set(column)) == len(paths):
-            return column
-    tails = (["-".join(path[-length:]) for path in paths] for length in range(2, max(map(len, paths)) + 1))
-    return next(tail for tail in tails if len(set(tail)) == len(paths))
+    shortest, longest = min(map(len, paths)), max(map(len, paths))
+    columns = [[path[-place] for path in paths] for place in range(1, shortest + 1)]
+    tails = [["-".join(path[-length:]) for path in paths] for length in range(2, longest + 1)]
+    return next(names for names in columns + tails if len(set(names)) == len(names))
 
 
 def is_inside(path: str, folder: str) -> bool:
@@ -305,7 +301,7 @@ def is_inside(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-def refuse_own_outputs(save_dir: str, folders: str | None, references: Sequence[Reference]) -> None:
+def refuse_own_outputs(save_dir: str, folders: str | None, references: Sequence[TrainReference]) -> None:
     """Raise InputError where a run would train on files that it writes itself; folders: comma-separated."""
     wrong: dict[str, Any] = {"parameter": "save_dir", "value": save_dir}
     for folder in {folders or "", *(part.strip() for part in (folders or "").split(","))}:
@@ -339,7 +335,7 @@ class TrainImages:
 
     def __init__(
         self,
-        references: Sequence[Reference],
+        references: Sequence[TrainReference],
         image_size: int,
         *,
         labels: Any = None,
@@ -383,7 +379,7 @@ class TrainImages:
     def bytes(self) -> int:
         """Bytes of up to 10,000 of the files: whether their content is likely to be the same."""
         some = self.references[:: -(-len(self) // 10_000)]
-        paths = {getattr(reference, "archive", "") or reference.path for reference in some}
+        paths = {reference.archive or reference.path for reference in some}
         return sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
 
     def indices(self, numbers: Any) -> np.ndarray:
@@ -469,8 +465,8 @@ class TrainImages:
             self.damaged[index] = reason
             log.warning("skipped %s", reason)
 
-    def _load(self, reference: Reference) -> torch.Tensor:
-        if archive := getattr(reference, "archive", ""):
+    def _load(self, reference: TrainReference) -> torch.Tensor:
+        if archive := reference.archive:
             try:
                 data = _archive(archive, os.getpid()).read(reference.path.removeprefix(f"{archive}/"))
                 picture = Image.open(io.BytesIO(data), formats=FORMATS)

@@ -7,7 +7,6 @@ bit for bit on a CPU (on a GPU with deterministic=True, as far as its kernels ar
 
 import contextlib
 import copy
-import functools
 import logging
 import math
 import os
@@ -25,8 +24,7 @@ from tqdm.auto import tqdm
 from ..checkpoint import load_state_dict
 from ..checkpoint.loading import contiguous, write_safetensors
 from ..dist_util import Ranks, Stopped, join_ranks
-from ..errors import InputError, display_name, first_line, reading
-from ..gaussian_diffusion import GaussianDiffusion
+from ..errors import InputError, display_name, first_line, reading, renaming
 from ..image_datasets import to_uint8
 from ..nn import update_ema
 from ..resample import LossAwareSampler, ScheduleSampler
@@ -406,6 +404,7 @@ class Trainer:
         values = dict(zip((name for name, _ in self.model.named_parameters()), params))
         return {name: value.detach().cpu() for name, value in {**self.model.state_dict(), **values}.items()}
 
+    @property
     def _exported(self) -> list[torch.Tensor]:
         """The parameters to sample with: the first average, or the model's own where there is none."""
         return next(iter(self.ema.values()), self.params)
@@ -413,7 +412,7 @@ class Trainer:
     def averaged_model(self) -> torch.nn.Module:
         """A copy of the model, in eval mode, with the weights that are exported."""
         averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
-        for target, value in zip(averaged.parameters(), self._exported()):
+        for target, value in zip(averaged.parameters(), self._exported):
             target.copy_(value.detach())
         return averaged
 
@@ -448,7 +447,7 @@ class Trainer:
         average = f"EMA {next(iter(self.ema))}" if self.ema else "no EMA"
         done = f"{self.step} steps, {self.samples} images, AdamW {config.lr:g}, {average}, {self.precision}"
         metadata, dtype = {"format": "pt", **self.metadata, "training": done}, DTYPES[config.export_dtype]
-        write_safetensors(config.export_path(), contiguous(self._state(self._exported()), dtype), metadata)
+        write_safetensors(config.export_path(), contiguous(self._state(self._exported), dtype), metadata)
 
     def _save_samples(self) -> None:
         if not self.is_main or self.sample is None:
@@ -479,39 +478,26 @@ def deterministic_kernels(config: TrainConfig) -> Iterator[None]:
 
 
 def grid_sampler(start: Start, grid: GridOptions, seed: int) -> Callable[[torch.nn.Module], np.ndarray]:
-    """The function that draws the images of a sample grid with a given model."""
-    try:
+    """Function from a model to the images of a sample grid, uint8 [num_samples, H, W, 3].
+
+    The noise is the same in every call, and the classes, if any, are taken in turn. Raises InputError for a respacing
+    that does not fit.
+    """
+    with renaming({"timestep_respacing": "sample_respacing"}):
         diffusion = create_diffusion(**{**start.flags, "timestep_respacing": grid.sample_respacing})
-    except InputError as error:
-        raise InputError(error.reason, parameter="sample_respacing", value=grid.sample_respacing) from error
-    return functools.partial(
-        draw_samples, diffusion=diffusion, number=grid.num_samples, image_size=start.flags["image_size"],
-        use_ddim=grid.sample_respacing.startswith("ddim"), seed=seed, num_classes=len(start.classes or ()),
-        channels=start.channels,
-    )  # fmt: skip
+    loop = diffusion.ddim_sample_loop if grid.sample_respacing.startswith("ddim") else diffusion.p_sample_loop
+    shape = start.channels, start.flags["image_size"], start.flags["image_size"]
 
+    def draw(model: torch.nn.Module) -> np.ndarray:
+        device = next(model.parameters()).device
+        torch.manual_seed(seed)
+        images = []
+        for numbers in np.split(np.arange(grid.num_samples), range(16, grid.num_samples, 16)):
+            noise = sample_noise(f"{seed}/samples", numbers, shape, device)
+            labels = {"y": torch.from_numpy(numbers % len(start.classes)).to(device)} if start.classes else {}
+            # An average over the first steps can still be far off: what is not a number is shown as grey.
+            x = loop(in_float32(model), noise.shape, noise=noise, model_kwargs=labels).nan_to_num(0.0)
+            images.append(to_uint8(x.expand(-1, 3, -1, -1)))
+        return np.concatenate(images)
 
-def draw_samples(
-    model: torch.nn.Module,
-    diffusion: GaussianDiffusion,
-    number: int,
-    image_size: int,
-    *,
-    use_ddim: bool,
-    seed: int = 0,
-    num_classes: int = 0,
-    channels: int = 3,
-    batch_size: int = 16,
-) -> np.ndarray:
-    """Samples of a model, of its classes in turn if any, as uint8 [number, H, W, 3], from fixed noise."""
-    device = next(model.parameters()).device
-    loop = diffusion.ddim_sample_loop if use_ddim else diffusion.p_sample_loop
-    torch.manual_seed(seed)
-    images = []
-    for numbers in np.split(np.arange(number), range(batch_size, number, batch_size)):
-        noise = sample_noise(f"{seed}/samples", numbers, (channels, image_size, image_size), device)
-        labels = {"y": torch.from_numpy(numbers % num_classes).to(device)} if num_classes else {}
-        # An average over the first steps can still be far off: what is not a number is shown as grey.
-        x = loop(in_float32(model), noise.shape, noise=noise, model_kwargs=labels).nan_to_num(0.0)
-        images.append(to_uint8(x.expand(-1, 3, -1, -1)))
-    return np.concatenate(images)
+    return draw
