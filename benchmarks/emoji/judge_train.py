@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -35,18 +36,16 @@ from guided_diffusion.cli import training as loop_flags
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.dist_util import Ranks
 from guided_diffusion.errors import InputError, display_name, reading
-from guided_diffusion.image_datasets import Reference
 from guided_diffusion.options import check, option
-from guided_diffusion.resample import UniformSampler
 from guided_diffusion.runtime import pick_device
 from guided_diffusion.training import files
 from guided_diffusion.training.config import RunOptions, TrainConfig
-from guided_diffusion.training.data import Batch, TrainImages, list_images, random_uniform
+from guided_diffusion.training.data import Batch, TrainImages, TrainReference, list_images, random_uniform
 from guided_diffusion.training.files import owned
-from guided_diffusion.training.loop import Trainer, process_group
 from guided_diffusion.training.losses import Loss, Terms, add_by_quarter
-from guided_diffusion.training.start import resume_path
+from guided_diffusion.training.start import Start, resume_path
 
+USE = "python scripts/evaluate.py --features {path} --outputs DIR --truth DIR --targets DIR"
 DEFAULTS = {"save_dir": "output/judge", "iterations": 1000, "lr": 2e-3, "batch_size": 64, "ema_rate": "0.99"}
 WITHOUT = ["sample_interval", "schedule_sampler", "sigma_mean", "sigma_std", "microbatch"]
 SHIFT = 3
@@ -88,7 +87,7 @@ class JudgeImages(TrainImages):
     channels, [3 V, H, W], mirrored and moved together.
     """
 
-    def __init__(self, parts: Sequence[Sequence[Reference]], image_size: int, seed: int = 0) -> None:
+    def __init__(self, parts: Sequence[Sequence[TrainReference]], image_size: int, seed: int = 0) -> None:
         super().__init__(parts[0], image_size, seed=seed)
         self.parts = [TrainImages(part, image_size, random_flip=True, cache="memory", seed=seed) for part in parts]
 
@@ -122,7 +121,7 @@ def judge_images(options: JudgeOptions, split: str, seed: int = 0) -> JudgeImage
     if not options.data_dir:
         raise InputError("give what datasets/prepare_emoji.py wrote", **wrong)
     folders = [os.path.join(options.data_dir, vendor, split) for vendor in options.vendor_names()]
-    found: list[dict[str, Reference]] = []
+    found: list[dict[str, TrainReference]] = []
     for folder in folders:
         if not os.path.isdir(folder):
             raise InputError(f"there is no folder {display_name(folder)}", **wrong)
@@ -203,8 +202,8 @@ def description(judge: Judge) -> dict[str, Any]:
     return {**judge.flags, "vendors": ",".join(judge.vendors)}
 
 
-def begin(config: TrainConfig, options: JudgeOptions) -> tuple[Judge, str]:
-    """(the judge of a run in float32 on the CPU, the checkpoint that its weights come from or "").
+def begin(config: TrainConfig, options: JudgeOptions, code_points: int) -> Start:
+    """The judge of a run in float32 on the CPU; code_points: their number in the training pictures.
 
     Raises InputError where the checkpoint or the run's record has other vendors or another size.
     """
@@ -219,13 +218,8 @@ def begin(config: TrainConfig, options: JudgeOptions) -> tuple[Judge, str]:
                 raise InputError(f"{where} has {name} {recorded.get(name)}, and now it is {value}")
         with reading(checkpoint, "this judge"):
             fill(judge, load_state_dict(checkpoint))
-    return judge, checkpoint
-
-
-class OneStep:
-    """Replaces a diffusion process, since no picture is noised."""
-
-    num_timesteps = 1
+    texts = {**judge.metadata(), "data": json.dumps({"code_points": code_points, "split": "train"})}
+    return Start(judge, texts["model_type"], description(judge), checkpoint, texts=texts)
 
 
 def create_parser() -> Parser:
@@ -238,26 +232,15 @@ def create_parser() -> Parser:
 
 def train(given: Given, ranks: Ranks) -> int:
     options, run = given.options(JudgeOptions), given.options(RunOptions)
-    config = loop_flags.loop_config(given, run)
-    device = pick_device(run.device, ranks.local_rank)
+    config, device = loop_flags.loop_config(given, run), pick_device(run.device, ranks.local_rank)
     images, tests = judge_images(options, "train", config.seed), held_out_images(options)
+    measure = functools.partial(held_out, images=tests, device=device) if tests else None
     with owned(config, ranks.rank == 0):
-        judge, checkpoint = begin(config, options)
-        if ranks.rank == 0:
-            files.write_run(config.save_dir, description(judge), [options, config])
-            count = sum(p.numel() for p in judge.parameters()) / 1e6
-            command.say(f"{len(images)} code points by {options.vendors}, {count:.2f} M parameters, {device}")
-        with process_group(ranks, device):
-            trainer = Trainer(
-                judge, judge_loss(len(judge.vendors), options.temperature), images, config,
-                UniformSampler(OneStep), device=device, ranks=ranks, checkpoint=checkpoint,
-                metadata={**judge.metadata(), "data": json.dumps({"code_points": len(images), "split": "train"})},
-                evaluate=functools.partial(held_out, images=tests, device=device) if tests else None,
-                progress=sys.stderr.isatty(),
-            )  # fmt: skip
-            finished = trainer.run()
-    use = "--features {path} --outputs DIR --truth DIR --targets DIR"
-    return loop_flags.end(finished, config, ranks, f"python scripts/evaluate.py {use}")
+        start = begin(config, options, len(images))
+        losses = judge_loss(len(options.vendor_names()), options.temperature)
+        process = SimpleNamespace(num_timesteps=1)  # no picture is noised
+        record = [options, config]
+        return loop_flags.train(start, images, losses, process, config, record, ranks, device, USE, evaluate=measure)
 
 
 if __name__ == "__main__":

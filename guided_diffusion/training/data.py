@@ -18,7 +18,7 @@ import re
 import signal
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -163,9 +163,13 @@ def natural(name: str) -> list[Any]:
     return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"([0-9]+)", name)]
 
 
-def class_labels(
-    references: Sequence[TrainReference], names: Sequence[str] | None = None
-) -> tuple[np.ndarray, list[str]]:
+Labels = tuple[np.ndarray, list[str]]
+"""Labels [N] of images, and the names of their classes."""
+Label = Callable[[Sequence[str] | None], Labels]
+"""Function that labels the training images; names: those that number the classes, if given."""
+
+
+def class_labels(references: Sequence[TrainReference], names: Sequence[str] | None = None) -> Labels:
     """Classes of a data set: (labels [len(references)], names of the classes, in natural order unless given).
 
     The class of an image is that of dataset.json, where the set has one; else the first folder of its relative path,

@@ -57,7 +57,8 @@ class Start:
     """The network that a run starts with.
 
     checkpoint: the file that its weights come from, "" for none. flags: all of the model's and the process's. labels,
-    classes: of the training images, None for a network without classes.
+    classes: of the training images, None for a network without classes. texts: metadata of the exported file instead of
+    the flags.
     """
 
     model: torch.nn.Module
@@ -66,6 +67,7 @@ class Start:
     checkpoint: str = ""
     labels: Any = None
     classes: list[str] | None = None
+    texts: dict[str, str] | None = None
 
     @property
     def channels(self) -> int:
@@ -74,6 +76,8 @@ class Start:
 
     def metadata(self) -> dict[str, str]:
         """Metadata of the exported file."""
+        if self.texts is not None:
+            return self.texts
         stated = {name: value for name, value in self.flags.items() if name not in OF_USE}
         texts = {"model_type": self.model_type, "flags": json.dumps(stated)}
         return texts if self.classes is None else {**texts, "classes": json.dumps(self.classes)}

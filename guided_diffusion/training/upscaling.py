@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from ..checkpoint import load_state_dict
 from ..errors import InputError, display_name
-from ..image_datasets import ImageError, Reference, normalise, to_uint8
+from ..image_datasets import ImageError, normalise, to_uint8
 from ..options import option
 from ..upscaler import MODEL_TYPE, Upscaler
 from .config import Checked, TrainConfig
-from .data import Batch, TrainImages, list_images, random_uniform
+from .data import Batch, TrainImages, TrainReference, list_images, random_uniform
 from .losses import Loss
 from .start import Start, resume_path
 
@@ -67,7 +67,7 @@ class UpscalerImages(_Images):
     Small images are Lanczos-shrunk large ones or, in half of the samples, copies made by the model.
     """
 
-    def __init__(self, references: Sequence[Reference], options: UpscalerOptions, seed: int = 0) -> None:
+    def __init__(self, references: Sequence[TrainReference], options: UpscalerOptions, seed: int = 0) -> None:
         super().__init__(references, options.large_size, random_flip=True, cache="memory", seed=seed)
         self.options = options
         places = {reference.name: i for i, reference in enumerate(references)}
@@ -140,13 +140,6 @@ def upscaler_loss(options: UpscalerOptions) -> Loss:
     return losses
 
 
-class UpscalerStart(Start):
-    """The upscaler that a run starts with."""
-
-    def metadata(self) -> dict[str, str]:
-        return self.model.metadata()  # type: ignore[operator]
-
-
 def begin(config: TrainConfig, options: UpscalerOptions) -> Start:
     """Network of a run in float32 on the CPU. Raises InputError where its checkpoint is of another network."""
     checkpoint = resume_path(config)
@@ -158,7 +151,7 @@ def begin(config: TrainConfig, options: UpscalerOptions) -> Start:
         except RuntimeError as error:
             what = f"{options.channels} channels, {options.depth} blocks and factor {options.factor}"
             raise InputError(f"{display_name(checkpoint)} is not an upscaler of {what}") from error
-    return UpscalerStart(upscaler, MODEL_TYPE, {}, checkpoint)
+    return Start(upscaler, MODEL_TYPE, {}, checkpoint, texts=upscaler.metadata())
 
 
 __all__ = ["UpscalerImages", "UpscalerOptions", "begin", "upscaler_loss"]
