@@ -244,7 +244,7 @@ ERRORS = {
     "--range_t 1.5": "--range_t is 1.5; a schedule of 6 steps takes 0 to 5, or a share of it below 1",
     "--timestep_respacing 0": "--timestep_respacing is '0'; it asks for 0 steps out of 1000",
     "--timestep_respacing ddim400": "no integer stride",
-    "--num_channels 64": "--num_channels is 64; {data}/model.safetensors has num_channels=32",
+    "--num_channels 64": "--num_channels is 64; the tensors of {data}/model.safetensors have num_channels=32",
     "--noise_schedule cosine": "--noise_schedule is 'cosine'; {data}/model.safetensors was trained with",
     "--class_index 1": "--class_index is 1; the model is not class-conditional",
     "--energy vgg,dct": "--vgg_path is '{data}/nothing.pth'; no such file, and --energy vgg needs it",
