@@ -142,7 +142,7 @@ def adm(state: State) -> dict[str, Any]:
         flags["resblock_updown"] = not any(name.endswith(".0.op") for name in modules)
     if flags["class_cond"]:
         flags["num_classes"] = _size(state, "label_emb.weight")
-    if _size(state, "input_blocks.0.0.weight", 1) == 6:
+    if _size(state, "input_blocks.0.0.weight", 1) == 2 * flags["in_channels"]:
         flags["super_res"] = True  # the small image beside the noisy one
     return flags
 
