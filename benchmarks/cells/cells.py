@@ -197,7 +197,7 @@ def text_of(results: Sequence[tuple[Any, dict[str, Any]]], notes: Sequence[str])
          spelled(r, "auroc", 2), spelled(r, "peak", 2)]
         for row, r in results
     ]  # fmt: skip
-    table = markdown_table([*head, "SSIM to source ↑", "L2 ↓", "AUROC ↑", "of peaks ↑"], cells)
+    table = markdown_table([*head, "L2 ↓", "AUROC ↑", "of peaks ↑"], cells)
     return "\n".join(["# Repaired solar cells", "", table, "", *(f"- {note}" for note in notes), ""])
 
 
