@@ -32,8 +32,9 @@ from guided_diffusion.presets import PRESETS, preset_options
 from guided_diffusion.registry import fitting
 from guided_diffusion.run.files import write_bytes, write_text
 from guided_diffusion.runtime import pick_device
-from guided_diffusion.script_util import create_diffusion
-from guided_diffusion.training.loop import draw_samples
+from guided_diffusion.training.config import GridOptions
+from guided_diffusion.training.loop import grid_sampler
+from guided_diffusion.training.start import Start
 
 WIDTH, GAP, TEXT = 800, 4, 15  # pixels; 800 is the width of GitHub's pages
 LARGEST = 280_000
@@ -147,10 +148,10 @@ def samples(options: Pictures) -> Sheet:
     side = WIDTH // columns - GAP
     path = options.model_path or preset_options(options.preset, "sddm")["model_path"]
     network, info = load_model(path, device=pick_device(options.device))
-    diffusion = create_diffusion(**{**info.flags, "timestep_respacing": str(options.steps or 100)})
+    grid = GridOptions(num_samples=SAMPLES, sample_respacing=str(options.steps or 100))
+    draw = grid_sampler(Start(network, info.model_type, info.flags), grid, options.seed)
     sheet = Sheet(-(-SAMPLES // columns) * (side + GAP))
-    made = draw_samples(network.eval(), diffusion, SAMPLES, info.flags["image_size"], use_ddim=False, seed=options.seed)
-    for n, picture in enumerate(made):
+    for n, picture in enumerate(draw(network)):
         place = n % columns * (side + GAP), n // columns * (side + GAP)
         sheet.picture(Image.fromarray(picture), *place, side)
     return sheet

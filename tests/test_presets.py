@@ -51,7 +51,7 @@ def parse(script, *flags):
 
 
 def test_the_names_that_documents_promise():
-    assert list(PRESETS) == ["cat2dog", "wild2dog", "male2female", "dog2cat", "emoji", "fast"]
+    assert list(PRESETS) == ["cat2dog", "wild2dog", "male2female", "dog2cat", "emoji", "fast", "cells"]
     assert all("sddm" in preset.methods for preset in PRESETS.values())
 
 
