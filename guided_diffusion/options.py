@@ -37,17 +37,8 @@ def option(
     to run, not what to make, so it may change between a run and its restart. metavar: the word for the value in help.
     flag: the name on the command line, where it differs from the field's.
     """
-    metadata = {
-        "help": help,
-        "choices": choices,
-        "least": least,
-        "most": most,
-        "above": above,
-        "file": file,
-        "runtime": runtime,
-        "metavar": metavar,
-        "flag": flag,
-    }
+    metadata = {"help": help, "choices": choices, "least": least, "most": most, "above": above}
+    metadata |= {"file": file, "runtime": runtime, "metavar": metavar, "flag": flag}
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -26,20 +26,17 @@ from guided_diffusion.run.journal import curves
 from guided_diffusion.training import files as training_files
 
 # Every command with flags that end it early: what it needs does not exist.
+MODEL = ["--model_path", "{d}/none.pt"]
+REFERENCES = [*MODEL, "--base_samples", "{d}/ref"]
 COMMANDS = {
-    "ae_sample": ("translate", ["--model_path", "{d}/none.pt", "--base_samples", "{d}/ref"]),
-    "ilvr_sample": ("translate", ["--model_path", "{d}/none.pt", "--base_samples", "{d}/ref"]),
-    "sdedit_sample": ("translate", ["--model_path", "{d}/none.pt", "--base_samples", "{d}/ref"]),
-    "egsde_sample": ("translate", ["--model_path", "{d}/none.pt", "--base_samples", "{d}/ref", "--ls", "0"]),
-    "image_sample": ("translate", ["--model_path", "{d}/none.pt"]),
-    "classifier_sample": ("translate", ["--model_path", "{d}/none.pt", "--classifier_path", "{d}/none.pt"]),
-    "super_res_sample": ("translate", ["--model_path", "{d}/none.pt", "--base_samples", "{d}/ref"]),
-    "image_nll": ("evaluate", ["--model_path", "{d}/none.pt", "--data_dir", "{d}/ref"]),
-    "image_train": ("train", ["--data_dir", "{d}/none"]),
-    "classifier_train": ("train", ["--data_dir", "{d}/none"]),
-    "super_res_train": ("train", ["--data_dir", "{d}/none"]),
+    **{f"{method}_sample": ("translate", REFERENCES) for method in ("ae", "ilvr", "sdedit", "super_res")},
+    **{f"{kind}_train": ("train", ["--data_dir", "{d}/none"]) for kind in ("image", "classifier", "super_res")},
+    "egsde_sample": ("translate", [*REFERENCES, "--ls", "0"]),
+    "image_sample": ("translate", MODEL),
+    "classifier_sample": ("translate", [*MODEL, "--classifier_path", "{d}/none.pt"]),
+    "image_nll": ("evaluate", [*MODEL, "--data_dir", "{d}/ref"]),
     "evaluate": ("measure", ["--outputs", "{d}/none", "--sources", "{d}/ref"]),
-    "convert": ("main", ["--model_path", "{d}/none.pt"]),
+    "convert": ("main", MODEL),
 }
 NO_RANKS = ("evaluate", "convert")
 RANKS_ALONE = ("image_train", "classifier_train", "super_res_train")

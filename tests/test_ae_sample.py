@@ -281,7 +281,7 @@ def test_bad_flags_are_one_line_before_anything_is_written(data, tmp_path, flags
         ("--model_path m --base_samples r --area x", "argument --area: 'x' is not a whole number"),
         (
             "--model_path m --base_samples r --batch_size big",
-            "--batch_size is 'big'; it must be a whole number above 0 or auto",
+            "--batch_size is 'big'; it must be a whole number above 0",
         ),
         ("--model_path m --base_samples r --variant manifolt", "did you mean manifold?"),
         ("--model_path m --base_samples r --rangt 5", "unrecognized arguments: --rangt 5; did you mean --range_t?"),

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from scripts_in_process import load_script, message, run_script
+from scripts_in_process import message, run_script
 
 from guided_diffusion import baselines
 from guided_diffusion.checkpoint import load_model
@@ -100,14 +100,6 @@ def test_egsde_script(data, tmp_path):
     assert_equal(pictures(tmp_path / "out"), wanted)
     without = expected(data, baselines.egsde, seed=3, flags={"timestep_respacing": "10"}, **{**options, "ls": 0})
     assert any(np.abs(wanted[name].astype(int) - without[name]).max() > 1 for name in wanted)
-
-
-def test_the_whole_schedule_is_the_default(data):
-    for name in ("sdedit_sample", "egsde_sample"):
-        args = load_script(name).create_parser().parse(["--model_path", "m", "--base_samples", "r"])
-        assert args.timestep_respacing is None and args.t == 500
-    _model, info = load_model(str(data / "model.safetensors"))
-    assert create_diffusion(**info.flags).num_timesteps == 1000
 
 
 def test_scripts_do_what_the_engine_can(data, tmp_path):

@@ -11,7 +11,7 @@ import tiny
 from conftest import ROOT
 from scripts_in_process import load_script, message, run_script
 
-from guided_diffusion import Translator, presets
+from guided_diffusion import Translator
 from guided_diffusion.checkpoint.reconcile import ModelFlags
 from guided_diffusion.cli import rows
 from guided_diffusion.cli.flags import preset_flags
@@ -74,14 +74,6 @@ def test_every_value_is_an_option_that_fits(name, method, monkeypatch):
     assert options.keys() <= known
     for option in ("range_t", "start"):  # shares stay right when the number of steps changes
         assert option not in options or 0 < options[option] < 1
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_models_have_the_names_of_the_documents(name):
-    text = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
-    for method in PRESETS[name].methods:
-        for path in (PRESETS[name].options(method).get(option) for option in presets.FILES):
-            assert path is None or (path.startswith("models/") and f"`{path.removeprefix('models/')}`" in text)
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
@@ -158,15 +150,9 @@ def test_translator_takes_a_preset_and_gives_the_commands_pixels(data, own, tmp_
     assert run_script("ae_sample", "--preset", "tiny", *flags) == 0
     picture = translate(data / "ref" / "a.png")
     assert picture.tobytes() == tiny.Image.open(tmp_path / "a.png").tobytes()
-
-
-def test_given_options_of_translator_win(data, own):
-    translate = Translator(data / "model.safetensors", preset="tiny", steps=9, area=8, energy="none", device="cpu")
-    assert (
-        translate.target.diffusion.num_timesteps == 9
-        and translate.method.blocks == 8
-        and not translate.translation.energies
-    )
+    other = Translator(data / "model.safetensors", preset="tiny", steps=9, area=8, energy="none", device="cpu")
+    assert other.target.diffusion.num_timesteps == 9, "what is given wins"
+    assert other.method.blocks == 8 and not other.translation.energies
 
 
 def test_translator_refuses_what_the_command_refuses(data):
@@ -198,8 +184,7 @@ def test_rows_know_their_presets_by_their_values():
 
 
 @pytest.mark.parametrize("script, task", [
-    ("cat2dog", "cat2dog"), ("wild2dog", "wild2dog"), ("male2female", "male2female"), ("emoji", "emoji"),
-    ("ablation_area", "emoji"), ("ablation_energy", "cat2dog"), ("ablation_moo", "emoji"),
+    ("male2female", "male2female"), ("emoji", "emoji"), ("ablation_energy", "cat2dog"), ("ablation_moo", "emoji"),
 ])  # fmt: skip
 def test_task_scripts_give_rows_that_their_commands_read(tmp_path, script, task):
     """The real shell scripts with an interpreter that prints the table which benchmark.py would get."""

@@ -113,16 +113,6 @@ def test_the_caller_s_mode_changes_nothing(mode):
     assert torch.equal(found, wanted) and not found.is_inference()
 
 
-def test_another_default_dtype_changes_nothing(translator, tmp_path):
-    path = make_references(tmp_path, ["a.png"]) / "a.png"
-    wanted = np.asarray(translator(path))
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert np.array_equal(np.asarray(translator(path)), wanted)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def test_networks_are_float32_under_another_default_dtype():
     adm = {"image_size": 16, "channel_mult": "1,2"}
     torch.set_default_dtype(torch.float64)

@@ -103,15 +103,9 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
         with gr.Row(elem_id="work"):
             with gr.Column(min_width=300):
                 picture = gr.Image(
-                    pictures[0] if pictures else None,
-                    label=LABELS["picture"],
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload", "clipboard"],
-                    height=300,
-                    buttons=[],
-                    elem_id="picture",
-                )
+                    pictures[0] if pictures else None, label=LABELS["picture"], type="filepath", image_mode=None,
+                    sources=["upload", "clipboard"], height=300, buttons=[], elem_id="picture",
+                )  # fmt: skip
                 setattr(picture, "preprocess", _upload)  # noqa: B010 - the bytes as they are, and their name
                 if pictures:
                     # Not gr.Examples, which puts another component into the place of the picture's.
@@ -121,12 +115,10 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                     )  # fmt: skip
                 numbers = list(range(1, MOST_RESULTS + 1))
                 count = gr.Radio(numbers, value=settings.count, elem_id="count", **named("count"))
+                offered_models = [(_short(path), path) for path in studio.models]
                 model = gr.Dropdown(
-                    [(_short(path), path) for path in studio.models],
-                    value=first.path,
-                    visible=len(studio.models) > 1,
-                    **named("model"),
-                )
+                    offered_models, value=first.path, visible=len(offered_models) > 1, **named("model")
+                )  # fmt: skip
             with gr.Column(min_width=300):
                 with gr.Row(elem_id="buttons"):
                     go = gr.Button("Translate", variant="primary", min_width=100, elem_id="translate")
@@ -169,47 +161,22 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                 variant = gr.Dropdown(list(VARIANTS), value=settings.variant, **named("variant"))
                 precision = gr.Dropdown(list(PRECISIONS), value=settings.precision, **named("precision"))
         text = gr.Textbox(
-            label="The same from the command line",
-            info="Run it in the project's folder, with your picture there.",
-            interactive=False,
-            visible=False,
-            lines=1,
-            max_lines=12,
-            buttons=["copy"],
-            elem_id="command",
-        )
+            label="The same from the command line", info="Run it in the project's folder, with your picture there.",
+            interactive=False, visible=False, lines=1, max_lines=12, buttons=["copy"], elem_id="command",
+        )  # fmt: skip
 
         def translate(
-            picture: Any,
-            area: int,
-            t0: float,
-            steps: int,
-            seed: int,
-            model: str,
-            late_start: float,
-            energy: list[str],
-            variant: str,
-            sampler: str,
-            precision: str,
-            class_index: str,
-            count: int,
-        ) -> Iterator[Sequence[Any]]:
+            picture: Any, area: int, t0: float, steps: int, seed: int, model: str, late_start: float, energy: list[str],
+            variant: str, sampler: str, precision: str, class_index: str, count: int,
+        ) -> Iterator[Sequence[Any]]:  # fmt: skip
             """Translate a picture: (preview, (reference, translation), status, command, pairs of further seeds)."""
             same, shown = gr.skip(), gr.skip()
             try:
                 wanted = Settings(
-                    area=area,
-                    range_t=round(t0, 4),
-                    steps=steps,
-                    seed=seed,
-                    count=count,
-                    start=round(late_start, 4),
-                    energy=",".join(energy) or "none",
-                    variant=variant,
-                    sampler=sampler,
-                    precision=precision,
+                    area=area, range_t=round(t0, 4), steps=steps, seed=seed, count=count, start=round(late_start, 4),
+                    energy=",".join(energy) or "none", variant=variant, sampler=sampler, precision=precision,
                     class_index=class_index.strip() or None,
-                )
+                )  # fmt: skip
                 path, name = picture or ("", "")
                 shown = command(model, picture, wanted) if picture else same
                 for frame in studio.translate(model, path, wanted, name=name):
@@ -303,15 +270,9 @@ def serve(page: Any, *, host: str, port: int, examples: str | None = None, priva
     known = inspect.signature(page.launch).parameters  # versions before 6.20 or so have no history of runs
     try:
         _, address, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=True,
-            quiet=True,
-            inbrowser=False,
-            theme=_theme(),
-            css=STYLE,
-            **{name: value for name, value in options.items() if name in known},
-        )
+            server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inbrowser=False, theme=_theme(),
+            css=STYLE, **{name: value for name, value in options.items() if name in known},
+        )  # fmt: skip
     except OSError as error:
         raise InputError(f"it cannot be used: {first_line(error)}", parameter="port", value=port) from None
     return address

@@ -346,21 +346,14 @@ class _Run(threading.Thread):
 
     def _sample(self, target: Target) -> None:
         wanted = self.settings
-        options: dict[str, Any] = {} if wanted.start == 1 else {"start": wanted.start}
+        names = ("area", "range_t", "steps", "energy", "variant", "sampler", "class_index")
+        options = {name: getattr(wanted, name) for name in names}
+        if wanted.start != 1:
+            options["start"] = wanted.start
         if "vgg" in energy_names(wanted.energy):
             options["weights"] = self.studio.weights
-        self.translator = translator = Translator(
-            target,
-            area=wanted.area,
-            range_t=wanted.range_t,
-            steps=wanted.steps,
-            energy=wanted.energy,
-            variant=wanted.variant,
-            sampler=wanted.sampler,
-            class_index=wanted.class_index,
-            **options,
-        )
-        self.reference = translator.read(self.picture)
+        self.translator = Translator(target, **options)
+        self.reference = self.translator.read(self.picture)
         self.began = time.monotonic()
         try:
             self._sample_seeds([wanted.seeds])
