@@ -22,6 +22,7 @@ def screenshot(address: str) -> bytes:
         page.set_default_timeout(600_000)
         page.goto(address)
         page.click("#examples .gallery-item >> nth=2")
+        page.wait_for_function("document.querySelector('#picture img').src.includes('cat_face')")
         page.locator("#count").get_by_text("4").click()
         page.click("#translate")
         page.wait_for_function("document.querySelector('#status textarea, #status input').value.startsWith('Done')")
