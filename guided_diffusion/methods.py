@@ -149,6 +149,12 @@ class SDDM(_Ranged, CachedGuidance):
     sampler: str = option("ancestral", "solver of the steps; ddim and dpmpp_2m need fewer", choices=SOLVERS)
     eta: float = option(0.0, "noise of ddim, from 0 for none to 1 for as much as ancestral", least=0, most=1)
     energy_scale: float = option(LAMBDA, "lambda: length of an energy's direction relative to the score's", least=0)
+    details: int | float | None = option(
+        None,
+        "keep thin features of the reference (eyes) down to this step or share",
+        metavar="STEP",
+        flag="details_t",
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -159,6 +165,7 @@ class SDDM(_Ranged, CachedGuidance):
         # A scale as published is left out of records, as version 0.2 had none.
         unused = {"energy_scale"} if self.energy_scale == LAMBDA else set()
         unused |= set() if self._takes_eta() else {"eta"}
+        unused |= {"details"} if self.details is None else set()
         return super().ignored() | unused | (set() if self.manifold == "low_pass" else {"down_n"})
 
     def _takes_eta(self):
@@ -166,6 +173,8 @@ class SDDM(_Ranged, CachedGuidance):
 
     def check_fit(self, size: tuple[int, int] | None, total: int | None) -> None:
         super().check_fit(size, total)
+        if total is not None and self.details is not None:
+            resolve_step(self.details, total, "details")
         if size is not None:
             MANIFOLDS.pick(self.manifold)(torch.zeros(1, 3, *size), blocks=self.blocks, down_n=self.down_n)
 

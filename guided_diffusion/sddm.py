@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from .caching import share_features
 from .energy import Energy, prepared
@@ -47,7 +48,8 @@ class Guide:
     """Computations of one step: the model's posterior, the score's parts, and the merged move.
 
     model(i): the model that evaluates step i. merge(directions): the move and the weights of `merge`. energy_factor(i):
-    length of an energy's direction relative to the score's tangent part.
+    length of an energy's direction relative to the score's tangent part. keep(x, i, noise): x at index i with the
+    reference's details; see `keep_details`.
     """
 
     model: Callable[[int], Callable]
@@ -58,6 +60,7 @@ class Guide:
     merge: Callable
     energy_factor: Callable[[int], float]
     clip_denoised: bool | float
+    keep: Callable[[torch.Tensor, int, Noise], torch.Tensor]
     solver_state: Any = None
 
     def __post_init__(self) -> None:
@@ -120,6 +123,7 @@ def manifold(guide: Guide, x: torch.Tensor, start: int, range_t: int, noise: Noi
             guided.append(record)
         else:
             x = guide.plain_step(out, x, i, noise(x.shape))
+        x = guide.keep(x, i - 1, noise)
         yield {"i": i, "x": x, "pred_xstart": out["pred_xstart"], "guided": guided}
 
 
@@ -144,6 +148,7 @@ def released(guide: Guide, x: torch.Tensor, start: int, range_t: int, noise: Noi
             guided.append(record)
         else:
             x = guide.plain_step(out, x, i, noise(x.shape))
+        x = guide.keep(x, i - 1, noise)
         yield {"i": i, "x": x, "pred_xstart": out["pred_xstart"], "guided": guided}
 
 
@@ -153,7 +158,7 @@ def sample(
     energies: Sequence[Energy] = (), variant: str = "manifold", detail_merge: bool = False, moo: str = "min_norm",
     manifold: str = "badain", down_n: int = 32, clip_denoised: bool | float = True, sampler: str = "ancestral",
     eta: float = 0.0, start: int | float | None = None, cache_interval: int = 1, cache_guided: bool = False,
-    energy_scale: float = LAMBDA, noise: Noise | None = None,
+    energy_scale: float = LAMBDA, details: int | float | None = None, noise: Noise | None = None,
 ) -> Iterator[State]:  # fmt: skip
     """Translate references into the domain of the model; returns images [N, C, H, W].
 
@@ -177,7 +182,9 @@ def sample(
         cache_interval: recompute the deep levels of the network only every so many plain evaluations.
         cache_guided: count and share those of guided steps, too. See `caching`.
         energy_scale: lambda, the length of an energy's direction; see `energy_factor`.
-        noise: noise(shape), every random draw in order: x_T (or the noise of a late start) first, then one per step.
+        details: above this step, or share of the schedule, thin features of the reference are kept; see `keep_details`.
+        noise: noise(shape), every random draw in order: x_T (or the noise of a late start) first, then one per step,
+            and a second one where it keeps details.
         callback: sees every step; see `solvers.sampler`. `sample.steps(...)` is the generator of the steps.
 
     Raises:
@@ -204,12 +211,44 @@ def sample(
         partial(merge, blocks=blocks if detail_merge else None, solver=merging),
         partial(energy_factor, diffusion, energy_scale, variant == "released"),
         clip_denoised,
+        lambda x, i, noise: x,
     )
     noise = noise or gaussian_like(ref)
+    if details is not None:
+        last = resolve_step(details, total, "details")
+        guide.keep = partial(keep_details, diffusion, ref, thin_features(ref), last)
     x = noise(ref.shape)
     if start is not None:
         x = diffusion.q_sample(ref, at_step(ref, first - 1), x)
     yield from generator(guide, x, first, last_guided, noise)
+
+
+def keep_details(
+    diffusion: GaussianDiffusion, ref: torch.Tensor, mask: torch.Tensor, last: int, x: torch.Tensor, i: int,
+    noise: Noise,
+) -> torch.Tensor:  # fmt: skip
+    """x [N, C, H, W] at index i, and the reference noised to it where the mask [N, 1, H, W] is; below `last` x alone.
+
+    x_i <- m q(ref, i) + (1 - m) x_i (Lugmayr et al. 2022, equation 8), down to a step that depends on the place (Levin
+    and Fried 2023): an eye of a few pixels drowns in noise that the rest of a picture needs to change its style.
+    """
+    return torch.where(mask, diffusion.q_sample(ref, at_step(ref, i), noise(ref.shape)), x) if i >= last else x
+
+
+def thin_features(ref: torch.Tensor) -> torch.Tensor:
+    """Where pictures [N, C, H, W] in [-1, 1] have eyes, mouths, stripes: a mask [N, 1, H, W] of features without bulk.
+
+    These are what a closing or an opening with a square of 5 pixels (of 64; larger as the picture is) changes in some
+    channel by a quarter of the range (the black-hat and white-hat transforms, Serra 1982), and the pixels around it.
+    """
+
+    def highest(x: torch.Tensor, reach: int) -> torch.Tensor:
+        return F.max_pool2d(x, 2 * reach + 1, 1, reach)
+
+    reach = max(1, round(ref.shape[-1] / 32))
+    closed, opened = -highest(-highest(ref, reach), reach), highest(-highest(-ref, reach), reach)
+    thin = torch.maximum(closed - ref, ref - opened).amax(1, keepdim=True) > 0.5
+    return highest(thin.to(ref.dtype), max(1, reach // 2)) > 0
 
 
 def energy_factor(diffusion: GaussianDiffusion, energy_scale: float, released: bool, i: int) -> float:

@@ -25,7 +25,7 @@ from guided_diffusion.baselines import egsde, ilvr, sdedit
 from guided_diffusion.errors import InputError
 from guided_diffusion.manifold import EPS, BlockManifold, block_statistics, diffuse_statistics
 from guided_diffusion.methods import SDDM
-from guided_diffusion.sddm import REFINEMENTS, sample
+from guided_diffusion.sddm import REFINEMENTS, sample, thin_features
 from guided_diffusion.solvers import SOLVERS
 
 VARIANTS = ("manifold", "released")
@@ -342,6 +342,7 @@ def test_an_energys_scale_does_not_matter(scale):
         *(("down_n", value, {"manifold": "low_pass"}) for value in (0, 3)),
         *(("range_t", value, {}) for value in (-1, 8, math.nan)),
         ("start", 9, {}),
+        ("details", 9, {}),
         ("eta", 1.5, {}),
         ("blocks", 4, {"energies": [Quadratic(), energies.dct(8)]}),
     ],
@@ -395,6 +396,42 @@ def test_bound_options_are_those_of_the_function():
     assert torch.equal(bound(model, diffusion, ref, noise=Replay(draws)), expected[0])
     states = list(bound.steps(model, diffusion, ref, noise=Replay(draws)))
     assert all(torch.equal(state["x"], expected[state["i"]]) for state in states) and len(states) == 6
+
+
+# --- details
+
+
+def test_thin_features_are_what_has_no_bulk():
+    picture = torch.full((1, 3, 64, 64), -1.0)
+    picture[:, :, 10:50, 10:50] = 1
+    picture[:, 1, 20:23, 20:23] = 0  # an eye, in one channel
+    picture[:, :, 40:42, 18:42] = -1  # a mouth
+    picture[:, :, 30:34, 18:42] -= 0.4  # a shade
+    seen = thin_features(picture)
+    expected = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    expected[:, :, 19:24, 19:24] = expected[:, :, 39:43, 17:43] = True
+    assert torch.equal(seen, expected)
+    larger = thin_features(picture.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    assert torch.equal(larger[:, :, 1::2, 1::2], expected)
+    assert not thin_features(torch.zeros(1, 3, 64, 64)).any()
+
+
+@both_variants
+@pytest.mark.parametrize("details", [4, 0.125])
+def test_details_are_the_noised_reference_until_their_step(variant, details):
+    model, diffusion, ref, draws = setup()
+    ref = torch.zeros_like(ref)
+    ref[:, :, 4:6, 4:6] = 1
+    mask, last = thin_features(ref).expand_as(ref), round(details * 8) if details < 1 else details
+    draws = torch.cat([draws, draws[: 7 - last].flip(2)])  # one more for each step that keeps them
+    states = run(model, diffusion, ref, draws, variant=variant, details=details)
+    drawn = iter(draws[1:])
+    for i in reversed(range(8)):
+        next(drawn)
+        if i > last:
+            kept = diffusion.q_sample(ref, torch.full((2,), i - 1), next(drawn))
+            assert torch.equal(states[i][mask], kept[mask])
+            assert not torch.isclose(states[i][~mask], kept[~mask]).all()
 
 
 # --- late start
