@@ -239,7 +239,7 @@ def thin_features(ref: torch.Tensor) -> torch.Tensor:
     """Where pictures [N, C, H, W] in [-1, 1] have eyes, mouths, stripes: a mask [N, 1, H, W] of features without bulk.
 
     These are what a closing or an opening with a square of 5 pixels (of 64; larger as the picture is) changes in some
-    channel by a quarter of the range (the black-hat and white-hat transforms, Serra 1982), and the pixels around it.
+    channel by 0.3 or more (the black-hat and white-hat transforms, Serra 1982), and the pixels around it.
     """
 
     def highest(x: torch.Tensor, reach: int) -> torch.Tensor:
@@ -247,7 +247,7 @@ def thin_features(ref: torch.Tensor) -> torch.Tensor:
 
     reach = max(1, round(ref.shape[-1] / 32))
     closed, opened = -highest(-highest(ref, reach), reach), highest(-highest(-ref, reach), reach)
-    thin = torch.maximum(closed - ref, ref - opened).amax(1, keepdim=True) > 0.5
+    thin = torch.maximum(closed - ref, ref - opened).amax(1, keepdim=True) > 0.3
     return highest(thin.to(ref.dtype), max(1, reach // 2)) > 0
 
 
