@@ -48,11 +48,13 @@ NOT_RUN = {
     "python scripts/fetch_model.py lsun_cat.pt": "downloads",
     "python scripts/fetch_model.py NAME": "downloads",
     "python datasets/prepare_emoji.py": "downloads",
+    "python datasets/prepare_cells.py": "downloads",
     "npm pack": "downloads",
     "bash download.sh": "of another repository",
     "bash scripts/test.sh": "runs this test",
     "bash .ci/run": "runs this test",
     "bash scripts/emoji.sh": "takes hours; tests/test_benchmark.py runs its parts",
+    "bash scripts/cells.sh": "takes hours; tests/test_cells.py runs its parts",
     "bash scripts/web_demo.sh": "installs Gradio; tests/test_web_page.py runs the page",
     "bash scripts/demo.sh --range_t 0.5": "the demo once more",
     "pip install .": "tests/test_translator.py installs a copy",
@@ -202,7 +204,7 @@ def test_flags_exist_and_values_fit(command):
 
 def test_flags_and_programs_in_sentences_exist():
     known = {"--pdb", "--nproc_per_node", "--input_pertub"}  # pytest's, torchrun's, a fork's
-    for path in [*(ROOT / "scripts").glob("*.py"), ROOT / "docs" / "make.py", ROOT / "datasets" / "prepare_emoji.py"]:
+    for path in [*(ROOT / "scripts").glob("*.py"), ROOT / "docs" / "make.py", *(ROOT / "datasets").glob("*.py")]:
         known |= {*load_script(f"../{path.parent.name}/{path.stem}").create_parser()._option_string_actions}
     for document in DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf-8")

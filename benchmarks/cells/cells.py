@@ -241,7 +241,9 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--save_dir", type=Path, default=ROOT / "output_cells", help="folder of outputs and results")
     parser.add_argument("--only", default="", help="rows whose name contains this text")
     parser.add_argument("--batch_size", type=int, default=32, help="images at once (default 32)")
-    parser.add_argument("--pictures", type=int, default=8, help="columns of pictures.png (default 8)")
+    parser.add_argument(
+        "--cells", default="", help="cells of pictures.png, as cell0419,cell0505; default see results.md"
+    )
     parser.add_argument("--shown", default="", help="the row of pictures.png; default the one of the largest AUROC")
     return parser.parse_args()
 
@@ -281,8 +283,10 @@ def main() -> None:
     ]
     best = next((row for row in rows if row.name == args.shown), max(results, key=lambda found: found[1]["auroc"])[0])
     rise = judge(outputs[best.name].features(DEFECTIVE, extractor)) - defective
-    sheet(sources, outputs[best.name], np.argsort(-rise)[: args.pictures].tolist()).save(args.save_dir / "pictures.png")
-    notes.append(f"pictures.png: {best.name}; the cells whose probability of being functional rises most.")
+    names = [Path(reference.name).stem for reference in sources.references[DEFECTIVE]]
+    chosen = [names.index(name) for name in args.cells.split(",") if name] or np.argsort(-rise)[:8].tolist()
+    sheet(sources, outputs[best.name], chosen).save(args.save_dir / "pictures.png")
+    notes.append(f"pictures.png: {best.name}; by default the cells whose probability of being functional rises most.")
     files.write_text(args.save_dir / "results.md", text_of(results, notes))
     files.write_json(args.save_dir / "results.json", {row.name: found for row, found in results})
     files.write_text(args.save_dir / "front.svg", chart(results))
