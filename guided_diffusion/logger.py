@@ -74,15 +74,15 @@ class CSVOutputFormat:
             self.keys: list[str] = next(csv.reader(file), [])
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        if new := [key for key in kvs if key not in self.keys]:
-            with _open(self.filename, "r") as file:
-                rows = list(csv.reader(file))[1:]
-            self.keys += new
-            table = io.StringIO()
-            csv.writer(table, lineterminator="\n").writerows([self.keys, *(row + [""] * len(new) for row in rows)])
-            write_text(self.filename, table.getvalue())
-        row = ["" if kvs.get(key) is None else _plain(kvs[key]) for key in self.keys]
         try:
+            if new := [key for key in kvs if key not in self.keys]:
+                with _open(self.filename, "r") as file:
+                    rows = list(csv.reader(file))[1:]
+                self.keys += new
+                table = io.StringIO()
+                csv.writer(table, lineterminator="\n").writerows([self.keys, *(row + [""] * len(new) for row in rows)])
+                write_text(self.filename, table.getvalue())
+            row = ["" if kvs.get(key) is None else _plain(kvs[key]) for key in self.keys]
             with _open(self.filename, "a") as file:
                 csv.writer(file, lineterminator="\n").writerow(row)
         except OSError as error:

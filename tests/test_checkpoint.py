@@ -383,6 +383,11 @@ def test_metadata_tells_what_tensors_cannot(tmp_path, caplog):
     assert {flag: info.flags[flag] for flag in STATED} == STATED
     assert info.metadata["licence"] == "MIT" and not info.assumed and not caplog.messages
     load_model(path, **{**TINY, **STATED})
+    # Other programs write numbers as texts or floats, and lists for texts; `attention_factors` is no flag.
+    others = {"image_size": 16.0, "num_heads": "4", "channel_mult": [1, 1], "attention_resolutions": 8}
+    others |= {"use_scale_shift_norm": "True", "attention_factors": [2]}
+    _, info = load_model(metadata_file(path, {**STATED, **others}))
+    assert (info.flags["image_size"], info.flags["num_heads"]) == (16, 4)
     # Entries without a value are not stated.
     assert_tiny(metadata_file(tmp_path / "m.safetensors", {"image_size": None, "num_classes": None, "mystery": [1]}))
 
@@ -1100,6 +1105,10 @@ def test_tables_without_a_name_stay_as_they_are(tmp_path):
     ({"parameterization": "x0", "image_size": 16, "num_heads": 2}, {"predict_xstart": True, "num_heads": 2}),
     ({"objective": "pred_v"}, {"predict_v": True}),
     ({"rescale_timesteps": True, "num_channels": 3}, {"rescale_timesteps": True}),
+    (
+        {"timesteps": 1000.0, "num_heads": "4", "rescale_timesteps": "True", "dropout": "0.1"},
+        {"diffusion_steps": 1000, "num_heads": 4, "rescale_timesteps": True, "dropout": 0.1},
+    ),
     ({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.01}, {"noise_schedule": "linear:0.0001,0.01"}),
 ])  # fmt: skip
 def test_hyper_parameters_tell_what_tensors_cannot(entries, flags, tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import InputError, display_name, one_line
 from ..gaussian_diffusion import get_named_beta_schedule
-from ..options import check, check_value, option
+from ..options import check, check_value, field_types, option
 from ..script_util import (
     CHANNEL_MULT,
     attention_factors,
@@ -23,6 +23,7 @@ from ..script_util import (
     diffusion_defaults,
     extension_defaults,
     model_and_diffusion_defaults,
+    str2bool,
 )
 from .published import published
 from .stated import TRAINING_FLAGS, UNDETECTABLE_FLAGS, Stated
@@ -246,11 +247,25 @@ def _blaming(where: str | None, flag: str, value: Any) -> Iterator[None]:
 
 def _checked(flags: Mapping[str, Any], concerned: set[str], where: str | None = None) -> dict[str, Any]:
     """Those of the flags that concern a network, each of its type and within its bounds."""
-    kept = {flag: value for flag, value in flags.items() if flag in concerned}
+    kept = {flag: value for flag, value in flags.items() if flag in concerned & FLAGS.keys()}
     for flag, value in kept.items():
+        if where is not None:
+            kept[flag] = _typed(value, field_types(FLAGS[flag])[0])
         with _blaming(where, flag, value):
-            check_value(FLAGS[flag], value)
+            check_value(FLAGS[flag], kept[flag])
     return kept
+
+
+def _typed(value: Any, kind: type) -> Any:
+    """A file's value in a flag's type: forks write 4.0, "4", "True" or lists. Itself where it has no such meaning."""
+    with contextlib.suppress(Exception):  # str2bool raises argparse's type, numbers raise several
+        if kind is str:
+            return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        if kind is bool:
+            return value if isinstance(value, bool) else str2bool(str(value))
+        number = float(value)
+        return int(number) if kind is int and number.is_integer() else number
+    return value
 
 
 def _agree(flag: str, value: Any, found: Mapping[str, Any], image_size: int, width: str) -> bool:
