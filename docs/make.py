@@ -119,7 +119,7 @@ def range_t_area(options: Pictures) -> Sheet:
         y = top + row * (side + GAP)
         sheet.text(f"area {area}", left - 8, y + side / 2, "rm")
         for column, share in enumerate(SHARES):
-            made = options.translator(area=area, range_t=share)(source, seed=options.seed)
+            made = options.translator(area=area, range_t=share, details=None)(source, seed=options.seed)
             sheet.picture(made, left + column * (side + GAP), y, side)
     return sheet
 
@@ -174,7 +174,7 @@ def with_presets(text: str) -> str:
 SHEETS = {
     "range_t_area": range_t_area,
     "demo": partial(pairs, title="3D"),
-    "half_schedule": partial(pairs, title="T0 = 0.5 T", range_t=0.5),
+    "half_schedule": partial(pairs, title="T0 = 0.5 T", range_t=0.5, details=None),
     "samples": samples,
 }
 
