@@ -57,6 +57,7 @@ NOT_RUN = {
     "bash scripts/cells.sh": "takes hours; tests/test_cells.py runs its parts",
     "bash scripts/web_demo.sh": "installs Gradio; tests/test_web_page.py runs the page",
     "bash scripts/demo.sh --range_t 0.5": "the demo once more",
+    "python scripts/ae_sample.py --preset fast --details_t": "the demo once more",
     "pip install .": "tests/test_translator.py installs a copy",
     "TORCH_INDEX=INDEX bash scripts/demo.sh": "downloads PyTorch",
     ".venv/bin/python -m pip install": "downloads the developers' packages",
