@@ -31,7 +31,7 @@ from guided_diffusion.script_util import create_model
 from guided_diffusion.web import translate as module
 from guided_diffusion.web.translate import LABELS, Settings, Studio, explain
 
-SETTINGS = Settings(area=4, range_t=0.35, steps=6, seed=3, start=1.0, sampler="ancestral")
+SETTINGS = Settings(area=4, range_t=0.35, steps=6, seed=3, start=1.0, details=1.0, energy="dct", sampler="ancestral")
 LONG = replace(SETTINGS, steps=250)
 AWKWARD = 'it\'s a "b" $HOME ä; `c`.png'
 
@@ -152,6 +152,7 @@ def test_the_command_makes_the_pages_pixels(studio, data, first, tmp_path, name)
         {"sampler": "ddim", "seed": 2**53 - 1},
         {"sampler": "dpmpp_2m", "range_t": 0.0},
         {"start": 0.55, "range_t": 0.95},
+        {"details": 0.4},
         {"precision": "bf16"},
         {"model": "classes.safetensors", "class_index": "2"},
     ],

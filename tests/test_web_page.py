@@ -161,7 +161,7 @@ def test_what_is_not_needed_is_closed(site):
 
 def call(address, picture):
     """What the page answers to a picture as a bare request, without a client that uploads it first."""
-    rest = ["models/model.safetensors", 1, ["dct"], "manifold", "ancestral", "fp32", "", 1]
+    rest = ["models/model.safetensors", 1, ["dct"], "manifold", "ancestral", "fp32", "", 1, 1]
     data = {"data": [{**picture, "meta": {"_type": "gradio.FileData"}}, *ARGUMENTS, *rest]}
     event = httpx.post(f"{address}gradio_api/call/translate", json=data).json().get("event_id")
     return httpx.get(f"{address}gradio_api/call/translate/{event}", timeout=600).text if event else ""

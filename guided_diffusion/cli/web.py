@@ -106,8 +106,8 @@ def command_line(model: str, picture: str, settings: "Settings", *, root: str, d
         "range_t": f"{settings.range_t:g}",
         "energy": settings.energy,
     }
-    if settings.start != 1:
-        flags["start_t"] = f"{settings.start:g}"
+    shares = {"start_t": settings.start, "details_t": settings.details}
+    flags |= {name: f"{share:g}" for name, share in shares.items() if share != 1}
     usual = {"variant": "manifold", "sampler": "ancestral", "precision": "fp32", "class_index": None}
     flags |= {name: getattr(settings, name) for name, value in usual.items() if getattr(settings, name) != value}
     if device != "auto":

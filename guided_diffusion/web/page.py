@@ -155,6 +155,7 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
         with gr.Accordion("More settings", open=False), gr.Row():
             with gr.Column(min_width=300):
                 start = gr.Slider(0.05, 1, settings.start, step=0.05, **named("start"))
+                details = gr.Slider(0, 1, settings.details, step=0.02, **named("details"))
                 energy = gr.CheckboxGroup(studio.energies, value=energy_names(settings.energy), **named("energy"))
             with gr.Column(min_width=300):
                 sampler = gr.Dropdown(list(SOLVERS), value=settings.sampler, **named("sampler"))
@@ -167,13 +168,14 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
 
         def translate(
             picture: Any, area: int, t0: float, steps: int, seed: int, model: str, late_start: float, energy: list[str],
-            variant: str, sampler: str, precision: str, class_index: str, count: int,
+            variant: str, sampler: str, precision: str, class_index: str, count: int, details: float,
         ) -> Iterator[Sequence[Any]]:  # fmt: skip
             """Translate a picture: (preview, (reference, translation), status, command, pairs of further seeds)."""
             same, shown = gr.skip(), gr.skip()
             try:
                 wanted = Settings(
                     area=area, range_t=round(t0, 4), steps=steps, seed=seed, count=count, start=round(late_start, 4),
+                    details=round(details, 4),
                     energy=",".join(energy) or "none", variant=variant, sampler=sampler, precision=precision,
                     class_index=class_index.strip() or None,
                 )  # fmt: skip
@@ -228,7 +230,7 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
         controls = [picture, area, range_t, steps, seed, model, start, energy, variant, sampler, precision, class_index]
         translation = begun.then(
             translate,
-            [*controls, count],
+            [*controls, count, details],
             [preview, compare[0], status, text, *compare[1:]],
             api_name="translate",
             show_progress="hidden",

@@ -78,6 +78,12 @@ class Settings:
         least=0.05,
         most=1,
     )
+    details: float = option(
+        RECOMMENDED.get("details", 1.0),
+        "Eyes, mouths and other thin features are kept down to this share of the steps. Less: better. 1: not kept.",
+        least=0,
+        most=1,
+    )
     energy: str = option(
         RECOMMENDED["energy"],
         "Further guidance: edges and textures (dct), overall shapes (low_pass), features of a network (vgg, where its "
@@ -115,6 +121,7 @@ LABELS = {
     "seed": "Seed",
     "count": "Results",
     "start": "Late start",
+    "details": "Details",
     "energy": "Energy",
     "variant": "Variant",
     "sampler": "Sampler",
@@ -127,6 +134,7 @@ LABELS = {
 LABELS |= {"model_path": LABELS["model"], "blocks": LABELS["area"], "timestep_respacing": LABELS["steps"]}
 LABELS |= {
     "start_t": LABELS["start"],
+    "details_t": LABELS["details"],
     "down_n": "Reduction of the energy low_pass",
     "weights": "File of the energy vgg",
 }
@@ -348,8 +356,7 @@ class _Run(threading.Thread):
         wanted = self.settings
         names = ("area", "range_t", "steps", "energy", "variant", "sampler", "class_index")
         options = {name: getattr(wanted, name) for name in names}
-        if wanted.start != 1:
-            options["start"] = wanted.start
+        options |= {name: getattr(wanted, name) for name in ("start", "details") if getattr(wanted, name) != 1}
         if "vgg" in energy_names(wanted.energy):
             options["weights"] = self.studio.weights
         self.translator = Translator(target, **options)
