@@ -179,6 +179,9 @@ class SDDM(_Ranged, CachedGuidance):
             MANIFOLDS.pick(self.manifold)(torch.zeros(1, 3, *size), blocks=self.blocks, down_n=self.down_n)
 
     def bind(self, target: Target, energies: Sequence[Energy] = ()) -> Callable[..., torch.Tensor]:
+        if self.details is not None and isinstance(target.codec, Autoencoder):
+            reason = "it finds thin features of pixels, and the model works on latents"
+            raise InputError(reason, parameter="details", value=self.details)
         return bind(sddm.sample, energies=energies, clip_denoised=target.clip_denoised, **vars(self))
 
 

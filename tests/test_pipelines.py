@@ -311,6 +311,7 @@ def test_baselines_and_prompts_of_each_picture(data, tmp_path):
     assert done.returncode == 0, done.stderr
     for flags, words in (
         (("--area", 4, "--energy", "dse"), "--energy is 'dse'; it compares pixels"),
+        (("--area", 4, "--details_t", 2), "--details_t is 2; it finds thin features of pixels"),
         (("--class_index", 1), "--class_index is 1"),
         (("--timestep_respacing", "ddim5"), "--timestep_respacing is 'ddim5'"),
         (("--area", 5), "--area is 5"),
