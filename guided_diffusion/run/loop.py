@@ -5,6 +5,7 @@ Ranks take batches from a common counter and share nothing else. The sampler is 
 
 import errno
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -306,8 +307,11 @@ class Loop:
             except (ImageError, InputError):  # made earlier, and changed by somebody since
                 continue
         if rows:
-            columns = max(1, round((len(rows) / len(rows[0])) ** 0.5))
-            sheet = contact_sheet(rows, min(256, max(128, size)), columns)
+            if len(rows[0]) == 1:  # samples without a reference: as they are, in a square
+                columns, side = math.ceil(len(rows) ** 0.5), size
+            else:
+                columns, side = max(1, round((len(rows) / len(rows[0])) ** 0.5)), max(128, size)
+            sheet = contact_sheet(rows, min(256, side), columns)
             files.write_png(os.path.join(job.folder.path, "grid.png"), sheet, job.folder)
 
 
