@@ -173,7 +173,7 @@ def test_image_script_with_ddim(data, tmp_path):
 
 DIVIDE = "it must be at least 1 and divide the image size 16"
 ERRORS = {
-    "ilvr_sample --timestep_respacing 6 --down_N 5": f"--down_N is 5; {DIVIDE}",
+    "ilvr_sample --timestep_respacing 6 --down_N 5 --range_t 2": f"--down_N is 5; {DIVIDE}",
     "ilvr_sample --timestep_respacing 6 --down_N 4 --range_t 6": "--range_t is 6; a schedule of 6 steps takes 0 to 5",
     "sdedit_sample --timestep_respacing 6": "--t is 500; a schedule of 6 steps takes 1 to 6",
     "egsde_sample": "--dsepath is missing; --ls 500 needs it; --ls 0 does without the realism energy",
