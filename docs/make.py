@@ -10,6 +10,7 @@ import io
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,8 @@ from guided_diffusion.training.loop import grid_sampler
 from guided_diffusion.training.start import Start
 
 WIDTH, GAP, TEXT = 800, 4, 15  # pixels; 800 is the width of GitHub's pages
-LARGEST = 280_000
+LARGEST = 450_000
+SHOWN = ("cat_face", "dog_face", "fish", "frog_face", "mushroom", "watermelon")  # in demo.png
 AREAS, SHARES = (32, 16, 8, 4), (0.1, 0.2, 0.3, 0.4, 0.5)
 SAMPLES = 50  # of samples.png
 INK, PAPER = "#222222", "white"
@@ -73,8 +75,8 @@ class Pictures:
 class Sheet:
     """A white picture for cells with captions."""
 
-    def __init__(self, height: int) -> None:
-        self.image = Image.new("RGB", (WIDTH, height), PAPER)
+    def __init__(self, height: int, width: int = WIDTH) -> None:
+        self.image = Image.new("RGB", (width, height), PAPER)
         self.draw = ImageDraw.Draw(self.image)
 
     def picture(self, picture: Image.Image, left: float, top: float, side: int) -> None:
@@ -124,12 +126,14 @@ def range_t_area(options: Pictures) -> Sheet:
     return sheet
 
 
-def pairs(options: Pictures, title: str, **changed: object) -> Sheet:
-    """Every drawing with its translation beside it."""
-    columns, drawings = 4, options.drawings()
-    side = WIDTH // (2 * columns) - GAP
+def pairs(
+    options: Pictures, title: str, side: int, columns: int, names: Sequence[str] = (), **changed: object
+) -> Sheet:
+    """Every drawing, or those with the names, with its translation beside it."""
+    drawings = [path for path in options.drawings() if not names or path.stem in names]
+    columns = min(columns, len(drawings))
     top, rows = TEXT + 12, -(-len(drawings) // columns)
-    sheet = Sheet(top + rows * (side + GAP))
+    sheet = Sheet(top + rows * (side + GAP), 2 * columns * (side + GAP))
     translate = options.translator(**changed)
     for column in range(columns):
         for half, name in enumerate(("drawing", title)):
@@ -173,8 +177,8 @@ def with_presets(text: str) -> str:
 
 SHEETS = {
     "range_t_area": range_t_area,
-    "demo": partial(pairs, title="3D"),
-    "half_schedule": partial(pairs, title="T0 = 0.5 T", range_t=0.5, details=None),
+    "demo": partial(pairs, title="3D", side=256, columns=2, names=SHOWN),  # at the size that the demo gives
+    "half_schedule": partial(pairs, title="T0 = 0.5 T", side=96, columns=4, range_t=0.5, details=None),
     "samples": samples,
 }
 
