@@ -320,8 +320,11 @@ def test_a_log_that_cannot_grow_is_one_line(tmp_path):
     size = (tmp_path / "progress.csv").stat().st_size
     with full_disk(size + 2), pytest.raises(InputError, match=r"progress\.csv"):
         log.write({"step": 2, "loss": 0.5})
-    files.ProgressLog(str(tmp_path), 1)
+    log = files.ProgressLog(str(tmp_path), 1)
     assert (tmp_path / "progress.csv").read_text() == "step,loss\n1,0.5\n"
+    (tmp_path / "progress.csv").unlink()
+    with pytest.raises(InputError, match=r"progress\.csv"):
+        log.write({"step": 2, "val_loss": 0.5})
 
 
 @pytest.mark.parametrize("what", ["files.ProgressLog.write", "write_png"])
