@@ -324,7 +324,7 @@ def test_the_architecture_names_every_module():
 
 
 def test_pictures_can_be_made_again(tmp_path):
-    """With two steps; the layout is that of the committed ones, which are light and as wide as a page."""
+    """With two steps; the layout is that of the committed ones, which are light and at least as wide as a page."""
     make = load_script("../docs/make")
     names = ("range_t_area", "demo", "samples")
     given = make.create_parser().parse([*names, "--steps", "2", "--out", str(tmp_path), "--device", "cpu"])
@@ -332,7 +332,7 @@ def test_pictures_can_be_made_again(tmp_path):
     for name in names:
         committed = ROOT / "docs" / f"{name}.png"
         with Image.open(tmp_path / f"{name}.png") as mine, Image.open(committed) as theirs:
-            assert mine.size == theirs.size and mine.width == 800
+            assert mine.size == theirs.size and mine.width >= 800
         assert committed.stat().st_size < 450_000
     with pytest.raises(InputError, match="did you mean demo"):
         make.make(make.create_parser().parse(["dmo"]))
