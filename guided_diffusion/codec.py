@@ -5,7 +5,6 @@ from typing import Any, Protocol
 import torch
 
 from .errors import InputError
-from .image_datasets import grey
 
 OVERSHOOT = 1.1
 """Resampling kernels overshoot the range of pixels by up to a tenth; more is another range."""
@@ -38,6 +37,13 @@ class Pixels:
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+
+def grey(images: torch.Tensor) -> torch.Tensor:
+    """Luma (ITU-R BT.601, as Pillow's) of images [..., 3, H, W] as [..., 1, H, W]; uint8 stays uint8."""
+    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)
+    luma = torch.einsum("...chw,c->...hw", images.float(), weights).unsqueeze(-3)
+    return luma.round().to(torch.uint8) if images.dtype == torch.uint8 else luma
 
 
 class Grey(Pixels):

@@ -447,13 +447,6 @@ def class_names(references: Sequence[Reference]) -> list[str]:
     return [posixpath.basename(reference.name).split("_")[0] for reference in references]
 
 
-def grey(images: torch.Tensor) -> torch.Tensor:
-    """Luma (ITU-R BT.601, as Pillow's) of images [..., 3, H, W] as [..., 1, H, W]; uint8 stays uint8."""
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)
-    luma = torch.einsum("...chw,c->...hw", images.float(), weights).unsqueeze(-3)
-    return luma.round().to(torch.uint8) if images.dtype == torch.uint8 else luma
-
-
 def normalise(images: torch.Tensor) -> torch.Tensor:
     """Grey levels 0 to 255 as float32 in [-1, 1]."""
     return images.float() / 127.5 - 1

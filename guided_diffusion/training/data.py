@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..codec import grey
 from ..errors import InputError, display_name, first_line, reading, shown
-from ..image_datasets import ImageError, grey, load_image, load_picture, normalise
+from ..image_datasets import ImageError, load_image, load_picture, normalise
 from ..references import FORMATS, IMAGE_SUFFIXES, Reference, list_references
 
 log = logging.getLogger(__name__)
