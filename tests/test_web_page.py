@@ -301,8 +301,8 @@ def test_several_results_have_downloads_of_their_own(site, tab, tmp_path):
     tab.click("#translate")
     wait_for_status(tab, "Done")
     tab.wait_for_selector(".download >> nth=2")
-    assert tab.locator(".compare img >> visible=true").count() == 6
-    assert tab.locator("#preview >> visible=true").count() == 0
+    wait_for(lambda: tab.locator(".compare img >> visible=true").count() == 6)
+    wait_for(lambda: tab.locator("#preview >> visible=true").count() == 0)
     pictures = []
     for n in range(3):
         with tab.expect_download() as download:
