@@ -289,7 +289,7 @@ def no_script_is_imported():
 def test_the_paper_stands_alone():
     code = "import sys, guided_diffusion.sddm, guided_diffusion.baselines; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not {"mpi4py", "torchvision", "scipy", "PIL"} & set(done.stdout.split())  # which take long, or may be missing
+    assert not {"mpi4py", "torchvision", "scipy", "PIL"} & set(done.stdout.split())  # slow, or may be missing
     loaded = [name for name in done.stdout.split() if name.startswith("guided_diffusion.")]
     above = {"checkpoint", "run", "evaluation", "cli", "training", "options", "methods"}
     assert loaded and not [name for name in loaded if name.split(".")[1] in above]
