@@ -41,6 +41,7 @@ from guided_diffusion.evaluation.distances import (
 from guided_diffusion.evaluation.features import Extractor, extract_features, feature_extractor
 from guided_diffusion.evaluation.images import list_images, read_image
 from guided_diffusion.evaluation.pairs import l2, ssim
+from guided_diffusion.evaluation.protocol import reader
 from guided_diffusion.evaluation.table import markdown_table
 from guided_diffusion.run import files
 
@@ -75,14 +76,15 @@ class Cells:
         self.images = {c: torch.stack([read_image(r) for r in found]) for c, found in self.references.items()}
 
     def features(self, name: str, extractor: Extractor) -> np.ndarray:
-        return extract_features(self.references[name], extractor, read_image)["features"]
+        read, _ = reader(extractor)  # at the network's size
+        return extract_features(self.references[name], extractor, read)["features"]
 
 
 class Judge:
     """Logistic regression on ImageNet features of the training split's cells; no method uses it.
 
-    features: by class, [N, D]. The penalty on the squared weights of standardised features is the best of five folds of
-    consecutive cells, hence of other modules.
+    features: by class, [N, D]. The penalty on the squared weights of standardised features was set
+    on folds of the training split, where AUROC is 0.66 to 0.67 for 1 to 10.
     """
 
     PENALTY = 3.0
@@ -152,9 +154,8 @@ def blurred(maps: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(maps[:, None], BLUR, 1, BLUR // 2, count_include_pad=False)[:, 0]
 
 
-def measure(sources: Cells, outputs: Cells, judge: Judge, extractor: Extractor, real: np.ndarray) -> dict[str, Any]:
-    """All numbers of a setting; intervals of 95 % under "… interval"."""
-    features = outputs.features(DEFECTIVE, extractor)
+def measure(sources: Cells, outputs: Cells, judge: Judge, features: np.ndarray, real: np.ndarray) -> dict[str, Any]:
+    """All numbers of a setting, features [N, D] those of its repaired cells; intervals of 95 % under "… interval"."""
     kernel = kernel_distance(features, real)[0]
     functional = judge(features) > 0.5
     kept = ssim(outputs.images[FUNCTIONAL], sources.images[FUNCTIONAL]).double().numpy()
@@ -262,10 +263,11 @@ def main() -> None:
     judge = Judge({name: trained.features(name, extractor) for name in (FUNCTIONAL, DEFECTIVE)})
     real, unchanged = held_out.features(FUNCTIONAL, extractor), sources.features(DEFECTIVE, extractor)
     outputs = {row.name: Cells(args.save_dir / row.folder, sampled=True) for row in rows}
+    features = {name: cells.features(DEFECTIVE, extractor) for name, cells in outputs.items()}
     results = []
     for row in rows:
         record = files.read_json(args.save_dir / row.folder / "run.json")
-        found = measure(sources, outputs[row.name], judge, extractor, real)
+        found = measure(sources, outputs[row.name], judge, features[row.name], real)
         results.append((row, {"evaluations": record["model_evaluations"], **found}))
 
     fine, defective = judge(real), judge(unchanged)
@@ -282,7 +284,7 @@ def main() -> None:
         f"Kernel distance between halves of the functional cells {floor:.4f}, of the defective cells {start:.4f}.",
     ]
     best = next((row for row in rows if row.name == args.shown), max(results, key=lambda found: found[1]["auroc"])[0])
-    rise = judge(outputs[best.name].features(DEFECTIVE, extractor)) - defective
+    rise = judge(features[best.name]) - defective
     names = [Path(reference.name).stem for reference in sources.references[DEFECTIVE]]
     chosen = [names.index(name) for name in args.cells.split(",") if name] or np.argsort(-rise)[:8].tolist()
     sheet(sources, outputs[best.name], chosen).save(args.save_dir / "pictures.png")
