@@ -22,7 +22,6 @@ def alone(monkeypatch):
     for variable in ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(logger.Logger, "CURRENT", None)
-    monkeypatch.setattr(logger.Logger, "DEFAULT", None)
 
 
 def rows(folder):
@@ -87,7 +86,7 @@ def test_files_of_other_ranks(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["log-rank003.txt"]
 
 
-def test_scope_profile_and_reset(tmp_path):
+def test_scope_and_profile(tmp_path):
     logger.configure(str(tmp_path / "a"), ["csv"])
     with logger.scoped_configure(str(tmp_path / "b"), ["csv"]):
         with logger.profile_kv("x"):
@@ -95,14 +94,15 @@ def test_scope_profile_and_reset(tmp_path):
         assert logger.dumpkvs()["wait_x"] >= 0
         assert logger.get_dir() == str(tmp_path / "b")
     assert logger.get_dir() == str(tmp_path / "a")
-    logger.reset()
-    assert logger.get_dir() not in (str(tmp_path / "a"), None)  # a new default one
 
 
-def test_unknown_format(tmp_path):
+def test_bad_formats_and_folders(tmp_path):
     with pytest.raises(InputError) as caught:
         logger.configure(str(tmp_path), ["xml"])
     assert (caught.value.parameter, caught.value.value) == ("format_strs", "xml")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="dir is .*file'; it cannot be written"):
+        logger.configure(str(tmp_path / "file"))
 
 
 def test_tensorboard(tmp_path, monkeypatch):
@@ -119,13 +119,3 @@ def test_tensorboard(tmp_path, monkeypatch):
         logger.dumpkvs()
     calls = [call.args for call in writer.add_scalar.call_args_list]
     assert calls == [("loss", 0.5, 1), ("step", 1.0, 1), ("loss", 1.0, 2), ("step", 2.0, 2)]
-
-
-def test_means_over_ranks(tmp_path):
-    class Comm:
-        def gather(self, row):
-            return [row, {"a": (4.0, 3), "b": ("text", 1)}]
-
-    logger.configure(str(tmp_path), ["csv"], Comm())
-    logger.logkv("a", 0.0)
-    assert logger.dumpkvs() == {"a": 3.0}
