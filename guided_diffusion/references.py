@@ -1,5 +1,6 @@
 """Files of images: list them, open them, and say why one cannot be opened."""
 
+import functools
 import io
 import logging
 import os
@@ -7,6 +8,7 @@ import posixpath
 import re
 import stat
 import unicodedata
+import zipfile
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
@@ -174,12 +176,32 @@ def _fold(path: str) -> str:
     return unicodedata.normalize("NFC", path.casefold())
 
 
+def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """A sort key in which the numbers in a name compare as numbers."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return tuple((False, int(part), "") if part.isdigit() else (True, 0, part) for part in parts)
+
+
+def archive_of(path: str) -> str:
+    """The .zip file that holds a path like set.zip/a/b.png, or ""."""
+    heads = (path[: match.end()] for match in re.finditer(r"\.zip(?=/)", path, re.IGNORECASE))
+    return next(filter(os.path.isfile, heads), "")
+
+
+@functools.lru_cache(maxsize=8)
+def _archive(path: str, modified: int) -> zipfile.ZipFile:
+    """An open .zip file; modified: its time of change, which tells a new file from an old one."""
+    return zipfile.ZipFile(path)
+
+
 def open_binary(path: str) -> IO[bytes]:
     if is_url(path):
         import blobfile
 
         with blobfile.BlobFile(path, "rb") as blob:
             return io.BytesIO(blob.read())
+    if archive := archive_of(path):
+        return io.BytesIO(_archive(archive, os.stat(archive).st_mtime_ns).read(path[len(archive) + 1 :]))
     _check_regular(os.stat(path).st_mode)
     return open(path, "rb")
 

@@ -366,7 +366,6 @@ def test_tensorboard_that_fails_is_left_out(tmp_path, caplog, monkeypatch):
 @pytest.mark.parametrize("raised, parameter", [
     (torch.OutOfMemoryError("CUDA out of memory"), "batch_size"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory"), "batch_size"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), None),
 ])  # fmt: skip
 def test_what_pytorch_raises_for_the_machine_is_one_line(folder, tmp_path, raised, parameter):
     loop, _ = make_loop(folder, tmp_path, batch_size=1, iterations=2)

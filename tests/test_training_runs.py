@@ -13,7 +13,7 @@ from guided_diffusion.checkpoint import load_model, read
 from guided_diffusion.energy import dse
 from guided_diffusion.errors import InputError
 
-# Everything that keeps a state of its own: two averages, dropout, loss-aware timesteps, loader processes, annealing.
+# Everything that keeps a state of its own: two averages, dropout, loss-aware timesteps, reading threads, annealing.
 RUN = [
     *MODEL,
     *words("--dropout 0.2 --diffusion_steps 4 --noise_schedule cosine --schedule_sampler loss-second-moment"),

@@ -1,7 +1,6 @@
 """Metrics of image pairs: L2, MSE, PSNR, SSIM, MS-SSIM and LPIPS; and which images are pairs."""
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, display_name
-from ..image_datasets import Reference
+from ..references import Reference, natural
 from .packages import library, quiet_download, reason
 from .table import METRICS, PairedMetric, paired_metric
 
@@ -144,12 +143,6 @@ def pair(
             "measured"
         )
     return [(by_stem[stem], other_by_stem[stem]) for stem in common], "stem"
-
-
-def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
-    """A sort key in which the numbers in a name compare as numbers."""
-    parts = re.findall(r"[0-9]+|[^0-9]+", name)
-    return tuple((False, int(part), "") if part.isdigit() else (True, 0, part) for part in parts)
 
 
 def first_pairs(pairs: Sequence[Pair], count: int = 3) -> str:

@@ -121,7 +121,7 @@ class DataOptions(Checked):
     background: str = option("white", "colour behind transparent pixels", metavar="COLOUR")
     skip_damaged: bool = option(False, "replace images that cannot be read by others of their class, and count them")
     cache: str = option("auto", "decoded images; auto: on the device, up to 2 GiB", choices=CACHES, runtime=True)
-    num_workers: int = option(2, "loader processes, without a cache", least=0, most=256, runtime=True)
+    num_workers: int = option(2, "threads that read images, without a cache", least=0, most=256, runtime=True)
 
     def reading(self) -> dict[str, Any]:
         """Arguments of `TrainImages` that say how images are read."""

@@ -1,47 +1,40 @@
 """Training images in a reproducible endless order.
 
 Every random choice of a training run is a function of the seed and of a *sample number*: sample n is the n-th image
-that the run has seen, over all processes. Batch size, microbatches, loader workers and processes only cut this one
+that the run has seen, over all processes. Batch size, microbatches, reading threads and processes only cut this one
 sequence into pieces, and a run that resumes needs nothing but the number of its next sample.
 """
 
+import collections
 import functools
 import hashlib
-import io
 import itertools
 import json
 import logging
 import math
 import os
 import posixpath
-import re
-import signal
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..codec import grey
-from ..errors import InputError, display_name, first_line, reading, shown
-from ..image_datasets import ImageError, load_image, load_picture, normalise
-from ..references import FORMATS, IMAGE_SUFFIXES, Reference, list_references
+from ..errors import InputError, display_name, reading, shown
+from ..image_datasets import ImageError, class_names, load_image, normalise
+from ..references import IMAGE_SUFFIXES, Reference, archive_of, list_references, natural
 
 log = logging.getLogger(__name__)
 
 CACHES = ("auto", "memory", "device", "none")
-AUTO_CACHE_BYTES = 2 << 30
-"""Sets that need no more than this as uint8 are kept decoded with cache="auto"."""
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "eval"}
-"""Folder names that mean parts of a data set; as classes they are most likely a mistake."""
-
-
-# ---- numbers instead of a generator's state -------------------------------------------------------------------------
+AUTO_CACHE_BYTES = 2 << 30  # cache="auto" keeps sets of at most this size as uint8
+AHEAD = 4  # batches that are read in advance, without a cache
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "eval"}  # dubious names of classes
 
 # SplitMix64: the step of its counter, then rounds of (right shift, factor) and a last shift.
 _COUNTER, _ROUNDS, _LAST = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)), 31
@@ -110,18 +103,17 @@ def batch_numbers(start: int, batch_size: int, rank: int = 0, world_size: int = 
         start += world_size * batch_size
 
 
-# ---- files and labels -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class TrainReference(Reference):
-    """An image of a data set.
+    """An image of a data set; label: its class by dataset.json, "" for none; None without that file."""
 
-    archive: the .zip file that holds it, or "". label: its class by dataset.json, "" for none; None without that file.
-    """
-
-    archive: str = ""
     label: str | None = None
+
+
+Labels = tuple[np.ndarray, list[str]]
+"""Labels [N] of images, and the names of their classes."""
+Label = Callable[[Sequence[str] | None], Labels]
+"""Function that labels the training images; names: those that number the classes, if given."""
 
 
 def list_images(folder: str | None, parameter: str = "data_dir") -> list[TrainReference]:
@@ -131,91 +123,69 @@ def list_images(folder: str | None, parameter: str = "data_dir") -> list[TrainRe
     """
     if not folder:
         raise InputError("give the folder of training images", parameter=parameter, value=folder)
-    archive, stated, labels = "", None, None
-    where = f"{folder}/dataset.json"
-    if os.path.isfile(folder) and str(folder).lower().endswith(".zip"):
-        archive = folder
-        with reading(folder, "a .zip data set"):
-            names = sorted(_archive(folder, os.getpid()).namelist())
-            stated = _archive(folder, os.getpid()).read("dataset.json") if "dataset.json" in names else None
+    where, stated, labels = f"{folder}/dataset.json", None, None
+    if archive_of(where) == os.fspath(folder):
+        with reading(folder, "a .zip data set"), zipfile.ZipFile(folder) as archive:
+            names = sorted(archive.namelist())
+            stated = archive.read("dataset.json") if "dataset.json" in names else None
         found = [Reference(f"{folder}/{name}", name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
         if not found:
             raise InputError("there is no image in this file", parameter=parameter, value=folder)
     else:
         found = list_references(folder, parameter=parameter)
         if os.path.isfile(where):
-            with reading(where), open(where, "rb") as file:
-                stated = file.read()
+            with reading(where):
+                stated = Path(where).read_bytes()
     if stated is not None:
         with reading(where, 'a data set\'s labels: {"labels": [[name, class], …]}'):
             labels = {name: str(int(label)) for name, label in json.loads(stated)["labels"] or ()}
-    label = (lambda name: None) if labels is None else (lambda name: labels.get(name, ""))
-    return [TrainReference(each.path, each.name, archive, label(each.name)) for each in found]
-
-
-@functools.lru_cache(maxsize=8)
-def _archive(path: str, process: int) -> zipfile.ZipFile:
-    """A .zip file, open once per process: forked processes would share one position in the file."""
-    return zipfile.ZipFile(path)
-
-
-def natural(name: str) -> list[Any]:
-    """Sorting key of a name that compares digits in it as numbers: 2 comes before 10."""
-    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"([0-9]+)", name)]
-
-
-Labels = tuple[np.ndarray, list[str]]
-"""Labels [N] of images, and the names of their classes."""
-Label = Callable[[Sequence[str] | None], Labels]
-"""Function that labels the training images; names: those that number the classes, if given."""
+    stated_label = (lambda name: None) if labels is None else (lambda name: labels.get(name, ""))
+    return [TrainReference(each.path, each.name, stated_label(each.name)) for each in found]
 
 
 def class_labels(references: Sequence[TrainReference], names: Sequence[str] | None = None) -> Labels:
     """Classes of a data set: (labels [len(references)], names of the classes, in natural order unless given).
 
-    The class of an image is that of dataset.json, where the set has one; else the first folder of its relative path,
-    where all images lie in folders; else the part of its file name before the first underscore, as in guided-diffusion.
+    The class of an image is that of dataset.json, where the set has one, else that of `image_datasets.class_names`.
     Raises InputError for an image without a class or of one that is not among given names, and, where no names are
     given, if most classes have one image: those are numbers, not classes.
     """
-    stated = [reference.label for reference in references]
-    if any(label is not None for label in stated):
-        where, classes = "its entry in dataset.json", [label or None for label in stated]
-    elif all("/" in reference.name for reference in references):
-        where, classes = "the first folder of its path", [reference.name.split("/")[0] for reference in references]
-    else:
-        where = "the part of its name before the first underscore, as not all images lie in folders"
-        files = [posixpath.basename(reference.name) for reference in references]
-        classes = [name.split("_")[0] if "_" in name or names is not None else None for name in files]
-    fix = "put the images of each class into a folder"
+    classes = [reference.label for reference in references]
+    where = "its entry in dataset.json"
+    if all(label is None for label in classes):
+        classes = class_names(references)
+        where = "the first folder of its path or, where not all images lie in folders, its name before an underscore"
+    fix = f"the class of an image is {where}; put the images of each class into a folder"
     for reference, name in zip(references, classes):
-        if name is None:
-            raise InputError(f"{display_name(reference.path)} has no class, which is {where}; {fix}")
-    if names is None:
-        counts = Counter(classes)
-        alone = [name for name, count in counts.items() if count == 1]
-        if len(counts) > 1 and len(alone) > len(references) / 2:
-            raise InputError(
-                f"{len(alone)} of its {len(references)} images would be classes of their own, like {shown(alone[0])}: "
-                f"the class of an image is {where}; {fix}"
-            )
-        names = sorted(filter(None, counts), key=natural)
-        if splits := [name for name in names if name.lower() in SPLITS]:
-            log.warning("%s taken for classes; for one part of the set, give its own folder", listed(splits))
-    index = {name: i for i, name in enumerate(names)}
-    for reference, name in zip(references, classes):
-        if name not in index:
+        if not name or (names is None and name == posixpath.basename(reference.name)):
+            raise InputError(f"{display_name(reference.path)} has no class: {fix}")
+        if names is not None and name not in names:
             raise InputError(
                 f"{display_name(reference.path)}: its class {shown(name)} is not among the training data's "
                 f"{len(names)}: {listed(names)}"
             )
-    return np.array([index[name] for name in classes if name is not None]), list(names)
+    if names is None:
+        counts = collections.Counter(classes)
+        alone = [name for name, count in counts.items() if count == 1]
+        if len(counts) > 1 and len(alone) > len(references) / 2:
+            number = f"{len(alone)} of its {len(references)} images"
+            raise InputError(f"{number} would be classes of their own, like {shown(alone[0])}: {fix}")
+        names = sorted(filter(None, counts), key=natural)
+        if splits := [name for name in names if name.lower() in SPLITS]:
+            log.warning("%s taken for classes; for one part of the set, give its own folder", listed(splits))
+    index = {name: i for i, name in enumerate(names)}
+    return np.array([index[str(name)] for name in classes]), list(names)
 
 
 def listed(names: Sequence[str], longest: int = 8) -> str:
     """Names for a message; of many, the first ones and their number."""
     more = f", … ({len(names)} in all)" if len(names) > longest else ""
     return ", ".join(map(display_name, names[:longest])) + more
+
+
+def folders_in(text: str | None) -> list[str]:
+    """The folders in a comma-separated list."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def list_domains(
@@ -227,25 +197,23 @@ def list_domains(
     names that the training data have, for held-out data, whose folders stand in the same order. Raises InputError for
     the parameter.
     """
-    parts = [part.strip() for part in folders.split(",") if part.strip()]
-    wrong: dict[str, Any] = {"parameter": parameter, "value": folders}
+    parts, reason = folders_in(folders), ""
     if len(parts) < 2:
-        raise InputError("it is two folders or more, the target last, like cats,dogs", **wrong)
-    if classes is not None and len(classes) != len(parts):
-        raise InputError(f"it must be {len(classes)} folders, as in `domains`", **wrong)
+        reason = "it is two folders or more, the target last, like cats,dogs"
+    elif classes is not None and len(classes) != len(parts):
+        reason = f"it must be {len(classes)} folders, as in `domains`"
     for part, other in itertools.permutations(parts, 2):
         if is_inside(part, other):
-            raise InputError(
-                f"images of {display_name(part)} would belong to both it and {display_name(other)}", **wrong
-            )
+            reason = f"images of {display_name(part)} would belong to both it and {display_name(other)}"
+    if reason:
+        raise InputError(reason, parameter=parameter, value=folders)
     names = ["source", "target"] if len(parts) == 2 else folder_names([os.path.realpath(part) for part in parts])
+    names = list(classes or names)
     found = [list_images(part, parameter) for part in parts]
-    references: list[TrainReference] = [
-        TrainReference(image.path, f"{name}/{image.name}", image.archive)
-        for name, images in zip(classes or names, found)
-        for image in images
+    references = [
+        TrainReference(image.path, f"{name}/{image.name}") for name, images in zip(names, found) for image in images
     ]
-    return references, np.repeat(np.arange(len(parts)), [len(images) for images in found]), list(classes or names)
+    return references, np.repeat(np.arange(len(parts)), [len(images) for images in found]), names
 
 
 def labelled_images(data_dir: str | None, domains: str | None, save_dir: str) -> tuple[list[TrainReference], Label]:
@@ -253,14 +221,15 @@ def labelled_images(data_dir: str | None, domains: str | None, save_dir: str) ->
 
     Raises InputError unless there are two classes, and where save_dir lies among the images.
     """
-    if not data_dir and not domains:
-        raise InputError("give a folder per class below it, or `domains`", parameter="data_dir")
-    if data_dir and domains:
-        raise InputError("it excludes `domains`; give one of them", parameter="data_dir", value=data_dir)
-    references, labels, names = list_domains(domains) if domains else (list_images(data_dir), None, [])
-    refuse_own_outputs(save_dir, domains or data_dir, references)
-    if labels is None:
+    if bool(data_dir) == bool(domains):
+        reason = "give one of it and `domains`: a folder per class below it, or a folder per domain"
+        raise InputError(reason, parameter="data_dir", value=data_dir or None)
+    if domains:
+        references, labels, names = list_domains(domains)
+    else:
+        references = list_images(data_dir)
         labels, names = class_labels(references)
+    refuse_own_outputs(save_dir, domains or data_dir, references)
     if len(names) < 2:
         reason = f"it has one class only, {shown(names[0])}; it needs a folder per class"
         raise InputError(reason, parameter="data_dir", value=data_dir)
@@ -293,34 +262,33 @@ def held_out_images(
 
 def folder_names(folders: Sequence[str]) -> list[str]:
     """Short names that tell folders apart: the last part of their paths in which all differ, else several parts."""
-    paths = [folder.strip("/").split("/") for folder in folders]
-    shortest, longest = min(map(len, paths)), max(map(len, paths))
-    columns = [[path[-place] for path in paths] for place in range(1, shortest + 1)]
-    tails = [["-".join(path[-length:]) for path in paths] for length in range(2, longest + 1)]
-    return next(names for names in columns + tails if len(set(names)) == len(names))
+    paths = [folder.strip("/").split("/")[::-1] for folder in folders]
+    tails = (["-".join(path[length::-1]) for path in paths] for length in range(1, max(map(len, paths))))
+    return list(next(names for names in itertools.chain(zip(*paths), tails) if len(set(names)) == len(names)))
 
 
 def is_inside(path: str, folder: str) -> bool:
     """Whether a path is a folder or lies in it; links are followed."""
-    path, folder = os.path.realpath(path), os.path.realpath(folder)
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def refuse_own_outputs(save_dir: str, folders: str | None, references: Sequence[TrainReference]) -> None:
     """Raise InputError where a run would train on files that it writes itself; folders: comma-separated."""
     wrong: dict[str, Any] = {"parameter": "save_dir", "value": save_dir}
-    for folder in {folders or "", *(part.strip() for part in (folders or "").split(","))}:
+    for folder in {folders or "", *folders_in(folders)}:
         if os.path.isdir(folder) and is_inside(save_dir, folder):
             reason = f"it lies in {display_name(folder)}, so the run's files would become training images"
             raise InputError(f"{reason}; give a folder outside of it", **wrong)
-    samples = os.path.join(save_dir, "samples")
-    # Links may lead there as well. There are few folders, and many images.
+    # Links may lead to sample grids as well. There are few folders, and many images.
     for place in {os.path.dirname(reference.path) for reference in references}:
-        if is_inside(place, samples):
+        if is_inside(place, os.path.join(save_dir, "samples")):
             raise InputError(f"its sample grids are among the training images, in {display_name(place)}", **wrong)
 
 
-# ---- the set --------------------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=4)
+def permutation(seed: object, epoch: int, length: int) -> np.ndarray:
+    """The order of an epoch, [length]."""
+    return np.argsort(random_bits(seed, f"order/{epoch}", np.arange(length)), kind="stable")
 
 
 Batch = tuple[np.ndarray, torch.Tensor, torch.Tensor | None]
@@ -332,11 +300,13 @@ class TrainImages:
 
     references: as `list_images` gives them. labels: integers [len(references)] or None. random_flip: mirror half of the
     samples. random_crop: read images 5/4 as large and cut out a random window. cache: "memory" and "device" keep all
-    images decoded as uint8, on the CPU or on the device; "none" decodes in `num_workers` loader processes; "auto" keeps
+    images decoded as uint8, on the CPU or on the device; "none" reads them in `num_workers` threads; "auto" keeps
     sets of up to 2 GiB on the device. skip_damaged: replace an image that cannot be read by the next one of its class,
     and note the reason in `damaged`. channels: 3, or 1 for grey images. background, resize: see
     `image_datasets.load_image`.
     """
+
+    REPAIR = "repair it or give `skip_damaged`"
 
     def __init__(
         self,
@@ -354,22 +324,15 @@ class TrainImages:
         skip_damaged: bool = False,
         channels: int = 3,
     ) -> None:
-        self.references = references
+        self.references, self.image_size, self.channels, self.seed = references, image_size, channels, seed
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
-        self.image_size = image_size
         self.stored_size = image_size * 5 // 4 if random_crop else image_size
-        self.random_flip = random_flip
-        self.seed = seed
-        self.channels = channels
-        self.num_workers = num_workers
-        self.skip_damaged = skip_damaged
+        self.random_flip, self.num_workers, self.skip_damaged = random_flip, num_workers, skip_damaged
         self.damaged: dict[int, str] = {}
         self._options: dict[str, Any] = {"resize": resize, "background": background}
-        if cache == "auto":
-            cache = "device" if len(references) * channels * self.stored_size**2 <= AUTO_CACHE_BYTES else "none"
-        self.cache = cache
+        fits = len(references) * channels * self.stored_size**2 <= AUTO_CACHE_BYTES
+        self.cache = ("device" if fits else "none") if cache == "auto" else cache
         self._cached: torch.Tensor | None = None
-        self._permutations: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.references)
@@ -384,28 +347,24 @@ class TrainImages:
     def bytes(self) -> int:
         """Bytes of up to 10,000 of the files: whether their content is likely to be the same."""
         some = self.references[:: -(-len(self) // 10_000)]
-        paths = {reference.archive or reference.path for reference in some}
+        paths = {archive_of(reference.path) or reference.path for reference in some}
         return sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
 
     def indices(self, numbers: Any) -> np.ndarray:
         """Index of the image of each sample number, [N]: every epoch is a permutation of its own."""
         epochs, positions = np.divmod(numbers, len(self))
-        return np.array([self._permutation(int(epoch))[at] for epoch, at in zip(epochs, positions)])
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._permutations:
-            while len(self._permutations) > 1:
-                del self._permutations[min(self._permutations)]
-            bits = random_bits(self.seed, f"order/{epoch}", np.arange(len(self)))
-            self._permutations[epoch] = np.argsort(bits, kind="stable")
-        return self._permutations[epoch]
+        return np.array([permutation(self.seed, int(epoch), len(self))[at] for epoch, at in zip(epochs, positions)])
 
     def batches(self, numbers: Iterator[np.ndarray], device: str | torch.device) -> Iterator[Batch]:
         """Batches for an iterator over arrays of sample numbers: (numbers [N], images, labels)."""
-        numbers, ahead = itertools.tee(numbers)  # a loader fetches numbers ahead of its batches
-        for raw, current in zip(self._raw_batches(ahead, device), numbers):
+        for current, raw in self._raw_batches(numbers, device):
             labels = None if self.labels is None else self.labels[self.indices(current)].to(device, non_blocking=True)
-            yield current, self._augment(raw.to(device, non_blocking=True), current), labels
+            images = self._crop(raw.to(device, non_blocking=True), current)
+            if self.random_flip:
+                flip = torch.from_numpy(random_uniform(self.seed, "flip", current) < 0.5)
+                flip = flip.to(images.device, non_blocking=True)[:, None, None, None]
+                images = torch.where(flip, images.flip(-1), images)
+            yield current, normalise(images), labels
 
     def ordered_batches(
         self, batch_size: int, device: str | torch.device, rank: int = 0, world_size: int = 1
@@ -418,24 +377,26 @@ class TrainImages:
             labels = None if self.labels is None else self.labels[part].to(device)
             yield part, normalise(self._crop(raw, None)), labels
 
-    def _raw_batches(self, numbers: Iterator[np.ndarray], device: str | torch.device) -> Iterator[torch.Tensor]:
-        """Batches of uint8 [N, C, S, S] for arrays of sample numbers, S the stored size."""
+    def _raw_batches(
+        self, numbers: Iterator[np.ndarray], device: str | torch.device
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Arrays of sample numbers with their images, uint8 [N, C, S, S], S the stored size."""
         if self.cache != "none":
             images = self._decoded(device if self.cache == "device" else "cpu")
             for current in numbers:
-                yield images[torch.from_numpy(self.indices(current)).to(images.device, non_blocking=True)]
+                yield current, images[torch.from_numpy(self.indices(current)).to(images.device, non_blocking=True)]
             return
-        workers: dict[str, Any] = {}
-        if self.num_workers:
-            workers = {"num_workers": self.num_workers, "prefetch_factor": 4, "worker_init_fn": _ignore_interrupts}
-        pinned, samples = torch.device(device).type == "cuda", _Samples(self)
-        loader = torch.utils.data.DataLoader(samples, sampler=numbers, batch_size=None, pin_memory=pinned, **workers)  # type: ignore[arg-type]
-        for raw, damaged in loader:
-            if isinstance(raw, str):
-                raise InputError(raw)
-            for index, reason in damaged.items():
-                self._skip(index, reason)
-            yield raw
+        pool = ThreadPoolExecutor(max(1, self.num_workers))
+        jobs = ((current, pool.map(self.read, self.indices(current))) for current in numbers)
+        ahead = collections.deque(itertools.islice(jobs, AHEAD))
+        try:
+            while ahead:
+                current, read = ahead.popleft()
+                ahead.extend(itertools.islice(jobs, 1))
+                raw = torch.stack(list(read))
+                yield current, raw.pin_memory() if torch.device(device).type == "cuda" else raw
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _decoded(self, device: str | torch.device) -> torch.Tensor:
         """All images as uint8 [len, C, S, S]."""
@@ -450,13 +411,18 @@ class TrainImages:
     def read(self, index: int) -> torch.Tensor:
         """Decode image `index` from its file, uint8 [C, S, S]. Raises InputError, naming the file."""
         for at in self._from(int(index)):
+            path = display_name(self.references[at].path)
             try:
-                return self._load(self.references[at])
+                array = load_image(self.references[at], self.stored_size, **self._options)
             except ImageError as error:
-                reason = f"{display_name(self.references[at].path)}: {error.reason}"
+                reason = f"{path}: {error.reason}"
                 if not self.skip_damaged:
-                    raise InputError(f"{reason}; repair it or give `skip_damaged`") from error
-                self._skip(at, reason)
+                    raise InputError(f"{reason}; {self.REPAIR}") from error
+                if self.damaged.setdefault(at, reason) is reason:
+                    log.warning("skipped %s", reason)
+            else:
+                pixels = torch.from_numpy(array).permute(2, 0, 1)
+                return pixels if self.channels == 3 else grey(pixels)
         raise InputError(f"no image of {display_name(self.references[index].path)}'s class can be read")
 
     def _from(self, index: int) -> Iterator[int]:
@@ -464,31 +430,6 @@ class TrainImages:
         yield index
         same = np.arange(len(self)) if self.labels is None else np.flatnonzero(self.labels == self.labels[index])
         yield from np.roll(same, -int(np.searchsorted(same, index)))[1:].tolist()
-
-    def _skip(self, index: int, reason: str) -> None:
-        if index not in self.damaged:
-            self.damaged[index] = reason
-            log.warning("skipped %s", reason)
-
-    def _load(self, reference: TrainReference) -> torch.Tensor:
-        if archive := reference.archive:
-            try:
-                data = _archive(archive, os.getpid()).read(reference.path.removeprefix(f"{archive}/"))
-                picture = Image.open(io.BytesIO(data), formats=FORMATS)
-            except Exception as error:  # whatever a damaged archive or head raises
-                raise ImageError(first_line(error)) from error
-            array = load_picture(picture, self.stored_size, **self._options)
-        else:
-            array = load_image(reference, self.stored_size, **self._options)
-        pixels = torch.from_numpy(array).permute(2, 0, 1)
-        return pixels if self.channels == 3 else grey(pixels)
-
-    def _augment(self, raw: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
-        images = self._crop(raw, numbers)
-        if self.random_flip:
-            flip = torch.from_numpy(random_uniform(self.seed, "flip", numbers) < 0.5).to(raw.device, non_blocking=True)
-            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        return normalise(images)
 
     def _crop(self, raw: torch.Tensor, numbers: np.ndarray | None) -> torch.Tensor:
         """Windows of the image size: random ones, or those in the centre where numbers is None."""
@@ -499,25 +440,3 @@ class TrainImages:
         if numbers is not None:
             tops, lefts = ((random_uniform(self.seed, a, numbers) * (slack + 1)).astype(int) for a in ("top", "left"))
         return torch.stack([image[:, y : y + size, x : x + size] for image, y, x in zip(raw, tops, lefts)])
-
-
-class _Samples:
-    """Items of a loader process: arrays of sample numbers in, their undistorted images and what was skipped out.
-
-    Where an image cannot be read, the reason comes out instead: raised here, it would arrive with two tracebacks in it.
-    """
-
-    def __init__(self, images: TrainImages) -> None:
-        self.images = images
-
-    def __getitem__(self, numbers: np.ndarray) -> tuple[torch.Tensor | str, dict[int, str]]:
-        try:
-            return torch.stack([self.images.read(i) for i in self.images.indices(numbers)]), self.images.damaged
-        except InputError as error:
-            return error.reason, {}
-
-
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the loop wants to finish its step, for which the loader must live on.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    log.setLevel(logging.ERROR)  # the main process says what is skipped

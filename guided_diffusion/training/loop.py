@@ -342,8 +342,6 @@ class Trainer:
             if is_out_of_memory(error):
                 reason = f"out of memory on {self.device}; give a smaller `microbatch`, or `use_checkpoint` True"
                 where = {"parameter": "batch_size", "value": self.config.batch_size}
-            elif "DataLoader worker" in str(error):
-                reason = f"a loader process has died ({text}); with `num_workers` 0 there is none"
             elif self.ranks.world_size > 1 and re.search("(?i)gloo|nccl|(closed|reset) by peer", str(error)):
                 reason = f"contact with the other processes is lost: {text}"
             # Dynamo's errors are RuntimeErrors; their module is imported only where something was compiled.

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..checkpoint import load_state_dict
 from ..errors import InputError, display_name
-from ..image_datasets import ImageError, normalise, to_uint8
+from ..image_datasets import normalise, to_uint8
 from ..options import option
 from ..upscaler import MODEL_TYPE, Upscaler
 from .config import Checked, TrainConfig
@@ -52,12 +52,7 @@ class UpscalerOptions(Checked):
 class _Images(TrainImages):
     """Images that must all be readable: in a pair, none can stand for another."""
 
-    def read(self, index: int) -> torch.Tensor:
-        try:
-            return self._load(self.references[index])
-        except ImageError as error:
-            where = display_name(self.references[index].path)
-            raise InputError(f"{where}: {error.reason}; repair it or take it out of the folder") from error
+    REPAIR = "repair it or take it out of the folder"
 
 
 class UpscalerImages(_Images):
