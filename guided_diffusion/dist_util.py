@@ -15,8 +15,9 @@ import re
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,28 +38,28 @@ LAUNCHERS = (
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
 
+# Seconds.
 HEARTBEAT_INTERVAL = 1.0
-"""Seconds between the heartbeats of a rank."""
-HEARTBEAT_TIMEOUT = 60.0
-"""Seconds without a heartbeat after which a rank counts as dead. Launchers notice sooner; plain srun never does."""
-STARTUP_TIMEOUT = 900.0
-"""The same before its first heartbeat: on a busy cluster, importing torch may take minutes. See `startup_timeout`."""
-PATIENCE = 10.0
-"""Seconds of waiting for other ranks at start-up after which a line says for whom."""
-POLL = 0.1
-"""Seconds between looks at the store while waiting for another rank."""
+HEARTBEAT_TIMEOUT = 60.0  # silence after which a rank counts as dead; launchers notice sooner, plain srun never does
+STARTUP_TIMEOUT = 900.0  # the same before its first heartbeat: on a busy cluster, importing torch may take minutes
+PATIENCE = 10.0  # of waiting for other ranks at start-up, after which a line says for whom
+POLL = 0.1  # between looks at the store while waiting for another rank
 
 log = logging.getLogger("sddm")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank: this process, 0 to world_size - 1; local_rank: its number on this machine; launcher: what started it."""
+    """rank: this process, 0 to world_size - 1; local_rank: its number on this machine; launcher: what started it.
+
+    advice: what to do if the variables are left from another run, the end of an error's sentence.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     launcher: str = ""
+    advice: str = field(default="", compare=False, repr=False)
 
 
 def ranks() -> Ranks:
@@ -73,15 +74,14 @@ def ranks() -> Ranks:
         if rank == "PMI_RANK" and (env[rank], env[size]) == (env.get("SLURM_PROCID"), env.get("SLURM_STEP_NUM_TASKS")):
             continue  # srun speaks PMI for programs that want MPI; this one does not
         number, count, place = (_variable(name, 0, 0, 1 << 20) for name in (rank, size, local))
-        found = Ranks(number, count, place, launcher)
-        stale = f"; started without {launcher}, unset {rank} and {size}"
-        if not 0 <= found.rank < found.world_size:
-            raise InputError(f"the environment has {rank}={env[rank]}, which is no rank of {size}={env[size]}{stale}")
-        if launcher == "torchrun" and found.world_size > 1:
-            if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-                raise InputError(f"the environment has {rank} and {size}, but no MASTER_ADDR and MASTER_PORT{stale}")
-            _variable("MASTER_PORT", 0, 1, 65535)
-        return found
+        advice = f"; started without {launcher}, unset {rank} and {size}"
+        if number >= count:
+            raise InputError(f"the environment has {rank}={number}, which is no rank of {size}={count}{advice}")
+        if launcher == "torchrun" and count > 1:
+            if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+                raise InputError(f"the environment has {rank} and {size}, but no MASTER_ADDR and MASTER_PORT{advice}")
+            advice = f" at {env['MASTER_ADDR']}:{_variable('MASTER_PORT', 0, 1, 65535)}{advice}"
+        return Ranks(number, count, place, launcher, advice)
     return Ranks()
 
 
@@ -95,63 +95,37 @@ def _variable(name: str, default: int, least: int, most: int) -> int:
     return int(text)
 
 
-def startup_timeout() -> float:
-    """Seconds that ranks have to find each other: SDDM_STARTUP_TIMEOUT in the environment, else STARTUP_TIMEOUT."""
-    text = os.environ.get("SDDM_STARTUP_TIMEOUT", str(STARTUP_TIMEOUT))
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < 1e9:
-            return float(text)
-    raise InputError(f"the environment variable SDDM_STARTUP_TIMEOUT is {shown(text)}; it must be a number of seconds")
-
-
 # ---- the common store -----------------------------------------------------------------------------------------------
 
 
 def open_store(me: Ranks, timeout: timedelta = timedelta(days=1)) -> Any:
     """A key-value store that all ranks share (torch.distributed.Store), or None for a single process.
 
-    timeout: of later requests. Raises InputError where the ranks cannot reach each other within `startup_timeout()`.
+    timeout: of later requests. Raises InputError where the ranks cannot reach each other within STARTUP_TIMEOUT.
     """
     if me.world_size == 1:
         return None
-    patience = timedelta(seconds=startup_timeout())
-    notice = threading.Timer(PATIENCE, _say_who_is_missing, [me, patience.total_seconds()])
+    others = f"the other {me.world_size - 1}" if me.rank == 0 else "rank 0"
+    said = "rank %d of %d has been waiting for %s for %.0f seconds, and will for %.0f%s"
+    waiting = [said, me.rank, me.world_size, others, PATIENCE, STARTUP_TIMEOUT, me.advice]
+    notice = threading.Timer(PATIENCE, log.warning, waiting)
     notice.daemon = True
     notice.start()
     try:
-        store = {"torchrun": _torchrun_store, "mpiexec": _mpi_store, "srun": _slurm_store}[me.launcher](me, patience)
+        open_it = {"torchrun": _torchrun_store, "mpiexec": _mpi_store, "srun": _slurm_store}[me.launcher]
+        store = open_it(me, timedelta(seconds=STARTUP_TIMEOUT))
     except RuntimeError as error:
-        raise InputError(
-            f"rank {me.rank} of {me.world_size} cannot reach the others: {first_line(error)}{_leftovers(me)}"
-        ) from None
+        reason = f"rank {me.rank} of {me.world_size} cannot reach the others: {first_line(error)}{me.advice}"
+        raise InputError(reason) from None
     finally:
         notice.cancel()
     store.set_timeout(timeout)
     return store
 
 
-def _say_who_is_missing(me, seconds):
-    others = f"the other {me.world_size - 1}" if me.rank == 0 else "rank 0"
-    waiting = f"{others} for {PATIENCE:.0f} seconds, and will for {seconds:.0f}{_leftovers(me)}"
-    log.warning("rank %d of %d has been waiting for %s", me.rank, me.world_size, waiting)
-
-
-def _leftovers(me):
-    """Advice for a process without a launcher that waits because of another run's variables."""
-    for launcher, rank, size, _ in LAUNCHERS:
-        if launcher == me.launcher and {rank, size} <= os.environ.keys():
-            where = {
-                "torchrun": f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
-                "srun": " (MASTER_ADDR and MASTER_PORT choose another address)",
-            }.get(launcher, "")
-            return f"{where}; if {launcher} did not start this process, unset {rank} and {size}"
-    return ""
-
-
 def _torchrun_store(me, timeout):
     store, _, _ = next(rendezvous("env://", timeout=timeout))
-    # The launcher keeps entries of its own in the same store.
-    return PrefixStore("sddm", store)
+    return PrefixStore("sddm", store)  # the launcher keeps entries of its own in the same store
 
 
 def _slurm_store(me, timeout):
@@ -220,7 +194,6 @@ class Peers:
 
     def __init__(self, me: Ranks, store: Any) -> None:
         self.rank, self.world_size, self.local_rank, self.launcher = me.rank, me.world_size, me.local_rank, me.launcher
-        self._startup = startup_timeout()
         self._store = HashStore() if store is None else store
         self._leaving = threading.Event()
         self._watched_at = time.monotonic()
@@ -275,7 +248,7 @@ class Peers:
             beats = self.count(f"beats/{rank}", 0)
             self._silence[rank] = 0.0 if beats != self._beats[rank] else self._silence[rank] + elapsed
             self._beats[rank] = beats
-            dead = self._silence[rank] > (HEARTBEAT_TIMEOUT if beats else self._startup)
+            dead = self._silence[rank] > (HEARTBEAT_TIMEOUT if beats else STARTUP_TIMEOUT)
             if dead and not self._call("check", [f"left/{rank}"]):
                 raise InputError(
                     f"rank {rank} of {self.world_size} has given no sign of life for {self._silence[rank]:.0f} "
@@ -370,21 +343,17 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
             import blobfile
 
             with blobfile.BlobFile(path, "rb") as blob:
-                file = io.BytesIO(blob.read())
+                content = blob.read()
         else:
-            file = open(path, "rb")  # noqa: SIM115 - closed below
-        with file:
-            start = file.read(10)
-            file.seek(0)
-            if start[8:9] == b"{":  # after the header's length, as safetensors begin
-                from safetensors.torch import load
+            content = Path(path).read_bytes()
+        if content[8:9] == b"{":  # after the header's length, as safetensors begin
+            from safetensors.torch import load
 
-                device = kwargs.get("map_location") or "cpu"
-                return {name: tensor.to(device) for name, tensor in load(file.read()).items()}
-            try:
-                return torch.load(file, **{**kwargs, "weights_only": True})
-            except pickle.UnpicklingError as error:
-                raise InputError(f"{path} cannot be loaded without running code from it: {first_line(error)}") from None
+            return {name: tensor.to(kwargs.get("map_location") or "cpu") for name, tensor in load(content).items()}
+        try:
+            return torch.load(io.BytesIO(content), **{**kwargs, "weights_only": True})
+        except pickle.UnpicklingError as error:
+            raise InputError(f"{path} cannot be loaded without running code from it: {first_line(error)}") from None
 
 
 def sync_params(params: "Iterable[torch.Tensor]") -> None:

@@ -513,7 +513,7 @@ def test_leftover_variables_end_in_an_error(monkeypatch, caplog):
     leftover = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in leftover.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("SDDM_STARTUP_TIMEOUT", "2")
+    monkeypatch.setattr(dist_util, "STARTUP_TIMEOUT", 2.0)
     monkeypatch.setattr(dist_util, "PATIENCE", 0.3)
     with pytest.raises(InputError, match=r"cannot reach the others.*unset RANK and WORLD_SIZE"):
         dist_util.open_store(dist_util.ranks())
