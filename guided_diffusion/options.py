@@ -74,6 +74,14 @@ def check(options: Any) -> None:
         check_value(field, getattr(options, field.name))
 
 
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """Base of options that raise InputError when they are made with a value that does not fit."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
 def check_value(field: dataclasses.Field, value: Any) -> None:
     """Raise InputError unless a value fits the field's type, choices and bounds."""
     kinds, meta = field_types(field), field.metadata

@@ -15,7 +15,7 @@ from guided_diffusion.checkpoint import ModelFlags
 from guided_diffusion.checkpoint.export import convert
 from guided_diffusion.cli.flags import NO_EFFECT, Given, Parser
 from guided_diffusion.cli.sampling import TRAINING_FLAGS
-from guided_diffusion.options import check, option
+from guided_diffusion.options import Checked, option
 
 DESCRIPTION = """
 Write any checkpoint that this project reads (.pt, .pth, .safetensors, a folder or Hub id of diffusers) as a folder that
@@ -30,7 +30,7 @@ examples:
 
 
 @dataclass(frozen=True)
-class Conversion:
+class Conversion(Checked):
     """Input and output of a conversion."""
 
     model_path: str = option(None, "checkpoint, folder or Hub id to read", file=True, metavar="PATH")
@@ -38,9 +38,6 @@ class Conversion:
         None, "folder, or file that ends with .safetensors, to write; it must not exist", metavar="PATH"
     )
     drop_variance: bool = option(False, "keep the mean alone where variances were learned: few schedulers take both")
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def create_parser() -> Parser:

@@ -13,31 +13,30 @@ from guided_diffusion.cli import main as command
 
 command.start()
 
+import functools
+import importlib.util
 import time
 
 from guided_diffusion.cli import web
 from guided_diffusion.cli.flags import Given, Parser
+from guided_diffusion.errors import InputError
 
 DEMO = os.path.join(ROOT, "models", "fluent3d_64.safetensors")
 DEMO_NOTE = "This model has seen glossy 3D emoji and nothing else, so give it a drawing on a white background."
-VGG = os.path.join(ROOT, "models", "vgg_normalised.pth")
+MODEL = "a model of the page: a file, a diffusers folder or a Hub id; may be repeated (default the demo's)"
 
 
 def create_parser() -> Parser:
     parser = Parser(__doc__, usage="[--model_path PATH] [flags]")
-    parser.add_argument(
-        "--model_path",
-        action="append",
-        metavar="PATH",
-        help="a model of the page: a file, a diffusers folder or a Hub id; may be repeated (default the demo's)",
-    )
+    parser.add_argument("--model_path", action="append", metavar="PATH", help=MODEL)
     parser.add(web.WebOptions, title="page", defaults={"examples": os.path.join(ROOT, "ref_imgs")})
     return parser
 
 
 def serve(given: Given) -> int:
     options = given.options(web.WebOptions)
-    web.require_gradio()  # before torch, whose import takes seconds
+    if importlib.util.find_spec("gradio") is None:  # before torch, whose import takes seconds
+        raise InputError("the web demo needs gradio: pip install -r requirements-demo.txt")
     examples = None if options.examples == "none" else options.examples
     port = web.free_port(options.host, options.port)
     paths = list(dict.fromkeys(given.model_path or [DEMO]))
@@ -47,11 +46,11 @@ def serve(given: Given) -> int:
 
     local = [path for path in paths if not remote.is_id(path)]
     how = {"device": options.device, "precision": options.precision, "max_side": options.max_side}
-    studio = Studio(paths, **how, weights=VGG)
+    studio = Studio(paths, **how, weights=os.path.join(ROOT, "models", "vgg_normalised.pth"))
     with web.private_environment(offline=local == paths):
         from guided_diffusion.web import page
 
-        written = web.command_for(ROOT, examples, options.device)
+        written = functools.partial(web.command_line, examples=examples, device=options.device)
         note = "" if given.model_path else DEMO_NOTE
         blocks = page.build(studio, written, examples=examples, note=note, precision=options.precision)
         private = web.private_paths(local, examples)

@@ -1,8 +1,13 @@
 """The scripts as modules, for tests that run a command in their own process."""
 
 import importlib.util
+import os
+import shlex
 import signal
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from guided_diffusion import dist_util
 
@@ -26,6 +31,21 @@ def run_script(name, *flags):
     """A sampling command in this process, without its handling of errors; returns its exit status."""
     module = load_script(name)
     return module.translate(module.create_parser().parse(list(map(str, flags))), dist_util.connect(dist_util.Ranks()))
+
+
+def made_by(text, folder):
+    """The picture that a command line of ae_sample.py makes when it runs in a folder: uint8 [H, W, 3]."""
+    words = shlex.split(text)
+    assert words[:2] == ["python", "scripts/ae_sample.py"]
+    given = load_script("ae_sample").create_parser().parse(words[2:])
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert run_script("ae_sample", *words[2:]) == 0
+        name = f"{os.path.splitext(os.path.basename(given.base_samples))[0]}.png"
+        return np.asarray(Image.open(os.path.join(given.save_dir, name)))
+    finally:
+        os.chdir(before)
 
 
 def message(name, error):

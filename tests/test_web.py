@@ -13,6 +13,7 @@ import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,10 +21,9 @@ import tiny
 import torch
 from conftest import ROOT
 from PIL import Image
-from scripts_in_process import load_script, message, run_script
+from scripts_in_process import made_by, message
 
 from guided_diffusion.checkpoint import save_model
-from guided_diffusion.checkpoint.targets import load_target
 from guided_diffusion.cli import web
 from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import ImageError
@@ -68,26 +68,13 @@ def last(frames):
     return list(frames)[-1]
 
 
-def threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("translation")]
+class Upload(NamedTuple):
+    path: str
+    name: str
 
 
-def made_by(text, folder):
-    """The picture that a command line makes when it runs in a folder: uint8 [H, W, 3]."""
-    words = shlex.split(text)
-    assert words[:2] == ["python", "scripts/ae_sample.py"]
-    given = load_script("ae_sample").create_parser().parse(words[2:])
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        assert run_script("ae_sample", *words[2:]) == 0
-        return np.asarray(Image.open(output(given.base_samples, given.save_dir)))
-    finally:
-        os.chdir(before)
-
-
-def output(picture, save_dir):
-    return Path(save_dir) / f"{os.path.splitext(os.path.basename(picture))[0]}.png"
+def command(model, name, settings, root):
+    return web.command_line(model, Upload("", name), settings, root=str(root), device="cpu")
 
 
 # ---- the generator --------------------------------------------------------------------------------------------------
@@ -101,7 +88,6 @@ def test_previews_come_first_and_the_result_last(studio, data, first):
     result = frames[-1].results[0]
     assert np.array_equal(np.asarray(result), np.asarray(frames[-1].preview)), "at the last step both are one"
     assert frames[-1].step == frames[-1].steps == 6 and frames[-1].words.startswith("Done: 6 steps in ")
-    assert not threads()
 
 
 def differ_little(one, other):
@@ -140,7 +126,7 @@ def test_results_that_do_not_fit_together_are_made_one_by_one(studio, data, firs
 def test_the_command_makes_the_pages_pixels(studio, data, first, tmp_path, name):
     (tmp_path / name).write_bytes((data / name).read_bytes())
     result = last(studio.translate(first, data / name, SETTINGS)).results[0]
-    text = web.command_line(first, name, SETTINGS, root=str(tmp_path), device="cpu")
+    text = command(first, name, SETTINGS, tmp_path)
     assert np.array_equal(np.asarray(result), made_by(text, tmp_path))
 
 
@@ -163,7 +149,7 @@ def test_every_setting_is_in_the_command(studio, data, tmp_path, changes):
     wanted = replace(SETTINGS, **changes)
     (tmp_path / "a.png").write_bytes((data / "a.png").read_bytes())
     result = np.asarray(last(studio.translate(model, data / "a.png", wanted)).results[0])
-    text = web.command_line(model, "a.png", wanted, root=str(tmp_path), device="cpu")
+    text = command(model, "a.png", wanted, tmp_path)
     assert np.array_equal(result, made_by(text, tmp_path))
     plain = str(data / "model.safetensors")
     other = np.asarray(last(studio.translate(plain, data / "a.png", replace(SETTINGS, steps=wanted.steps))).results[0])
@@ -179,7 +165,7 @@ def test_the_command_runs_in_a_shell(studio, data, first, tmp_path):
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     (tmp_path / AWKWARD).write_bytes((data / "a.png").read_bytes())
     settings = replace(SETTINGS, count=2)
-    text = web.command_line(first, AWKWARD, settings, root=str(tmp_path), device="cpu")
+    text = command(first, AWKWARD, settings, tmp_path)
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
@@ -188,34 +174,20 @@ def test_the_command_runs_in_a_shell(studio, data, first, tmp_path):
     frame = last(studio.translate(first, data / "a.png", settings, name=AWKWARD))
     folders = [tmp_path / shlex.split(text)[-2].removesuffix(";").replace("$seed", seed) for seed in ("3", "4")]
     for result, folder in zip(frame.results, folders, strict=True):
-        assert differ_little(result, Image.open(output(AWKWARD, folder)))
+        assert differ_little(result, Image.open(folder / AWKWARD))
 
 
-@pytest.fixture
-def endless(monkeypatch):
-    """Sampling that ends only when it is closed; the function waits for its first step."""
-    steps = module.Translator.steps
-
-    def repeat(*arguments, **options):
-        first = next(steps(*arguments, **options))
-        while True:
-            time.sleep(0.01)
-            yield first
-
-    monkeypatch.setattr(module.Translator, "steps", repeat)
-    return lambda frames: next(filter(lambda frame: frame.step, frames))
-
-
-def test_closing_ends_the_thread(studio, data, first, endless):
-    frames = studio.translate(first, data / "a.png", LONG, interval=0.01)
-    shown = endless(frames)
-    assert shown.steps == 250 and shown.words.startswith("Step ") and len(threads()) == 1
+def test_closing_ends_the_sampling(studio, data, first):
+    frames = studio.translate(first, data / "a.png", LONG, interval=0)
+    shown = next(frames)
+    assert (shown.step, shown.steps) == (1, 250) and shown.words.startswith("Step 1 of 250, ")
     frames.close()
-    assert not threads()
-    frames = studio.translate(first, data / "a.png", LONG, interval=0.01)
-    endless(frames)
-    studio.close()
-    assert not threads()
+    closing = Studio([first], device="cpu")
+    frames = closing.translate(first, data / "a.png", LONG, interval=0)
+    next(frames)
+    closing.close()
+    with pytest.raises(InputError, match="closed"):
+        next(frames)
 
 
 def test_a_picture_of_many_colours_looks_like_a_photograph(tmp_path):
@@ -228,39 +200,22 @@ def test_a_picture_of_many_colours_looks_like_a_photograph(tmp_path):
     assert not module.looks_like_a_photograph(tmp_path / "grey.png")
 
 
-def test_two_translations_at_once_share_the_model(studio, data, first, monkeypatch):
-    def exclusive(*arguments, **options):
-        assert studio._users == 0 and studio._target is None, "one model at a time is on the device"
-        return load_target(*arguments, **options)
-
-    monkeypatch.setattr(module, "load_target", exclusive)
+def test_translations_side_by_side_do_not_mix(studio, data, first):
     other = str(data / "classes.safetensors")
-    jobs = [(first, SETTINGS), (first, LONG), (other, replace(SETTINGS, class_index="1")), (first, SETTINGS)]
+    jobs = [(first, SETTINGS), (first, replace(SETTINGS, seed=5)), (other, replace(SETTINGS, class_index="1"))]
     alone = [np.asarray(last(studio.translate(model, data / "a.png", wanted)).results[0]) for model, wanted in jobs]
-    together = [None] * len(jobs)
+    together = {}
 
     def work(k):
         model, wanted = jobs[k]
-        together[k] = np.asarray(last(studio.translate(model, data / "a.png", wanted, interval=0.05)).results[0])
+        together[k] = np.asarray(last(studio.translate(model, data / "a.png", wanted, interval=0)).results[0])
 
     workers = [threading.Thread(target=work, args=(k,)) for k in range(len(jobs))]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(timeout=600)
-    for one, two in zip(alone, together):
-        assert np.array_equal(one, two)
-
-
-def test_waiting_for_the_model_can_be_given_up(studio, data, first, endless):
-    busy = studio.translate(first, data / "a.png", LONG, interval=0.01)
-    endless(busy)
-    other = str(data / "classes.safetensors")
-    waiting = studio.translate(other, data / "a.png", replace(SETTINGS, class_index="0"), interval=0.05)
-    assert next(waiting).words.startswith("Waiting")
-    waiting.close()
-    assert len(threads()) == 1
-    busy.close()
+        worker.join()
+    assert all(np.array_equal(one, together[k]) for k, one in enumerate(alone))
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -291,7 +246,6 @@ def test_wrong_settings_are_one_line_in_the_pages_words(data, first, changes, na
         list(studio.translate(model, picture, replace(SETTINGS, **changes)))
     words = explain(error.value)
     assert words.startswith(LABELS[name]) and "\n" not in words and "--" not in words and "`" not in words
-    assert not threads()
     assert last(studio.translate(first, data / "a.png", SETTINGS)).results, "the next translation works"
 
 
@@ -392,14 +346,12 @@ def test_the_environment_is_private(monkeypatch):
 
 
 def test_examples_stand_in_the_command_with_their_path(data, tmp_path):
-    from types import SimpleNamespace as Upload
-
     (tmp_path / "ref").mkdir()
     (tmp_path / "ref" / "a.png").write_bytes((data / "a.png").read_bytes())
-    command = web.command_for(str(tmp_path), str(tmp_path / "ref"), "auto")
-    same = command("owner/name", Upload(path=str(data / "a.png"), name="a.png"), SETTINGS)
+    where = {"root": str(tmp_path), "examples": str(tmp_path / "ref")}
+    same = web.command_line("owner/name", Upload(data / "a.png", "a.png"), SETTINGS, **where)
     assert "--base_samples ref/a.png " in same and "--model_path owner/name " in same and "--device" not in same
-    other = command("owner/name", Upload(path=str(data / AWKWARD), name="a.png"), SETTINGS)
+    other = web.command_line("owner/name", Upload(data / AWKWARD, "a.png"), SETTINGS, **where)
     assert "--base_samples a.png " in other
 
 

@@ -19,7 +19,7 @@ import pytest
 import tiny
 from conftest import ROOT
 from PIL import Image
-from scripts_in_process import load_script, run_script
+from scripts_in_process import made_by
 
 from guided_diffusion.web.translate import Settings
 
@@ -79,21 +79,6 @@ def done(steps):
 
 def predict(client, path, *arguments, **options):
     return client.predict(gradio_client.handle_file(path), *arguments, api_name="/translate", **options)
-
-
-def made_by(text, folder):
-    """The pixels that a command line makes when it runs in a folder."""
-    words = shlex.split(text)
-    given = load_script("ae_sample").create_parser().parse(words[2:])
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        assert run_script("ae_sample", *words[2:]) == 0
-        return np.asarray(
-            Image.open(f"{given.save_dir}/{os.path.splitext(os.path.basename(given.base_samples))[0]}.png")
-        )
-    finally:
-        os.chdir(before)
 
 
 # ---- as an API ------------------------------------------------------------------------------------------------------

@@ -1,33 +1,30 @@
 """Serve the page: its flags, its port, its environment, and the command that it shows."""
 
 import contextlib
+import errno
 import filecmp
 import hashlib
-import importlib.util
 import logging
 import os
 import shlex
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, first_line
-from ..options import check, option
+from ..options import Checked, option
+from ..presets import ROOT
 from .main import say
 
 if TYPE_CHECKING:
     from ..web.page import Upload
     from ..web.translate import Settings
 
-    Command = Callable[[str, Upload, Settings], str]
-
-ANYWHERE = ("0.0.0.0", "::", "[::]", "")
-
 
 @dataclass(frozen=True)
-class WebOptions:
+class WebOptions(Checked):
     """Where the page is served, and what it offers."""
 
     port: int = option(7860, "port of the page; 0 for a free one", least=0, most=65535)
@@ -37,41 +34,24 @@ class WebOptions:
     examples: str = option("ref_imgs", "folder of example pictures; none for no examples", metavar="FOLDER")
     max_side: int = option(4096, "pictures with more pixels a side are refused", least=1)
 
-    def __post_init__(self) -> None:
-        check(self)
-
-
-def require_gradio() -> None:
-    """Raise InputError where Gradio is not installed. Nothing is imported."""
-    if importlib.util.find_spec("gradio") is None:
-        raise InputError("the web demo needs gradio: pip install -r requirements-demo.txt")
-
 
 def free_port(host: str, port: int) -> int:
     """The port, or a free one for 0. Raises InputError where it is in use or the address is not this machine's."""
-    name = host.strip("[]")
-    family = socket.AF_INET6 if ":" in name else socket.AF_INET
-
-    def bound(number: int) -> int:
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((name, number))
-            return probe.getsockname()[1]
-
-    try:
-        free = bound(0)
-    except OSError as error:
-        raise InputError(f"no page can be served there: {first_line(error)}", parameter="host", value=host) from None
-    try:
-        return bound(port) if port else free
-    except OSError as error:
-        reason = f"it cannot be used ({first_line(error)}); give another one, or 0 for a free one"
-        raise InputError(reason, parameter="port", value=port) from None
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError as error:
+            taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
+            wrong = {"parameter": "port", "value": port} if taken else {"parameter": "host", "value": host}
+            hint = "; give another one, or 0 for a free one" if taken else ""
+            raise InputError(f"no page can be served there ({first_line(error)}){hint}", **wrong) from None
+        return probe.getsockname()[1]
 
 
 def warn_of_strangers(host: str) -> None:
     """One line where others than this machine's users can reach the page."""
-    if host in ANYWHERE or not host.startswith(("127.", "localhost", "::1", "[::1]")):
+    if not host.startswith(("127.", "localhost", "::1", "[::1]")):
         say(f"warning: with --host {host}, anybody in the network can use this device; there is no log-in")
 
 
@@ -92,45 +72,41 @@ def private_environment(offline: bool) -> Iterator[str]:
         yield folder
 
 
-def command_line(model: str, picture: str, settings: "Settings", *, root: str, device: str = "auto") -> str:
-    """The command that makes the page's very pixels, for a shell in the folder `root`.
+def command_line(
+    model: str, picture: "Upload", settings: "Settings", *, root: str = ROOT, examples: str | None = None,
+    device: str = "auto",
+) -> str:  # fmt: skip
+    """The command that makes the page's very pixels, for a shell in the folder `root`; several seeds are a loop.
 
-    model: as given to the page. picture: the file's name or path; only its last part counts for the result. Several
-    seeds are a loop.
+    model: as given to the page. A picture of the folder `examples` stands in it with its path, others with their name.
     """
-    flags: dict[str, object] = {
+    path, name = os.path.join(examples, picture.name) if examples else "", picture.name
+    if os.path.isfile(path) and filecmp.cmp(path, picture.path, shallow=False):
+        name = _seen_from(root, path)
+    flags = {
         "model_path": _seen_from(root, model),
-        "base_samples": f"./{picture}" if picture.startswith("-") else picture,
+        "base_samples": f"./{name}" if name.startswith("-") else name,
         "timestep_respacing": settings.steps,
         "area": settings.area,
         "range_t": f"{settings.range_t:g}",
         "energy": settings.energy,
+        "start_t": f"{settings.start:g}",
+        "details_t": f"{settings.details:g}",
+        "variant": settings.variant,
+        "sampler": settings.sampler,
+        "precision": settings.precision,
+        "class_index": settings.class_index,
+        "device": device,
     }
-    shares = {"start_t": settings.start, "details_t": settings.details}
-    flags |= {name: f"{share:g}" for name, share in shares.items() if share != 1}
-    usual = {"variant": "manifold", "sampler": "ancestral", "precision": "fp32", "class_index": None}
-    flags |= {name: getattr(settings, name) for name, value in usual.items() if getattr(settings, name) != value}
-    if device != "auto":
-        flags["device"] = device
-    text = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
+    usual = {"start_t": "1", "details_t": "1", "variant": "manifold", "sampler": "ancestral", "precision": "fp32"}
+    usual |= {"class_index": None, "device": "auto"}
+    given = {name: value for name, value in flags.items() if name not in usual or usual[name] != value}
+    text = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())
     # A folder of its own, since the command refuses one that holds a run with other flags.
     folder = f"output/web_{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
     seed = settings.seed if settings.count == 1 else "$seed"
     run = f"python scripts/ae_sample.py {text} --seed {seed} --save_dir {folder}_{seed}"
     return run if settings.count == 1 else f"for seed in {' '.join(map(str, settings.seeds))}; do {run}; done"
-
-
-def command_for(root: str, examples: str | None, device: str) -> "Command":
-    """Function that writes the command for the page; a picture of the folder `examples` stands in it with its path."""
-
-    def command(model: str, picture: "Upload", settings: "Settings") -> str:
-        name = picture.name
-        path = os.path.join(examples, name) if examples else ""
-        if os.path.isfile(path) and filecmp.cmp(path, picture.path, shallow=False):
-            name = _seen_from(root, path)
-        return command_line(model, name, settings, root=root, device=device)
-
-    return command
 
 
 def private_paths(models: Sequence[str], examples: str | None) -> list[str]:
@@ -147,6 +123,5 @@ def _seen_from(root: str, path: str) -> str:
     """A path relative to a folder that holds it, else absolute; what is no file, such as a Hub id, as it is."""
     if not os.path.exists(path):
         return path
-    absolute = os.path.abspath(path)
-    relative = os.path.relpath(absolute, root)
-    return absolute if relative.startswith(os.pardir) else relative
+    relative = os.path.relpath(path, root)
+    return os.path.abspath(path) if relative.startswith(os.pardir) else relative

@@ -12,19 +12,11 @@ from typing import Any
 
 from ..errors import InputError
 from ..image_datasets import RESIZE_MODES
-from ..options import check, option
+from ..options import Checked, option
 from ..resample import SCHEDULE_SAMPLERS
 from ..runtime import PRECISIONS
 from ..script_util import classifier_defaults, diffusion_defaults, model_and_diffusion_defaults
 from .data import CACHES
-
-
-@dataclasses.dataclass(frozen=True)
-class Checked:
-    """Options that raise InputError when made with a value that does not fit."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,6 @@ from .translate import (
     LABELS,
     MOST_RESULTS,
     Frame,
-    Model,
     Settings,
     Studio,
     explain,
@@ -43,7 +42,6 @@ INTRODUCTION = (
     "Choose a picture and press **Translate**: a diffusion model that knows pictures of one kind only paints one of "
     "that kind, with the layout and colours of yours."
 )
-MOST_STEPS = 250
 PHOTOGRAPH = "This looks like a photograph. The demo's model knows emoji: drawings with few colours suit it better."
 
 STYLE = """
@@ -90,16 +88,19 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
     are for. defaults: what the page begins with, in place of `Settings`' own.
     """
     first = next(iter(studio.models.values()))
-    settings = replace(Settings(**defaults), area=first.nearest_area(defaults.get("area", Settings.area)))
-    settings = replace(settings, steps=min(settings.steps, first.training_steps))
+    settings = Settings(**defaults)
+    steps, area = min(settings.steps, first.training_steps), first.nearest_area(settings.area)
+    settings = replace(settings, area=area, steps=steps)
     helps = {field.name: field.metadata["help"] for field in fields(Settings)}
     pictures = [reference.path for reference in list_references(examples, parameter="examples")] if examples else []
 
-    def named(name: str) -> dict[str, Any]:
-        return {"label": LABELS[name], "info": helps.get(name)}
+    def control(kind: Callable, name: str, *arguments: Any, **options: Any) -> Any:
+        """A component for a setting, with its label, help text and default."""
+        options = {"value": getattr(settings, name, None), **options}
+        return kind(*arguments, label=LABELS[name], info=helps.get(name), **options)
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.Markdown(f"# {TITLE}\n{INTRODUCTION}" + (f" {note}" if note else ""), elem_id="about")
+        gr.Markdown(f"# {TITLE}\n{INTRODUCTION} {note}", elem_id="about")
         with gr.Row(elem_id="work"):
             with gr.Column(min_width=300):
                 picture = gr.Image(
@@ -107,18 +108,15 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                     sources=["upload", "clipboard"], height=300, buttons=[], elem_id="picture",
                 )  # fmt: skip
                 setattr(picture, "preprocess", _upload)  # noqa: B010 - the bytes as they are, and their name
-                if pictures:
-                    # Not gr.Examples, which puts another component into the place of the picture's.
-                    offered = gr.Dataset(
-                        components=[picture], samples=[[path] for path in pictures], label="Examples", type="index",
-                        samples_per_page=24, elem_id="examples",
-                    )  # fmt: skip
-                numbers = list(range(1, MOST_RESULTS + 1))
-                count = gr.Radio(numbers, value=settings.count, elem_id="count", **named("count"))
-                offered_models = [(_short(path), path) for path in studio.models]
-                model = gr.Dropdown(
-                    offered_models, value=first.path, visible=len(offered_models) > 1, **named("model")
+                # Not gr.Examples, which puts another component into the place of the picture's.
+                offered = gr.Dataset(
+                    components=[picture], samples=[[path] for path in pictures], label="Examples", type="index",
+                    samples_per_page=24, elem_id="examples", visible=bool(pictures),
                 )  # fmt: skip
+                count = control(gr.Radio, "count", list(range(1, MOST_RESULTS + 1)), elem_id="count")
+                names = [(os.path.basename(os.path.normpath(path)) if os.path.exists(path) else path, path)
+                         for path in studio.models]  # fmt: skip
+                model = control(gr.Dropdown, "model", names, value=first.path, visible=len(names) > 1)
             with gr.Column(min_width=300):
                 with gr.Row(elem_id="buttons"):
                     go = gr.Button("Translate", variant="primary", min_width=100, elem_id="translate")
@@ -136,31 +134,31 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                                 format="png", type="filepath", image_mode=None, interactive=False, visible=False,
                                 elem_classes="compare",
                             )  # fmt: skip
-                            button = gr.DownloadButton(visible=False, size="sm", elem_classes="download")
-                        compare.append(slider)
-                        download.append(button)
+                            compare.append(slider)
+                            download.append(gr.DownloadButton(visible=False, size="sm", elem_classes="download"))
         with gr.Row():
             with gr.Column(min_width=240):
-                area = gr.Dropdown(first.areas, value=settings.area, **named("area"))
+                area = control(gr.Dropdown, "area", first.areas)
             with gr.Column(min_width=240):
-                range_t = gr.Slider(0, 0.95, settings.range_t, step=0.05, **named("range_t"))
+                range_t = control(gr.Slider, "range_t", 0, 0.95, step=0.05)
             with gr.Column(min_width=240):
-                steps = gr.Slider(1, _most_steps(first), settings.steps, step=1, **named("steps"))
+                steps = control(gr.Slider, "steps", 1, first.most_steps, step=1)
             with gr.Column(min_width=240):
-                seed = gr.Number(settings.seed, precision=0, minimum=0, **named("seed"))
+                seed = control(gr.Number, "seed", precision=0, minimum=0)
                 another = gr.Button("Random seed", size="sm", elem_id="random_seed")
-        class_index = gr.Textbox(
-            settings.class_index or "", visible=first.classes > 0, placeholder=_classes(first), **named("class_index")
-        )
+        class_index = control(
+            gr.Textbox, "class_index", value=settings.class_index or "", visible=first.classes > 0,
+            placeholder=f"0 to {first.classes - 1}",
+        )  # fmt: skip
         with gr.Accordion("More settings", open=False), gr.Row():
             with gr.Column(min_width=300):
-                start = gr.Slider(0.05, 1, settings.start, step=0.05, **named("start"))
-                details = gr.Slider(0, 1, settings.details, step=0.02, **named("details"))
-                energy = gr.CheckboxGroup(studio.energies, value=energy_names(settings.energy), **named("energy"))
+                start = control(gr.Slider, "start", 0.05, 1, step=0.05)
+                details = control(gr.Slider, "details", 0, 1, step=0.02)
+                energy = control(gr.CheckboxGroup, "energy", studio.energies, value=energy_names(settings.energy))
             with gr.Column(min_width=300):
-                sampler = gr.Dropdown(list(SOLVERS), value=settings.sampler, **named("sampler"))
-                variant = gr.Dropdown(list(VARIANTS), value=settings.variant, **named("variant"))
-                precision = gr.Dropdown(list(PRECISIONS), value=settings.precision, **named("precision"))
+                sampler = control(gr.Dropdown, "sampler", list(SOLVERS))
+                variant = control(gr.Dropdown, "variant", list(VARIANTS))
+                precision = control(gr.Dropdown, "precision", list(PRECISIONS))
         text = gr.Textbox(
             label="The same from the command line", info="Run it in the project's folder, with your picture there.",
             interactive=False, visible=False, lines=1, max_lines=12, buttons=["copy"], elem_id="command",
@@ -171,20 +169,18 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
             variant: str, sampler: str, precision: str, class_index: str, count: int, details: float,
         ) -> Iterator[Sequence[Any]]:  # fmt: skip
             """Translate a picture: (preview, (reference, translation), status, command, pairs of further seeds)."""
-            same, shown = gr.skip(), gr.skip()
+            same = gr.skip()
             try:
                 wanted = Settings(
                     area=area, range_t=round(t0, 4), steps=steps, seed=seed, count=count, start=round(late_start, 4),
-                    details=round(details, 4),
-                    energy=",".join(energy) or "none", variant=variant, sampler=sampler, precision=precision,
-                    class_index=class_index.strip() or None,
+                    details=round(details, 4), energy=",".join(energy) or "none", variant=variant, sampler=sampler,
+                    precision=precision, class_index=class_index.strip() or None,
                 )  # fmt: skip
                 path, name = picture or ("", "")
                 shown = command(model, picture, wanted) if picture else same
                 for frame in studio.translate(model, path, wanted, name=name):
-                    preview = same if frame.preview is None else frame.preview
                     pairs = _pairs(frame, name, wanted.seeds, compare[0].GRADIO_CACHE)
-                    yield preview, pairs[0], frame.words, shown, *pairs[1:]
+                    yield frame.preview, pairs[0], frame.words, shown, *pairs[1:]
             except Exception as error:
                 words = explain(error)
                 yield same, same, words, same, *[same] * (MOST_RESULTS - 1)
@@ -198,15 +194,12 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
         def end(written: str | None, *pairs: tuple[str, str] | None) -> Sequence[Any]:
             """The latest results come back where there are any."""
             files = [pair[1] if pair else None for pair in pairs]
-            several = any(files[1:])
             sliders, buttons = [], []
             for file in files:
-                seed = file and os.path.splitext(file)[0].rpartition("_seed")[2]
+                of = f" seed {os.path.splitext(file)[0].rpartition('_seed')[2]}" if file and any(files[1:]) else ""
                 shown = True if file else "hidden"
-                label = f"Seed {seed}" if several else "Before | after"
-                sliders.append(gr.update(visible=shown, label=label))
-                label = f"Download seed {seed}" if several else "Download"
-                buttons.append(gr.update(visible=shown, value=file, label=label))
+                sliders.append(gr.update(visible=shown, label=of.strip().capitalize() or "Before | after"))
+                buttons.append(gr.update(visible=shown, value=file, label=f"Download{of}"))
             return (gr.update(visible=not any(files)), gr.update(visible=bool(written)), *sliders, *buttons)
 
         def hint(uploaded: Upload | None, path: str) -> str:
@@ -217,33 +210,30 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                         return PHOTOGRAPH
             return gr.skip()
 
-        def adapt(path: str, area: int, steps: int) -> tuple[Any, Any, Any]:
+        def adapt(path: str, area: int, steps: int) -> Sequence[Any]:
+            """The values that suit another model."""
             chosen = studio.models[path]
             return (
                 gr.update(choices=chosen.areas, value=chosen.nearest_area(area)),
-                gr.update(maximum=_most_steps(chosen), value=min(steps, _most_steps(chosen))),
-                gr.update(visible=chosen.classes > 0, placeholder=_classes(chosen)),
+                gr.update(maximum=chosen.most_steps, value=min(steps, chosen.most_steps)),
+                gr.update(visible=chosen.classes > 0, placeholder=f"0 to {chosen.classes - 1}"),
             )
 
         private = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-        begun = go.click(begin, None, [preview, status, *compare, *download], **private)
         controls = [picture, area, range_t, steps, seed, model, start, energy, variant, sampler, precision, class_index]
-        translation = begun.then(
-            translate,
-            [*controls, count, details],
-            [preview, compare[0], status, text, *compare[1:]],
-            api_name="translate",
-            show_progress="hidden",
-        )
         shown, ended = [text, *compare], [preview, text, *compare, *download]
+        begun = go.click(begin, None, [preview, status, *compare, *download], **private)
+        translation = begun.then(
+            translate, [*controls, count, details], [preview, compare[0], status, text, *compare[1:]],
+            api_name="translate", show_progress="hidden",
+        )  # fmt: skip
         translation.success(end, shown, ended, **private)
         translation.failure(end, shown, ended, **private)
         stopped = stop.click(end, shown, ended, cancels=[translation], **private)
+        stopped.then(lambda: "Stopped.", None, [status], **private)
         another.click(lambda: random.randrange(10**6), None, [seed], **private)
         picture.change(hint, [picture, model], [status], **private)
-        stopped.then(lambda: "Stopped.", None, [status], **private)
-        if pictures:
-            offered.click(lambda number: pictures[number], [offered], [picture], **private)
+        offered.click(lambda number: pictures[number], [offered], [picture], **private)
         model.change(adapt, [model, area, steps], [area, steps, class_index], **private)
     return page
 
@@ -254,7 +244,17 @@ def serve(page: Any, *, host: str, port: int, examples: str | None = None, priva
     Raises InputError where the port has been taken meanwhile.
     """
     page.queue(max_size=16, default_concurrency_limit=1)
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # the visitor's own
+    theme = gr.themes.Default(**fonts)  # type: ignore[reportPrivateImportUsage]
     options: dict[str, Any] = {
+        "server_name": host,
+        "server_port": port,
+        "prevent_thread_lock": True,
+        "quiet": True,
+        "inbrowser": False,
+        "css": STYLE,
+        # Help texts dark enough to read.
+        "theme": theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"),
         "share": False,  # it would download a program that tunnels
         "max_file_size": "20mb",
         "show_error": True,
@@ -271,13 +271,9 @@ def serve(page: Any, *, host: str, port: int, examples: str | None = None, priva
     }
     known = inspect.signature(page.launch).parameters  # versions before 6.20 or so have no history of runs
     try:
-        _, address, _ = page.launch(
-            server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inbrowser=False, theme=_theme(),
-            css=STYLE, **{name: value for name, value in options.items() if name in known},
-        )  # fmt: skip
+        return page.launch(**{name: value for name, value in options.items() if name in known})[1]
     except OSError as error:
         raise InputError(f"it cannot be used: {first_line(error)}", parameter="port", value=port) from None
-    return address
 
 
 def close(page: Any) -> None:
@@ -285,13 +281,6 @@ def close(page: Any) -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     page.server.force_exit = True
     page.close(verbose=False)
-
-
-def _theme() -> Any:
-    """Fonts of the visitor's machine, and help texts dark enough to read."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    theme = gr.themes.Default(**fonts)  # type: ignore[reportPrivateImportUsage]
-    return theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
 
 
 def _upload(payload: Any) -> Upload | None:
@@ -316,15 +305,3 @@ def _pairs(frame: Frame, source: str, seeds: range, folder: str) -> list[Any]:
         result.save(path)
         pairs[n] = frame.reference, path
     return pairs
-
-
-def _short(path: str) -> str:
-    return os.path.basename(os.path.normpath(path)) if os.path.exists(path) else path
-
-
-def _most_steps(model: Model) -> int:
-    return min(MOST_STEPS, model.training_steps)
-
-
-def _classes(model: Model) -> str:
-    return f"0 to {model.classes - 1}"

@@ -4,11 +4,9 @@
     for frame in studio.translate("models/fluent3d_64.safetensors", "cat.png", Settings()):
         frame.preview  # the predicted result so far; the last frame has `results`
 
-A thread samples. It keeps the newest state only, so that a slow page does not slow it down, and it ends at the next
-step once the generator is closed.
+A step is computed when the generator is asked for its next frame, so sampling ends where it is closed.
 """
 
-import contextlib
 import logging
 import os
 import threading
@@ -25,10 +23,10 @@ from ..checkpoint import ModelFlags
 from ..checkpoint.targets import TargetOptions, load_target, num_classes
 from ..errors import InputError, first_line
 from ..image_datasets import ImageError, load_image, measure_image, to_uint8
-from ..manifold import check_blocks
-from ..methods import ENERGIES, energy_names
-from ..options import check, option
+from ..methods import energy_names
+from ..options import Checked, option
 from ..presets import PRESETS
+from ..registry import fitting
 from ..run.grid import contact_sheet
 from ..runtime import PRECISIONS, is_out_of_memory, pick_device
 from ..sddm import VARIANTS
@@ -48,7 +46,7 @@ EMOJI_MODEL = os.path.basename(RECOMMENDED["model_path"])
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Settings of a translation, with the page's defaults; the help texts stand below its controls."""
 
     area: int = option(
@@ -73,13 +71,13 @@ class Settings:
     seed: int = option(0, "Any number; another one gives another result.", least=0, most=2**53 - 1)
     count: int = option(1, "So many results at once, with this seed and those after it.", least=1, most=MOST_RESULTS)
     start: float = option(
-        RECOMMENDED.get("start", 1.0),
+        RECOMMENDED["start"],
         "1 begins with pure noise. Less begins later, with your picture under so much noise: fewer steps.",
         least=0.05,
         most=1,
     )
     details: float = option(
-        RECOMMENDED.get("details", 1.0),
+        RECOMMENDED["details"],
         "Eyes, mouths and other thin features are kept down to this share of the steps. Less: better. 1: not kept.",
         least=0,
         most=1,
@@ -93,7 +91,7 @@ class Settings:
         "manifold", "The method as the paper describes it, or as its authors' code computes it.", choices=VARIANTS
     )
     sampler: str = option(
-        RECOMMENDED.get("sampler", "ancestral"),
+        "ancestral",
         "How a step is taken. ddim and dpmpp_2m keep more of your picture, and look flatter.",
         choices=SOLVERS,
     )
@@ -103,7 +101,7 @@ class Settings:
     class_index: str | None = option(None, "What the model is to paint: a class by its number or name.")
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         energy_names(self.energy)
 
     @property
@@ -115,9 +113,12 @@ class Settings:
 LABELS = {
     "picture": "Your picture",
     "model": "Model",
+    "model_path": "Model",
     "area": "Closeness (area)",
+    "blocks": "Closeness (area)",
     "range_t": "Freedom (T0)",
     "steps": "Steps",
+    "timestep_respacing": "Steps",
     "seed": "Seed",
     "count": "Results",
     "start": "Late start",
@@ -127,27 +128,21 @@ LABELS = {
     "sampler": "Sampler",
     "precision": "Precision",
     "class_index": "Class",
-}
-"""The page's names of parameters."""
-
-# Names that the parts have for them.
-LABELS |= {"model_path": LABELS["model"], "blocks": LABELS["area"], "timestep_respacing": LABELS["steps"]}
-LABELS |= {
-    "start_t": LABELS["start"],
-    "details_t": LABELS["details"],
     "down_n": "Reduction of the energy low_pass",
     "weights": "File of the energy vgg",
 }
+"""The page's names of parameters, by all names that the parts have for them."""
 
 
 def explain(error: BaseException) -> str:
-    """One line for the page about an error, in the page's words."""
+    """One line for the page about an error, in the page's words; a defect's traceback goes to the log."""
     if isinstance(error, InputError):
         return error.text(lambda name: LABELS.get(name, name))
     if isinstance(error, ImageError):
         return f"{LABELS['picture']} cannot be used: {error.reason}"
     if is_out_of_memory(error):
         return "The device has too little memory for this model."
+    log.error("a translation failed", exc_info=error)
     return f"This is a defect of the program, and its log has the details: {first_line(error)}"
 
 
@@ -162,14 +157,13 @@ class Model:
 
     @property
     def areas(self) -> list[int]:
-        """The numbers of blocks a side that suit the model, ascending."""
-        return [n for n in range(1, self.image_size) if self._suits(n)]
+        """The numbers of blocks per side that suit the model, ascending."""
+        return [n for n in range(1, self.image_size // 2 + 1) if self.image_size % n == 0]
 
-    def _suits(self, blocks: int) -> bool:
-        with contextlib.suppress(InputError):
-            check_blocks((self.image_size, self.image_size), blocks)
-            return True
-        return False
+    @property
+    def most_steps(self) -> int:
+        """The most steps that the page offers."""
+        return min(250, self.training_steps)
 
     def nearest_area(self, wanted: int) -> int:
         """The suitable number of blocks that is closest to a wanted one."""
@@ -188,17 +182,16 @@ def looks_like_a_photograph(picture: str | os.PathLike) -> bool:
 
 @dataclass(frozen=True)
 class Frame:
-    """How far a translation is.
+    """Progress of a translation: steps done of `steps`, seconds since the first began, and PIL images.
 
-    step: steps done of `steps`, and the seconds since the first began; 0 while it waits for the model. preview: the
-    predicted results side by side, None before the first step. reference: the picture as the model got it, and results:
-    its translations, one for each seed, both in the last frame only. All pictures are PIL images.
+    preview: the predicted results side by side. The last frame alone has `reference`, the picture as the model got it,
+    and `results`, one for each seed.
     """
 
     step: int
     steps: int
     seconds: float
-    preview: Image.Image | None = None
+    preview: Image.Image
     reference: Image.Image | None = None
     results: Sequence[Image.Image] = ()
 
@@ -207,8 +200,6 @@ class Frame:
         """Status line of the page."""
         if self.results:
             return f"Done: {self.steps} steps in {self.seconds:.1f} s."
-        if not self.step:
-            return "Waiting for the model …"
         left = self.seconds / self.step * (self.steps - self.step)
         return f"Step {self.step} of {self.steps}, {self.seconds:.0f} s so far, about {left:.0f} s left"
 
@@ -230,23 +221,19 @@ class Studio:
         weights: str = "models/vgg_normalised.pth",
     ) -> None:
         self.device, self.max_side, self.weights = pick_device(device), max_side, weights
-        self._changed = threading.Condition()
-        self._key: tuple[str, str] | None = None
-        self._target: Target | None = None
-        self._users = 0
-        self._runs: set[_Run] = set()
-        self.models: dict[str, Model] = {}
+        self._lock = threading.Lock()  # held while the device computes
+        self._closed = False
+        self._loaded: tuple[tuple[str, str], Target] | None = None
+        models = {}
         for path in reversed(paths):
-            with self._borrow((path, precision), threading.Event()) as target:
-                steps, classes = target.diffusion.num_timesteps, num_classes(target) or 0
-                self.models[path] = Model(path, target.shape[-1], steps, classes)
-        self.models = {path: self.models[path] for path in paths}
+            target = self._load(path, precision)
+            models[path] = Model(path, target.shape[-1], target.diffusion.num_timesteps, num_classes(target) or 0)
+        self.models: dict[str, Model] = {path: models[path] for path in paths}
 
     @property
     def energies(self) -> list[str]:
         """The energies that can be used here."""
-        usable = [name for name in ENERGY_NAMES if name in ENERGIES]
-        return [name for name in usable if name != "vgg" or os.path.exists(self.weights)]
+        return [name for name in ENERGY_NAMES if name != "vgg" or os.path.exists(self.weights)]
 
     def translate(
         self,
@@ -257,143 +244,84 @@ class Studio:
         name: str | None = None,
         interval: float = 0.3,
     ) -> Iterator[Frame]:
-        """Translate a picture file; yields a frame at least every `interval` seconds, the results in the last.
+        """Translate a picture file; yields a frame every `interval` seconds or step, and the results in the last.
 
         model: one of the paths. name: the picture's name, which with the seed determines the noise; by default the
-        file's. Closing the generator ends the sampling at its next step. Raises InputError and ImageError.
+        file's. Results that do not fit into memory together are made one by one. Raises InputError and ImageError.
         """
         if model not in self.models:
-            raise InputError(f"it can be {', '.join(self.models)}", parameter="model", value=model)
+            raise InputError(fitting(model, list(self.models)), parameter="model", value=model)
         if not picture:
             raise InputError("choose, drop or paste one first", parameter="picture")
         size = measure_image(picture)
         if max(size) > self.max_side:
             reason = f"its sides may have up to {self.max_side} pixels"
             raise InputError(reason, parameter="picture", value=f"{size[0]} x {size[1]} pixels")
-        run = _Run(self, model, os.fspath(picture), name or os.path.basename(picture), settings)
-        self._runs.add(run)
-        run.start()
-        shown = None
+        names = ("area", "range_t", "steps", "energy", "variant", "sampler", "class_index")
+        options = {name: getattr(settings, name) for name in names}
+        options |= {name: getattr(settings, name) for name in ("start", "details") if getattr(settings, name) != 1}
+        if "vgg" in energy_names(settings.energy):
+            options["weights"] = self.weights
+        with self._lock:
+            translator = Translator(self._load(model, settings.precision), **options)
+        reference, name = translator.read(picture), name or os.path.basename(picture)
         try:
-            while not run.done.wait(interval):
-                shown = run.frame()
-                yield shown
-            if run.error is not None:
-                raise run.error
-            if shown is None or shown.preview is None:
-                yield run.frame()
-            yield run.frame(result=True)
-        finally:
-            run.stop.set()
-            run.join()
-            self._runs.discard(run)
+            yield from self._frames(translator, reference, name, [settings.seeds], interval)
+        except Exception as error:
+            if settings.count == 1 or not is_out_of_memory(error):
+                raise
+            yield from self._frames(translator, reference, name, [[seed] for seed in settings.seeds], interval)
+
+    def _frames(
+        self,
+        translator: Translator,
+        reference: torch.Tensor,
+        name: str,
+        batches: Sequence[Sequence[int]],
+        interval: float,
+    ) -> Iterator[Frame]:
+        """The frames of batches of seeds, sampled one batch after the other."""
+        steps, step, finished, began = translator.evaluations * len(batches), 0, [], time.monotonic()
+        shown = began - interval
+        for seeds in batches:
+            state = {}
+            for state in self._alone(translator.steps(reference, seed=seeds, name=name, previews=False)):
+                step += 1
+                if time.monotonic() - shown >= interval:
+                    pictures = translator.images(torch.cat([*finished, state["pred_xstart"]]))
+                    yield Frame(step, steps, time.monotonic() - began, _side_by_side(pictures))
+                    shown = time.monotonic()
+            finished.append(state["x"])
+        seconds, pictures = time.monotonic() - began, translator.images(torch.cat(finished))
+        yield Frame(steps, steps, seconds, _side_by_side(pictures), Image.fromarray(to_uint8(reference)[0]), pictures)
+
+    def _alone(self, states: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The states, each computed while nothing else is."""
+
+        def compute() -> dict[str, Any] | None:
+            with self._lock:
+                if self._closed:
+                    raise InputError("the page is closed")
+                return next(states, None)
+
+        return iter(compute, None)
+
+    def _load(self, path: str, precision: str) -> Target:
+        """The model of a path on the device, in place of the one that was there."""
+        if self._loaded is None or self._loaded[0] != (path, precision):
+            self._loaded = None  # its memory is free before the next one needs some
+            options = TargetOptions(model_path=path, precision=precision)
+            self._loaded = (path, precision), load_target(options, ModelFlags(), self.device, any_class=True)
+        return self._loaded[1]
 
     def close(self) -> None:
-        """End all translations at their next steps."""
-        runs = list(self._runs)
-        for run in runs:
-            run.stop.set()
-        for run in runs:
-            run.join()
-
-    @contextlib.contextmanager
-    def _borrow(self, key: tuple[str, str], stop: threading.Event) -> Iterator[Target]:
-        """The model of a path and precision on the device, loaded when no translation uses another."""
-        with self._changed:
-            while self._key != key and self._users:
-                if stop.is_set():
-                    raise _Stopped
-                self._changed.wait(0.2)
-            if self._key != key:
-                self._key = self._target = None  # its memory is free before the next one needs some
-                options = TargetOptions(model_path=key[0], precision=key[1])
-                self._target = load_target(options, ModelFlags(), self.device, any_class=True)
-                self._key = key
-            target = self._target
-            self._users += 1
-        try:
-            yield target  # type: ignore[misc]
-        finally:
-            with self._changed:
-                self._users -= 1
-                self._changed.notify_all()
-
-
-class _Stopped(Exception):
-    """Nobody wants the result any more."""
-
-
-class _Run(threading.Thread):
-    """The thread of one translation."""
-
-    def __init__(self, studio: Studio, model: str, picture: str, name: str, settings: Settings) -> None:
-        super().__init__(daemon=True, name=f"translation of {name!r}")
-        self.studio, self.model, self.settings = studio, model, settings
-        self.picture, self.name_of_picture = picture, name
-        self.stop, self.done = threading.Event(), threading.Event()
-        self.error: BaseException | None = None
-        self.total = 0
-        self.began = self.ended = 0.0
-        self.reference: Any = None
-        self.newest: tuple[int, Any, Any] | None = None  # steps done, and the state and the predictions after them
-        self.translator: Translator | None = None
-
-    def run(self) -> None:
-        try:
-            with self.studio._borrow((self.model, self.settings.precision), self.stop) as target:
-                self._sample(target)
-        except _Stopped:
+        """End all translations; returns when the device is idle."""
+        self._closed = True
+        with self._lock:
             pass
-        except BaseException as error:  # the generator raises it
-            if not isinstance(error, (InputError, ImageError)):
-                log.exception("a translation failed")
-            self.error = error
-        finally:
-            self.ended = time.monotonic()
-            self.done.set()
 
-    def _sample(self, target: Target) -> None:
-        wanted = self.settings
-        names = ("area", "range_t", "steps", "energy", "variant", "sampler", "class_index")
-        options = {name: getattr(wanted, name) for name in names}
-        options |= {name: getattr(wanted, name) for name in ("start", "details") if getattr(wanted, name) != 1}
-        if "vgg" in energy_names(wanted.energy):
-            options["weights"] = self.studio.weights
-        self.translator = Translator(target, **options)
-        self.reference = self.translator.read(self.picture)
-        self.began = time.monotonic()
-        try:
-            self._sample_seeds([wanted.seeds])
-        except Exception as error:
-            if wanted.count == 1 or not is_out_of_memory(error):
-                raise
-            self._sample_seeds([range(seed, seed + 1) for seed in wanted.seeds])
 
-    def _sample_seeds(self, batches: Sequence[range]) -> None:
-        """Sample every batch of seeds, one batch after the other."""
-        assert self.translator is not None
-        self.total = self.translator.evaluations * len(batches)
-        step, finished = 0, []
-        for seeds in batches:
-            for state in self.translator.steps(self.reference, seed=seeds, name=self.name_of_picture, previews=False):
-                step += 1
-                x, predicted = (torch.cat([*finished, state[key]]) for key in ("x", "pred_xstart"))
-                self.newest = step, x, predicted
-                if self.stop.is_set():
-                    return
-            finished = [x]
-
-    def frame(self, result: bool = False) -> Frame:
-        """The newest state as a frame. It is converted here, in the thread that shows it."""
-        if self.newest is None:
-            return Frame(0, self.total, 0.0)
-        assert self.translator is not None
-        step, x, predicted = self.newest
-        seconds = (self.ended or time.monotonic()) - self.began
-        pictures = self.translator.images(x if result else predicted)
-        preview = pictures[0]
-        if len(pictures) > 1:
-            preview = Image.fromarray(contact_sheet([[np.asarray(each)] for each in pictures], preview.width, 2))
-        if not result:
-            return Frame(step, self.total, seconds, preview)
-        return Frame(step, self.total, seconds, preview, Image.fromarray(to_uint8(self.reference)[0]), pictures)
+def _side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    if len(pictures) == 1:
+        return pictures[0]
+    return Image.fromarray(contact_sheet([[np.asarray(each)] for each in pictures], pictures[0].width, 2))
