@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from .nn import mean_flat
 
 Model = Callable[..., Tensor]
 Step = dict[str, Tensor]
-P = ParamSpec("P")
 
 SCHEDULES = "linear, cosine, linear:A,B, scaled_linear:A,B, sigmoid:A,B, laplace or betas:B0,B1,…"
 
@@ -72,12 +71,10 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     return betas
 
 
-def betas_for_alpha_bar(
-    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
-) -> np.ndarray:
-    """Return betas, float64 [T], for alpha_bar given as a function of time in [0, 1]; betas are at most `max_beta`."""
+def betas_for_alpha_bar(num_diffusion_timesteps: int, alpha_bar: Callable[[float], float]) -> np.ndarray:
+    """Return betas, float64 [T] and at most 0.999, for alpha_bar given as a function of time in [0, 1]."""
     n = num_diffusion_timesteps
-    return np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), max_beta) for i in range(n)])
+    return np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), 0.999) for i in range(n)])
 
 
 class ModelMeanType(enum.Enum):
@@ -108,34 +105,28 @@ class LossType(enum.Enum):
     RESCALED_KL = enum.auto()
 
 
-def _last_sample(
-    steps: Callable[Concatenate["GaussianDiffusion", P], Iterator[Step]],
-) -> Callable[Concatenate["GaussianDiffusion", P], Tensor]:
+def _last_sample(steps: Callable[..., Iterator[Step]]) -> Callable[..., Tensor]:
     """The method that runs a generator method to its end, with the same parameters, and returns the last sample."""
 
-    @functools.wraps(steps)
-    def loop(self: "GaussianDiffusion", *args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def loop(self: "GaussianDiffusion", *args: Any, **kwargs: Any) -> Tensor:
         sample = torch.empty(0)
         for out in getattr(self, steps.__name__)(*args, **kwargs):
             sample = out["sample"]
         return sample
 
-    loop.__name__ = steps.__name__.removesuffix("_progressive")
     loop.__doc__ = f"Return the last sample of `{steps.__name__}`, whose parameters it has."
-    loop.__signature__ = inspect.signature(steps).replace(return_annotation=Tensor)  # type: ignore[attr-defined]
+    loop.__signature__ = inspect.signature(steps)  # type: ignore[attr-defined]
     return loop
-
-
-def _device(model, noise):
-    """The device of noise or model, the CPU if neither has one."""
-    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-    source = noise if noise is not None else parameter
-    return source.device if source is not None else torch.device("cpu")
 
 
 def _with_prediction(cond_fn, out, t):
     """cond_fn(x, t, out, **model_kwargs) as a function without `out`, called with step indices."""
     return lambda x, _, **model_kwargs: cond_fn(x, t, out, **model_kwargs)
+
+
+def _nonzero(t, x):
+    """1 for images at t > 0, 0 for those at 0, of x's dtype and shaped to broadcast over x."""
+    return (t != 0).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def recordable(value: Any) -> Any:
@@ -172,8 +163,7 @@ class GaussianDiffusion:
         self.alphas_cumprod = np.cumprod(alphas) if alpha_bars is None else alpha_bars
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
-        self.one_minus_alphas_cumprod = 1.0 - self.alphas_cumprod
-        self.log_one_minus_alphas_cumprod = np.log(self.one_minus_alphas_cumprod)
+        self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
         self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
@@ -191,12 +181,10 @@ class GaussianDiffusion:
 
     @staticmethod
     def from_alpha_bars(
-        alpha_bars: Sequence[float] | np.ndarray,
-        *,
-        model_mean_type: ModelMeanType,
+        alpha_bars: Sequence[float] | np.ndarray, *, model_mean_type: ModelMeanType,
         model_var_type: ModelVarType = ModelVarType.FIXED_SMALL,
         timesteps: Sequence[float] | np.ndarray | None = None,
-    ) -> "GaussianDiffusion":
+    ) -> "GaussianDiffusion":  # fmt: skip
         """The process that has given values of alpha_bar.
 
         alpha_bars: [T], from image to noise: strictly falling, above 0 and below 1; kept as they are, in float64.
@@ -320,7 +308,8 @@ class GaussianDiffusion:
         if self.model_mean_type is ModelMeanType.VELOCITY:
             # Not through the noise, which would divide by sqrt(alpha_bar), close to 0 at the last steps.
             return self.q_sample(x, t, -prediction)
-        return self._predict_xstart_from_xprev(x, t, prediction)
+        past = prediction - self.extract("posterior_mean_coef2", t, x.ndim) * x
+        return past / self.extract("posterior_mean_coef1", t, x.ndim)
 
     def xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Return the x_0 of given x_t and noise."""
@@ -377,8 +366,7 @@ class GaussianDiffusion:
 
     def add_noise(self, out: Step, t: Tensor, noise: Tensor) -> Tensor:
         """Return mean + sigma noise for a posterior `out`, without noise where t = 0."""
-        nonzero = (t != 0).to(noise.dtype).reshape(-1, *[1] * (noise.ndim - 1))
-        return out["mean"] + nonzero * torch.exp(0.5 * out["log_variance"]) * noise
+        return out["mean"] + _nonzero(t, noise) * torch.exp(0.5 * out["log_variance"]) * noise
 
     def ddim_sample(
         self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool | float = True,
@@ -398,9 +386,8 @@ class GaussianDiffusion:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs)
         mean, sigma = self.ddim_mean_sigma(out["pred_xstart"], x, t, eta)
         noise = torch.randn_like(x) if noise is None else noise
-        nonzero = (t != 0).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
         pred_xstart = (plain if cond_fn_with_grad else out)["pred_xstart"]
-        return {"sample": mean + nonzero * sigma * noise, "pred_xstart": pred_xstart}
+        return {"sample": mean + _nonzero(t, x) * sigma * noise, "pred_xstart": pred_xstart}
 
     def ddim_mean_sigma(self, pred_xstart: Tensor, x: Tensor, t: Tensor, eta: float) -> tuple[Tensor, Tensor]:
         """Return mean [N, C, H, W] and standard deviation [N, 1, 1, 1] of a DDIM step with a prediction of x_0."""
@@ -438,16 +425,16 @@ class GaussianDiffusion:
     ) -> Iterator[Step]:  # fmt: skip
         """Run ancestral sampling; yield the dict of `p_sample` after each step, from the last index to 0.
 
-        noise: x_T, drawn if None. device: where to sample, that of noise or model if None. progress: show a bar. The
-        next four are those of crowsonkb's fork. skip_timesteps: number of steps to leave out at the noisy end;
-        init_image [N, C, H, W]: start from this image, noised (zeros if None and steps are left out). randomize_class:
-        draw new labels `y` in model_kwargs at each step, below model.num_classes. cond_fn_with_grad: call
-        cond_fn(x, t, out, **model_kwargs) with step indices t and the result `out` of `p_mean_variance`, a function of
-        x that can be differentiated.
+        noise: x_T, drawn if None. progress: show a bar. The next four are those of crowsonkb's fork. skip_timesteps:
+        number of steps to leave out at the noisy end; init_image [N, C, H, W]: start from this image, noised (zeros if
+        None and steps are left out). randomize_class: draw new labels `y` in model_kwargs at each step, below
+        model.num_classes. cond_fn_with_grad: call cond_fn(x, t, out, **model_kwargs) with step indices t and the result
+        `out` of `p_mean_variance`, a function of x that can be differentiated.
         """
         options = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
-        changes = skip_timesteps, init_image, randomize_class, cond_fn_with_grad
-        return self._loop(self.p_sample, model, shape, noise, options, model_kwargs, device, progress, *changes)
+        step = functools.partial(self.p_sample, model, **options)
+        start = self._start(model, shape, noise, device, skip_timesteps, init_image)
+        return self._loop(step, *start, model, model_kwargs, progress, randomize_class, cond_fn_with_grad)
 
     def ddim_sample_loop_progressive(
         self, model: Model, shape: Sequence[int], noise: Tensor | None = None,
@@ -459,27 +446,31 @@ class GaussianDiffusion:
     ) -> Iterator[Step]:  # fmt: skip
         """Run DDIM sampling with `ddim_sample`'s eta; otherwise as `p_sample_loop_progressive`."""
         options = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn, "eta": eta}
-        changes = skip_timesteps, init_image, randomize_class, cond_fn_with_grad
-        return self._loop(self.ddim_sample, model, shape, noise, options, model_kwargs, device, progress, *changes)
+        step = functools.partial(self.ddim_sample, model, **options)
+        start = self._start(model, shape, noise, device, skip_timesteps, init_image)
+        return self._loop(step, *start, model, model_kwargs, progress, randomize_class, cond_fn_with_grad)
 
     p_sample_loop = _last_sample(p_sample_loop_progressive)
     ddim_sample_loop = _last_sample(ddim_sample_loop_progressive)
 
-    def _loop(
-        self, step, model: Any, shape, noise, options, model_kwargs, device, progress, skip_timesteps,
-        init_image, randomize_class, with_grad,
-    ):  # fmt: skip
-        """Run step(model, x, t, model_kwargs=…, **options) from the first index to 0."""
-        device = _device(model, noise) if device is None else device
-        indices = range(self.num_timesteps - skip_timesteps - 1, -1, -1)
+    def _start(self, model, shape, noise, device, skip_timesteps, init_image):
+        """x_T, or an image with its noise, and the step indices from there to 0."""
         if not 0 <= skip_timesteps < self.num_timesteps:
             reason = f"the process has {self.num_timesteps} steps, so it can be 0 to {self.num_timesteps - 1}"
             raise InputError(reason, parameter="skip_timesteps", value=skip_timesteps)
-        options |= {"cond_fn_with_grad": True} if with_grad else {}
-        x = torch.randn(*shape, device=device, dtype=torch.float32) if noise is None else noise
-        if skip_timesteps or init_image is not None:
-            init_image = torch.zeros_like(x) if init_image is None else init_image
-            x = self.q_sample(init_image, torch.full(shape[:1], indices[0], device=device), x)
+        if noise is None:
+            parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+            device = parameter.device if device is None and parameter is not None else device
+            noise = torch.randn(*shape, device=device, dtype=torch.float32)
+        indices = range(self.num_timesteps - skip_timesteps - 1, -1, -1)
+        if not skip_timesteps and init_image is None:
+            return noise, indices
+        init_image = torch.zeros_like(noise) if init_image is None else init_image
+        return self.q_sample(init_image, torch.full(shape[:1], indices[0], device=noise.device), noise), indices
+
+    def _loop(self, step, x, indices, model, model_kwargs, progress, randomize_class, with_grad):
+        """Yield step(x, t, model_kwargs=…) at each of the indices."""
+        step = functools.partial(step, cond_fn_with_grad=True) if with_grad else step
         if progress:
             from tqdm.auto import tqdm
 
@@ -490,8 +481,8 @@ class GaussianDiffusion:
                 kwargs = {name: recordable(value) for name, value in (model_kwargs or {}).items()}
                 if randomize_class and "y" in kwargs:
                     kwargs["y"] = torch.randint(model.num_classes, kwargs["y"].shape, device=kwargs["y"].device)
-                t = torch.full(shape[:1], i, device=device)
-                out = step(model, recordable(x).detach().requires_grad_(with_grad), t, model_kwargs=kwargs, **options)
+                t = torch.full(x.shape[:1], i, device=x.device)
+                out = step(recordable(x).detach().requires_grad_(with_grad), t, model_kwargs=kwargs)
                 out = {name: value.detach() for name, value in out.items()}
             yield out
             x = out["sample"]
@@ -585,15 +576,5 @@ class GaussianDiffusion:
     _predict_xstart_from_eps = xstart_from_eps
     _predict_eps_from_xstart = eps_from_xstart
 
-    def _predict_xstart_from_xprev(self, x_t, t, xprev):
-        coef1 = self.extract("posterior_mean_coef1", t, x_t.ndim)
-        return (xprev - self.extract("posterior_mean_coef2", t, x_t.ndim) * x_t) / coef1
-
     def _scale_timesteps(self, t):
         return GaussianDiffusion.model_timesteps(self, t)
-
-
-def _extract_into_tensor(arr, timesteps, broadcast_shape):
-    """Entries of the array `arr` [T] at timesteps [N], float32, expanded to a shape."""
-    values = torch.from_numpy(arr).float().to(timesteps.device)[timesteps]
-    return values.reshape(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)
