@@ -22,8 +22,8 @@ from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.cli.progress import image_bar
 from guided_diffusion.dist_util import Peers
 from guided_diffusion.errors import display_name
+from guided_diffusion.run.job import open_plan
 from guided_diffusion.run.likelihood import DataImages, LikelihoodJob, LikelihoodLoop, LikelihoodOptions
-from guided_diffusion.run.opening import open_plan
 from guided_diffusion.run.sources import listed
 from guided_diffusion.runtime import pick_device
 

@@ -22,7 +22,7 @@ from guided_diffusion.evaluation.images import list_images
 from guided_diffusion.image_datasets import ImageError, load_image
 from guided_diffusion.run import record
 from guided_diffusion.run.files import read_json_or_none, write_json
-from guided_diffusion.run.journal import curves
+from guided_diffusion.run.record import curves
 from guided_diffusion.training import files as training_files
 
 # Every command with flags that end it early: what it needs does not exist.

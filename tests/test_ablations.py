@@ -8,7 +8,7 @@ from conftest import small_run
 
 from guided_diffusion import energy as energies
 from guided_diffusion.manifold import BlockManifold, LowPassManifold
-from guided_diffusion.run import journal
+from guided_diffusion.run import record as journal
 from guided_diffusion.sddm import LAMBDA, merge, sample
 from guided_diffusion.target import Counted, count_evaluations
 from resizer import low_pass_filter

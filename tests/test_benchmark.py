@@ -23,7 +23,7 @@ from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import Evaluation, charts, comparison, report
 from guided_diffusion.evaluation.distances import kernel_distance
 from guided_diffusion.run import record as run_record
-from guided_diffusion.run.journal import curves
+from guided_diffusion.run.record import curves
 
 benchmark = load_script("benchmark")
 

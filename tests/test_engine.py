@@ -30,11 +30,10 @@ from guided_diffusion.image_datasets import list_references
 from guided_diffusion.run import files as run_files
 from guided_diffusion.run import record as run_record
 from guided_diffusion.run.files import Folder
-from guided_diffusion.run.job import Job, JobOptions, OutputOptions
-from guided_diffusion.run.journal import curves
+from guided_diffusion.run.job import Job, JobOptions, OutputOptions, open_plan
 from guided_diffusion.run.likelihood import DataImages
 from guided_diffusion.run.loop import Loop
-from guided_diffusion.run.opening import open_plan
+from guided_diffusion.run.record import curves
 from guided_diffusion.run.sources import References, SmallImages
 from guided_diffusion.solvers import NotFiniteError
 from guided_diffusion.target import Counted
@@ -92,7 +91,8 @@ class Painter:
 def create_job(base, out, peers=None, **options):
     """A job on the CPU."""
     options = JobOptions(base_samples=str(base), save_dir=str(out), **options)
-    return Job(options, peers or dist_util.connect(Ranks()), torch.device("cpu"))
+    peers = peers or dist_util.connect(Ranks())
+    return Job(options, peers, torch.device("cpu"), options.source(peers))
 
 
 def paint(base, out, before=None, settings=(), peers=None, **options):

@@ -23,12 +23,11 @@ from ..generation import draw_labels
 from ..methods import ENERGIES, METHODS, Method, Translation, energy_names
 from ..options import near_miss, option
 from ..presets import located
-from ..run.files import write_bytes
-from ..run.job import MOST_IMAGES, Job, JobOptions, OutputOptions
+from ..run.files import write_atomically
+from ..run.job import MOST_IMAGES, Job, JobOptions, OutputOptions, open_plan
 from ..run.loop import Loop, Summary
 from ..run.noise import ImageNoise, image_key
-from ..run.opening import open_plan
-from ..run.sources import Numbers, SmallImages, Source, npz_bytes
+from ..run.sources import Numbers, SmallImages, Source
 from ..runtime import pick_device
 from ..script_util import model_and_diffusion_defaults
 from ..solvers import Noise, resolve_step
@@ -131,7 +130,7 @@ def translate_command(
         size = None if flags.image_size is None else (flags.image_size, flags.image_size)
         options.check_fit(None if kind.takes_labels else size, check_flags(wanted, flags))
         device = pick_device(wanted.device, peers.local_rank)
-        job = Job(made, peers, device, None if translates else made.source(peers, wanted.class_index))
+        job = Job(made, peers, device, made.source(peers, wanted.class_index))
 
         # A method that takes labels gets the class that way.
         loaded = dataclasses.replace(wanted, class_index=None) if kind.takes_labels else wanted
@@ -245,7 +244,7 @@ class Labels:
             if class_index is not None:
                 raise InputError("the model is not class-conditional", parameter="class_index", value=class_index)
         elif isinstance(source, SmallImages):
-            if source.entries and source.label(source.entries[0]) is None:
+            if not source.labels:
                 raise InputError("the model is class-conditional: give a class", parameter="class_index")
         elif class_index is not None:
             info = getattr(translation.sampler, "info", target.info)
@@ -261,9 +260,8 @@ class Labels:
             return torch.full((len(names),), self._fixed, device=self._device)
         if drawn is not None:
             return drawn
-        labels = {entry.name: self._source.label(entry) for entry in self._source.entries}
-        known = [labels[name] for name in names]
-        return None if None in known else torch.tensor(known, device=self._device)
+        known = self._source.labels
+        return torch.tensor([known[name] for name in names], device=self._device) if known else None
 
 
 def execute(
@@ -322,5 +320,5 @@ def write_npz(job: Job, image_size: int, labels: Labels) -> None:
         classes = labels(names, ImageNoise(keys, torch.device("cpu")))
         arrays += [] if classes is None else [classes.cpu().numpy()]
     path = os.path.join(job.options.save_dir, f"samples_{'x'.join(map(str, images.shape))}.npz")
-    write_bytes(path, npz_bytes(*arrays))
+    write_atomically(path, lambda file: np.savez(file, *arrays))
     say(f"all images are in {display_name(path)}")

@@ -18,7 +18,7 @@ from ..image_datasets import list_references
 from ..options import check, option
 from ..run import files
 from ..run import record as run_record
-from ..run.journal import curves
+from ..run.record import curves
 from . import charts, report, table
 from .features import NAMED
 from .packages import library

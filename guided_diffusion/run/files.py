@@ -4,10 +4,11 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,14 +16,10 @@ import numpy as np
 
 from ..errors import InputError, display_name, first_line, reading
 
+log = logging.getLogger("sddm")
+
 TEMPORARY = ".writing"
 """Suffix of files that are being written. They are hidden, and the next run removes those of a killed one."""
-
-LOCK = ".lock"
-"""File in a folder that is locked while a run writes there."""
-
-# Errors of a file system without locks, such as NFS without a lock service.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class Folder:
@@ -33,32 +30,32 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike, parameter: str = "save_dir") -> None:
         self.path, self._parameter = os.fspath(path), parameter
+        self._lock_file = os.path.join(self.path, ".lock")
         self._lock: Any = None
         self._known: tuple[int, int] | None = None
         make_folder(path, parameter)
 
-    def _refuse(self, reason: str) -> InputError:
+    def refuse(self, reason: str) -> InputError:
+        """An error that names the folder."""
         return InputError(reason, parameter=self._parameter, value=self.path)
 
     def lock(self) -> None:
         """Keep other runs out until `release`; raises InputError where one is in it.
 
-        On a file system without locks nothing is kept out.
+        A file system without locks, such as NFS without a lock service, keeps nothing out.
         """
         import filelock
 
-        file = os.path.join(self.path, LOCK)
-        lock = filelock.FileLock(file, thread_local=False)
-        busy = self._refuse("another run is writing there now; wait for it or give another folder")
+        lock = filelock.FileLock(self._lock_file, thread_local=False)
+        busy = self.refuse("another run is writing there now; wait for it or give another folder")
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout:
             raise busy from None
         except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-                raise self._refuse(f"it cannot be locked: {error.strerror or first_line(error)}") from None
+            log.info("%s cannot be locked: %s", display_name(self.path), first_line(error))
         else:
-            if not os.path.exists(file):  # another run ended between opening and locking
+            if not os.path.exists(self._lock_file):  # another run ended between opening and locking
                 lock.release()
                 raise busy
             self._lock = lock
@@ -69,34 +66,40 @@ class Folder:
         self._known = self._identity()
 
     def _identity(self) -> tuple[int, int]:
-        file = os.path.join(self.path, LOCK)
         # The lock's file stays open, so no other one gets its number; a folder's is given away at once.
-        status = os.stat(file if os.path.exists(file) else self.path)
+        status = os.stat(self._lock_file if os.path.exists(self._lock_file) else self.path)
         return status.st_dev, status.st_ino
 
     def check(self) -> None:
         """Raise InputError where the folder is gone, or another one than at `lock` or `watch`."""
+        removed = "it was removed while the run was writing to it"
         try:
             same = self._known is None or self._identity() == self._known
         except OSError:
-            raise self._refuse("it was removed while the run was writing to it") from None
+            raise self.refuse(removed) from None
         if not same:
-            raise self._refuse("it was removed while the run was writing to it, and another one is in its place")
+            raise self.refuse(f"{removed}, and another one is in its place")
 
     def release(self) -> None:
         """Let other runs in; nothing happens where the folder is not locked."""
         if self._lock is not None:
             with contextlib.suppress(InputError, OSError):
                 self.check()
-                os.remove(os.path.join(self.path, LOCK))
+                os.remove(self._lock_file)
             self._lock.release()
         self._lock = self._known = None
+
+
+def inside(path: str, folder: str) -> bool:
+    """Whether a path lies in a folder once links are followed."""
+    root = os.path.realpath(folder)
+    return os.path.commonpath([root, os.path.realpath(path)]) == root
 
 
 def make_folder(folder: str | os.PathLike, parameter: str) -> None:
     """Make a folder that is to be written to, and try it out; raises InputError for the parameter that names it."""
     folder = os.fspath(folder)
-    wrong = {"parameter": parameter, "value": folder}
+    wrong: dict[str, Any] = {"parameter": parameter, "value": folder}
     if "://" in folder:
         raise InputError("outputs are written to a local folder only", **wrong)
     if os.path.exists(folder) and not os.path.isdir(folder):
@@ -104,13 +107,31 @@ def make_folder(folder: str | os.PathLike, parameter: str) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
         # Other ranks, on other machines perhaps, try at the same time, and rank 0 removes temporary files.
-        descriptor, probe = tempfile.mkstemp(prefix=".probe-", suffix=TEMPORARY, dir=folder)
-        os.close(descriptor)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(probe)
+        probe: dict[str, Any] = {"prefix": ".probe-", "suffix": TEMPORARY, "dir": folder}
+        with contextlib.suppress(FileNotFoundError), tempfile.NamedTemporaryFile(**probe):
+            pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"it cannot be written: {reason}", **wrong) from None
+
+
+@contextlib.contextmanager
+def writing(path: str, folder: Folder | None = None) -> Iterator[None]:
+    """Context in which a file is written: an OSError becomes an InputError that names the file, or else `folder`."""
+    try:
+        yield
+    except OSError as error:
+        if folder is not None:
+            folder.check()
+        raise InputError(disk_reason(path, error)) from error
+
+
+def disk_reason(path: str, error: OSError) -> str:
+    """Why a file could not be written, as a sentence that names it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        room = f"no room left to write {display_name(path)} ({error.strerror})"
+        return f"{room}; make room and run the same command again"
+    return f"{display_name(path)} cannot be written: {error.strerror or first_line(error)}"
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any], folder: Folder | None = None) -> None:
@@ -124,7 +145,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any], 
     # Short because file systems limit a name's length, and the final name may just fit.
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
     temporary = os.path.join(parent, f".{digest}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
-    try:
+    with writing(path, folder):
         if folder is None:
             os.makedirs(parent or ".", exist_ok=True)
         else:
@@ -147,18 +168,6 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any], 
             with contextlib.suppress(OSError):
                 os.remove(temporary)
             raise
-    except OSError as error:
-        if folder is not None:
-            folder.check()
-        raise InputError(disk_reason(path, error)) from error
-
-
-def disk_reason(path: str, error: OSError) -> str:
-    """Why a file could not be written, as a sentence that names it."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        room = f"no room left to write {display_name(path)} ({error.strerror})"
-        return f"{room}; make room and run the same command again"
-    return f"{display_name(path)} cannot be written: {error.strerror or first_line(error)}"
 
 
 def write_bytes(path: str | os.PathLike, data: bytes, folder: Folder | None = None) -> None:
@@ -181,30 +190,45 @@ def json_text(content: Any) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
+def write_png(path: str, image: np.ndarray, folder: Folder | None = None) -> None:
+    """Write uint8 [H, W, 3], or grey [H, W], as PNG; folder as in `write_atomically`."""
+    from PIL import Image
+
+    write_atomically(path, lambda file: Image.fromarray(image).save(file, "PNG"), folder)
+
+
+def write_animation(path: str, frames: Sequence[np.ndarray], folder: Folder | None = None) -> None:
+    """Write uint8 frames [H, W, 3] as an animated GIF of about four seconds that shows the last frame for longer."""
+    from PIL import Image
+
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    durations = [max(20, 4000 // len(frames))] * len(rest) + [1500]
+    options: dict[str, Any] = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
+    write_atomically(path, lambda file: first.save(file, "GIF", **options), folder)
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """The content of a JSON file.
 
     Raises FileNotFoundError where there is no file, and InputError, naming the file, where it cannot be read.
     """
     if not os.path.exists(path):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+        raise FileNotFoundError(path)
     check_regular(path)
     with reading(path), open(path, encoding="utf-8", errors="surrogateescape") as file:
         return json.load(file)
+
+
+def read_json_or_none(path: str | os.PathLike) -> Any:
+    """The content of a JSON file; None where there is none that can be read."""
+    with contextlib.suppress(FileNotFoundError, InputError):
+        return read_json(path)
 
 
 def check_regular(path: str | os.PathLike) -> None:
     """Raise InputError where something other than a file is at `path`: opening a pipe would wait for ever."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{display_name(os.fspath(path))} is not a regular file")
-
-
-def read_json_or_none(path: str | os.PathLike) -> Any:
-    """The content of a JSON file; None where there is none that can be read."""
-    try:
-        return read_json(path)
-    except (FileNotFoundError, InputError):
-        return None
 
 
 def remove_files(paths: Iterable[str]) -> None:
@@ -219,28 +243,6 @@ def remove_files(paths: Iterable[str]) -> None:
 
 def remove_temporaries(folder: str | os.PathLike) -> None:
     """Remove the half-written files of killed runs below `folder`."""
-    for root, _, names in os.walk(folder):
-        for name in names:
-            if name.startswith(".") and name.endswith(TEMPORARY):
-                with contextlib.suppress(OSError):
-                    os.remove(os.path.join(root, name))
-
-
-def write_png(path: str, image: np.ndarray, folder: Folder | None = None) -> None:
-    """Write uint8 [H, W, 3], or grey [H, W], as PNG; folder as in `write_atomically`."""
-    from PIL import Image
-
-    write_atomically(path, lambda file: Image.fromarray(image).save(file, "PNG"), folder)
-
-
-def write_animation(path: str, frames: Sequence[np.ndarray], folder: Folder | None = None) -> None:
-    """Write uint8 frames [H, W, 3] as an animated GIF of about four seconds that shows the last frame for longer.
-
-    folder: as in `write_atomically`.
-    """
-    from PIL import Image
-
-    first, *rest = [Image.fromarray(frame) for frame in frames]
-    durations = [max(20, 4000 // len(frames))] * len(rest) + [1500]
-    options: dict[str, Any] = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
-    write_atomically(path, lambda file: first.save(file, "GIF", **options), folder)
+    for path in Path(folder).rglob(f".*{TEMPORARY}"):
+        with contextlib.suppress(OSError):
+            path.unlink()

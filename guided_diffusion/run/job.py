@@ -1,27 +1,37 @@
-"""The outputs that a run is to make, checked before any model is loaded.
+"""The outputs that a run is to make, and a plan of those that are missing.
 
-`Job` is what is wanted. `opening.open_plan` opens its save folder and finds out what is missing, and `loop.Loop` makes
-that. What is done is what exists on disk: outputs appear whole, so a killed run resumes when it is started again.
+`Job` is what is wanted, checked before any model is loaded. `open_plan` opens its save folder and finds out what is
+missing, and `loop.Loop` makes that. What is done is what exists on disk: outputs appear whole, so a killed run resumes
+when it is started again.
 """
 
+import contextlib
+import glob
+import logging
 import os
 import posixpath
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NoReturn
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..dist_util import Peers
 from ..errors import InputError, display_name
-from ..image_datasets import RESIZE_MODES, ImageError, Reference, check_options, is_url, load_image
+from ..image_datasets import RESIZE_MODES, ImageError, Reference, check_options, load_image
 from ..options import check, option
-from . import journal, record
-from .files import Folder, remove_files
+from . import record
+from .files import Folder, inside, remove_files, remove_temporaries
 from .sources import References, Source
 
 MOST_IMAGES = 1_000_000
+AUTO_BATCH = {"cuda": 32, "mps": 8, "cpu": 8}
+"""First batch size tried with batch_size="auto"; it is halved while memory does not suffice."""
+
+log = logging.getLogger("sddm")
 
 
 @dataclass(frozen=True)
@@ -79,8 +89,8 @@ class JobOptions(OutputOptions):
         super().__post_init__()
         check_options(self.resize, self.background)
 
-    def references(self, peers: Peers) -> References:
-        """The references that the options name."""
+    def source(self, peers: Peers, class_index: Any = None) -> Source:
+        """The references."""
         return References(
             self.base_samples, peers, self.num_samples, samples=self.samples_per_image, strict=self.strict,
             resize=self.resize, background=self.background, white_level=self.white_level,
@@ -104,25 +114,31 @@ class Job:
     """The outputs wanted of a source: `items` by key, and the `folder` that they go to.
 
     Raises InputError for what can be known to fail: a folder that cannot be written, an output that would replace a
-    source or lie outside of the folder. source: by default the references that the options (`JobOptions`) name.
+    source or lie outside of the folder.
     """
 
-    def __init__(self, options: RunOptions, peers: Peers, device: torch.device, source: Source | None = None) -> None:
-        if source is None:
-            if not isinstance(options, JobOptions):
-                raise TypeError("options that name no references need a source")
-            source = options.references(peers)
+    def __init__(self, options: RunOptions, peers: Peers, device: torch.device, source: Source) -> None:
         self.options, self.peers, self.device, self.source = options, peers, device, source
         if source.strict and source.failed:
             name, reason = next(iter(source.failed.items()))
             raise InputError(f"{display_name(name)}: {reason}")
-        self._check_outside()
+        base, sources = source.base, {}
+        if base is not None and os.path.isdir(base) and inside(options.save_dir, base):
+            reason = "it lies in `base_samples`, and outputs would become references; move it"
+            raise InputError(reason, parameter="save_dir", value=options.save_dir)
         self.folder = Folder(options.save_dir)
+        if base is not None:  # with files that cannot be used: they must not be overwritten either
+            sources = {base: os.path.basename(base), **{os.path.join(base, name): name for name in source.failed}}
+            sources |= {reference.path: reference.name for reference in source.entries}
+        self._sources = {os.path.realpath(path): name for path, name in sources.items()}
         items = [Item(reference, k) for k in range(source.samples) for reference in source.entries]
         self.items = {item.key: item for item in items}
-        self._check_inside()
-        self._protected = self._find_protected()
-        self.refuse_protected(self.own_files() + [path for key in self.items for path in self.paths(key)])
+        outputs = [path for key in self.items for path in self.paths(key)]
+        for folder in {os.path.dirname(path) for path in outputs}:
+            if not inside(folder, options.save_dir):
+                name = display_name(os.path.relpath(folder, options.save_dir))
+                raise self.folder.refuse(f"its folder {name} is a link out of it; remove the link")
+        self.refuse_sources(self.own_files() + outputs)
 
     def path(self, item: Item) -> str:
         """Where an item's image is written."""
@@ -135,6 +151,10 @@ class Job:
         stem = f"{folder}{posixpath.splitext(name)[0]}"
         names = f"{stem}.png", f"trajectory/{stem}.gif"
         return tuple(os.path.join(self.options.save_dir, *each.split("/")) for each in names)
+
+    def own_files(self) -> list[str]:
+        """Files that a run writes besides the outputs, the record last."""
+        return [os.path.join(self.options.save_dir, name) for name in ("grid.png", record.IMAGES, record.NAME)]
 
     def exists(self, item: Item) -> bool:
         """Whether an item's image is there: a file, and no link to one."""
@@ -155,48 +175,137 @@ class Job:
         except ImageError as error:
             raise InputError(f"{display_name(self.path(item))} cannot be read: {error.reason}") from None
 
-    def own_files(self) -> list[str]:
-        """Files that a run writes besides the outputs, the record last."""
-        return [os.path.join(self.options.save_dir, name) for name in ("grid.png", journal.NAME, record.NAME)]
-
-    def _refuse(self, reason: str) -> NoReturn:
-        raise InputError(reason, parameter="save_dir", value=self.options.save_dir)
-
-    def _check_outside(self) -> None:
-        base = self.source.base
-        if base is not None and not is_url(base) and os.path.isdir(base) and _inside(self.options.save_dir, base):
-            self._refuse("it lies in `base_samples`, and outputs would become references; move it")
-
-    def _check_inside(self) -> None:
-        """Raise InputError where a link in the save folder leads an output out of it."""
-        for folder in {os.path.dirname(path) for key in self.items for path in self.paths(key)}:
-            if not self.holds(folder):
-                name = display_name(os.path.relpath(folder, self.options.save_dir))
-                self._refuse(f"its folder {name} is a link out of it; remove the link")
-
-    def holds(self, folder: str) -> bool:
-        """Whether a folder lies in the save folder once links are followed."""
-        return _inside(folder, self.options.save_dir)
-
-    def _find_protected(self) -> dict[str, str]:
-        """Files that must not be overwritten: real path -> name. Includes sources that cannot be used."""
-        base = self.source.base
-        if base is None or is_url(base):
-            return {}
-        if not os.path.isdir(base):
-            return {os.path.realpath(base): os.path.basename(base)}
-        failed = {os.path.realpath(os.path.join(base, name)): name for name in self.source.failed}
-        return failed | {os.path.realpath(reference.path): reference.name for reference in self.source.entries}
-
-    def refuse_protected(self, paths: list[str]) -> None:
+    def refuse_sources(self, paths: Iterable[str]) -> None:
         """Raise InputError where a file that the run writes or removes is one of its sources."""
-        for path in paths if self._protected else ():
-            if os.path.lexists(path) and (source := self._protected.get(os.path.realpath(path))) is not None:
+        for path in paths if self._sources else ():
+            if os.path.lexists(path) and (source := self._sources.get(os.path.realpath(path))) is not None:
                 output = display_name(os.path.relpath(path, self.options.save_dir))
                 reason = f"the output {output} would replace the reference {display_name(source)}"
-                self._refuse(f"{reason}; give another folder")
+                raise self.folder.refuse(f"{reason}; give another folder")
 
 
-def _inside(path: str, folder: str) -> bool:
-    root = os.path.realpath(folder)
-    return os.path.commonpath([root, os.path.realpath(path)]) == root
+# ---- what is left to make --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Outputs that are left to make in an open save folder.
+
+    batches: keys in their company, those with at least one missing output. skipped: number of outputs that exist.
+    record: the entries of run.json, on rank 0.
+    """
+
+    image_size: int
+    batches: list[list[str]]
+    skipped: int = 0
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def image_steps(self, steps: int) -> int:
+        """Number of image-steps of the whole run, over all ranks."""
+        return steps * sum(map(len, self.batches))
+
+
+def open_plan(job: Job, image_size: int, settings: dict[str, Any]) -> Plan:
+    """Lock a job's folder, check it against run.json, write the record, and return what is left to make.
+
+    image_size: side of the images in pixels; settings: all that determines the outputs, for the record. Rank 0 does
+    this, the others wait for it. Raises InputError for a folder that is in use, or holds another run.
+    """
+    if job.peers.rank:
+        batches = job.peers.wait_for("plan")
+        job.folder.watch()
+        return Plan(image_size, batches)
+    job.folder.lock()
+    try:
+        plan = _open(job, image_size, settings)
+    except BaseException:
+        job.folder.release()
+        raise
+    job.peers.publish("plan", plan.batches)
+    return plan
+
+
+def _open(job: Job, image_size: int, settings: dict[str, Any]) -> Plan:
+    folder, batch_size = job.folder, job.options.batch_size
+    if isinstance(batch_size, str):
+        batch_size = AUTO_BATCH.get(job.device.type, AUTO_BATCH["cpu"])
+    if job.options.overwrite:
+        _forget(job)
+    old = record.read(folder.path)
+    if old is not None:
+        record.check_same(folder.path, old["settings"], settings)
+    else:
+        for path in [*(path for key in job.items for path in job.paths(key)[:1]), *job.own_files()]:
+            if os.path.lexists(path):
+                name = display_name(os.path.relpath(path, folder.path))
+                reason = f"{name} is already present, and no {record.NAME} of a run that wrote it"
+                raise folder.refuse(f"{reason}; give another folder, or `overwrite` True")
+        old = {"plan": [], "batch_size": batch_size, "started": now(), "seconds": 0.0}
+    remove_temporaries(folder.path)
+    remove_files(glob.glob(os.path.join(glob.escape(folder.path), ".monitor-*.json")))  # of version 0.2
+    present = _discard_changed(job, {key for key, item in job.items.items() if job.exists(item)})
+    missing = job.items.keys() - present
+    record.gather(folder, keep=lambda entry: entry["key"] not in missing)
+    batches = old["plan"]
+    if old["batch_size"] != batch_size:
+        batches = [kept for batch in batches if (kept := [key for key in batch if key not in missing])]
+    # The batches of an earlier plan stay as they are; keys that are new to it are added.
+    placed = {key for batch in batches for key in batch}
+    rest = [key for key in job.items if key not in placed]
+    batches = [*batches, *(rest[i : i + batch_size] for i in range(0, len(rest), batch_size))]
+    content = {
+        "format": record.FORMAT,
+        "settings": settings,
+        "versions": record.versions(),
+        "base_samples": job.source.base or os.devnull,
+        "device": str(job.device),
+        "processes": job.peers.world_size,
+        "started": old["started"],
+        "seconds": old["seconds"],
+        "finished": None,
+        "batch_size": batch_size,
+        "plan": batches,
+    }
+    record.write(folder, content)
+    # References that are gone stay in the plan, so that it lists all that the run wrote, but are not wanted.
+    wanted = [[key for key in batch if key in job.items] for batch in batches if not missing.isdisjoint(batch)]
+    return Plan(image_size, wanted, len(present), content)
+
+
+def _discard_changed(job: Job, present: set[str]) -> set[str]:
+    """Remove the outputs whose sources have other content than they were made from; returns the keys of the others.
+
+    Outputs without a recorded source, as version 0.2 left them, and those whose source cannot be read any more, stay.
+    """
+    recorded = {entry["key"]: entry["source"] for entry in record.entries(job.folder.path)}
+    unique = {job.items[key].reference.name: job.items[key].reference for key in present}
+    with ThreadPoolExecutor(8) as pool:
+        found = dict(zip(unique, pool.map(job.source.fingerprint, unique.values())))
+    contents = {key: found[job.items[key].reference.name] for key in present}
+    known = {key for key, content in contents.items() if content is not None}
+    changed = {key for key in known & recorded.keys() if recorded[key] != contents[key]}
+    for words, keys in (("made again, because their sources have changed", changed),
+                        ("kept, although their sources are not recorded", known - recorded.keys())):  # fmt: skip
+        if keys:
+            example = display_name(job.items[min(keys)].reference.name)
+            log.warning("outputs that are %s: %d, such as %s", words, len(keys), example)
+    job.discard(changed)
+    return present - changed
+
+
+def _forget(job: Job) -> None:
+    """Remove what an earlier run wrote, so that nothing of it is taken for this one's."""
+    outputs = [path for key in job.items for path in job.paths(key)]
+    with contextlib.suppress(InputError):
+        if old := record.read(job.folder.path):
+            samples = old["settings"].get("samples_per_image", 1)
+            outputs += [path for batch in old["plan"] for key in batch for path in job.paths(key, samples)]
+    job.refuse_sources(outputs)
+    own = [path for path in outputs if inside(os.path.dirname(path), job.folder.path)]
+    # The record goes last: a run that is killed in here is still known for what it is.
+    remove_files([*own, *record.parts(job.folder.path), *job.own_files()])
+
+
+def now() -> str:
+    """The time in UTC, as records have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

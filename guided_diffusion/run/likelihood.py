@@ -19,15 +19,14 @@ import torch
 
 from ..dist_util import Peers
 from ..errors import InputError, display_name
-from ..image_datasets import Reference, class_names, load_image
+from ..image_datasets import Reference, class_names
 from ..options import option
 from ..target import Batch, Target
-from . import journal, record
-from .files import write_bytes, write_text
-from .job import Item, Job, RunOptions
+from . import record
+from .files import write_atomically, write_text
+from .job import Item, Job, Plan, RunOptions
 from .loop import NOT_FINITE, Loop
-from .opening import Plan
-from .sources import Source, fingerprint, npz_bytes
+from .sources import Images
 
 SUMS = ("vb", "mse", "xstart_mse")  # one value per step
 ONES = ("total_bpd", "prior_bpd")  # one value
@@ -51,25 +50,13 @@ class LikelihoodOptions(RunOptions):
             raise InputError("give a folder of images", parameter="data_dir")
 
 
-class DataImages(Source):
+class DataImages(Images):
     """Images, and with `classes` their classes, named as for training."""
 
     def __init__(self, entries: list[Reference], classes: bool = False) -> None:
-        super().__init__(entries)
         names = class_names(entries) if classes else []
         numbers = {name: number for number, name in enumerate(sorted(set(names)))}
-        self._labels = {reference.name: numbers[name] for reference, name in zip(entries, names)}
-
-    def read(self, reference: Reference, image_size: int) -> np.ndarray:
-        return load_image(reference, image_size)
-
-    def fingerprint(self, reference: Reference) -> str | None:
-        # The class, which depends on the other folders, belongs to the content.
-        found = fingerprint(reference.path)
-        return found and f"{found} {self.label(reference)}"
-
-    def label(self, reference: Reference) -> int | None:
-        return self._labels.get(reference.name)
+        super().__init__(entries, labels={entry.name: numbers[name] for entry, name in zip(entries, names)})
 
 
 class LikelihoodJob(Job):
@@ -85,7 +72,7 @@ class LikelihoodJob(Job):
         return ()  # an image has no file of its own
 
     def own_files(self) -> list[str]:
-        names = [*(f"{name}_terms.npz" for name in SUMS), "bpd.csv", journal.NAME, record.NAME]
+        names = [*(f"{name}_terms.npz" for name in SUMS), "bpd.csv", record.IMAGES, record.NAME]
         return [os.path.join(self.options.save_dir, name) for name in names]
 
     def discard(self, keys: Iterable[str]) -> None:
@@ -101,7 +88,7 @@ class LikelihoodJob(Job):
     def terms(self) -> dict[str, dict[str, np.ndarray]]:
         """The terms that are known, by key; damaged ones are left out."""
         found = {}
-        for entry in journal.entries(self.folder.path):
+        for entry in record.entries(self.folder.path):
             with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
                 terms = {name: np.array(entry[name], np.float64) for name in (*SUMS, *ONES)}
                 if all(values.shape == ((self.steps,) if name in SUMS else ()) for name, values in terms.items()):
@@ -130,11 +117,10 @@ class LikelihoodLoop(Loop):
         super().__init__(job, plan, terms, 1, progress)
 
     def _translate(self, items: list) -> None:
-        batch, noise = self._inputs(items)
-        terms: Any = self.sample(batch, noise)
+        terms = self.sample(*self._inputs(items))
         # On the CPU first: not every device has float64.
         found = {name: terms[name].cpu().double() for name in (*SUMS, *ONES)}
-        for n, (item, (_, content)) in enumerate(items):
+        for n, (item, _, content) in enumerate(items):
             if not all(values[n].isfinite().all() for values in found.values()):
                 self._fail(item, NOT_FINITE)
             elif not self.job.exists(item):
@@ -151,7 +137,8 @@ class LikelihoodLoop(Loop):
             raise InputError(f"none of the images can be evaluated; the first: {display_name(name)}: {reason}")
         for name in SUMS:
             means = np.mean([each[name] for each in terms.values()], axis=0).astype(np.float32)
-            write_bytes(os.path.join(folder.path, f"{name}_terms.npz"), npz_bytes(means), folder)
+            path = os.path.join(folder.path, f"{name}_terms.npz")
+            write_atomically(path, lambda file, means=means: np.savez(file, means), folder)
         rows = [[name, *(float(each[one]) for one in ONES)] for name, each in terms.items()]
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([["name", *ONES], *rows])

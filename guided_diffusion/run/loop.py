@@ -3,12 +3,12 @@
 Ranks take batches from a common counter and share nothing else. The sampler is a function of tensors.
 """
 
+import contextlib
 import errno
 import logging
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,16 +22,13 @@ from ..image_datasets import ImageError, to_tensor, to_uint8
 from ..runtime import is_out_of_memory
 from ..solvers import NotFiniteError
 from ..target import Batch, count_evaluations
-from . import files, journal, record
+from . import files, record
 from .grid import contact_sheet
-from .job import Item, Job, OutputOptions
+from .job import Item, Job, OutputOptions, Plan, now
 from .noise import ImageNoise, image_key
-from .opening import Plan, now
 
 TRAJECTORY_FRAMES = 48
 NOT_FINITE = "the model gave values that are NaN or infinite (too low a precision for it?)"
-WAITING = 64
-"""Outputs that wait to be written; the sampler waits for the disk where there are more."""
 
 # Errors of a file system that concern one name alone: too long, or with characters that it does not take.
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
@@ -54,7 +51,7 @@ class Loop:
 
     sample(batch, noise=, callback=): images [N, 3, S, S] in [-1, 1] for a `Batch`. noise(shape) is the next draw;
     callback(state) is called after every step, with a dict of `i`, `x`, `pred_xstart`, and `guided`, a list of dicts of
-    what `journal.record_of` takes. steps: calls of callback per image. picture(x): pictures [N, 3, S, S] of states
+    what `record.record_of` takes. steps: calls of callback per image. picture(x): pictures [N, 3, S, S] of states
     [N, C, H, W], for trajectories. grey: all channels are equal, and outputs become grey PNG files.
     progress(image_steps, images): called on rank 0 with the image-steps done since the last call, over all ranks, and
     the number of outputs that exist; `plan.image_steps(steps)` is what the former add up to.
@@ -73,11 +70,11 @@ class Loop:
         self.job, self.plan, self.sample, self.steps = job, plan, sample, steps
         self.progress, self.picture, self.grey = progress, picture, grey
         self.summary = Summary(skipped=plan.skipped, failed=dict(job.source.failed))
-        self._journal = journal.Journal(job.folder, job.peers.rank)
-        self._writing: deque[Future] = deque()
-        self._limit: int | None = None
-        self._own_steps, self._untold, self._told_at = 0, 0, 0.0
-        self._own_images, self._all_steps = 0, 0
+        self._journal = record.Journal(job.folder, job.peers.rank)
+        self._writing: list[Future] = []
+        self._limit: int | None = None  # of a batch's size
+        # Progress: steps of this rank; those and the outputs that it has told, and when; and the steps of all ranks.
+        self._own_steps, self._told_steps, self._told_images, self._told_at, self._all_steps = 0, 0, 0, 0.0, 0
 
     def run(self) -> Summary:
         """Make what is missing; on rank 0, returns what all ranks did."""
@@ -87,11 +84,11 @@ class Loop:
                 while (index := job.peers.count("claimed") - 1) < len(batches):
                     items = self._read(batches[index])
                     # Where only broken references are missing, the others of the batch are not made again.
-                    if all(job.exists(item) for item, _ in items):
+                    if all(job.exists(item) for item, *_ in items):
                         items = []
                     self._make(items)
                     self._report((len(batches[index]) - len(items)) * self.steps)
-                self._wait_for_writing(0)
+                self._wait_for_writing()
             self._gather()
         except BaseException:
             job.folder.release()
@@ -101,25 +98,23 @@ class Loop:
         self.summary.seconds = time.monotonic() - started
         return self.summary
 
-    def _read(self, keys: list[str]) -> list[tuple[Item, tuple[np.ndarray, str | None]]]:
+    def _read(self, keys: list[str]) -> list[tuple[Item, np.ndarray, str | None]]:
         """The readable items with their images, uint8 [H, W, 3], and fingerprints; notes the others as failed."""
-        source, size = self.job.source, self.plan.image_size
+        source = self.job.source
 
-        def read(key: str) -> Any:
-            item = self.job.items[key]
+        def read(item: Item) -> Any:
             try:
                 # In this order: a file that is replaced in between does not match its fingerprint in the next run.
                 content = source.fingerprint(item.reference)
-                return item, (source.read(item.reference, size), content)
+                return item, source.read(item.reference, self.plan.image_size), content
             except ImageError as error:
                 return item, error
 
         with ThreadPoolExecutor(8) as pool:
-            results = list(pool.map(read, keys))
-        for item, result in results:
-            if isinstance(result, ImageError):
-                self._fail(item, result.reason)
-        return [(item, result) for item, result in results if not isinstance(result, ImageError)]
+            results = list(pool.map(read, [self.job.items[key] for key in keys]))
+        for item, error in [result for result in results if len(result) == 2]:
+            self._fail(item, error.reason)
+        return [result for result in results if len(result) == 3]
 
     def _fail(self, item: Item, reason: str) -> None:
         if self.job.source.strict:
@@ -130,8 +125,7 @@ class Loop:
         """Translate a batch; with batch_size="auto", in parts of half the size once memory has not sufficed."""
         device = self.job.device
         while items:
-            size = min(len(items), self._limit or len(items))
-            before = self._own_steps
+            size, before = min(len(items), self._limit or len(items)), self._own_steps
             try:
                 self._translate(items[:size])
             except (RuntimeError, MemoryError) as error:
@@ -153,14 +147,11 @@ class Loop:
             log.info("%s; continuing with %d", failed, self._limit)
 
     def _inputs(self, items: list) -> tuple[Batch, ImageNoise]:
-        device, labels = self.job.device, [self.job.source.label(item.reference) for item, _ in items]
-        batch = Batch(
-            ref=to_tensor([image for _, (image, _) in items]).to(device),
-            names=tuple(item.reference.name for item, _ in items),
-            labels=None if None in labels else torch.tensor(labels, device=device),
-        )
-        seed = self.job.options.seed
-        return batch, ImageNoise([image_key(seed, item.reference.name, item.sample) for item, _ in items], device)
+        device, source, seed = self.job.device, self.job.source, self.job.options.seed
+        names = tuple(item.reference.name for item, *_ in items)
+        labels = torch.tensor([source.labels[name] for name in names], device=device) if source.labels else None
+        batch = Batch(to_tensor([image for _, image, _ in items]).to(device), names, labels)
+        return batch, ImageNoise([image_key(seed, item.reference.name, item.sample) for item, *_ in items], device)
 
     def _translate(self, items: list) -> None:
         options, started = cast(OutputOptions, self.job.options), time.monotonic()
@@ -172,7 +163,7 @@ class Loop:
 
         def callback(state: dict[str, Any]) -> None:
             nonlocal step
-            guided.extend((state["i"], journal.record_of(**each)) for each in state["guided"])
+            guided.extend((state["i"], record.record_of(**each)) for each in state["guided"])
             if step in kept:
                 frames.append(to_uint8(self.picture(state[shown]).nan_to_num()))
             step += 1
@@ -187,15 +178,15 @@ class Loop:
                 x, finite = error.x, error.finite
         valid = finite.tolist()  # a GPU has not finished before
         cost = {"seconds": (time.monotonic() - started) / len(items), "evaluations": count.total / len(items)}
-        images, did = to_uint8(x.nan_to_num()), journal.steps_of(guided, len(items))
-        for n, (item, (_, content)) in enumerate(items):
+        images, did = to_uint8(x.nan_to_num()), record.steps_of(guided, len(items))
+        self._wait_for_writing()  # of the batch before
+        for n, (item, _, content) in enumerate(items):
             if not valid[n]:
                 self._fail(item, NOT_FINITE)
             elif not self.job.exists(item):
                 entry = {"key": item.key, "source": content, **cost, "steps": did[n]}
-                self._wait_for_writing(WAITING)
-                task = self._writers.submit(self._write, item, images[n], [frame[n] for frame in frames], entry)
-                self._writing.append(task)
+                shots = [frame[n] for frame in frames]
+                self._writing.append(self._writers.submit(self._write, item, images[n], shots, entry))
 
     def _write(self, item: Item, image: np.ndarray, frames: Sequence[np.ndarray], entry: dict[str, Any]) -> bool:
         path, animation = self.job.paths(item.key)
@@ -213,26 +204,24 @@ class Loop:
             self._fail(item, f"its output cannot be written: {os.strerror(number)}")
             return False
 
-    def _wait_for_writing(self, most: int) -> None:
-        """Wait until at most so many outputs are unwritten; raises the first error of those that are done."""
-        while self._writing and (len(self._writing) > most or self._writing[0].done()):
-            self.summary.done += self._writing.popleft().result()
+    def _wait_for_writing(self) -> None:
+        while self._writing:
+            self.summary.done += self._writing.pop(0).result()
 
     # ---- progress and other ranks -----------------------------------------------------------------------------------
 
     def _report(self, image_steps: int) -> None:
         """Report progress of this rank: at once if alone, at most twice a second among others."""
         self._own_steps += image_steps
-        self._untold += image_steps
         if self.job.peers.world_size == 1 or time.monotonic() - self._told_at > 0.5:
             self._flush()
 
     def _flush(self) -> None:
-        peers = self.job.peers
+        peers, done = self.job.peers, self.summary.done
         peers.watch()
-        steps = peers.count("image_steps", self._untold)
-        images = peers.count("images", self.summary.done - self._own_images)
-        self._own_images, self._untold, self._told_at = self.summary.done, 0, time.monotonic()
+        steps = peers.count("image_steps", self._own_steps - self._told_steps)
+        images = peers.count("images", done - self._told_images)
+        self._told_steps, self._told_images, self._told_at = self._own_steps, done, time.monotonic()
         if peers.rank == 0:
             self.progress(steps - self._all_steps, images + self.summary.skipped)
             self._all_steps = steps
@@ -265,7 +254,7 @@ class Loop:
             return {}
         try:
             self.job.folder.check()
-            journal.gather(self.job.folder)
+            record.gather(self.job.folder)
             ended = {**self._complete(), "finished": now(), "failed": self.summary.failed}
             record.write(self.job.folder, {**self.plan.record, **ended})
             return ended
@@ -279,7 +268,7 @@ class Loop:
             if item.reference.name not in failed and not job.exists(item):
                 failed[item.reference.name] = "its output was removed while the run was going"
         self._write_grid()
-        totals = journal.total(journal.entries(job.folder.path))
+        totals = record.total(record.entries(job.folder.path))
         self._say_idle(totals["energy_weights"])
         references = len({r.name for r in job.source.entries} | failed.keys())
         counts = {"references": references, "outputs": job.made(), "failed": len(failed)}
@@ -300,12 +289,9 @@ class Loop:
             if len(rows) == cast(OutputOptions, job.options).grid:
                 break
             made = [job.items[f"{reference.name}#{k}"] for k in range(job.source.samples)]
-            if reference.name in self.summary.failed or not all(map(job.exists, made)):
-                continue
-            try:
-                rows.append([*job.source.beside(reference, size), *(job.image(item, size) for item in made)])
-            except (ImageError, InputError):  # made earlier, and changed by somebody since
-                continue
+            if reference.name not in self.summary.failed and all(map(job.exists, made)):
+                with contextlib.suppress(ImageError, InputError):  # made earlier, and changed by somebody since
+                    rows.append([*job.source.beside(reference, size), *(job.image(item, size) for item in made)])
         if rows:
             if len(rows[0]) == 1:  # samples without a reference: as they are, in a square
                 columns, side = math.ceil(len(rows) ** 0.5), size
@@ -318,9 +304,5 @@ class Loop:
 def trajectory_steps(steps: int) -> set[int]:
     """Which of a run's steps an animation shows, counted from its start: few of the noisy half, most of the rest."""
     early, half = TRAJECTORY_FRAMES // 4, steps // 2
-    return _spread(0, half - 1, early) | _spread(half, steps - 1, TRAJECTORY_FRAMES - early)
-
-
-def _spread(low: int, high: int, count: int) -> set[int]:
-    """About `count` whole numbers from low to high, both among them."""
-    return {round(low + i * (high - low) / max(1, count - 1)) for i in range(count)} if high >= low else set()
+    frames = [*np.linspace(0, half - 1, early), *np.linspace(half, steps - 1, TRAJECTORY_FRAMES - early)]
+    return set(np.rint(frames).astype(int).tolist())

@@ -15,7 +15,9 @@ class ImageNoise:
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        self.generators = [torch.Generator().manual_seed(seed_of(name)) for name in names]
+        digests = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
+        # 63-bit seeds, the same on every machine.
+        self.generators = [torch.Generator().manual_seed(int.from_bytes(d[:8], "big") >> 1) for d in digests]
         self.device = device
         self._pool = ThreadPoolExecutor(1) if device.type == "cuda" else None
         self._next: Future | None = None
@@ -37,8 +39,3 @@ class ImageNoise:
 def image_key(seed: int, name: str, sample: int = 0) -> str:
     """The text that determines an image's draws, of the run's seed, its relative path and the sample's number."""
     return f"{seed}/{name}#{sample}"
-
-
-def seed_of(name: str) -> int:
-    """A 63-bit seed from a string, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") >> 1

@@ -1,32 +1,46 @@
-"""run.json: what a run is, so that it can be resumed, repeated, and told from another.
+"""The record of a run in its save folder: run.json and images.jsonl.
 
-The record holds the settings (all that determines the outputs: options, checkpoints' hashes, the seed), versions,
-counts, times, and the plan: the batches into which the outputs are divided. Keeping the plan makes a restarted run
-compute each image in the same company as the first did, and so to the same last bit; and it tells what a run has
-written.
+run.json holds the settings (all that determines the outputs: options, checkpoints' hashes, the seed), versions, counts,
+times, and the plan: the batches into which the outputs are divided. Keeping the plan makes a restarted run compute each
+image in the same company as the first did, and so to the same last bit; and it tells what a run has written.
+
+images.jsonl has a line of JSON for every image, with its source, its cost and its guided steps. While a run is going,
+every rank appends to a file of its own, so that a killed run loses no line. Rank 0 gathers the lines into one file when
+it opens the folder and when the run ends.
 """
 
+import contextlib
+import glob
 import json
 import os
 import platform
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from typing import Any
 
-from ..errors import InputError, display_name, reading, shown
-from .files import Folder, json_text, read_json, write_json
+import numpy as np
+import torch
 
-NAME = "run.json"
+from ..errors import InputError, display_name, reading, shown
+from .files import Folder, check_regular, json_text, read_json, write_json, write_text, writing
+
+NAME, IMAGES = "run.json", "images.jsonl"
 FORMAT = 2
 """Changes when programs that know earlier formats alone cannot resume a run. Records of format 1 can be resumed."""
+COLUMNS = ("count", "tangent", "normal", "negative")
+"""Columns of a guided step: evaluations, and sums over these; sums of the weights of score and energies follow."""
+
+
+# ---- run.json --------------------------------------------------------------------------------------------------------
 
 
 def sha256(path: str | os.PathLike) -> str | None:
     """Hash of a file as hexadecimal digits; None for an address that is no local file."""
-    if not os.path.isfile(path):
-        return None
     from ..checkpoint.reading import hash_file
 
-    return hash_file(os.fspath(path))
+    return hash_file(os.fspath(path)) if os.path.isfile(path) else None
 
 
 def versions() -> dict[str, str]:
@@ -38,33 +52,31 @@ def versions() -> dict[str, str]:
 def read(save_dir: str | os.PathLike) -> dict[str, Any] | None:
     """The record in a folder, or None. Raises InputError where it cannot be resumed."""
     path = os.path.join(save_dir, NAME)
+    if not os.path.exists(path):
+        return None
     try:
         with reading(path, "the record of a run"):
             found = read_json(path)
             if found["format"] not in (1, FORMAT):
                 known = f"this version reads formats 1 to {FORMAT}"
                 raise InputError(f"{display_name(path)} has format {shown(found['format'])}, and {known}")
-            _check_entries(found)
+            kinds = {"settings": dict, "versions": dict, "plan": list, "batch_size": int, "started": str}
+            for name, kind in kinds.items():
+                if not isinstance(found[name], kind):
+                    raise ValueError(f"its entry {name} is of another type")
+            if not 0 <= found["seconds"] < 1e12 or found["settings"].get("samples_per_image", 1) < 1:
+                raise ValueError("its numbers are out of range")
+            if not all(re.fullmatch(r"[^\0]*#[0-9]+", key) for batch in found["plan"] for key in batch):
+                raise ValueError("its plan names what cannot be outputs")
+            json_text(found).encode("utf-8", "surrogateescape")  # as it will be written again
             return found
     except InputError as error:
-        if not os.path.exists(path):
-            return None
         raise InputError(f"{error.reason}; it cannot be resumed, and `overwrite` True starts over") from None
 
 
-def _check_entries(found: dict[str, Any]) -> None:
-    """Raise an exception unless the entries of a record are what resuming needs."""
-    kinds = {"settings": dict, "versions": dict, "plan": list, "batch_size": int, "started": str}
-    for name, kind in kinds.items():
-        if not isinstance(found[name], kind):
-            raise ValueError(f"its entry {name} is of another type")
-    if not 0 <= found["seconds"] < 1e12 or found["settings"].get("samples_per_image", 1) < 1:
-        raise ValueError("its numbers are out of range")
-    for batch in found["plan"]:
-        for key in batch:
-            if not isinstance(batch, list) or b"\0" in os.fsencode(key) or int(key.rpartition("#")[2]) < 0:
-                raise ValueError("its plan names what cannot be outputs")
-    json_text(found).encode("utf-8", "surrogateescape")  # as it will be written again
+def write(folder: Folder, record: dict[str, Any]) -> None:
+    """Write the record of a run into its folder."""
+    write_json(os.path.join(folder.path, NAME), record, folder)
 
 
 def check_same(save_dir: str, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -80,6 +92,127 @@ def check_same(save_dir: str, old: dict[str, Any], new: dict[str, Any]) -> None:
         raise InputError(f"{reason}, or `overwrite` True to start over", parameter="save_dir", value=save_dir)
 
 
-def write(folder: Folder, record: dict[str, Any]) -> None:
-    """Write the record of a run into its folder."""
-    write_json(os.path.join(folder.path, NAME), record, folder)
+# ---- images.jsonl ----------------------------------------------------------------------------------------------------
+
+
+class Journal:
+    """The file of one rank, open for appending."""
+
+    def __init__(self, folder: Folder, rank: int) -> None:
+        self._path, self._lock = os.path.join(folder.path, f"images-{rank}.jsonl"), threading.Lock()
+        with writing(self._path, folder):
+            self._file = open(self._path, "xb")  # noqa: SIM115 - closed by `close`
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Append a line; entry has `key`, the output's key in the plan, and `source`, the source's fingerprint."""
+        with self._lock, writing(self._path):
+            self._file.write(_line(entry).encode("utf-8", "surrogateescape"))
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        with contextlib.suppress(OSError):  # of a full disk, which `add` has reported
+            self._file.close()
+
+
+def _line(entry):
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def parts(folder: str) -> list[str]:
+    """The files of ranks."""
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "images-*.jsonl")))
+
+
+def entries(folder: str) -> Iterator[dict[str, Any]]:
+    """The entries in a folder. Lines that are damaged, as of a process that was killed, are left out."""
+    for path in filter(os.path.exists, (os.path.join(folder, IMAGES), *parts(folder))):
+        check_regular(path)
+        with reading(path), open(path, "rb") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, RecursionError):
+                    entry = json.loads(line.decode("utf-8", "surrogateescape"))
+                    if isinstance(entry, dict) and "source" in entry and isinstance(entry.get("key"), str):
+                        yield entry
+
+
+def gather(folder: Folder, keep: Callable[[dict[str, Any]], bool] = lambda entry: True) -> None:
+    """Move the entries of all ranks into images.jsonl, the last of each key, less those that are not to be kept."""
+    lines = {entry["key"]: _line(entry) for entry in entries(folder.path) if keep(entry)}
+    write_text(os.path.join(folder.path, IMAGES), "".join(lines.values()), folder)
+    for path in parts(folder.path):
+        with contextlib.suppress(OSError):
+            os.remove(path)
+
+
+def record_of(tangent: torch.Tensor, normal: torch.Tensor, move: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Columns of one guided evaluation for every image, [N, 3 + M], on its device.
+
+    Euclidean norms of the score's parts `tangent` and `normal`; whether the move has a negative inner product with the
+    score's tangent part; and the M `weights` of the merged directions, score first (means over channels and blocks).
+    """
+    inner, square = (move * tangent).flatten(1).sum(1), tangent.square().flatten(1).sum(1)
+    negative = inner < -1e-4 * square  # a move that cancels to rounding errors has either sign
+    columns = torch.stack([square.sqrt(), normal.flatten(1).norm(dim=1), negative], dim=1)
+    return torch.cat([columns, weights.flatten(1, -2).mean(1)], dim=1).float()
+
+
+def steps_of(guided: Iterable[tuple[int, torch.Tensor]], count: int) -> list[dict[str, list[float]]]:
+    """The guided steps of each of `count` images: step -> `COLUMNS` and the weights, summed over its evaluations.
+
+    guided: the steps' numbers with what `record_of` gives.
+    """
+    numbers, records = zip(*guided) if guided else ((), ())
+    rows = torch.stack(records).cpu().double().numpy() if records else []
+    steps: list[dict[str, list[float]]] = []
+    for n in range(count):
+        sums: dict[str, np.ndarray] = {}
+        for i, row in zip(numbers, rows):
+            sums[str(i)] = sums.get(str(i), 0) + np.array([1, *row[n]])
+        steps.append({i: [float(f"{value:.7g}") for value in values] for i, values in sums.items()})
+    return steps
+
+
+def total(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Sums of entries, as entries of run.json; those without numbers do not count.
+
+    `negative_impact`: share of guided evaluations whose move opposes the score's tangent part. `energy_weights`: mean
+    weight of each energy in guided evaluations. `model_evaluations` and `seconds_per_image` are means over images.
+    """
+    images, costs = 0, np.zeros(2)  # seconds and evaluations
+    sums: dict[int, np.ndarray] = {}
+    for entry in found:
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            cost = np.array([entry["seconds"], entry["evaluations"]], float)
+            steps = {int(i): np.array(values, float) for i, values in entry["steps"].items()}
+            merged = {i: values + sums.get(i, 0) for i, values in steps.items()}
+            if all(np.isfinite(values).all() for values in (cost, *merged.values())):
+                images, costs, sums = images + 1, costs + cost, {**sums, **merged}
+    seconds, evaluations = costs.tolist()
+    count, *others = np.sum([*sums.values()], axis=0).tolist() if sums else [0.0]
+    means = [value / count for value in others] if count else []
+    steps = {str(i): sums[i].tolist() for i in sorted(sums, reverse=True)}
+    return {
+        "negative_impact": means[COLUMNS.index("negative") - 1] if means else None,
+        "energy_weights": means[len(COLUMNS) :],
+        "model_evaluations": evaluations / images if images else None,
+        "seconds_per_image": round(seconds / images, 6) if images else None,
+        "monitor": {"images": images, "seconds": seconds, "evaluations": evaluations, "steps": steps},
+    }
+
+
+def curves(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Means over images of what a run's guided steps did, in the order of sampling; [] for a damaged record.
+
+    record: the content of a run.json. Returns a list of dicts: `i`, `tangent` and `normal` (Euclidean norms of the
+    score's parts), `negative` (share of negative inner products), `weights` (of the score and of every energy).
+    """
+    try:
+        steps = sorted(((int(i), values) for i, values in record["monitor"]["steps"].items()), reverse=True)
+        rows = [(i, *(float(value / values[0]) for value in values[1:])) for i, values in steps]
+        return [
+            {"i": i, "tangent": tangent, "normal": normal, "negative": negative, "weights": weights}
+            for i, tangent, normal, negative, *weights in rows
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError):
+        return []

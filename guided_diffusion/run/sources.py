@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 from typing import Any
 
 import numpy as np
@@ -10,32 +9,34 @@ from PIL import Image
 
 from ..dist_util import Peers
 from ..errors import reading
-from ..image_datasets import Reference, find_collisions, is_url, list_references, load_image
+from ..image_datasets import Reference, find_collisions, list_references, load_image
+from ..references import open_binary
 from .files import check_regular
 
 
 class Source:
-    """The entries of a run, and how they are read.
+    """The entries of a run, and how they are read. Here each is black: only its size counts.
 
-    entries: what is made, with names relative to the save folder. failed: reasons for others, by name. base: the file
-    or folder that they lie in, if any. samples: outputs of each. strict: whether the first failure ends the run.
+    entries: what is made, with names relative to the save folder. failed: reasons for others, by name. labels: classes,
+    by name, of those that have one. base: the file or folder that the entries lie in, if any. samples: outputs of each.
+    strict: whether the first failure ends the run.
     """
 
-    def __init__(self, entries: list[Reference], failed: dict[str, str] | None = None) -> None:
-        self.entries, self.failed = entries, failed or {}
-        self.base: str | None = None
-        self.samples, self.strict = 1, False
+    base: str | None = None
+    samples = 1
+    strict = False
+
+    def __init__(
+        self, entries: list[Reference], failed: dict[str, str] | None = None, labels: dict[str, int] | None = None
+    ) -> None:
+        self.entries, self.failed, self.labels = entries, failed or {}, labels or {}
 
     def read(self, reference: Reference, image_size: int) -> np.ndarray:
-        """An image as uint8 [h, w, 3]; raises ImageError. Here black: only its size counts."""
+        """An image as uint8 [h, w, 3]; raises ImageError."""
         return np.zeros((image_size, image_size, 3), np.uint8)
 
     def fingerprint(self, reference: Reference) -> str | None:
         """A text that is equal for equal content, whatever its path; None where there is none that can be read."""
-        return None
-
-    def label(self, reference: Reference) -> int | None:
-        """The class of an image, where it has one of its own."""
         return None
 
     def beside(self, reference: Reference, image_size: int) -> list[np.ndarray]:
@@ -50,10 +51,38 @@ class Numbers(Source):
         super().__init__(_numbered(count))
 
 
-class References(Source):
+class Images(Source):
+    """Files of images. options: of `load_image`."""
+
+    def __init__(
+        self,
+        entries: list[Reference],
+        failed: dict[str, str] | None = None,
+        labels: dict[str, int] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(entries, failed, labels)
+        self.options = options
+
+    def read(self, reference: Reference, image_size: int) -> np.ndarray:
+        return load_image(reference, image_size, **self.options)
+
+    def fingerprint(self, reference: Reference) -> str | None:
+        """Size and hash of a file's bytes, and its class, which depends on the other folders."""
+        with contextlib.suppress(Exception), open_binary(reference.path) as file:  # `read` says what is wrong
+            found = _digest(file.read())
+            return f"{found} {self.labels[reference.name]}" if self.labels else found
+        return None
+
+    def beside(self, reference: Reference, image_size: int) -> list[np.ndarray]:
+        image = Image.fromarray(self.read(reference, image_size))
+        return [np.asarray(image.resize((image_size, image_size), Image.Resampling.NEAREST))]
+
+
+class References(Images):
     """The images below a folder or an address, or a single one, listed once for all ranks.
 
-    count: take only the first so many. resize, background: as in `load_image`.
+    count: take only the first so many. options: of `load_image`.
     """
 
     def __init__(
@@ -61,17 +90,8 @@ class References(Source):
     ) -> None:
         found = listed(base, count, peers)
         failed = find_collisions(found, reserved=["grid.png"] if samples == 1 else [])  # several have their folders
-        super().__init__([reference for reference in found if reference.name not in failed], failed)
-        self.base, self.samples, self.strict, self._options = base, samples, strict, options
-
-    def read(self, reference: Reference, image_size: int) -> np.ndarray:
-        return load_image(reference, image_size, **self._options)
-
-    def fingerprint(self, reference: Reference) -> str | None:
-        return fingerprint(reference.path)
-
-    def beside(self, reference: Reference, image_size: int) -> list[np.ndarray]:
-        return [self.read(reference, image_size)]
+        super().__init__([reference for reference in found if reference.name not in failed], failed, **options)
+        self.base, self.samples, self.strict = base, samples, strict
 
 
 class SmallImages(References):
@@ -85,30 +105,26 @@ class SmallImages(References):
     def __init__(
         self, base: str, peers: Peers, small_size: int, count: int | None = None, class_index: int | None = None
     ) -> None:
-        self.small_size, self.class_index = small_size, class_index
-        self.array, self.labels = _read_npz(base) if base.endswith(".npz") else (None, None)
-        if self.array is None:
-            super().__init__(base, peers, count)
+        self.small_size, self.arrays = small_size, {}
+        if base.endswith(".npz"):
+            images, classes = _read_npz(base)
+            Source.__init__(self, _numbered(len(images))[:count])
+            names = [entry.name for entry in self.entries]
+            self.arrays = dict(zip(names, images))
+            self.labels = {} if classes is None else dict(zip(names, classes.tolist()))
         else:
-            Source.__init__(self, _numbered(len(self.array))[:count])
+            super().__init__(base, peers, count)
+        if class_index is not None:
+            self.labels = {entry.name: class_index for entry in self.entries}
 
     def read(self, reference: Reference, image_size: int) -> np.ndarray:
-        return load_image(reference, self.small_size) if self.array is None else self.array[_number(reference)]
+        return self.arrays[reference.name] if self.arrays else load_image(reference, self.small_size)
 
     def fingerprint(self, reference: Reference) -> str | None:
-        if self.array is None:
-            return fingerprint(reference.path)
-        image = self.read(reference, 0)  # the class belongs to the content
-        return _digest(image.tobytes(), f"{image.shape} {self.label(reference)}")
-
-    def label(self, reference: Reference) -> int | None:
-        if self.class_index is not None or self.labels is None:
-            return self.class_index
-        return int(self.labels[_number(reference)])
-
-    def beside(self, reference: Reference, image_size: int) -> list[np.ndarray]:
-        small = Image.fromarray(self.read(reference, image_size))
-        return [np.asarray(small.resize((image_size, image_size), Image.Resampling.NEAREST))]
+        if not self.arrays:
+            return super().fingerprint(reference)
+        image = self.arrays[reference.name]  # the class belongs to the content
+        return _digest(image.tobytes(), f"{image.shape} {self.labels.get(reference.name)}")
 
 
 def listed(base: str, count: int | None, peers: Peers, parameter: str = "base_samples") -> list[Reference]:
@@ -125,24 +141,6 @@ def _numbered(count):
     return [Reference(name, name) for name in names]
 
 
-def _number(reference):
-    return int(reference.name.removesuffix(".png"))
-
-
-def fingerprint(path: str) -> str | None:
-    """Size and hash of a file's bytes, or of what is at an address; None where it cannot be read."""
-    with contextlib.suppress(Exception):  # each service has errors of its own; decoding says what is wrong
-        if is_url(path):
-            import blobfile
-
-            with blobfile.BlobFile(path, "rb") as blob:
-                return _digest(blob.read())
-        check_regular(path)
-        with open(path, "rb") as file:
-            return _digest(file.read())
-    return None
-
-
 def _digest(data: bytes, more: str = "") -> str:
     return f"{len(data)} {hashlib.blake2b(data + more.encode(), digest_size=16).hexdigest()}"
 
@@ -157,10 +155,3 @@ def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
             raise ValueError(f"it has {labels.dtype} {list(labels.shape)} for classes of its images")
     return images, labels
-
-
-def npz_bytes(*arrays: np.ndarray, **named: np.ndarray) -> bytes:
-    """Arrays as the content of an .npz file, those without a name as arr_0, arr_1, …"""
-    buffer = io.BytesIO()
-    np.savez(buffer, *arrays, **named)  # type: ignore[arg-type]
-    return buffer.getvalue()
