@@ -96,11 +96,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return rate
 
 
-def averaging_rate(rate: float, step: int, warmup: bool) -> float:
-    """EMA rate of the update after `step` steps; with a warm-up at most (1 + step) / (10 + step)."""
-    return min(rate, (1 + step) / (10 + step)) if warmup else rate
-
-
 @dataclasses.dataclass(frozen=True)
 class DataOptions(Checked):
     """Training images, and how they are read; see `TrainImages`."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed
 from tqdm.auto import tqdm
 
 from ..checkpoint import load_state_dict
@@ -33,18 +34,14 @@ from ..run.grid import contact_sheet
 from ..runtime import DTYPES, is_out_of_memory, memory_format, pick_precision
 from ..script_util import create_diffusion
 from . import files
-from .config import GridOptions, TrainConfig, averaging_rate, learning_rate
+from .config import GridOptions, TrainConfig, learning_rate
 from .data import TrainImages, batch_numbers, random_bits, random_uniform, sample_noise
 from .losses import Loss, Terms, add_by_quarter, in_float32, means_by_quarter
 from .start import Start
 
 log = logging.getLogger(__name__)
 
-FIRST = 10
-"""Steps at the start of a run that are logged whatever `log_interval` is."""
-
-
-# ---- processes ------------------------------------------------------------------------------------------------------
+FIRST = 10  # steps at the start of a run that are logged whatever `log_interval` is
 
 
 @contextlib.contextmanager
@@ -55,8 +52,8 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     yield
     # Reached only if all went well: after an error the others may never come to a common end.
     if ranks.world_size > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -78,7 +75,19 @@ def stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """Ask PyTorch for deterministic kernels within the context, if wanted; where it has none, it warns."""
+    before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = not wanted
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=True)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 class Trainer:
@@ -107,17 +116,10 @@ class Trainer:
         sample: Callable[[torch.nn.Module], np.ndarray] | None = None,
         progress: bool = False,
     ) -> None:
-        self.config = config
-        self.device = torch.device(device)
+        self.losses, self.images, self.config, self.schedule_sampler = losses, images, config, schedule_sampler
+        self.device, self.ranks, self.is_main = torch.device(device), ranks, ranks.rank == 0
+        self.metadata, self.evaluate, self.sample, self.progress = dict(metadata or {}), evaluate, sample, progress
         self.precision = pick_precision(config.precision, self.device)
-        self.ranks = ranks
-        self.is_main = ranks.rank == 0
-        self.losses = losses
-        self.images = images
-        self.schedule_sampler = schedule_sampler
-        self.metadata = dict(metadata or {})
-        self.evaluate, self.sample, self.progress = evaluate, sample, progress
-
         self.memory_format = memory_format(self.device, config.compile)
         self.model = model.to(self.device, memory_format=self.memory_format).train().requires_grad_(True)  # type: ignore[call-overload]
         self.params = list(self.model.parameters())
@@ -131,6 +133,7 @@ class Trainer:
         self.ema_warmup = config.ema_warmup
         self.failure: InputError | None = None  # why an image could not be read, or a file not be written
         self._resume(checkpoint)
+        self.saved = self.step
         self.ddp: Any = None
         if ranks.world_size > 1:
             gpu = [self.device.index] if self.device.type == "cuda" else None
@@ -140,14 +143,12 @@ class Trainer:
         if config.compile:
             self.forward = torch.compile(self.forward)
 
-    # -- resuming --
-
     def _resume(self, path: str) -> None:
+        """Go back to the state of a checkpoint; nothing happens for a file of another name than model*.pt."""
         step = files.step_of_checkpoint(path)
         if step is None:
             return
-        self.step = step
-        self.samples = step * self.config.batch_size * self.ranks.world_size
+        self.step, self.samples = step, step * self._identity()["joint batch"]
         folder = os.path.dirname(path)
         for rate, averaged in self.ema.items():
             ema_path = files.find_ema(folder, rate, step)
@@ -159,13 +160,10 @@ class Trainer:
                 for (name, _), target in zip(self.model.named_parameters(), averaged):
                     files.check_like(name, state[name], target)
                     target.copy_(state[name])
-        opt_path = files.checkpoint_path(folder, "opt", step)
-        if os.path.lexists(opt_path):
-            self._load_optimizer(opt_path)
-        else:
-            log.warning("%s does not exist: the optimizer starts from scratch", display_name(opt_path))
-
-    def _load_optimizer(self, path: str) -> None:
+        path = files.checkpoint_path(folder, "opt", step)
+        if not os.path.lexists(path):
+            log.warning("%s does not exist: the optimizer starts from scratch", display_name(path))
+            return
         moments, saved = files.load_optimizer_file(path, self.params)
         with reading(path, files.OPTIMIZER):
             files.check_like("samples", saved.get("samples", 0), 0)
@@ -190,7 +188,7 @@ class Trainer:
         batch = self.config.batch_size * self.ranks.world_size
         return {"data": self.images.digest(), "size of the data": self.images.bytes, "joint batch": batch}
 
-    # -- one step --
+    # ---- one step ----
 
     def autocast(self) -> Any:
         """The context in which the model computes."""
@@ -203,15 +201,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.params if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
         if config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.params, config.grad_clip, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        most = (1 + self.step) / (10 + self.step) if self.ema_warmup else 1.0
         for rate, averaged in zip(config.ema_rates().values(), self.ema.values()):
-            update_ema(averaged, self.params, rate=averaging_rate(rate, self.step, self.ema_warmup))
+            update_ema(averaged, self.params, rate=min(rate, most))
         if self.is_main:
             add_by_quarter(self.totals, {"grad_norm": norm.reshape(1)}, torch.zeros_like(norm.reshape(1)), 1)
         self.step += 1
@@ -222,11 +220,10 @@ class Trainer:
         seed, steps = self.config.seed, self.schedule_sampler.num_timesteps
         # Dropout is all that draws from PyTorch's own generator.
         torch.manual_seed(int(random_bits(seed, "dropout", numbers[:1])[0]))
-        uniform = random_uniform(seed, "timestep", numbers)
-        t, importance = self.schedule_sampler.sample(len(x), self.device, uniform)
+        t, importance = self.schedule_sampler.sample(len(x), self.device, random_uniform(seed, "timestep", numbers))
         noise = sample_noise(seed, numbers, x.shape[1:], self.device)
         x, noise = (tensor.contiguous(memory_format=self.memory_format) for tensor in (x, noise))
-        size = len(x) if self.config.microbatch == -1 else self.config.microbatch
+        size = self.config.microbatch if self.config.microbatch > 0 else len(x)
         parts = [slice(at, at + size) for at in range(0, len(x), size)]
         observed = []
         for part in parts:
@@ -248,14 +245,14 @@ class Trainer:
         """The items of all processes, in the order of ranks."""
         gathered: list[Any] = [item] * self.ranks.world_size
         if self.ranks.world_size > 1:
-            torch.distributed.all_gather_object(gathered, item)
+            distributed.all_gather_object(gathered, item)
         return gathered
 
     def _any(self, *flags: bool) -> list[bool]:
         """Whether each of the flags is set in any process."""
         votes = torch.tensor(flags, dtype=torch.int)
         if self.ranks.world_size > 1:
-            torch.distributed.all_reduce(votes)
+            distributed.all_reduce(votes)
         return votes.bool().tolist()
 
     def _sum_over_ranks(self, totals: Terms) -> Terms:
@@ -265,7 +262,7 @@ class Trainer:
                 result[name] = result[name] + table if name in result else table
         return result
 
-    # -- the run --
+    # ---- the run ----
 
     def run(self) -> bool:
         """Train to the end: True, or False if a signal stopped the run. Either way the last step is saved.
@@ -274,48 +271,38 @@ class Trainer:
         the disk is full; in the last two cases the last step is saved first, where there is room.
         """
         config, last = self.config, self.config.last_step()
-        if last is not None and self.step >= last:
-            if self.is_main:
-                log.info("nothing to train: the run has its %d steps", self.step)
-                # Make up for what a run lacks that was killed between its last checkpoint and its end.
-                remove_temporaries(config.save_dir)
-                if self.step == last:
-                    self._export()
-                files.remove_old_checkpoints(config.save_dir, config.keep)
-            return True
         if self.is_main:
             remove_temporaries(config.save_dir)
             self.progress_log = files.ProgressLog(config.save_dir, self.step)
+            if last is not None and self.step >= last:
+                log.info("nothing to train: the run has its %d steps", self.step)
         self._clock, self._logged_samples = time.perf_counter(), self.samples
-        saved = self.step
         hidden = not (self.progress and self.is_main)
         bar = tqdm(total=last, initial=self.step, unit="step", dynamic_ncols=True, disable=hidden)
-        with stop_on_signals() as stop, bar, self._in_one_line(), deterministic_kernels(config):
+        with stop_on_signals() as stop, bar, self._in_one_line(), deterministic_kernels(config.deterministic):
             numbers = batch_numbers(self.samples, config.batch_size, self.ranks.rank, self.ranks.world_size)
             batches = self.images.batches(numbers, self.device)
             while True:
-                batch, finished = None, self.step == last
-                if not finished:
-                    with self._failing_later():
-                        batch = next(batches)
+                finished = last is not None and self.step >= last
+                batch = None
+                with self._failing_later():
+                    batch = None if finished else next(batches)
                 # One rank that fails or is stopped stops all: each has its next batch, or knows that there is none.
                 stopped, failed = self._any(stop.is_set(), self.failure is not None)
-                if self.step > saved and (finished or stopped or failed or self.step % config.save_interval == 0):
+                due = stopped or failed or self.step % config.save_interval == 0
+                # A run that was killed between its last checkpoint and its end still has to export.
+                if finished or (due and self.step > self.saved):
                     with self._failing_later():
                         self.save()
-                    saved = self.step
                     (failed,) = self._any(self.failure is not None)
                 if failed:
                     raise self.failure or Stopped
-                if finished or stopped:
+                if batch is None or stopped:
                     break
-                assert batch is not None
                 self.train_step(*batch)
                 bar.update(1)
                 # What belongs to a step is written before its checkpoint: a resumed run does not look back.
                 self._report(bar, self.step == last)
-                if config.sample_interval and (self.step == last or self.step % config.sample_interval == 0):
-                    self._save_samples()
         if self.images.damaged:
             log.warning("%d images could not be read and were skipped", len(self.images.damaged))
         if self.is_main:
@@ -334,33 +321,29 @@ class Trainer:
 
     @contextlib.contextmanager
     def _in_one_line(self) -> Iterator[None]:
-        """Turn what PyTorch raises for a lack of memory, of a compiler or of a loader process into InputErrors."""
+        """Turn what PyTorch raises for a lack of memory, of a compiler or of a process into InputErrors."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            text, where = first_line(error), {}
+            text = first_line(error)
             if is_out_of_memory(error):
                 reason = f"out of memory on {self.device}; give a smaller `microbatch`, or `use_checkpoint` True"
-                where = {"parameter": "batch_size", "value": self.config.batch_size}
-            elif self.ranks.world_size > 1 and re.search("(?i)gloo|nccl|(closed|reset) by peer", str(error)):
-                reason = f"contact with the other processes is lost: {text}"
+                raise InputError(reason, parameter="batch_size", value=self.config.batch_size) from error
+            if self.ranks.world_size > 1 and re.search("(?i)gloo|nccl|(closed|reset) by peer", str(error)):
+                raise InputError(f"contact with the other processes is lost: {text}") from error
             # Dynamo's errors are RuntimeErrors; their module is imported only where something was compiled.
-            elif self.config.compile and "torch._" in type(error).__module__:
+            if self.config.compile and "torch._" in type(error).__module__:
                 reason = f"torch.compile does not work here ({text}); leave it out"
-                where = {"parameter": "compile", "value": True}
-            else:
-                raise
-            raise InputError(reason, **where) from error
+                raise InputError(reason, parameter="compile", value=True) from error
+            raise
 
     def _report(self, bar: Any, finished: bool) -> None:
-        """Write a row of progress.csv where one is due."""
-        config = self.config
-        row: dict[str, Any] = {}
+        """Write the row of progress.csv and the sample grid that are due after a step."""
+        config, row = self.config, {}
         if self.step % config.log_interval == 0 or self.step <= FIRST:
-            totals = self._sum_over_ranks(self.totals)
-            self.totals = {}
-            row = means_by_quarter(totals)
+            totals, self.totals = self._sum_over_ranks(self.totals), {}
             self._check_finite(totals)
+            row = means_by_quarter(totals)
             row.pop("grad_norm_q0", None)
             speed = (self.samples - self._logged_samples) / (time.perf_counter() - self._clock)
             self._clock, self._logged_samples = time.perf_counter(), self.samples
@@ -377,8 +360,15 @@ class Trainer:
                 self.progress_log.write({"step": self.step, **row})
             if not self.progress:
                 self._say(row)
+        due = config.sample_interval and (finished or self.step % config.sample_interval == 0)
+        if due and self.sample and self.is_main:
+            with self.autocast():
+                images = self.sample(self.averaged_model())
+            sheet = contact_sheet([[image] for image in images], images.shape[1], math.ceil(len(images) ** 0.5))
+            with self._failing_later():
+                write_png(os.path.join(config.save_dir, "samples", f"{self.step:06d}.png"), sheet)
 
-    def _say(self, row: dict[str, Any]) -> None:
+    def _say(self, row: Mapping[str, Any]) -> None:
         """Log a row, and the time left at the present speed, where there is no bar."""
         last = self.config.last_step()
         shown = [f"{name} {row[name]:.4g}" for name in ("loss", "acc", "val_loss", "val_acc") if name in row]
@@ -395,84 +385,44 @@ class Trainer:
             reason = f"the loss is not finite any more at step {self.step}: {reason}"
             raise InputError(reason, parameter="lr", value=self.config.lr)
 
-    # -- files --
+    # ---- files ----
 
     def _state(self, params: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """State dict of the model with other values of its parameters, on the CPU."""
         values = dict(zip((name for name, _ in self.model.named_parameters()), params))
         return {name: value.detach().cpu() for name, value in {**self.model.state_dict(), **values}.items()}
 
-    @property
-    def _exported(self) -> list[torch.Tensor]:
-        """The parameters to sample with: the first average, or the model's own where there is none."""
-        return next(iter(self.ema.values()), self.params)
-
     def averaged_model(self) -> torch.nn.Module:
-        """A copy of the model, in eval mode, with the weights that are exported."""
+        """A copy of the model, in eval mode, with the weights that are exported: the first average, if there is one."""
         averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
-        for target, value in zip(averaged.parameters(), self._exported):
+        for target, value in zip(averaged.parameters(), next(iter(self.ema.values()), self.params)):
             target.copy_(value.detach())
         return averaged
 
     def save(self) -> None:
-        """Write a checkpoint and the exported model; all processes must call it."""
-        config = self.config
-        totals = self._sum_over_ranks(self.totals)
+        """Write a checkpoint, unless the step has one, and the file to sample with; all processes must call it."""
+        config, totals = self.config, self._sum_over_ranks(self.totals)
         self._check_finite(totals)
-        if not self.is_main:
-            return
-        train_state = {
-            "samples": self.samples,
-            "ema_warmup": self.ema_warmup,
-            **self._identity(),
-            "scaler": self.scaler.state_dict(),
-            "schedule_sampler": self.schedule_sampler.state_dict(),
-            "totals": totals,
-        }
-        files.save_checkpoint(
-            config.save_dir,
-            self.step,
-            self._state(self.params),
-            {rate: self._state(averaged) for rate, averaged in self.ema.items()},
-            {**self.optimizer.state_dict(), "train": train_state},
-        )
-        self._export()
-        files.remove_old_checkpoints(config.save_dir, config.keep)
-
-    def _export(self) -> None:
-        """Write the file to sample with."""
-        config = self.config
-        average = f"EMA {next(iter(self.ema))}" if self.ema else "no EMA"
-        done = f"{self.step} steps, {self.samples} images, AdamW {config.lr:g}, {average}, {self.precision}"
-        metadata, dtype = {"format": "pt", **self.metadata, "training": done}, DTYPES[config.export_dtype]
-        write_safetensors(config.export_path(), contiguous(self._state(self._exported), dtype), metadata)
-
-    def _save_samples(self) -> None:
-        if not self.is_main or self.sample is None:
-            return
-        with self.autocast():
-            images = self.sample(self.averaged_model())
-        sheet = contact_sheet([[image] for image in images], images.shape[1], math.ceil(len(images) ** 0.5))
-        with self._failing_later():
-            write_png(os.path.join(self.config.save_dir, "samples", f"{self.step:06d}.png"), sheet)
-
-
-@contextlib.contextmanager
-def deterministic_kernels(config: TrainConfig) -> Iterator[None]:
-    """Ask PyTorch for deterministic kernels within the context, if wanted; where it has none, it warns."""
-    before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = not config.deterministic
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=True)
-        torch.backends.cudnn.benchmark = benchmark
-
-
-# ---- sample grids ---------------------------------------------------------------------------------------------------
+        if self.is_main and self.step > self.saved:
+            train_state = {
+                "samples": self.samples,
+                "ema_warmup": self.ema_warmup,
+                **self._identity(),
+                "scaler": self.scaler.state_dict(),
+                "schedule_sampler": self.schedule_sampler.state_dict(),
+                "totals": totals,
+            }
+            averages = {rate: self._state(averaged) for rate, averaged in self.ema.items()}
+            optimizer = {**self.optimizer.state_dict(), "train": train_state}
+            files.save_checkpoint(config.save_dir, self.step, self._state(self.params), averages, optimizer)
+        self.saved = self.step
+        if self.is_main:
+            average = f"EMA {next(iter(self.ema))}" if self.ema else "no EMA"
+            done = f"{self.step} steps, {self.samples} images, AdamW {config.lr:g}, {average}, {self.precision}"
+            state = self._state(next(iter(self.ema.values()), self.params))
+            metadata = {"format": "pt", **self.metadata, "training": done}
+            write_safetensors(config.export_path(), contiguous(state, DTYPES[config.export_dtype]), metadata)
+            files.remove_old_checkpoints(config.save_dir, config.keep)
 
 
 def grid_sampler(start: Start, grid: GridOptions, seed: int) -> Callable[[torch.nn.Module], np.ndarray]:
