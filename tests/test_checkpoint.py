@@ -1167,15 +1167,3 @@ def test_the_record_names_the_bytes_that_were_loaded(tiny_file, tmp_path):
     assert checkpoint.fingerprint(tiny_file) == first
     load_state_dict(tiny_file)
     assert checkpoint.fingerprint(tiny_file) == f"sha256 {hashlib.sha256(tiny_file.read_bytes()).hexdigest()}" != first
-
-
-def test_a_file_that_changes_while_it_is_read_is_refused(tiny_file, monkeypatch):
-    load = torch.load
-
-    def slow(*args, **options):
-        saved(tiny_file, other_state())
-        return load(*args, **options)
-
-    monkeypatch.setattr(torch, "load", slow)
-    message = refusal(tiny_file, image_size=16)
-    assert "changed while it was read" in message or "damaged" in message

@@ -14,10 +14,10 @@ another kind of checkpoint, or the network with its tensors. `load_model` checks
 
 import inspect
 import json
+import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,10 +29,12 @@ from ..script_util import attention_factors, channel_multipliers, create_classif
 from . import architecture, diffusers, remote
 from .architecture import State, UnknownArchitecture
 from .diffusers_tensors import to_ours
-from .published import not_ddpm
-from .reading import Contents, hash_file, read_file
+from .published import refuse_edm
+from .reading import Source, hash_file, read_file
 from .reconcile import ADM, DDPM, ENCODER, FLAGS, Kind, ModelInfo, reconcile
-from .stated import Stated, hyper_parameters, scheduler_in_metadata, stated_in_file, stated_in_run
+from .stated import described, hyper_parameters, scheduler_in_metadata, stated_beside
+
+log = logging.getLogger(__name__)
 
 CHECKPOINTS = Registry("kind of checkpoint")
 """Kinds of checkpoints by name: functions (source, flags) -> Network or None. The last one added is asked first."""
@@ -48,7 +50,7 @@ class Network:
     """A checkpoint that was recognised: its network, what is known of it, and its tensors under the network's names.
 
     model: may be on the device "meta". names: the file's name of a tensor, where that is another. fingerprint: of the
-    files that were read, where it is not that of `Source.contents`.
+    files that were read, where it is not that of the source.
     """
 
     model: torch.nn.Module
@@ -56,35 +58,6 @@ class Network:
     state: State
     names: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str | None = None
-
-
-class Source:
-    """A file or folder at a path. A file is read when its contents are asked for."""
-
-    def __init__(self, path: str, contents: Contents | None = None) -> None:
-        self.path = path
-        if contents is not None:
-            self.contents = contents
-
-    @cached_property
-    def contents(self) -> Contents:
-        """The contents of a file; empty for a folder. Raises InputError."""
-        return Contents(self.path) if os.path.isdir(self.path) else read_file(self.path)
-
-    @cached_property
-    def record(self) -> Stated | None:
-        """The flags in the train.json of the training run that a file belongs to."""
-        return stated_in_run(self.path)
-
-    @property
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        """The file's tensors by name."""
-        return self.contents.tensors
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """The texts of a .safetensors file."""
-        return self.contents.metadata
 
 
 _loaded: dict[str, str] = {}  # by path, the fingerprint of what this process read last
@@ -99,10 +72,9 @@ def load_model(
     for half-precision inference, default float32 (or float16 with use_fp16=True). Raises InputError with one line for a
     file that cannot be used and for a flag that contradicts it. The file is not needed any more afterwards.
     """
-    path = os.fspath(path)
-    place, identity = remote.resolve(path)
-    network = _recognise(Source(place), flags)
-    _loaded[_key(path)] = identity or network.fingerprint or path
+    source, identity = _open(path)
+    network = _recognise(source, flags)
+    remember(path, identity or network.fingerprint or _hash(source))
     model, info = network.model, network.info
     model.load_state_dict(_prepared(network, device), assign=True)
     if dtype is None and (info.flags.get("use_fp16") or info.flags.get("classifier_use_fp16")):
@@ -118,27 +90,32 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     Those of a diffusers model have our names. Raises InputError where a weight or bias is not a plain floating-point
     tensor of finite values.
     """
-    path = os.fspath(path)
-    place, identity = remote.resolve(path)
-    source = Source(place)
-    network = diffusers_model(source, {}) if diffusers.locate(place) else None
+    source, identity = _open(path)
+    network = diffusers_model(source, {}) if diffusers.locate(source.path) else None
     state = network.state if network else source.tensors
-    found = network.fingerprint if network else source.contents.fingerprint
-    _loaded[_key(path)] = identity or found or path
+    remember(path, identity or (network and network.fingerprint) or _hash(source))
     for name, value in state.items():
-        if name.endswith(("weight", "bias")) and not value.is_floating_point():
-            what = f"{one_line(name, 100)} is {_plain(value)}; a floating-point tensor is needed"
-            raise InputError(f"{display_name(path)}: {what}")
-    refuse_not_finite(path, state)
+        if name.endswith(("weight", "bias")):
+            _check_float(display_name(source.path), name, value)
+    refuse_not_finite(source.path, state)
     return dict(state)
+
+
+def _open(path: str | os.PathLike) -> tuple[Source, str | None]:
+    """(what stands at a path, owner/name@commit of a model of the Hugging Face hub)."""
+    place, identity = remote.resolve(os.fspath(path))
+    return Source(place) if os.path.isdir(place) else read_file(place), identity
+
+
+def _hash(source: Source) -> str:
+    return f"sha256 {source.sha256}" if source.sha256 and "://" not in source.path else source.path
 
 
 def identify(
     path: str | os.PathLike, state: State, metadata: Mapping[str, str], **flags: Any
 ) -> tuple[State, ModelInfo]:
     """(tensors without wrappers' prefixes, ModelInfo) of what `read` gave; flags as in `load_model`."""
-    path = os.fspath(path)
-    network = _recognise(Source(path, Contents(path, state, metadata)), flags)
+    network = _recognise(Source(os.fspath(path), state, metadata), flags)
     return network.state, network.info
 
 
@@ -152,12 +129,9 @@ def fingerprint(path: str | os.PathLike) -> str:
     if _key(path) in _loaded:
         return _loaded[_key(path)]
     place, identity = remote.resolve(path)
-    if identity or not os.path.exists(place):
-        return identity or path
-    folder = diffusers.locate(place)
-    if folder is not None:
+    if identity is None and (folder := diffusers.locate(place)):
         return folder.fingerprint({name: hash_file(name) for name in diffusers.weight_files(folder)})
-    return f"sha256 {hash_file(place)}" if os.path.isfile(place) else path
+    return identity or (f"sha256 {hash_file(place)}" if os.path.isfile(place) else path)
 
 
 def remember(path: str | os.PathLike, identity: str) -> None:
@@ -174,14 +148,12 @@ def _key(path: str) -> str:
 
 def _recognise(source: Source, flags: Mapping[str, Any]) -> Network:
     """The network at a path, by the first kind that knows it; InputError where none does."""
-    unknown = flags.keys() - FLAGS
-    if unknown:
+    if unknown := flags.keys() - FLAGS:
         raise TypeError(f"there is no flag {min(unknown)}")
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         for recognise in reversed(list(CHECKPOINTS.values())):
-            network = recognise(source, given)
-            if network is not None:
+            if network := recognise(source, given):
                 return network
         architecture.refuse_others(source.tensors)
     except UnknownArchitecture as error:
@@ -191,30 +163,31 @@ def _recognise(source: Source, flags: Mapping[str, Any]) -> Network:
     raise InputError(f"{display_name(source.path)} {what}")
 
 
-def _network(source: Source, given: Mapping[str, Any], kind: Kind, state: State, found: dict[str, Any]) -> Network:
+def _network(
+    source: Source, given: Mapping[str, Any], kind: Kind, detector: Callable[..., dict[str, Any]], state: State
+) -> Network:
     """A network of a known kind in one file: its flags from all sources, built on the device "meta"."""
-    contents = source.contents
-    stated = stated_in_file(contents, source.record, found)
-    described = stated is not None and "noise_schedule" in stated.flags
-    told = described or "noise_schedule" in given
-    names = [*hyper_parameters(contents), *contents.metadata, *(stated.flags if stated else ())]
-    if reason := not_ddpm(source.path, found, names, described=described, told=told):
-        what = f"is a model of EDM or a consistency model ({reason}); a model of DDPM's process is needed"
-        raise InputError(f"{display_name(source.path)} {what}")
-    info = reconcile(source.path, kind, found, given, metadata=contents.metadata, stated=stated)
-    info.scheduler = scheduler_in_metadata(contents)
-    return Network(build(info, given), info, state, fingerprint=contents.fingerprint)
+    stated = described(source)
+    depth = given.get("classifier_depth", stated.flags.get("classifier_depth") if stated else None)
+    found = architecture.detect(detector, state, **({"depth": depth} if kind is ENCODER else {}))
+    if stated and stated.in_run and not stated.fits(found):
+        log.warning(
+            "%s is not the network that %s describes, which is not used", display_name(source.path), stated.where
+        )
+        stated = None
+    stated = stated or stated_beside(source)
+    entries = [*hyper_parameters(source), *source.metadata, *(stated.flags if stated else ())]
+    refuse_edm(source.path, found, entries, stated is not None and "noise_schedule" in stated.flags, given)
+    info = reconcile(source.path, kind, found, given, metadata=source.metadata, stated=stated)
+    info.scheduler = scheduler_in_metadata(source)
+    return Network(build(info, given), info, state)
 
 
 @CHECKPOINTS.add("encoder")
 def encoder(source: Source, given: Mapping[str, Any]) -> Network | None:
     """guided-diffusion's noisy-image classifier, and EGSDE's domain-specific extractor."""
     state = architecture.unwrap(source.tensors, "time_embed.[02]")
-    if state is None:
-        return None
-    stated = stated_in_file(source.contents, source.record)
-    depth = given.get("classifier_depth", stated.flags.get("classifier_depth") if stated else None)
-    return _network(source, given, ENCODER, state, architecture.detect(architecture.encoder, state, depth=depth))
+    return None if state is None else _network(source, given, ENCODER, architecture.encoder, state)
 
 
 @CHECKPOINTS.add("ADM")
@@ -224,16 +197,14 @@ def adm(source: Source, given: Mapping[str, Any]) -> Network | None:
     if state is None or not any(key.startswith("output_blocks.") for key in state):
         return None
     architecture.refuse_others(source.tensors)
-    return _network(source, given, ADM, state, architecture.detect(architecture.adm, state))
+    return _network(source, given, ADM, architecture.adm, state)
 
 
 @CHECKPOINTS.add("DDPM")
 def ddpm(source: Source, given: Mapping[str, Any]) -> Network | None:
     """The UNet of DDPM's ports to PyTorch."""
     state = architecture.unwrap(source.tensors, "temb.dense.[01]")
-    if state is None:
-        return None
-    return _network(source, given, DDPM, state, architecture.detect(architecture.ddpm, state))
+    return None if state is None else _network(source, given, DDPM, architecture.ddpm, state)
 
 
 @CHECKPOINTS.add("diffusers")
@@ -258,34 +229,34 @@ def build(info: ModelInfo, given: Collection[str] = ()) -> torch.nn.Module:
 
     given: names of the flags that the caller gave, for errors.
     """
-    flags, file = info.flags, display_name(info.path)
+    create = {ADM.name: create_model, DDPM.name: _create_ddpm, ENCODER.name: create_classifier}[info.model_type]
+    # Half precision is set once the weights are there.
+    names = set(inspect.signature(create).parameters) - {"use_fp16", "classifier_use_fp16"}
     try:
         with torch.device("meta"):
-            if info.model_type == DDPM.name:
-                return _ddpm_network(flags)
-            create = create_model if info.model_type == ADM.name else create_classifier
-            # Half precision is set once the weights are there.
-            names = set(inspect.signature(create).parameters) - {"use_fp16", "classifier_use_fp16"}
-            return create(**{name: flags[name] for name in names if name in flags})
+            return create(**{name: info.flags[name] for name in names if name in info.flags})
     except Exception as error:  # whatever the layers raise for sizes that do not fit together
+        file = display_name(info.path)
         if isinstance(error, InputError) and error.parameter in given:
             raise InputError(f"{error.reason} of {file}", parameter=error.parameter, value=error.value) from None
         raise InputError(f"{file} describes a network that cannot be built: {first_line(error)}") from None
 
 
-def _ddpm_network(flags: Mapping[str, Any]) -> torch.nn.Module:
+def _create_ddpm(
+    image_size: int, num_channels: int, num_res_blocks: int, channel_mult: str, attention_resolutions: str,
+    learn_sigma: bool, dropout: float, in_channels: int = 3,
+) -> torch.nn.Module:  # fmt: skip
     from ..ddpm import Model
 
-    size, channels = flags["image_size"], flags.get("in_channels", 3)
     return Model(
-        ch=flags["num_channels"],
-        in_channels=channels,
-        out_ch=channels * (2 if flags["learn_sigma"] else 1),
-        ch_mult=channel_multipliers(flags["channel_mult"], size),
-        num_res_blocks=flags["num_res_blocks"],
-        attn_resolutions=[size // factor for factor in attention_factors(flags["attention_resolutions"], size)],
-        image_size=size,
-        dropout=flags["dropout"],
+        ch=num_channels,
+        in_channels=in_channels,
+        out_ch=in_channels * (2 if learn_sigma else 1),
+        ch_mult=channel_multipliers(channel_mult, image_size),
+        num_res_blocks=num_res_blocks,
+        attn_resolutions=[image_size // factor for factor in attention_factors(attention_resolutions, image_size)],
+        image_size=image_size,
+        dropout=dropout,
     )
 
 
@@ -293,27 +264,17 @@ def _ddpm_network(flags: Mapping[str, Any]) -> torch.nn.Module:
 
 
 def _prepared(network: Network, device: str | torch.device) -> dict[str, torch.Tensor]:
-    """The tensors that a network needs, checked, in float32 on a device, each with memory of its own.
-
-    A tensor is copied only where that is needed. Its strides count too: convolutions choose their method by them.
-    """
+    """The tensors that a network needs, checked, in float32 on a device, each contiguous in memory of its own."""
     path, state, wanted = network.info.path, network.state, network.model.state_dict()
     file = display_name(path)
     _check_tensors(file, state, wanted, network.names)
-    held = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
-    stored, needed = sum(held.values()), sum(4 * like.numel() for like in wanted.values())
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
+    stored, needed = sum(storages.values()), sum(4 * like.numel() for like in wanted.values())
     if needed > 4 * stored + ROOM:
         raise InputError(f"{file} is refused: its {stored} bytes of tensors describe a network of {needed} bytes")
-    prepared, places = {}, set()
+    layout = {"dtype": torch.float32, "copy": True, "memory_format": torch.contiguous_format}
     try:
-        for key, like in wanted.items():
-            value = state[key].detach().to(device, torch.float32)
-            storage = value.untyped_storage()
-            alone = storage.nbytes() == value.nbytes and storage.data_ptr() not in places
-            if not alone or value.stride() != like.stride():
-                value = value.clone(memory_format=torch.contiguous_format)
-            places.add(value.untyped_storage().data_ptr())
-            prepared[key] = value
+        prepared = {key: state[key].detach().to(device, **layout) for key in wanted}
     except RuntimeError as error:
         raise InputError(f"{file} does not fit into the memory of {device}: {first_line(error)}") from None
     refuse_not_finite(path, prepared)
@@ -340,24 +301,21 @@ def _check_tensors(file: str, state: State, wanted: State, names: Mapping[str, s
             if key == entry and value.dim() == 4 and value.shape[1] != like.shape[1]:
                 what = f"it is for images of {value.shape[1]} channels, and {like.shape[1]} are needed ({what})"
             raise InputError(f"{file}: {what}")
-        if not value.is_floating_point():
-            raise InputError(f"{file}: {name} is {_plain(value)}; a floating-point tensor is needed")
+        _check_float(file, name, value)
 
 
-def _plain(value: torch.Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")
+def _check_float(file: str, name: str, value: torch.Tensor) -> None:
+    if not value.is_floating_point():
+        kind = str(value.dtype).removeprefix("torch.")
+        raise InputError(f"{file}: {one_line(name, 100)} is {kind}; a floating-point tensor is needed")
 
 
 def refuse_not_finite(path: str, state: State) -> None:
     """Raise InputError for the first tensor that has NaN or infinite values."""
-    floats = {key: value for key, value in state.items() if value.is_floating_point() and value.itemsize > 1}
-    # A sum is several times as fast as a look at every value, and finite unless a value is not, or an overflow.
-    sums = [value.sum(dtype=torch.float32) for value in floats.values()]
-    if sums and not torch.stack(sums).isfinite().all():
-        for key, value in floats.items():
-            if not value.isfinite().all():
-                what = f"the tensor {one_line(key, 100)} has values that are NaN or infinite; the file is damaged"
-                raise InputError(f"{display_name(path)}: {what}")
+    for key, value in state.items():
+        if value.is_floating_point() and value.itemsize > 1 and not value.isfinite().all():
+            what = f"the tensor {one_line(key, 100)} has values that are NaN or infinite; the file is damaged"
+            raise InputError(f"{display_name(path)}: {what}")
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
@@ -375,9 +333,8 @@ def save_model(
     """Write a .safetensors file that `load_model` reads without flags; a reader sees the old file or the new one.
 
     model_or_state: a module or its state dict. model_type: "ADM", "DDPM" or "ENCODER". flags: with the names of
-    `script_util`, at least those that tensors cannot tell; they must fit the tensors. dtype: type in which
-    floating-point tensors are stored, default their own. metadata: more texts by name, such as a licence. Raises
-    InputError for what could not be loaded again, and where the file cannot be written.
+    `script_util`, at least those that tensors cannot tell. dtype: for floating-point tensors, default their own.
+    metadata: more texts by name, such as a licence. Raises InputError for what could not be loaded again.
     """
     path = os.fspath(path)
     if model_type not in MODEL_TYPES:
@@ -394,10 +351,9 @@ def save_model(
 def contiguous(model_or_state: torch.nn.Module | State, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """A state dict on the CPU in which every tensor has memory of its own; dtype: for its floating-point tensors."""
     state = model_or_state.state_dict() if isinstance(model_or_state, torch.nn.Module) else model_or_state
+    layout = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
     return {
-        name: value.detach()
-        .to("cpu", dtype if value.is_floating_point() else None)
-        .clone(memory_format=torch.contiguous_format)
+        name: value.detach().to(dtype=dtype if dtype and value.is_floating_point() else value.dtype, **layout)
         for name, value in state.items()
     }
 

@@ -6,13 +6,13 @@ README files of guided-diffusion, improved-diffusion, ILVR, P2-weighting, EGSDE 
 
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from ..errors import InputError, display_name
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """One published layout: its files' names, what its tensors have, and the flags that leave no trace in them."""
 
     files: str
@@ -30,6 +30,10 @@ IMPROVED: dict[str, Any] = {"resblock_updown": False, "num_head_channels": -1}
 """Networks of improved-diffusion: convolutions that resample, four heads of any width."""
 
 SIX, SEVEN, FIVE, FOUR = "1,1,2,2,4,4", "0.5,1,1,2,2,4,4", "1,1,2,3,4", "1,2,3,4"
+ADM_TENSORS: dict[str, Any] = {
+    "learn_sigma": True, "class_cond": False, "use_scale_shift_norm": True, "resblock_updown": True, "in_channels": 3,
+}  # fmt: skip
+ADM_FLAGS: dict[str, Any] = {"num_heads": 4, "num_head_channels": 64, "use_new_attention_order": False}
 
 
 def _adm(
@@ -37,18 +41,10 @@ def _adm(
     **other: Any,
 ) -> Published:  # fmt: skip
     """A network of guided-diffusion; other: tensors or flags that differ from the usual ones."""
-    tensors: dict[str, Any] = {
-        "num_channels": width, "num_res_blocks": blocks, "channel_mult": mult, "attention_factors": factors,
-        "learn_sigma": True, "class_cond": False, "use_scale_shift_norm": True, "resblock_updown": True,
-        "in_channels": 3,
-    }  # fmt: skip
-    heads = {"num_heads": 4, "num_head_channels": 64, "use_new_attention_order": False}
-    flags = {"image_size": size, **heads, **process}
-    for name, value in other.items():
-        (tensors if name in tensors or name == "super_res" else flags)[name] = value
-    if tensors["class_cond"]:
-        tensors["num_classes"] = 1000
-    return Published(files, "ADM", tensors, flags)
+    told = {name: other.pop(name) for name in [*ADM_TENSORS, "super_res"] if name in other}
+    sizes = {"num_channels": width, "num_res_blocks": blocks, "channel_mult": mult, "attention_factors": factors}
+    tensors = {**sizes, **ADM_TENSORS, **told, **({"num_classes": 1000} if told.get("class_cond") else {})}
+    return Published(files, "ADM", tensors, {"image_size": size, **ADM_FLAGS, **process, **other})
 
 
 def _ddpm(files: str, size: int, mult: str, factor: int) -> Published:
@@ -99,10 +95,8 @@ PUBLISHED = (
 
 def published(model_type: str, found: dict[str, Any]) -> Published | None:
     """The row that has all that the tensors tell (`architecture.detect`'s dict), or None."""
-    for row in PUBLISHED:
-        if row.model_type == model_type and all(found.get(name) == value for name, value in row.tensors.items()):
-            return row
-    return None
+    rows = (row for row in PUBLISHED if row.model_type == model_type and row.tensors.items() <= found.items())
+    return next(rows, None)
 
 
 # Models of EDM's process and consistency models in guided-diffusion's network: ImageNet of 64 pixels, LSUN of 256.
@@ -115,17 +109,24 @@ EDM_NAMES = re.compile(r"(?<![a-z])(edm2?|consistency|(cd|ct)[-_](imagenet|bedro
 EDM_FLAGS = {"sigma_data", "sigma_max", "sigma_min", "weight_schedule", "training_mode", "P_mean", "P_std"}
 
 
-def not_ddpm(path: str, found: dict[str, Any], entries: Iterable[str], *, described: bool, told: bool) -> str | None:
-    """The reason why a network's process is EDM's or a consistency model's; None for one of DDPM's.
+def refuse_edm(
+    path: str, found: dict[str, Any], entries: Iterable[str], described: bool, given: Mapping[str, Any]
+) -> None:
+    """Raise InputError for a network whose process is EDM's or a consistency model's.
 
-    found: the architecture. entries: names of hyper-parameters and metadata. described: whether the model has a record
-    of its own; then its name is no reason. told: whether something, perhaps the caller, tells the noise schedule; then
-    its layout is no reason either.
+    found: the architecture. entries: names of hyper-parameters and metadata. described: whether the file states its
+    noise schedule; then its name and layout are no reason. given: flags of the caller, whose noise schedule counts
+    against the layout.
     """
+    reason = None
     if sigmas := EDM_FLAGS & {*entries}:
-        return f"its file has the entry {min(sigmas)}"
-    if not described and (name := EDM_NAMES.search(os.path.basename(path))):
-        return f"its name has {name[0]!r}"
-    if not told and any(layout.items() <= found.items() for layout in EDM_LAYOUTS):
-        return "it has their layout; give `noise_schedule` if it is none"
-    return None
+        reason = f"its file has the entry {min(sigmas)}"
+    elif described:
+        return
+    elif name := EDM_NAMES.search(os.path.basename(path)):
+        reason = f"its name has {name[0]!r}"
+    elif "noise_schedule" not in given and any(layout.items() <= found.items() for layout in EDM_LAYOUTS):
+        reason = "it has their layout; give `noise_schedule` if it is none"
+    if reason:
+        what = f"is a model of EDM or a consistency model ({reason}); a model of DDPM's process is needed"
+        raise InputError(f"{display_name(path)} {what}")

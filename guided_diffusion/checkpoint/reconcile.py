@@ -25,7 +25,7 @@ from ..script_util import (
     model_and_diffusion_defaults,
     str2bool,
 )
-from .published import published
+from .published import Published, published
 from .stated import TRAINING_FLAGS, UNDETECTABLE_FLAGS, Stated
 
 log = logging.getLogger(__name__)
@@ -125,14 +125,8 @@ class ModelFlags:
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
-_OTHERS = {
-    **classifier_defaults(),
-    "super_res": False,
-    "sigma_small": True,
-    "num_classes": 1,
-    "num_class": 1,
-    "head": "",
-}
+_OTHERS = {**classifier_defaults(), "super_res": False, "sigma_small": True, "num_classes": 1, "num_class": 1}
+_OTHERS |= {"head": ""}
 _OTHER_FLAGS = dataclasses.make_dataclass("_OTHER_FLAGS", [(name, type(value)) for name, value in _OTHERS.items()])
 FLAGS = {field.name: field for cls in (_OTHER_FLAGS, ModelFlags) for field in dataclasses.fields(cls)}
 """All flags of networks and processes by name, as fields that know their type and bounds."""
@@ -176,39 +170,41 @@ def reconcile(
     """
     file, metadata, where = display_name(path), metadata or {}, stated.where if stated else display_name(path)
     if metadata.get("model_type", kind.name) != kind.name:
-        tensors = f"its tensors are of type {kind.name}"
-        raise InputError(f"{file}: its metadata has model_type={_brief(metadata['model_type'])}, {tensors}")
+        text = one_line(metadata["model_type"], 60)
+        raise InputError(f"{file}: its metadata has model_type={text}, its tensors are of type {kind.name}")
     row = published(kind.name, found)
-    known = dict(row.flags) if row else {}
-    concerned = {*kind.defaults, *found}
-    said = _checked(stated.flags, concerned, where) if stated else {}
-    given = _checked(given, concerned)
+    known = row.flags if row else {}
+    concerned = {*kind.defaults, *found} & FLAGS.keys()
+    given = {flag: _checked(flag, value) for flag, value in given.items() if flag in concerned}
+    said = stated.flags if stated else {}
+    said = {f: _checked(f, value, where) for f, value in said.items() if f in concerned and value is not None}
 
     found = dict(found)
-    usual = next((size for size, mult in CHANNEL_MULT.items() if _text(mult) == found["channel_mult"]), None)
-    sources = (given, found, said, known)
-    image_size = next((source["image_size"] for source in sources if "image_size" in source), usual)
-    factors, multiple = found.pop("attention_factors"), 2 ** found["channel_mult"].count(",")
+    levels = found["channel_mult"].count(",") + 1
+    usual = {",".join(f"{m:g}" for m in mult): size for size, mult in CHANNEL_MULT.items()}
+    sizes = [source["image_size"] for source in (given, found, said, known) if "image_size" in source]
+    image_size = sizes[0] if sizes else usual.get(found["channel_mult"])
     if image_size is None:
-        raise InputError(f"{file} does not tell it; give a multiple of {multiple}", parameter="image_size")
-    if image_size % multiple:
+        raise InputError(f"{file} does not tell it; give a multiple of {1 << levels - 1}", parameter="image_size")
+    if image_size % (1 << levels - 1):
         with _blaming(None if "image_size" in given else where, "image_size", image_size):
-            raise _misfit("image_size", image_size, f"{file} needs a multiple of {multiple}")
-    found[kind.sides] = ",".join(str(image_size // factor) for factor in factors)
+            reason = f"{file} needs a multiple of {1 << levels - 1}"
+            raise InputError(reason, parameter="image_size", value=image_size)
+    found[kind.sides] = ",".join(str(image_size // factor) for factor in found.pop("attention_factors"))
 
-    untold = {flag: value for flag, value in said.items() if flag in UNDETECTABLE_FLAGS + TRAINING_FLAGS}
-    untold |= kind.fixed
+    untold = {flag: said[flag] for flag in UNDETECTABLE_FLAGS + TRAINING_FLAGS if flag in said} | dict(kind.fixed)
     if stated and stated.complete and not kind.fixed:
         untold = {name: EXTENSIONS[name] for name in EXTENSIONS if name in concerned and name not in found} | untold
     for flag, value in given.items():
         if flag not in RUNTIME_FLAGS and value != untold.get(flag, value):
-            raise _misfit(flag, value, f"{file} was trained with {flag}={_brief(untold[flag])}")
+            reason = f"{file} was trained with {flag}={one_line(untold[flag], 60)}"
+            raise InputError(reason, parameter=flag, value=value)
     for place, flags in ((None, given), (where, said)):
         for flag, value in flags.items():
             with _blaming(place, flag, value):
                 if flag in found and not _agree(flag, value, found, image_size, kind.width):
-                    fits = "none" if found[flag] == "" else _brief(found[flag])
-                    raise _misfit(flag, value, f"the tensors of {file} have {flag}={fits}")
+                    reason = f"the tensors of {file} have {flag}={one_line(found[flag], 60) or 'none'}"
+                    raise InputError(reason, parameter=flag, value=value)
     flags = {**kind.defaults, **known, **untold, **{k: v for k, v in given.items() if k in kind.defaults}, **found}
     flags["image_size"] = image_size
     flags = {k: v for k, v in flags.items() if k not in EXTENSIONS or (k not in kind.fixed and v != EXTENSIONS[k])}
@@ -218,20 +214,8 @@ def reconcile(
     with _blaming(place, "noise_schedule", schedule):
         get_named_beta_schedule(schedule, flags["diffusion_steps"])
     info = ModelInfo(path, kind.name, flags, dict(metadata))
-    _report(info, kind, sources, row.files if row else None, stated)
+    _report(info, kind, stated, row, given, found, said)
     return info
-
-
-def _misfit(flag: str, value: Any, reason: str) -> InputError:
-    return InputError(reason, parameter=flag, value=value)
-
-
-def _brief(value: Any) -> str:
-    return one_line(value, 60)
-
-
-def _text(multipliers: tuple[float, ...]) -> str:
-    return ",".join(f"{m:g}" for m in multipliers)
 
 
 @contextlib.contextmanager
@@ -242,18 +226,16 @@ def _blaming(where: str | None, flag: str, value: Any) -> Iterator[None]:
     except InputError as error:
         if where is None:
             raise
-        raise InputError(f"{where} has {flag}={_brief(value)}; {error.reason}") from None
+        raise InputError(f"{where} has {flag}={one_line(value, 60)}; {error.reason}") from None
 
 
-def _checked(flags: Mapping[str, Any], concerned: set[str], where: str | None = None) -> dict[str, Any]:
-    """Those of the flags that concern a network, each of its type and within its bounds."""
-    kept = {flag: value for flag, value in flags.items() if flag in concerned & FLAGS.keys()}
-    for flag, value in kept.items():
-        if where is not None:
-            kept[flag] = _typed(value, field_types(FLAGS[flag])[0])
-        with _blaming(where, flag, value):
-            check_value(FLAGS[flag], kept[flag])
-    return kept
+def _checked(flag: str, value: Any, where: str | None = None) -> Any:
+    """A flag's value, of its type and within its bounds; one that stands in a file may be written in another type."""
+    if where is not None:
+        value = _typed(value, field_types(FLAGS[flag])[0])
+    with _blaming(where, flag, value):
+        check_value(FLAGS[flag], value)
+    return value
 
 
 def _typed(value: Any, kind: type) -> Any:
@@ -262,7 +244,7 @@ def _typed(value: Any, kind: type) -> Any:
         if kind is str:
             return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
         if kind is bool:
-            return value if isinstance(value, bool) else str2bool(str(value))
+            return str2bool(value)
         number = float(value)
         return int(number) if kind is int and number.is_integer() else number
     return value
@@ -284,19 +266,19 @@ def _agree(flag: str, value: Any, found: Mapping[str, Any], image_size: int, wid
 
 
 def _report(
-    info: ModelInfo, kind: Kind, sources: tuple[Mapping[str, Any], ...], files: str | None, stated: Stated | None
-) -> None:
+    info: ModelInfo, kind: Kind, stated: Stated | None, row: Published | None, given: Mapping[str, Any],
+    found: Mapping[str, Any], said: Mapping[str, Any],
+) -> None:  # fmt: skip
     """Log what the file tells, what is assumed, and where a given flag differs from what was published."""
-    given, found, said, known = sources
-    file = display_name(info.path)
+    file, known = display_name(info.path), row.flags if row else {}
 
     def text(names: Any, values: Mapping[str, Any] = info.flags) -> str:
-        return ", ".join(f"{name}={_brief(values[name])}" for name in names)
+        return ", ".join(f"{name}={one_line(values[name], 60)}" for name in names)
 
-    fixed = [flag for flag in given if flag in known and flag not in RUNTIME_FLAGS]
-    if differing := [flag for flag in fixed if given[flag] != known[flag]]:
+    differing = [flag for flag in given if given[flag] != known.get(flag, given[flag]) and flag not in RUNTIME_FLAGS]
+    if row and differing:
         line = "%s has the layout of a published model (%s), which has %s; %s is used, as given"
-        log.warning(line, file, files, text(differing, known), text(differing, given))
+        log.warning(line, file, row.files, text(differing, known), text(differing, given))
     told = {*given, *found, *said, *known}
     heads = ["num_heads", "num_head_channels"] if kind.heads and not {"num_heads", "num_head_channels"} & told else []
     others = ["image_size", *(["use_new_attention_order"] if kind.heads else []), *TRAINING_FLAGS]

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import InputError, display_name, reading, shown
 from ..gaussian_diffusion import get_named_beta_schedule
-from .reading import Contents, plain, read_json_object
+from .reading import Source, plain, read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -25,72 +25,65 @@ UNDETECTABLE_FLAGS = (
 )
 # Flags that describe how the network was trained, and so how it must be used.
 TRAINING_FLAGS = ("diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps", "predict_v")
+# Flags by which a train.json that belongs to another network is told.
+SIZES = (
+    *("num_channels", "num_res_blocks", "classifier_width", "classifier_depth"),
+    *("in_channels", "class_cond", "learn_sigma"),
+)
 
 
 @dataclass(frozen=True)
 class Stated:
-    """Flags that a file states beside its tensors. where: the place, the beginning of an error line about it."""
+    """Flags that a file states beside its tensors; those that are None count as not stated.
+
+    where: the place, the beginning of an error line about it. complete: what is left out has its default. in_run: the
+    place is a train.json, which may be another network's.
+    """
 
     flags: Mapping[str, Any]
     where: str
-    complete: bool = True  # what is left out has its default; else it is unknown
+    complete: bool = True
+    in_run: bool = False
+
+    def fits(self, found: Mapping[str, Any]) -> bool:
+        """Whether the sizes are those of an architecture."""
+        return all(self.flags.get(name) in (None, found.get(name)) for name in SIZES)
 
 
-def stated_in_file(contents: Contents, record: Stated | None, found: Mapping[str, Any] | None = None) -> Stated | None:
-    """The flags that stand in a file's metadata, in the record of its training, or beside its weights; None without.
+def described(source: Source) -> Stated | None:
+    """The flags in a file's metadata, else those in the train.json beside it; None without either.
 
-    record: of `stated_in_run`. found: the architecture, which the record must fit. The first of these places counts.
-    Raises InputError for entries that cannot be understood.
+    Another program's train.json counts as none. Raises InputError for metadata that is no JSON object.
     """
-    if "flags" in contents.metadata:
-        flags = _metadata_object(contents, "flags")
-        return Stated(_not_none(flags), f"{display_name(contents.path)}: its metadata")
-    sizes = ("num_channels", "num_res_blocks", "classifier_width", "classifier_depth")
-    sizes += ("in_channels", "class_cond", "learn_sigma")
-    if record and found and any(record.flags.get(name, found.get(name)) != found.get(name) for name in sizes):
-        log.warning(
-            "%s is not the network that %s describes, which is not used", display_name(contents.path), record.where
-        )
-        record = None
-    return record or _stated_beside(contents)
+    if "flags" in source.metadata:
+        return Stated(_metadata_object(source, "flags"), f"{display_name(source.path)}: its metadata")
+    record = os.path.join(os.path.dirname(source.path), "train.json")
+    if "://" in source.path or not os.path.isfile(record):
+        return None
+    try:
+        flags = read_json_object(record).get("model")
+    except InputError as error:
+        log.warning("%s; it is not used for %s", error, display_name(source.path))
+        return None
+    return Stated(flags, display_name(record), in_run=True) if isinstance(flags, dict) else None
 
 
-def _not_none(flags: Mapping[str, Any]) -> dict[str, Any]:
-    return {flag: value for flag, value in flags.items() if value is not None}
-
-
-def scheduler_in_metadata(contents: Contents) -> dict[str, Any]:
+def scheduler_in_metadata(source: Source) -> dict[str, Any]:
     """The entries of a converted model's scheduler file for `sigma_small` and `clip_denoised`; {} without any."""
-    entries = _metadata_object(contents, "scheduler") if "scheduler" in contents.metadata else {}
-    said = {"sigma_small": entries.get("sigma_small")} if isinstance(entries.get("sigma_small"), bool) else {}
-    clip = entries.get("clip_denoised")
+    entries = _metadata_object(source, "scheduler") if "scheduler" in source.metadata else {}
+    small, clip = entries.get("sigma_small"), entries.get("clip_denoised")
+    said: dict[str, Any] = {"sigma_small": small} if isinstance(small, bool) else {}
     if isinstance(clip, bool) or (isinstance(clip, (int, float)) and 0 < clip < math.inf):
         said["clip_denoised"] = clip
     return said
 
 
-def _metadata_object(contents: Contents, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(contents.metadata[name])
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        file = display_name(contents.path)
-        raise InputError(f"{file}: the entry `{name}` of its metadata is not a JSON object")
-    return content
-
-
-def stated_in_run(path: str) -> Stated | None:
-    """The flags in the train.json beside a file; None without one, and for another program's file of that name."""
-    record = os.path.join(os.path.dirname(path), "train.json")
-    if "://" in path or not os.path.isfile(record):
-        return None
-    try:
-        flags = read_json_object(record).get("model")
-    except InputError as error:
-        log.warning("%s; it is not used for %s", error, display_name(path))
-        return None
-    return Stated(_not_none(flags), display_name(record)) if isinstance(flags, dict) else None
+def _metadata_object(source: Source, name: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(source.metadata[name])
+        if isinstance(content, dict):
+            return content
+    raise InputError(f"{display_name(source.path)}: the entry `{name}` of its metadata is not a JSON object")
 
 
 # Entries of a torch file that hold hyper-parameters, those of PyTorch Lightning first.
@@ -103,24 +96,24 @@ PREDICTIONS = {
 }
 
 
-def hyper_parameters(contents: Contents) -> dict[str, Any]:
+def hyper_parameters(source: Source) -> dict[str, Any]:
     """The hyper-parameters that stand beside the weights of a torch file."""
     found: dict[str, Any] = {}
     for name in HYPER_PARAMETERS:
-        entries = plain(contents.beside.get(name))
+        entries = plain(source.beside.get(name))
         if isinstance(entries, Mapping):
-            inner = [plain(entries[part]) for part in ("diffusion", "model") if part in entries]
-            for each in (entries, *(each for each in inner if isinstance(each, Mapping))):
+            parts = [entries, *(plain(entries.get(part)) for part in ("diffusion", "model"))]
+            for each in (each for each in parts if isinstance(each, Mapping)):
                 found = {**{str(key): plain(value) for key, value in each.items()}, **found}
     return found
 
 
-def _stated_beside(contents: Contents) -> Stated | None:
+def stated_beside(source: Source) -> Stated | None:
     """The flags that a torch file tells by its betas and hyper-parameters; only those that tensors cannot tell."""
-    entries, file = hyper_parameters(contents), display_name(contents.path)
+    entries, file = hyper_parameters(source), display_name(source.path)
     where = f"{file}: its list of hyper-parameters"
     simple: dict[str, Any] = {
-        name: value for name, value in entries.items() if isinstance(value, (bool, int, float, str))
+        key: value for key, value in entries.items() if isinstance(value, (bool, int, float, str))
     }
     flags = {name: simple[name] for name in (*UNDETECTABLE_FLAGS, *TRAINING_FLAGS) if name in simple}
     if steps := [simple[name] for name in STEPS if name in simple]:
@@ -136,26 +129,25 @@ def _stated_beside(contents: Contents) -> Stated | None:
         name = "scaled_linear" if name == "linear" and "linear_start" in simple else name
         ends = [simple[end] for end in ("linear_start", "beta_start", "linear_end", "beta_end") if end in simple]
         flags["noise_schedule"] = f"{name}:{ends[0]},{ends[-1]}" if len(ends) == 2 and name != "cosine" else name
-    for source in (contents.beside, entries, contents.tensors):
-        with reading(contents.path):
-            table = _schedule_table(source)
-        if table is not None:
-            where = f"{file}: its entry {table[0]}"
-            flags |= {"diffusion_steps": len(table[1]), "noise_schedule": _named_schedule(*table, where)}
-            break
+    with reading(source.path):
+        tables = [table for place in (source.beside, entries, source.tensors) for table in _schedule_tables(place)]
+    if tables:
+        kind, values = tables[0]
+        where = f"{file}: its entry {kind}"
+        flags |= {"diffusion_steps": len(values), "noise_schedule": _named_schedule(kind, values, where)}
     return Stated(flags, where, complete=False) if flags else None
 
 
-def _schedule_table(source: Mapping[str, Any]) -> tuple[str, np.ndarray] | None:
-    """(betas or alphas_cumprod, its values in float64) where a mapping has one, under any prefix."""
+def _schedule_tables(place: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
+    """(betas or alphas_cumprod, its values in float64) of the entries of these names, under any prefix."""
+    tables = []
     for kind in ("betas", "alphas_cumprod"):
-        for name, value in source.items():
-            value = plain(value) if str(name).rpartition(".")[2] == kind else None
+        for value in (plain(value) for name, value in place.items() if str(name).rpartition(".")[2] == kind):
             if isinstance(value, (torch.Tensor, np.ndarray, list, tuple)):
                 table = torch.as_tensor(value)
                 if table.dim() == 1 and len(table) > 9 and table.is_floating_point():
-                    return kind, table.double().cpu().numpy()
-    return None
+                    tables.append((kind, table.double().cpu().numpy()))
+    return tables
 
 
 def _named_schedule(kind: str, table: np.ndarray, where: str) -> str:
