@@ -1,8 +1,6 @@
 """The methods that SDDM is compared with, each as published: ILVR, SDEdit and EGSDE; and sampling without a reference.
 
-All take and give what `sddm.sample` does. model(x, t): the target domain's diffusion model, t original timesteps;
-diffusion: its (respaced) process of T' steps; ref: references [N, C, H, W] in [-1, 1]. noise(shape): every random draw
-in order. callback(i, x): the state after step i. Returns [N, C, H, W].
+Model, diffusion, ref, noise, callback, cache_interval and cache_guided are those of `sddm.sample`.
 """
 
 import copy
@@ -11,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from resizer import low_pass_filter
 
@@ -19,33 +18,29 @@ from .energy import dse, low_pass
 from .errors import InputError
 from .gaussian_diffusion import GaussianDiffusion, ModelVarType
 from .manifold import check_down_n
-from .solvers import Noise, State, at_step, check_references, gaussian_like, late_start, resolve_step, sampler
+from .registry import fitting
+from .solvers import Noise, State, at_step, check_references, first_state, gaussian_like, resolve_step, sampler
 
 VARIANCES = {"fixed_small": ModelVarType.FIXED_SMALL, "fixed_large": ModelVarType.FIXED_LARGE}
 
 
 @sampler
 def ilvr(
-    model: Callable, diffusion: GaussianDiffusion, ref: torch.Tensor, *, down_n: int, range_t: int | float,
+    model: Callable, diffusion: GaussianDiffusion, ref: Tensor, *, down_n: int, range_t: int | float,
     start: int | float | None = None, cache_interval: int = 1, cache_guided: bool = False, noise: Noise | None = None,
     clip_denoised: bool | float = True,
 ) -> Iterator[State]:  # fmt: skip
     """Iterative latent variable refinement (Choi et al. 2021, algorithm 1).
 
-    Steps i = T'-1 … 0; while i > range_t, the step's result takes its low frequencies from the reference noised to i:
-    x + phi(ref_i - x), where phi shrinks by down_n and enlarges again with a cubic kernel. Draws: x_T; then in every
-    step one for the step itself, and one for ref_i while i > range_t. start: late start;
-    cache_interval, cache_guided: see `sddm.sample`.
+    While i > range_t, the step's result takes its low frequencies from the reference noised to i: x + phi(ref_i - x),
+    where phi shrinks by down_n and enlarges again with a cubic kernel. start: late start. Draws: x_T; then in every
+    step one for the step itself, and one for ref_i while i > range_t.
     """
-    ref = check_references(ref, clip_denoised)
+    ref, noise = check_references(ref, clip_denoised), noise or gaussian_like(ref)
     check_down_n(down_n, ref.shape[2:])
     phi = low_pass_filter(ref.shape[2:], down_n, "cubic")
-    steps = late_start(start, diffusion.num_timesteps)
     range_t = resolve_step(range_t, diffusion.num_timesteps, "range_t")
-    noise = noise or gaussian_like(ref)
-    x = noise(ref.shape)
-    if start is not None:
-        x = diffusion.q_sample(ref, at_step(ref, steps - 1), x)
+    steps, x = first_state(diffusion, ref, start, noise)
     guided, plain = share_features(model, cache_interval, cache_guided)
     for i in reversed(range(steps)):
         t = at_step(ref, i)
@@ -59,20 +54,19 @@ def ilvr(
 
 @sampler
 def sdedit(
-    model: Callable, diffusion: GaussianDiffusion, ref: torch.Tensor, *, start: int | float,
+    model: Callable, diffusion: GaussianDiffusion, ref: Tensor, *, start: int | float,
     variance: str = "fixed_small", cache_interval: int = 1, noise: Noise | None = None,
 ) -> Iterator[State]:  # fmt: skip
-    """SDEdit (Meng et al. 2022): noise the reference by `start` steps, then denoise it; `egsde` without energies.
-
-    See `egsde` for start, variance and the draws, `sddm.sample` for cache_interval.
-    """
-    options: dict[str, Any] = {"ls": 0, "li": 0, "encoder": None, "down_n": None, "variance": variance, "noise": noise}
-    yield from egsde.steps(model, diffusion, ref, start=start, cache_interval=cache_interval, **options)
+    """SDEdit (Meng et al. 2022): noise the reference by `start` steps, then denoise it; `egsde` without energies."""
+    yield from egsde.steps(  # type: ignore[attr-defined]
+        model, diffusion, ref, start=start, ls=0, li=0, encoder=None, down_n=None, variance=variance,
+        cache_interval=cache_interval, noise=noise,
+    )  # fmt: skip
 
 
 @sampler
 def egsde(
-    model: Callable, diffusion: GaussianDiffusion, ref: torch.Tensor, *, start: int | float, ls: float, li: float,
+    model: Callable, diffusion: GaussianDiffusion, ref: Tensor, *, start: int | float, ls: float, li: float,
     encoder: torch.nn.Module | None, down_n: int | None, variance: str = "fixed_small",
     timestep: Callable[[float], float] | None = None, cache_interval: int = 1, cache_guided: bool = False,
     noise: Noise | None = None,
@@ -81,16 +75,14 @@ def egsde(
 
     start: M, the number of steps from the noised reference ref_{M-1} to the image, 1 to T'. In step i, the posterior
     mean descends by beta_i (ls grad E_dse(x, ref_i) + li grad E_low_pass(x, ref_i)); see `energy.dse(encoder)` and
-    `energy.low_pass(down_n)`. An energy with weight 0 is not evaluated and needs no encoder or down_n. Few steps make
-    beta_i large, and large weights then overshoot. The predicted x_0 is not clipped. variance: fixed_small, the
-    posterior's, or fixed_large, beta; a variance that the model gives, in channels after the first C, is ignored.
-    With energies all steps are guided ones; cache_interval, cache_guided: see `sddm.sample`.
-    Draws: e, the noise of every ref_i; then one per step.
+    `energy.low_pass(down_n)`. An energy with weight 0 is not evaluated and needs no encoder or down_n. The predicted
+    x_0 is not clipped. variance: fixed_small, the posterior's, or fixed_large, beta; a variance that the model gives,
+    in channels after the first C, is ignored. Draws: e, the noise of every ref_i; then one per step.
     """
-    ref = check_references(ref)
+    ref, noise = check_references(ref), noise or gaussian_like(ref)
     start = resolve_step(start, diffusion.num_timesteps, "start", 1, diffusion.num_timesteps)
     if variance not in VARIANCES:
-        raise InputError(f"it can be {' or '.join(VARIANCES)}", parameter="variance", value=variance)
+        raise InputError(fitting(variance, VARIANCES), parameter="variance", value=variance)
     if ls and encoder is None:
         raise InputError(f"`ls` {ls:g} needs it; `ls` 0 does without the realism energy", parameter="encoder")
     if li and down_n is None:
@@ -99,8 +91,6 @@ def egsde(
     model = guided if ls or li else plain
     diffusion = copy.copy(diffusion)
     diffusion.model_var_type = VARIANCES[variance]
-    noise = noise or gaussian_like(ref)
-
     e = noise(ref.shape)
     guidance: list[tuple[float, Any]] = [(ls, dse(encoder, timestep))] if ls else []  # type: ignore[arg-type]
     guidance += [(li, low_pass(down_n))] if li else []  # type: ignore[arg-type]
@@ -124,20 +114,19 @@ def egsde(
 
 @sampler
 def unconditional(
-    model: Callable, diffusion: GaussianDiffusion, ref: torch.Tensor, *, use_ddim: bool = False, eta: float = 0.0,
+    model: Callable, diffusion: GaussianDiffusion, ref: Tensor, *, use_ddim: bool = False, eta: float = 0.0,
     cache_interval: int = 1, noise: Noise | None = None, clip_denoised: bool | float = True,
 ) -> Iterator[State]:  # fmt: skip
     """Generate images without references; only the shape, type and device of ref are used.
 
     Ancestral sampling, or with use_ddim DDIM (Song et al. 2021), eta its share of noise. Draws: x_T; then one per step.
-    cache_interval: see `sddm.sample`.
     """
     step = partial(diffusion.ddim_sample, eta=eta) if use_ddim else diffusion.p_sample
     yield from from_noise(partial(step, cached(model, cache_interval)), diffusion, ref, clip_denoised, noise)
 
 
 def from_noise(
-    step: Callable[..., Any], diffusion: GaussianDiffusion, like: torch.Tensor, clip_denoised: bool | float,
+    step: Callable[..., Any], diffusion: GaussianDiffusion, like: Tensor, clip_denoised: bool | float,
     noise: Noise | None,
 ) -> Iterator[State]:  # fmt: skip
     """Images of like's shape from noise: step(x, t, clip_denoised, noise=…) from the first index to 0."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resizer import resize_matrix
@@ -28,18 +28,14 @@ from .manifold import EPS, block_statistics, check_blocks, check_down_n, combine
 
 
 class Energy(Protocol):
-    """Interface of an energy."""
+    """Interface of an energy; see the module's docstring."""
 
-    def prepare(self, ref: torch.Tensor) -> None:
-        """Compute what the energy needs of a batch of references [N, C, H, W]."""
-        ...
+    def prepare(self, ref: Tensor) -> None: ...
 
-    def energy_and_grad(self, x: torch.Tensor, t: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """E [N] and dE/dx [N, C, H, W] at x; t: original timesteps [N]."""
-        ...
+    def energy_and_grad(self, x: Tensor, t: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]: ...
 
 
-def prepared(energies: Sequence[Energy], ref: torch.Tensor) -> list[Any]:
+def prepared(energies: Sequence[Energy], ref: Tensor) -> list[Any]:
     """Copies of energies, prepared for the references of one run; networks are shared."""
     copies = [copy.copy(energy) for energy in energies]
     for each in copies:
@@ -52,7 +48,7 @@ VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256, 256), (512, 512, 512, 512), 
 
 
 def vgg(
-    weights: str | os.PathLike | Mapping[str, torch.Tensor], blocks: int = 16, level: int = 1, *, bf16: bool = False,
+    weights: str | os.PathLike | Mapping[str, Tensor], blocks: int = 16, level: int = 1, *, bf16: bool = False,
     channels_last: bool = False,
 ) -> Energy:  # fmt: skip
     """The release's energy: match the block statistics of VGG features of the reference.
@@ -68,28 +64,23 @@ def vgg(
 
         name = display_name(os.fspath(weights))
         weights = load_state_dict(weights)
-    state = {}
-    for key, value in weights.items():
-        layer = re.sub(r"^\D*", "", key)  # only its number matters: prefixes like "encoder." come and go
-        if layer and layer in state:
-            raise InputError(
-                f"{name} holds several networks, {key} is there twice; AdaIN's vgg_normalised.pth is needed"
-            )
-        state[layer] = value
-    features = _vgg_layers(level)
-    wanted = features.state_dict()
-    for key, value in wanted.items():
+    # Only a layer's number matters: prefixes like "encoder." come and go.
+    layers = [re.sub(r"^\D*", "", key) for key in weights]
+    state, features = dict(zip(layers, weights.values())), _vgg_layers(level)
+    for key, value in features.state_dict().items():
         shape, found = tuple(value.shape), tuple(state[key].shape) if key in state else "nothing"
-        if found != shape:
-            raise InputError(f"{name} is not AdaIN's vgg_normalised.pth: {key} must have shape {shape} and has {found}")
-    features.load_state_dict({key: state[key] for key in wanted})
+        if found != shape or layers.count(key) > 1:
+            several = " and there are several" if layers.count(key) > 1 else ""
+            reason = f"{key} must have shape {shape} and has {found}{several}"
+            raise InputError(f"{name} is not AdaIN's vgg_normalised.pth: {reason}")
+    features.load_state_dict({key: state[key] for key in features.state_dict()})
     return BlockStatisticsEnergy(features, blocks, bf16=bf16, channels_last=channels_last)
 
 
 class _VGG(nn.Sequential):
     """Layers of VGG-19, for colour pictures [N, 3, H, W] and grey ones [N, 1, H, W]."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.expand(-1, 3, -1, -1))
 
 
@@ -98,8 +89,7 @@ def _vgg_layers(level):
     layers: list[nn.Module] = [nn.Conv2d(3, 3, 1)]
     channels = 3
     for i, widths in enumerate(VGG_WIDTHS[:level]):
-        if i:
-            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        layers += [nn.MaxPool2d(2, ceil_mode=True)] if i else []
         for width in widths if i < level - 1 else widths[:1]:
             layers += [nn.ReflectionPad2d(1), nn.Conv2d(channels, width, 3), nn.ReLU()]
             channels = width
@@ -114,7 +104,7 @@ def dct(blocks: int = 16) -> Energy:
 class _DCTFilters(nn.Module):
     """The 3x3 DCT-II basis filters, applied to each of the channels that it is given."""
 
-    filters: torch.Tensor
+    filters: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +114,7 @@ class _DCTFilters(nn.Module):
         filters = torch.einsum("ay,bx->abyx", basis, basis).reshape(9, 1, 3, 3)
         self.register_buffer("filters", filters.float())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[1]
         padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
         return F.conv2d(padded, self.filters.to(x.dtype).repeat(channels, 1, 1, 1), groups=channels)
@@ -146,7 +136,7 @@ class BlockStatisticsEnergy:
         self.blocks = blocks
         self.bf16, self.channels_last = bf16, channels_last or bf16
 
-    def prepare(self, ref: torch.Tensor) -> None:
+    def prepare(self, ref: Tensor) -> None:
         self.features.to(ref.device)
         with torch.no_grad():
             f = self._extract(ref)
@@ -154,7 +144,7 @@ class BlockStatisticsEnergy:
         self.ref_mean, ref_var = block_statistics(f, self.blocks)
         self.ref_std = ref_var.sqrt()
 
-    def energy_and_grad(self, x: torch.Tensor, t: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def energy_and_grad(self, x: Tensor, t: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             f = self._extract(x)
@@ -169,7 +159,7 @@ class BlockStatisticsEnergy:
         (grad,) = torch.autograd.grad(f, x, grad_f)
         return per_block.flatten(1).sum(1), grad
 
-    def _extract(self, x: torch.Tensor) -> torch.Tensor:
+    def _extract(self, x: Tensor) -> Tensor:
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         if not self.bf16:
@@ -178,13 +168,22 @@ class BlockStatisticsEnergy:
             return self.features(x).float()
 
 
+def _differentiated(energy: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """energy(x) [N], which treats images separately, and its gradient."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = energy(x)
+        (grad,) = torch.autograd.grad(value.sum(), x)
+    return value.detach(), grad
+
+
 def _diffuse(ref, noise, alpha_bar):
     """A reference at alpha_bar (a float); noise None stands for zeros."""
     signal = alpha_bar**0.5 * ref
     return signal if noise is None else signal + (1 - alpha_bar) ** 0.5 * noise
 
 
-def _own_timesteps(timestep: Callable[[float], float] | None, t: torch.Tensor, alpha_bar: float) -> torch.Tensor:
+def _own_timesteps(timestep: Callable[[float], float] | None, t: Tensor, alpha_bar: float) -> Tensor:
     return t if timestep is None else torch.full_like(t, timestep(alpha_bar), dtype=torch.float32)
 
 
@@ -200,19 +199,18 @@ class DomainSpecificEnergy:
         self.timestep = timestep
         self.encoder: Any = encoder.eval().requires_grad_(False)
 
-    def prepare(self, ref: torch.Tensor, noise: torch.Tensor | None = None) -> None:
+    def prepare(self, ref: Tensor, noise: Tensor | None = None) -> None:
         self.ref, self.noise = ref, noise
 
-    def energy_and_grad(self, x: torch.Tensor, t: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def energy_and_grad(self, x: Tensor, t: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
         t = _own_timesteps(self.timestep, t, alpha_bar)
         with torch.no_grad():
-            ref_features = self.encoder.middle_features(_diffuse(self.ref, self.noise, alpha_bar), t).float()
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            features = self.encoder.middle_features(x, t).float()
-            energy = F.cosine_similarity(features, ref_features, dim=1).mean(dim=(1, 2))
-            (grad,) = torch.autograd.grad(energy.sum(), x)
-        return energy.detach(), grad
+            wanted = self.encoder.middle_features(_diffuse(self.ref, self.noise, alpha_bar), t).float()
+
+        def cosine(x):
+            return F.cosine_similarity(self.encoder.middle_features(x, t).float(), wanted, dim=1).mean(dim=(1, 2))
+
+        return _differentiated(cosine, x)
 
 
 dse = DomainSpecificEnergy
@@ -227,14 +225,11 @@ class LowPassEnergy:
     """
 
     def __init__(self, down_n: int = 32) -> None:
-        if down_n < 1:
-            raise InputError("it must be at least 1", parameter="down_n", value=down_n)
         self.down_n = down_n
 
-    def prepare(self, ref: torch.Tensor, noise: torch.Tensor | None = None) -> None:
-        height, width = ref.shape[2:]
-        check_down_n(self.down_n, (height, width))
-        self.down, self.gram = zip(*(self._axis(length, ref) for length in (height, width)))
+    def prepare(self, ref: Tensor, noise: Tensor | None = None) -> None:
+        check_down_n(self.down_n, ref.shape[2:])
+        self.down, self.gram = zip(*(self._axis(length, ref) for length in ref.shape[2:]))
         self.small_ref = self._shrink(ref)
         self.small_noise = None if noise is None else self._shrink(noise)
 
@@ -246,7 +241,7 @@ class LowPassEnergy:
     def _shrink(self, x):
         return self.down[0] @ x @ self.down[1].T
 
-    def energy_and_grad(self, x: torch.Tensor, t: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def energy_and_grad(self, x: Tensor, t: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
         small = self._shrink(x) - _diffuse(self.small_ref, self.small_noise, alpha_bar)
         filtered = self.gram[0] @ small @ self.gram[1]
         energy = (small * filtered).flatten(1).sum(1)
@@ -262,21 +257,15 @@ class ClassifierEnergy:
     timestep: see `DomainSpecificEnergy`.
     """
 
-    def __init__(
-        self, model: nn.Module, y: int | torch.Tensor, timestep: Callable[[float], float] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, y: int | Tensor, timestep: Callable[[float], float] | None = None) -> None:
         self.model, self.y, self.timestep = model.eval().requires_grad_(False), y, timestep
 
-    def prepare(self, ref: torch.Tensor) -> None:
+    def prepare(self, ref: Tensor) -> None:
         self.labels = torch.as_tensor(self.y, device=ref.device).long().expand(ref.shape[0])
 
-    def energy_and_grad(self, x: torch.Tensor, t: torch.Tensor, alpha_bar: float) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            logits = self.model(x, _own_timesteps(self.timestep, t, alpha_bar)).float()
-            energy = F.cross_entropy(logits, self.labels, reduction="none")
-            (grad,) = torch.autograd.grad(energy.sum(), x)
-        return energy.detach(), grad
+    def energy_and_grad(self, x: Tensor, t: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
+        t = _own_timesteps(self.timestep, t, alpha_bar)
+        return _differentiated(lambda x: F.cross_entropy(self.model(x, t).float(), self.labels, reduction="none"), x)
 
 
 classifier = ClassifierEnergy

@@ -8,6 +8,7 @@ import functools
 import itertools
 
 import torch
+from torch import Tensor
 
 from .errors import InputError
 from .registry import fitting
@@ -15,7 +16,7 @@ from .registry import fitting
 METHODS = ("exact", "frank_wolfe")
 
 
-def min_norm_point(vectors: torch.Tensor, dim: int, method: str = "exact") -> torch.Tensor:
+def min_norm_point(vectors: Tensor, dim: int, method: str = "exact") -> Tensor:
     """The point of smallest norm in the convex hull of the vectors.
 
     vectors: `dim` indexes them, all dimensions after it are their components, all before it are separate problems.
@@ -28,10 +29,10 @@ def min_norm_point(vectors: torch.Tensor, dim: int, method: str = "exact") -> to
     return (weights.reshape(*weights.shape, *[1] * (vectors.ndim - dim - 1)) * vectors).sum(dim)
 
 
-def min_norm_weights(vectors: torch.Tensor, dim: int, method: str = "exact") -> torch.Tensor:
+def min_norm_weights(vectors: Tensor, dim: int, method: str = "exact") -> Tensor:
     """Convex weights [..., K] of the minimum-norm point, for vectors as in `min_norm_point`."""
     if method not in METHODS:
-        raise InputError(fitting(method, list(METHODS)), parameter="method", value=method)
+        raise InputError(fitting(method, METHODS), parameter="method", value=method)
     flat = vectors.flatten(dim + 1) if vectors.ndim > dim + 1 else vectors[..., None]
     # The weights do not depend on a common scale; without it, squares of float16 and of extreme numbers stay in range.
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
@@ -45,7 +46,7 @@ def min_norm_weights(vectors: torch.Tensor, dim: int, method: str = "exact") -> 
     return _best_face(gram) if gram.shape[-1] <= 8 else _frank_wolfe(gram, iterations=200, tolerance=0.0)
 
 
-def _two_vectors(gram: torch.Tensor) -> torch.Tensor:
+def _two_vectors(gram: Tensor) -> Tensor:
     """Closed form: the foot of the perpendicular from 0 to the segment, kept within it."""
     a, b, ab = gram[..., 0, 0], gram[..., 1, 1], gram[..., 0, 1]
     distance = a + b - 2 * ab
@@ -53,7 +54,7 @@ def _two_vectors(gram: torch.Tensor) -> torch.Tensor:
     return torch.stack([first, 1 - first], dim=-1)
 
 
-def _best_face(gram: torch.Tensor) -> torch.Tensor:
+def _best_face(gram: Tensor) -> Tensor:
     """Exact for any K: try every face of the hull and keep the shortest of their points.
 
     The minimum-norm point lies inside one face with independent vertices; on it the weights solve gram w = 1 up to
@@ -83,12 +84,12 @@ def _best_face(gram: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _faces(k: int, size: int, device: torch.device) -> torch.Tensor:
+def _faces(k: int, size: int, device: torch.device) -> Tensor:
     """The faces with `size` vertices of the hull of k vectors: the numbers of their vertices, [size, F]."""
     return torch.tensor(list(itertools.combinations(range(k), size)), device=device).T
 
 
-def _solve(a: torch.Tensor) -> torch.Tensor:
+def _solve(a: Tensor) -> Tensor:
     """Convex weights [K, F, P] that solve a [K, K, F, P] w = 1 up to scale, cut off at zero.
 
     By Gaussian elimination without pivoting, as the matrices are positive definite: the ridge sees to those of
@@ -108,7 +109,7 @@ def _solve(a: torch.Tensor) -> torch.Tensor:
     return torch.where(total > 0, b / torch.where(total > 0, total, 1), 1 / k)
 
 
-def _frank_wolfe(gram: torch.Tensor, iterations: int = 20, tolerance: float = 1e-4) -> torch.Tensor:
+def _frank_wolfe(gram: Tensor, iterations: int = 20, tolerance: float = 1e-4) -> Tensor:
     """Weights by Frank-Wolfe, started from equal ones, with exact line search.
 
     Every step goes towards the vertex with the smallest inner product with the present point. The release stops all

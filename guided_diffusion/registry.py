@@ -1,13 +1,13 @@
 """Registries: the parts of one kind by name, such as energies, solvers and manifolds."""
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from .errors import InputError
 
 
-def fitting(value: object, names: list) -> str:
+def fitting(value: object, names: Iterable) -> str:
     """List the names that fit, with the closest one where it looks like a slip."""
     known = [str(name) for name in names]
     close = difflib.get_close_matches(str(value), known, 1)

@@ -11,28 +11,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from .caching import share_features
 from .energy import Energy, prepared
 from .errors import InputError
 from .gaussian_diffusion import GaussianDiffusion
-from .manifold import MANIFOLDS, Manifold, from_blocks, to_blocks
+from .manifold import MANIFOLDS, from_blocks, to_blocks
 from .moo import min_norm_weights
-from .registry import Registry
-from .solvers import (
-    Noise,
-    Prediction,
-    Solver,
-    State,
-    at_step,
-    check_references,
-    create_solver,
-    gaussian_like,
-    late_start,
-    resolve_step,
-    sampler,
-)
+from .registry import Registry, fitting
+from .solvers import SOLVERS, Noise, State, at_step, check_references, first_state, gaussian_like, resolve_step, sampler
 
 LAMBDA = 25.0  # length of an energy's direction, relative to the score's tangent part times beta / sqrt(alpha)
 PUBLISHED_STEPS = 100  # of the schedule that LAMBDA is for
@@ -45,77 +34,75 @@ VARIANTS = Registry("variant")
 
 @dataclass
 class Guide:
-    """Computations of one step: the model's posterior, the score's parts, and the merged move.
+    """Computations of one step, which the variants share.
 
     model(i): the model that evaluates step i. merge(directions): the move and the weights of `merge`. energy_factor(i):
-    length of an energy's direction relative to the score's tangent part. keep(x, i, noise): x at index i with the
-    reference's details; see `keep_details`.
+    length of an energy's direction relative to the score's tangent part. keep(x, i, noise): see `keep_details`.
     """
 
     model: Callable[[int], Callable]
     diffusion: GaussianDiffusion
     energies: Sequence[Energy]
-    manifold: Manifold
-    solver: Solver
-    merge: Callable
+    manifold: Any
+    solver: Any
+    merge: Callable[[list[Tensor]], tuple[Tensor, Tensor]]
     energy_factor: Callable[[int], float]
     clip_denoised: bool | float
-    keep: Callable[[torch.Tensor, int, Noise], torch.Tensor]
+    keep: Callable[[Tensor, int, Noise], Tensor] = lambda x, i, noise: x
     solver_state: Any = None
 
-    def __post_init__(self) -> None:
-        self.alpha_bars = [float(alpha_bar) for alpha_bar in self.diffusion.alphas_cumprod]
+    def alpha_bar(self, i: int) -> float:
+        """alpha_bar of step i; index -1 is the clean reference."""
+        return float(self.diffusion.alphas_cumprod[i]) if i >= 0 else 1.0
 
-    def denoise(self, x: torch.Tensor, i: int) -> Prediction:
+    def denoise(self, x: Tensor, i: int) -> dict[str, Tensor]:
         """The model's p(x_{i-1} | x_i), as `GaussianDiffusion.p_mean_variance` gives it."""
         return self.diffusion.p_mean_variance(self.model(i), x, at_step(x, i), self.clip_denoised)
 
-    def posterior(self, x: torch.Tensor, i: int) -> Prediction:
-        """The solver's mean and log-variance of x_{i-1}, and the prediction of x_0."""
+    def posterior(self, x: Tensor, i: int) -> dict[str, Tensor]:
+        """The solver's mean m and log-variance of x_{i-1}, and the prediction of x_0."""
         return self.solver.posterior(self.denoise(x, i), x, i)
 
-    def parts(self, x: torch.Tensor, i: int, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """The move d along the manifold, the rest of the step (the score's normal part and the drift), and a record.
+    def parts(self, x: Tensor, i: int, mean: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The move d along the manifold, the rest of the step g_n + f, and a record of both.
 
-        mean [N, C, H, W]: of the posterior. The record has tensors `tangent` and `normal`, the score's parts, `move`,
-        and `weights` [N, C, K] or [N, C, B, B, K] of the score and the energies.
+        mean [N, C, H, W]: of the posterior. The record has the score's parts `tangent` g_t and `normal` g_n, the `move`
+        d, and the `weights` [N, C, K] or [N, C, B, B, K] of the score and the energies in it.
         """
-        stretch = float(self.diffusion.alphas[i]) ** -0.5
-        tangent, normal = self.manifold.decompose(x, mean - stretch * x, self.alpha_bars[i])
+        alpha_bar, stretch = self.alpha_bar(i), float(self.diffusion.alphas[i]) ** -0.5
+        tangent, normal = self.manifold.decompose(x, mean - stretch * x, alpha_bar)
         directions = [tangent]
         for energy in self.energies:
-            t = self.diffusion.model_timesteps(at_step(x, i))
-            _, grad = energy.energy_and_grad(x, t, self.alpha_bars[i])
-            descent, _ = self.manifold.decompose(x, -grad, self.alpha_bars[i])
+            _, grad = energy.energy_and_grad(x, self.diffusion.model_timesteps(at_step(x, i)), alpha_bar)
+            descent, _ = self.manifold.decompose(x, -grad, alpha_bar)
             directions.append(rescale(descent, grad, tangent, self.energy_factor(i)))
         move, weights = self.merge(directions)
         record = {"tangent": tangent, "normal": normal, "move": move, "weights": weights}
         return move, normal + (stretch - 1) * x, record
 
-    def restrict(self, x: torch.Tensor, i: int) -> torch.Tensor:
-        """x on the manifold M_i; index -1 is that of the clean reference."""
-        return self.manifold.restrict(x, self.alpha_bars[i] if i >= 0 else 1.0)
+    def restrict(self, x: Tensor, i: int) -> Tensor:
+        """R_i: x on the manifold M_i."""
+        return self.manifold.restrict(x, self.alpha_bar(i))
 
-    def add_noise(self, out: Prediction, mean: torch.Tensor, i: int, noise: torch.Tensor) -> torch.Tensor:
+    def add_noise(self, out: dict[str, Tensor], mean: Tensor, i: int, noise: Tensor) -> Tensor:
         """mean + sigma_i noise with the posterior's sigma, without noise at i = 0."""
         return self.diffusion.add_noise({**out, "mean": mean}, at_step(mean, i), noise)
 
-    def plain_step(self, out: Prediction, x: torch.Tensor, i: int, noise: torch.Tensor) -> torch.Tensor:
+    def plain_step(self, out: dict[str, Tensor], x: Tensor, i: int, noise: Tensor) -> Tensor:
         """The solver's step without guidance."""
         x, self.solver_state = self.solver.step(self.denoise, x, i, out, noise, self.solver_state)
         return x
 
 
 @VARIANTS.add("manifold")
-def manifold(guide: Guide, x: torch.Tensor, start: int, range_t: int, noise: Noise) -> Iterator[State]:
+def manifold(guide: Guide, x: Tensor, start: int, range_t: int, noise: Noise) -> Iterator[State]:
     """The method as its authors describe it: x* = R_i(x + d), then x_{i-1} = R_{i-1}(x* + g_n + f + sigma_i z).
 
     x: noise or the noised reference at index start - 1. Yields the state after each step.
     """
     x = guide.restrict(x, start - 1)
     for i in reversed(range(start)):
-        out = guide.posterior(x, i)
-        guided = []
+        out, guided = guide.posterior(x, i), []
         if i > range_t:
             move, rest, record = guide.parts(x, i, out["mean"])
             mean = guide.restrict(x + move, i) + rest
@@ -128,15 +115,14 @@ def manifold(guide: Guide, x: torch.Tensor, start: int, range_t: int, noise: Noi
 
 
 @VARIANTS.add("released")
-def released(guide: Guide, x: torch.Tensor, start: int, range_t: int, noise: Noise) -> Iterator[State]:
+def released(guide: Guide, x: Tensor, start: int, range_t: int, noise: Noise) -> Iterator[State]:
     """The arithmetic of the public release: x_{i-1} = R_{i-1}(x + d + g_n + f + sigma_i z), x_T not restricted.
 
     Four refinements x <- x + d + g_n + f precede the last guided step, which then uses the posterior of the last of
-    them, found before x moved for the last time. x and the states are those of `manifold`.
+    them, found before x moved for the last time.
     """
     for i in reversed(range(start)):
-        out = guide.posterior(x, i)
-        guided = []
+        out, guided = guide.posterior(x, i), []
         for refinement in range(REFINEMENTS if i == range_t + 1 else 0):
             out = guide.posterior(x, i) if refinement else out
             move, rest, record = guide.parts(x, i, out["mean"])
@@ -154,7 +140,7 @@ def released(guide: Guide, x: torch.Tensor, start: int, range_t: int, noise: Noi
 
 @sampler
 def sample(
-    model: Callable, diffusion: GaussianDiffusion, ref: torch.Tensor, *, blocks: int = 16, range_t: int | float,
+    model: Callable, diffusion: GaussianDiffusion, ref: Tensor, *, blocks: int = 16, range_t: int | float,
     energies: Sequence[Energy] = (), variant: str = "manifold", detail_merge: bool = False, moo: str = "min_norm",
     manifold: str = "badain", down_n: int = 32, clip_denoised: bool | float = True, sampler: str = "ancestral",
     eta: float = 0.0, start: int | float | None = None, cache_interval: int = 1, cache_guided: bool = False,
@@ -172,30 +158,25 @@ def sample(
         variant: `manifold`, the method as its authors describe it, or `released`, the arithmetic of the public release.
         detail_merge: merge directions per block instead of per channel.
         moo: `min_norm`, or `linear`, which adds the directions up (the paper's ablation).
-        manifold: `badain`, block statistics, or `low_pass`, the reference's low frequencies (the paper's ablation).
-        down_n: the low-pass manifold keeps what shrinking by down_n keeps.
+        manifold: `badain`, block statistics, or `low_pass`, what shrinking by down_n keeps (the paper's ablation).
         clip_denoised: clip the prediction of x_0 to [-1, 1], or to a range; False for latents.
-        sampler: a solver's name: `ancestral` as in the paper; `ddim`, or `dpmpp_2m` for the plain steps and ddim for
-            the guided ones, which need fewer steps. Their posterior takes the place of the ancestral one.
-        eta: DDIM's share of noise.
+        sampler: a solver, whose posterior guided steps start from: `ancestral` as in the paper, `ddim` with eta, or
+            `dpmpp_2m`, which need fewer steps.
         start: late start: begin at step start - 1 from the reference noised to it, instead of at T'-1 from noise.
-        cache_interval: recompute the deep levels of the network only every so many plain evaluations.
-        cache_guided: count and share those of guided steps, too. See `caching`.
+        cache_interval, cache_guided: recompute deep levels only in every so many plain (or all) steps; see `caching`.
         energy_scale: lambda, the length of an energy's direction; see `energy_factor`.
         details: above this step, or share of the schedule, thin features of the reference are kept; see `keep_details`.
         noise: noise(shape), every random draw in order: x_T (or the noise of a late start) first, then one per step,
             and a second one where it keeps details.
         callback: sees every step; see `solvers.sampler`. `sample.steps(...)` is the generator of the steps.
 
-    Raises:
-        InputError: an option is unknown or does not suit the references, the schedule or an energy.
+    Raises InputError where an option is unknown or does not suit the references, the schedule or an energy.
     """
-    ref = check_references(ref, clip_denoised)
-    generator, total = VARIANTS.pick(variant), diffusion.num_timesteps
-    first, last_guided = late_start(start, total), resolve_step(range_t, total, "range_t")
+    ref, noise = check_references(ref, clip_denoised), noise or gaussian_like(ref)
+    steps, total = VARIANTS.pick(variant), diffusion.num_timesteps
+    last_guided = resolve_step(range_t, total, "range_t")
     if moo not in MERGES:
-        raise InputError(f"it can be {' or '.join(MERGES)}", parameter="moo", value=moo)
-    constraint = MANIFOLDS.pick(manifold)(ref, blocks=blocks, down_n=down_n)
+        raise InputError(fitting(moo, MERGES), parameter="moo", value=moo)
     for energy in energies:
         own = getattr(energy, "blocks", blocks)
         if own != blocks and manifold == "badain":
@@ -203,30 +184,25 @@ def sample(
     merging = "linear" if moo == "linear" else "frank_wolfe" if variant == "released" else "exact"
     guided, plain = share_features(model, cache_interval, cache_guided)
     guide = Guide(
-        lambda i: guided if i > last_guided else plain,
-        diffusion,
-        prepared(energies, ref),
-        constraint,
-        create_solver(sampler, diffusion, eta),
-        partial(merge, blocks=blocks if detail_merge else None, solver=merging),
-        partial(energy_factor, diffusion, energy_scale, variant == "released"),
-        clip_denoised,
-        lambda x, i, noise: x,
+        model=lambda i: guided if i > last_guided else plain,
+        diffusion=diffusion,
+        energies=prepared(energies, ref),
+        manifold=MANIFOLDS.pick(manifold)(ref, blocks=blocks, down_n=down_n),
+        solver=SOLVERS.pick(sampler)(diffusion, eta),
+        merge=partial(merge, blocks=blocks if detail_merge else None, solver=merging),
+        energy_factor=partial(energy_factor, diffusion, energy_scale, variant == "released"),
+        clip_denoised=clip_denoised,
     )
-    noise = noise or gaussian_like(ref)
     if details is not None:
         last = resolve_step(details, total, "details")
         guide.keep = partial(keep_details, diffusion, ref, thin_features(ref), last)
-    x = noise(ref.shape)
-    if start is not None:
-        x = diffusion.q_sample(ref, at_step(ref, first - 1), x)
-    yield from generator(guide, x, first, last_guided, noise)
+    first, x = first_state(diffusion, ref, start, noise)
+    yield from steps(guide, x, first, last_guided, noise)
 
 
 def keep_details(
-    diffusion: GaussianDiffusion, ref: torch.Tensor, mask: torch.Tensor, last: int, x: torch.Tensor, i: int,
-    noise: Noise,
-) -> torch.Tensor:  # fmt: skip
+    diffusion: GaussianDiffusion, ref: Tensor, mask: Tensor, last: int, x: Tensor, i: int, noise: Noise
+) -> Tensor:
     """x [N, C, H, W] at index i, and the reference noised to it where the mask [N, 1, H, W] is; below `last` x alone.
 
     x_i <- m q(ref, i) + (1 - m) x_i (Lugmayr et al. 2022, equation 8), down to a step that depends on the place (Levin
@@ -235,14 +211,14 @@ def keep_details(
     return torch.where(mask, diffusion.q_sample(ref, at_step(ref, i), noise(ref.shape)), x) if i >= last else x
 
 
-def thin_features(ref: torch.Tensor) -> torch.Tensor:
+def thin_features(ref: Tensor) -> Tensor:
     """Where pictures [N, C, H, W] in [-1, 1] have eyes, mouths, stripes: a mask [N, 1, H, W] of features without bulk.
 
     These are what a closing or an opening with a square of 5 pixels (of 64; larger as the picture is) changes in some
     channel by 0.3 or more (the black-hat and white-hat transforms, Serra 1982), and the pixels around it.
     """
 
-    def highest(x: torch.Tensor, reach: int) -> torch.Tensor:
+    def highest(x: Tensor, reach: int) -> Tensor:
         return F.max_pool2d(x, 2 * reach + 1, 1, reach)
 
     reach = max(1, round(ref.shape[-1] / 32))
@@ -265,7 +241,7 @@ def energy_factor(diffusion: GaussianDiffusion, energy_scale: float, released: b
     return energy_scale * (1 - alpha) / alpha**0.5
 
 
-def rescale(direction: torch.Tensor, grad: torch.Tensor, tangent: torch.Tensor, factor: float) -> torch.Tensor:
+def rescale(direction: Tensor, grad: Tensor, tangent: Tensor, factor: float) -> Tensor:
     """Give the tangent part of a gradient the length factor * ||tangent||, per image and channel.
 
     Directions shorter than the split's rounding error are set to zero.
@@ -276,7 +252,7 @@ def rescale(direction: torch.Tensor, grad: torch.Tensor, tangent: torch.Tensor, 
     return direction * (factor * ratio)[:, :, None, None]
 
 
-def merge(directions: list[torch.Tensor], blocks: int | None, solver: str) -> tuple[torch.Tensor, torch.Tensor]:
+def merge(directions: list[Tensor], blocks: int | None, solver: str) -> tuple[Tensor, Tensor]:
     """One direction of several [N, C, H, W], per image and channel, or per block where `blocks` is given.
 
     solver: `exact` or `frank_wolfe` for the minimum-norm point, `linear` for the sum. Returns it with the weights

@@ -4,16 +4,18 @@ A solver is a class of (diffusion, eta) with two methods. `posterior(out, x, i)`
 guided steps start from. `step(denoise, x, i, out, noise, state)` takes a whole plain step x_i -> x_{i-1} and returns
 it with the state for the next plain step. There, denoise(x, i) evaluates the model and returns the dict of
 `GaussianDiffusion.p_mean_variance`; out is `posterior(denoise(x, i), x, i)`; noise is a draw [N, C, H, W]; state is
-None at first. `SOLVERS` has them by name.
+None at first. takes_eta: whether eta, DDIM's share of noise, has an effect.
 """
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .codec import in_range
 from .errors import InputError
@@ -21,22 +23,13 @@ from .gaussian_diffusion import GaussianDiffusion, recordable
 from .registry import Registry
 
 SOLVERS = Registry("sampler")
-"""Solvers by name: classes of (diffusion, eta) as `Solver`."""
+"""Solvers by name: classes of (diffusion, eta)."""
 
 Prediction = dict[str, Any]
-Denoise = Callable[[torch.Tensor, int], Prediction]
-
-
-class Solver(Protocol):
-    """Interface of a solver; see the module's docstring."""
-
-    takes_eta: bool
-
-    def posterior(self, out: Prediction, x: torch.Tensor, i: int) -> Prediction: ...
-
-    def step(
-        self, denoise: Denoise, x: torch.Tensor, i: int, out: Prediction, noise: torch.Tensor, state: Any
-    ) -> tuple[torch.Tensor, Any]: ...
+Denoise = Callable[[Tensor, int], Prediction]
+Stepped = tuple[Tensor, Any]
+Noise = Callable[[torch.Size], Tensor]
+State = dict[str, Any]
 
 
 @SOLVERS.add("ancestral")
@@ -46,14 +39,14 @@ class Ancestral:
     takes_eta = False
 
     def __init__(self, diffusion: GaussianDiffusion, eta: float = 0.0) -> None:
+        if not 0 <= eta <= 1:
+            raise InputError("it must be from 0 to 1", parameter="eta", value=eta)
         self.diffusion, self.eta = diffusion, eta
 
-    def posterior(self, out: Prediction, x: torch.Tensor, i: int) -> Prediction:
+    def posterior(self, out: Prediction, x: Tensor, i: int) -> Prediction:
         return out
 
-    def step(
-        self, denoise: Denoise, x: torch.Tensor, i: int, out: Prediction, noise: torch.Tensor, state: Any
-    ) -> tuple[torch.Tensor, Any]:
+    def step(self, denoise: Denoise, x: Tensor, i: int, out: Prediction, noise: Tensor, state: Any) -> Stepped:
         return self.diffusion.add_noise(out, at_step(x, i), noise), None
 
 
@@ -63,7 +56,7 @@ class DDIM(Ancestral):
 
     takes_eta = True
 
-    def posterior(self, out: Prediction, x: torch.Tensor, i: int) -> Prediction:
+    def posterior(self, out: Prediction, x: Tensor, i: int) -> Prediction:
         mean, sigma = self.diffusion.ddim_mean_sigma(out["pred_xstart"], x, at_step(x, i), self.eta)
         return {**out, "mean": mean, "variance": sigma**2, "log_variance": 2 * sigma.log()}
 
@@ -78,9 +71,7 @@ class DPMSolverPP2M(DDIM):
     lambda = infinity: there D is the prediction.
     """
 
-    def step(
-        self, denoise: Denoise, x: torch.Tensor, i: int, out: Prediction, noise: torch.Tensor, state: Any
-    ) -> tuple[torch.Tensor, Any]:
+    def step(self, denoise: Denoise, x: Tensor, i: int, out: Prediction, noise: Tensor, state: Any) -> Stepped:
         alpha_bar = float(self.diffusion.alphas_cumprod[i])
         alpha_bar_prev = float(self.diffusion.alphas_cumprod_prev[i])
         prediction = target = out["pred_xstart"]
@@ -94,28 +85,26 @@ class DPMSolverPP2M(DDIM):
         return ratio * x - math.sqrt(alpha_bar_prev) * math.expm1(-h) * target, (prediction, h)
 
 
-def create_solver(name: str, diffusion: GaussianDiffusion, eta: float = 0.0) -> Any:
-    """The solver of that name. eta: DDIM's share of noise in guided and plain steps, 0 to 1."""
-    if not 0 <= eta <= 1:
-        raise InputError("it must be from 0 to 1", parameter="eta", value=eta)
-    return SOLVERS.pick(name)(diffusion, eta)
-
-
 # ---- what sampling functions have in common --------------------------------------------------------------------------
-
-Noise = Callable[[torch.Size], torch.Tensor]
-State = dict[str, Any]
 
 
 class NotFiniteError(InputError):
     """The model gave NaN or infinite values. x: the result [N, C, H, W]; finite: which images are sound, bool [N]."""
 
-    def __init__(self, x: torch.Tensor, finite: torch.Tensor) -> None:
+    def __init__(self, x: Tensor, finite: Tensor) -> None:
         super().__init__("the model gave values that are NaN or infinite (too low a precision for it?)")
         self.x, self.finite = x, finite
 
 
-def sampler(steps: Callable[..., Iterator[State]]) -> Callable[..., torch.Tensor]:
+def check_finite(x: Tensor) -> Tensor:
+    """x [N, C, H, W] itself; raises NotFiniteError where it has other values than finite ones."""
+    finite = x.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise NotFiniteError(x, finite)
+    return x
+
+
+def sampler(steps: Callable[..., Iterator[State]]) -> Callable[..., Tensor]:
     """Make a sampling function of its generator of states, one after each step.
 
     The function takes the generator's arguments and `callback`, and returns the last state's x. A callback of one
@@ -130,28 +119,26 @@ def sampler(steps: Callable[..., Iterator[State]]) -> Callable[..., torch.Tensor
     @torch.inference_mode(False)
     @torch.no_grad()
     def generator(
-        model: Callable, diffusion: GaussianDiffusion, ref: torch.Tensor, *arguments: Any, **options: Any
+        model: Callable, diffusion: GaussianDiffusion, ref: Tensor, *arguments: Any, **options: Any
     ) -> Iterator[State]:
         device, noise = "cpu", options.get("noise")
-        if isinstance(ref, torch.Tensor):
-            ref = recordable(ref)
-            device = ref.device.type if torch.amp.is_autocast_available(ref.device.type) else device
+        if isinstance(ref, Tensor) and torch.amp.is_autocast_available(ref.device.type):
+            device = ref.device.type
         if noise is not None:
             options["noise"] = lambda shape: recordable(noise(shape))
-        run = steps(model, diffusion, ref, *arguments, **options)
+        run = steps(model, diffusion, recordable(ref), *arguments, **options)
         while True:
             with torch.autocast(device, enabled=False):
                 state = next(run, None)
             if state is None:
                 return
-            if state["i"] == 0 and not (finite := state["x"].isfinite().flatten(1).all(1)).all():
-                raise NotFiniteError(state["x"], finite)
+            if state["i"] == 0:
+                check_finite(state["x"])
             yield state
 
     @wraps(steps)
-    def sample(*arguments: Any, callback: Callable | None = None, **options: Any) -> torch.Tensor:
-        tell = _observer(callback)
-        state: State = {}
+    def sample(*arguments: Any, callback: Callable | None = None, **options: Any) -> Tensor:
+        tell, state = _observer(callback), State()
         for state in generator(*arguments, **options):
             tell(state)
         return state["x"]
@@ -160,7 +147,7 @@ def sampler(steps: Callable[..., Iterator[State]]) -> Callable[..., torch.Tensor
     return sample
 
 
-def bind(sample: Callable[..., torch.Tensor], **options: Any) -> Callable[..., torch.Tensor]:
+def bind(sample: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
     """A sampling function with some of its options given; its generator `steps` has them, too."""
     bound = partial(sample, **options)
     bound.steps = partial(sample.steps, **options)  # type: ignore[attr-defined]
@@ -168,47 +155,45 @@ def bind(sample: Callable[..., torch.Tensor], **options: Any) -> Callable[..., t
 
 
 def _observer(callback: Callable | None) -> Callable[[State], Any]:
+    """A callback as a function of states."""
     if callback is None:
         return lambda state: None
     try:
-        inspect.signature(callback).bind(State())
+        with contextlib.suppress(ValueError):  # a builtin that does not tell its parameters
+            inspect.signature(callback).bind(State())
     except TypeError:  # it needs two arguments
         return lambda state: callback(state["i"], state["x"])
-    except ValueError:  # a builtin that does not tell
-        pass
     return callback
 
 
-def gaussian_like(ref: torch.Tensor) -> Noise:
+def gaussian_like(ref: Tensor) -> Noise:
     """Standard normal draws on the device and in the type of `ref`."""
     return lambda shape: torch.randn(shape, device=ref.device, dtype=ref.dtype)
 
 
-def at_step(ref: torch.Tensor, i: int) -> torch.Tensor:
+def at_step(ref: Tensor, i: int) -> Tensor:
     """The index i for every image of a batch, long [N]."""
     return torch.full((ref.shape[0],), i, device=ref.device, dtype=torch.long)
 
 
-def check_references(ref: Any, clip_denoised: bool | float = False) -> torch.Tensor:
-    """References as a sampling function takes them: a floating-point tensor [N, C, H, W], finite.
+LARGEST = 100.0  # No latents are as large as this in magnitude; pixels from 0 to 255 are.
+
+
+def check_references(ref: Any, clip_denoised: bool | float = False) -> Tensor:
+    """References as a sampling function takes them: a floating-point tensor [N, C, H, W], finite and not empty.
 
     Where predictions are clipped to [-1, 1], references are pixels in that range: those that overshoot it by up to a
     tenth are clipped. Raises InputError for `ref`.
     """
-    if not isinstance(ref, torch.Tensor) or ref.ndim != 4 or not ref.is_floating_point():
-        what = f"{ref.dtype} {list(ref.shape)}" if isinstance(ref, torch.Tensor) else type(ref).__name__
-        raise InputError("it must be a floating-point tensor [N, C, H, W] in [-1, 1]", parameter="ref", value=what)
-    if ref.numel() == 0:
-        raise InputError("it has no image", parameter="ref", value=f"a tensor {list(ref.shape)}")
+    if not isinstance(ref, Tensor) or ref.ndim != 4 or not ref.is_floating_point() or not ref.numel():
+        found = f"{ref.dtype} {list(ref.shape)}" if isinstance(ref, Tensor) else type(ref).__name__
+        reason = "it must be a floating-point tensor [N, C, H, W] in [-1, 1] of one image at least"
+        raise InputError(reason, parameter="ref", value=found)
     low, high = (float(end) for end in ref.aminmax())
     if not -LARGEST <= low <= high <= LARGEST:
         reason = "it must lie in [-1, 1], or be latents of about unit variance"
         raise InputError(reason, parameter="ref", value=f"a tensor with values from {low:g} to {high:g}")
     return in_range(ref) if clip_denoised and float(clip_denoised) == 1 else ref
-
-
-LARGEST = 100.0
-"""No latents are as large as this in magnitude; pixels from 0 to 255 are."""
 
 
 def resolve_step(value: int | float, steps: int, parameter: str, first: int = 0, last: int | None = None) -> int:
@@ -229,3 +214,11 @@ def resolve_step(value: int | float, steps: int, parameter: str, first: int = 0,
 def late_start(start: int | float | None, steps: int) -> int:
     """The number of steps of a run that begins late, `start` None for a whole one."""
     return steps if start is None else resolve_step(start, steps, "start", 1, steps)
+
+
+def first_state(
+    diffusion: GaussianDiffusion, ref: Tensor, start: int | float | None, noise: Noise
+) -> tuple[int, Tensor]:
+    """The number of steps of a run, and its first state: noise, or the reference noised to step start - 1."""
+    steps, x = late_start(start, diffusion.num_timesteps), noise(ref.shape)
+    return steps, x if start is None else diffusion.q_sample(ref, at_step(ref, steps - 1), x)

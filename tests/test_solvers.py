@@ -12,7 +12,7 @@ from guided_diffusion import energy
 from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType
 from guided_diffusion.manifold import block_statistics, diffuse_statistics
-from guided_diffusion.solvers import create_solver, resolve_step
+from guided_diffusion.solvers import DDIM, resolve_step
 
 STEPS = 8
 
@@ -36,7 +36,7 @@ def test_full_ddim_noise_is_the_ancestral_step(variant):
     for i in a:
         torch.testing.assert_close(a[i], b[i], atol=2e-3, rtol=1e-3, msg=lambda m, i=i: f"step {i}: {m}")
     out = diffusion.p_mean_variance(LinearModel(), ref, torch.tensor([5, 5]), clip_denoised=False)
-    ddim = create_solver("ddim", diffusion, 1.0).posterior(out, ref, 5)
+    ddim = DDIM(diffusion, 1.0).posterior(out, ref, 5)
     torch.testing.assert_close(ddim["mean"], out["mean"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ddim["log_variance"][0].exp(), out["variance"][0, :1, :1, :1], atol=1e-6, rtol=1e-4)
 
