@@ -28,9 +28,7 @@ log = logging.getLogger(__name__)
 
 NAME = "train.json"
 OPTIMIZER = "this model's optimizer state (without it, training continues with a fresh optimizer)"
-
-OTHER_TASK = ("small_size", "noised")
-"""Options that define what a network computes: a run cannot be resumed with other values."""
+OTHER_TASK = ("small_size", "noised")  # define what a network computes: a run is not resumed with other values
 
 
 @contextlib.contextmanager
@@ -48,9 +46,6 @@ def owned(config: TrainConfig, writes: bool = True) -> Iterator[None]:
         yield
     finally:
         folder.release()
-
-
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def checkpoint_path(folder: str, kind: str, step: int) -> str:
@@ -73,19 +68,17 @@ def saved_steps(folder: str) -> list[int]:
 
 def find_ema(folder: str, rate: str, step: int) -> str | None:
     """File of the average with a rate, however its name spells the rate (0.9, 0.900); None where there is none."""
-    for name in (f"ema_{rate}_{step:06d}.pt", *sorted(os.listdir(folder or "."))):
-        match = re.fullmatch(rf"ema_([0-9]{{1,9}}\.?[0-9]{{0,32}})_{step:06d}\.pt", name)
-        if match and float(match[1]) == float(rate) and os.path.lexists(os.path.join(folder, name)):
+    for name in sorted(os.listdir(folder or ".")):
+        match = re.fullmatch(rf"ema_([0-9]+\.?[0-9]*)_{step:06d}\.pt", name)
+        if match and float(match[1]) == float(rate):
             return os.path.join(folder, name)
     return None
 
 
-def save_checkpoint(
-    folder: str, step: int, model_state: dict, ema_states: Mapping[str, dict], optimizer_state: dict
-) -> None:
-    """Write the files of one checkpoint; ema_states: state dicts by the rate as its option spells it."""
-    states = {f"ema_{rate}_": state for rate, state in ema_states.items()}
-    for kind, state in {**states, "opt": optimizer_state, "model": model_state}.items():
+def save_checkpoint(folder: str, step: int, model: dict, averages: Mapping[str, dict], optimizer: dict) -> None:
+    """Write the files of one checkpoint; averages: state dicts by the rate as its option spells it."""
+    states = {f"ema_{rate}_": state for rate, state in averages.items()}
+    for kind, state in {**states, "opt": optimizer, "model": model}.items():
         write_atomically(checkpoint_path(folder, kind, step), lambda file, state=state: torch.save(state, file))
 
 
@@ -105,24 +98,20 @@ def load_optimizer_file(path: str, params: list[torch.Tensor]) -> tuple[dict[int
     PyTorch itself takes moments of any shape and ignores checksums. Raises InputError, naming the file.
     """
     with reading(path, OPTIMIZER):
-        if not os.path.isfile(path):
-            raise OSError("not a regular file")
+        check_regular(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"the checksum of {shown(damaged)} does not match")
         content = torch.load(path, map_location="cpu", weights_only=True)
         numbers = [number for group in content["param_groups"] for number in group["params"]]
-        if numbers != list(range(len(params))):
+        if numbers != list(range(len(params))) or not content["state"].keys() <= set(numbers):
             raise ValueError(f"it is of {len(numbers)} parameters, the model has {len(params)}")
         moments: dict[int, dict] = {}
         for number, state in content["state"].items():
-            if number not in numbers:
-                raise ValueError(f"there is no parameter {shown(number)}")
-            found = {"step": torch.as_tensor(state["step"], dtype=torch.float32)}
-            found |= {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
-            like = {"step": torch.zeros(()), "exp_avg": params[number], "exp_avg_sq": params[number]}
-            check_like(f"state.{number}", found, like)
+            found = {name: torch.as_tensor(state[name]) for name in ("step", "exp_avg", "exp_avg_sq")}
+            found["step"] = found["step"].float()
+            check_like(f"state.{number}", found, dict(zip(found, (torch.zeros(()), params[number], params[number]))))
             if found["step"] < 0 or (found["exp_avg_sq"] < 0).any():
                 raise ValueError(f"state.{number} has a negative step or square")
             moments[number] = found
@@ -145,9 +134,6 @@ def check_like(entry: str, value: Any, like: Any) -> None:
             check_like(f"{entry}.{key}", value[key], like[key])
     elif type(value) not in (int, float) or not 0 <= value < 1e18:
         raise ValueError(f"{entry} is {shown(value)}")
-
-
-# ---- train.json -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -192,29 +178,21 @@ def write_run(
     of `OTHER_TASK`. resumed: checkpoint that it resumes, if it is not in `folder`. writes: False only compares.
     """
     flags = {each.name: getattr(part, each.name) for part in options for each in fields(part)}
-    runtime = {each.name for part in options for each in fields(part) if each.metadata.get("runtime")}
+    free = {"use_checkpoint", *(each.name for part in options for each in fields(part) if each.metadata.get("runtime"))}
     before = os.path.dirname(resumed) if step_of_checkpoint(resumed) is not None else folder
-    if saved_steps(before):
-        recorded = read_run(before)
-        _compare({**recorded.options, **recorded.model}, {**flags, **model_flags}, runtime)
+    recorded = read_run(before) if saved_steps(before) else RunRecord()
+    old, now = {**recorded.options, **recorded.model}, {**flags, **model_flags}
+    changed = [name for name in now if name not in free and name in old and old[name] != now[name]]
+    for name in set(changed) & set(OTHER_TASK):
+        reason = f"the run that is resumed has {old[name]}; train another model in another folder"
+        raise InputError(reason, parameter=name, value=now[name])
+    if changed:
+        listed = ", ".join(f"{name} {shown(now[name])} (before {shown(old[name])})" for name in changed)
+        log.warning("resumed with other options, so not as it would have continued: %s", listed)
     if writes:
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         record = {"model": model_flags, "flags": flags, "versions": versions(), "started": started}
         write_json(os.path.join(folder, NAME), {**record, "classes": classes} if classes else record)
-
-
-def _compare(before: Mapping[str, Any], now: Mapping[str, Any], runtime: set[str]) -> None:
-    free = {*runtime, "use_checkpoint"}
-    changed = [name for name in now if name not in free and name in before and before[name] != now[name]]
-    for name in set(changed) & set(OTHER_TASK):
-        reason = f"the run that is resumed has {before[name]}; train another model in another folder"
-        raise InputError(reason, parameter=name, value=now[name])
-    if changed:
-        listed = ", ".join(f"{name} {shown(now[name])} (before {shown(before[name])})" for name in changed)
-        log.warning("resumed with other options, so not as it would have continued: %s", listed)
-
-
-# ---- progress -------------------------------------------------------------------------------------------------------
 
 
 class ProgressLog:
@@ -225,15 +203,13 @@ class ProgressLog:
     """
 
     def __init__(self, folder: str, step: int) -> None:
-        path = os.path.join(folder, "progress.csv")
+        path, table = os.path.join(folder, "progress.csv"), io.StringIO()
         check_regular(path)
-        table = io.StringIO()
         if os.path.exists(path):
             with reading(path, "a log of training (move it away to resume)"):
                 csv.writer(table, lineterminator="\n").writerows(_rows(path, step))
         write_text(path, table.getvalue())
-        self.table = CSVOutputFormat(path)
-        self.tensorboard: Any = None
+        self.table, self.tensorboard = CSVOutputFormat(path), None
         with self._convenience(), contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -241,7 +217,7 @@ class ProgressLog:
 
     @contextlib.contextmanager
     def _convenience(self) -> Iterator[None]:
-        """Go on without TensorBoard's log where it cannot be written."""
+        """Continue without TensorBoard's log where it cannot be written."""
         try:
             yield
         except Exception as error:
@@ -253,12 +229,12 @@ class ProgressLog:
         self.table.writekvs({name: v if isinstance(v, int) else f"{v:.9g}" for name, v in row.items()})
         with self._convenience():
             for name in row.keys() - {"step"} if self.tensorboard else ():
-                self.tensorboard.add_scalar(name, row[name], row["step"])
+                self.tensorboard.add_scalar(name, row[name], row["step"])  # type: ignore[union-attr]
 
     def close(self) -> None:
         """Flush what TensorBoard has not written yet."""
         with contextlib.suppress(Exception):
-            self.tensorboard.close()
+            self.tensorboard.close()  # type: ignore[union-attr]
 
 
 def _rows(path: str, step: int) -> list[list[str]]:
