@@ -118,8 +118,9 @@ def field_types(field: dataclasses.Field) -> tuple[type, ...]:
 
 def type_words(kinds: tuple[type, ...]) -> str:
     """Words for values of these types."""
-    words = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
-    return " or ".join(words.get(kind, kind.__name__) for kind in kinds if kind is not type(None))
+    words = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", type(None): ""}
+    named = (words.get(kind, kind.__name__) for kind in kinds if kind is not int or float not in kinds)
+    return " or ".join(filter(None, named))
 
 
 def bound_words(least: float | None, most: float | None, above: float | None = None) -> str:
