@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import math
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError, first_line
 
 if TYPE_CHECKING:
+    from ..dist_util import Peers, Ranks
     from .flags import Given, Parser
 
 DONE, FAILED, REFUSED, DEFECT, INTERRUPTED = 0, 1, 2, 3, 130
@@ -27,16 +29,11 @@ log = logging.getLogger("sddm")
 
 def start() -> None:
     """Prepare the process before torch is imported, which takes seconds: an interrupt then is one line, too."""
-    for descriptor in (0, 1, 2):  # a closed one would be given to the next file that is opened
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    for name in ("stdout", "stderr"):  # None where it was closed, which print takes for stdout
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
-    signal.signal(signal.SIGINT, _interrupted_early)
-    signal.signal(signal.SIGTERM, _interrupted_early)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: the next file that is opened would get its number
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 - until the process ends
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupted_early)
     # Where a rank is lost, torch's store would write stack traces of its own to stderr.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     # OpenMP's threads spin while they wait for each other. Beside other work, they spin on the core that the other
@@ -50,7 +47,7 @@ def _interrupted_early(number: int, frame: FrameType | None) -> None:
     os._exit(INTERRUPTED)
 
 
-def run(function: Callable[["Given", Any], int | None], parser: "Parser", *, ranks: str = "peers") -> None:
+def run(function: Callable[..., int | None], parser: "Parser", *, ranks: str = "peers") -> None:
     """Parse flags, call function(given, ranks), and end the process with its status.
 
     ranks: what the function gets: "peers", a connected `dist_util.Peers`; "ranks", the bare `dist_util.Ranks`; "none":
@@ -61,52 +58,46 @@ def run(function: Callable[["Given", Any], int | None], parser: "Parser", *, ran
     logging.raiseExceptions = False  # a full disk behind stderr is no reason to end
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     handler = _raise_once()
-    peers = me = None
+    me = peers = None
     try:
-        signal.signal(signal.SIGINT, handler)
-        signal.signal(signal.SIGTERM, handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
         if ranks == "none":
-            status = function(parser.parse())  # type: ignore[call-arg]
+            status = function(parser.parse())
         else:
             from .. import dist_util, runtime
 
             runtime.keep_freed_memory()
-            peers = me = dist_util.Ranks()
             me = dist_util.ranks()
             if me.rank:
                 logging.getLogger().setLevel(logging.ERROR)
-            peers = me
             given = parser.parse()
             if ranks == "peers":
                 peers = dist_util.connect(me)
                 _check_ranks(given, peers)
-            status = function(given, peers)
+            status = function(given, peers or me)
     except BaseException as error:
         status = explain(error, parser, me, peers)
-    if (leave := getattr(peers, "leave", None)) is not None:
-        leave()
+    if peers is not None:
+        peers.leave()
     if status not in (None, DONE, FAILED) and me is not None:
-        from ..dist_util import abort
-
-        abort(me, status)
+        dist_util.abort(me, status)
     settle()
     sys.exit(status or DONE)
 
 
-def _check_ranks(given: "Given", peers: Any) -> None:
+def _check_ranks(given: "Given", peers: "Peers") -> None:
     """Raise InputError unless all ranks have the same flags; none begins before all have compared theirs."""
-    if peers.world_size == 1:
-        return
     from ..dist_util import PATIENCE, POLL
 
     mine = given.digestible()
     if peers.rank == 0:
         peers.publish("flags", mine)
-        since, said = time.monotonic(), False
-        while (agreed := peers.count("flags_agreed", 0)) < peers.world_size - 1:
-            if not said and time.monotonic() - since > PATIENCE:
-                said = True
-                log.info("waiting for %d of %d ranks to start", peers.world_size - 1 - agreed, peers.world_size)
+        notice_at = time.monotonic() + PATIENCE
+        while missing := peers.world_size - 1 - peers.count("flags_agreed", 0):
+            if time.monotonic() > notice_at:
+                notice_at = math.inf
+                log.info("waiting for %d of %d ranks to start", missing, peers.world_size)
             peers.watch()
             time.sleep(POLL)
         return
@@ -118,29 +109,31 @@ def _check_ranks(given: "Given", peers: Any) -> None:
     peers.count("flags_agreed")
 
 
-def explain(error: BaseException, parser: "Parser", me: Any, peers: Any) -> int:
+def explain(error: BaseException, parser: "Parser", me: "Ranks | None", peers: "Peers | None") -> int:
     """Say what ended the command, once for all ranks; returns the exit status."""
-    connected = hasattr(peers, "stop")
     first = me is None or me.rank == 0 or _in_process_group()
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else DONE
     if type(error).__name__ == "Stopped":
         return REFUSED
     if isinstance(error, KeyboardInterrupt):
-        if peers.interrupted() if connected else first:
+        if peers.interrupted() if peers else first:
             say(f"{cause(error, me)}; {AGAIN}")
         return INTERRUPTED
-    if isinstance(error, Exception) and not isinstance(error, InputError) and _out_of_memory(error):
-        error = InputError(f"out of memory: {first_line(error)}")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         error = InputError(f"no room left on the disk: {first_line(error)}")
+    if not isinstance(error, InputError):
+        from ..runtime import is_out_of_memory
+
+        if is_out_of_memory(error):
+            error = InputError(f"out of memory: {first_line(error)}")
     if isinstance(error, InputError):
         # Ranks that are not connected have the same flags and environment: rank 0 speaks for them.
         text = error.text(parser.spell)
-        if peers.stop(text) if connected else first:
+        if peers.stop(text) if peers else first:
             say(f"error: {text}")
         return REFUSED
-    if connected:
+    if peers:
         peers.stop(repr(error))
     if me is not None and me.world_size > 1:
         say(f"rank {me.rank} of {me.world_size} failed; {AGAIN}")
@@ -155,14 +148,6 @@ def _in_process_group() -> bool:
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
-def _out_of_memory(error: Exception) -> bool:
-    if "torch" not in sys.modules:
-        return isinstance(error, MemoryError)
-    from ..runtime import is_out_of_memory
-
-    return is_out_of_memory(error)
-
-
 def say(text: str, file: Any = None) -> None:
     """Print a line to stderr or `file`; a reader that is gone or a full disk does not end the command."""
     with contextlib.suppress(OSError, ValueError):
@@ -172,8 +157,6 @@ def say(text: str, file: Any = None) -> None:
 def settle() -> None:
     """Flush what was printed. Where nobody can read it, the exit status alone tells what was done."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is None:
-            continue
         try:
             stream.flush()
         except (OSError, ValueError):
