@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,8 +25,7 @@ from .data import Label, TrainImages, listed
 
 log = logging.getLogger(__name__)
 
-# Flags of a use of the model, which an exported file does not state.
-OF_USE = ("use_checkpoint", "timestep_respacing", "use_kl", "rescale_learned_sigmas")
+OF_USE = ("use_checkpoint", "timestep_respacing", "use_kl", "rescale_learned_sigmas")  # not in an exported file
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,19 @@ class Kind:
 
     word: str
     types: tuple[str, ...]
-    size: str
-    attention: str
-    classes: str
-    create: Callable[..., torch.nn.Module]
     defaults: Callable[[], dict[str, Any]]
+    size: str = "num_channels"
+    attention: str = "attention_resolutions"
+    classes: str = "num_classes"
+    create: Callable[..., torch.nn.Module] = create_model
 
 
-_UNET = ("num_channels", "attention_resolutions", "num_classes", create_model)
-_CLASSIFIER = ("classifier_width", "classifier_attention_resolutions", "num_class", create_classifier)
-DIFFUSION = Kind("diffusion model", ("ADM", "DDPM"), *_UNET, unet_defaults)
-SUPER_RES = Kind("super-resolution model", ("ADM",), *_UNET, super_res_defaults)
-ENCODER = Kind("classifier", ("ENCODER",), *_CLASSIFIER, encoder_defaults)
+DIFFUSION = Kind("diffusion model", ("ADM", "DDPM"), unet_defaults)
+SUPER_RES = Kind("super-resolution model", ("ADM",), super_res_defaults)
+ENCODER = Kind(
+    "classifier", ("ENCODER",), encoder_defaults, "classifier_width", "classifier_attention_resolutions", "num_class",
+    create_classifier,
+)  # fmt: skip
 
 
 @dataclass
@@ -125,10 +126,10 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
         torch.manual_seed(config.seed)
         return Start(_create(kind, flags), kind.types[0], flags, "", labels, classes)
 
-    record = files.read_run(os.path.dirname(checkpoint))
+    record, where = files.read_run(os.path.dirname(checkpoint)), display_name(checkpoint)
     if unknown := sorted(set(record.model) - FLAGS.keys()):
-        where = display_name(os.path.join(os.path.dirname(checkpoint), files.NAME))
-        raise InputError(f"{where} has {shown(unknown[0])} among the model's options, which this version does not know")
+        reason = f"has {shown(unknown[0])} among the model's options, which this version does not know"
+        raise InputError(f"{display_name(os.path.join(os.path.dirname(checkpoint), files.NAME))} {reason}")
     # A model of colour pictures can begin a run of grey ones; a run that resumes keeps its channels.
     to_grey = given.get("in_channels") == 1 and files.step_of_checkpoint(checkpoint) is None
     if to_grey:
@@ -137,28 +138,29 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
     by_meaning = ("channel_mult", kind.attention)  # texts that `load_model` compares with the tensors
     for name in given.keys() & record.model.keys() - {*FREE, *by_meaning}:
         if given[name] != record.model[name]:
-            reason = f"it does not fit {display_name(checkpoint)}: that run has {name}={record.model[name]}"
+            reason = f"it does not fit {where}: that run has {name}={record.model[name]}"
             raise InputError(reason, parameter=name, value=given[name])
     model, info = load_model(checkpoint, dtype=torch.float32, **{**record.model, **given})
     found = ENCODER if info.model_type in ENCODER.types else SUPER_RES if info.flags.get("super_res") else DIFFUSION
     if found is not kind:
-        raise InputError(f"{display_name(checkpoint)} is a {found.word}, and a {kind.word} is to be trained")
+        raise InputError(f"{where} is a {found.word}, and a {kind.word} is to be trained")
     if to_grey and info.flags.get("in_channels", 3) == 3:
         model = greyed(model, info)
-        log.info(
-            "%s is for colour pictures; its first and last layers are reduced to one channel", display_name(checkpoint)
-        )
+        log.info("%s is for colour pictures; its first and last layers are reduced to one channel", where)
     # A run keeps to its record; options that are newer than it come from the file.
     newer = {name: value for name, value in info.flags.items() if not record.model or name in kind.defaults()}
     known = {**newer, **record.model, **{name: value for name, value in given.items() if name in FREE}}
     flags = in_order(kind, {name: value for name, value in known.items() if not name.endswith("use_fp16")})
     for name, value in fixed.items():
         if flags.get(name) != value:
-            raise InputError(f"{display_name(checkpoint)} has {name}={flags.get(name)}, these data need {name}={value}")
-    start = Start(model, info.model_type, flags, checkpoint)
+            raise InputError(f"{where} has {name}={flags.get(name)}, these data need {name}={value}")
+    labels, classes = None, None
     if kind is ENCODER or flags["class_cond"]:
-        _label(start, label, record.classes or _classes_of(info.metadata), flags[kind.classes], exactly=kind is ENCODER)
-    return start
+        labels, classes = _numbered(checkpoint, label, record.classes or _classes_of(info.metadata))
+        number = flags[kind.classes]
+        if len(classes) > number or (kind is ENCODER and len(classes) != number):
+            raise InputError(f"the images have {len(classes)} classes, the model of {where} has {number}")
+    return Start(model, info.model_type, flags, checkpoint, labels, classes)
 
 
 def greyed(model: torch.nn.Module, info: ModelInfo) -> torch.nn.Module:
@@ -179,24 +181,21 @@ def greyed(model: torch.nn.Module, info: ModelInfo) -> torch.nn.Module:
     return grey
 
 
-def _label(start: Start, label: Label, known: list[str] | None, number: int, exactly: bool) -> None:
-    """Set labels and classes of a run that starts from a checkpoint with `number` classes, names `known` or not."""
-    start.labels, start.classes = label(None)
-    where = display_name(start.checkpoint)
-    if known is not None and known != start.classes and set(known) == set(start.classes):
-        start.labels, start.classes = label(known)  # numbered in another order, as by versions that sorted texts
-    elif known is not None and known != start.classes:
-        if files.step_of_checkpoint(start.checkpoint) is not None:
-            raise InputError(
-                f"the classes of the images are {listed(start.classes)}; "
-                f"the run of {where} was trained with {listed(known)}"
-            )
-        if set(start.classes) <= set(known):
-            start.labels, start.classes = label(known)
-        else:
-            log.warning("the classes %s take the places of %s in %s", listed(start.classes), listed(known), where)
-    if len(start.classes) > number or (exactly and len(start.classes) != number):
-        raise InputError(f"the images have {len(start.classes)} classes, the model of {where} has {number}")
+def _numbered(checkpoint: str, label: Label, known: list[str] | None) -> tuple[Any, list[str]]:
+    """Labels and classes of a run that starts from a checkpoint whose classes are `known`, if they are."""
+    labels, classes = label(None)
+    if known is None or known == classes:
+        return labels, classes
+    if set(known) == set(classes):
+        return label(known)  # numbered in another order, as by versions that sorted texts
+    where = display_name(checkpoint)
+    if files.step_of_checkpoint(checkpoint) is not None:
+        reason = f"the run of {where} was trained with {listed(known)}"
+        raise InputError(f"the classes of the images are {listed(classes)}; {reason}")
+    if set(classes) <= set(known):
+        return label(known)
+    log.warning("the classes %s take the places of %s in %s", listed(classes), listed(known), where)
+    return labels, classes
 
 
 def _classes_of(metadata: Mapping[str, str]) -> list[str] | None:
@@ -210,9 +209,6 @@ def in_order(kind: Kind, flags: Mapping[str, Any]) -> dict[str, Any]:
     """Flags in the order of the defaults, others after them: a resumed run exports the same bytes."""
     names = [*kind.defaults(), *sorted(set(flags) - set(kind.defaults()))]
     return {name: flags[name] for name in names if name in flags}
-
-
-# ---- flags that do not fit ------------------------------------------------------------------------------------------
 
 
 def check_network(kind: Kind, flags: Mapping[str, Any]) -> None:
@@ -231,32 +227,27 @@ def check_network(kind: Kind, flags: Mapping[str, Any]) -> None:
         raise InputError(reason, parameter="image_size", value=size)
     widths = [mult * flags[kind.size] for mult in mults]
     if not all(1 <= width < 1 << 17 for width in widths):
-        raise InputError(
-            f"with `{kind.size}` {flags[kind.size]} its levels have {listed([f'{w:g}' for w in widths])} channels; "
-            "from 1 to 131071 fit",
-            parameter="channel_mult",
-            value=flags["channel_mult"] or listed([f"{mult:g}" for mult in mults]),
-        )
+        widths = listed([f"{width:g}" for width in widths])
+        reason = f"with `{kind.size}` {flags[kind.size]} its levels have {widths} channels; from 1 to 131071 fit"
+        mults = flags["channel_mult"] or listed([f"{mult:g}" for mult in mults])
+        raise InputError(reason, parameter="channel_mult", value=mults)
     try:
         with torch.device("meta"), torch.no_grad():
             model = _create(kind, flags)
-            parameters = sum(p.numel() for p in model.parameters())
-            x = torch.empty(1, flags.get("in_channels", 3), size, size)
-            labels = {"y": torch.zeros(1, dtype=torch.long)} if flags.get("class_cond") else {}
-            if flags.get("super_res"):
-                labels["low_res"] = x
-            model.eval()(x, torch.zeros(1, dtype=torch.long), **labels)
+            x, t = torch.empty(1, flags.get("in_channels", 3), size, size), torch.zeros(1, dtype=torch.long)
+            more = {"y": t} if flags.get("class_cond") else {}
+            model.eval()(x, t, **more, **({"low_res": x} if flags.get("super_res") else {}))
     except InputError:
         raise
     except Exception as error:  # whatever a layer raises whose shapes do not fit
         raise InputError(f"the model's options do not go together: {first_line(error)}") from error
-    room = 0
+    parameters, room = sum(p.numel() for p in model.parameters()), math.inf
     with contextlib.suppress(AttributeError, ValueError, OSError):  # not a POSIX system
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if room and 4 * parameters > room:
+    if 4 * parameters > room > 0:
         raise InputError(
             f"the model's options describe a network of {parameters / 1e9:.1f} billion parameters, for which this "
-            f"machine's memory of {room >> 30} GiB does not suffice"
+            f"machine's memory of {room / 2**30:.0f} GiB does not suffice"
         )
 
 
@@ -267,9 +258,8 @@ def _create(kind: Kind, flags: Mapping[str, Any]) -> torch.nn.Module:
 
 def describe(start: Start, images: TrainImages, device: torch.device, config: TrainConfig) -> None:
     """Log what is trained on what."""
-    parameters = sum(p.numel() for p in start.model.parameters())
-    where = f"{device}, {config.precision}"
-    log.info("%d images, %.2f M parameters, %s", len(images), parameters / 1e6, where)
+    millions = sum(p.numel() for p in start.model.parameters()) / 1e6
+    log.info("%d images, %.2f M parameters, %s, %s", len(images), millions, device, config.precision)
     if start.classes is not None:
         counts = np.bincount(start.labels, minlength=len(start.classes))
         log.info("classes: %s", listed([f"{name} ({count})" for name, count in zip(start.classes, counts)]))
