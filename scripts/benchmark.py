@@ -9,11 +9,11 @@ from guided_diffusion.cli import main as command
 
 command.start()
 
-from guided_diffusion.cli import rows
+from guided_diffusion.cli import comparison, rows
 from guided_diffusion.cli.extensions import Extensions
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.errors import InputError
-from guided_diffusion.evaluation import comparison, protocol
+from guided_diffusion.evaluation import Evaluation
 
 DESCRIPTION = """\
 Compare methods: sample with every method, setting and seed of a table, evaluate, and set published results beside.
@@ -24,19 +24,15 @@ The table says how each row is sampled; scripts/cat2dog.sh and its neighbours ho
 
 where the last two may be missing and # begins a comment. Every row is sampled with every seed, in a process of its own,
 on the same references and with the same model. A run that was killed resumes when the same command is started again."""
-EVALUATION = {  # parts of the evaluation's options, and their fields that are no flags here
-    protocol.Distances: ("kid_subsets", "kid_subset_size"),
-    protocol.Protocol: ("native_size", "resize"),
-    protocol.Pairs: ("lpips_net",),
-}
+SAMPLING = ("flags", "batch_size", "device", "processes", "launch")
+EVALUATION = ("features", "trust_features", "inception_path", "protocol", "image_size", "lpips")
 
 
 def create_parser() -> Parser:
     parser = Parser(DESCRIPTION)
-    parser.add(comparison.Compared, title="what is compared")
-    parser.add(rows.Sampling, title="how it is sampled")
-    for part, without in EVALUATION.items():
-        parser.add(part, title=f"how it is evaluated: {part.__name__.lower()}", without=without)
+    parser.add(comparison.Compared, title="what is compared", without=SAMPLING)
+    parser.add(comparison.Compared, title="how it is sampled", only=SAMPLING)
+    parser.add(Evaluation, title="how it is evaluated", only=EVALUATION)
     parser.add(Extensions, title="extensions")
     return parser
 
@@ -44,16 +40,13 @@ def create_parser() -> Parser:
 def compare(given: Given) -> None:
     given.options(Extensions).load()
     options = given.options(comparison.Compared)
-    sampling = given.options(rows.Sampling)
-    values = {name: value for part in EVALUATION for name, value in given.values(part).items()}
     options, chosen = comparison.select(options, rows.read_table(options.table))
     folders = {"sources": options.base_samples, "targets": options.targets, "truth": options.truth}
-    measured = protocol.Evaluation(**values, **folders, device=sampling.device)
+    measured = given.options(Evaluation, **folders, device=options.device)
     missing = comparison.missing_files(options, measured) + rows.missing_files(chosen)
     if missing:
         raise InputError(f"missing: {'; '.join(missing)}")
-    compared = comparison.Comparison(options, measured, rows.ScriptCommands(sampling))
-    text = compared.write(compared.run(chosen))
+    text = comparison.compare(options, measured, chosen)
     command.say(text.rstrip("\n"), sys.stdout)
     command.say(f"report: {os.path.join(options.save_dir, 'report.html')}", sys.stdout)
 

@@ -11,7 +11,7 @@ command.start()
 
 from guided_diffusion.cli.extensions import Extensions
 from guided_diffusion.cli.flags import Given, Parser
-from guided_diffusion.evaluation import protocol, table
+from guided_diffusion.evaluation import Evaluation, protocol, table
 
 DESCRIPTION = """\
 Measure a folder of translated images: FID, KID, L2, PSNR, SSIM, MS-SSIM, LPIPS; JSON, CSV and Markdown out.
@@ -30,20 +30,20 @@ PAIRING = (
     "searched recursively; outputs are paired with files of the same relative name, by number or order only where no "
     "name matches"
 )
-PARTS = {
-    "images": protocol.Images,
-    "protocol": protocol.Protocol,
-    "FID and KID": protocol.Distances,
-    "LPIPS": protocol.Pairs,
-    "confidence": protocol.Confidence,
-    "run": protocol.Running,
+GROUPS = {
+    "images": ("outputs", "sources", "targets", "truth", "partial"),
+    "protocol": ("protocol", "image_size", "native_size", "resize"),
+    "FID and KID": ("features", "trust_features", "inception_path", "kid_subsets", "kid_subset_size"),
+    "LPIPS": ("lpips", "lpips_net"),
+    "confidence": ("bootstrap", "confidence", "seed"),
+    "run": ("batch_size", "device"),
 }
 
 
 def create_parser() -> Parser:
     parser = Parser(DESCRIPTION)
-    for title, part in PARTS.items():
-        parser.add(part, title=title, description=PAIRING if title == "images" else None)
+    for title, names in GROUPS.items():
+        parser.add(Evaluation, title=title, only=names, description=PAIRING if title == "images" else None)
     parser.add(Extensions, title="extensions")
     parser.add(protocol.Results, title="result")
     return parser
@@ -51,9 +51,8 @@ def create_parser() -> Parser:
 
 def measure(given: Given) -> None:
     given.options(Extensions).load()
-    options = protocol.Evaluation(**{k: v for part in PARTS.values() for k, v in given.values(part).items()})
-    results = given.options(protocol.Results)
-    results.check_with(options)
+    options, results = given.options(Evaluation), given.options(protocol.Results)
+    results.prepare(options)
     if results.save_stats:
         protocol.target_statistics(options, results.save_stats, progress=progress_bar)
         return

@@ -18,9 +18,10 @@ from conftest import ROOT
 from scripts_in_process import load_script, run_script
 
 from guided_diffusion import evaluation
+from guided_diffusion.cli import comparison
 from guided_diffusion.cli import rows as commands
 from guided_diffusion.errors import InputError
-from guided_diffusion.evaluation import Evaluation, charts, comparison, report
+from guided_diffusion.evaluation import Evaluation, charts, report
 from guided_diffusion.evaluation.distances import kernel_distance
 from guided_diffusion.run import record as run_record
 from guided_diffusion.run.record import curves
@@ -107,7 +108,7 @@ def in_process(command):
 def made(data):
     """A whole benchmark: two rows, two seeds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "run", in_process)
+        patch.setattr(comparison, "run", in_process)
         run(patch, flags(data, data / "out"))
     return data / "out"
 
@@ -197,7 +198,7 @@ def files(folder):
 def test_a_second_run_samples_nothing_again(data, made, monkeypatch, capsys):
     """And a piece of it gives the same numbers."""
     before, table, page = files(made), (made / "table.md").read_text(), (made / "report.html").read_bytes()
-    monkeypatch.setattr(commands, "run", lambda command: pytest.fail(f"sampled again: {command}"))
+    monkeypatch.setattr(comparison, "run", lambda command: pytest.fail(f"sampled again: {command}"))
     run(monkeypatch, flags(data, made))
     assert files(made) == before and (made / "report.html").read_bytes() == page
     assert capsys.readouterr().out == table + f"report: {made / 'report.html'}\n"
@@ -213,8 +214,8 @@ def test_an_unfinished_run_is_finished(data, made, monkeypatch, tmp_path):
     pictures = {path: path.read_bytes() for path in folder.rglob("[a-e].png")}
     (folder / "run.json").write_text(json.dumps({**tiny.record(folder), "finished": None}))
     (folder / "a.png").unlink()
-    started, sample = [], commands.run
-    monkeypatch.setattr(commands, "run", lambda command: started.append(command) or sample(command))
+    started, sample = [], comparison.run
+    monkeypatch.setattr(comparison, "run", lambda command: started.append(command) or sample(command))
     run(monkeypatch, flags(data, made))
     assert [command[1].endswith("ilvr_sample.py") for command in started] == [True]
     assert {path: path.read_bytes() for path in folder.rglob("[a-e].png")} == pictures
@@ -223,7 +224,8 @@ def test_an_unfinished_run_is_finished(data, made, monkeypatch, tmp_path):
 def test_trial_takes_the_first_row_of_each_method_and_three_references(data, monkeypatch, tmp_path):
     wanted = []
     monkeypatch.setattr(comparison.Comparison, "run", lambda self, rows: wanted.append((self.options, rows)) or [])
-    monkeypatch.setattr(comparison.Comparison, "write", lambda self, results: "")
+    monkeypatch.setattr(report, "write", lambda *args, **names: "")
+    monkeypatch.setattr(comparison.Comparison, "notes", lambda self, results: [])
     again = "ILVR | N=2 | ilvr_sample.py --down_N 2"
     run(monkeypatch, flags(data, tmp_path / "out", "--quick", "--table", "-"), TABLE + again)
     ((args, rows),) = wanted
@@ -318,7 +320,7 @@ def test_published_results_are_drawn_beside_fids_of_inception_only():
     other = charts.trade_off([row_of(published=published, features="middle block of UNetModel")])
     assert title_of(other).startswith("Fréchet distance against SSIM") and labels_of(other) == ["A, b"]
     assert charts.trade_off([row_of(mean={})]) is None
-    assert list(charts.trade_offs([row])) == ["trade_off.svg"]  # no truth was measured
+    assert charts.trade_off([row], "truth_ssim") is None
     assert charts.svg(charts.trade_off([row])) == charts.svg(charts.trade_off([row]))
 
 
@@ -368,8 +370,8 @@ def test_charts_without_matplotlib_are_refused_in_one_line(monkeypatch):
 
 def test_pictures_are_those_that_every_row_made(data, tmp_path):
     tiny.make_references(tmp_path / "row", NAMES[1:])
-    folders = report.Folders(str(data / "sources"), str(tmp_path))
-    columns = report.pictures([{"method": "A & B", "setting": "", "folder": "row"}], folders, 2)
+    folders = [("source", str(data / "sources")), ("A & B", str(tmp_path / "row"))]
+    columns = report.pictures(folders, None, 2)
     assert [(name, [image["alt"] for image in images]) for name, images in columns] == [
         ("source", ["b.png", "e.png"]), ("A & B", ["b.png", "e.png"]),
     ]  # fmt: skip
@@ -399,7 +401,7 @@ def emoji(data, tmp_path_factory):
     rows = ["--table", root / "table.txt", "--base_samples", root / "set" / "twitter" / "test"]
     rows += [word for name in ("--targets", "--truth") for word in (name, root / "set" / "fluent3d" / "test")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "run", in_process)
+        patch.setattr(comparison, "run", in_process)
         for only, seeds in (("SD", "0"), ("4x4", "0,1")):
             run(patch, flags(data, root / "made", *rows, "--only", only, "--seeds", seeds))
         patch.setattr(sys, "argv", list(map(str, command)))
@@ -464,7 +466,7 @@ def test_a_feature_files_digest_says_whether_measurements_hold(data, tmp_path):
     file, sources = data / "model.safetensors", str(data / "sources")
     options = comparison.Compared(model_path=str(file), base_samples=sources, save_dir=str(tmp_path))
     measured = Evaluation(outputs="x", sources=sources, features=file)
-    compared = comparison.Comparison(options, measured, commands.ScriptCommands(commands.Sampling()))
+    compared = comparison.Comparison(options, measured)
     assert compared.key["features"] == run_record.sha256(file)
     assert comparison.missing_files(options, Evaluation(features="efficientnet")) == []  # a name, and no file
 

@@ -19,18 +19,19 @@ from PIL import Image
 from scripts_in_process import load_script
 from tiny import make_references
 
+from guided_diffusion.cli import comparison
 from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import (
     METRICS,
     Evaluation,
     Instruments,
-    comparison,
     efficientnet,
     evaluate,
     features,
     images,
     paired_metric,
     pairs,
+    report,
     set_distance,
     table,
     target_statistics,
@@ -296,7 +297,6 @@ GOOD_RECORD = {"settings": {"energy": ["vgg", "dct"]}, "counts": {"references": 
 def test_records_of_other_kinds_are_not_taken_for_runs(tmp_path, change):
     (tmp_path / "run.json").write_text(json.dumps(GOOD_RECORD))
     assert comparison.read_record(str(tmp_path)) == GOOD_RECORD
-    assert comparison.energy_names(GOOD_RECORD) == ["vgg", "dct"]
     (tmp_path / "run.json").write_text(json.dumps({**GOOD_RECORD, **change}))
     assert comparison.read_record(str(tmp_path)) is None
 
@@ -469,7 +469,7 @@ def test_metrics_from_outside_are_in_results_and_comparisons(outside, data, tmp_
     row = {"method": "A", "setting": "", "std": dict.fromkeys(result["metrics"]), "counts": {"outputs": 5},
            "published": {"fid": "", "source_ssim": ""}, "protocol": {"dimensions": 12}}  # fmt: skip
     row["mean"] = {key: value for key, value in result["metrics"].items() if value is not None}
-    headings, ((*cells,),) = comparison.table_of([row])
+    headings, ((*cells,),) = report.table_of([row])
     assert cells[headings.index("mean error to truth ↓")] == (f"{mean:.4f}", True)  # five are few
     assert cells[headings.index("gap·10¹ ↓")][0] == f"{10 * result['metrics']['gap']:.3f}"
 
@@ -489,7 +489,7 @@ def test_metrics_from_outside_are_in_results_and_comparisons(outside, data, tmp_
 ])  # fmt: skip
 def test_values_from_too_few_images(counts, few):
     names = ("ssim", "fid", "kid", "seconds_per_image")
-    assert few == {n for n in names if table.is_unreliable(table.Value(table.METRICS[n]), counts, 12)}
+    assert few == {n for n in names if table.is_unreliable(table.METRICS[n], counts, 12)}
 
 
 class Elsewhere(torch.Tensor):
@@ -508,7 +508,7 @@ def test_nothing_on_the_device_becomes_float64(monkeypatch):
     a, b = (torch.rand(2, 3, 170, 170).as_subclass(Elsewhere) for _ in range(2))
     with pytest.raises(TypeError):
         a.double()
-    for metric in table.of_kind(table.PairedMetric):
+    for metric in table.of_kind("paired"):
         if metric.compute:
             value = pairs.measure(metric.name, metric.compute, a, b)
             assert type(value) is torch.Tensor and value.dtype == torch.float64

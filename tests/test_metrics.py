@@ -25,7 +25,7 @@ from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import Evaluation, distances, pairs
 from guided_diffusion.evaluation import features as extractors
 from guided_diffusion.evaluation import images as reading
-from guided_diffusion.evaluation.table import PairedMetric, of_kind
+from guided_diffusion.evaluation.table import of_kind
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -183,7 +183,7 @@ def test_subsets_and_resamples_estimate_the_whole_however_many_are_in_memory(mon
 
 def paired_metrics(a, b):
     """Every metric of pairs that needs no network."""
-    return {m.name: pairs.measure(m.name, m.compute, a, b) for m in of_kind(PairedMetric) if m.compute}
+    return {m.name: pairs.measure(m.name, m.compute, a, b) for m in of_kind("paired") if m.compute}
 
 
 def images(seed, n=2, size=20):

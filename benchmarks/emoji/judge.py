@@ -158,7 +158,7 @@ def judge_features(path: Path, device: str | torch.device) -> Extractor:
 
 
 @feature_metric(
-    "content", "content found again", lower_is_better=False, column=1, needs=("embeddings",),
+    "content", "content found again", lower_is_better=False, needs=("embeddings",),
     how="the nearest, by cosine similarity, of all images in the truth folder is the output's own",
 )  # fmt: skip
 def content(outputs: Mapping[str, np.ndarray], truths: Mapping[str, np.ndarray], own: np.ndarray) -> np.ndarray:
@@ -166,9 +166,7 @@ def content(outputs: Mapping[str, np.ndarray], truths: Mapping[str, np.ndarray],
     return (outputs["embeddings"] @ truths["embeddings"].T).argmax(1) == own
 
 
-@feature_metric(
-    "target_vendor", "taken for the target", lower_is_better=False, column=2, needs=("vendors",), needs_truth=False
-)
+@feature_metric("target_vendor", "taken for the target", lower_is_better=False, needs=("vendors",), needs_truth=False)
 def target_vendor(outputs: Mapping[str, np.ndarray], truths: object = None, own: object = None) -> np.ndarray:
     """Whether the last of the vendors, the target, is an output's most probable one: 0 or 1, [N]."""
     return outputs["vendors"].argmax(1) == outputs["vendors"].shape[1] - 1

@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass
 
 from ..errors import InputError, reading
-from ..evaluation.comparison import ROOT
 from ..options import option
+from ..presets import ROOT
 
 OWN = os.path.join(ROOT, "benchmarks", "emoji", "judge.py")
 """The repository's own extension; a package that was installed without the repository does not have it."""

@@ -1,6 +1,5 @@
 """Charts of a comparison, drawn by matplotlib as SVG: trade-offs, and what the guided steps do."""
 
-import functools
 import io
 import itertools
 import re
@@ -22,7 +21,7 @@ LEAST_CHANGE = 0.01  # of a weight, for a chart of it
 PROGRESS = "share of the schedule; sampling runs leftwards"
 
 Result = Mapping[str, Any]
-"""A row's result; see `comparison.Comparison.run`."""
+"""A row's result, as results.json of a comparison has it."""
 Point = tuple[float, float]
 
 
@@ -59,12 +58,6 @@ def styles(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     looks = itertools.cycle(zip(COLOURS, DASHES, MARKERS))
     methods = dict.fromkeys(row["method"] for row in results)
     return {method: dict(zip(("color", "linestyle", "marker"), look)) for method, look in zip(methods, looks)}
-
-
-def trade_offs(results: Sequence[Result]) -> dict[str, Any]:
-    """Figures of distance against SSIM to the source and to the truth, where they were measured, by file name."""
-    charts = {name: trade_off(results, against) for name, against in TRADE_OFFS.items()}
-    return {name: chart for name, chart in charts.items() if chart}
 
 
 def trade_off(results: Sequence[Result], against: str = "source_ssim") -> Any:
@@ -139,38 +132,32 @@ def step_charts(results: Sequence[Result]) -> list[Any]:
 
     Charts in which every line is constant are left out.
     """
-    guided = [row for row in results if row["curves"]]
-    charts = [
-        lines(guided, f"Norm of the score's {part} part", "norm", lambda row, step, part=part: step[part], log=True)
-        for part in ("tangent", "normal")
-    ]
-    for name in dict.fromkeys(name for row in guided for name in directions(row)):
+    guided, charts = [row for row in results if row["curves"]], []
+    for part in ("tangent", "normal"):
+        curves = [(row, [step[part] for step in row["curves"]]) for row in guided]
+        charts.append(lines(curves, f"Norm of the score's {part} part", "norm"))
+    for name in dict.fromkeys(name for row in guided for name in weights(row)):
         shown = "the score's tangent part" if name == SCORE else f"the energy {name}"
-        rows = [row for row in guided if name in directions(row)]
-        value = functools.partial(weight, name=name)
-        charts.append(lines(rows, f"Weight of {shown}", "weight", value, least=LEAST_CHANGE))
+        curves = [(row, weights(row)[name]) for row in guided if name in weights(row)]
+        charts.append(lines(curves, f"Weight of {shown}", "weight", least=LEAST_CHANGE))
     return [chart for chart in charts if chart]
 
 
-def lines(
-    rows: Sequence[Result], title: str, y_label: str, value: Any, *, log: bool = False, least: float = 0.0
-) -> Any:
-    """A figure with one line per row of value(row, step) in every guided step.
+def lines(curves: Sequence[tuple[Result, Sequence[float]]], title: str, y_label: str, *, least: float = 0) -> Any:
+    """A figure with a line for each row of its values in every guided step, from 0 (the image) to 1 (noise).
 
-    None where all lines are constant: they change by less than `least` or rounding. log: a logarithmic axis where
-    values differ much.
+    None where all lines are constant: they change by less than `least` or rounding.
     """
-    curves = {name_of(row): [(progress(row, step), value(row, step)) for step in row["curves"]] for row in rows}
-    heights = [[y for _, y in curve] for curve in curves.values()]
-    if not any(max(ys) - min(ys) > max(least, 1e-6 * max(map(abs, ys))) for ys in heights):
+    if not any(max(ys) - min(ys) > max(least, 1e-6 * max(map(abs, ys))) for _, ys in curves):
         return None
     figure, axes = new_figure(title, PROGRESS, y_label)
-    looks = styles(rows)
-    for row, colour in zip(rows, itertools.cycle(COLOURS)):
+    looks = styles([row for row, _ in curves])
+    for (row, ys), colour in zip(curves, itertools.cycle(COLOURS)):
+        xs = [step["i"] / (row["curves"][0]["i"] + 1) for step in row["curves"]]
         style = {**looks[row["method"]], "color": colour, "markevery": 0.1, "label": name_of(row)}
-        axes.plot(*zip(*curves[name_of(row)]), **style)
-    if log:
-        scale_logarithmically(axes, [*itertools.chain(*heights)])
+        axes.plot(xs, ys, **style)
+    if y_label == "norm":
+        scale_logarithmically(axes, [y for _, ys in curves for y in ys])
     axes.legend(fontsize="small")
     return figure
 
@@ -181,23 +168,15 @@ def scale_logarithmically(axes: Any, values: Sequence[float]) -> None:
         axes.set_yscale("log")
 
 
-def directions(row: Result) -> list[str]:
-    """Names of the directions that a row merges: the score, then its energies; none where nothing is merged."""
-    count = len(row["curves"][0]["weights"]) if row["curves"] else 0
-    names = list(row.get("energies", ()))
-    if len(names) != count - 1:  # results that do not name them
-        names = [str(k) for k in range(1, count)]
-    return [SCORE, *names] if count > 1 else []
-
-
-def weight(row: Result, step: Mapping[str, Any], name: str) -> float:
-    """Weight of a direction in a step."""
-    return step["weights"][directions(row).index(name)]
-
-
-def progress(row: Result, step: Mapping[str, Any]) -> float:
-    """Position of a step on the schedule, from 0 (the image) to 1 (noise)."""
-    return step["i"] / (row["curves"][0]["i"] + 1)
+def weights(row: Result) -> dict[str, list[float]]:
+    """Weights of the merged directions in every guided step: the score's, then the energies'; {} without a merge."""
+    steps = [step["weights"] for step in row["curves"]]
+    if not steps or len(steps[0]) < 2:
+        return {}
+    names = [SCORE, *row.get("energies", ())]
+    if len(names) != len(steps[0]):  # results that do not name them
+        names = [SCORE, *map(str, range(1, len(steps[0])))]
+    return dict(zip(names, map(list, zip(*steps))))
 
 
 def name_of(row: Result) -> str:

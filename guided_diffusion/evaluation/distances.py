@@ -1,7 +1,7 @@
 """Distances between two sets of features, float64 [N, D]: Fréchet and kernel distance, and bootstrap intervals."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,22 +58,26 @@ def kernel_distance(
     size_x, size_y = min(subset_size, len(x)), min(subset_size, len(y))
     if size_x == len(x) and size_y == len(y):
         return float(_mmd2(x, y, np.ones((1, len(x))), np.ones((1, len(y))))[0]), math.nan
-    rng, values = np.random.default_rng(seed), []
-    for count in _parts(subsets, len(x) + len(y)):
-        counts_x, counts_y = np.zeros((count, len(x))), np.zeros((count, len(y)))
+    rng = np.random.default_rng(seed)
+
+    def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
+        counts = np.zeros((count, len(x))), np.zeros((count, len(y)))
         for row in range(count):
-            counts_x[row, rng.choice(len(x), size_x, replace=False)] = 1
-            counts_y[row, rng.choice(len(y), size_y, replace=False)] = 1
-        values.append(_mmd2(x, y, counts_x, counts_y))
-    found = np.concatenate(values)
+            for each, size in zip(counts, (size_x, size_y)):
+                each[row, rng.choice(each.shape[1], size, replace=False)] = 1
+        return counts
+
+    found = _mmd2_of_draws(x, y, subsets, draw)
     return float(found.mean()), float(found.std(ddof=1)) if subsets > 1 else math.nan
 
 
-def _parts(total: int, width: int) -> Iterator[int]:
-    """Split `total` rows of `width` entries into numbers of rows that fit in memory."""
-    most = max(1, RESAMPLED // width)
-    for start in range(0, total, most):
-        yield min(most, total - start)
+def _mmd2_of_draws(
+    x: np.ndarray, y: np.ndarray, total: int, draw: Callable[[int], tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+    """Unbiased MMD² of `total` resamplings [total]; draw(count) gives the counts of `_mmd2` of as many as fit."""
+    most = max(1, RESAMPLED // (len(x) + len(y)))
+    parts = [min(most, total - start) for start in range(0, total, most)]
+    return np.concatenate([_mmd2(x, y, *draw(count)) for count in parts])
 
 
 def _mmd2(x: np.ndarray, y: np.ndarray, counts_x: np.ndarray, counts_y: np.ndarray) -> np.ndarray:
@@ -137,7 +141,6 @@ def bootstrap_frechet(
     x: np.ndarray, target: np.ndarray | Gaussian, estimate: float, **options: Any
 ) -> tuple[float, float]:
     """`bootstrap_distance` of the Fréchet distance, which is not negative. target: features [M, D] or a Gaussian."""
-
     low, high = bootstrap_distance(fid, x, target, estimate, **options)
     return max(low, 0.0), high
 
@@ -146,12 +149,13 @@ def bootstrap_kernel(
     x: np.ndarray, y: np.ndarray, estimate: float, *, replicates: int, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
     """`bootstrap_distance` of the kernel distance, as many replicates at once as fit in memory."""
-    rng, values = np.random.default_rng(seed), []
-    for count in _parts(replicates, len(x) + len(y)):
-        # how often each row is taken in each resample
-        counts_x, counts_y = (rng.multinomial(n, np.full(n, 1 / n), size=count).astype(float) for n in (len(x), len(y)))
-        values.append(_mmd2(x, y, counts_x, counts_y))
-    found = np.concatenate(values)
+    rng = np.random.default_rng(seed)
+
+    def draw(count: int) -> tuple[np.ndarray, np.ndarray]:  # how often each row is taken in each resample
+        a, b = (rng.multinomial(n, np.full(n, 1 / n), size=count).astype(float) for n in (len(x), len(y)))
+        return a, b
+
+    found = _mmd2_of_draws(x, y, replicates, draw)
     return _quantiles(found - found.mean() + estimate, confidence)
 
 

@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from ..codec import pixels
 from ..errors import InputError, display_name, shown
@@ -20,7 +21,7 @@ from ..run import files
 from ..run import record as run_record
 from . import efficientnet
 from .distances import Gaussian, root_of_covariance
-from .images import Progress, in_batches, open_npz, size_words
+from .images import Progress, in_batches, open_npz
 from .packages import library, quiet_download, reason
 
 FEATURE_TIMESTEP = 50  # of the 1000 of training: nearly clean images, whose middle features describe content
@@ -60,9 +61,8 @@ def feature_extractor(
     "inception": the TF-ported Inception of pytorch-fid, 2048 features, with weights from `inception_path` or
     pytorch-fid's own download. "efficientnet": EfficientNet-Lite0 at 224 pixels, 1280 features. FILE.pt: a TorchScript
     module that maps images [N, 3, H, W] in [0, 1] to [N, D]; it is a program, and runs only with `trust_features`.
-    FILE.safetensors: a network of one of the kinds in `NETWORKS`, or a diffusion model or encoder of this project; its
-    features are then the spatial mean of the middle block at t = 50 of images at the model's size, fed in [-1, 1]
-    without noise.
+    FILE.safetensors: a network of a kind in `NETWORKS`, or a diffusion model or encoder of this project; its features
+    are then the spatial mean of the middle block at t = 50 of images at the model's size, in [-1, 1], without noise.
     """
     if features == "inception":
         return _inception(inception_path, device)
@@ -77,34 +77,12 @@ def feature_extractor(
     if path.suffix not in (".pt", ".safetensors"):
         raise InputError("it can be inception, efficientnet, a TorchScript FILE.pt or a FILE.safetensors", **wrong)
     _require_file(path, "features")
-    if path.suffix == ".safetensors":
-        return NETWORKS.get(model_type(path), _diffusion_features)(path, device)
-    if is_torchscript(path) and not trust_features:
-        fitting = (
-            "a TorchScript file is a program that can do whatever you can; give `trust_features` True if you trust it"
-        )
-        raise InputError(fitting, **wrong)
-    return _torchscript(path, device)
-
-
-def model_type(path: Path) -> str:
-    """The entry `model_type` of a .safetensors file's metadata; "" where there is none or the file is damaged."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return (file.metadata() or {}).get("model_type", "")
-    except Exception:  # the loader of models says what is wrong
-        return ""
-
-
-def is_torchscript(path: Path) -> bool:
-    """Whether a file is a TorchScript archive, by its entries; nothing of it runs."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("constants.pkl") or "/code/" in name for name in archive.namelist())
-    except Exception:  # no archive, or a damaged one
-        return False
+    if path.suffix == ".pt":
+        return _torchscript(path, device, trust_features)
+    kind = ""
+    with contextlib.suppress(Exception), safe_open(features, framework="pt") as file:
+        kind = (file.metadata() or {}).get("model_type", "")  # of a damaged file, the loader says what is wrong
+    return NETWORKS.get(kind, _diffusion_features)(path, device)
 
 
 def _inception(path: str | None, device: str | torch.device) -> Extractor:
@@ -132,20 +110,21 @@ def _inception(path: str | None, device: str | torch.device) -> Extractor:
     return Extractor("inception (pytorch-fid, 2048-d)", lambda images: model(images)[0].flatten(1))
 
 
-def _torchscript(path: Path, device: str | torch.device) -> Extractor:
+def _torchscript(path: Path, device: str | torch.device, trusted: bool) -> Extractor:
+    wrong: dict[str, Any] = {"parameter": "features", "value": path}
     try:
-        if not is_torchscript(path):
-            raise RuntimeError("it has no code")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit is deprecated from torch 2.9 on, and still the format in use
-            model = torch.jit.load(str(path), map_location=device).eval()
-    except RuntimeError as error:
-        fitting = (
-            f"it is not a TorchScript module ({reason(error)}); save one with torch.jit.save, or give a .safetensors "
-            "file"
-        )
-        raise InputError(fitting, parameter="features", value=path) from None
-    return Extractor(f"torchscript {digest(path)}", model)
+        with zipfile.ZipFile(path) as archive:  # nothing of it runs
+            if not any(name.endswith("constants.pkl") or "/code/" in name for name in archive.namelist()):
+                raise ValueError("it has no code")
+        if trusted:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch.jit is deprecated from torch 2.9 on, and still in use
+                return Extractor(f"torchscript {digest(path)}", torch.jit.load(str(path), map_location=device).eval())
+    except Exception as error:  # a damaged archive fails in many ways
+        fitting = "save one with torch.jit.save, or give a .safetensors file"
+        raise InputError(f"it is not a TorchScript module ({reason(error)}); {fitting}", **wrong) from None
+    fitting = "a TorchScript file is a program that can do whatever you can; give `trust_features` True if you trust it"
+    raise InputError(fitting, **wrong)
 
 
 def _diffusion_features(path: Path, device: str | torch.device) -> Extractor:
@@ -186,33 +165,36 @@ def extract_features(
     InputError where images differ in size, or the network fails or returns anything but finite numbers [N, D].
     """
     parts: list[dict[str, np.ndarray]] = []
-    shape = None
+    shape: Any = None
     for batch in in_batches(references, batch_size, progress, "features"):
         images = [read(reference) for reference in batch]
         shape = shape or images[0].shape
         for reference, image in zip(batch, images):
             if image.shape != shape:
-                paths = [display_name(each.path) for each in (reference, references[0])]
-                raise InputError(
-                    f"{paths[0]} is {size_words(image.shape)} and {paths[1]} is {size_words(shape)}: at native size "
-                    "all images of a folder must have one size; without `native_size` they are resized"
+                (here, size), (there, first) = (
+                    (display_name(each.path), f"{width}x{height}")
+                    for each, (_, height, width) in ((reference, image.shape), (references[0], shape))
                 )
-        try:
-            with torch.no_grad():
-                found = extractor.extract(torch.stack(images).to(device))
-        except (RuntimeError, AssertionError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise _unfit(extractor, f"fails on images of {size_words(shape)}: {reason(error)}") from None
-        parts.append(_arrays(extractor, found, batch))
-        widths = [part["features"].shape[1] for part in (parts[0], parts[-1])]
-        if widths[0] != widths[1]:
-            raise _unfit(extractor, f"returns {widths[1]} features for one batch and {widths[0]} for another")
+                raise InputError(
+                    f"{here} is {size} and {there} is {first}: at native size all images of a folder must have one "
+                    "size; without `native_size` they are resized"
+                )
+        parts.append(_arrays(extractor, torch.stack(images).to(device), batch))
+        if parts[-1]["features"].shape[1] != parts[0]["features"].shape[1]:
+            raise _unfit(extractor, "returns another number of features for another batch")
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _arrays(extractor: Extractor, found: Any, batch: Sequence[Reference]) -> dict[str, np.ndarray]:
-    """Check what a network returned for a batch."""
+def _arrays(extractor: Extractor, images: torch.Tensor, batch: Sequence[Reference]) -> dict[str, np.ndarray]:
+    """Apply the network to a batch and check its result."""
+    try:
+        with torch.no_grad():
+            found = extractor.extract(images)
+    except (RuntimeError, AssertionError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        size = f"{images.shape[3]}x{images.shape[2]}"
+        raise _unfit(extractor, f"fails on images of {size}: {reason(error)}") from None
     tensors = found if isinstance(found, Mapping) else {"features": found}
     features = tensors.get("features")
     if not torch.is_tensor(features) or features.ndim != 2 or len(features) != len(batch):

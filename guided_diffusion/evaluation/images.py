@@ -13,18 +13,16 @@ import torch
 from PIL import Image
 
 from .. import image_datasets
-from ..errors import InputError, display_name, reading
+from ..errors import InputError, reading
 from ..image_datasets import Reference
 from ..run import record as run_record
+from ..run.files import check_regular
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OVERVIEWS = r"grid\.png|trajectory/.*"  # written by a sampling script beside its outputs
 
 Progress = Callable[[Sequence, str], Iterable]
 """A function (batches, description) -> iterable that sees the batches pass."""
-
-Sizes = set[tuple[int, int]]
-"""Widths and heights."""
 
 
 @dataclass(frozen=True)
@@ -46,38 +44,43 @@ def open_npz(path: str | os.PathLike, kind: str) -> Iterator[Mapping[str, np.nda
     Errors inside are InputErrors that name the file: it is missing, damaged or not `kind`.
     """
     with reading(path, kind):
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise InputError(f"{display_name(os.fspath(path))} is not a regular file")
+        check_regular(path)
         with np.load(path, allow_pickle=False) as file:
             yield file
 
 
-def list_images(folder: str | os.PathLike, parameter: str, *, sampled: bool = False) -> list[Reference]:
+def list_images(folder: str | os.PathLike, parameter: str, *, sampled: bool = False, least: int = 1) -> list[Reference]:
     """The images in a folder as references, sorted by name; or those in an .npz file of samples, by number.
 
     An .npz file has an array `arr_0`, uint8 [N, H, W, 3], as image samplers write it, and is read into memory. sampled:
     leave out the overviews in a folder that a sampling script wrote (it has a run.json). Raises InputError for
-    `parameter` where there are no images.
+    `parameter` where there are fewer than `least` images.
     """
     wrong: dict[str, Any] = {"parameter": parameter, "value": folder}
+    found: list[Reference]
     if is_npz(folder):
         with open_npz(folder, "an .npz file of images") as file:
             array = file["arr_0"]
             if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or 0 in array.shape:
                 raise ValueError(f"arr_0 is {array.dtype} {list(array.shape)}; uint8 [N, H, W, 3] is needed")
-        return [ArrayReference(f"{folder}[{i}]", f"{i:06d}.png", pixels=pixels) for i, pixels in enumerate(array)]
-    if os.path.isfile(folder):
+        found = [ArrayReference(f"{folder}[{i}]", f"{i:06d}.png", pixels=pixels) for i, pixels in enumerate(array)]
+    elif os.path.isfile(folder):
         raise InputError("it is a file; a folder of images or an .npz of samples is needed", **wrong)
-    found = image_datasets.list_references(str(folder), parameter=parameter)
-    if sampled and os.path.isfile(Path(folder) / run_record.NAME):
-        found = [reference for reference in found if not re.fullmatch(OVERVIEWS, reference.name)]
-    if not found:
-        raise InputError("it has no image except the run's own overviews", **wrong)
+    else:
+        found = image_datasets.list_references(str(folder), parameter=parameter)
+        if sampled and os.path.isfile(Path(folder) / run_record.NAME):
+            found = [reference for reference in found if not re.fullmatch(OVERVIEWS, reference.name)]
+    if len(found) < least:
+        needed = "distances need 2 or more" if least > 1 else "the run's own overviews do not count"
+        raise InputError(f"it has {len(found)} image{'s' * (len(found) != 1)}; {needed}", **wrong)
     return found
 
 
 def read_image(
-    image: Reference | str | os.PathLike, size: int | None = None, resize: str = "crop", seen: Sizes | None = None
+    image: Reference | str | os.PathLike,
+    size: int | None = None,
+    resize: str = "crop",
+    seen: set[tuple[int, int]] | None = None,
 ) -> torch.Tensor:
     """Read an image as a float32 tensor [3, H, W] in [0, 1], with transparent parts over white.
 
@@ -85,38 +88,36 @@ def read_image(
     filter, any other as the sampling scripts do it (`resize`: "crop", "pad" or "stretch"). The image's own (width,
     height) is added to the set `seen`. Raises InputError that names a file which cannot be read.
     """
-    with reading(_path(image)):
-        decoded = decode(image, seen)
-        if size is None or decoded.size == (size, size):
-            return _to_tensor(decoded)
-        if decoded.width == decoded.height:
-            return _to_tensor(decoded.resize((size, size), Image.Resampling.BICUBIC))
+    decoded = decode(image, seen)
+    if size is not None and decoded.width == decoded.height != size:
+        decoded = decoded.resize((size, size), Image.Resampling.BICUBIC)
+    elif size is not None and decoded.size != (size, size):
         if isinstance(image, ArrayReference):
             return _to_tensor(image_datasets.load_picture(decoded, size, resize=resize))
         return _to_tensor(image_datasets.load_image(image, size, resize=resize))
+    return _to_tensor(decoded)
 
 
-def read_male2female(image: Reference | str | os.PathLike, seen: Sizes | None = None) -> torch.Tensor:
+def read_male2female(image: Reference | str | os.PathLike, seen: set[tuple[int, int]] | None = None) -> torch.Tensor:
     """Read an image as EGSDE's male2female evaluation feeds it to Inception: [3, 299, 299], ImageNet-normalised."""
-    with reading(_path(image)):
-        decoded = decode(image, seen)
+    decoded = decode(image, seen)
     for side in (256, 299):
         decoded = decoded.resize((side, side), Image.Resampling.BILINEAR)
     mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
     return (_to_tensor(decoded) - mean) / std
 
 
-def decode(image: Reference | str | os.PathLike, seen: Sizes | None = None) -> Image.Image:
-    """An image at its own size, RGB."""
-    is_array = isinstance(image, ArrayReference)
-    decoded = Image.fromarray(image.pixels) if is_array else image_datasets.decode_image(_path(image))
+def decode(image: Reference | str | os.PathLike, seen: set[tuple[int, int]] | None = None) -> Image.Image:
+    """An image at its own size, RGB; raises InputError that names a file which cannot be read."""
+    if isinstance(image, ArrayReference):
+        decoded = Image.fromarray(image.pixels)
+    else:
+        path = image.path if isinstance(image, Reference) else os.fspath(image)
+        with reading(path):
+            decoded = image_datasets.decode_image(path)
     if seen is not None:
         seen.add(decoded.size)
     return decoded
-
-
-def _path(image: Reference | str | os.PathLike) -> str:
-    return image.path if isinstance(image, Reference) else os.fspath(image)
 
 
 def _to_tensor(image: Image.Image | np.ndarray) -> torch.Tensor:
@@ -127,8 +128,3 @@ def in_batches(items: Sequence, batch_size: int, progress: Progress | None, desc
     """Lists of at most `batch_size` items; `progress` sees them pass."""
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     return batches if progress is None else progress(batches, description)
-
-
-def size_words(shape: Sequence[int]) -> str:
-    """WIDTHxHEIGHT of an image tensor's shape."""
-    return f"{shape[-1]}x{shape[-2]}"

@@ -11,19 +11,13 @@ import torch
 from ..errors import InputError, display_name
 from ..references import Reference, natural
 from .packages import library, quiet_download, reason
-from .table import METRICS, PairedMetric, paired_metric
+from .table import METRICS, Metric, paired_metric
 
 MIN_SSIM_SIZE, MIN_MSSSIM_SIZE = 11, 161  # one window; one window after four halvings
 
-Paired = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""A function of images (a, b), float32 [N, 3, H, W] in [0, 1], that returns [N]."""
-
 
 def measure(name: str, compute: Callable[..., Any], *images: torch.Tensor) -> torch.Tensor:
-    """Values of a metric, float64 [N] on the CPU; raises InputError where it returns anything else.
-
-    images: the arguments of `compute`, [N, 3, H, W] each.
-    """
+    """Values compute(*images) of a metric, float64 [N] on the CPU; raises InputError where it returns anything else."""
     value = compute(*images)
     if not torch.is_tensor(value) or value.shape != images[0].shape[:1]:
         found = list(value.shape) if torch.is_tensor(value) else type(value).__name__
@@ -36,31 +30,31 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.cpu().double() - b.cpu().double()).flatten(1)
 
 
-@paired_metric("l2", "L2", format=".2f", lower_is_better=True, column=2)
-def l2(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Euclidean norm of the difference of two images with values in [0, 1]."""
-    return _difference(a, b).norm(dim=1)
-
-
-@paired_metric("mse", "MSE", lower_is_better=True, column=None)
-def mse(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean square over all values."""
-    return _difference(a, b).square().mean(dim=1)
-
-
-@paired_metric("psnr", "PSNR", unit="dB", format=".2f", lower_is_better=False, column=3)
-def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """-10 log10(mse) in dB, infinite for equal images."""
-    return -10 * mse(a, b).log10()
-
-
-@paired_metric("ssim", "SSIM", lower_is_better=False, column=1)
+@paired_metric("ssim", "SSIM", lower_is_better=False)
 def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Wang et al. 2004 with an 11-tap Gaussian window (sigma 1.5) and no padding, mean over channels."""
     return _structural("ssim", a, b)
 
 
-@paired_metric("msssim", "MS-SSIM", lower_is_better=False, column=4)
+@paired_metric("l2", "L2", format=".2f", lower_is_better=True)
+def l2(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm of the difference of two images with values in [0, 1]."""
+    return _difference(a, b).norm(dim=1)
+
+
+@paired_metric("mse", "MSE", lower_is_better=True, hidden=True)
+def mse(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean square over all values."""
+    return _difference(a, b).square().mean(dim=1)
+
+
+@paired_metric("psnr", "PSNR", unit="dB", format=".2f", lower_is_better=False)
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """-10 log10(mse) in dB, infinite for equal images."""
+    return -10 * mse(a, b).log10()
+
+
+@paired_metric("msssim", "MS-SSIM", lower_is_better=False)
 def msssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Wang et al. 2003 with five scales, which needs H and W above 160; NaN below."""
     if min(a.shape[-2:]) < MIN_MSSSIM_SIZE:
@@ -76,7 +70,7 @@ def _structural(function: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
         return getattr(module, function)(a, b, data_range=1.0, size_average=False)
 
 
-def load_lpips(net: str = "alex", *, device: str | torch.device = "cpu") -> Paired:
+def load_lpips(net: str = "alex", *, device: str | torch.device = "cpu") -> Callable[..., torch.Tensor]:
     """LPIPS v0.1 (Zhang et al. 2018): a function of two batches [N, 3, H, W] in [0, 1] that returns distances [N].
 
     net: "alex", "vgg" or "squeeze". The backbone's weights come from torchvision: from its cache, or downloaded. Raises
@@ -99,8 +93,8 @@ def load_lpips(net: str = "alex", *, device: str | torch.device = "cpu") -> Pair
 
 
 METRICS.add("lpips")(
-    PairedMetric(
-        "lpips", "LPIPS", lower_is_better=True, column=5,
+    Metric(
+        "paired", "lpips", "LPIPS", lower_is_better=True,
         load=lambda options, device: None if options.lpips == "False" else load_lpips(options.lpips_net, device=device),
     )
 )  # fmt: skip
@@ -108,54 +102,43 @@ METRICS.add("lpips")(
 
 # Which images are pairs
 
-Pair = tuple[Reference, Reference]
-
 
 def pair(
     outputs: Sequence[Reference], others: Sequence[Reference], *, parameter: str, partial: bool = False
-) -> tuple[list[Pair], str]:
+) -> tuple[list[tuple[Reference, Reference]], str]:
     """Pair references by name, or in their order where no name matches at all.
 
     Names are relative and without suffix. Where they do not all match, numbers in them compare as numbers: 1 is 001,
     and 2 comes before 10. Returns (pairs, "stem", "number" or "order"). parameter: the option that names the other
     folder. Raises InputError for images without a partner, unless `partial`, and for two files of one name.
     """
-    by_stem, other_by_stem = _by_stem(outputs, "outputs"), _by_stem(others, parameter)
-    common = [stem for stem in by_stem if stem in other_by_stem]
-    alone = [stem for stem in by_stem if stem not in other_by_stem] + [s for s in other_by_stem if s not in by_stem]
-    if not alone:
-        return [(by_stem[stem], other_by_stem[stem]) for stem in common], "stem"
-    a, b = ({natural(stem): found[stem] for stem in found} for found in (by_stem, other_by_stem))
-    if a.keys() == b.keys() and len(a) == len(by_stem) and len(b) == len(other_by_stem):
-        return [(a[name], b[name]) for name in a], "number"
+    a, b = _by_stem(outputs, "outputs"), _by_stem(others, parameter)
+    common, alone = [stem for stem in a if stem in b], [stem for stem in [*a, *b] if not (stem in a and stem in b)]
+    if alone:
+        numbered = [{natural(stem): found[stem] for stem in found} for found in (a, b)]
+        if numbered[0].keys() == numbered[1].keys() and list(map(len, numbered)) == [len(a), len(b)]:
+            return [(numbered[0][name], numbered[1][name]) for name in numbered[0]], "number"
     if not common:
         if len(outputs) != len(others):
             raise InputError(
                 f"no file name in `outputs` occurs in `{parameter}` and the counts differ ({len(outputs)} and "
                 f"{len(others)} images): they can be paired neither by name nor by order"
             )
-        ordered = [[found[stem] for stem in sorted(found, key=natural)] for found in (by_stem, other_by_stem)]
-        return list(zip(*ordered)), "order"  # type: ignore[arg-type]
-    if not partial:
+        return list(zip(*([found[stem] for stem in sorted(found, key=natural)] for found in (a, b)))), "order"
+    if alone and not partial:
         raise InputError(
             f"`outputs` has {len(outputs)} images and `{parameter}` {len(others)}, but {len(alone)} have no partner of "
             f"the same name, the first is {display_name(alone[0])!r}; with `partial` True the {len(common)} pairs are "
             "measured"
         )
-    return [(by_stem[stem], other_by_stem[stem]) for stem in common], "stem"
-
-
-def first_pairs(pairs: Sequence[Pair], count: int = 3) -> str:
-    """The first pairs for a message: "1.png with 001.png, 2.png with 002.png, ..."."""
-    words = [f"{display_name(a.name)} with {display_name(b.name)}" for a, b in pairs[:count]]
-    return ", ".join([*words, *["..."] * (len(pairs) > count)])
+    return [(a[stem], b[stem]) for stem in common], "stem"
 
 
 def _by_stem(references: Sequence[Reference], parameter: str) -> dict[str, Reference]:
     by_stem: dict[str, Reference] = {}
     for reference in references:
-        if reference.stem in by_stem:
-            first, second = (display_name(path) for path in (by_stem[reference.stem].path, reference.path))
-            raise InputError(f"in `{parameter}`, {first} and {second} share one name; keep one")
-        by_stem[reference.stem] = reference
+        first = by_stem.setdefault(reference.stem, reference)
+        if first is not reference:
+            names = [display_name(each.path) for each in (first, reference)]
+            raise InputError(f"in `{parameter}`, {names[0]} and {names[1]} share one name; keep one")
     return by_stem

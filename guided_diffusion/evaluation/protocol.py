@@ -28,11 +28,11 @@ from ..run import files
 from ..run import record as run_record
 from ..runtime import pick_device
 from . import table
-from .distances import bootstrap_distance, bootstrap_mean
+from .distances import Gaussian, bootstrap_distance, bootstrap_mean
 from .features import Extractor, extract_features, feature_extractor, load_statistics, save_statistics
 from .images import Progress, in_batches, is_npz, list_images, open_npz, read_image, read_male2female
-from .pairs import MIN_MSSSIM_SIZE, MIN_SSIM_SIZE, first_pairs, measure, pair
-from .table import METRICS, ROLES, FeatureMetric, ImageMetric, Measured, PairedMetric, PerImage, SetDistance
+from .pairs import MIN_MSSSIM_SIZE, MIN_SSIM_SIZE, measure, pair
+from .table import METRICS, ROLES, Measured, Metric
 
 PROTOCOLS = {
     "egsde": "EGSDE/CUT protocol: features of images in [0, 1]",
@@ -46,8 +46,11 @@ Read = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Images:
-    """Folders, searched recursively, or samples_*.npz files of image samplers."""
+class Evaluation:
+    """Options of an evaluation. Raises InputError for a value that does not fit.
+
+    Images are in folders, searched recursively, or in samples_*.npz files of image samplers.
+    """
 
     outputs: str | None = option(None, "the translated images", metavar="PATH")
     sources: str | None = option(
@@ -61,26 +64,16 @@ class Images:
     truth: str | None = option(None, "the true translations of the sources, if there are any", metavar="DIR")
     partial: bool = option(False, "measure the pairs that exist; by default, an image without a partner is an error")
 
-
-@dataclass(frozen=True)
-class Protocol:
-    """How images enter the measurements."""
-
     protocol: str = option(
         "egsde", "how images are prepared for Inception; egsde-male2female: resized to 256, then 299 pixels, and "
         "normalised as for ImageNet",
         choices=PROTOCOLS,
     )  # fmt: skip
-    image_size: int = option(256, "side at which images are compared; 256 as published", least=1, most=8192)
+    image_size: int = option(256, "side at which images are compared; 256 as published", least=MIN_SSIM_SIZE, most=8192)
     native_size: bool = option(False, "compute features at the files' own size, as the pytorch-fid command does")
     resize: str = option(
         "crop", "how images that are not square are made square, as when sampling", choices=("crop", "pad", "stretch")
     )
-
-
-@dataclass(frozen=True)
-class Distances:
-    """Features for FID and KID."""
 
     features: str = option(
         "inception",
@@ -100,11 +93,6 @@ class Distances:
     kid_subsets: int = option(100, "number of random subsets that KID is averaged over", least=1, most=MOST_RESAMPLES)
     kid_subset_size: int = option(1000, "images per subset; smaller sets are used whole", least=2, most=1_000_000)
 
-
-@dataclass(frozen=True)
-class Pairs:
-    """LPIPS."""
-
     lpips: str = option(
         "auto",
         "auto: measure it if the lpips package and its weights are available, else warn; True: else raise an error",
@@ -112,36 +100,20 @@ class Pairs:
     )
     lpips_net: str = option("alex", "LPIPS's backbone", choices=("alex", "vgg", "squeeze"))
 
-
-@dataclass(frozen=True)
-class Confidence:
-    """Intervals and the draws they need."""
-
     bootstrap: int = option(
         0, "bootstrap replicates for a confidence interval of every value, 0 for none", least=0, most=MOST_RESAMPLES
     )
     confidence: float = option(0.95, "confidence level of the intervals", metavar="P", above=0, most=0.9999)
     seed: int = option(0, "seed of bootstrap and KID", least=0)
 
-
-@dataclass(frozen=True)
-class Running:
-    """How to run; changes no value by more than rounding."""
-
     batch_size: int = option(16, "images per batch", least=1, most=4096, runtime=True)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...", runtime=True, metavar="NAME")
 
-
-@dataclass(frozen=True)
-class Evaluation(Images, Protocol, Distances, Pairs, Confidence, Running):
-    """All options of an evaluation. Raises InputError for a value that does not fit."""
-
     def __post_init__(self) -> None:
-        spelled = {"true": "True", "false": "False"}.get(str(self.lpips).lower(), self.lpips)
-        object.__setattr__(self, "lpips", spelled)
-        for name in ("outputs", "sources", "targets", "truth", "inception_path", "features"):  # pathlib's are welcome
-            if isinstance(getattr(self, name), os.PathLike):
-                object.__setattr__(self, name, os.fspath(getattr(self, name)))
+        for name, value in vars(self).items():  # paths of pathlib are welcome
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+        object.__setattr__(self, "lpips", {"true": "True", "false": "False"}.get(str(self.lpips).lower(), self.lpips))
         check(self)
 
 
@@ -155,7 +127,7 @@ class Results:
         None, "write the statistics of the targets to this file and measure nothing", metavar="FILE"
     )
 
-    def check_with(self, options: Evaluation) -> None:
+    def prepare(self, options: Evaluation) -> None:
         """Raise InputError where these and an evaluation's options do not go together; make the folders."""
         if self.save_stats is not None:
             wrong: dict[str, Any] = {"parameter": "save_stats", "value": self.save_stats}
@@ -163,13 +135,11 @@ class Results:
                 raise InputError("it needs the images of `targets`, and no `outputs`", **wrong)
             if not self.save_stats.endswith(".npz"):
                 raise InputError("the name must end in .npz", **wrong)
-            files.make_folder(os.path.dirname(self.save_stats) or ".", "save_stats")
-        elif options.outputs is None:
-            raise InputError("give the images to measure", parameter="outputs")
         if self.per_image and not self.out:
             raise InputError("it needs `out`", parameter="per_image", value=True)
-        if self.out is not None:
-            files.make_folder(os.path.dirname(self.out) or ".", "out")
+        for name, path in (("save_stats", self.save_stats), ("out", self.out)):
+            if path is not None:
+                files.make_folder(os.path.dirname(path) or ".", name)
 
     def write(self, result: Mapping[str, Any], images: Sequence[Mapping[str, Any]]) -> None:
         """Write what `evaluate` returned; numbers that JSON does not have become null."""
@@ -184,22 +154,12 @@ class Results:
 
 
 class Instruments:
-    """Networks and target features, loaded when first needed and kept for further evaluations.
+    """Networks and target features, loaded when first needed and kept for further evaluations with these options."""
 
-    options: those that the evaluations share. extractor: replaces the one that `options.features` names.
-    """
-
-    def __init__(self, options: Evaluation, extractor: Extractor | None = None) -> None:
-        self.options = options
-        if extractor is not None:
-            self.extractor = extractor
+    def __init__(self, options: Evaluation) -> None:
+        self.options, self.device = options, pick_device(options.device)
         self.targets: dict[tuple[str, str], tuple[np.ndarray, set]] = {}
-        """Features and sizes of the targets by folder and protocol."""
-
-    @cached_property
-    def device(self) -> torch.device:
-        """The device to measure on."""
-        return pick_device(self.options.device)
+        """Features and sizes of the targets by folder and description of the features."""
 
     @cached_property
     def extractor(self) -> Extractor:
@@ -219,7 +179,7 @@ class Instruments:
         """The metrics of pairs and of single images by name, their networks loaded; and which are left out, and why."""
         found: dict[str, Callable] = {}
         warnings = []
-        for metric in table.of_kind(PerImage):
+        for metric in table.of_kind("paired", "image"):
             try:
                 compute = metric.load(self.options, self.device) if metric.load else metric.compute
             except InputError as error:
@@ -234,14 +194,21 @@ class Instruments:
     @property
     def needs_features(self) -> bool:
         """Whether the feature network is used: for distances, or because one is given for metrics of features."""
-        given = self.options.features != "inception" or "extractor" in self.__dict__
-        return self.options.targets is not None or (given and bool(table.of_kind(FeatureMetric)))
+        given = self.options.features != "inception" and bool(table.of_kind("features"))
+        return self.options.targets is not None or given
 
     def load(self) -> None:
         """Load everything now, so that what is missing is reported before hours of sampling."""
         _ = self.per_image
         if self.needs_features:
             _ = self.reading
+
+    def features(self, references: Sequence[Reference], progress: Progress | None) -> tuple[dict[str, np.ndarray], set]:
+        """The feature network's arrays for images, and the set of their sizes."""
+        seen: set[tuple[int, int]] = set()
+        read = functools.partial(self.reading[0], seen=seen)
+        options: dict[str, Any] = {"batch_size": self.options.batch_size, "device": self.device, "progress": progress}
+        return extract_features(references, self.extractor, read, **options), seen
 
 
 def reader(
@@ -264,8 +231,7 @@ def reader(
         reason = f"{extractor.name} needs images of {extractor.image_size}; leave it out"
         raise InputError(reason, parameter="native_size", value=True)
     size = None if native_size else extractor.image_size or image_size
-    read = functools.partial(read_image, size=size, resize=resize)
-    return read, f"{extractor.name}; {_size_words(size, resize)}"
+    return functools.partial(read_image, size=size, resize=resize), f"{extractor.name}; {_size_words(size, resize)}"
 
 
 def is_statistics(path: str) -> bool:
@@ -276,15 +242,12 @@ def is_statistics(path: str) -> bool:
         return "arr_0" not in file
 
 
-def target_statistics(
-    options: Evaluation, path: str | Path, *, instruments: Instruments | None = None, progress: Progress | None = None
-) -> None:
+def target_statistics(options: Evaluation, path: str | Path, *, progress: Progress | None = None) -> None:
     """Write the statistics file `path` of the images in `options.targets`, for `evaluate` to use in their place."""
     if options.targets is None:
         raise InputError("give the images of the target domain", parameter="targets")
-    instruments = instruments or Instruments(options)
-    references = list_images(options.targets, "targets")
-    found, _ = _Measuring(options, instruments, progress).features(references, "targets")
+    instruments = Instruments(options)
+    found, _ = instruments.features(list_images(options.targets, "targets", least=2), progress)
     save_statistics(path, found["features"], instruments.reading[1])
 
 
@@ -307,14 +270,11 @@ def evaluate(
     """
     if options.outputs is None:
         raise InputError("give the images to measure", parameter="outputs")
-    compared = options.sources is not None or options.targets is not None or options.truth is not None
-    if not compared and not table.of_kind(ImageMetric):
+    compared = any(folder is not None for folder in (options.sources, options.targets, options.truth))
+    if not compared and not table.of_kind("image"):
         reason = "there is nothing to compare it with: give `sources`, `targets` or `truth`"
         raise InputError(reason, parameter="outputs", value=options.outputs)
-    if options.image_size < MIN_SSIM_SIZE:
-        reason = f"SSIM's window needs {MIN_SSIM_SIZE} or more"
-        raise InputError(reason, parameter="image_size", value=options.image_size)
-    return _Measuring(options, instruments or Instruments(options), progress).run()
+    return _Measuring(options, instruments or Instruments(options), progress).run(options.outputs)
 
 
 class _Measuring:
@@ -325,54 +285,51 @@ class _Measuring:
         confidence, seed = options.confidence, options.seed
         self.interval: dict[str, Any] = {"replicates": options.bootstrap, "confidence": confidence, "seed": seed}
         self.protocol: dict[str, Any] = {"name": options.protocol}
+        if options.bootstrap:
+            self.protocol["intervals"] = (
+                f"bootstrap, {options.bootstrap} replicates, confidence {confidence:g}, seed {seed}"
+            )
         self.counts: dict[str, int | None] = {}
         self.sizes: dict[str, Any] = {}
         self.pairing: dict[str, str] = {}
-        self.metrics: dict[str, float | None] = {value.key: None for value in table.values() if not value.is_cost}
+        self.metrics: dict[str, Any] = {value.key: None for value in table.values() if not value.metric.is_cost}
         self.std: dict[str, float] = {}
         self.intervals: dict[str, tuple[float, float]] = {}
         self.warnings: list[str] = []
 
-    def run(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def run(self, folder: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Measure everything; see `evaluate`."""
-        options = self.options
-        if options.bootstrap:
-            self.protocol["intervals"] = (
-                f"bootstrap, {options.bootstrap} replicates, confidence {options.confidence:g}, seed {options.seed}"
-            )
-        record = self.run_record()
-        self.found = list_images(str(options.outputs), "outputs", sampled=True)
+        record = self.run_record(folder)
+        self.found = list_images(folder, "outputs", sampled=True, least=1 if self.options.targets is None else 2)
         self.rows: dict[str, dict[str, Any]] = {output.path: {"output": output.name} for output in self.found}
         self.counts["outputs"] = len(self.found)
         self.sets = translations(self.found, record)
-        self.others = {
-            role: list_images(getattr(options, parameter), parameter)
-            for role, parameter in ROLES.items()
-            if getattr(options, parameter) is not None
-        }
+        given = {role: (name, getattr(self.options, name)) for role, name in ROLES.items()}
+        self.others = {role: list_images(path, name) for role, (name, path) in given.items() if path is not None}
         self.partners = {role: self.pair_with(role) for role in self.others}
         if self.instruments.needs_features:
             self.measure_features()
-        if self.others or table.of_kind(ImageMetric):
+        if self.others or table.of_kind("image"):
             self.measure_images()
         for parameter, seen in self.sizes.items():
             self.sizes[parameter] = sizes = [f"{width}x{height}" for width, height in sorted(seen)]
-            if len(seen) > 1:
-                listed = ", ".join([*sizes[:3], *["..."] * (len(sizes) > 3)])
-                self.warnings.append(f"{parameter}: images of {len(seen)} sizes, {listed}")
-        for metric in table.of_kind(table.RecordedMetric):
-            if not metric.is_cost:
-                self.metrics[metric.name] = _number(record.get(metric.name))
-        folders = {name: getattr(options, name) for name in table.FOLDERS}
+            if len(sizes) > 1:
+                self.warnings.append(f"{parameter}: images of {len(sizes)} sizes, {_first(sizes)}")
+        for metric in table.of_kind("recorded"):
+            value: Any = record.get(metric.name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+            if number and not metric.is_cost:
+                self.metrics[metric.name] = float(value)
+        self.warnings = list(dict.fromkeys(self.warnings))
         parts = ("protocol", "counts", "sizes", "pairing", "metrics", "std", "intervals", "warnings")
-        result = {name: None if path is None else str(path) for name, path in folders.items()}
+        result = {name: getattr(self.options, name) for name in table.FOLDERS}
         images = [row for row in self.rows.values() if len(row) > 1]
         return {**result, **{name: getattr(self, name) for name in parts}}, images
 
-    def run_record(self) -> dict[str, Any]:
+    def run_record(self, folder: str) -> dict[str, Any]:
         """The run.json in the folder of outputs; an empty dict, and a warning, where it cannot be read."""
-        path = os.path.join(str(self.options.outputs), run_record.NAME)
-        if not os.path.isdir(str(self.options.outputs)) or not os.path.lexists(path):
+        path = os.path.join(folder, run_record.NAME)
+        if not os.path.isdir(folder) or not os.path.lexists(path):
             return {}
         record = files.read_json_or_none(path)
         if isinstance(record, dict) and isinstance(record.get("settings", {}), dict):
@@ -384,130 +341,106 @@ class _Measuring:
         """Partners of the outputs: a dict from an output's path to the other reference."""
         parameter, others = ROLES[role], self.others[role]
         partners: dict[str, Reference] = {}
-        count, how, pairs = 0, "", []
+        how, pairs = "", []
         for outputs in self.sets:
             named = [named for _, named in outputs]
             pairs, how = pair(named, others, parameter=parameter, partial=self.options.partial)
             partners |= {output.path: other for output, other in pairs}
-            count += len(outputs)
         self.counts |= {parameter: len(others), f"{role}_pairs": len(partners)}
         self.pairing[role] = how
+        first = _first([f"{display_name(a.name)} with {display_name(b.name)}" for a, b in pairs])
+        count = sum(map(len, self.sets))
         if how == "order":
-            self.warnings.append(
-                f"no file name in outputs occurs in {parameter}: paired by order of names, {first_pairs(pairs)}"
-            )
+            self.warnings.append(f"no file name in outputs occurs in {parameter}: paired by order of names, {first}")
         elif how == "number":
-            self.warnings.append(f"outputs and {parameter} are paired by the numbers in names, {first_pairs(pairs)}")
+            self.warnings.append(f"outputs and {parameter} are paired by the numbers in names, {first}")
         elif len(partners) < max(count, len(others) * len(self.sets)):
-            self.warnings.append(
-                f"partial: {len(partners)} pairs measured of {count} outputs and {len(others)} in {parameter}"
-            )
+            measured = f"{len(partners)} pairs measured of {count} outputs and {len(others)} in {parameter}"
+            self.warnings.append(f"partial: {measured}")
         return partners
 
     # Features
 
-    def features(self, references: list[Reference], parameter: str = "") -> tuple[dict[str, np.ndarray], set]:
-        """The feature network's arrays for the images, and the set of their sizes.
-
-        parameter: the option that names a folder which needs two images or more, for a distance.
-        """
-        if parameter and len(references) < 2:
-            wrong = {"parameter": parameter, "value": getattr(self.options, parameter)}
-            raise InputError("it has 1 image; distances need 2 or more", **wrong)
-        seen: set[tuple[int, int]] = set()
-        found = extract_features(
-            references,
-            self.instruments.extractor,
-            functools.partial(self.instruments.reading[0], seen=seen),
-            batch_size=self.options.batch_size,
-            device=self.instruments.device,
-            progress=self.progress,
-        )
-        return found, seen
-
     def measure_features(self) -> None:
         """Distances of the outputs' features from those of the targets, and metrics of features."""
-        options, instruments = self.options, self.instruments
-        targets, description = options.targets, instruments.reading[1]
-        known, references = None, []
-        if targets is not None and is_statistics(targets):
-            known = load_statistics(targets, description)
-        elif targets is not None:
-            references = list_images(targets, "targets")
-        outputs, self.sizes["outputs"] = self.features(self.found, "" if targets is None else "outputs")
-        self.protocol |= {"features": description, "dimensions": outputs["features"].shape[1]}
+        y = None if self.options.targets is None else self.target_features(self.options.targets)
+        outputs, seen = self.instruments.features(self.found, self.progress)
+        self.sizes = {"outputs": seen, **self.sizes}
+        width = outputs["features"].shape[1]
+        self.protocol |= {"features": self.instruments.reading[1], "dimensions": width}
         self.measure_single(outputs)
-        if targets is None:
+        if y is None:
             return
-        x = split_features(outputs["features"], self.found, self.sets)
-        for rows in x:
-            self.warn_of_rank("outputs", *rows.shape)
-        y: Any = None
-        if known is not None:
-            y, self.counts["targets"] = known
-            width = len(y[0])
-        else:
-            key = targets, description
-            if key not in instruments.targets:
-                found, seen = self.features(references, "targets")
-                instruments.targets[key] = found["features"], seen
-            y, self.sizes["targets"] = instruments.targets[key]
-            self.counts["targets"], width = y.shape
-        if width != x[0].shape[1]:
+        row = {output.path: i for i, output in enumerate(self.found)}
+        x = [outputs["features"][[row[output.path] for output, _ in each]] for each in self.sets]
+        if min(map(len, x)) < 2:
+            raise InputError("a translation in `outputs` has 1 image or none; distances need 2 or more")
+        if (own := len(y[0])) != width:
             raise InputError(
-                f"it has {width} features, and `outputs` has {x[0].shape[1]}; both need one feature network and, with "
+                f"it has {own} features, and `outputs` has {width}; both need one feature network and, with "
                 "`native_size`, one whose features do not depend on the size",
                 parameter="targets",
-                value=targets,
+                value=self.options.targets,
             )
-        if self.counts["targets"] is not None:
-            self.warn_of_rank("targets", self.counts["targets"], width)
-        for metric in table.of_kind(SetDistance):
-            if known is None or metric.of_gaussian:
-                self.measure_distance(metric, x, y)
-            else:
+        for parameter, count in [*(("outputs", len(each)) for each in x), ("targets", self.counts["targets"])]:
+            if count is not None and count <= width:
+                self.warnings.append(
+                    f"{parameter}: too few images for the covariance's rank: {count} images for {width} features make "
+                    f"it singular, and {self.label(METRICS['fid'])}s are biased: compare them only with those of as "
+                    "many images"
+                )
+        for metric in table.of_kind("distance"):
+            if isinstance(y, tuple) and not metric.of_gaussian:
                 left_out = f"{self.label(metric)} is left out: it needs the target images, not their statistics"
                 self.warnings.append(left_out)
+            else:
+                self.measure_distance(metric, x, y)
 
-    def label(self, metric: SetDistance) -> str:
+    def target_features(self, targets: str) -> np.ndarray | Gaussian:
+        """The targets' features [M, D], or the Gaussian in their statistics file."""
+        instruments = self.instruments
+        key = targets, instruments.reading[1]
+        if is_statistics(targets):
+            gaussian, self.counts["targets"] = load_statistics(*key)
+            return gaussian
+        if key not in instruments.targets:
+            found, seen = instruments.features(list_images(targets, "targets", least=2), self.progress)
+            instruments.targets[key] = found["features"], seen
+        y, self.sizes["targets"] = instruments.targets[key]
+        self.counts["targets"] = len(y)
+        return y
+
+    def label(self, metric: Metric) -> str:
         """The distance's name for this evaluation's features."""
         return table.Value(metric).words(table.is_inception(self.protocol))
 
-    def warn_of_rank(self, parameter: str, count: int, dimensions: int) -> None:
-        """Warn once where there are too few images for a covariance of full rank."""
-        warning = (
-            f"{parameter}: too few images for the covariance's rank: {count} images for {dimensions} features make it "
-            f"singular, and {self.label(METRICS['fid'])}s are biased: compare them only with those of as many images"
-        )
-        if count <= dimensions and warning not in self.warnings:
-            self.warnings.append(warning)
-
-    def measure_distance(self, metric: SetDistance, x: list[np.ndarray], y: Any) -> None:
-        """One distance of every translation's features from the target's, which are features or a Gaussian."""
+    def measure_distance(self, metric: Metric, x: list[np.ndarray], y: np.ndarray | Gaussian) -> None:
+        """One distance of every translation's features from the target's."""
         chosen = {name: getattr(self.options, name) for name in metric.options}
         compute = functools.partial(metric.compute, **chosen)  # type: ignore[arg-type]
         results = [Measured.of(compute(rows, y)) for rows in x]
-        self.metrics[metric.name] = estimate = float(np.mean([result.value for result in results]))
+        found, first = [result.value for result in results], results[0]
+        self.metrics[metric.name] = estimate = float(np.mean(found))
+        if first.how:
+            self.protocol[metric.name] = first.how
         if len(x) > 1:
-            self.std[metric.name] = float(np.std([result.value for result in results], ddof=1))
+            self.std[metric.name] = float(np.std(found, ddof=1))
             self.protocol["translations"] = (
                 f"{len(x)} of every source; distances of each, then their mean, without bootstrap intervals"
             )
-        if results[0].how:
-            self.protocol[metric.name] = results[0].how
-        if not math.isnan(results[0].std):
-            self.std.setdefault(metric.name, results[0].std)
+        elif not math.isnan(first.std):
+            self.std[metric.name] = first.std
         if self.options.bootstrap and len(x) == 1:
             interval = metric.interval or functools.partial(bootstrap_distance, compute)
             self.intervals[metric.name] = interval(x[0], y, estimate, **self.interval)
 
     def measure_single(self, outputs: dict[str, np.ndarray]) -> None:
         """Metrics of single outputs that the feature network's arrays suffice for."""
-        fitting = [metric for metric in table.of_kind(FeatureMetric) if set(metric.needs) <= outputs.keys()]
+        fitting = [metric for metric in table.of_kind("features") if set(metric.needs) <= outputs.keys()]
         partners, truths, own = self.partners.get("truth", {}), None, None
         chosen = [i for i, output in enumerate(self.found) if not partners or output.path in partners]
         if partners and any(metric.needs_truth for metric in fitting):
-            truths, _ = self.features(self.others["truth"])
+            truths, _ = self.instruments.features(self.others["truth"], self.progress)
             place = {other.path: k for k, other in enumerate(self.others["truth"])}
             own = np.array([place[partners[self.found[i].path].path] for i in chosen])
         shown = {name: values[chosen] for name, values in outputs.items()}
@@ -517,7 +450,7 @@ class _Measuring:
             values = np.asarray(metric.compute(shown, truths, own), np.float64)  # type: ignore[misc]
             for i, value in zip(chosen, values.tolist()):
                 self.rows[self.found[i].path][metric.name] = value
-            self.summarise(metric.name, values, metric.label)
+            self.summarise(metric.name, metric.label)
             if metric.how:
                 self.protocol[metric.name] = metric.how
 
@@ -527,7 +460,7 @@ class _Measuring:
         """Metrics of pairs, for every output that has a partner, and of single outputs."""
         options, instruments = self.options, self.instruments
         computes, warnings = instruments.per_image
-        paired = {name: compute for name, compute in computes.items() if isinstance(METRICS[name], PairedMetric)}
+        paired = {name: compute for name, compute in computes.items() if METRICS[name].kind == "paired"}
         single = {name: compute for name, compute in computes.items() if name not in paired}
         self.warnings += warnings
         self.protocol["paired" if self.others else "images"] = (
@@ -535,23 +468,20 @@ class _Measuring:
             "difference, SSIM and MS-SSIM have an 11-tap Gaussian window of sigma 1.5 without padding"
         ) + (f", LPIPS is v0.1 with {options.lpips_net}" if "lpips" in paired else "")
         read = functools.partial(read_image, size=options.image_size, resize=options.resize)
-        sizes: dict[str, set] = {"outputs": set(), **{ROLES[role]: set() for role in self.partners}}
+        self.sizes |= {name: set() for name in ("outputs", *(ROLES[role] for role in self.others))}
         measured = [o for o in self.found if single or any(o.path in partners for partners in self.partners.values())]
         for batch in in_batches(measured, options.batch_size, self.progress, "images"):
-            outputs = torch.stack([read(output, seen=sizes["outputs"]) for output in batch]).to(instruments.device)
+            outputs = torch.stack([read(each, seen=self.sizes["outputs"]) for each in batch]).to(instruments.device)
             self.add_rows(batch, "", single, outputs)
             for role, partners in self.partners.items():
                 chosen = [i for i, output in enumerate(batch) if output.path in partners]
                 if chosen:
-                    others = [read(partners[batch[i].path], seen=sizes[ROLES[role]]) for i in chosen]
+                    others = [read(partners[batch[i].path], seen=self.sizes[ROLES[role]]) for i in chosen]
                     b = torch.stack(others).to(instruments.device)
                     self.add_rows([batch[i] for i in chosen], f"{role}_", paired, outputs[chosen], b)
-        self.sizes |= sizes
         for prefix, names in [("", single), *((f"{role}_", paired) for role in self.partners)]:
             for name in names:
-                key = f"{prefix}{name}"
-                values = np.array([row[key] for row in self.rows.values() if key in row])
-                self.summarise(key, values, METRICS[name].label)
+                self.summarise(f"{prefix}{name}", METRICS[name].label)
         if self.others and options.image_size < MIN_MSSSIM_SIZE:
             self.warnings.append(f"MS-SSIM is left out: its scales need images of {MIN_MSSSIM_SIZE} pixels or more")
 
@@ -564,8 +494,9 @@ class _Measuring:
                 for output, value in zip(batch, measure(name, compute, *images).tolist()):
                     self.rows[output.path][f"{prefix}{name}"] = value
 
-    def summarise(self, key: str, values: np.ndarray, label: str) -> None:
-        """Mean, deviation and interval of values [N]; nothing if one is NaN, and only the mean if one is infinite."""
+    def summarise(self, key: str, label: str) -> None:
+        """Mean, deviation and interval over images; nothing if a value is NaN, and only the mean if one is infinite."""
+        values = np.array([row[key] for row in self.rows.values() if key in row])
         if not len(values) or np.isnan(values).any():
             return
         self.metrics[key] = float(values.mean())
@@ -590,18 +521,9 @@ def translations(found: Sequence[Reference], record: Mapping[str, Any]) -> list[
     return [sets[k] for k in sorted(sets)] or [[(output, output) for output in found]]
 
 
-def split_features(features: np.ndarray, found: Sequence[Reference], sets: list) -> list[np.ndarray]:
-    """Features [N, D] of all outputs as a list with those of every translation."""
-    row = {output.path: i for i, output in enumerate(found)}
-    x = [features[[row[output.path] for output, _ in outputs]] for outputs in sets]
-    if not x or min(map(len, x)) < 2:
-        raise InputError("a translation in `outputs` has 1 image or none; distances need 2 or more")
-    return x
-
-
-def _number(value: Any) -> float | None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-    return float(value) if number else None
+def _first(words: Sequence[str]) -> str:
+    """The first three of a list, for a message."""
+    return ", ".join([*words[:3], *["..."] * (len(words) > 3)])
 
 
 def _size_words(size: int | None, resize: str) -> str:

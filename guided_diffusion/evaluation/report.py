@@ -1,17 +1,22 @@
-"""The report of a comparison: one HTML file with pictures, tables and charts in it."""
+"""Files of a comparison: a table as Markdown and CSV, results.json, charts, and a report as one HTML file."""
 
 import base64
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..image_datasets import ImageError, Reference, list_references, load_image
-from . import charts
+from ..run import files
+from . import charts, table
 from .charts import Result, name_of
+
+FILES = ("table.md", "table.csv", "results.json", "report.html", *charts.TRADE_OFFS)
+"""Files beside the folders of a comparison's rows."""
+PUBLISHED = {"fid": "published FID", "source_ssim": "published SSIM"}
 
 TEMPLATE = """\
 <!doctype html>
@@ -38,7 +43,7 @@ figure svg { display: block; width: 100%; height: auto }
 <h1>{{ title }}</h1>
 <div class="wide"><table class="pictures">
 <tr>{% for name, _ in pictures %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for line in range(count) %}
+{% for line in range(pictures[0][1] | length) %}
 <tr>{% for _, column in pictures %}
 <td>{% if column[line] %}<img{{ column[line] | xmlattr }}>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}
@@ -68,67 +73,110 @@ figure svg { display: block; width: 100%; height: auto }
 """
 
 
-@dataclass(frozen=True)
-class Folders:
-    """Folders of the report's pictures: the references, the save folder and the truths, if there are any."""
-
-    sources: str
-    made: str
-    truth: str | None = None
-
-
-def page(
-    title: str,
-    headings: Sequence[str],
-    cells: Sequence[Sequence[tuple[str, bool]]],
-    notes: Sequence[str],
-    warnings: Sequence[str],
+def write(
     results: Sequence[Result],
-    folders: Folders,
+    notes: Sequence[str],
+    *,
+    name: str,
+    save_dir: str,
+    sources: str,
+    truth: str | None,
     count: int,
 ) -> str:
-    """The report as a string.
+    """Write `FILES` of a comparison into its save folder; returns the text of table.md.
 
-    headings, cells: of the table; a cell is (text, whether it rests on too few pictures). notes: the protocol. results:
-    from `Comparison.run`. count: number of references shown.
+    notes: facts that a reader needs beside the numbers. sources, truth: folders of the report's pictures. count: number
+    of references in it.
     """
+    headings, cells = table_of(results)
+    warnings = list(dict.fromkeys(warning for row in results for warning in row["warnings"]))
+    lines = [f"# {name}", "", table.markdown_table(headings, [[text for text, _ in line] for line in cells]), ""]
+    lines += [f"- {note}" for note in [*notes, *(f"**warning**: {warning}" for warning in warnings)]]
+    lines += ["", "Sampled with", "", *(f"- {name_of(row)}: `{row['command']}`" for row in results), ""]
+    figures = {file: charts.trade_off(results, against) for file, against in charts.TRADE_OFFS.items()}
+    drawn = {file: charts.svg(figure) for file, figure in figures.items() if figure}
+    steps = [charts.svg(figure) for figure in charts.step_charts(results)]
+    folders = [("source", sources), *((name_of(row), os.path.join(save_dir, row["folder"])) for row in results)]
+    page = render(
+        title=name, headings=headings, cells=cells, notes=notes, warnings=warnings, results=results,
+        pictures=pictures(folders, truth, count), charts=[*drawn.values(), *steps],
+    )  # fmt: skip
+    content = {"table.md": "\n".join(lines), "table.csv": csv_of(results), "report.html": page, **drawn}
+    content["results.json"] = files.json_text({"name": name, "notes": notes, "rows": list(results)})
+    for file, text in content.items():
+        files.write_text(os.path.join(save_dir, file), text)
+    return content["table.md"]
+
+
+def shown_columns(results: Sequence[Result]) -> tuple[list[table.Value], bool]:
+    """The columns that some row has a value for, and whether distances are of Inception's features."""
+    inception = any(table.is_inception(row["protocol"]) for row in results)
+    known = {key for row in results for key in row["mean"]}
+    return [v for v in table.values(inception) if v.key in known and not v.metric.hidden], inception
+
+
+def table_of(results: Sequence[Result]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+    """Headings and cells of the table; a cell is (text, whether it rests on too few pictures)."""
+    columns, inception = shown_columns(results)
+    published = {key: heading for key, heading in PUBLISHED.items() if any(row["published"][key] for row in results)}
+    headings = ["method", "setting", *(column.heading(inception) for column in columns), *published.values()]
+    cells = []
+    for row in results:
+        line = [(row["method"], False), (row["setting"], False)]
+        for column in columns:
+            known = column.key in row["mean"]
+            text = column.cell(row["mean"][column.key], row["std"][column.key]) if known else ""
+            line.append((text, table.is_unreliable(column.metric, row["counts"], row["protocol"].get("dimensions"))))
+        cells.append([*line, *((row["published"][key], False) for key in published)])
+    return headings, cells
+
+
+def csv_of(results: Sequence[Result]) -> str:
+    """All means and standard deviations as CSV."""
+    lines = []
+    for row in results:
+        line = {name: row[name] for name in ("method", "setting", "images")}
+        line["seeds"] = " ".join(map(str, row["seeds"]))
+        for column in shown_columns(results)[0]:
+            line |= {column.key: row["mean"].get(column.key), f"{column.key}_std": row["std"].get(column.key)}
+        line |= {f"published_{name}": row["published"][key] for name, key in (("fid", "fid"), ("ssim", "source_ssim"))}
+        lines.append({**line, "command": row["command"]})
+    return table.csv_text(lines)
+
+
+def render(*, cells: Sequence[Any], results: Sequence[Result], charts: Sequence[str], **values: Any) -> str:
+    """The HTML of the report; values: of `TEMPLATE`, besides those that follow from the results."""
     import jinja2  # comes with torch
     from markupsafe import Markup
 
-    shown = pictures(results, folders, count)
-    figures = [*charts.trade_offs(results).values(), *charts.step_charts(results)]
     names, weights = mean_weights(results)
-    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE)
-    return template.render(
-        title=title, headings=headings, cells=cells, notes=notes, warnings=warnings, results=results, pictures=shown,
-        count=len(shown[0][1]), charts=[Markup(charts.svg(figure)) for figure in figures], directions=names,
-        weights=weights, name_of=name_of, few=any(few for line in cells for _, few in line),
-    )  # fmt: skip
+    few = any(few for line in cells for _, few in line)
+    values |= {"cells": cells, "results": results, "directions": names, "weights": weights, "few": few}
+    values |= {"charts": [Markup(chart) for chart in charts], "name_of": name_of}
+    return jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE).render(values)
 
 
 def mean_weights(results: Sequence[Result]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
     """Names of the merged directions, and for every row that merges some, cells with their mean weights."""
-    names = list(dict.fromkeys(name for row in results for name in charts.directions(row)))
-    lines = []
-    for row in results:
-        known = charts.directions(row)
-        means = {n: np.mean([charts.weight(row, step, n) for step in row["curves"]]) for n in known}
-        cells = [f"{means[n]:.4f}" if n in means else "" for n in names]
-        if known:
-            lines.append([(text, False) for text in (row["method"], row["setting"], *cells)])
-    return names, lines
+    found = [(row, {name: np.mean(ys) for name, ys in charts.weights(row).items()}) for row in results]
+    names = list(dict.fromkeys(name for _, means in found for name in means))
+    return names, [
+        [(text, False) for text in (row["method"], row["setting"], *(f"{m[n]:.4f}" if n in m else "" for n in names))]
+        for row, m in found
+        if m
+    ]
 
 
-def pictures(results: Sequence[Result], folders: Folders, count: int) -> list[tuple[str, list[dict[str, str] | None]]]:
-    """Columns of pictures: references, what every row made of them with its first seed, and truths.
+def pictures(
+    folders: Sequence[tuple[str, str]], truth: str | None, count: int
+) -> list[tuple[str, list[dict[str, str] | None]]]:
+    """Columns of pictures, (name, pictures as `picture` gives them), of what all folders have.
 
-    Returns (name, pictures as `picture` gives them) per column.
+    folders: (name, path) of the references and of what every row made of them. truth: a folder that may have fewer.
     """
-    shown = [("source", folders.sources)]
-    shown += [(name_of(row), os.path.join(folders.made, row["folder"])) for row in results]
-    shown += [("truth", folders.truth)] if folders.truth else []
+    shown = [*folders, ("truth", truth)] if truth else folders
     made = [{reference.stem: reference for reference in list_references(folder)} for _, folder in shown]
-    stems = [stem for stem in made[0] if all(stem in images for images in made[1 : len(results) + 1])]
+    stems = [stem for stem in made[0] if all(stem in images for images in made[: len(folders)])]
     if stems:
         stems = [stems[round(i)] for i in np.linspace(0, len(stems) - 1, min(count, len(stems)))]
     return [(name, [picture(images.get(stem)) for stem in stems]) for (name, _), images in zip(shown, made)]

@@ -17,11 +17,12 @@ comparison then include it:
 """
 
 import csv
+import functools
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from ..errors import display_name
 from ..registry import Registry
@@ -34,84 +35,51 @@ FEW = 10
 """Means over fewer images than this are shown as unreliable."""
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-Decorator = Callable[[Callable], Callable]
-
 
 @dataclass(frozen=True)
 class Metric:
-    """Fields that all metrics have.
+    """A metric of one of these kinds, by what `compute` takes and returns (images are float32 [N, 3, H, W] in [0, 1]):
 
-    format: of a mean in a comparison, after multiplication by `factor`. lower_is_better: None where neither is. unit:
-    of the stored value. column: position among the metrics of its kind in a comparison; None hides it there.
+    - "paired": (a, b), images -> [N], NaN where undefined
+    - "image": images -> [N], NaN where undefined
+    - "features": (outputs, truths, own) -> [N]: what the feature network returns for the outputs, float64 arrays
+      [N, ...] by name, the same for all images in the truth folder, and the index [N] of each output's truth in these
+    - "distance": (x [N, D], y [M, D]), float64 features -> a number, or `Measured`
+    - "recorded": none; the value stands in a run's run.json under the metric's name
     """
 
+    kind: str
     name: str
     label: str
+    compute: Callable[..., Any] | None = None
     format: str = ".3f"
+    """Of a mean in a comparison, after multiplication by `factor`."""
     factor: float = 1
     lower_is_better: bool | None = None
+    """None where neither is."""
     unit: str = ""
-    column: int | None = 99
-    compute: Callable[..., Any] | None = None
-
-
-@dataclass(frozen=True)
-class PerImage(Metric):
-    """A metric with one value per output.
-
-    load: replaces `compute` where a network is needed: (options, device) -> compute, or None where the options turn the
-    metric off. If it raises InputError, the metric is left out with a warning, unless the option that has the metric's
-    name is "True".
-    """
-
-    load: Callable[[Any, Any], Callable[..., Any] | None] | None = None
-
-
-@dataclass(frozen=True)
-class PairedMetric(PerImage):
-    """A metric of image pairs. compute: (a, b), float32 [N, 3, H, W] in [0, 1] -> [N], NaN where undefined."""
-
-
-@dataclass(frozen=True)
-class ImageMetric(PerImage):
-    """A metric of single outputs. compute: images, float32 [N, 3, H, W] in [0, 1] -> [N], NaN where undefined."""
-
-
-@dataclass(frozen=True)
-class FeatureMetric(Metric):
-    """A metric of what the feature network returns for single outputs; measured where it returns all of `needs`.
-
-    compute: (outputs, truths, own) -> [N]. outputs: arrays [N, ...] float64 by name; "features" is always among them.
-    truths: the same arrays for all images in the truth folder. own: index [N] of each output's truth among these.
-    needs_truth: if False, `truths` and `own` may be None. how: a note on the measurement, for the protocol.
-    """
-
-    needs: tuple[str, ...] = ()
-    needs_truth: bool = True
-    how: str = ""
-
-
-@dataclass(frozen=True)
-class SetDistance(Metric):
-    """A distance between sets of features. compute: (x [N, D], y [M, D]) float64 -> a number, or `Measured`.
-
-    general_label: label for features other than Inception's, for which names like FID are reserved. of_gaussian:
-    `compute` also takes (mean [D], root [R, D]) for y, so statistics suffice. options: fields of the
-    evaluation's options that `compute` takes as keywords. interval: (x, y, estimate, replicates=, confidence=, seed=)
-    -> (low, high); by default, both sets are resampled.
-    """
-
-    general_label: str = ""
-    of_gaussian: bool = False
-    options: tuple[str, ...] = ()
-    interval: Callable[..., tuple[float, float]] | None = None
-
-
-@dataclass(frozen=True)
-class RecordedMetric(Metric):
-    """A value that a run's run.json has under the metric's name. is_cost: it depends on the machine, not the seed."""
-
+    hidden: bool = False
+    """Whether a comparison leaves it out."""
     is_cost: bool = False
+    """Recorded: whether it depends on the machine, not the seed."""
+    load: Callable[[Any, Any], Callable[..., Any] | None] | None = None
+    """Paired, image: replaces `compute` where a network is needed: (options, device) -> compute, or None where the
+    options turn the metric off. If it raises InputError, the metric is left out with a warning, unless the option that
+    has the metric's name is "True"."""
+    needs: tuple[str, ...] = ()
+    """Features: the names that `compute` uses; without all of them, it is not measured."""
+    needs_truth: bool = True
+    """Features: if False, `truths` and `own` may be None."""
+    how: str = ""
+    """Features: a note on the measurement, for the protocol."""
+    general_label: str = ""
+    """Distance: label for features other than Inception's, for which names like FID are reserved."""
+    of_gaussian: bool = False
+    """Distance: `compute` also takes (mean [D], root [R, D]) for y, so statistics suffice."""
+    options: tuple[str, ...] = ()
+    """Distance: fields of the evaluation's options that `compute` takes as keywords."""
+    interval: Callable[..., tuple[float, float]] | None = None
+    """Distance: (x, y, estimate, replicates=, confidence=, seed=) -> (low, high); by default, both are resampled."""
 
 
 class Measured(NamedTuple):
@@ -127,37 +95,31 @@ class Measured(NamedTuple):
         return value if isinstance(value, cls) else cls(float(value))
 
 
-def registering(kind: type[Metric]) -> Callable[..., Decorator]:
-    """A decorator (name, label, further fields of the kind) that registers the function below it as a metric."""
+def register(kind: str, name: str, label: str, **details: Any) -> Callable[[Callable], Callable]:
+    """A decorator that registers the function below it as a metric; details: further fields of `Metric`."""
 
-    def named(name: str, label: str, **details: Any) -> Decorator:
-        def register(compute: Callable) -> Callable:
-            METRICS.add(name)(kind(name, label, compute=compute, **details))
-            return compute
+    def add(compute: Callable) -> Callable:
+        METRICS.add(name)(Metric(kind, name, label, compute, **details))
+        return compute
 
-        return register
-
-    return named
+    return add
 
 
-paired_metric = registering(PairedMetric)
-image_metric = registering(ImageMetric)
-feature_metric = registering(FeatureMetric)
-set_distance = registering(SetDistance)
-
+paired_metric = functools.partial(register, "paired")
+image_metric = functools.partial(register, "image")
+feature_metric = functools.partial(register, "features")
+set_distance = functools.partial(register, "distance")
 for recorded in (
-    RecordedMetric("negative_impact", "negative impact", lower_is_better=True),
-    RecordedMetric("seconds_per_image", "s/image", format=".3g", is_cost=True),
-    RecordedMetric("model_evaluations", "evaluations", format=".0f", is_cost=True),
+    Metric("recorded", "negative_impact", "negative impact", lower_is_better=True),
+    Metric("recorded", "seconds_per_image", "s/image", format=".3g", is_cost=True),
+    Metric("recorded", "model_evaluations", "evaluations", format=".0f", is_cost=True),
 ):
     METRICS.add(recorded.name)(recorded)
 
-Kind = TypeVar("Kind", bound=Metric)
 
-
-def of_kind(kind: type[Kind]) -> list[Kind]:
-    """The registered metrics of one kind."""
-    return [metric for metric in METRICS.values() if isinstance(metric, kind)]
+def of_kind(*kinds: str) -> list[Metric]:
+    """The registered metrics of some kinds."""
+    return [metric for metric in METRICS.values() if metric.kind in kinds]
 
 
 @dataclass(frozen=True)
@@ -172,20 +134,13 @@ class Value:
         """Its name in results."""
         return f"{self.role}_{self.metric.name}" if self.role else self.metric.name
 
-    @property
-    def is_cost(self) -> bool:
-        """Whether it is a cost of the run, not a measurement of its outputs."""
-        return isinstance(self.metric, RecordedMetric) and self.metric.is_cost
-
     def label(self, inception: bool) -> str:
         """Its label; inception: whether the features are Inception's."""
-        general = self.metric.general_label if isinstance(self.metric, SetDistance) and not inception else ""
-        return general or self.metric.label
+        return self.metric.label if inception else self.metric.general_label or self.metric.label
 
     def words(self, inception: bool) -> str:
         """Its label in a sentence or chart: "FID", or "Fréchet distance" of other features."""
-        is_general = isinstance(self.metric, SetDistance) and self.metric.general_label and not inception
-        return self.label(inception) + (" distance" if is_general else "")
+        return self.label(inception) + (" distance" if self.metric.general_label and not inception else "")
 
     def line(self, inception: bool) -> str:
         """Its label in the table of one evaluation: "PSNR (dB), source"."""
@@ -205,7 +160,7 @@ class Value:
         """Mean and, except for costs, standard deviation over seeds."""
         metric = self.metric
         text = format(mean * metric.factor, metric.format)
-        return text if std is None or self.is_cost else f"{text} ± {std * metric.factor:{metric.format}}"
+        return text if std is None or metric.is_cost else f"{text} ± {std * metric.factor:{metric.format}}"
 
 
 def values(inception: bool = True) -> list[Value]:
@@ -214,19 +169,11 @@ def values(inception: bool = True) -> list[Value]:
     inception: whether the features are Inception's, for which FID comes first, as published. With others, distances of
     Gaussians, which are biased where there are few images, come after those that are not.
     """
-    distances = of_kind(SetDistance)
-    found = [Value(metric) for metric in sorted(distances, key=lambda metric: metric.of_gaussian and not inception)]
-    found += [Value(metric, role) for role in ROLES for metric in of_kind(PairedMetric)]
-    found += [Value(metric) for kind in (ImageMetric, FeatureMetric, RecordedMetric) for metric in of_kind(kind)]
-    return sorted(found, key=lambda value: value.is_cost)
-
-
-def columns(inception: bool = True) -> list[Value]:
-    """The columns of a comparison, in their order; see `values`."""
-    found = [value for value in values(inception) if value.metric.column is not None]
-    groups = list(dict.fromkeys((type(value.metric), value.role, value.is_cost) for value in found))
-    places = {group: place for place, group in enumerate(groups)}
-    return sorted(found, key=lambda v: (places[type(v.metric), v.role, v.is_cost], v.metric.column))
+    distances = sorted(of_kind("distance"), key=lambda metric: metric.of_gaussian and not inception)
+    found = [Value(metric) for metric in distances]
+    found += [Value(metric, role) for role in ROLES for metric in of_kind("paired")]
+    found += [Value(metric) for kind in ("image", "features", "recorded") for metric in of_kind(kind)]
+    return sorted(found, key=lambda value: value.metric.is_cost)
 
 
 def is_inception(protocol: Mapping[str, Any]) -> bool:
@@ -234,16 +181,15 @@ def is_inception(protocol: Mapping[str, Any]) -> bool:
     return str(protocol.get("features", "")).startswith("inception")
 
 
-def is_unreliable(value: Value, counts: Mapping[str, Any], dimensions: int | None) -> bool:
+def is_unreliable(metric: Metric, counts: Mapping[str, Any], dimensions: int | None) -> bool:
     """Whether a value rests on too few images: fewer than `FEW`, or too few for the rank of a covariance."""
-    if value.is_cost:
+    if metric.is_cost:
         return False
     known = [counts[name] for name in ("outputs", "targets") if counts.get(name) is not None]
-    few = bool(known) and known[0] < FEW
-    if isinstance(value.metric, SetDistance):
-        few = min(known, default=FEW) < FEW
-        few |= value.metric.of_gaussian and dimensions is not None and min(known, default=math.inf) <= dimensions
-    return few
+    if metric.kind != "distance":
+        return bool(known) and known[0] < FEW
+    count = min(known, default=math.inf)
+    return count < FEW or (metric.of_gaussian and dimensions is not None and count <= dimensions)
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -272,7 +218,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 def protocol_notes(protocol: Mapping[str, Any]) -> list[str]:
     """The protocol of a result as texts "key: value", where distances have the names that their features allow."""
     inception = is_inception(protocol)
-    names = {"name": "protocol", **{metric.name: Value(metric).words(inception) for metric in of_kind(SetDistance)}}
+    names = {"name": "protocol", **{metric.name: Value(metric).words(inception) for metric in of_kind("distance")}}
     return [f"{names.get(key, key)}: {value}" for key, value in protocol.items()]
 
 

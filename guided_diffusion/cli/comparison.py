@@ -1,0 +1,276 @@
+"""Comparison of methods: sample with every row of a table and every seed, evaluate, and summarise over seeds."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError, display_name, one_line, shown
+from ..evaluation import Evaluation, Instruments, evaluate, report, table
+from ..evaluation.features import NAMED
+from ..evaluation.packages import library
+from ..image_datasets import list_references
+from ..options import check, option
+from ..presets import ROOT
+from ..run import files
+from ..run import record as run_record
+from ..run.record import curves
+from .rows import SCRIPTS, Row, refuse_own_flags
+
+log = logging.getLogger("sddm")
+
+TRIAL = 3  # references of a trial
+MOST_SEEDS = 1000
+PATIENCE = 30  # seconds that a run has to end in when the benchmark is interrupted
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Options of a comparison: models, images and seeds, and how rows are sampled."""
+
+    table: str = option("-", "the table; - is standard input", metavar="FILE")
+    name: str = option("Benchmark", "title of the results")
+    model_path: str = option(None, "diffusion model of the target domain", metavar="FILE")
+    base_samples: str = option(None, "references", metavar="DIR")
+    targets: str | None = option(None, "images of the target domain, for FID and KID", metavar="PATH")
+    truth: str | None = option(None, "true translations with the references' names, if there are any", metavar="DIR")
+    seeds: str = option("0,1,2", "seeds to sample with", metavar="SEEDS")
+    num_samples: int | None = option(None, "number of references to use; default: all", least=1, most=100_000_000)
+    only: str | None = option(None, "only rows whose method and setting contain this text")
+    quick: bool = option(False, f"a trial: the first row of each method, one seed, {TRIAL} references")
+    save_dir: str = option(None, "folder for images, tables and the report", metavar="DIR")
+    pictures: int = option(10, "number of references shown in the report", least=1, most=1000, metavar="N")
+    flags: str = option("", "flags for every row, as '--precision bf16'", metavar="TEXT")
+    batch_size: int | str = option(8, "images at once, or auto", metavar="N", least=1, most=10**9, runtime=True)
+    device: str = option("auto", "auto, cpu, cuda, ...", metavar="NAME", runtime=True)
+    processes: int = option(1, "processes per run here", least=1, most=4096, runtime=True)
+    launch: str = option("", "what starts each run, as 'srun' or 'mpiexec -n 8'", metavar="TEXT", runtime=True)
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name, value in vars(self).items():
+            if isinstance(value, str) and (len(value) > 4096 or not value.isprintable()):
+                raise InputError("it has control characters or is too long", parameter=name, value=value)
+        if isinstance(self.batch_size, str) and self.batch_size != "auto":
+            raise InputError("it must be a whole number, or auto", parameter="batch_size", value=self.batch_size)
+        if self.processes > 1 and self.launch:
+            reason = f"it and `launch` {shown(self.launch)} exclude each other"
+            raise InputError(reason, parameter="processes", value=self.processes)
+        refuse_own_flags(self.words("flags"), "`flags`")
+        _ = self.words("launch"), self.seed_numbers
+
+    @property
+    def seed_numbers(self) -> list[int]:
+        """The seeds."""
+        parts = self.seeds.split(",")
+        right = all(re.fullmatch(r"\s*-?[0-9]{1,18}\s*", part) for part in parts)
+        numbers = list(map(int, parts)) if right else []
+        if not right or len(set(numbers)) < len(parts) or len(parts) > MOST_SEEDS:
+            reason = f"it must be up to {MOST_SEEDS} different whole numbers with commas between them"
+            raise InputError(reason, parameter="seeds", value=self.seeds)
+        return numbers
+
+    def words(self, name: str) -> list[str]:
+        """A field's text as words of a command line."""
+        try:
+            return shlex.split(getattr(self, name))
+        except ValueError as error:
+            raise InputError(f"it cannot be read ({error})", parameter=name, value=getattr(self, name)) from None
+
+
+def select(options: Compared, rows: Sequence[Row]) -> tuple[Compared, list[Row]]:
+    """The rows that `only` and `quick` leave, and the options to compare them with."""
+    chosen = [row for row in rows if options.only is None or options.only in row.name]
+    if not chosen:
+        raise InputError("no row's method and setting contain it", parameter="only", value=options.only)
+    if options.quick:
+        chosen = list({row.method: row for row in reversed(chosen)}.values())[::-1]
+        options = dataclasses.replace(
+            options,
+            num_samples=min(TRIAL, options.num_samples or TRIAL),
+            seeds=str(options.seed_numbers[0]),
+            save_dir=options.save_dir.rstrip("/") + "_quick",  # apart from the outputs of a whole comparison
+        )
+    return options, chosen
+
+
+def missing_files(options: Compared, measured: Evaluation) -> list[str]:
+    """Names and paths of the options' files that do not exist, their parameters in backticks."""
+    wanted = {name: getattr(options, name) for name in ("model_path", "base_samples", "targets", "truth")}
+    wanted["features"] = None if measured.features in NAMED else measured.features
+    wanted["inception_path"] = measured.inception_path
+    missing = {name: path for name, path in wanted.items() if path and not os.path.exists(path) and "://" not in path}
+    return [f"`{name}` {display_name(path)}" for name, path in missing.items()]
+
+
+def compare(options: Compared, measured: Evaluation, rows: Sequence[Row]) -> str:
+    """Sample and measure everything and write what came out; returns the text of table.md."""
+    compared = Comparison(options, measured)
+    results = compared.run(rows)
+    folders = {"save_dir": options.save_dir, "sources": options.base_samples, "truth": options.truth}
+    return report.write(results, compared.notes(results), name=options.name, count=options.pictures, **folders)
+
+
+class Comparison:
+    """Sample and measure; results that an earlier run of the same comparison has made are kept."""
+
+    def __init__(self, options: Compared, measured: Evaluation) -> None:
+        self.options, self.measured = options, measured
+        self.instruments = Instruments(measured)
+        self.count = len(list_references(options.base_samples)[: options.num_samples])
+        self.model = run_record.sha256(options.model_path)
+        # Names and values are those of version 0.1, whose measurements stay valid.
+        self.key = {name: getattr(measured, name) for name in ("sources", "targets", "truth", "protocol", "image_size")}
+        lpips = {"True": True, "False": False}.get(measured.lpips, measured.lpips)
+        self.key |= {"features": run_record.sha256(measured.features) or measured.features, "lpips": lpips}
+
+    def run(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Sample and measure everything; returns one dict per row with its values by seed, means and deviations."""
+        runs = [(row, seed, self.folder(row, seed)) for row in rows for seed in self.options.seed_numbers]
+        files.make_folder(self.options.save_dir, "save_dir")
+        inside = os.path.realpath(self.options.save_dir)
+        for _, _, folder in runs:
+            if os.path.commonpath([inside, os.path.realpath(folder)]) != inside:
+                reason = f"{display_name(folder)} is a link that leads out of it"
+                raise InputError(reason, parameter="save_dir", value=self.options.save_dir)
+        library("matplotlib", "matplotlib", "the report's charts")  # what is missing is reported before sampling
+        self.instruments.load()
+        for warning in self.instruments.per_image[1]:
+            log.warning("warning: %s", warning)
+        found: dict[Row, dict[int, tuple[dict[str, Any], dict[str, Any]]]] = {}
+        for n, (row, seed, folder) in enumerate(runs, 1):
+            log.info("[%d/%d] %s, seed %d", n, len(runs), row.name, seed)
+            record = self._sample(row, seed, folder)
+            found.setdefault(row, {})[seed] = record, self._measure(folder, record)
+        return [self._result(row, runs) for row, runs in found.items()]
+
+    def folder(self, row: Row, seed: int) -> str:
+        """The save folder of a row's run."""
+        return os.path.join(self.options.save_dir, row.folder, f"seed_{seed}")
+
+    def notes(self, results: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Facts that a reader needs beside the numbers of `run`."""
+        options, seeds = self.options, self.options.seed_numbers
+        notes = [
+            f"model {os.path.basename(options.model_path)}, sha256 {str(self.model)[:12]}",
+            f"references {options.base_samples.removeprefix(ROOT + os.sep)}: {results[0]['images']} outputs per seed",
+            f"seeds {', '.join(map(str, seeds))}" + ("; mean ± standard deviation" if len(seeds) > 1 else ""),
+            *table.protocol_notes(results[0]["protocol"]),
+        ]
+        if any(row["published"]["fid"] or row["published"]["source_ssim"] for row in results):
+            notes.append("published: as printed in the papers, with their model and FID of Inception features")
+        return notes
+
+    def _sample(self, row: Row, seed: int, folder: str) -> dict[str, Any]:
+        """Sample one row with one seed, unless that is done; returns its run.json."""
+        options, stamp = self.options, f"{folder}.command.json"
+        flags = ["--model_path", options.model_path, "--base_samples", options.base_samples, "--save_dir", folder]
+        flags += ["--seed", str(seed), *row.flags, *options.words("flags")]
+        flags += ["--num_samples", str(options.num_samples)] if options.num_samples else []
+        wanted = {"script": row.script, "flags": flags, "model": self.model}
+        record = read_record(folder)
+        if record and record["counts"]["references"] == self.count and files.read_json_or_none(stamp) == wanted:
+            return record
+        command = [*options.words("launch"), sys.executable]
+        if options.processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes)]
+        command += [os.path.join(SCRIPTS, row.script), *flags]
+        command += ["--batch_size", str(options.batch_size), "--device", options.device]
+        status = run(command)
+        if status not in (0, 1):
+            raise InputError(f"{row.name}, seed {seed}: ended with status {status}: {shlex.join(command)}")
+        record = read_record(folder)
+        if record is None:
+            raise InputError(f"{row.name}, seed {seed}: {display_name(folder)} has no finished run after its command")
+        files.write_json(stamp, wanted)
+        return record
+
+    def _measure(self, folder: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The result for a run's folder, measured or from `folder`.json, where it was measured before."""
+        key = {"options": self.key, "finished": record["finished"]}
+        with contextlib.suppress(KeyError, TypeError):  # measured otherwise, or without what was registered since
+            known = files.read_json_or_none(f"{folder}.json")
+            values = [known["result"]["metrics"][v.key] for v in table.values() if not v.metric.is_cost]
+            if known["key"] == key and all(isinstance(value, (int, float, type(None))) for value in values):
+                return known["result"]
+        partial = self.options.num_samples is not None or record["counts"]["failed"] > 0
+        options = dataclasses.replace(self.measured, outputs=folder, partial=partial)
+        result, _ = evaluate(options, instruments=self.instruments)
+        files.write_json(f"{folder}.json", {"key": key, "result": result})
+        return result
+
+    def _result(self, row: Row, runs: Mapping[int, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+        """A row's result, of the record and the evaluation of every seed's run."""
+        costs = [value.key for value in table.values() if value.metric.is_cost]
+        values = {
+            seed: {**result["metrics"], **{name: record.get(name) for name in costs}}
+            for seed, (record, result) in runs.items()
+        }
+        mean, std = summarise(list(values.values()))
+        first, (record, result) = next(iter(runs.items()))
+        warnings = [warning for _, each in runs.values() for warning in each["warnings"]]
+        words = [row.script, *row.flags, *self.options.words("flags")]
+        names = record["settings"].get("energy") or []
+        names = names.split(",") if isinstance(names, str) else names
+        return {
+            "method": row.method,
+            "setting": row.setting,
+            "command": shlex.join(word.removeprefix(ROOT + os.sep) for word in words),
+            "published": dict(zip(("fid", "source_ssim"), row.published)),
+            "mean": mean,
+            "std": std,
+            "seeds": values,
+            "images": result["counts"]["outputs"],
+            "counts": result["counts"],
+            "protocol": result["protocol"],
+            "warnings": list(dict.fromkeys(warnings)),
+            "folder": os.path.relpath(self.folder(row, first), self.options.save_dir),
+            "energies": [one_line(name, longest=40) for name in names] if isinstance(names, list) else [],
+            "curves": curves(record),
+        }
+
+
+def read_record(folder: str) -> dict[str, Any] | None:
+    """The run.json of a finished run; None where there is none, or one without the entries that are needed."""
+    record = files.read_json_or_none(os.path.join(folder, run_record.NAME))
+    try:
+        entries = record["finished"], record["counts"]["references"], record["counts"]["failed"], record["settings"]
+    except Exception:  # a record of another kind fails in many ways
+        return None
+    kinds = (str, int, int, dict)
+    return record if all(isinstance(entry, kind) for entry, kind in zip(entries, kinds)) else None
+
+
+def summarise(values: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float | None]]:
+    """Mean and standard deviation over seeds of every value that all seeds have."""
+    names = [name for name in values[0] if all(value[name] is not None for value in values)]
+    mean = {name: statistics.fmean(value[name] for value in values) for name in names}
+    if len(values) == 1:
+        return mean, dict.fromkeys(names)
+    return mean, {name: statistics.stdev(value[name] for value in values) for name in names}
+
+
+def run(command: Sequence[str]) -> int:
+    """Run a command whose messages go to this process's stderr; it ends with this one."""
+    try:
+        process = subprocess.Popen(command, stdout=sys.stderr, stdin=subprocess.DEVNULL)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{shown(command[0])} cannot be started: {error}") from None
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
