@@ -24,7 +24,6 @@ from .codec import Autoencoder, in_range
 from .errors import InputError, renaming
 from .image_datasets import check_options, load_image, load_picture, to_tensor, to_uint8
 from .methods import ENERGIES, METHODS, Translation, energy_names
-from .options import check
 from .presets import preset_options
 from .run.noise import ImageNoise, image_key
 from .runtime import pick_device
@@ -51,6 +50,8 @@ class Translator:
         resize, background: how pictures become square, and the colour behind transparent pixels.
         options: fields of the method's and the energies' options and of `ModelFlags`; `area` is SDDM's `blocks`.
 
+    `method` has the method's options, `evaluations` is the number of steps of a translation.
+
     Raises:
         InputError: what a command refuses, in the same words.
     """
@@ -72,10 +73,6 @@ class Translator:
     ) -> None:
         check_options(resize, background)
         self.resize, self.background = resize, background
-        names = {shown: name for name, shown in PARAMETERS.items()}
-        given = {names.get(name, name): value for name, value in options.items()}
-        if steps is not None:
-            given["timestep_respacing"] = str(steps)
         with renaming(PARAMETERS):
             kind = METHODS.pick(method)
             recommended = preset_options(preset, method) if preset is not None else {}
@@ -83,39 +80,31 @@ class Translator:
             model, energy = checkpoint if model is None else model, energies if energy is None else energy
             if model is None:
                 raise InputError("give a checkpoint or a preset", parameter="model")
-            given = {**recommended, **given}
-            weights = given.get("weights", "models/vgg_normalised.pth")
-            wanted = energy_names(energy, weights) if kind.takes_energies else []
-            parts = {"method": kind, "flags": ModelFlags, "target": TargetOptions}
-            parts |= {name: ENERGIES[name] for name in wanted}
-            known = {field.name for cls in parts.values() for field in dataclasses.fields(cls)}
-            for name in given:
-                if name not in known:
-                    raise TypeError(f"Translator got an unexpected option {PARAMETERS.get(name, name)!r} for {method}")
-            built = {key: cls(**_chosen(given, cls)) for key, cls in parts.items() if key != "target"}
+            names = {shown: name for name, shown in PARAMETERS.items()}
+            given = {**recommended, **{names.get(name, name): value for name, value in options.items()}}
+            if steps is not None:
+                given["timestep_respacing"] = str(steps)
+            wanted = energy_names(energy, given.get("weights", "models/vgg_normalised.pth"))
+            classes = [kind, ModelFlags, TargetOptions]
+            classes += [ENERGIES[name] for name in wanted] if kind.takes_energies else []
+            known = {field.name for cls in classes for field in dataclasses.fields(cls)}
+            for name in [name for name in given if name not in known][:1]:
+                raise TypeError(f"Translator got an unexpected option {PARAMETERS.get(name, name)!r} for {method}")
             path = model.info.path if isinstance(model, Target) else os.fspath(model)
-            runtime = {"model_path": path, "precision": precision, "compile": compile}
-            wanted_target = TargetOptions(**{**_chosen(given, TargetOptions), **runtime})
-            for each in built.values():
-                check(each)
-            built["method"].check_fit(None, check_flags(wanted_target, built["flags"]))
+            given |= {"model_path": path, "precision": precision, "compile": compile}
+            self.method, flags, loading, *chosen = [
+                cls(**{field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given})
+                for cls in classes
+            ]
+            self.method.check_fit(None, check_flags(loading, flags))
             if isinstance(model, Target):
-                self.target = adapt(model, wanted_target, built["flags"])
+                self.target = adapt(model, loading, flags)
             else:
-                self.target = load_target(wanted_target, built["flags"], pick_device(device))
+                self.target = load_target(loading, flags, pick_device(device))
             if energy is None and isinstance(self.target.codec, Autoencoder):
-                wanted = []
-            self.translation = Translation.of(built["method"], self.target, [built[name] for name in wanted])
-
-    @property
-    def method(self) -> Any:
-        """The method's options."""
-        return self.translation.method
-
-    @property
-    def evaluations(self) -> int:
-        """Number of steps of a translation."""
-        return self.translation.steps
+                chosen = []
+            self.translation = Translation.of(self.method, self.target, chosen)
+        self.evaluations = self.translation.steps
 
     def __call__(self, pictures: Any, *, seed: int | Sequence[int] = 0, name: str | None = None) -> Any:
         """Translate a picture or a list of them.
@@ -159,42 +148,35 @@ class Translator:
             missing = "seed" if pictures else "pictures"
             raise InputError("one at least is needed", parameter=missing, value="an empty list")
         ref = torch.cat([self.read(picture) for picture in pictures]).to(self.target.device)
-        names = [name if name is not None else _name(picture, n) for n, picture in enumerate(pictures)]
+        names = [_name(picture, n) if name is None else name for n, picture in enumerate(pictures)]
         noise = ImageNoise([image_key(each, of) for of in names for each in seeds], self.target.device)
-        repeated = tuple(of for of in names for _ in seeds)
-        return Batch(ref.repeat_interleave(len(seeds), 0), repeated), noise
+        return Batch(ref.repeat_interleave(len(seeds), 0), tuple(of for of in names for _ in seeds)), noise
 
     def read(self, picture: Any) -> torch.Tensor:
         """A picture as the model gets it: float32 [1, 3, H, W] in [-1, 1]. Raises InputError or ImageError."""
         size = self.target.image_size
         options: dict[str, Any] = {"resize": self.resize, "background": self.background}
+        needed, value = "a path, PIL image, array or tensor is needed", type(picture).__name__
         if isinstance(picture, (str, os.PathLike)):
             return to_tensor([load_image(os.fspath(picture), size, **options)])
         if isinstance(picture, torch.Tensor):
             shape = tuple(picture.shape[1:] if picture.ndim == 4 and len(picture) == 1 else picture.shape)
-            if shape not in ((3, size, size), (1, size, size)):
-                reason = f"a tensor [3, {size}, {size}] in [-1, 1] is needed"
-                raise InputError(reason, parameter="picture", value=f"a tensor {list(picture.shape)}")
-            picture = in_range(picture.detach().float(), "picture").reshape(1, *shape).expand(-1, 3, -1, -1)
-            if picture.min() >= 0:
-                log.warning("a picture is a tensor without negative values; [-1, 1] is expected: 2 * x - 1 converts")
-            return picture
+            if shape in ((3, size, size), (1, size, size)):
+                x = in_range(picture.detach().float(), "picture").reshape(1, *shape).expand(-1, 3, -1, -1)
+                if x.min() >= 0:
+                    log.warning(
+                        "a picture is a tensor without negative values; [-1, 1] is expected: 2 * x - 1 converts"
+                    )
+                return x
+            needed, value = f"a tensor [3, {size}, {size}] in [-1, 1] is needed", f"a tensor {list(picture.shape)}"
         if isinstance(picture, np.ndarray):
-            layers = picture.shape[2] if picture.ndim == 3 else 3
-            if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or layers not in (3, 4):
-                what = f"an array {picture.dtype} {list(picture.shape)}"
-                raise InputError("an array uint8 [H, W, 3] is needed", parameter="picture", value=what)
-            picture = Image.fromarray(picture)
-        if not isinstance(picture, Image.Image):
-            raise InputError(
-                "a path, PIL image, array or tensor is needed", parameter="picture", value=type(picture).__name__
-            )
-        return to_tensor([load_picture(picture, size, **options)])
-
-
-def _chosen(given: dict[str, Any], cls: type) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {name: value for name, value in given.items() if name in names}
+            if picture.dtype == np.uint8 and (picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4))):
+                picture = Image.fromarray(picture)
+            else:
+                needed, value = "an array uint8 [H, W, 3] is needed", f"an array {picture.dtype} {list(picture.shape)}"
+        if isinstance(picture, Image.Image):
+            return to_tensor([load_picture(picture, size, **options)])
+        raise InputError(needed, parameter="picture", value=value)
 
 
 def _name(picture: Any, number: int) -> str:
