@@ -23,7 +23,7 @@ from guided_diffusion.cli.progress import image_bar
 from guided_diffusion.dist_util import Peers
 from guided_diffusion.errors import display_name
 from guided_diffusion.run.job import open_plan
-from guided_diffusion.run.likelihood import DataImages, LikelihoodJob, LikelihoodLoop, LikelihoodOptions
+from guided_diffusion.run.likelihood import LikelihoodJob, LikelihoodLoop, LikelihoodOptions, data_images
 from guided_diffusion.run.sources import listed
 from guided_diffusion.runtime import pick_device
 
@@ -38,7 +38,7 @@ def evaluate(given: Given, peers: Peers) -> int:
     target = load_target(
         wanted, given.options(ModelFlags), pick_device(wanted.device, peers.local_rank), any_class=True
     )
-    source = DataImages(images, num_classes(target) is not None)
+    source = data_images(images, num_classes(target) is not None)
     job = LikelihoodJob(options, peers, target.device, source, target.diffusion.num_timesteps)
     found = {"method": "likelihood", "clip_denoised": options.clip_denoised}
     plan = open_plan(job, target.image_size, sampling.given_settings(given, target, [options], peers, **found))

@@ -31,10 +31,10 @@ from guided_diffusion.run import files as run_files
 from guided_diffusion.run import record as run_record
 from guided_diffusion.run.files import Folder
 from guided_diffusion.run.job import Job, JobOptions, OutputOptions, open_plan
-from guided_diffusion.run.likelihood import DataImages
+from guided_diffusion.run.likelihood import data_images
 from guided_diffusion.run.loop import Loop
 from guided_diffusion.run.record import curves
-from guided_diffusion.run.sources import References, SmallImages
+from guided_diffusion.run.sources import SmallImages, Source
 from guided_diffusion.solvers import NotFiniteError
 from guided_diffusion.target import Counted
 
@@ -306,13 +306,13 @@ def test_outputs_whose_sources_changed_are_made_again(data, painted, tmp_path, c
 
 def test_a_source_that_changes_while_it_is_read_is_noticed_by_the_next_run(data, tmp_path, monkeypatch):
     base, out = shutil.copytree(data / "ref", tmp_path / "base"), tmp_path / "out"
-    read = References.read
+    read = Source.read
 
     def replaced(source, reference, size):
         exchange(base, "a.png", "b.png")
         return read(source, reference, size)
 
-    monkeypatch.setattr(References, "read", replaced)
+    monkeypatch.setattr(Source, "read", replaced)
     paint(base, out, num_samples=1)
     monkeypatch.undo()
     assert paint(base, out, num_samples=1)[0].done == 1
@@ -346,7 +346,7 @@ def test_every_kind_of_source_tells_contents_apart(data, tmp_path):
     make_references(tmp_path / "x", ["a/1.png", "b/1.png"])
     make_references(tmp_path / "y", ["a/1.png", "aa/2.png", "b/1.png"])
     shutil.copy(tmp_path / "x" / "b" / "1.png", tmp_path / "y" / "b" / "1.png")
-    sources = [DataImages(list_references(tmp_path / each), classes=True) for each in "xy"]
+    sources = [data_images(list_references(tmp_path / each), classes=True) for each in "xy"]
     first, second = ({r.name: source.fingerprint(r) for r in source.entries} for source in sources)
     assert first["a/1.png"] == second["a/1.png"] and first["b/1.png"] != second["b/1.png"]
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from ..image_datasets import RESIZE_MODES, ImageError, Reference, check_options,
 from ..options import check, option
 from . import record
 from .files import Folder, inside, remove_files, remove_temporaries
-from .sources import References, Source
+from .sources import Source, references
 
 MOST_IMAGES = 1_000_000
 AUTO_BATCH = {"cuda": 32, "mps": 8, "cpu": 8}
@@ -91,23 +91,20 @@ class JobOptions(OutputOptions):
 
     def source(self, peers: Peers, class_index: Any = None) -> Source:
         """The references."""
-        return References(
-            self.base_samples, peers, self.num_samples, samples=self.samples_per_image, strict=self.strict,
+        reserved = ["grid.png"] if self.samples_per_image == 1 else []  # several have their folders
+        entries, failed = references(self.base_samples, self.num_samples, peers, reserved)
+        return Source(
+            entries, failed, base=self.base_samples, samples=self.samples_per_image, strict=self.strict,
             resize=self.resize, background=self.background, white_level=self.white_level,
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One output to make: the `sample`-th translation of a reference. `key` identifies it in the run."""
 
     reference: Reference
     sample: int
-
-    @property
-    def key(self) -> str:
-        """The reference's relative path and the sample's number."""
-        return f"{self.reference.name}#{self.sample}"
+    key: str
 
 
 class Job:
@@ -131,8 +128,8 @@ class Job:
             sources = {base: os.path.basename(base), **{os.path.join(base, name): name for name in source.failed}}
             sources |= {reference.path: reference.name for reference in source.entries}
         self._sources = {os.path.realpath(path): name for path, name in sources.items()}
-        items = [Item(reference, k) for k in range(source.samples) for reference in source.entries]
-        self.items = {item.key: item for item in items}
+        pairs = [(reference, k, f"{reference.name}#{k}") for k in range(source.samples) for reference in source.entries]
+        self.items = {key: Item(reference, k, key) for reference, k, key in pairs}
         outputs = [path for key in self.items for path in self.paths(key)]
         for folder in {os.path.dirname(path) for path in outputs}:
             if not inside(folder, options.save_dir):

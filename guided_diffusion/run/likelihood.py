@@ -26,7 +26,7 @@ from . import record
 from .files import write_atomically, write_text
 from .job import Item, Job, Plan, RunOptions
 from .loop import NOT_FINITE, Loop
-from .sources import Images
+from .sources import Source
 
 SUMS = ("vb", "mse", "xstart_mse")  # one value per step
 ONES = ("total_bpd", "prior_bpd")  # one value
@@ -50,20 +50,18 @@ class LikelihoodOptions(RunOptions):
             raise InputError("give a folder of images", parameter="data_dir")
 
 
-class DataImages(Images):
+def data_images(entries: list[Reference], classes: bool = False) -> Source:
     """Images, and with `classes` their classes, named as for training."""
-
-    def __init__(self, entries: list[Reference], classes: bool = False) -> None:
-        names = class_names(entries) if classes else []
-        numbers = {name: number for number, name in enumerate(sorted(set(names)))}
-        super().__init__(entries, labels={entry.name: numbers[name] for entry, name in zip(entries, names)})
+    names = class_names(entries) if classes else []
+    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+    return Source(entries, labels={entry.name: numbers[name] for entry, name in zip(entries, names)})
 
 
 class LikelihoodJob(Job):
     """The images whose terms are wanted; done are those that images.jsonl has. steps: of the model's process."""
 
     def __init__(
-        self, options: LikelihoodOptions, peers: Peers, device: torch.device, source: DataImages, steps: int
+        self, options: LikelihoodOptions, peers: Peers, device: torch.device, source: Source, steps: int
     ) -> None:
         self.steps = steps
         super().__init__(options, peers, device, source)
@@ -126,7 +124,7 @@ class LikelihoodLoop(Loop):
             elif not self.job.exists(item):
                 lists = {name: values[n].tolist() for name, values in found.items()}
                 self._journal.add({"key": item.key, "source": content, **lists})
-                self.summary.done += 1
+                self._count(1)
         self._report(len(items))
 
     def _complete(self) -> dict[str, Any]:

@@ -73,8 +73,8 @@ class Loop:
         self._journal = record.Journal(job.folder, job.peers.rank)
         self._writing: list[Future] = []
         self._limit: int | None = None  # of a batch's size
-        # Progress: steps of this rank; those and the outputs that it has told, and when; and the steps of all ranks.
-        self._own_steps, self._told_steps, self._told_images, self._told_at, self._all_steps = 0, 0, 0, 0.0, 0
+        # Image-steps of this rank, those that it has not told yet, when it told others, and those of all ranks.
+        self._steps, self._untold, self._told_at, self._all_steps = 0, 0, 0.0, 0
 
     def run(self) -> Summary:
         """Make what is missing; on rank 0, returns what all ranks did."""
@@ -125,7 +125,7 @@ class Loop:
         """Translate a batch; with batch_size="auto", in parts of half the size once memory has not sufficed."""
         device = self.job.device
         while items:
-            size, before = min(len(items), self._limit or len(items)), self._own_steps
+            size, before = min(len(items), self._limit or len(items)), self._steps
             try:
                 self._translate(items[:size])
             except (RuntimeError, MemoryError) as error:
@@ -135,7 +135,7 @@ class Loop:
                 items = items[size:]
                 continue
             # Outside of the handler, which keeps the failed attempt's tensors alive.
-            self._report(before - self._own_steps)
+            self._report(before - self._steps)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             failed = f"out of memory at batch size {size} on {device}"
@@ -206,42 +206,40 @@ class Loop:
 
     def _wait_for_writing(self) -> None:
         while self._writing:
-            self.summary.done += self._writing.pop(0).result()
+            self._count(self._writing.pop(0).result())
+
+    def _count(self, images: int) -> None:
+        self.summary.done += images
+        self.job.peers.count("images", images)
 
     # ---- progress and other ranks -----------------------------------------------------------------------------------
 
     def _report(self, image_steps: int) -> None:
         """Report progress of this rank: at once if alone, at most twice a second among others."""
-        self._own_steps += image_steps
+        self._steps += image_steps
+        self._untold += image_steps
         if self.job.peers.world_size == 1 or time.monotonic() - self._told_at > 0.5:
-            self._flush()
+            self._tell()
 
-    def _flush(self) -> None:
-        peers, done = self.job.peers, self.summary.done
+    def _tell(self) -> None:
+        peers = self.job.peers
         peers.watch()
-        steps = peers.count("image_steps", self._own_steps - self._told_steps)
-        images = peers.count("images", done - self._told_images)
-        self._told_steps, self._told_images, self._told_at = self._own_steps, done, time.monotonic()
+        steps, self._untold, self._told_at = peers.count("image_steps", self._untold), 0, time.monotonic()
         if peers.rank == 0:
-            self.progress(steps - self._all_steps, images + self.summary.skipped)
+            self.progress(steps - self._all_steps, peers.count("images", 0) + self.summary.skipped)
             self._all_steps = steps
 
     def _gather(self) -> None:
         """Rank 0 waits for the others' last batches and collects what they did."""
-        self._flush()
+        self._tell()
         peers = self.job.peers
         if peers.rank:
-            peers.publish(f"summary/{peers.rank}", [self.summary.done, self.summary.failed])
-            peers.count("finished")
+            peers.publish(f"failed/{peers.rank}", self.summary.failed)
             return
-        while peers.count("finished", 0) < peers.world_size - 1:
-            time.sleep(0.1)
-            self._flush()
-        self._flush()
         for rank in range(1, peers.world_size):
-            done, failed = peers.wait_for(f"summary/{rank}")
-            self.summary.done += done
-            self.summary.failed.update(failed)
+            self.summary.failed |= peers.wait_for(f"failed/{rank}")
+        self._tell()
+        self.summary.done = peers.count("images", 0)
 
     # ---- after the run ----------------------------------------------------------------------------------------------
 

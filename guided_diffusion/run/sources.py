@@ -15,33 +15,41 @@ from .files import check_regular
 
 
 class Source:
-    """The entries of a run, and how they are read. Here each is black: only its size counts.
+    """The images that a run begins with, and how they are read.
 
-    entries: what is made, with names relative to the save folder. failed: reasons for others, by name. labels: classes,
-    by name, of those that have one. base: the file or folder that the entries lie in, if any. samples: outputs of each.
-    strict: whether the first failure ends the run.
+    entries: those that something is made of; failed: reasons for others, by name. labels: classes by name, for images
+    that have some. base: the file or folder that they lie in, if any. samples: outputs of each. strict: whether the
+    first failure ends the run. options: of `load_image`.
     """
 
-    base: str | None = None
-    samples = 1
-    strict = False
-
     def __init__(
-        self, entries: list[Reference], failed: dict[str, str] | None = None, labels: dict[str, int] | None = None
+        self,
+        entries: list[Reference],
+        failed: dict[str, str] | None = None,
+        labels: dict[str, int] | None = None,
+        base: str | None = None,
+        samples: int = 1,
+        strict: bool = False,
+        **options: Any,
     ) -> None:
         self.entries, self.failed, self.labels = entries, failed or {}, labels or {}
+        self.base, self.samples, self.strict, self.options = base, samples, strict, options
 
     def read(self, reference: Reference, image_size: int) -> np.ndarray:
         """An image as uint8 [h, w, 3]; raises ImageError."""
-        return np.zeros((image_size, image_size, 3), np.uint8)
+        return load_image(reference, **{"image_size": image_size, **self.options})
 
     def fingerprint(self, reference: Reference) -> str | None:
         """A text that is equal for equal content, whatever its path; None where there is none that can be read."""
+        with contextlib.suppress(Exception), open_binary(reference.path) as file:  # `read` says what is wrong
+            found = _digest(file.read())
+            return f"{found} {self.labels[reference.name]}" if self.labels else found
         return None
 
     def beside(self, reference: Reference, image_size: int) -> list[np.ndarray]:
         """The pictures that grid.png shows before an entry's outputs."""
-        return []
+        image = Image.fromarray(self.read(reference, image_size))
+        return [np.asarray(image.resize((image_size, image_size), Image.Resampling.NEAREST))]
 
 
 class Numbers(Source):
@@ -50,51 +58,17 @@ class Numbers(Source):
     def __init__(self, count: int) -> None:
         super().__init__(_numbered(count))
 
-
-class Images(Source):
-    """Files of images. options: of `load_image`."""
-
-    def __init__(
-        self,
-        entries: list[Reference],
-        failed: dict[str, str] | None = None,
-        labels: dict[str, int] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(entries, failed, labels)
-        self.options = options
-
     def read(self, reference: Reference, image_size: int) -> np.ndarray:
-        return load_image(reference, image_size, **self.options)
+        return np.zeros((image_size, image_size, 3), np.uint8)  # only its size counts
 
-    def fingerprint(self, reference: Reference) -> str | None:
-        """Size and hash of a file's bytes, and its class, which depends on the other folders."""
-        with contextlib.suppress(Exception), open_binary(reference.path) as file:  # `read` says what is wrong
-            found = _digest(file.read())
-            return f"{found} {self.labels[reference.name]}" if self.labels else found
+    def fingerprint(self, reference: Reference) -> None:
         return None
 
     def beside(self, reference: Reference, image_size: int) -> list[np.ndarray]:
-        image = Image.fromarray(self.read(reference, image_size))
-        return [np.asarray(image.resize((image_size, image_size), Image.Resampling.NEAREST))]
+        return []
 
 
-class References(Images):
-    """The images below a folder or an address, or a single one, listed once for all ranks.
-
-    count: take only the first so many. options: of `load_image`.
-    """
-
-    def __init__(
-        self, base: str, peers: Peers, count: int | None = None, samples: int = 1, strict: bool = False, **options: Any
-    ) -> None:
-        found = listed(base, count, peers)
-        failed = find_collisions(found, reserved=["grid.png"] if samples == 1 else [])  # several have their folders
-        super().__init__([reference for reference in found if reference.name not in failed], failed, **options)
-        self.base, self.samples, self.strict = base, samples, strict
-
-
-class SmallImages(References):
+class SmallImages(Source):
     """Small images to enlarge, and their classes, if any.
 
     base: a folder, searched recursively, or an image; or an .npz file whose first array is uint8 [N, H, W, 3] and whose
@@ -105,20 +79,20 @@ class SmallImages(References):
     def __init__(
         self, base: str, peers: Peers, small_size: int, count: int | None = None, class_index: int | None = None
     ) -> None:
-        self.small_size, self.arrays = small_size, {}
+        self.arrays: dict[str, np.ndarray] = {}
         if base.endswith(".npz"):
             images, classes = _read_npz(base)
-            Source.__init__(self, _numbered(len(images))[:count])
+            super().__init__(_numbered(len(images))[:count])
             names = [entry.name for entry in self.entries]
-            self.arrays = dict(zip(names, images))
-            self.labels = {} if classes is None else dict(zip(names, classes.tolist()))
+            self.arrays, self.labels = dict(zip(names, images)), dict(zip(names, classes))
         else:
-            super().__init__(base, peers, count)
+            entries, failed = references(base, count, peers, ["grid.png"])
+            super().__init__(entries, failed, base=base, image_size=small_size)
         if class_index is not None:
             self.labels = {entry.name: class_index for entry in self.entries}
 
     def read(self, reference: Reference, image_size: int) -> np.ndarray:
-        return self.arrays[reference.name] if self.arrays else load_image(reference, self.small_size)
+        return self.arrays[reference.name] if self.arrays else super().read(reference, image_size)
 
     def fingerprint(self, reference: Reference) -> str | None:
         if not self.arrays:
@@ -136,6 +110,15 @@ def listed(base: str, count: int | None, peers: Peers, parameter: str = "base_sa
     return found
 
 
+def references(
+    base: str, count: int | None, peers: Peers, reserved: list[str]
+) -> tuple[list[Reference], dict[str, str]]:
+    """Those of `listed` with an output each, and reasons for the others by name; reserved: names of other files."""
+    found = listed(base, count, peers)
+    failed = find_collisions(found, reserved=reserved)
+    return [reference for reference in found if reference.name not in failed], failed
+
+
 def _numbered(count):
     names = [f"{number:06d}.png" for number in range(count)]
     return [Reference(name, name) for name in names]
@@ -145,7 +128,8 @@ def _digest(data: bytes, more: str = "") -> str:
     return f"{len(data)} {hashlib.blake2b(data + more.encode(), digest_size=16).hexdigest()}"
 
 
-def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_npz(path: str) -> tuple[np.ndarray, list[int]]:
+    """Images [N, H, W, 3] and their classes, or []."""
     check_regular(path)
     with reading(path, "an .npz file of images"), np.load(path, allow_pickle=False) as file:
         images, labels = ([file[name] for name in file.files[:2]] + [None, None])[:2]
@@ -154,4 +138,4 @@ def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None]:
             raise ValueError(f"its first array is {found}, uint8 [N, H, W, 3] is needed")
         if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
             raise ValueError(f"it has {labels.dtype} {list(labels.shape)} for classes of its images")
-    return images, labels
+    return images, [] if labels is None else labels.tolist()
