@@ -68,15 +68,6 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
-class _Level(nn.Module):
-    """One resolution: blocks, the attention of each (or none) and the step to the next resolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = nn.ModuleList()
-        self.attn = nn.ModuleList()
-
-
 class Model(nn.Module):
     """The DDPM UNet; arguments carry the names of the published configuration files.
 
@@ -95,50 +86,43 @@ class Model(nn.Module):
         resamp_with_conv: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.image_size = image_size
-        self.in_channels = in_channels
-        self.out_channels = out_ch
-        self.ch = ch
+        self.image_size, self.in_channels, self.out_channels, self.ch = image_size, in_channels, out_ch, ch
         self.dtype = torch.float32
-        temb_ch = 4 * ch
-        self.temb = nn.Module()
-        self.temb.dense = nn.ModuleList([nn.Linear(ch, temb_ch), nn.Linear(temb_ch, temb_ch)])
+        block = partial(ResnetBlock, temb_channels=4 * ch, dropout=dropout)
+        self.temb = nn.ModuleDict({"dense": nn.ModuleList([nn.Linear(ch, 4 * ch), nn.Linear(4 * ch, 4 * ch)])})
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
 
-        side, channels = image_size, ch
-        skip_channels = [ch]
-        self.down = nn.ModuleList()
-        for i, mult in enumerate(ch_mult):
-            level = _Level()
-            for _ in range(num_res_blocks):
-                level.block.append(ResnetBlock(channels, int(ch * mult), temb_ch, dropout))
-                channels = int(ch * mult)
-                skip_channels.append(channels)
+        def level(inputs: Sequence[int], width: int, side: int) -> nn.ModuleDict:
+            """One resolution: a block for each number of input channels, and the attention of each (or none)."""
+            blocks, attn = nn.ModuleList(), nn.ModuleList()
+            for channels in inputs:
+                blocks.append(block(channels, width))
                 if side in attn_resolutions:
-                    level.attn.append(AttnBlock(channels))
-            if i != len(ch_mult) - 1:
-                level.downsample = Downsample(channels, resamp_with_conv)
-                skip_channels.append(channels)
-                side //= 2
-            self.down.append(level)
+                    attn.append(AttnBlock(width))
+            return nn.ModuleDict({"block": blocks, "attn": attn})
 
-        self.mid = nn.Module()
-        self.mid.block_1 = ResnetBlock(channels, channels, temb_ch, dropout)
-        self.mid.attn_1 = AttnBlock(channels)
-        self.mid.block_2 = ResnetBlock(channels, channels, temb_ch, dropout)
+        widths = [int(ch * mult) for mult in ch_mult]
+        sides = [image_size // 2**i for i in range(len(widths))]
+        channels, skips = ch, [ch]
+        self.down = nn.ModuleList()
+        for i, (width, side) in enumerate(zip(widths, sides)):
+            self.down.append(level([channels, *[width] * (num_res_blocks - 1)], width, side))
+            channels = width
+            skips += [width] * num_res_blocks
+            if i < len(widths) - 1:
+                self.down[-1]["downsample"] = Downsample(width, resamp_with_conv)
+                skips.append(width)
+
+        self.mid = nn.ModuleDict({"block_1": block(channels, channels), "attn_1": AttnBlock(channels)})
+        self.mid["block_2"] = block(channels, channels)
 
         levels = []
-        for i, mult in reversed(list(enumerate(ch_mult))):
-            level = _Level()
-            for _ in range(num_res_blocks + 1):
-                level.block.append(ResnetBlock(channels + skip_channels.pop(), int(ch * mult), temb_ch, dropout))
-                channels = int(ch * mult)
-                if side in attn_resolutions:
-                    level.attn.append(AttnBlock(channels))
-            if i != 0:
-                level.upsample = Upsample(channels, resamp_with_conv)
-                side *= 2
-            levels.insert(0, level)
+        for i, (width, side) in reversed(list(enumerate(zip(widths, sides)))):
+            inputs = [before + skips.pop() for before in [channels, *[width] * num_res_blocks]]
+            levels.insert(0, level(inputs, width, side))
+            channels = width
+            if i:
+                levels[0]["upsample"] = Upsample(width, resamp_with_conv)
         self.up = nn.ModuleList(levels)
         self.norm_out = _norm(channels)
         self.conv_out = nn.Conv2d(channels, out_ch, 3, padding=1)
@@ -164,22 +148,21 @@ class Model(nn.Module):
 
     def stages(self) -> tuple[Sequence[Any], Any, Sequence[Any]]:
         """The way down, the middle and the way up, all functions of (h, temb); see `unet.UNetModel.stages`."""
-        down = [_stage(self.conv_in)]
+        down, up = [_stage(self.conv_in)], []
         for level in self.down:
             down += [_stage(block, *level.attn[i : i + 1]) for i, block in enumerate(level.block)]
-            down += [_stage(level.downsample)] if hasattr(level, "downsample") else []
-        up = []
+            down += [_stage(level.downsample)] if "downsample" in level else []
         for level in reversed(self.up):
-            last = [level.upsample] if hasattr(level, "upsample") else []
             for i, block in enumerate(level.block):
-                up.append(_stage(block, *level.attn[i : i + 1], *(last if i == len(level.block) - 1 else [])))
+                last = [level.upsample] if block is level.block[-1] and "upsample" in level else []
+                up.append(_stage(block, *level.attn[i : i + 1], *last))
         return down, _stage(self.mid.block_1, self.mid.attn_1, self.mid.block_2), up
 
     def fuse(self) -> "Model":
         """Put faster forms in place of some layers, equal up to rounding; see `unet.UNetModel.fuse`."""
         for level in self.up:
-            if hasattr(level, "upsample") and isinstance(level.upsample.conv, nn.Conv2d):
-                level.upsample = upsampling_convolution(level.upsample.conv)
+            if "upsample" in level and isinstance(level.upsample.conv, nn.Conv2d):
+                level["upsample"] = upsampling_convolution(level.upsample.conv)
         return self
 
     def head(self, h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
