@@ -58,12 +58,9 @@ def hooked(*modules: nn.Module | None) -> bool:
 
 
 def norm_silu(
-    norm: nn.GroupNorm,
-    x: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
+    norm: nn.GroupNorm, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
     silu: nn.Module | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """SiLU(norm(x) (1 + scale) + shift) in x's dtype, without the affine part where scale is None.
 
     x: [N, C, H, W]; scale, shift: [N, C, 1, 1]. silu: the module to call for it, if the network has one. Where no
@@ -85,11 +82,10 @@ def norm_silu(
 
 
 def _parameters_for_halves(norm, x):
-    """Weight and bias for the kernel that reads x in half precision, with float32 sums inside; None where x is float32,
-    or a float32 copy of x is faster.
+    """Weight and bias for the kernel that reads x in half precision, with float32 sums inside.
 
-    It is on CPUs with few channels a group, and on small maps, which the kernel does not share well among cores. The
-    kernel of GPUs wants both in x's dtype.
+    None where x is float32, or where a float32 copy of x is faster: on CPUs with few channels a group, and on small
+    maps, which the kernel does not share well among cores.
     """
     if x.dtype == torch.float32:
         return None
@@ -127,10 +123,10 @@ def zero_module(module: nn.Module) -> nn.Module:
 def timestep_embedding(
     timesteps: torch.Tensor, dim: int, max_period: float = 10000, sines_first: bool = False
 ) -> torch.Tensor:
-    """Sinusoidal embedding of (possibly fractional) timesteps, cosines first.
+    """Sinusoidal embedding of (possibly fractional) timesteps [N], cosines first: float32 [N, dim].
 
-    timesteps: [N]; returns float32 [N, dim]. Frequencies fall geometrically from 1 towards 1 / max_period. sines_first:
-    DDPM's embedding instead, sines first and the last frequency exactly 1 / max_period.
+    Frequencies fall geometrically from 1 towards 1 / max_period. sines_first: DDPM's embedding instead, sines first and
+    the last frequency exactly 1 / max_period.
     """
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)

@@ -20,57 +20,53 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     the DDIM paper); "linspace25", "leading25" (or "leading25+1", shifted by 1) and "trailing25" are the lists of
     diffusers' schedulers; a sequence of counts works too. Raises InputError for `timestep_respacing`.
     """
-    given = section_counts
+    wrong: dict[str, Any] = {"parameter": "timestep_respacing", "value": section_counts}
+    too_many = "it asks for {} steps out of {}; 1 to {} are available"
     if isinstance(section_counts, str):
         match = re.fullmatch(r"(ddim|linspace|leading|trailing)(-?\d{1,9})(?:\+(\d{1,9}))?", section_counts)
         if match and (match[3] is None or match[1] == "leading"):
-            return set(_named_timesteps(num_timesteps, match[1], int(match[2]), int(match[3] or 0), section_counts))
+            name, count = match[1], int(match[2])
+            if name != "ddim" and not 1 <= count <= num_timesteps:
+                raise InputError(too_many.format(count, num_timesteps, num_timesteps), **wrong)
+            return _named_timesteps(num_timesteps, name, count, int(match[3] or 0), wrong)
         parts = section_counts.split(",")
         if not all(re.fullmatch(r"\s*-?\d{1,9}\s*", part) for part in parts):
-            raise InputError(f"it can be {SPACING_HELP}", parameter="timestep_respacing", value=given)
+            raise InputError(f"it can be {SPACING_HELP}", **wrong)
         section_counts = [int(part) for part in parts]
     size, extra = divmod(num_timesteps, len(section_counts))
-    steps, start = [], 0
+    steps, start = set(), 0
     for i, count in enumerate(section_counts):
-        length = size + (1 if i < extra else 0)
+        length = size + (i < extra)
         if not 1 <= count <= length:
-            raise InputError(_too_many(count, length), parameter="timestep_respacing", value=given)
+            raise InputError(too_many.format(count, length, length), **wrong)
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
         # The stride is accumulated, not multiplied: published runs were made with the rounding that this gives.
         position = 0.0
         for _ in range(count):
-            steps.append(start + round(position))
+            steps.add(start + round(position))
             position += stride
         start += length
-    return set(steps)
+    return steps
 
 
-def _too_many(count, available):
-    return f"it asks for {count} steps out of {available}; 1 to {available} are available"
-
-
-def _named_timesteps(total: int, name: str, count: int, offset: int, text: str) -> list[int]:
-    """The timesteps of a spacing that has a name, out of `total`; text: how it was asked for."""
-    wrong: dict[str, Any] = {"parameter": "timestep_respacing", "value": text}
+def _named_timesteps(total: int, name: str, count: int, offset: int, wrong: dict[str, Any]) -> set[int]:
+    """The timesteps of a spacing that has a name, out of `total`; wrong: of an InputError."""
     if name == "ddim":
         for stride in range(1, total):
             if len(range(0, total, stride)) == count:
-                return list(range(0, total, stride))
+                return set(range(0, total, stride))
         raise InputError(f"no integer stride gives {count} steps out of {total}", **wrong)
-    if not 1 <= count <= total:
-        raise InputError(_too_many(count, total), **wrong)
     # These very numpy calls: their rounding decides ties, as it does in diffusers.
     if name == "linspace":
         steps = np.linspace(0, total - 1, count).round()
-    elif name == "leading":
-        steps = np.arange(count) * (total // count) + offset
-        if steps[-1] >= total:
-            most = offset - (int(steps[-1]) - (total - 1))
-            reason = f"it asks for step {steps[-1]} out of 0 to {total - 1}; an offset up to {most} fits"
-            raise InputError(reason, **wrong)
-    else:
+    elif name == "trailing":
         steps = np.round(np.arange(total, 0, -total / count)[:count]) - 1
-    return [int(step) for step in steps]
+    else:
+        steps = np.arange(count) * (total // count) + offset
+        if (beyond := int(steps[-1]) - (total - 1)) > 0:
+            reason = f"it asks for step {steps[-1]} out of 0 to {total - 1}; an offset up to {offset - beyond} fits"
+            raise InputError(reason, **wrong)
+    return {int(step) for step in steps}
 
 
 def matching_timestep(
@@ -79,9 +75,9 @@ def matching_timestep(
     """How a classifier or extractor is asked at a noise level of a model that was trained on another schedule.
 
     model, encoder: their flags (`diffusion_steps`, `noise_schedule`, `rescale_timesteps`). Returns a function from
-    alpha_bar to the encoder's own timestep of that noise level, possibly fractional, exact where its schedule has it;
-    None where both schedules are one, and the model's timesteps are the encoder's. assumed: flags of the encoder that
-    nothing told; name: its file. Raises InputError, with both schedules, where the encoder's is not known and differs.
+    alpha_bar to the encoder's timestep, exact where its schedule has the level, else fractional; None where both
+    schedules are one. assumed: flags of the encoder that nothing told; name: its file. Raises InputError where one of
+    them counts.
     """
     flags = model, encoder
     betas = [get_named_beta_schedule(each["noise_schedule"], each["diffusion_steps"]) for each in flags]

@@ -82,47 +82,35 @@ class ResBlock(nn.Module):
 
     def __init__(self, layers: _Layers, channels: int, out_channels: int, resample: nn.Module | None = None) -> None:
         super().__init__()
-        self.use_scale_shift_norm = layers.use_scale_shift_norm
-        self.use_checkpoint = layers.use_checkpoint
-        self.in_layers = nn.Sequential(
-            layers.norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.use_scale_shift_norm, self.use_checkpoint = layers.use_scale_shift_norm, layers.use_checkpoint
+        conv_in = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.in_layers = nn.Sequential(layers.norm(channels), nn.SiLU(), conv_in)
         self.resample = resample or nn.Identity()
-        self.emb_layers = nn.Sequential(
-            nn.SiLU(), nn.Linear(layers.embed_dim, (2 if self.use_scale_shift_norm else 1) * out_channels)
-        )
-        self.out_layers = nn.Sequential(
-            layers.norm(out_channels),
-            nn.SiLU(),
-            nn.Dropout(layers.dropout),
-            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
-        )
+        emb_channels = (2 if self.use_scale_shift_norm else 1) * out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(layers.embed_dim, emb_channels))
+        conv_out = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.out_layers = nn.Sequential(layers.norm(out_channels), nn.SiLU(), nn.Dropout(layers.dropout), conv_out)
         same = out_channels == channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, emb, use_reentrant=False)
-        return self._forward(x, emb)
-
-    def _forward(self, x, emb):
-        norm_in: Any
-        norm_out: Any
         norm_in, silu_in, conv_in = self.in_layers
+        norm_out, silu_out, dropout, conv_out = self.out_layers
         if hooked(self.in_layers) and isinstance(self.resample, nn.Identity):
             h = self.in_layers(x)
         else:
-            h = norm_silu(norm_in, x, silu=silu_in)
+            h = norm_silu(norm_in, x, silu=silu_in)  # type: ignore[arg-type]
             h = conv_in(h if isinstance(conv_in, nn.ConvTranspose2d) else self.resample(h))
         emb = self.emb_layers(emb)[:, :, None, None]
-        norm_out, silu_out, dropout, conv_out = self.out_layers
+        scale = shift = None
         if self.use_scale_shift_norm:
             scale, shift = emb.chunk(2, dim=1)
-            h = conv_out(dropout(norm_silu(norm_out, h, scale, shift, silu_out)))
-        elif hooked(self.out_layers):
-            h = self.out_layers(h + emb.to(h.dtype))
         else:
-            h = conv_out(dropout(norm_silu(norm_out, h + emb.to(h.dtype), silu=silu_out)))
+            h = h + emb.to(h.dtype)
+        if hooked(self.out_layers) and scale is None:
+            h = self.out_layers(h)
+        else:
+            h = conv_out(dropout(norm_silu(norm_out, h, scale, shift, silu_out)))  # type: ignore[arg-type]
         return self.skip_connection(self.resample(x)) + h
 
 
@@ -170,11 +158,6 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, use_reentrant=False)
-        return self._forward(x)
-
-    def _forward(self, x):
         h = self.qkv(self.norm(x).flatten(2))
         h = multi_head_attention(h, self.num_heads, self.use_new_attention_order, self.fused)
         return x + self.proj_out(h).reshape(x.shape)
@@ -198,11 +181,16 @@ class AttentionPool2d(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """A sequence whose residual blocks also get the time embedding."""
+    """A sequence whose residual blocks also get the time embedding.
+
+    Layers with `use_checkpoint` are computed again in the backward pass, which saves memory.
+    """
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            inputs = (x, emb) if isinstance(layer, ResBlock) else (x,)
+            again = getattr(layer, "use_checkpoint", False) and torch.is_grad_enabled()
+            x = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)  # type: ignore[assignment]
         return x
 
 
@@ -215,11 +203,8 @@ class _UNetEncoder(nn.Module):
         sines_first: bool = False, middle_norm: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.image_size = image_size
-        self.in_channels = in_channels
-        self.model_channels = model_channels
-        self.dtype = torch.float32
-        self.sines_first = sines_first
+        self.image_size, self.in_channels, self.model_channels = image_size, in_channels, model_channels
+        self.dtype, self.sines_first = torch.float32, sines_first
         width = layers.embed_dim
         self.time_embed = nn.Sequential(nn.Linear(model_channels, width), nn.SiLU(), nn.Linear(width, width))
 
@@ -270,10 +255,9 @@ class _UNetEncoder(nn.Module):
 
         Normalisations, the time embedding and the head stay in float32, as in the published half-precision models.
         """
-        for blocks in (self.input_blocks, self.middle_block, getattr(self, "output_blocks", None)):
-            for module in blocks.modules() if blocks is not None else ():
-                if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-                    module.to(dtype)
+        for name, module in self.named_modules():
+            if "_block" in name and isinstance(module, (nn.Conv1d, nn.Conv2d)):
+                module.to(dtype)
         self.dtype = dtype
         return self
 
@@ -314,8 +298,7 @@ class UNetModel(_UNetEncoder):
         )  # fmt: skip
         shape = image_size, in_channels, model_channels, num_res_blocks, attention_resolutions, channel_mult
         super().__init__(*shape, layers, sines_first, middle_norm)
-        self.out_channels = out_channels
-        self.num_classes = num_classes
+        self.out_channels, self.num_classes = out_channels, num_classes
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, layers.embed_dim)
 
@@ -392,12 +375,9 @@ class SuperResModel(UNetModel):
         super().__init__(image_size, 2 * in_channels, *args, **kwargs)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        timesteps: torch.Tensor,
-        low_res: torch.Tensor | None = None,
+        self, x: torch.Tensor, timesteps: torch.Tensor, low_res: torch.Tensor | None = None,
         y: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """x: [N, C, H, W]; low_res: [N, C, h, w] in [-1, 1], of any size; the others and the output as UNetModel's."""
         if low_res is None:
             raise InputError("the network is one of super-resolution: give the images to enlarge", parameter="low_res")
@@ -426,9 +406,7 @@ class EncoderUNetModel(_UNetEncoder):
         )  # fmt: skip
         shape = image_size, in_channels, model_channels, num_res_blocks, attention_resolutions, channel_mult
         super().__init__(*shape, layers)
-        self.out_channels = out_channels
-        self.pool = pool
-        self.head = head
+        self.out_channels, self.pool, self.head = out_channels, pool, head
         channels = self._channels
         normed = [normalization(channels), nn.SiLU()]
         if pool == "adaptive":
