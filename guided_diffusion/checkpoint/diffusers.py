@@ -12,7 +12,8 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,64 +28,56 @@ log = logging.getLogger(__name__)
 
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model"
-IN_PYTHON = "in Python, SDDMPipeline takes any UNet2DModel"
 
-# Values that a field may have: a list of them, or (words, test).
+
+def side_of(size: Any) -> Any:
+    """The side of a square `sample_size`, which is a number or [side, side]; other values as they are."""
+    return size[0] if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1] else size
+
+
+# Values that a field may have: a list of them, or (words, test). Where the default is null, null is one of them.
 WHOLE = f"a whole number from 1 to {1 << 16}", lambda v: type(v) is int and 1 <= v <= 1 << 16
 PART = "a number above 0 and below 1", lambda v: type(v) in (int, float) and 0 < v < 1
 POSITIVE = "a number above 0", lambda v: type(v) in (int, float) and 0 < v < math.inf
-DROPOUT = "a number from 0 on and below 1", lambda v: type(v) in (int, float) and 0 <= v < 1
-SIDE = "the side of a square in pixels", lambda v: v is None or WHOLE[1](v) or (_square(v) and WHOLE[1](v[0]))
+DROPOUT = "a number from 0 on and below 1", lambda v: v == 0 or PART[1](v)
+HEAD = f"null or {WHOLE[0]}", lambda v: v is None or WHOLE[1](v)
+SIDE = "the side of a square in pixels", lambda v: WHOLE[1](side_of(v))
 WIDTHS = "a list of widths", lambda v: isinstance(v, list) and v and all(map(WHOLE[1], v))
+BETAS = "a list of numbers above 0 and below 1", lambda v: isinstance(v, list) and v and all(map(PART[1], v))
 BLOCKS = "a list of blocks", lambda v: isinstance(v, list)
-BETAS = (
-    "a list of numbers above 0 and below 1",
-    lambda v: v is None or (isinstance(v, list) and v and all(map(PART[1], v))),
-)
-MAYBE_WHOLE = WHOLE[0], lambda v: v is None or WHOLE[1](v)
-ANY = "", lambda v: True
 
 # Fields of a UNet2DModel's configuration: the library's default, and the values that have a meaning here.
 UNET: dict[str, tuple[Any, Any]] = {
     "sample_size": (None, SIDE), "in_channels": (3, [1, 3]), "out_channels": (3, [1, 2, 3, 6]),
     "center_input_sample": (False, [False]), "time_embedding_type": ("positional", ["positional"]),
-    "time_embedding_dim": (None, ANY), "freq_shift": (0, [0, 1]), "flip_sin_to_cos": (True, [True, False]),
+    "time_embedding_dim": (None, WHOLE), "freq_shift": (0, [0, 1]), "flip_sin_to_cos": (True, [True, False]),
     "down_block_types": (["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"], BLOCKS),
     "mid_block_type": ("UNetMidBlock2D", ["UNetMidBlock2D"]),
     "up_block_types": (["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"], BLOCKS),
     "block_out_channels": ([224, 448, 672, 896], WIDTHS), "layers_per_block": (2, WHOLE),
     "mid_block_scale_factor": (1, [1]), "downsample_padding": (1, [0, 1]),
     "downsample_type": ("conv", ["conv", "resnet"]), "upsample_type": ("conv", ["conv", "resnet"]),
-    "dropout": (0.0, DROPOUT), "act_fn": ("silu", ["silu", "swish"]), "attention_head_dim": (8, MAYBE_WHOLE),
-    "norm_num_groups": (32, WHOLE), "attn_norm_num_groups": (None, MAYBE_WHOLE), "norm_eps": (1e-5, PART),
+    "dropout": (0.0, DROPOUT), "act_fn": ("silu", ["silu", "swish"]), "attention_head_dim": (8, HEAD),
+    "norm_num_groups": (32, WHOLE), "attn_norm_num_groups": (None, WHOLE), "norm_eps": (1e-5, PART),
     "resnet_time_scale_shift": ("default", ["default", "scale_shift"]), "add_attention": (True, [True]),
-    "class_embed_type": (None, [None]), "num_class_embeds": (None, MAYBE_WHOLE), "num_train_timesteps": (None, ANY),
+    "class_embed_type": (None, []), "num_class_embeds": (None, WHOLE),
 }  # fmt: skip
 FIELDS = {name: default for name, (default, _) in UNET.items()}
-# Fields that EMAModel adds to what it saves.
-OF_AVERAGES = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
+# Further fields without a meaning here: of EMAModel, and of embeddings of other kinds.
+UNUSED = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
+UNUSED += ("num_train_timesteps",)
 
 # Fields of a scheduler's configuration.
 PROCESS: dict[str, tuple[Any, Any]] = {
     "num_train_timesteps": (1000, WHOLE), "beta_start": (0.0001, PART), "beta_end": (0.02, PART),
     "beta_schedule": ("linear", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]),
     "trained_betas": (None, BETAS), "prediction_type": ("epsilon", ["epsilon", "sample", "v_prediction"]),
-    "variance_type": (
-        None,
-        [None, *(f"fixed_{n}" for n in ("small", "large", "small_log", "large_log")), "learned_range"],
-    ),
-    "clip_sample": (None, [True, False, None]), "clip_sample_range": (1.0, POSITIVE),
-    "thresholding": (False, [False, None]), "rescale_betas_zero_snr": (False, [False, None]),
-    "use_flow_sigmas": (False, [False, None]),
+    "variance_type": (None, ["fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log", "learned_range"]),
+    "clip_sample": (None, [True, False]), "clip_sample_range": (1.0, POSITIVE), "thresholding": (None, [False]),
+    "rescale_betas_zero_snr": (None, [False]), "use_flow_sigmas": (None, [False]),
 }  # fmt: skip
 
-# Blocks: how they resample ("" where a field decides) and whether they attend.
-DOWN_BLOCKS, UP_BLOCKS = (
-    {f"{way}Block2D": ("conv", False), f"Resnet{way}sampleBlock2D": ("resnet", False), f"Attn{way}Block2D": ("", True)}
-    for way in ("Down", "Up")
-)
-
-# Schedulers that share DDPM's forward process.
+# Schedulers that share DDPM's forward process, and the models of others.
 CLIPPING = ("DDPM", "DDPMParallel", "DDIM", "DDIMParallel")
 SCHEDULERS = (
     *CLIPPING,
@@ -97,7 +90,6 @@ OTHER_PROCESSES = {
     r"FlowMatch": "a flow-matching model",
     r"EDM": "a model with EDM's preconditioning",
 }
-NEEDED = "a model of DDPM's process is needed"
 
 
 @dataclass(frozen=True)
@@ -105,30 +97,22 @@ class Folder:
     """The files of a diffusers model.
 
     path: the place that was asked for; place: the folder of the network's files. weights: the file, where one was asked
-    for. files: paths of the JSON files by part: index, config and scheduler, without those that are missing; config,
-    scheduler, index: their content, {} for one that is missing.
+    for. files, json: paths and contents of the parts index, config and scheduler; no path and {} for a missing one.
     """
 
     path: str
     place: str
     weights: str | None
     files: dict[str, str]
-    config: dict[str, Any]
-    scheduler: dict[str, Any]
-    index: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The path for a message."""
-        return display_name(self.path)
+    json: dict[str, dict[str, Any]]
 
     def relative(self, path: str) -> str:
         """The name of one of its files for a message."""
         return display_name(os.path.relpath(path, self.path if os.path.isdir(self.path) else self.place))
 
-    def file(self, part: str) -> str:
-        """The name of config.json or the scheduler's file for a message."""
-        return f"{self.name}: {self.relative(self.files[part]) if part in self.files else part}"
+    def about(self, path: str) -> str:
+        """The model and one of its files, the beginning of a message."""
+        return f"{display_name(self.path)}: {self.relative(path)}"
 
     def fingerprint(self, hashes: Mapping[str, str]) -> str:
         """The identity of the model in a run's record; hashes: of the weights' files, by path."""
@@ -138,12 +122,8 @@ class Folder:
         return f"sha256 {digest.hexdigest()}"
 
 
-@dataclass(frozen=True)
-class Description:
-    """The configuration in our terms.
-
-    kind, found, stated: as for `reconcile`. scheduler: its entries for `sigma_small` and `clip_denoised`.
-    """
+class Description(NamedTuple):
+    """A configuration in our terms: arguments of `reconcile`, and what decides `sigma_small` and `clip_denoised`."""
 
     kind: Kind
     found: dict[str, Any]
@@ -162,22 +142,22 @@ def locate(path: str) -> Folder | None:
     Raises InputError for a folder that holds no such model.
     """
     if os.path.isfile(path):
-        config = os.path.join(os.path.dirname(path), CONFIG)
-        return from_weights(path) if os.path.basename(path).startswith(WEIGHTS) and os.path.isfile(config) else None
+        beside = os.path.isfile(os.path.join(os.path.dirname(path), CONFIG))
+        return from_weights(path) if beside and os.path.basename(path).startswith(WEIGHTS) else None
     if not os.path.isdir(path):
         return None
     averaged, plain = (os.path.join(path, name) for name in ("unet_ema", "unet"))
-    if os.path.isfile(os.path.join(path, INDEX)):
-        return _read(path, plain if os.path.isdir(plain) else path)
-    for place in (path, averaged, plain):
+    indexed = os.path.isfile(os.path.join(path, INDEX))
+    for place in (plain, path) if indexed else (path, averaged, plain):
         if os.path.isfile(os.path.join(place, CONFIG)):
             if place == averaged and os.path.isdir(plain):
                 log.info("%s: the averaged weights in unet_ema are taken, not those in unet", display_name(path))
             return _read(path, place)
     held = sorted(name for name in os.listdir(path) if name.endswith((".pt", ".pth", ".ckpt", ".safetensors")))
-    hint = f"; it holds {', '.join(display_name(name) for name in held[:3])}" if held else ""
+    hint = f"; it holds {', '.join(map(display_name, held[:3]))}" if held else ""
+    missing = CONFIG if indexed else f"{INDEX} or {CONFIG}"
     needed = f"a checkpoint file or a diffusers model is needed{hint}"
-    raise InputError(f"{display_name(path)} is a folder without {INDEX} or {CONFIG}; {needed}")
+    raise InputError(f"{display_name(path)} is a folder without {missing}; {needed}")
 
 
 def from_weights(path: str) -> Folder:
@@ -191,20 +171,20 @@ def from_weights(path: str) -> Folder:
 
 def _read(path: str, place: str, weights: str | None = None) -> Folder:
     """Read the configuration files; place: the network's folder."""
-    config, whole = os.path.join(place, CONFIG), os.path.abspath(place)
-    if not os.path.isfile(config):
-        raise InputError(f"{display_name(path)}: {display_name(config)} is missing")
+    whole = os.path.abspath(place)
     above = os.path.dirname(whole)
     root = above if os.path.basename(whole) in ("unet", "unet_ema") else whole
     # A training's checkpoint-N has its scheduler one folder higher.
     training = [os.path.dirname(each) for each in (root, above) if os.path.basename(each).startswith("checkpoint-")]
     schedulers = [*(os.path.join(each, "scheduler") for each in (root, above, *training)), root, whole]
-    places = {"index": [os.path.join(root, INDEX)], "config": [config]}
-    places["scheduler"] = [os.path.join(each, SCHEDULER) for each in schedulers]
-    found = {part: next(filter(os.path.isfile, paths), None) for part, paths in places.items()}
-    files = {part: file for part, file in found.items() if file}
-    contents = {part: read_json_object(files[part]) if part in files else {} for part in places}
-    return Folder(path, place, weights, files, **contents)
+    places = {
+        "index": [os.path.join(root, INDEX)],
+        "config": [os.path.join(place, CONFIG)],
+        "scheduler": [os.path.join(each, SCHEDULER) for each in schedulers],
+    }
+    found = {part: next(filter(os.path.isfile, paths), "") for part, paths in places.items()}
+    contents = {part: read_json_object(file) if file else {} for part, file in found.items()}
+    return Folder(path, place, weights, {part: file for part, file in found.items() if file}, contents)
 
 
 def weight_files(folder: Folder) -> list[str]:
@@ -214,35 +194,28 @@ def weight_files(folder: Folder) -> list[str]:
     """
     if folder.weights:
         return [folder.weights]
-    for variant in ("", ".fp16"):
-        for suffix in ("safetensors", "bin"):
-            whole = os.path.join(folder.place, f"{WEIGHTS}{variant}.{suffix}")
-            # With a variant, shards and their index are named model.safetensors.index.fp16.json.
-            index = os.path.join(folder.place, f"{WEIGHTS}.{suffix}.index{variant}.json")
-            if os.path.isfile(index):
-                files = _shards(folder, index)
-            elif os.path.isfile(whole):
-                files = [whole]
-            else:
-                continue
-            if variant:
-                log.info("%s: only half-precision weights are available (%s)", folder.name, folder.relative(files[0]))
+    for variant, suffix in product(("", ".fp16"), ("safetensors", "bin")):
+        whole = os.path.join(folder.place, f"{WEIGHTS}{variant}.{suffix}")
+        # With a variant, shards and their index are named model.safetensors.index.fp16.json.
+        index = os.path.join(folder.place, f"{WEIGHTS}.{suffix}.index{variant}.json")
+        files = _shards(folder, index) if os.path.isfile(index) else [whole] if os.path.isfile(whole) else []
+        if files and variant:
+            name, file = display_name(folder.path), folder.relative(files[0])
+            log.info("%s: only half-precision weights are available (%s)", name, file)
+        if files:
             return files
-    raise InputError(f"{folder.file('config')} has no {WEIGHTS}.safetensors or .bin beside it")
+    raise InputError(f"{folder.about(folder.files['config'])} has no {WEIGHTS}.safetensors or .bin beside it")
 
 
 def _shards(folder: Folder, index: str) -> list[str]:
-    names = read_json_object(index).get("weight_map")
-    wrong = f"{folder.name}: {folder.relative(index)}"
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+    names, wrong = read_json_object(index).get("weight_map"), folder.about(index)
+    if not names or not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise InputError(f"{wrong} has no `weight_map` of file names")
     files = []
     for name in sorted(set(names.values())):
-        if name in ("", ".", "..") or os.path.basename(name) != name or "\\" in name or "\0" in name:
-            raise InputError(f"{wrong} names {shown(name)}, which is no file of its folder")
         files.append(os.path.join(folder.place, name))
-        if not os.path.isfile(files[-1]):
-            raise InputError(f"{wrong} names {display_name(name)}, which is missing")
+        if os.path.basename(name) != name or "\\" in name or "\0" in name or not os.path.isfile(files[-1]):
+            raise InputError(f"{wrong} names {shown(name)}, which is no file of its folder")
     return files
 
 
@@ -255,9 +228,8 @@ def read_weights(folder: Folder) -> tuple[dict[str, torch.Tensor], dict[str, str
         state |= contents.tensors
         hashes[file] = contents.sha256 or ""
     renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    pattern = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)(\.)")
-    names = {key: pattern.sub(lambda match: match[1] + renamed[match[2]] + match[3], key) for key in state}
-    return {names[key]: value for key, value in state.items()}, hashes
+    pattern = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)(?=\.)")
+    return {pattern.sub(lambda m: m[1] + renamed[m[2]], key): value for key, value in state.items()}, hashes
 
 
 # ---- configuration to flags ------------------------------------------------------------------------------------------
@@ -266,60 +238,55 @@ def read_weights(folder: Folder) -> tuple[dict[str, torch.Tensor], dict[str, str
 def describe(folder: Folder) -> Description:
     """The network and process of a diffusers model in our terms. Raises InputError for others."""
     _refuse_other_kinds(folder)
-    process = process_flags(folder.scheduler, folder.file("scheduler"))
-    variance, clip = process.pop("variance_type"), process.pop("clip_denoised", None)
-    scheduler = {} if clip is None else {"clip_denoised": clip}
-    if variance in ("fixed_small", "fixed_large"):
-        scheduler["sigma_small"] = variance == "fixed_small"
-    config = _Fields(folder.file("config"), UNET, folder.config, IN_PYTHON)
-    kind, found, flags = _kind(*_network(config, learned=variance == "learned_range"))
-    return Description(kind, found, Stated(flags | process, config.file, bool(process)), scheduler)
+    files = {part: folder.about(folder.files[part]) for part in folder.files}
+    process = process_flags(folder.json["scheduler"], files.get("scheduler", SCHEDULER))
+    learned = process.pop("learn_sigma", False)
+    scheduler = {name: process.pop(name) for name in ("clip_denoised", "sigma_small") if name in process}
+    hint = "; in Python, SDDMPipeline takes any UNet2DModel"
+    config = _Fields(files["config"], UNET, folder.json["config"], hint)
+    for name, value in config.items():
+        if not (name in UNET or name in UNUSED or name.startswith("_") or value is None or value is False):
+            raise config.wrong(name, "this field is not known here")
+    kind, found, flags = _network(config, learned)
+    return Description(kind, found, Stated(flags | process, files["config"], bool(process)), scheduler)
 
 
 class _Fields(dict[str, Any]):
-    """The fields of a JSON file, checked, with the library's defaults. hint: the end of an error line about one."""
+    """The fields of a JSON file with the library's defaults, those of a schema checked. hint: ends their error lines."""
 
     def __init__(self, file: str, schema: Mapping[str, Any], given: Mapping[str, Any], hint: str = "") -> None:
-        super().__init__({name: given.get(name, default) for name, (default, _) in schema.items()})
-        self.file, self.hint = file, hint and f"; {hint}"
-        for name, value in given.items():
-            known = name in schema or name.startswith("_") or name in OF_AVERAGES or schema is not UNET
-            if not known and value is not None and value is not False:
-                raise self.wrong(name, "this field is not known here", value)
-        for name, (_, fits) in schema.items():
-            self.expect(name, fits)
+        super().__init__({**{name: default for name, (default, _) in schema.items()}, **given})
+        self.file, self.hint = file, hint
+        for name, (default, fits) in schema.items():
+            if self[name] is not None or default is not None:
+                self.expect(name, fits)
 
-    def wrong(self, name: str, reason: str, value: Any = None) -> InputError:
+    def wrong(self, name: str, reason: str) -> InputError:
         """An error that names a field, its value, and what would fit."""
-        text = one_line(json.dumps(self.get(name, value), default=str), 100)
+        text = one_line(json.dumps(self[name], default=str), 100)
         return InputError(f"{self.file} has {one_line(name, 60)}={text}; {reason}{self.hint}")
 
     def expect(self, name: str, fits: Any) -> None:
         """Raise unless a field's value is one of a list, or passes the test of a pair (words, test)."""
         value = self[name]
-        if isinstance(fits, list):
-            words = " or ".join(map(json.dumps, fits))
-            fit = any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in fits)
-        else:
+        if not isinstance(fits, list):
             words, fit = fits[0], fits[1](value)
+        else:
+            words = " or ".join(map(json.dumps, fits or [None]))
+            fit = any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in fits)
         if not fit:
             raise self.wrong(name, f"it must be {words}")
 
 
-def _square(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and value[0] == value[1]
-
-
 def _class(content: Mapping[str, Any], otherwise: str) -> str:
-    name = content.get("_class_name") or otherwise
-    return one_line(name if isinstance(name, str) else json.dumps(name), 60)
+    return one_line(content.get("_class_name") or otherwise, 60)
 
 
 def _refuse_other_kinds(folder: Folder) -> None:
     """Raise InputError, saying what it is, for other networks, and for models that are not of pixels."""
-    name, network = folder.name, _class(folder.config, "UNet2DModel")
+    name, network = display_name(folder.path), _class(folder.json["config"], "UNet2DModel")
     # [null, null] is no part.
-    parts = {part for part, kind in folder.index.items() if not isinstance(kind, list) or any(kind)}
+    parts = {part for part, kind in folder.json["index"].items() if not isinstance(kind, list) or any(kind)}
     if network == "UNet2DConditionModel" or "text_encoder" in parts:
         raise InputError(f"{name} is a text-conditional model (its network is a {network}), which is not supported")
     whole = os.path.abspath(folder.place)
@@ -329,47 +296,49 @@ def _refuse_other_kinds(folder: Folder) -> None:
         raise InputError(f"{name} is a latent diffusion model (it has {latent[0]}), {needed}")
     if network != "UNet2DModel":
         raise InputError(f"{name}: its network is a {network}; a UNet2DModel is needed")
-    refuse_other_processes(name, folder.scheduler)
+    refuse_other_processes(name, folder.json["scheduler"])
 
 
-def refuse_other_processes(name: str, config: Mapping[str, Any] | None) -> None:
+def refuse_other_processes(name: str, config: Mapping[str, Any]) -> None:
     """Raise InputError for a scheduler that is not of DDPM's process. config: its configuration."""
-    scheduler = _class(config or {}, "DDPMScheduler")
-    for pattern, what in OTHER_PROCESSES.items():
-        if re.match(pattern, scheduler):
-            raise InputError(f"{name} is {what} (its scheduler is a {scheduler}); {NEEDED}")
-    if scheduler.removesuffix("Scheduler") not in SCHEDULERS:
-        raise InputError(f"{name}: its scheduler is a {scheduler}, which is not supported; {NEEDED}")
+    scheduler = _class(config, "DDPMScheduler")
+    what = next((what for pattern, what in OTHER_PROCESSES.items() if re.match(pattern, scheduler)), "")
+    if what or scheduler.removesuffix("Scheduler") not in SCHEDULERS:
+        what = f" is {what} (its scheduler is a {scheduler})" if what else f": its scheduler is a {scheduler}"
+        raise InputError(f"{name}{what}; a model of DDPM's process is needed")
 
 
 def process_flags(config: Mapping[str, Any], file: str = SCHEDULER) -> dict[str, Any]:
-    """The flags of a scheduler's process, with `variance_type` and perhaps `clip_denoised`.
+    """The flags of a scheduler's process; sigma_small, learn_sigma and clip_denoised only where it tells them.
 
     config: its configuration, {} without one. file: its name for messages. Raises InputError.
     """
+    if not config:
+        return {}
     name = _class(config, "DDPMScheduler").removesuffix("Scheduler")
     usual: dict[str, Any] = {"clip_sample": name in CLIPPING}
     if name.startswith("DDPM"):
         usual["variance_type"] = "fixed_small"
-    if "timesteps" in config:  # so in 2022
+    # Two fields had other names in 2022.
+    if "timesteps" in config:
         usual["num_train_timesteps"] = config["timesteps"]
-    if config.get("predict_epsilon") is False:  # so in 2022
+    if config.get("predict_epsilon") is False:
         usual["prediction_type"] = "sample"
     fields = _Fields(file, PROCESS, {**usual, **config})
-    if not config:
-        return {"variance_type": None}
-    betas, steps, predicted = fields["trained_betas"], fields["num_train_timesteps"], fields["prediction_type"]
+    betas, predicted = fields["trained_betas"], fields["prediction_type"]
+    variance, limit = fields["variance_type"] or "", fields["clip_sample_range"]
     process = {
-        "diffusion_steps": steps if betas is None else len(betas), "noise_schedule": _schedule(fields),
-        "predict_xstart": predicted == "sample", "predict_v": predicted == "v_prediction", "rescale_timesteps": False,
-        "variance_type": (fields["variance_type"] or "").removesuffix("_log") or None,
+        "diffusion_steps": fields["num_train_timesteps"] if betas is None else len(betas),
+        "noise_schedule": _schedule(fields), "predict_xstart": predicted == "sample",
+        "predict_v": predicted == "v_prediction", "rescale_timesteps": False,
     }  # fmt: skip
     try:
         get_named_beta_schedule(process["noise_schedule"], process["diffusion_steps"])
     except InputError as error:
         raise fields.wrong("beta_start" if betas is None else "trained_betas", error.reason) from None
+    if variance:
+        process |= {"learn_sigma": True} if variance == "learned_range" else {"sigma_small": "small" in variance}
     if name in (*CLIPPING, "HeunDiscrete"):
-        limit = fields["clip_sample_range"]
         process["clip_denoised"] = bool(fields["clip_sample"]) and (True if limit == 1 else float(limit))
     return process
 
@@ -386,8 +355,8 @@ def _schedule(fields: _Fields) -> str:
     return "linear" if name == "linear" and ours else f"{name}:{start!r},{end!r}"
 
 
-def _network(config: _Fields, learned: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the flags that tensors tell, those that they do not); learned: whether the scheduler expects variances."""
+def _network(config: _Fields, learned: bool) -> tuple[Kind, dict[str, Any], dict[str, Any]]:
+    """(kind, flags that tensors tell, flags that they do not); learned: whether the scheduler expects variances."""
     channels = config["in_channels"]
     if config["out_channels"] != channels * (2 if learned else 1):
         fits = f"{channels} is for a scheduler without variance_type learned_range, {2 * channels} for one with it"
@@ -408,8 +377,9 @@ def _network(config: _Fields, learned: bool) -> tuple[dict[str, Any], dict[str, 
         "channel_mult": ",".join(multiple(width, widths[0]) for width in widths),
         "attention_factors": tuple(2**level for level, at in enumerate(attends) if at),
         "class_cond": classes is not None, "use_scale_shift_norm": shifts == "scale_shift",
+        "learn_sigma": learned, "in_channels": channels,
         **({"resblock_updown": resampling == "resnet"} if len(widths) > 1 else {}),
-        **({"num_classes": classes} if classes is not None else {}), "learn_sigma": learned, "in_channels": channels,
+        **({"num_classes": classes} if classes is not None else {}),
     }  # fmt: skip
     flags = {
         "num_heads": 1 if head is None else 4, "num_head_channels": -1 if head is None else head,
@@ -417,40 +387,37 @@ def _network(config: _Fields, learned: bool) -> tuple[dict[str, Any], dict[str, 
         "norm_groups": groups, "norm_eps": float(config["norm_eps"]), "sines_first": sines_first,
         "pad_end": config["downsample_padding"] == 0 and resampling == "conv",
         "middle_norm": shifts != "scale_shift" or config["attn_norm_num_groups"] is not None,
+        **({"image_size": side_of(size)} if size is not None else {}),
     }  # fmt: skip
-    if size is not None:
-        flags["image_size"] = size[0] if isinstance(size, list) else size
-    return found, flags
+    # A DDPM UNet has these flags by itself; with one level, nothing resamples.
+    fixed = {**DDPM.fixed, "num_head_channels": -1, "use_scale_shift_norm": False, "resblock_updown": False}
+    both = {**found, **flags, **({"pad_end": True, "resblock_updown": False} if len(widths) == 1 else {})}
+    if classes is not None or "." in found["channel_mult"] or any(both[name] != fixed[name] for name in fixed):
+        return ADM, found, flags
+    dropped = {*fixed, "num_heads", "num_heads_upsample", "use_new_attention_order"}
+    found, flags = ({name: each[name] for name in each if name not in dropped} for each in (found, flags))
+    return DDPM, found, flags
 
 
 def _levels(config: _Fields, levels: int) -> tuple[list[bool], str]:
     """Which levels attend, and how all of them resample: "conv" or "resnet"."""
-    attends, kinds = {}, {}
-    for name, known, way in (
-        ("down_block_types", DOWN_BLOCKS, "downsample_type"),
-        ("up_block_types", UP_BLOCKS, "upsample_type"),
-    ):
+    attends, kinds = {}, set()
+    for way in ("down", "up"):
+        name, title = f"{way}_block_types", way.title()
+        # How a block resamples, and whether it attends.
+        known = {
+            f"{title}Block2D": ("conv", False),
+            f"Resnet{title}sampleBlock2D": ("resnet", False),
+            f"Attn{title}Block2D": (config[f"{way}sample_type"], True),
+        }
         blocks = config[name]
         if len(blocks) != levels or not all(isinstance(block, str) and block in known for block in blocks):
             raise config.wrong(name, f"it must be a list of {levels} of {', '.join(known)}")
-        attends[name] = [known[block][1] for block in blocks]
-        # The last block of a list does not resample.
-        kinds |= {known[block][0] or config[way]: name if known[block][0] else way for block in blocks[:-1]}
-    if attends["up_block_types"] != attends["down_block_types"][::-1]:
+        attends[way] = [known[block][1] for block in blocks]
+        kinds |= {known[block][0] for block in blocks[:-1]}  # the last block of a list does not resample
+    if attends["up"] != attends["down"][::-1]:
         raise config.wrong("up_block_types", "it must mirror down_block_types")
     if len(kinds) > 1:
-        one = "all levels must resample in one way, by a convolution or in a residual block"
-        raise config.wrong(list(kinds.values())[1], one)
-    return attends["down_block_types"], next(iter(kinds), "conv")
-
-
-def _kind(found: dict[str, Any], flags: dict[str, Any]) -> tuple[Kind, dict[str, Any], dict[str, Any]]:
-    """Whether the network is a DDPM UNet or an ADM UNet; flags that say nothing for a DDPM UNet are left out."""
-    plain = {**DDPM.fixed, "num_head_channels": -1, "use_scale_shift_norm": False, "resblock_updown": False}
-    levels = {} if "resblock_updown" in found else {"pad_end": True, "resblock_updown": False}  # which one level lacks
-    both = {**found, **flags, **levels}
-    if found["class_cond"] or "." in found["channel_mult"] or any(both[name] != plain[name] for name in plain):
-        return ADM, found, flags
-    dropped = {*plain, "num_heads", "num_heads_upsample", "use_new_attention_order"}
-    found, flags = ({name: each[name] for name in each if name not in dropped} for each in (found, flags))
-    return DDPM, found, flags
+        one = "all levels must resample in one way, by a convolution or in a residual block (see upsample_type)"
+        raise config.wrong("up_block_types", one)
+    return attends["down"], next(iter(kinds), "conv")

@@ -133,8 +133,7 @@ def to_diffusers(
         raise InputError(f"{file}: without middle_norm, diffusers needs use_scale_shift_norm")
     plain = "Resnet{}sampleBlock2D" if residual else "{}Block2D"
     config = {
-        **{name: value for name, value in FIELDS.items() if name != "num_train_timesteps"},
-        "_class_name": "UNet2DModel", "sample_size": size, "in_channels": channels,
+        **FIELDS, "_class_name": "UNet2DModel", "sample_size": size, "in_channels": channels,
         "out_channels": channels * (2 if flags["learn_sigma"] else 1), "freq_shift": int(fixed["sines_first"]),
         "flip_sin_to_cos": not fixed["sines_first"],
         "down_block_types": ["AttnDownBlock2D" if at else plain.format("Down") for at in attends],

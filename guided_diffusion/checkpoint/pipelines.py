@@ -303,7 +303,7 @@ def scheduler_process(
     flags = diffusers.process_flags({**config, **listed, "_class_name": name})
     betas = get_named_beta_schedule(flags["noise_schedule"], flags["diffusion_steps"])
     kinds = {"predict_xstart": ModelMeanType.START_X, "predict_v": ModelMeanType.VELOCITY}
-    fixed = ModelVarType.FIXED_LARGE if flags["variance_type"] == "fixed_large" else ModelVarType.FIXED_SMALL
+    fixed = ModelVarType.FIXED_SMALL if flags.get("sigma_small", True) else ModelVarType.FIXED_LARGE
     timesteps = {round(float(t)) for t in scheduler.timesteps}
     spaced = SpacedDiffusion(
         {t for t in timesteps if 0 <= t < len(betas)},
