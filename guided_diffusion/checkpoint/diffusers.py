@@ -252,7 +252,7 @@ def describe(folder: Folder) -> Description:
 
 
 class _Fields(dict[str, Any]):
-    """The fields of a JSON file with the library's defaults, those of a schema checked. hint: ends their error lines."""
+    """The fields of a JSON file with a schema's defaults, checked. hint: the end of error lines."""
 
     def __init__(self, file: str, schema: Mapping[str, Any], given: Mapping[str, Any], hint: str = "") -> None:
         super().__init__({**{name: default for name, (default, _) in schema.items()}, **given})

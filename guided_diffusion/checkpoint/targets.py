@@ -173,7 +173,8 @@ def _load_pipeline(options: TargetOptions, flags: ModelFlags, device: torch.devi
     def prompt(batch: Batch) -> pipelines.Prompt:
         return pipelines.Prompt(prompts(batch.names), options.negative_prompt, options.guidance_scale)
 
-    target = pipelines.pipeline_target(pipe, prompt, int(steps), device, flags.image_size)
+    kind = pipelines.KINDS.pick(type(pipe).__name__)(pipe)
+    target = pipelines.pipeline_target(kind, prompt, int(steps), device, flags.image_size)
     kept = {"image_size": target.image_size, "timestep_respacing": steps, "prompts": prompts.identity}
     info = ModelInfo(options.model_path, type(pipe).__name__, kept)
     return dataclasses.replace(target, info=info, options=options, precision=precision)
