@@ -1,8 +1,7 @@
 """Deep features shared by neighbouring evaluations of a run, as in DeepCache (Ma et al. 2024).
 
-From one step to the next, what the network finds in an image changes mostly at full resolution. So every N-th
-evaluation computes all levels, and those between compute the first level alone: its way down and its way up, which
-takes the features of the deeper levels from the last full evaluation.
+Every N-th evaluation computes all levels of the network. Those between compute the first level alone: its way down and
+its way up, which takes the features of the deeper levels from the last full evaluation.
 """
 
 import dataclasses
@@ -27,7 +26,7 @@ class CachedModel:
     def __init__(self, network: Any, interval: int) -> None:
         self.network, self.interval = network, interval
         self.calls = self.shallow = 0  # evaluations since the last full one; stages of the first level on either way
-        self.deep: torch.Tensor | None = None
+        self.deep: Any = None
         self.shape: torch.Size | None = None
 
     def __call__(self, x: torch.Tensor, timesteps: torch.Tensor, *labels: torch.Tensor) -> torch.Tensor:
@@ -43,21 +42,18 @@ class CachedModel:
             skips.append(h)
         if full:
             self.shallow = sum(skip.shape[2:] == x.shape[2:] for skip in skips)
-            h = middle(h, emb)
-        else:
-            h = self.deep
-        for stage in up if full else up[-len(skips) :]:
+        h = middle(h, emb) if full else self.deep
+        for stage in up[-len(skips) :]:
             if len(skips) == self.shallow:
                 self.deep = h
-            h = stage(torch.cat([h, skips.pop()], dim=1), emb)  # type: ignore[list-item]
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb)
         return network.head(h, x.dtype)
 
 
 def cached(model: Callable, interval: int) -> Any:
-    """Return a model that shares deep features among its evaluations; the model itself if interval is 1.
+    """Return a model that shares deep features among the evaluations of one run; the model itself if interval is 1.
 
-    Make one for each run: it must see the images of that run only. model: a network, or a dataclass around one in its
-    field `model`, such as `WithClass`. Raises InputError for other models.
+    model: a network, or a dataclass around one in its field `model`, as `WithClass`. Raises InputError for others.
     """
     if interval == 1:
         return model

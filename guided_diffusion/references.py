@@ -58,18 +58,15 @@ def is_url(path: str) -> bool:
 def list_references(base: str | os.PathLike[str], *, parameter: str = "base_samples") -> list[Reference]:
     """List the images under the folder `base`, sorted by name; or `base` itself where it is a file of any suffix.
 
-    Links to folders are followed, except back to a folder that is being searched. Entries whose name starts with a dot
-    are left out, and so are files of other suffixes than `IMAGE_SUFFIXES`, which one log line counts. Broken links and
-    unreadable files are listed: `load_image` reports what is wrong with them. Raises InputError, naming `parameter`,
-    for a missing path, an unreadable folder, a folder without images, and links between folders without end.
+    Links to folders are followed, except back to a folder that is being searched. Hidden entries are left out, and so
+    are files of other suffixes than `IMAGE_SUFFIXES`, which one log line counts. Broken links and unreadable files are
+    listed: `load_image` says what is wrong with them. Raises InputError, naming `parameter`.
     """
     base = os.fspath(base)
     wrong: dict[str, Any] = {"parameter": parameter, "value": base}
     if re.match(r"[a-z][a-z0-9+.-]+://", base) and not is_url(base):
-        reason = (
-            "it is no address that can be read; give a folder, an image, or a URL that starts with gs://, az:// or "
-        )
-        raise InputError(reason + "https://ACCOUNT.blob.core.windows.net/", **wrong)
+        urls = "gs://, az:// or https://ACCOUNT.blob.core.windows.net/"
+        raise InputError(f"it is no address that can be read; give a folder, an image, or a URL of {urls}", **wrong)
     found: list[Reference] = []
     others: Counter[str] = Counter()
     try:
@@ -115,16 +112,17 @@ def _is_folder(base: str) -> bool:
         if not blobfile.isdir(base) and not blobfile.exists(base):
             raise FileNotFoundError
         return blobfile.isdir(base)
-    mode = os.stat(base).st_mode
-    return stat.S_ISDIR(mode) or _check_regular(mode)
+    if not os.path.isdir(base):
+        _check_regular(base)
+    return os.path.isdir(base)
 
 
-def _check_regular(mode: int) -> bool:
-    """Return False; raise OSError for what is no regular file: opening a pipe would wait for a writer."""
+def _check_regular(path: str) -> None:
+    """Raise OSError for what is no regular file: opening a pipe would wait for a writer."""
+    mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
         raise OSError(f"a {kinds.get(stat.S_IFMT(mode), 'device')}, not a regular file")
-    return False
 
 
 def _entries(folder: str) -> list[tuple[str, str, bool]]:
@@ -133,35 +131,33 @@ def _entries(folder: str) -> list[tuple[str, str, bool]]:
         import blobfile
 
         return [(entry.name, entry.path, entry.is_dir) for entry in blobfile.scandir(folder)]
-    with os.scandir(folder) as entries:  # DirEntry.is_dir raises for a loop of links
-        return [(e.name, e.path, os.path.isdir(e.path) if e.is_symlink() else e.is_dir()) for e in entries]
+    with os.scandir(folder) as entries:
+        return [(entry.name, entry.path, os.path.isdir(entry.path)) for entry in entries]
 
 
-def find_collisions(
-    references: Iterable[Reference], suffix: str = ".png", reserved: Iterable[str] = ()
-) -> dict[str, str]:
-    """Find the references that must not be translated, because their output `stem + suffix` would be written twice.
+def find_collisions(references: Iterable[Reference], reserved: Iterable[str] = ()) -> dict[str, str]:
+    """Find the references whose output, their `stem` + ".png", would be written twice or need a folder that is a file.
 
     Returns reference name -> reason (one line that names the other file). The first of two keeps its output. Case and
-    Unicode composition do not count, as some file systems do not tell these apart. A clash between one output and the
-    folder of another counts, and so does one with `reserved`, the relative paths that the run itself writes.
+    Unicode composition do not count, as some file systems do not tell these apart. reserved: relative paths that the
+    run itself writes.
     """
-    taken = {_fold(path) for path in reserved}
     files: dict[str, str] = {}
     folders: dict[str, str] = {}
     reasons: dict[str, str] = {}
+    taken = {_fold(path) for path in reserved}
     for reference in references:
-        output = reference.stem + suffix
+        output = reference.stem + ".png"
         key = _fold(output)
         parents = [key[:at] for at, char in enumerate(key) if char == "/"]
-        in_the_way = next((files[parent] for parent in parents if parent in files), "")
+        in_the_way = next((files[parent] for parent in parents if parent in files), None)
         if key in taken:
             reason = "has the name of a file that the run itself writes"
         elif key in files:
             reason = f"would overwrite that of {display_name(files[key])}"
         elif key in folders:
             reason = f"has the name of the folder for the output of {display_name(folders[key])}"
-        elif in_the_way:
+        elif in_the_way is not None:
             reason = f"needs a folder where the output of {display_name(in_the_way)} lies"
         else:
             files[key] = reference.name
@@ -202,7 +198,7 @@ def open_binary(path: str) -> IO[bytes]:
             return io.BytesIO(blob.read())
     if archive := archive_of(path):
         return io.BytesIO(_archive(archive, os.stat(archive).st_mtime_ns).read(path[len(archive) + 1 :]))
-    _check_regular(os.stat(path).st_mode)
+    _check_regular(path)
     return open(path, "rb")
 
 
