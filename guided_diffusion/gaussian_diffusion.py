@@ -78,19 +78,16 @@ def betas_for_alpha_bar(num_diffusion_timesteps: int, alpha_bar: Callable[[float
 
 
 class ModelMeanType(enum.Enum):
-    """Prediction target: the meaning of the model's output, without the channels of a learned variance."""
+    """Prediction target; VELOCITY: sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022)."""
 
-    PREVIOUS_X = enum.auto()
     START_X = enum.auto()
     EPSILON = enum.auto()
     VELOCITY = enum.auto()
-    """sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022)."""
 
 
 class ModelVarType(enum.Enum):
     """Variance of the reverse step; LEARNED_RANGE interpolates between the two fixed ones."""
 
-    LEARNED = enum.auto()
     FIXED_SMALL = enum.auto()
     FIXED_LARGE = enum.auto()
     LEARNED_RANGE = enum.auto()
@@ -101,7 +98,6 @@ class LossType(enum.Enum):
 
     MSE = enum.auto()
     RESCALED_MSE = enum.auto()
-    KL = enum.auto()
     RESCALED_KL = enum.auto()
 
 
@@ -273,18 +269,17 @@ class GaussianDiffusion:
             pred_xstart = denoised_fn(pred_xstart)
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-float(clip_denoised), float(clip_denoised))
-        given = self.model_mean_type is ModelMeanType.PREVIOUS_X
-        mean = prediction if given else self.q_posterior_mean_variance(pred_xstart, x, t)[0]
+        mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
         variances = {"variance": variance.expand_as(x), "log_variance": log_variance.expand_as(x)}
         return {"mean": mean, **variances, "pred_xstart": pred_xstart}
 
-    def _variance(self, model_output: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _variance(self, model_output, x, t):
         """Split the model's output into the prediction, the variance of the reverse step and its logarithm.
 
         FIXED_SMALL is the true posterior's variance, 0 at t = 0, where only its logarithm is clipped.
         """
         channels, given = x.shape[1], model_output.shape[1]
-        learned = self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+        learned = self.model_var_type is ModelVarType.LEARNED_RANGE
         if given != (wanted := 2 * channels if learned else channels):
             reason = f"the model gives {given} channels for {channels} image channels"
             raise ValueError(f"{reason}; learn_sigma={learned} needs {wanted}")
@@ -295,9 +290,8 @@ class GaussianDiffusion:
             variance = self.extract("fixed_large_variance", t, x.ndim)
             return model_output, variance, self.extract("log_fixed_large_variance", t, x.ndim)
         prediction, values = model_output.split(channels, dim=1)
-        if self.model_var_type is ModelVarType.LEARNED_RANGE:
-            fraction = (values + 1) / 2
-            values = fraction * self.extract("log_betas", t, x.ndim) + (1 - fraction) * low
+        fraction = (values + 1) / 2
+        values = fraction * self.extract("log_betas", t, x.ndim) + (1 - fraction) * low
         return prediction, values.exp(), values
 
     def _pred_xstart(self, prediction, x, t):
@@ -305,11 +299,8 @@ class GaussianDiffusion:
             return prediction
         if self.model_mean_type is ModelMeanType.EPSILON:
             return self.xstart_from_eps(x, t, prediction)
-        if self.model_mean_type is ModelMeanType.VELOCITY:
-            # Not through the noise, which would divide by sqrt(alpha_bar), close to 0 at the last steps.
-            return self.q_sample(x, t, -prediction)
-        past = prediction - self.extract("posterior_mean_coef2", t, x.ndim) * x
-        return past / self.extract("posterior_mean_coef1", t, x.ndim)
+        # Not through the noise, which would divide by sqrt(alpha_bar), close to 0 at the last steps.
+        return self.q_sample(x, t, -prediction)
 
     def xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Return the x_0 of given x_t and noise."""
@@ -501,31 +492,21 @@ class GaussianDiffusion:
         def bound(output):
             return self._vb_terms_bpd(lambda *_: output, x_start, x_t, t, clip_denoised=False)["output"]
 
-        if self.loss_type in (LossType.KL, LossType.RESCALED_KL):
-            return {"loss": bound(output) * (self.num_timesteps if self.loss_type is LossType.RESCALED_KL else 1)}
-
-        terms = {}
-        prediction = output
-        if self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE):
+        if self.loss_type is LossType.RESCALED_KL:
+            return {"loss": bound(output) * self.num_timesteps}
+        terms, prediction = {}, output
+        if self.model_var_type is ModelVarType.LEARNED_RANGE:
             # The bound trains the variance only: the mean is detached in it.
             prediction, values = output.split(x_t.shape[1], dim=1)
             terms["vb"] = bound(torch.cat([prediction.detach(), values], dim=1))
             if self.loss_type is LossType.RESCALED_MSE:
                 terms["vb"] = terms["vb"] * (self.num_timesteps / 1000.0)
-        target = self._mse_target(x_start, x_t, t, noise)
+        target = {ModelMeanType.EPSILON: noise, ModelMeanType.START_X: x_start}.get(self.model_mean_type)
+        if target is None:  # the velocity: x_t's formula for (noise, -x_0) in place of (x_0, noise)
+            target = self.q_sample(noise, t, -x_start)
         terms["mse"] = mean_flat((target - prediction) ** 2)
         terms["loss"] = sum(terms.values())
         return terms
-
-    def _mse_target(self, x_start, x_t, t, noise):
-        if self.model_mean_type is ModelMeanType.EPSILON:
-            return noise
-        if self.model_mean_type is ModelMeanType.START_X:
-            return x_start
-        if self.model_mean_type is ModelMeanType.VELOCITY:
-            # x_t's formula for (noise, -x_0) in place of (x_0, noise).
-            return self.q_sample(noise, t, -x_start)
-        return self.q_posterior_mean_variance(x_start, x_t, t)[0]
 
     def calc_bpd_loop(
         self, model: Model, x_start: Tensor, clip_denoised: bool | float = True,

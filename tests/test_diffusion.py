@@ -273,12 +273,10 @@ def plain_posterior(diffusion, output, x, i, clip):
         x_start = (x - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar**0.5
     elif diffusion.model_mean_type is ModelMeanType.START_X:
         x_start = prediction
-    elif diffusion.model_mean_type is ModelMeanType.VELOCITY:
-        x_start = alpha_bar**0.5 * x - (1 - alpha_bar) ** 0.5 * prediction
     else:
-        x_start = (prediction - coef2 * x) / coef1
+        x_start = alpha_bar**0.5 * x - (1 - alpha_bar) ** 0.5 * prediction
     x_start = x_start.clamp(-1, 1) if clip else x_start
-    mean = prediction if diffusion.model_mean_type is ModelMeanType.PREVIOUS_X else coef1 * x_start + coef2 * x
+    mean = coef1 * x_start + coef2 * x
 
     def small(i):
         return diffusion.betas[i] * (1 - diffusion.alphas_cumprod_prev[i]) / (1 - diffusion.alphas_cumprod[i])
@@ -288,8 +286,6 @@ def plain_posterior(diffusion, output, x, i, clip):
         log_variance = torch.full_like(mean, low)
     elif diffusion.model_var_type is ModelVarType.FIXED_LARGE:
         log_variance = torch.full_like(mean, math.log(beta) if i else low)
-    elif diffusion.model_var_type is ModelVarType.LEARNED:
-        log_variance = values
     else:
         log_variance = (1 + values) / 2 * math.log(beta) + (1 - values) / 2 * low
     return mean, log_variance, x_start
@@ -300,7 +296,7 @@ all_variances = pytest.mark.parametrize("var", ModelVarType)
 
 
 def is_learned(var):
-    return var in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+    return var is ModelVarType.LEARNED_RANGE
 
 
 @all_types
@@ -444,19 +440,14 @@ def check_training_losses(mean, var, loss):
     for n, i in enumerate(t.tolist()):
         arguments = output[n].double(), x_start[n].double(), x_t[n].double()
         bound = plain_bound(diffusion, *arguments, i)
-        if loss in (LossType.KL, LossType.RESCALED_KL):
-            expected = {"loss": bound * (STEPS if loss is LossType.RESCALED_KL else 1)}
+        if loss is LossType.RESCALED_KL:
+            expected = {"loss": bound * STEPS}
         else:
-            previous, alpha_bar = diffusion.alphas_cumprod_prev[i], diffusion.alphas_cumprod[i]
+            alpha_bar = diffusion.alphas_cumprod[i]
             target = {
                 ModelMeanType.EPSILON: noise[n].double(),
                 ModelMeanType.START_X: x_start[n].double(),
                 ModelMeanType.VELOCITY: (alpha_bar**0.5 * noise[n] - (1 - alpha_bar) ** 0.5 * x_start[n]).double(),
-                ModelMeanType.PREVIOUS_X: (
-                    diffusion.betas[i] * previous**0.5 * arguments[1]
-                    + (1 - previous) * diffusion.alphas[i] ** 0.5 * arguments[2]
-                )
-                / (1 - alpha_bar),
             }[mean]
             expected = {"mse": float((target - output[n, :3]).square().mean())}
             if is_learned(var):

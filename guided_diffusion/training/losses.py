@@ -38,12 +38,10 @@ def loss_weights(
     predicted, reason = diffusion.model_mean_type, ""
     if p2_gamma and min_snr_gamma:
         reason = f"it excludes `min_snr_gamma` {min_snr_gamma}; give one of them"
-    elif diffusion.loss_type in (LossType.KL, LossType.RESCALED_KL):
+    elif diffusion.loss_type is LossType.RESCALED_KL:
         reason = "it weights a squared error, and `use_kl` True has none; leave one of them out"
     elif p2_gamma and predicted is ModelMeanType.START_X:
         reason = "it is defined for networks that predict the noise; leave out `predict_xstart` True"
-    elif predicted not in scale:
-        reason = "it is not defined for networks that predict the mean of the previous step"
     if not reason:
         of_x_0 = snr / (p2_k + snr) ** p2_gamma if p2_gamma else snr.clamp(max=min_snr_gamma)
         weights = (of_x_0 / scale[predicted]).float()
