@@ -19,7 +19,7 @@ from guided_diffusion.checkpoint import ModelFlags
 from guided_diffusion.checkpoint.targets import TargetOptions, load_target, num_classes
 from guided_diffusion.cli import sampling
 from guided_diffusion.cli.flags import Given, Parser
-from guided_diffusion.cli.progress import image_bar
+from guided_diffusion.cli.progress import Progress
 from guided_diffusion.dist_util import Peers
 from guided_diffusion.errors import display_name
 from guided_diffusion.run.job import open_plan
@@ -35,18 +35,14 @@ def evaluate(given: Given, peers: Peers) -> int:
     options = given.options(LikelihoodOptions)
     images = listed(options.data_dir, options.num_samples, peers, "data_dir")
     wanted = given.options(TargetOptions, upscale=False)
-    target = load_target(
-        wanted, given.options(ModelFlags), pick_device(wanted.device, peers.local_rank), any_class=True
-    )
+    device = pick_device(wanted.device, peers.local_rank)
+    target = load_target(wanted, given.options(ModelFlags), device, any_class=True)
     source = data_images(images, num_classes(target) is not None)
     job = LikelihoodJob(options, peers, target.device, source, target.diffusion.num_timesteps)
     found = {"method": "likelihood", "clip_denoised": options.clip_denoised}
     plan = open_plan(job, target.image_size, sampling.given_settings(given, target, [options], peers, **found))
-    with image_bar(len(job.items), peers.rank) as bar:
-        loop = LikelihoodLoop(
-            job, plan, target, options.clip_denoised,
-            progress=lambda _, images: bar.update(images - bar.n),
-        )  # fmt: skip
+    with Progress(0 if peers.rank else plan.image_steps(1), len(job.items), plan.skipped) as progress:
+        loop = LikelihoodLoop(job, plan, target, options.clip_denoised, progress)
         failed = loop.run().failed
     ended = loop.finish()
     if peers.rank:

@@ -828,7 +828,7 @@ def test_time_left_after_a_tenth(monkeypatch):
     moments = [61, *[3.0 if step < 7 else 2.0 for _ in range(20) for step in range(10)][1:]]
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    progress = Progress(1000, 10, 100, 0, io.StringIO())
+    progress = Progress(1000, 100, 0, io.StringIO())
     assert progress.seconds_left() is None
     for n, seconds in enumerate(moments):
         clock[0] += seconds
@@ -836,7 +836,7 @@ def test_time_left_after_a_tenth(monkeypatch):
         really = sum(moments[n + 1 :])
         if 19 <= n < 190:  # within the last batch there are no expensive steps left
             assert abs(progress.seconds_left() - really) <= 0.2 * really
-    progress.close()
+    progress.__exit__()
     lines = progress.file.getvalue().splitlines()
     assert lines[-1].startswith("100%, 100/100 images, step 1000/1000, ") and 2 <= len(lines) <= 100
 
@@ -844,10 +844,10 @@ def test_time_left_after_a_tenth(monkeypatch):
 def test_a_terminal_gets_a_bar():
     file = io.StringIO()
     file.isatty = lambda: True
-    progress = Progress(10, 10, 1, 0, file)
+    progress = Progress(10, 1, 0, file)
     progress(10, 1)
-    progress.close()
-    assert "1/1 images, step 10/10 [" in file.getvalue() and "00:00 left]" in file.getvalue()
+    progress.__exit__()
+    assert "1/1 images, step 10/10 [" in file.getvalue() and "00:00 remaining]" in file.getvalue()
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import sys
 import time
 from typing import Any
 
+from tqdm import tqdm
+
 from .main import say
 
 
@@ -12,23 +14,17 @@ class Progress:
 
     The first step is left out once there are others, because it includes loading and compiling. On a terminal it is a
     bar. In a log file it is a line after each half minute in which the run advanced by a hundredth at least: at most a
-    hundred lines. steps: of one image; total: image-steps of the run; images: outputs wanted; made: those that exist.
+    hundred lines. total: image-steps of the run; images: outputs wanted; made: those that exist.
     """
 
-    interval, share = 30.0, 0.01
-
-    def __init__(self, total: int, steps: int, images: int, made: int = 0, file: Any = None) -> None:
-        from tqdm import tqdm
-
-        self.total, self.steps, self.done = total, steps, 0
-        self.images, self.made = images, made
-        self.file = file or sys.stderr
+    def __init__(self, total: int, images: int, made: int = 0, file: Any = None) -> None:
+        self.total, self.images, self.made, self.file = total, images, made, file or sys.stderr
         self.started = self.told_at = time.monotonic()
-        self.told = 0
+        self.done = self.told = 0
         self.first: tuple[float, int] | None = None  # when the first steps were done, and how many
         self.bar: Any = None
-        if total and self.file is not None and self.file.isatty():
-            layout = "{percentage:3.0f}%|{bar}| {desc}, step {n_fmt}/{total_fmt} [{elapsed} gone{postfix}]"
+        if total and self.file.isatty():
+            layout = "{percentage:3.0f}%|{bar}| {desc}, step {n_fmt}/{total_fmt} [{elapsed} elapsed{postfix}]"
             self.bar = tqdm(total=total, smoothing=0, bar_format=layout, desc=self._images(), file=self.file)
 
     def _images(self) -> str:
@@ -36,46 +32,37 @@ class Progress:
 
     def seconds_left(self) -> float | None:
         """The estimate; None before the first step."""
-        if self.done <= 0:
+        if self.first is None:
             return None
-        since, before = self.first if self.first and self.done > self.first[1] else (self.started, 0)
+        since, before = self.first if self.done > self.first[1] else (self.started, 0)
         return (time.monotonic() - since) / (self.done - before) * (self.total - self.done)
 
     def __call__(self, image_steps: int, made: int) -> None:
+        """Add steps that were done; made: outputs that exist."""
         self.done += image_steps
         self.made = made
         if self.first is None and image_steps > 0:
             self.first = (time.monotonic(), self.done)
         if self.bar is not None:
-            self.bar.set_description_str(self._images(), refresh=False)
             left = self.seconds_left()
-            self.bar.set_postfix_str("" if left is None else f"{self.bar.format_interval(left)} left", refresh=False)
+            self.bar.set_description_str(self._images(), refresh=False)
+            self.bar.set_postfix_str("" if left is None else f"{tqdm.format_interval(left)} remaining", refresh=False)
             self.bar.update(image_steps)
-        elif (
-            time.monotonic() - self.told_at >= self.interval
-            and self.done - self.told >= self.share * self.total
-            and self.done < self.total
-        ):
+        elif time.monotonic() - self.told_at >= 30 and self.total > self.done >= self.told + self.total / 100:
             self._line()
 
     def _line(self) -> None:
-        from tqdm import tqdm
-
         self.told_at, self.told = time.monotonic(), self.done
         elapsed, left = (tqdm.format_interval(t) for t in (time.monotonic() - self.started, self.seconds_left() or 0.0))
-        share = f"{100 * self.done // self.total}%"
-        say(f"{share}, {self._images()}, step {self.done}/{self.total}, {elapsed} gone, {left} left", self.file)
+        share = f"{100 * self.done // self.total}%, {self._images()}, step {self.done}/{self.total}"
+        say(f"{share}, {elapsed} elapsed, {left} remaining", self.file)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
         """Leave the bar as it stands; a log gets its last line."""
         if self.bar is not None:
             self.bar.close()
         elif self.done > self.told:
             self._line()
-
-
-def image_bar(total: int, rank: int) -> Any:
-    """A bar of images on stderr where rank 0 has a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="image", dynamic_ncols=True, disable=rank != 0 or not sys.stderr.isatty())

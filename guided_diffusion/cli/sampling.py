@@ -21,11 +21,11 @@ from ..dist_util import Peers
 from ..errors import InputError, display_name
 from ..generation import draw_labels
 from ..methods import ENERGIES, METHODS, Method, Translation, energy_names
-from ..options import near_miss, option
+from ..options import flag_of, option
 from ..presets import located
 from ..run.files import write_atomically
 from ..run.job import MOST_IMAGES, Job, JobOptions, OutputOptions, open_plan
-from ..run.loop import Loop, Summary
+from ..run.loop import Loop
 from ..run.noise import ImageNoise, image_key
 from ..run.sources import Numbers, SmallImages, Source
 from ..runtime import pick_device
@@ -40,6 +40,8 @@ from .progress import Progress
 TRAINING_FLAGS = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
 STEPS = "timestep_respacing"
 VGG = "models/vgg_normalised.pth"
+
+Labels = Callable[[Sequence[str], Noise], torch.Tensor | None]
 
 log = logging.getLogger("sddm")
 
@@ -104,7 +106,7 @@ def translate_command(
     energies = (EnergyChoice, *ENERGIES.values()) if kind.takes_energies else ()
 
     def create_parser() -> Parser:
-        base = {JobOptions: " --base_samples DIR", SmallImageOptions: " --base_samples PATH"}.get(outputs, "")
+        base = "" if outputs is NumberOptions else " --base_samples PATH"
         parser = Parser(text, usage=f"--model_path PATH{base} [flags]", spelling=spelling)
         parser.add(kind, ModelFlags, title="method", only=(*first, STEPS), defaults=defaults)
         if translates:
@@ -126,30 +128,27 @@ def translate_command(
         flags = given.options(ModelFlags)
         names = energy_names(given.energy, given.vgg_path) if energies else []
         chosen = [given.options(ENERGIES[name]) for name in names]
-        check_files(given, chosen)
         size = None if flags.image_size is None else (flags.image_size, flags.image_size)
         options.check_fit(None if kind.takes_labels else size, check_flags(wanted, flags))
         device = pick_device(wanted.device, peers.local_rank)
         job = Job(made, peers, device, made.source(peers, wanted.class_index))
 
-        # A method that takes labels gets the class that way.
-        loaded = dataclasses.replace(wanted, class_index=None) if kind.takes_labels else wanted
-        if not translates:
-            loaded = dataclasses.replace(loaded, upscale=False)  # images of the model's own, at its own size
-        super_res = method == "super_resolution"
+        # A method that takes labels gets the class that way. Images of the model's own are of its own size.
+        changes = {"class_index": None} if kind.takes_labels else {}
+        changes |= {} if translates else {"upscale": False}
+        loaded, super_res = dataclasses.replace(wanted, **changes), method == "super_resolution"
         target = load_target(loaded, flags, device, any_class=not translates, super_res=super_res)
         if energies and given.energy is None and isinstance(target.codec, Autoencoder):
             names, chosen = [], []
         translation = Translation.of(options, target, chosen)
-        announce(translation, names, given)
+        steps = resolved(options, target)
+        announce(translation, names, given, steps)
 
-        found = {"method": method, "energy": names if energies else None, **resolved(options, target)}
+        found = {"method": method, "energy": names if energies else None, **steps}
         if method in ("sdedit", "egsde"):
             found["clip_denoised"] = None  # never clipped
-        elif not translates:
-            found["clip_denoised"] = target.clip_denoised
         settings = given_settings(given, target, [options, *chosen, made], peers, **found)
-        labels = Labels(translation, job.source, wanted.class_index)
+        labels = labels_of(translation, job.source, wanted.class_index)
         status = execute(job, translation, labels, settings, translates)
         if not translates and made.npz and status == DONE and peers.rank == 0:
             write_npz(job, target.image_size, labels)
@@ -169,26 +168,24 @@ def add_model(parser: Parser, defaults: dict[str, Any] | None = None, without: S
 def say_ignored(given: Given) -> None:
     """Report given flags that do nothing here; those of training only where they differ from the default."""
     usual = model_and_diffusion_defaults()
-    ignored = given.ignored()
     training = {name: getattr(given, name) for name in TRAINING_FLAGS}
-    ignored |= {name: value for name, value in training.items() if value is not None and value != usual[name]}
-    for name, value in ignored.items():
+    training = {name: value for name, value in training.items() if value not in (None, usual[name])}
+    for name, value in {**given.ignored(), **training}.items():
         log.info("--%s %s has no effect", name, value)
 
 
-def check_files(given: Given, options: Sequence[Any]) -> None:
-    """Raise InputError for a file of options that is given and does not exist, before anything is loaded."""
-    for each in options:
-        names = [name for name, kind in ENERGIES.items() if type(each) is kind]
-        needed = f", and `energy` {names[0]} needs it" if names else ""
-        for field in dataclasses.fields(each):
-            value = getattr(each, field.name)
-            if field.metadata.get("file") and value and "://" not in value and not os.path.exists(value):
-                raise InputError(f"no such file{needed}{near_miss(value)}", parameter=field.name, value=value)
+def resolved(method: Method, target: Target) -> dict[str, int]:
+    """The steps of the schedule that a method's options mean, by flag, where shares are given."""
+    total, found = target.diffusion.num_timesteps, {}
+    for name, ends in {"range_t": (0, total - 1), "start": (1, total)}.items():
+        if (value := getattr(method, name, None)) is not None:
+            field = next(field for field in dataclasses.fields(method) if field.name == name)
+            found[flag_of(field)] = resolve_step(value, total, name, *ends)
+    return found
 
 
-def announce(translation: Translation, names: Sequence[str], given: Given) -> None:
-    """Say what is about to run: the network, the schedule, and the steps that shares of it stand for."""
+def announce(translation: Translation, names: Sequence[str], given: Given, found: dict[str, int]) -> None:
+    """Say what is about to run: the network, the schedule, and the steps `found` that shares of it stand for."""
     target, method = translation.target, translation.method
     total, steps = target.diffusion.num_timesteps, translation.steps
     counted = f"{total} steps" if steps == total else f"{steps} of {total} steps"
@@ -199,7 +196,6 @@ def announce(translation: Translation, names: Sequence[str], given: Given) -> No
     kind = target.info.model_type
     network = f"{kind} UNet" if kind in ("ADM", "DDPM") else kind
     log.info("%s, %d px, %s on %s; %s", network, target.image_size, counted, target.device, words)
-    found = resolved(method, target)
     for name, step in found.items():
         if getattr(given, name) != step:
             log.info("--%s %s is step %d of %d", name, getattr(given, name), step, total)
@@ -207,68 +203,48 @@ def announce(translation: Translation, names: Sequence[str], given: Given) -> No
         log.warning("--range_t %s leaves no step to guide: the run begins at step %d", given.range_t, steps - 1)
 
 
-def resolved(method: Method, target: Target) -> dict[str, int]:
-    """The steps of the schedule that a method's options mean, by flag, where shares are given."""
-    total, found = target.diffusion.num_timesteps, {}
-    for field in dataclasses.fields(method):
-        value = getattr(method, field.name)
-        if field.name in ("range_t", "start") and value is not None:
-            flag, ends = field.metadata["flag"] or field.name, (1, total) if field.name == "start" else (0, total - 1)
-            found[flag] = resolve_step(value, total, field.name, *ends)
-    return found
-
-
 def given_settings(given: Given, target: Target, used: Sequence[Any], peers: Peers, **found: Any) -> dict[str, Any]:
     """All that determines the outputs, for run.json, on rank 0; used: the options that count."""
     if peers.rank:
         return {}
-    values = {**target.info.flags, "precision": target.precision, "sigma_small": target.sigma_small}
-    values |= {"clip_denoised": target.clip_denoised}
-    for name in (*TRAINING_FLAGS, "use_fp16"):
-        values.pop(name, None)
+    left_out = (*TRAINING_FLAGS, "use_fp16")
+    values = {name: value for name, value in target.info.flags.items() if name not in left_out}
+    values |= {name: getattr(target, name) for name in ("precision", "sigma_small", "clip_denoised")}
     return given.settings([*used, given.options(TargetOptions)], **{**values, **found})
 
 
-class Labels:
-    """The classes of a run's images, for models and methods that take them.
+def labels_of(translation: Translation, source: Source, class_index: int | str | None) -> Labels:
+    """Function of (names, noise) that gives the classes, long [N], of a batch of pictures; None where there are none.
 
     A class is the one that is asked for, the source's, or drawn by the image's own generator before any noise.
     """
+    target, device = translation.target, translation.target.device
+    classes = getattr(translation.sampler, "num_classes", None) or num_classes(target)
+    if classes is None:
+        if class_index is not None:
+            raise InputError("the model is not class-conditional", parameter="class_index", value=class_index)
+        return lambda names, noise: None
+    if isinstance(source, SmallImages):
+        if not source.labels:
+            raise InputError("the model is class-conditional: give a class", parameter="class_index")
+        return lambda names, noise: torch.tensor([source.labels[name] for name in names], device=device)
+    fixed = None
+    if class_index is not None:
+        fixed = class_number(class_index, getattr(translation.sampler, "info", target.info), "class_index")
+    draws = isinstance(source, Numbers) and (translation.method.takes_labels or fixed is None)
 
-    def __init__(self, translation: Translation, source: Source, class_index: int | str | None) -> None:
-        target = translation.target
-        self._source, self._device, self._draws = source, target.device, False
-        self._classes = getattr(translation.sampler, "num_classes", None) or num_classes(target)
-        self._fixed: int | None = None
-        if self._classes is None:
-            if class_index is not None:
-                raise InputError("the model is not class-conditional", parameter="class_index", value=class_index)
-        elif isinstance(source, SmallImages):
-            if not source.labels:
-                raise InputError("the model is class-conditional: give a class", parameter="class_index")
-        elif class_index is not None:
-            info = getattr(translation.sampler, "info", target.info)
-            self._fixed = class_number(class_index, info, "class_index")
-        self._draws = isinstance(source, Numbers) and (translation.method.takes_labels or self._fixed is None)
+    def labels(names: Sequence[str], noise: Noise) -> torch.Tensor | None:
+        drawn = draw_labels(noise, len(names), classes, device) if draws else None  # before any noise
+        return drawn if fixed is None else torch.full((len(names),), fixed, device=device)
 
-    def __call__(self, names: Sequence[str], noise: Noise) -> torch.Tensor | None:
-        """Labels, long [N], of a batch of pictures; None where there are none."""
-        if self._classes is None:
-            return None
-        drawn = draw_labels(noise, len(names), self._classes, self._device) if self._draws else None
-        if self._fixed is not None:
-            return torch.full((len(names),), self._fixed, device=self._device)
-        if drawn is not None:
-            return drawn
-        known = self._source.labels
-        return torch.tensor([known[name] for name in names], device=self._device) if known else None
+    return labels
 
 
 def execute(
     job: Job, translation: Translation, labels: Labels, settings: dict[str, Any], translates: bool = True
 ) -> int:
     """Do a job with progress and report how it ended; returns the exit status of this rank."""
-    steps = translation.steps
+    steps, total, save_dir = translation.steps, len(job.items), job.options.save_dir
 
     def sample(batch: Batch, /, *, noise: Noise, callback: Callable) -> torch.Tensor:
         batch = dataclasses.replace(batch, labels=labels(batch.names, noise))
@@ -276,39 +252,28 @@ def execute(
 
     plan = open_plan(job, translation.target.image_size, settings)
     if plan.skipped:
-        log.info("%d of %d images are already present", plan.skipped, len(job.items))
-    progress = Progress(plan.image_steps(steps), steps, len(job.items), plan.skipped) if job.peers.rank == 0 else None
+        log.info("%d of %d images are already present", plan.skipped, total)
     grey = isinstance(translation.target.codec, Grey)
-    loop = Loop(job, plan, sample, steps, progress or (lambda image_steps, images: None), translation.picture, grey)
     try:
-        try:
+        with Progress(0 if job.peers.rank else plan.image_steps(steps), total, plan.skipped) as progress:
+            loop = Loop(job, plan, sample, steps, progress, translation.picture, grey)
             summary = loop.run()
-        finally:
-            if progress is not None:
-                progress.close()
         loop.finish()
     except KeyboardInterrupt as error:
         if job.peers.interrupted():
             again = "run the same command without --overwrite to resume" if job.options.overwrite else AGAIN
-            say(f"{cause(error, job.peers)}: {job.made()} of {len(job.items)} images are done; {again}")
+            say(f"{cause(error, job.peers)}: {job.made()} of {total} images are done; {again}")
         return INTERRUPTED
     if job.peers.rank:
         return DONE  # rank 0 reports on all; a launcher would end it if another status came first
-    return report(job, summary, translates)
-
-
-def report(job: Job, summary: Summary, translates: bool) -> int:
-    """Say how a run ended; returns the exit status."""
     for name, reason in sorted(summary.failed.items()):
         say(f"failed: {display_name(name)}: {reason}")
-    done, skipped, failed = summary.done, summary.skipped, len(summary.failed)
-    say(f"{done} done, {skipped} already present, {failed} failed", sys.stdout)
-    grid = os.path.join(job.options.save_dir, "grid.png")
-    if done + skipped:
+    say(f"{summary.done} done, {summary.skipped} already present, {len(summary.failed)} failed", sys.stdout)
+    if summary.done + summary.skipped:
         kind, shown = ("translations", "side by side with their sources") if translates else ("images", "an overview")
-        there = f", {shown} in {grid}" if os.path.exists(grid) else ""
-        say(f"{kind} are in {job.options.save_dir}{there}", sys.stdout)
-    return FAILED if failed else DONE
+        grid = os.path.join(save_dir, "grid.png")
+        say(f"{kind} are in {save_dir}" + f", {shown} in {grid}" * os.path.exists(grid), sys.stdout)
+    return FAILED if summary.failed else DONE
 
 
 def write_npz(job: Job, image_size: int, labels: Labels) -> None:
