@@ -19,14 +19,12 @@ from guided_diffusion.cli import main as command
 
 command.start()
 
-from guided_diffusion.cli import training as loop_flags
+from guided_diffusion.cli import training as loop
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.dist_util import Ranks
-from guided_diffusion.runtime import pick_device
 from guided_diffusion.script_util import create_diffusion
 from guided_diffusion.training.config import ClassifierRunOptions, ClassOptions, DataOptions, EncoderOptions
 from guided_diffusion.training.data import TrainImages, held_out_images, labelled_images
-from guided_diffusion.training.files import owned
 from guided_diffusion.training.losses import classifier_loss, evaluate
 from guided_diffusion.training.start import ENCODER, begin
 
@@ -38,17 +36,20 @@ def create_parser() -> Parser:
     parser = Parser(__doc__, usage="(--data_dir DIR | --domains SOURCE,TARGET) --save_dir DIR [flags]")
     parser.add(DataOptions, title="data")
     parser.add(ClassOptions, title="classes")
-    loop_flags.add_loop(parser, ClassifierRunOptions, without=["sample_interval"], defaults=DEFAULTS)
-    parser.add(EncoderOptions, title="classifier and diffusion", description=loop_flags.FROM_CHECKPOINT)
+    loop.add_loop(parser, ClassifierRunOptions, without=["sample_interval"], defaults=DEFAULTS)
+    parser.add(EncoderOptions, title="classifier and diffusion", description=loop.FROM_CHECKPOINT)
     return parser
 
 
 def train(given: Given, ranks: Ranks) -> int:
-    data, classes, run = (given.options(cls) for cls in (DataOptions, ClassOptions, ClassifierRunOptions))
-    config, device = loop_flags.loop_config(given, run), pick_device(run.device, ranks.local_rank)
-    model = given.options(EncoderOptions).given()
+    data, classes, run = (
+        given.options(DataOptions),
+        given.options(ClassOptions),
+        loop.Run(given, ranks, ClassifierRunOptions),
+    )
+    config, model = run.config, given.options(EncoderOptions).given()
     references, label = labelled_images(data.data_dir, classes.domains, config.save_dir)
-    with owned(config, ranks.rank == 0):
+    with run.folder():
         start = begin(config, ENCODER, model, label, head="I2Iout" if classes.domains else "out")
         reading = {"seed": config.seed, "random_crop": classes.random_crop, **data.reading()}
         images = TrainImages(references, start.flags["image_size"], labels=start.labels, **reading)
@@ -57,12 +58,11 @@ def train(given: Given, ranks: Ranks) -> int:
         if held_out := held_out_images(classes.val_data_dir, classes.val_domains, classes.domains, start.classes):
             others = TrainImages(held_out[0], images.image_size, labels=held_out[1], **reading)
             measure = functools.partial(
-                evaluate, losses=losses, images=others, num_timesteps=diffusion.num_timesteps, device=device,
+                evaluate, losses=losses, images=others, num_timesteps=diffusion.num_timesteps, device=run.device,
                 batch_size=config.batch_size, seed=config.seed, rank=ranks.rank, world_size=ranks.world_size,
             )  # fmt: skip
-        record = [data, classes, run, config]
         use = f"{USE} --energy {'dse --dsepath' if classes.domains else 'classifier --classifier_path'} {{path}}"
-        return loop_flags.train(start, images, losses, diffusion, config, record, ranks, device, use, evaluate=measure)
+        return run.train(start, images, losses, diffusion, [data, classes], use, evaluate=measure)
 
 
 if __name__ == "__main__":

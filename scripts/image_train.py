@@ -18,17 +18,13 @@ from guided_diffusion.cli import main as command
 
 command.start()
 
-from guided_diffusion.cli import training as loop_flags
+from guided_diffusion.cli import training as loop
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.dist_util import Ranks
-from guided_diffusion.runtime import pick_device
-from guided_diffusion.script_util import create_diffusion
-from guided_diffusion.training.config import DataOptions, GridOptions, LossOptions, ModelOptions, RunOptions
-from guided_diffusion.training.data import TrainImages, class_labels, list_images, refuse_own_outputs
-from guided_diffusion.training.files import owned
+from guided_diffusion.training.config import DataOptions, GridOptions, LossOptions, ModelOptions
 from guided_diffusion.training.loop import grid_sampler
 from guided_diffusion.training.losses import diffusion_loss, loss_weights
-from guided_diffusion.training.start import DIFFUSION, begin
+from guided_diffusion.training.start import DIFFUSION
 
 USE = "python scripts/ae_sample.py --model_path {path} --base_samples FOLDER --save_dir output/translated"
 
@@ -36,29 +32,20 @@ USE = "python scripts/ae_sample.py --model_path {path} --base_samples FOLDER --s
 def create_parser() -> Parser:
     parser = Parser(__doc__, usage="--data_dir DIR --save_dir DIR [flags]")
     parser.add(DataOptions, title="data")
-    loop_flags.add_loop(parser, RunOptions, without=["eval_interval"])
+    loop.add_loop(parser, without=["eval_interval"])
     parser.add(LossOptions, title="loss")
     parser.add(GridOptions, title="sample grids")
-    parser.add(ModelOptions, title="model and diffusion", description=loop_flags.FROM_CHECKPOINT)
+    parser.add(ModelOptions, title="model and diffusion", description=loop.FROM_CHECKPOINT)
     return parser
 
 
 def train(given: Given, ranks: Ranks) -> int:
-    data, loss, grid, run = (given.options(cls) for cls in (DataOptions, LossOptions, GridOptions, RunOptions))
-    config, device = loop_flags.loop_config(given, run), pick_device(run.device, ranks.local_rank)
-    model, references = given.options(ModelOptions).given(), list_images(data.data_dir)
-    refuse_own_outputs(config.save_dir, data.data_dir, references)
-    with owned(config, ranks.rank == 0):
-        start = begin(config, DIFFUSION, model, lambda names: class_labels(references, names))
-        images = TrainImages(
-            references, start.flags["image_size"], labels=start.labels, seed=config.seed,
-            channels=start.channels, **data.reading(),
-        )  # fmt: skip
-        diffusion = create_diffusion(**start.flags)
+    data, loss, grid = (given.options(cls) for cls in (DataOptions, LossOptions, GridOptions))
+    run = loop.Run(given, ranks)
+    with run.model(data, DIFFUSION) as (start, images, diffusion):
         losses = diffusion_loss(diffusion, loss_weights(diffusion, loss.p2_gamma, loss.p2_k, loss.min_snr_gamma))
-        sample = grid_sampler(start, grid, config.seed) if config.sample_interval else None
-        record = [data, loss, grid, run, config]
-        return loop_flags.train(start, images, losses, diffusion, config, record, ranks, device, USE, sample=sample)
+        sample = grid_sampler(start, grid, run.config.seed) if run.config.sample_interval else None
+        return run.train(start, images, losses, diffusion, [data, loss, grid], USE, sample=sample)
 
 
 if __name__ == "__main__":

@@ -22,16 +22,11 @@ from guided_diffusion.cli import main as command
 
 command.start()
 
-from types import SimpleNamespace
-
-from guided_diffusion.cli import training as loop_flags
+from guided_diffusion.cli import training as loop
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.dist_util import Ranks
-from guided_diffusion.runtime import keep_freed_memory, pick_device
 from guided_diffusion.training import upscaling
-from guided_diffusion.training.config import RunOptions
 from guided_diffusion.training.data import list_images
-from guided_diffusion.training.files import owned
 
 USE = "python benchmarks/emoji/upscaler.py --upscaler {path}"
 DEFAULTS = {"save_dir": "output/upscaler", "iterations": 10000, "lr": 5e-4, "batch_size": 12, "ema_rate": "0.999"}
@@ -41,19 +36,16 @@ WITHOUT = ["sample_interval", "eval_interval", "schedule_sampler", "sigma_mean",
 def create_parser() -> Parser:
     parser = Parser(__doc__, usage="--data_dir DIR --save_dir DIR [flags]")
     parser.add(upscaling.UpscalerOptions, title="pictures and network")
-    loop_flags.add_loop(parser, RunOptions, without=WITHOUT, defaults=DEFAULTS)
+    loop.add_loop(parser, without=WITHOUT, defaults=DEFAULTS)
     return parser
 
 
 def train(given: Given, ranks: Ranks) -> int:
-    options, run = given.options(upscaling.UpscalerOptions), given.options(RunOptions)
-    config, device = loop_flags.loop_config(given, run), pick_device(run.device, ranks.local_rank)
-    images = upscaling.UpscalerImages(list_images(options.data_dir), options, config.seed)
-    keep_freed_memory()
-    with owned(config, ranks.rank == 0):
-        start, losses = upscaling.begin(config, options), upscaling.upscaler_loss(options)
-        process = SimpleNamespace(num_timesteps=1)  # it is no diffusion model
-        return loop_flags.train(start, images, losses, process, config, [options, run, config], ranks, device, USE)
+    options, run = given.options(upscaling.UpscalerOptions), loop.Run(given, ranks)
+    images = upscaling.UpscalerImages(list_images(options.data_dir), options, run.config.seed)
+    with run.folder():
+        start, losses = upscaling.begin(run.config, options), upscaling.upscaler_loss(options)
+        return run.train(start, images, losses, None, [options], USE)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -32,16 +31,14 @@ from judge import Judge, fill
 from torch.nn import functional as F
 
 from guided_diffusion.checkpoint import load_state_dict
-from guided_diffusion.cli import training as loop_flags
+from guided_diffusion.cli import training as loop
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.dist_util import Ranks
 from guided_diffusion.errors import InputError, display_name, reading
 from guided_diffusion.options import check, option
-from guided_diffusion.runtime import pick_device
 from guided_diffusion.training import files
-from guided_diffusion.training.config import RunOptions, TrainConfig
+from guided_diffusion.training.config import TrainConfig
 from guided_diffusion.training.data import Batch, TrainImages, TrainReference, list_images, random_uniform
-from guided_diffusion.training.files import owned
 from guided_diffusion.training.losses import Loss, Terms, add_by_quarter
 from guided_diffusion.training.start import Start, resume_path
 
@@ -226,21 +223,18 @@ def create_parser() -> Parser:
     parser = Parser(__doc__)
     parser.usage = "python benchmarks/emoji/%(prog)s --data_dir DIR --save_dir DIR [flags]"
     parser.add(JudgeOptions, title="pictures and network")
-    loop_flags.add_loop(parser, RunOptions, without=WITHOUT, defaults=DEFAULTS)
+    loop.add_loop(parser, without=WITHOUT, defaults=DEFAULTS)
     return parser
 
 
 def train(given: Given, ranks: Ranks) -> int:
-    options, run = given.options(JudgeOptions), given.options(RunOptions)
-    config, device = loop_flags.loop_config(given, run), pick_device(run.device, ranks.local_rank)
-    images, tests = judge_images(options, "train", config.seed), held_out_images(options)
-    measure = functools.partial(held_out, images=tests, device=device) if tests else None
-    with owned(config, ranks.rank == 0):
-        start = begin(config, options, len(images))
+    options, run = given.options(JudgeOptions), loop.Run(given, ranks)
+    images, tests = judge_images(options, "train", run.config.seed), held_out_images(options)
+    measure = functools.partial(held_out, images=tests, device=run.device) if tests else None
+    with run.folder():
+        start = begin(run.config, options, len(images))
         losses = judge_loss(len(options.vendor_names()), options.temperature)
-        process = SimpleNamespace(num_timesteps=1)  # no picture is noised
-        record = [options, config]
-        return loop_flags.train(start, images, losses, process, config, record, ranks, device, USE, evaluate=measure)
+        return run.train(start, images, losses, None, [options], USE, evaluate=measure)
 
 
 if __name__ == "__main__":

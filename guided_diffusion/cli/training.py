@@ -1,30 +1,34 @@
 """Flags of the training loop, and the part that all training commands share."""
 
+import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-from ..dist_util import Ranks, ranks
+from ..dist_util import Ranks
 from ..errors import display_name
+from ..gaussian_diffusion import GaussianDiffusion
 from ..resample import create_named_schedule_sampler
 from ..runtime import pick_device, pick_precision
-from ..training.config import ClassifierRunOptions, RunOptions, TrainConfig, precision
-from ..training.data import TrainImages
-from ..training.files import write_run
+from ..script_util import create_diffusion
+from ..training.config import ClassifierRunOptions, DataOptions, ModelOptions, RunOptions, TrainConfig, precision
+from ..training.data import TrainImages, class_labels, list_images, refuse_own_outputs
+from ..training.files import owned, write_run
 from ..training.loop import Trainer, process_group
 from ..training.losses import Loss
-from ..training.start import Start, describe
+from ..training.start import Kind, Start, begin, describe
 from .flags import Given, Parser
 from .main import DONE, INTERRUPTED, say
 
 FROM_CHECKPOINT = "if not given: as in the checkpoint that training starts from, or the default"
 
 
-def add_loop(parser: Parser, run: type, *, without: Sequence[str], defaults: dict[str, Any] | None = None) -> None:
+def add_loop(
+    parser: Parser, run: type = RunOptions, *, without: Sequence[str], defaults: dict[str, Any] | None = None
+) -> None:
     """The flags of the loop and of how it runs, with other defaults for some. OPENAI_LOGDIR names the save folder."""
     defaults = dict(defaults or {})
     if folder := os.environ.get("OPENAI_LOGDIR"):
@@ -32,45 +36,68 @@ def add_loop(parser: Parser, run: type, *, without: Sequence[str], defaults: dic
     parser.add(TrainConfig, run, title="training", without=without, defaults=defaults)
 
 
-def loop_config(given: Given, run: RunOptions) -> TrainConfig:
-    """Options of the loop: guided-diffusion's spellings resolved, and `auto` replaced by the device's precision."""
-    device = pick_device(run.device, ranks().local_rank)
-    chosen = pick_precision(precision(run, given.precision), device)
-    config = given.options(TrainConfig, precision=chosen)
-    if isinstance(run, ClassifierRunOptions) and run.anneal_lr:
-        config = dataclasses.replace(config, lr_anneal_steps=config.iterations)
-    return config
+class Run:
+    """A training run of this process: the options of its loop, `config`, and the device.
 
-
-def train(
-    start: Start,
-    images: TrainImages,
-    losses: Loss,
-    diffusion: Any,
-    config: TrainConfig,
-    record: Sequence[Any],
-    ranks: Ranks,
-    device: torch.device,
-    use: str,
-    **hooks: Any,
-) -> int:
-    """Train a network and say where it is and how to use it; returns the exit status.
-
-    diffusion: anything with the `num_timesteps` of the process. record: all options of the run. use: a command with
-    {path}. hooks: `evaluate` and `sample` of `Trainer`.
+    guided-diffusion's spellings of options are resolved, and precision `auto` is the device's. kind: class of the
+    options of how it runs.
     """
-    write_run(config.save_dir, start.flags, record, start.classes, resumed=start.checkpoint, writes=ranks.rank == 0)
-    describe(start, images, device, config)
-    sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion, config.sigma_mean, config.sigma_std)
-    with process_group(ranks, device):
-        trainer = Trainer(
-            start.model, losses, images, config, sampler, device=device, ranks=ranks, checkpoint=start.checkpoint,
-            metadata=start.metadata(), progress=sys.stderr.isatty(), **hooks,
-        )  # fmt: skip
-        finished = trainer.run()
-    path = display_name(config.export_path())
-    if ranks.rank == 0 and finished:
-        say(f"done: the model is {path}; use it with\n  {use.replace('{path}', path)}")
-    elif ranks.rank == 0:
-        say("to resume, run the same command with --resume auto")
-    return DONE if finished else INTERRUPTED
+
+    def __init__(self, given: Given, ranks: Ranks, kind: type[RunOptions] = RunOptions) -> None:
+        self.given, self.ranks, self.options = given, ranks, given.options(kind)
+        self.device = pick_device(self.options.device, ranks.local_rank)
+        chosen = pick_precision(precision(self.options, given.precision), self.device)
+        self.config: TrainConfig = given.options(TrainConfig, precision=chosen)
+        if isinstance(self.options, ClassifierRunOptions) and self.options.anneal_lr:
+            self.config = dataclasses.replace(self.config, lr_anneal_steps=self.config.iterations)
+
+    def folder(self) -> contextlib.AbstractContextManager:
+        """Context in which the run has its folders for itself."""
+        return owned(self.config, self.ranks.rank == 0)
+
+    @contextlib.contextmanager
+    def model(
+        self, data: DataOptions, kind: Kind, **fixed: Any
+    ) -> Iterator[tuple[Start, TrainImages, GaussianDiffusion]]:
+        """Context of `folder` with a diffusion model, its training images and its process; fixed: see `begin`."""
+        flags, references = self.given.options(ModelOptions).given(), list_images(data.data_dir)
+        refuse_own_outputs(self.config.save_dir, data.data_dir, references)
+        with self.folder():
+            start = begin(self.config, kind, flags, lambda names: class_labels(references, names), **fixed)
+            reading = {"seed": self.config.seed, "channels": start.channels, **data.reading()}
+            images = TrainImages(references, start.flags["image_size"], labels=start.labels, **reading)
+            yield start, images, create_diffusion(**start.flags)
+
+    def train(
+        self,
+        start: Start,
+        images: TrainImages,
+        losses: Loss,
+        process: GaussianDiffusion | None,
+        options: Sequence[Any],
+        use: str,
+        **hooks: Any,
+    ) -> int:
+        """Train a network and say where it is and how to use it; returns the exit status.
+
+        process: None where it is no diffusion model. options: all others of the run, for train.json. use: a command
+        with {path}. hooks: `evaluate` and `sample` of `Trainer`.
+        """
+        config, first = self.config, self.ranks.rank == 0
+        options = [*options, self.options, config]
+        write_run(config.save_dir, start.flags, options, start.classes, resumed=start.checkpoint, writes=first)
+        describe(start, images, self.device, config)
+        steps = process or SimpleNamespace(num_timesteps=1)
+        sampler = create_named_schedule_sampler(config.schedule_sampler, steps, config.sigma_mean, config.sigma_std)
+        with process_group(self.ranks, self.device):
+            trainer = Trainer(
+                start.model, losses, images, config, sampler, device=self.device, ranks=self.ranks,
+                checkpoint=start.checkpoint, metadata=start.metadata(), progress=sys.stderr.isatty(), **hooks,
+            )  # fmt: skip
+            finished = trainer.run()
+        path = display_name(config.export_path())
+        if first and finished:
+            say(f"done: the model is {path}; use it with\n  {use.replace('{path}', path)}")
+        elif first:
+            say("to resume, run the same command with --resume auto")
+        return DONE if finished else INTERRUPTED
