@@ -1,7 +1,6 @@
-"""Training in 16-bit precision, with guided-diffusion's interface on torch's gradient scaler.
+"""Training in 16-bit precision, with guided-diffusion's interface on torch's autocast and gradient scaler.
 
-The weights stay in float32 and `MixedPrecisionTrainer` makes the model compute in float16 by autocast, so there are no
-second ("master") copies of parameters: `master_params` are the model's own.
+Weights stay in float32, so there are no second ("master") copies of parameters: `master_params` are the model's own.
 """
 
 import math
@@ -33,9 +32,8 @@ def convert_module_to_f32(module: nn.Module) -> None:
 class MixedPrecisionTrainer:
     """Backward pass and optimizer step of a model, with a loss scale where it computes in float16.
 
-    use_fp16: run the forward pass under float16 autocast; weights stay in float32. fp16_scale_growth: growth of log2 of
-    the loss scale per step; a step whose gradients overflow is skipped and halves the scale. initial_lg_loss_scale:
-    log2 of the first scale. `master_params` are the optimizer's parameters.
+    use_fp16: run the forward pass under float16 autocast. fp16_scale_growth: growth of log2 of the loss scale per step;
+    a step whose gradients overflow is skipped and halves the scale. initial_lg_loss_scale: log2 of the first scale.
     """
 
     def __init__(
@@ -46,18 +44,11 @@ class MixedPrecisionTrainer:
         fp16_scale_growth: float = 1e-3,
         initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
     ) -> None:
-        self.model = model
-        self.use_fp16 = use_fp16
-        self.model_params = list(model.parameters())
-        self.master_params = self.model_params
+        self.model, self.use_fp16 = model, use_fp16
+        self.master_params = self.model_params = list(model.parameters())
         device = self.model_params[0].device.type
-        self.scaler = torch.amp.GradScaler(
-            device,
-            init_scale=2.0**initial_lg_loss_scale,
-            growth_factor=2.0**fp16_scale_growth,
-            growth_interval=1,
-            enabled=use_fp16,
-        )
+        scale = {"init_scale": 2.0**initial_lg_loss_scale, "growth_factor": 2.0**fp16_scale_growth}
+        self.scaler = torch.amp.GradScaler(device, **scale, growth_interval=1, enabled=use_fp16)
         if use_fp16:
             if hasattr(model, "convert_to_fp32"):
                 model.convert_to_fp32()  # type: ignore[operator]
@@ -70,8 +61,7 @@ class MixedPrecisionTrainer:
 
     def zero_grad(self) -> None:
         """Clear the gradients."""
-        for parameter in self.model_params:
-            parameter.grad = None
+        self.model.zero_grad(set_to_none=True)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of the (scaled) loss."""
@@ -101,9 +91,6 @@ class MixedPrecisionTrainer:
     def state_dict_to_master_params(self, state_dict: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """The values of the model's parameters in a state dict, in their order."""
         return [state_dict[name] for name, _ in self.model.named_parameters()]
-
-
-# ---- flat float32 parameters, for code that keeps copies of its own --------------------------------------------------
 
 
 def get_param_groups_and_shapes(named_model_params: Iterable[tuple[str, torch.Tensor]]) -> ParamGroups:

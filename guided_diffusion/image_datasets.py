@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
-from .errors import InputError, display_name, one_line
+from .errors import InputError, display_name, one_line, reading
 from .references import (
     FORMATS,
     Reference,
@@ -37,8 +37,7 @@ log = logging.getLogger("sddm")
 
 RESIZE_MODES = ("crop", "pad", "stretch")
 
-MAX_SIDE = 16_384
-"""Images are not enlarged beyond this."""
+MAX_SIDE = 16_384  # images are not enlarged beyond this
 
 _TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
 
@@ -54,12 +53,9 @@ class ImageError(Exception):
         return self.reason if self.path is None else f"{display_name(self.path)}: {self.reason}"
 
 
-# ---- reading one image ----------------------------------------------------------------------------------------------
-
-
 def load_image(
     reference_or_path: Reference | str | os.PathLike[str],
-    image_size: int,
+    image_size: int | None,
     *,
     resize: str = "crop",
     background: str = "white",
@@ -71,7 +67,8 @@ def load_image(
     16-bit values that use less than half of their range (once a folder), and about an image without anything visible.
 
     Args:
-        reference_or_path: a `Reference`, a path, or a URL that `is_url` knows (read into memory as a whole).
+        reference_or_path: a `Reference`, a path, a path into a .zip file, or a URL that `is_url` knows.
+        image_size: None keeps the image's own size.
         resize: "crop" as guided-diffusion does (see `center_crop_arr`), "pad" (fit inside, `background` around it), or
             "stretch".
         background: colour behind transparent pixels; a name or #hex.
@@ -80,12 +77,11 @@ def load_image(
 
     Raises ImageError for whatever is wrong with the file, InputError for a wrong option.
     """
-    colour = check_options(resize, background, white_level)
     named = isinstance(reference_or_path, Reference)
     path = reference_or_path.path if named else os.fspath(reference_or_path)
     folder = path.removesuffix(reference_or_path.name) if named else posixpath.dirname(path)
     with _opened(path) as image:
-        return _convert(image, image_size, resize, colour, white_level, functools.partial(_report, path, folder))
+        return _convert(image, image_size, functools.partial(_report, path, folder), resize, background, white_level)
 
 
 def load_picture(
@@ -96,28 +92,13 @@ def load_picture(
     background: str = "white",
     white_level: int | None = None,
 ) -> np.ndarray:
-    """Convert a Pillow image as `load_image` does with a file: uint8 [image_size, image_size, 3], sRGB.
-
-    image_size: None keeps the image's own size. Raises ImageError for a closed, empty or truncated image, InputError
-    for a wrong option.
-    """
-    colour = check_options(resize, background, white_level)
+    """Convert a Pillow image as `load_image` does with a file. Raises ImageError for a closed or damaged one."""
     if not isinstance(picture, Image.Image):
         raise InputError("a PIL image is needed", parameter="picture", value=type(picture).__name__)
     path = os.fsdecode(getattr(picture, "filename", "")) or None
-    report = functools.partial(_report, path or "a PIL image", None)
     with _naming(path):
-        return _convert(picture, image_size, resize, colour, white_level, report)
-
-
-def decode_image(
-    path: str | os.PathLike[str], background: str = "white", white_level: int | None = None
-) -> Image.Image:
-    """Read a file or URL at its own size as an RGB Pillow image; errors and the rest as in `load_image`."""
-    colour, path = check_options("crop", background, white_level), os.fspath(path)
-    report = functools.partial(_report, path, posixpath.dirname(path))
-    with _opened(path) as image:
-        return Image.fromarray(_convert(image, None, "crop", colour, white_level, report))
+        report = functools.partial(_report, path or "a PIL image", None)
+        return _convert(picture, image_size, report, resize, background, white_level)
 
 
 def measure_image(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -179,7 +160,6 @@ def _opened(path: str) -> Iterator[Image.Image]:
 
 
 _reported: dict[Hashable, object] = {}
-Report = Callable[..., None]
 
 
 def _report(path: str, folder: str | None, text: str, kind: str | None = None) -> None:
@@ -194,18 +174,25 @@ def _report(path: str, folder: str | None, text: str, kind: str | None = None) -
 def _convert(
     image: Image.Image,
     size: int | None,
+    report: Callable[..., None],
     resize: str,
-    colour: tuple[int, int, int],
+    background: str,
     white_level: int | None,
-    report: Report,
 ) -> np.ndarray:
-    """An image of any mode as uint8 [H, W, 3], sRGB: upright, over `colour`, and of a size unless that is None."""
+    """An image of any mode as uint8 [H, W, 3], sRGB: upright, over the background, and of a size unless it is None."""
+    colour = check_options(resize, background, white_level)
     if size is not None and not 1 <= size <= MAX_SIDE:
         raise InputError(f"it must be from 1 to {MAX_SIDE}", parameter="image_size", value=size)
     if 0 in image.size:
         raise ImageError(f"it has no pixels: {image.width} x {image.height}")
-    _scale_transparent_colour(image)
-    deep = image.mode[0] not in "IF" and ";16" in str(getattr(image, "tile", ""))
+    tiles: Any = getattr(image, "tile", None)
+    key, raw_mode = image.info.get("transparency"), tiles[0][3] if tiles else None
+    if image.format == "PNG" and key is not None:  # Pillow scales the pixels to 8 bits, and not this colour
+        if raw_mode in ("L;2", "L;4"):
+            image.info["transparency"] = key * (85 if raw_mode == "L;2" else 17)
+        elif raw_mode == "RGB;16B":
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+    deep = image.mode[0] not in "IF" and ";16" in str(tiles)
     image.load()
     info, tags = image.info, getattr(image, "tag_v2", {})
     with contextlib.suppress(Exception):  # damaged EXIF beside sound pixels: viewers show these as they are stored
@@ -213,8 +200,7 @@ def _convert(
             image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         image = _grey_to_8_bits(image, tags, white_level, report)
-    grey = image.mode in ("1", "L", "LA", "La")
-    alpha = None
+    grey, alpha = image.mode in ("1", "L", "LA", "La"), None
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
@@ -233,17 +219,7 @@ def _convert(
     return array
 
 
-def _scale_transparent_colour(image: Image.Image) -> None:
-    """Give a PNG's transparent colour the depth of its pixels, before these are loaded: Pillow scales them alone."""
-    key, tile = image.info.get("transparency"), getattr(image, "tile", None)
-    if image.format == "PNG" and key is not None and tile:
-        if tile[0][3] in ("L;2", "L;4"):
-            image.info["transparency"] = key * (85 if tile[0][3] == "L;2" else 17)
-        elif tile[0][3] == "RGB;16B":
-            image.info["transparency"] = tuple(value >> 8 for value in key)
-
-
-def _grey_to_8_bits(image: Image.Image, tags: Any, white_level: int | None, report: Report) -> Image.Image:
+def _grey_to_8_bits(image: Image.Image, tags: Any, white_level: int | None, report: Callable[..., None]) -> Image.Image:
     """Modes I;16, I and F to L or, with a transparent grey level, to LA."""
     values = np.asarray(image)
     low, high = values.min().item(), values.max().item()
@@ -253,7 +229,7 @@ def _grey_to_8_bits(image: Image.Image, tags: Any, white_level: int | None, repo
         white = white_level or (1 if high <= 1 else 255)
         if high > white and white_level is None:
             report(f"has float values up to {high:g}; those above 255 are white. Give `white_level`", "levels")
-        grey = np.rint(np.clip(values * (255 / white), 0, 255)).astype(np.uint8)
+        grey = np.rint(np.clip(values * (255 / white), 0, 255))
     else:
         white = white_level or (4095 if tags.get(_TIFF_BITS) == (12,) else 65535)
         if low < 0 or (high > white and white_level is None):
@@ -262,17 +238,16 @@ def _grey_to_8_bits(image: Image.Image, tags: Any, white_level: int | None, repo
         if white_level is None and 0 < high <= white // 2:
             text = f"uses 0 to {high} of {white}, so it is dark; if it has {high.bit_length()} bits, give `white_level`"
             report(f"{text} {2 ** high.bit_length() - 1}", "levels")
-        wide = np.minimum(values, white).astype(np.uint32 if white <= 65535 else np.uint64)
-        grey = ((wide * 255 + white // 2) // white).astype(np.uint8)
+        grey = (np.minimum(values, white).astype(np.uint64) * 255 + white // 2) // white
         if tags.get(_TIFF_PHOTOMETRIC) == 0:  # "white is zero", which Pillow heeds at 8 bits only
             grey = 255 - grey
-    result = Image.fromarray(grey)
+    result = Image.fromarray(grey.astype(np.uint8))
     if (transparent := image.info.get("transparency")) is not None:
         result.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     return result
 
 
-def _to_srgb(image: Image.Image, info: dict[Any, Any], grey: bool, report: Report) -> Image.Image:
+def _to_srgb(image: Image.Image, info: dict[Any, Any], grey: bool, report: Callable[..., None]) -> Image.Image:
     """Mode RGB by the ICC profile in `info` or a PNG's gamma; without them, the colours are sRGB."""
     profile, gamma = info.get("icc_profile"), info.get("gamma", 1 / 2.2)
     if profile or image.mode == "LAB":
@@ -302,12 +277,10 @@ def _transform(profile: bytes | None) -> tuple[str, Any]:
     no_cache: Any = 0x40  # the cache is not safe between threads
     transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB", intent, no_cache)
     if mode in ("RGB", "L"):  # many are sRGB, under many names, and must not change a pixel: a cube of colours tells
-        levels = np.arange(0, 256, 15, dtype=np.uint8)
-        colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(len(levels), -1, 3)
+        colours = np.stack(np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * 3), -1).reshape(18, -1, 3)
         cube = Image.fromarray(colours).convert(mode)
         change = np.asarray(ImageCms.applyTransform(cube, transform), np.int16) - np.asarray(cube.convert("RGB"))
-        if np.abs(change).max() <= 2:
-            return mode, None
+        transform = None if np.abs(change).max() <= 2 else transform
     return mode, transform
 
 
@@ -315,8 +288,7 @@ def _fit(image: Image.Image, size: int, resize: str, colour: tuple[int, int, int
     if resize == "stretch":
         return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
     if resize == "pad":
-        scale = size / max(image.size)
-        width, height = (max(1, round(side * scale)) for side in image.size)
+        width, height = (max(1, round(side * (size / max(image.size)))) for side in image.size)
         canvas = Image.new("RGB", (size, size), colour)
         fitted = image.resize((width, height), Image.Resampling.BICUBIC)
         canvas.paste(fitted, ((size - width) // 2, (size - height) // 2))
@@ -362,9 +334,6 @@ def random_crop_arr(
     return np.array(image.crop((left, top, left + image_size, top + image_size)))
 
 
-# ---- guided-diffusion's loader --------------------------------------------------------------------------------------
-
-
 def load_data(
     *,
     data_dir: str,
@@ -386,7 +355,7 @@ def load_data(
 
     if not data_dir:
         raise InputError("give a folder of images", parameter="data_dir")
-    references, me = _by_folder(list_references(data_dir, parameter="data_dir")), ranks()
+    references, me = _by_folder(data_dir), ranks()
     if len(references) < me.world_size:
         raise InputError(f"{len(references)} images are too few for {me.world_size} ranks", parameter="data_dir")
     names = class_names(references) if class_cond else []
@@ -403,17 +372,14 @@ def load_data(
             yield from ((part[i], generator) for i in order)
 
     def read(batch: list[tuple[int, random.Random]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        images = to_tensor([augmented(references[i].path, generator) for i, generator in batch])
-        return images, {"y": torch.tensor([numbers[names[i]] for i, _ in batch])} if class_cond else {}
-
-    def augmented(path: str, generator: random.Random) -> np.ndarray:
-        try:
-            image = decode_image(path)
-        except ImageError as error:
-            raise InputError(f"{display_name(path)} cannot be used: {error.reason}") from error
-        crop = functools.partial(random_crop_arr, generator=generator) if random_crop else center_crop_arr
-        array = crop(image, image_size)
-        return array[:, ::-1] if random_flip and generator.random() < 0.5 else array
+        arrays = []
+        for i, generator in batch:
+            with reading(references[i].path):
+                image = Image.fromarray(load_image(references[i], None))
+            crop = functools.partial(random_crop_arr, generator=generator) if random_crop else center_crop_arr
+            array = crop(image, image_size)
+            arrays.append(array[:, ::-1] if random_flip and generator.random() < 0.5 else array)
+        return to_tensor(arrays), {"y": torch.tensor([numbers[names[i]] for i, _ in batch])} if class_cond else {}
 
     def batches() -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
         stream = samples()
@@ -426,17 +392,13 @@ def load_data(
     return batches()
 
 
-def _by_folder(references: list[Reference]) -> list[Reference]:
-    """In the order in which a walk through sorted folders meets them, which is guided-diffusion's."""
-    return sorted(references, key=lambda reference: reference.name.split("/"))
+def _by_folder(data_dir: str) -> list[Reference]:
+    """The images of a folder in the order in which a walk through sorted folders meets them: guided-diffusion's."""
+    return sorted(list_references(data_dir, parameter="data_dir"), key=lambda reference: reference.name.split("/"))
 
 
 def _list_image_files_recursively(data_dir: str) -> list[str]:
-    """The paths of all images below a folder, folder by folder in the order of the names."""
-    return [reference.path for reference in _by_folder(list_references(data_dir, parameter="data_dir"))]
-
-
-# ---- tensors --------------------------------------------------------------------------------------------------------
+    return [reference.path for reference in _by_folder(data_dir)]
 
 
 def class_names(references: Sequence[Reference]) -> list[str]:

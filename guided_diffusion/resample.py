@@ -4,7 +4,6 @@ Sources: Nichol & Dhariwal 2021, section 3.3; Karras et al. 2022, table 1.
 """
 
 import itertools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -34,14 +33,8 @@ def create_named_schedule_sampler(
 class ScheduleSampler(ABC):
     """A distribution of training timesteps; subclasses give its `weights`. diffusion: anything with `num_timesteps`."""
 
-    needs_losses = False
-
     def __init__(self, diffusion: Any) -> None:
-        self.diffusion = diffusion
-
-    @property
-    def num_timesteps(self) -> int:
-        return self.diffusion.num_timesteps
+        self.diffusion, self.num_timesteps = diffusion, diffusion.num_timesteps
 
     @abstractmethod
     def weights(self) -> np.ndarray:
@@ -60,10 +53,7 @@ class ScheduleSampler(ABC):
         t = np.searchsorted(cumulative / cumulative[-1], uniform, side="right")
         importance = self.importance(weights, t).astype(np.float32)  # not every device has float64
         # Copies that do not wait for the device, which may still compute the step before.
-        return (
-            torch.from_numpy(t).to(device, non_blocking=True),
-            torch.from_numpy(importance).to(device, non_blocking=True),
-        )
+        return tuple(torch.from_numpy(a).to(device, non_blocking=True) for a in (t, importance))  # type: ignore[return-value]
 
     def importance(self, weights: np.ndarray, t: np.ndarray) -> np.ndarray:
         """Factors of the losses of timesteps t [N] drawn by `weights` [T]: float64 [N]."""
@@ -86,8 +76,6 @@ class UniformSampler(ScheduleSampler):
 
 class LossAwareSampler(ScheduleSampler):
     """A sampler that adapts to the training losses."""
-
-    needs_losses = True
 
     def update_with_local_losses(self, local_ts: torch.Tensor, local_losses: torch.Tensor) -> None:
         """Record the losses [N] of timesteps [N] of every process; all processes of the default group must call it.
@@ -135,8 +123,7 @@ class LossSecondMomentResampler(LossAwareSampler):
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         if state:
-            self.losses = state["losses"].numpy().copy()
-            self.counts = state["counts"].numpy().copy()
+            self.losses, self.counts = (state[name].numpy().copy() for name in ("losses", "counts"))
 
 
 class LogNormalSampler(ScheduleSampler):
@@ -148,12 +135,11 @@ class LogNormalSampler(ScheduleSampler):
 
     def __init__(self, diffusion: Any, sigma_mean: float, sigma_std: float) -> None:
         super().__init__(diffusion)
-        if not math.isfinite(sigma_mean):
-            raise InputError("it must be a finite number", parameter="sigma_mean", value=sigma_mean)
-        if not 0 < sigma_std < math.inf:
-            raise InputError("it must be positive", parameter="sigma_std", value=sigma_std)
-        alphas_cumprod = diffusion.alphas_cumprod
-        log_sigma = 0.5 * np.log((1 - alphas_cumprod) / alphas_cumprod)
+        if not (np.isfinite(sigma_mean) and 0 < sigma_std < np.inf):
+            raise InputError(
+                f"`sigma_mean` {sigma_mean} and `sigma_std` {sigma_std} must be finite, the latter above 0"
+            )
+        log_sigma = 0.5 * np.log((1 - diffusion.alphas_cumprod) / diffusion.alphas_cumprod)
         step = np.gradient(log_sigma) if len(log_sigma) > 1 else np.ones(1)
         exponent = -0.5 * ((log_sigma - sigma_mean) / sigma_std) ** 2
         # The largest exponent becomes 0, so that levels far from the schedule's do not make all weights vanish.

@@ -6,7 +6,6 @@ to the same bits, also in the middle of the data.
 
 import contextlib
 import copy
-import io
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +19,7 @@ from .fp16_util import MixedPrecisionTrainer
 from .gaussian_diffusion import GaussianDiffusion
 from .nn import update_ema
 from .resample import LossAwareSampler, UniformSampler
-from .run.files import write_bytes
+from .run.files import write_atomically
 from .training.files import load_optimizer_file
 
 INITIAL_LOG_LOSS_SCALE = 20.0
@@ -57,69 +56,55 @@ class TrainLoop:
         weight_decay: float = 0.0,
         lr_anneal_steps: int = 0,
     ) -> None:
-        self.model, self.diffusion, self.data = model, diffusion, data
-        self.batch_size = batch_size
+        self.model, self.diffusion, self.data, self.batch_size = model, diffusion, data, batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr, self.weight_decay, self.lr_anneal_steps = lr, weight_decay, lr_anneal_steps
         self.ema_rate = [float(rate) for rate in ema_rate.split(",")] if isinstance(ema_rate, str) else [ema_rate]
         self.log_interval, self.save_interval = log_interval, save_interval
-        self.resume_checkpoint = resume_checkpoint
-        self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
+        self.resume_checkpoint, self.use_fp16, self.fp16_scale_growth = resume_checkpoint, use_fp16, fp16_scale_growth
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
-
-        self.step = self.resume_step = 0
-        self.rank, self.world_size = _position()
+        grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank = torch.distributed.get_rank() if grouped else 0
+        self.world_size = torch.distributed.get_world_size() if grouped else 1
         self.global_batch = batch_size * self.world_size
-        self._load_and_sync_parameters()
-        self.mp_trainer = MixedPrecisionTrainer(model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth)
-        self.opt = torch.optim.AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
-        if self.resume_step:
-            self._load_optimizer_state()
-        self.ema_params = [self._load_ema_parameters(rate) for rate in self.ema_rate]
-        self.use_ddp = self.world_size > 1
-        self.ddp_model: Any = model
-        if self.use_ddp:
-            self.ddp_model = torch.nn.parallel.DistributedDataParallel(
-                model, device_ids=[dist_util.dev()] if dist_util.dev().type == "cuda" else None, broadcast_buffers=False
-            )
+        self.step = self.resume_step = 0
 
-    # -- resuming --
-
-    def _main_checkpoint(self) -> str | None:
-        return find_resume_checkpoint() or self.resume_checkpoint
-
-    def _load_and_sync_parameters(self) -> None:
-        path = self._main_checkpoint()
+        path = find_resume_checkpoint() or resume_checkpoint
         if path:
             self.resume_step = parse_resume_step_from_filename(path)
-            self._log(f"loading model from checkpoint: {path}...")
-            try:
-                self.model.load_state_dict(dist_util.load_state_dict(path, map_location="cpu"))
-            except (RuntimeError, TypeError, AttributeError) as error:
-                raise InputError(f"{display_name(path)} does not fit the model: {first_line(error)}") from error
-        dist_util.sync_params(self.model.parameters())
+            self._load(model, path)
+        dist_util.sync_params(model.parameters())
+        self.mp_trainer = MixedPrecisionTrainer(model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth)
+        self.opt = torch.optim.AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
+        optimizer_path = os.path.join(os.path.dirname(path), f"opt{self.resume_step:06}.pt")
+        if self.resume_step and os.path.exists(optimizer_path):
+            moments, _ = load_optimizer_file(optimizer_path, list(self.mp_trainer.master_params))
+            self.opt.load_state_dict({**self.opt.state_dict(), "state": moments})
+        self.ema_params = [self._average(path, rate) for rate in self.ema_rate]
+        self.use_ddp, self.ddp_model = self.world_size > 1, model
+        if self.use_ddp:
+            gpus = [dist_util.dev()] if dist_util.dev().type == "cuda" else None
+            ddp = torch.nn.parallel.DistributedDataParallel
+            self.ddp_model: Any = ddp(model, device_ids=gpus, broadcast_buffers=False)
 
-    def _load_ema_parameters(self, rate: float) -> list[torch.Tensor]:
-        params = [copy.deepcopy(p).detach() for p in self.mp_trainer.master_params]
-        path = find_ema_checkpoint(self._main_checkpoint(), self.resume_step, rate) if self.resume_step else None
-        if path:
-            self._log(f"loading EMA from checkpoint: {path}...")
-            state = dist_util.load_state_dict(path, map_location="cpu")
-            for (name, _), target in zip(self.model.named_parameters(), params):
-                if name not in state or state[name].shape != target.shape:
-                    raise InputError(f"{display_name(path)} does not fit the model: {name} is missing or differs")
-                target.copy_(state[name])
+    def _load(self, model: torch.nn.Module, path: str) -> None:
+        if self.rank == 0:
+            logger.log(f"loading {path}...")
+        try:
+            model.load_state_dict(dist_util.load_state_dict(path, map_location="cpu"))
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise InputError(f"{display_name(path)} does not fit the model: {first_line(error)}") from error
+
+    def _average(self, path: str, rate: float) -> list[torch.Tensor]:
+        """The average of a rate beside the model at `path`, or the model's parameters."""
+        averaged = self.model
+        found = find_ema_checkpoint(path, self.resume_step, rate) if self.resume_step else None
+        if found:
+            averaged = copy.deepcopy(self.model)
+            self._load(averaged, found)
+        params = [p.detach().clone() for p in averaged.parameters()]
         dist_util.sync_params(params)
         return params
-
-    def _load_optimizer_state(self) -> None:
-        path = os.path.join(os.path.dirname(self._main_checkpoint() or ""), f"opt{self.resume_step:06}.pt")
-        if os.path.exists(path):
-            self._log(f"loading optimizer state from checkpoint: {path}")
-            moments, _ = load_optimizer_file(path, list(self.mp_trainer.master_params))
-            self.opt.load_state_dict({**self.opt.state_dict(), "state": moments})
-
-    # -- the loop --
 
     def run_loop(self) -> None:
         """Train for `lr_anneal_steps`, or without end if 0, and save the last step."""
@@ -141,8 +126,10 @@ class TrainLoop:
         """Take and log one optimizer step on a batch."""
         self.forward_backward(batch, cond)
         if self.mp_trainer.optimize(self.opt):
-            self._update_ema()
-        self._anneal_lr()
+            for rate, params in zip(self.ema_rate, self.ema_params):
+                update_ema(params, self.mp_trainer.master_params, rate=rate)
+        for group in self.opt.param_groups if self.lr_anneal_steps else ():
+            group["lr"] = self.lr * (1 - (self.step + self.resume_step) / self.lr_anneal_steps)
         self.log_step()
 
     def forward_backward(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> None:
@@ -161,52 +148,23 @@ class TrainLoop:
                 log_loss_dict(self.diffusion, t, {name: value * weights for name, value in losses.items()})
                 self.mp_trainer.backward((losses["loss"] * weights).sum() / len(batch))
 
-    def _update_ema(self) -> None:
-        for rate, params in zip(self.ema_rate, self.ema_params):
-            update_ema(params, self.mp_trainer.master_params, rate=rate)
-
-    def _anneal_lr(self) -> None:
-        if self.lr_anneal_steps:
-            done = (self.step + self.resume_step) / self.lr_anneal_steps
-            for group in self.opt.param_groups:
-                group["lr"] = self.lr * (1 - done)
-
     def log_step(self) -> None:
         """Log the number of the step and of the samples so far."""
         logger.logkv("step", self.step + self.resume_step)
         logger.logkv("samples", (self.step + self.resume_step + 1) * self.global_batch)
 
-    # -- files --
-
     def save(self) -> None:
         """Write ema_{rate}_{step}.pt, opt{step}.pt and model{step}.pt; all processes must call it."""
         if self.rank == 0:
-            step = self.step + self.resume_step
-            for rate, params in zip(self.ema_rate, self.ema_params):
-                self._write(f"ema_{rate}_{step:06d}.pt", self.mp_trainer.master_params_to_state_dict(params))
-            self._write(f"opt{step:06d}.pt", self.opt.state_dict())
-            state = self.mp_trainer.master_params_to_state_dict(self.mp_trainer.master_params)
-            self._write(f"model{step:06d}.pt", state)
+            step, state_dict = self.step + self.resume_step, self.mp_trainer.master_params_to_state_dict
+            averages = {f"ema_{rate}_": state_dict(params) for rate, params in zip(self.ema_rate, self.ema_params)}
+            model = state_dict(self.mp_trainer.master_params)
+            for kind, state in {**averages, "opt": self.opt.state_dict(), "model": model}.items():
+                logger.log(f"saving {kind}{step:06d}.pt...")
+                path = os.path.join(get_blob_logdir(), f"{kind}{step:06d}.pt")
+                write_atomically(path, lambda file, state=state: torch.save(state, file))
         if self.world_size > 1:
             torch.distributed.barrier()
-
-    def _write(self, name: str, state: dict) -> None:
-        logger.log(f"saving {name}...")
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_bytes(os.path.join(get_blob_logdir(), name), buffer.getvalue())
-
-    def _log(self, text: str) -> None:
-        if self.rank == 0:
-            logger.log(text)
-
-
-def _position() -> tuple[int, int]:
-    """Rank and world size in torch's default process group; alone where there is none."""
-    dist = torch.distributed
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 def parse_resume_step_from_filename(filename: str) -> int:

@@ -466,7 +466,7 @@ def test_load_data_says_what_is_wrong(pictures, tmp_path):
         load_data(data_dir="", batch_size=1, image_size=8)
     assert caught.value.parameter == "data_dir"
     (pictures / "a.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"a\.png cannot be used"):
+    with pytest.raises(InputError, match=r"a\.png cannot be read"):
         next(load_data(data_dir=str(pictures), batch_size=5, image_size=8))
 
 

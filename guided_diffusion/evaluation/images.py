@@ -114,7 +114,7 @@ def decode(image: Reference | str | os.PathLike, seen: set[tuple[int, int]] | No
     else:
         path = image.path if isinstance(image, Reference) else os.fspath(image)
         with reading(path):
-            decoded = image_datasets.decode_image(path)
+            decoded = Image.fromarray(image_datasets.load_image(path, None))
     if seen is not None:
         seen.add(decoded.size)
     return decoded
