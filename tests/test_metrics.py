@@ -157,7 +157,8 @@ def test_intervals_of_distances_hold_the_estimate_and_narrow(kind):
         elif kind == "any":
             estimate, bootstrap = between(x, y), partial(distances.bootstrap_distance, between)
         else:
-            estimate, bootstrap = frechet_distance(*moments(x), *moments(y)), distances.bootstrap_frechet
+            estimate = frechet_distance(*moments(x), *moments(y))
+            bootstrap = partial(distances.bootstrap_distance, distances.fid)
         target = distances.gaussian_of_features(y) if "known" in kind else y
         low, high = bootstrap(x, target, estimate, replicates=100)
         assert low < estimate < high

@@ -28,7 +28,7 @@ from judge import DEFAULT_PATH, SKIN_TONE, content, judged, load_judge, target_v
 from judge_train import JudgeImages, JudgeOptions, held_out, judge_images
 
 from guided_diffusion import Translator, baselines
-from guided_diffusion.evaluation.distances import bootstrap_frechet, fid
+from guided_diffusion.evaluation.distances import bootstrap_distance, fid
 from guided_diffusion.image_datasets import load_image
 from guided_diffusion.training.losses import means_by_quarter
 
@@ -130,7 +130,7 @@ def main():
     for name, each in said.items():
         x = each["features"]
         distance = fid(x, y)
-        interval = bootstrap_frechet(x, y, distance, replicates=200) if name != TRUTHS else (0.0, 0.0)
+        interval = bootstrap_distance(fid, x, y, distance, replicates=200) if name != TRUTHS else (0.0, 0.0)
         found = content(each, said[TRUTHS], np.arange(len(x))).mean()
         taken = target_vendor(each).mean()
         rows[name] = (distance, interval, found, taken)

@@ -29,7 +29,6 @@ log = logging.getLogger("sddm")
 
 TRIAL = 3  # references of a trial
 MOST_SEEDS = 1000
-PATIENCE = 30  # seconds that a run has to end in when the benchmark is interrupted
 
 
 @dataclass(frozen=True)
@@ -264,13 +263,9 @@ def run(command: Sequence[str]) -> int:
         process = subprocess.Popen(command, stdout=sys.stderr, stdin=subprocess.DEVNULL)
     except (OSError, ValueError) as error:
         raise InputError(f"{shown(command[0])} cannot be started: {error}") from None
-    try:
-        return process.wait()
-    except BaseException:
-        process.terminate()
+    with process:
         try:
-            process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        raise
+            return process.wait()
+        except BaseException:
+            process.terminate()  # and wait for its end
+            raise

@@ -61,13 +61,12 @@ def styles(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 
 
 def trade_off(results: Sequence[Result], against: str = "source_ssim") -> Any:
-    """A figure of a distance against SSIM to the source or, with "truth_ssim", to the truth.
+    """A figure of a distance against SSIM to the source or, with "truth_ssim", to the truth; None without any point.
 
     The distance is FID or, with features other than Inception's, the kernel distance where it was measured, else the
     Fréchet distance. Each method has a line through its front: the settings that no other of its settings beats in
-    both. Published results are hollow, and stand only beside FIDs of Inception features and SSIM to the source, which
-    they can be compared with. Distances that differ by more than ten times have a logarithmic axis. None without any
-    point.
+    both. Published results are hollow, and stand only beside what they can be compared with: FIDs of Inception features
+    and SSIM to the source.
     """
     role, _, name = against.partition("_")
     inception = any(table.is_inception(row["protocol"]) for row in results)
@@ -77,21 +76,21 @@ def trade_off(results: Sequence[Result], against: str = "source_ssim") -> Any:
     figure, axes = new_figure(f"{y_label} against {x_label} (lower right is better)", x_label, y_label)
     points, labels = [], []
     for method, style in styles(results).items():
-        own = []
-        bare = {**style, "linestyle": ""}
+        own, bare = [], {**style, "linestyle": ""}
         for row in (row for row in results if row["method"] == method):
             if {key, against} <= row["mean"].keys():
                 own.append((row["mean"][against], row["mean"][key]))
+                points.append(own[-1])
                 axes.errorbar(*own[-1], row["std"][key], row["std"][against], **bare)
                 labels.append(name_of(row))
-            x, y = (leading_number(row["published"][key]) for key in ("source_ssim", "fid"))
-            if inception and against == "source_ssim" and x is not None and y is not None:
-                axes.plot(x, y, **bare, markerfacecolor="white")
-                points.append((x, y))
+            # the number at the beginning of a text such as "62.29 ± 0.63"
+            published = [re.match(r"[0-9]+(\.[0-9]+)?", row["published"][key]) for key in ("source_ssim", "fid")]
+            if inception and against == "source_ssim" and all(published):
+                points.append(tuple(float(number[0]) for number in published if number))
+                axes.plot(*points[-1], **bare, markerfacecolor="white")
                 labels.append(f"{name_of(row)} (published)")
         if own:
             axes.plot(*zip(*front(own)), **style, label=method)
-            points += own
     if not points:
         return None
     scale_logarithmically(axes, [y for _, y in points])
@@ -103,9 +102,9 @@ def trade_off(results: Sequence[Result], against: str = "source_ssim") -> Any:
 def annotate(figure: Any, axes: Any, points: Sequence[Point], labels: Sequence[str]) -> None:
     """Label points where there is room: labels overlap neither each other nor a point."""
     figure.draw_without_rendering()
-    transforms = library("matplotlib.transforms", "matplotlib", "the report's charts")
     places = [axes.transData.transform(point) for point in points]
-    taken = [transforms.Bbox([place - RADIUS, place + RADIUS]) for place in places]
+    bbox = library("matplotlib.transforms", "matplotlib", "the report's charts").Bbox
+    taken = [bbox([place - RADIUS, place + RADIUS]) for place in places]
     for point, label in zip(points, labels):
         for x, y, side in ((7, 4, "left"), (-7, 4, "right"), (7, -10, "left"), (-7, -10, "right")):
             options = {"textcoords": "offset points", "fontsize": "x-small", "horizontalalignment": side}
@@ -116,12 +115,6 @@ def annotate(figure: Any, axes: Any, points: Sequence[Point], labels: Sequence[s
                 taken.append(box)
                 break
             text.remove()
-
-
-def leading_number(text: str) -> float | None:
-    """The number at the beginning of a text such as "62.29 ± 0.63"; None where there is none."""
-    number = re.match(r"[0-9]+(\.[0-9]+)?", text)
-    return float(number[0]) if number else None
 
 
 # Guided steps

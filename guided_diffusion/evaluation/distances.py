@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .table import Measured, set_distance
+from .table import set_distance
 
 TOLERANCE = 1e-4  # of a covariance's symmetry and smallest eigenvalue, relative to its largest entry or eigenvalue
 KERNEL_ROWS = 512  # rows of a kernel matrix held in memory at once
@@ -123,26 +123,18 @@ def bootstrap_distance(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Bootstrap interval (low, high) of any distance compute(x, y); x [N, D] is resampled, and y [M, D], too.
+    """Bootstrap interval (low, high) of any distance compute(x, y), of x [N, D] resampled and features y [M, D], too.
 
-    y is not resampled where it is a Gaussian, which is taken as known. A resample repeats images, which shifts most
-    distances; the replicates are therefore moved to have `estimate` as their mean.
+    A resample repeats images, which shifts most distances; the replicates are therefore moved to have `estimate` as
+    their mean. Where none of them was negative, `low` is not, either.
     """
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(replicates):
         resampled = x[rng.integers(len(x), size=len(x))]
-        value = compute(resampled, y if isinstance(y, tuple) else y[rng.integers(len(y), size=len(y))])
-        values.append(Measured.of(value).value)
-    return _quantiles(np.array(values) - np.mean(values) + estimate, confidence)
-
-
-def bootstrap_frechet(
-    x: np.ndarray, target: np.ndarray | Gaussian, estimate: float, **options: Any
-) -> tuple[float, float]:
-    """`bootstrap_distance` of the Fréchet distance, which is not negative. target: features [M, D] or a Gaussian."""
-    low, high = bootstrap_distance(fid, x, target, estimate, **options)
-    return max(low, 0.0), high
+        values.append(compute(resampled, y if isinstance(y, tuple) else y[rng.integers(len(y), size=len(y))]))
+    low, high = _quantiles(np.array(values) - np.mean(values) + estimate, confidence)
+    return (max(low, 0.0) if min(values) >= 0 else low), high
 
 
 def bootstrap_kernel(
@@ -167,10 +159,7 @@ def _quantiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
 # The registered distances
 
 
-@set_distance(
-    "fid", "FID", general_label="Fréchet", format=".2f", lower_is_better=True, of_gaussian=True,
-    interval=bootstrap_frechet,
-)  # fmt: skip
+@set_distance("fid", "FID", general_label="Fréchet", format=".2f", lower_is_better=True, of_gaussian=True)
 def fid(x: np.ndarray, target: np.ndarray | Gaussian) -> float:
     """Fréchet distance of features x [N, D] from other features [M, D] or their Gaussian."""
     known = target if isinstance(target, tuple) else gaussian_of_features(target)
@@ -181,10 +170,8 @@ def fid(x: np.ndarray, target: np.ndarray | Gaussian) -> float:
     "kid", "KID", general_label="kernel", format=".2f", factor=1000, lower_is_better=True,
     options=("kid_subsets", "kid_subset_size", "seed"), interval=bootstrap_kernel,
 )  # fmt: skip
-def kid(x: np.ndarray, y: np.ndarray, kid_subsets: int, kid_subset_size: int, seed: int) -> Measured:
+def kid(x: np.ndarray, y: np.ndarray, kid_subsets: int, kid_subset_size: int, seed: int) -> tuple[float, float, str]:
     """`kernel_distance` with the evaluation's options."""
     value, std = kernel_distance(x, y, subset_size=kid_subset_size, subsets=kid_subsets, seed=seed)
-    how = "unbiased MMD² with kernel (x·y/D + 1)³"
-    if math.isnan(std):
-        return Measured(value, std, f"{how} of all images")
-    return Measured(value, std, f"{how}, mean of {kid_subsets} subsets of {kid_subset_size} images, seed {seed}")
+    mean = f", mean of {kid_subsets} subsets of {kid_subset_size} images, seed {seed}"
+    return value, std, "unbiased MMD² with kernel (x·y/D + 1)³" + (" of all images" if math.isnan(std) else mean)

@@ -39,9 +39,8 @@ NETWORKS = Registry("features")
 class Extractor:
     """A feature network.
 
-    name: kind and, for a file, the first digits of its sha256, to tell results apart. extract: images [N, 3, H, W]
-    float32 in [0, 1] -> features [N, D], or a dict of "features" and further tensors [N, ...] for metrics of features.
-    image_size: side that images must have, None for any.
+    name: kind and, of a file, its `digest`. extract: images [N, 3, H, W] float32 in [0, 1] -> features [N, D], or a
+    dict of "features" and further tensors [N, ...] for metrics of features. image_size: side that images must have.
     """
 
     name: str
@@ -58,11 +57,10 @@ def feature_extractor(
 ) -> Extractor:
     """Load a feature network; raises InputError where it is missing or does not fit.
 
-    "inception": the TF-ported Inception of pytorch-fid, 2048 features, with weights from `inception_path` or
-    pytorch-fid's own download. "efficientnet": EfficientNet-Lite0 at 224 pixels, 1280 features. FILE.pt: a TorchScript
-    module that maps images [N, 3, H, W] in [0, 1] to [N, D]; it is a program, and runs only with `trust_features`.
-    FILE.safetensors: a network of a kind in `NETWORKS`, or a diffusion model or encoder of this project; its features
-    are then the spatial mean of the middle block at t = 50 of images at the model's size, in [-1, 1], without noise.
+    "inception": pytorch-fid's, 2048 features, with weights from `inception_path` or its own download. "efficientnet":
+    EfficientNet-Lite0 at 224 pixels, 1280 features. FILE.pt: a TorchScript module, which is a program and runs only
+    with `trust_features`. FILE.safetensors: a network of a kind in `NETWORKS`, or a diffusion model or encoder of this
+    project; its features are then the spatial mean of the middle block at t = 50 of images without noise.
     """
     if features == "inception":
         return _inception(inception_path, device)
@@ -76,7 +74,8 @@ def feature_extractor(
     path = Path(features)
     if path.suffix not in (".pt", ".safetensors"):
         raise InputError("it can be inception, efficientnet, a TorchScript FILE.pt or a FILE.safetensors", **wrong)
-    _require_file(path, "features")
+    if not path.is_file():
+        raise InputError("no such file", **wrong)
     if path.suffix == ".pt":
         return _torchscript(path, device, trust_features)
     kind = ""
@@ -87,26 +86,19 @@ def feature_extractor(
 
 def _inception(path: str | None, device: str | torch.device) -> Extractor:
     pytorch_fid = library("pytorch_fid.inception", "pytorch-fid", "the Inception network")
-    if path is not None:
-        _require_file(path, "inception_path")
+    load = pytorch_fid.load_state_dict_from_url
+    if path is not None:  # pytorch-fid has no argument for a file: its one call that fetches the weights reads ours
+        load = lambda *_, **__: torch.load(path, map_location="cpu", weights_only=True)  # noqa: E731
     try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(quiet_download())
-            if path is not None:
-                weights = torch.load(path, map_location="cpu", weights_only=True)
-                # pytorch-fid has no argument for a file: its one call that fetches the weights is answered from ours
-                stack.enter_context(mock.patch.object(pytorch_fid, "load_state_dict_from_url", lambda *a, **k: weights))
-            model = pytorch_fid.InceptionV3([pytorch_fid.InceptionV3.BLOCK_INDEX_BY_DIM[2048]])
-    except Exception as error:  # torch.load and load_state_dict raise many types for a file that does not fit
+        with quiet_download(), mock.patch.object(pytorch_fid, "load_state_dict_from_url", load):
+            model = pytorch_fid.InceptionV3([pytorch_fid.InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).to(device).eval()
+    except Exception as error:  # a file that does not fit fails in many ways
         if path is not None:
             fitting = f"these are not the weights of pytorch-fid's Inception ({reason(error)}); {WEIGHTS} is needed"
             raise InputError(fitting, parameter="inception_path", value=path) from None
-        fitting = (
-            f"its weights could not be downloaded ({reason(error)}); give `inception_path` {WEIGHTS}, or a file of "
-            "other `features`"
-        )
+        fitting = f"give `inception_path` {WEIGHTS}, or a file of other `features`"
+        fitting = f"its weights could not be downloaded ({reason(error)}); {fitting}"
         raise InputError(fitting, parameter="features", value="inception") from None
-    model = model.to(device).eval()
     return Extractor("inception (pytorch-fid, 2048-d)", lambda images: model(images)[0].flatten(1))
 
 
@@ -161,8 +153,8 @@ def extract_features(
 ) -> dict[str, np.ndarray]:
     """Apply the network to images: "features" [N, D], and further arrays [N, ...] that it returns, in float64.
 
-    read: makes [3, H, W] in [0, 1] of a reference. Images pass through in batches, and only the arrays stay. Raises
-    InputError where images differ in size, or the network fails or returns anything but finite numbers [N, D].
+    read: makes [3, H, W] in [0, 1] of a reference. Raises InputError where images differ in size, or the network fails
+    or returns anything but finite numbers [N, D].
     """
     parts: list[dict[str, np.ndarray]] = []
     shape: Any = None
@@ -171,14 +163,10 @@ def extract_features(
         shape = shape or images[0].shape
         for reference, image in zip(batch, images):
             if image.shape != shape:
-                (here, size), (there, first) = (
-                    (display_name(each.path), f"{width}x{height}")
-                    for each, (_, height, width) in ((reference, image.shape), (references[0], shape))
-                )
-                raise InputError(
-                    f"{here} is {size} and {there} is {first}: at native size all images of a folder must have one "
-                    "size; without `native_size` they are resized"
-                )
+                pair = (reference, image.shape), (references[0], shape)
+                here, there = (f"{display_name(each.path)} is {width}x{height}" for each, (_, height, width) in pair)
+                reason = "all images of a folder must have one size; without `native_size` they are resized"
+                raise InputError(f"{here} and {there}: at native size {reason}")
         parts.append(_arrays(extractor, torch.stack(images).to(device), batch))
         if parts[-1]["features"].shape[1] != parts[0]["features"].shape[1]:
             raise _unfit(extractor, "returns another number of features for another batch")
@@ -193,8 +181,7 @@ def _arrays(extractor: Extractor, images: torch.Tensor, batch: Sequence[Referenc
     except (RuntimeError, AssertionError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        size = f"{images.shape[3]}x{images.shape[2]}"
-        raise _unfit(extractor, f"fails on images of {size}: {reason(error)}") from None
+        raise _unfit(extractor, f"fails on images {list(images.shape)}: {reason(error)}") from None
     tensors = found if isinstance(found, Mapping) else {"features": found}
     features = tensors.get("features")
     if not torch.is_tensor(features) or features.ndim != 2 or len(features) != len(batch):
@@ -216,8 +203,7 @@ def _unfit(extractor: Extractor, problem: str) -> InputError:
 def save_statistics(path: str | Path, features: np.ndarray, description: str) -> None:
     """Write mean and unbiased covariance of features [N, D] as pytorch-fid does (`mu`, `sigma`).
 
-    Beside them, `count` (N) and `features` (description of network and input) are kept, which guard against a
-    comparison of different features. The file appears whole or not at all.
+    Beside them stand `count` (N) and `features`, the description of network and input that a comparison must share.
     """
     arrays: dict[str, Any] = {"mu": features.mean(axis=0), "sigma": np.atleast_2d(np.cov(features, rowvar=False))}
     arrays |= {"count": len(features), "features": description}
@@ -244,8 +230,3 @@ def load_statistics(path: str | Path, description: str) -> tuple[Gaussian, int |
         reason = f"it was made with {shown(recorded)}, but this run uses {shown(description)}"
         raise InputError(reason, parameter="targets", value=path)
     return (mean, root), None if count is None else int(count)
-
-
-def _require_file(path: str | Path, parameter: str) -> None:
-    if not Path(path).is_file():
-        raise InputError("no such file", parameter=parameter, value=path)

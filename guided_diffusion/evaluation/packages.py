@@ -9,8 +9,7 @@ from typing import Any
 
 from ..errors import InputError, first_line, one_line
 
-PATIENCE = 20
-"""Seconds to wait for a host that does not answer a download."""
+PATIENCE = 20  # seconds to wait for a host that does not answer a download
 
 
 def library(module: str, package: str, purpose: str) -> Any:

