@@ -17,15 +17,13 @@ _norm = partial(normalization, eps=1e-6)
 
 
 class Downsample(nn.Module):
-    """Downsampling by 2; the strided convolution is padded on the right and at the bottom only, as TensorFlow does."""
+    """A 3x3 convolution of stride 2, padded on the right and at the bottom only, as TensorFlow does."""
 
-    def __init__(self, channels: int, with_conv: bool) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2) if with_conv else None
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.conv is None:
-            return F.avg_pool2d(x, 2)
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -56,10 +54,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = _norm(channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
@@ -83,7 +78,6 @@ class Model(nn.Module):
     def __init__(
         self, ch: int = 128, out_ch: int = 3, ch_mult: Sequence[float] = (1, 1, 2, 2, 4, 4), num_res_blocks: int = 2,
         attn_resolutions: Sequence[int] = (16,), in_channels: int = 3, image_size: int = 256, dropout: float = 0.0,
-        resamp_with_conv: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.image_size, self.in_channels, self.out_channels, self.ch = image_size, in_channels, out_ch, ch
@@ -110,7 +104,7 @@ class Model(nn.Module):
             channels = width
             skips += [width] * num_res_blocks
             if i < len(widths) - 1:
-                self.down[-1]["downsample"] = Downsample(width, resamp_with_conv)
+                self.down[-1]["downsample"] = Downsample(width)
                 skips.append(width)
 
         self.mid = nn.ModuleDict({"block_1": block(channels, channels), "attn_1": AttnBlock(channels)})
@@ -122,7 +116,7 @@ class Model(nn.Module):
             levels.insert(0, level(inputs, width, side))
             channels = width
             if i:
-                levels[0]["upsample"] = Upsample(width, resamp_with_conv)
+                levels[0]["upsample"] = Upsample(width, use_conv=True)
         self.up = nn.ModuleList(levels)
         self.norm_out = _norm(channels)
         self.conv_out = nn.Conv2d(channels, out_ch, 3, padding=1)

@@ -15,19 +15,17 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed import HashStore, PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 
 from .errors import InputError, first_line, reading, shown
 from .runtime import default_device
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 # launcher, then its variables for rank, number of ranks and rank within the machine. Slurm's are those of a job step:
 # a plain `python` in an sbatch script or an salloc shell sees the job's (SLURM_PROCID, SLURM_NTASKS) too.
@@ -44,6 +42,8 @@ HEARTBEAT_TIMEOUT = 60.0  # silence after which a rank counts as dead; launchers
 STARTUP_TIMEOUT = 900.0  # the same before its first heartbeat: on a busy cluster, importing torch may take minutes
 PATIENCE = 10.0  # of waiting for other ranks at start-up, after which a line says for whom
 POLL = 0.1  # between looks at the store while waiting for another rank
+
+AGAIN = "run the same command again to resume"
 
 log = logging.getLogger("sddm")
 
@@ -86,12 +86,10 @@ def ranks() -> Ranks:
 
 
 def _variable(name: str, default: int, least: int, most: int) -> int:
-    """A whole number in an environment variable; raises InputError for one that is not from `least` to `most`."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch("[0-9]{1,18}", text) or not least <= int(text) <= most:
-        raise InputError(
-            f"the environment variable {name} is {shown(text)}; it must be a whole number from {least} to {most}"
-        )
+        reason = f"it must be a whole number from {least} to {most}"
+        raise InputError(f"the environment variable {name} is {shown(text)}; {reason}")
     return int(text)
 
 
@@ -130,8 +128,9 @@ def _torchrun_store(me, timeout):
 
 def _slurm_store(me, timeout):
     env = os.environ
-    one_machine = env.get("SLURM_STEP_NUM_NODES", "1") == "1"
-    host = "127.0.0.1" if one_machine else _first_host(env.get("SLURM_STEP_NODELIST", "localhost"))
+    host = "127.0.0.1"
+    if env.get("SLURM_STEP_NUM_NODES", "1") != "1":
+        host = _first_host(env.get("SLURM_STEP_NODELIST", "localhost"))
     job, step = (_variable(name, 0, 0, 1 << 60) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     # A port that all ranks can compute, below those that systems give to outgoing connections.
     port = _variable("MASTER_PORT", 20000 + (job * 7 + step) % 12000, 1, 65535)
@@ -143,17 +142,17 @@ def _mpi_store(me, timeout):
         from mpi4py import MPI
     except ImportError as error:
         raise InputError(f"mpiexec needs a working mpi4py (pip install mpi4py): {error}; torchrun needs none") from None
-    ranks = MPI.COMM_WORLD
-    if ranks.Get_size() != me.world_size:
+    world = MPI.COMM_WORLD
+    if world.Get_size() != me.world_size:
         raise InputError(
-            f"mpiexec started {me.world_size} processes and mpi4py sees {ranks.Get_size()}: mpi4py was built for "
+            f"mpiexec started {me.world_size} processes and mpi4py sees {world.Get_size()}: mpi4py was built for "
             "another MPI than this mpiexec (reinstall it, or use torchrun), or the environment is another run's"
         )
-    hosts = ranks.allgather(socket.gethostname())
+    hosts = world.allgather(socket.gethostname())
     host = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
     # Ranks connect only once the port is known.
     store = _tcp_store(host, 0, me, timeout) if me.rank == 0 else None
-    port = ranks.bcast(store.port if store else None)
+    port = world.bcast(store.port if store else None)
     return store or _tcp_store(host, port, me, timeout)
 
 
@@ -210,10 +209,8 @@ class Peers:
             return getattr(self._store, method)(*arguments)
         except RuntimeError as error:
             owner = "the launcher" if self.launcher == "torchrun" else "rank 0"
-            raise InputError(
-                f"rank {self.rank} of {self.world_size} lost contact with {owner}, which has ended or cannot be "
-                "reached; run the same command again to resume"
-            ) from error
+            lost = f"rank {self.rank} of {self.world_size} lost contact with {owner}"
+            raise InputError(f"{lost}, which has ended or cannot be reached; {AGAIN}") from error
 
     def _beat(self):
         with contextlib.suppress(RuntimeError):  # the rank itself finds out at its next message
@@ -248,12 +245,11 @@ class Peers:
             beats = self.count(f"beats/{rank}", 0)
             self._silence[rank] = 0.0 if beats != self._beats[rank] else self._silence[rank] + elapsed
             self._beats[rank] = beats
-            dead = self._silence[rank] > (HEARTBEAT_TIMEOUT if beats else STARTUP_TIMEOUT)
+            silent = self._silence[rank]
+            dead = silent > (HEARTBEAT_TIMEOUT if beats else STARTUP_TIMEOUT)
             if dead and not self._call("check", [f"left/{rank}"]):
-                raise InputError(
-                    f"rank {rank} of {self.world_size} has given no sign of life for {self._silence[rank]:.0f} "
-                    "seconds; run the same command again to resume"
-                )
+                lost = f"rank {rank} of {self.world_size} has given no sign of life for {silent:.0f} seconds"
+                raise InputError(f"{lost}; {AGAIN}")
 
     def stop(self, reason: str) -> bool:
         """End the run for all ranks; returns whether no other rank has given this reason yet."""
@@ -327,16 +323,13 @@ def join_ranks(me: Ranks, device: torch.device) -> None:
 
 def dev() -> torch.device:
     """The device of tensors in the process group: this process's GPU, else the CPU (MPS has no collectives)."""
-    if default_device().type == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_state_dict(path: str, **kwargs: Any) -> Any:
-    """Load a file or blobfile address as torch.load does, or a `.safetensors` file; kwargs are torch.load's.
+    """Load a file or blobfile address as torch.load with `weights_only` does, or a `.safetensors` file, on any rank.
 
-    `weights_only` is always True. Any rank may call it on its own. Raises InputError where the file cannot be read, or
-    not without running code.
+    kwargs: torch.load's. Raises InputError where the file cannot be read, or not without running code.
     """
     with reading(path):
         if "://" in path:
@@ -356,7 +349,7 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
             raise InputError(f"{path} cannot be loaded without running code from it: {first_line(error)}") from None
 
 
-def sync_params(params: "Iterable[torch.Tensor]") -> None:
+def sync_params(params: Iterable[torch.Tensor]) -> None:
     """Give all processes the tensors of rank 0; nothing happens in a process without a group."""
     dist = torch.distributed
     if not dist.is_initialized() or dist.get_world_size() == 1:
