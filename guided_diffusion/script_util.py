@@ -32,7 +32,7 @@ SR_CHANNEL_MULT = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 
 
 
 def _defaults(function):
-    """The defaults of the parameters that guided-diffusion's function has, too."""
+    """The defaults of the parameters that guided-diffusion's function has, too: those before an asterisk."""
     parameters = inspect.signature(function).parameters.values()
     return {each.name: each.default for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD}
 
@@ -60,8 +60,8 @@ def classifier_defaults() -> dict[str, Any]:
 
 def diffusion_defaults() -> dict[str, Any]:
     """Return the flags of the diffusion process."""
-    model = classifier_defaults()
-    return {name: value for name, value in classifier_and_diffusion_defaults().items() if name not in model}
+    flags = classifier_and_diffusion_defaults().items()
+    return {name: value for name, value in flags if name not in classifier_defaults()}
 
 
 def extension_defaults() -> dict[str, Any]:
@@ -70,15 +70,9 @@ def extension_defaults() -> dict[str, Any]:
     Files and records of models hold them only where they differ from these values.
     """
     return {
-        "super_res": False,
-        "norm_groups": 32,
-        "norm_eps": 1e-5,
-        "sines_first": False,
-        "pad_end": False,
-        "middle_norm": True,
-        "predict_v": False,
-        "in_channels": 3,
-    }
+        "super_res": False, "norm_groups": 32, "norm_eps": 1e-5, "sines_first": False, "pad_end": False,
+        "middle_norm": True, "predict_v": False, "in_channels": 3,
+    }  # fmt: skip
 
 
 def create_model_and_diffusion(
@@ -92,21 +86,14 @@ def create_model_and_diffusion(
     num_classes: int | None = None, norm_groups: int = 32, norm_eps: float = 1e-5, sines_first: bool = False,
     pad_end: bool = False, middle_norm: bool = True, predict_v: bool = False, in_channels: int = 3,
 ) -> "tuple[UNetModel, SpacedDiffusion]":  # fmt: skip
-    """Create the UNet and its diffusion process; the defaults are those of `model_and_diffusion_defaults`.
-
-    Parameters after the asterisk are this project's own: see `extension_defaults`, and `create_model` for num_classes.
-    """
+    """Create the UNet and its diffusion process. Parameters after the asterisk are this project's own."""
     flags = dict(locals())
     model = create_model(**_arguments(create_model, flags))
     return model, create_gaussian_diffusion(**_diffusion_arguments(flags))
 
 
 def create_diffusion(**flags: Any) -> SpacedDiffusion:
-    """Create the diffusion process from any set of flags that includes its own.
-
-    sigma_small is True by default, as in this project's commands; in `create_gaussian_diffusion` it is False, as in
-    guided-diffusion.
-    """
+    """Create the diffusion process from any set of flags that includes its own; sigma_small is True by default here."""
     return create_gaussian_diffusion(**_diffusion_arguments({**diffusion_defaults(), "sigma_small": True, **flags}))
 
 
@@ -116,13 +103,6 @@ def _diffusion_arguments(flags):
 
 def _arguments(function, flags):
     return {name: flags[name] for name in inspect.signature(function).parameters if name in flags}
-
-
-def _default_multipliers(table, parameter, size):
-    if size not in table:
-        reason = f"it has no default `channel_mult` (known for {', '.join(map(str, sorted(table)))})"
-        raise InputError(f"{reason}: give one, such as 1,2,4", parameter=parameter, value=size)
-    return table[size]
 
 
 def channel_multipliers(channel_mult: str | None, image_size: int) -> tuple[float, ...]:
@@ -135,7 +115,15 @@ def channel_multipliers(channel_mult: str | None, image_size: int) -> tuple[floa
         numbers = []
     if not numbers or not all(0 < number <= 1 << 16 for number in numbers):
         raise InputError("it is a list of numbers like 1,2,4", parameter="channel_mult", value=channel_mult)
-    return tuple(int(number) if number == int(number) else number for number in numbers)
+    return tuple(int(number) if number.is_integer() else number for number in numbers)
+
+
+def _default_multipliers(table, parameter, size):
+    if size in table:
+        return table[size]
+    known = ", ".join(map(str, sorted(table)))
+    reason = f"it has no default `channel_mult` (known for {known}): give one, such as 1,2,4"
+    raise InputError(reason, parameter=parameter, value=size)
 
 
 def attention_factors(attention_resolutions: str, image_size: int) -> tuple[int, ...]:
@@ -160,14 +148,13 @@ def create_model(
     """Create the ADM UNet that the flags describe.
 
     num_classes: of class-conditional models, NUM_CLASSES if None. super_res: create the `SuperResModel` that enlarges
-    images to image_size. in_channels: channels of the images, 1 for grey ones. configuration: the keys `type`,
-    `out_channels`, `resamp_with_conv` and `var_type`, which ddrm and its descendants pass; they change nothing, and a
-    value that would is named in a warning.
+    images to image_size. in_channels: 1 for grey images. configuration: keys that ddrm and its descendants pass; they
+    change nothing, and a value that would is named in a warning.
     """
     from .unet import SuperResModel, UNetModel
 
-    _check_configuration(configuration, in_channels, learn_sigma)
     flags = dict(locals())
+    _check_configuration(configuration, in_channels, learn_sigma)
     if super_res and channel_mult in ("", None) and image_size in SR_CHANNEL_MULT:
         channel_mult = ",".join(map(str, SR_CHANNEL_MULT[image_size]))
     factors, mults = attention_factors(attention_resolutions, image_size), channel_multipliers(channel_mult, image_size)
@@ -187,21 +174,16 @@ def create_model(
 
 def _check_configuration(given, channels, learn_sigma):
     """Warn of keys of a configuration file that ask for another network; TypeError for keys that it does not have."""
-    fitting = {
-        "type": ("openai",),
-        # Published files give 3 for models with a learned variance, too.
-        "out_channels": (channels, 2 * channels) if learn_sigma else (channels,),
-        "resamp_with_conv": (True,),
-        "var_type": ("fixedsmall", "fixedlarge"),
-    }
+    fitting = {"type": ("openai",), "resamp_with_conv": (True,), "var_type": ("fixedsmall", "fixedlarge")}
+    # Published files give 3 for models with a learned variance, too.
+    fitting["out_channels"] = (channels, 2 * channels) if learn_sigma else (channels,)
     for name, value in given.items():
         if name not in fitting:
             raise TypeError(f"create_model() got an unexpected keyword argument {name!r}")
         if value not in fitting[name]:
             known = " or ".join(map(repr, fitting[name]))
-            warnings.warn(
-                f"create_model: {name}={value!r} has no effect; the network is made for {known}", stacklevel=3
-            )
+            text = f"create_model: {name}={value!r} has no effect; the network is made for {known}"
+            warnings.warn(text, stacklevel=3)
 
 
 def create_classifier(
