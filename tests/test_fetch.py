@@ -74,7 +74,7 @@ def test_what_goes_wrong_leaves_nothing(how, server, tmp_path):
 
 def test_other_files_are_refused(server, tmp_path):
     server.content, folder = content(tmp_path), tmp_path / "models"
-    with pytest.raises(InputError, match="SHA-256"):
+    with pytest.raises(InputError, match="invalid hash"):
         fetch("x.pt", folder, remote=Remote(server.url, "", "0" * 64))
     server.content = b"<html>sign in</html>"
     with pytest.raises(InputError, match="web page"):

@@ -58,16 +58,90 @@ def detect(detector: Callable[..., dict[str, Any]], state: State, **options: Any
     """The architecture by one of the detectors below, as a dict of flags.
 
     Flags that leave no trace in this network are left out. Raises UnknownArchitecture where tensors that tell the
-    architecture are missing.
+    architecture are missing or have other shapes.
     """
     try:
         return detector(state, **options)
     except KeyError as error:
         name = error.args[0]
-        if name in state:
-            shape = list(state[name].shape)
-            raise UnknownArchitecture(f"has the tensor {name} of shape {shape}, which fits no architecture") from None
-        raise UnknownArchitecture(f"lacks the tensor {name}, which its architecture needs") from None
+    if name in state:
+        what = f"has the tensor {name} of shape {list(state[name].shape)}, which fits no architecture"
+        raise UnknownArchitecture(what)
+    raise UnknownArchitecture(f"lacks the tensor {name}, which its architecture needs")
+
+
+def adm(state: State) -> dict[str, Any]:
+    """Architecture of an ADM UNet, or of a super-resolution model."""
+    modules = _modules(state)
+    blocks = _count(state, "output_blocks.")
+    # The last output block of every level but the finest ends with an upsampling layer, which ends its list.
+    parts = ("in_layers", "out_layers", "conv")
+    ups = sum(any(f"output_blocks.{i}.{j}.{part}" in modules for j in (1, 2) for part in parts) for i in range(blocks))
+    length = blocks // (ups + 1)
+    if blocks % (ups + 1) or length < 2:
+        raise KeyError(f"output_blocks.{blocks}")
+    firsts = [f"output_blocks.{i}" for i in reversed(range(0, blocks, length))]
+    flags = {
+        **_flags(state, "num_channels", "num_res_blocks", length, firsts),
+        **_channels(state, "out.2"),
+        "class_cond": "label_emb.weight" in state,
+        "use_scale_shift_norm": _shifts_and_scales(state),
+    }
+    if ups:
+        flags["resblock_updown"] = not any(name.endswith(".0.op") for name in modules)
+    if flags["class_cond"]:
+        flags["num_classes"] = _size(state, "label_emb.weight")
+    if _size(state, "input_blocks.0.0.weight", 1) == 2 * flags["in_channels"]:
+        flags["super_res"] = True  # the small image beside the noisy one
+    return flags
+
+
+def ddpm(state: State) -> dict[str, Any]:
+    """Architecture of a DDPM UNet, in the ADM UNet's flag names."""
+    modules, base = _modules(state), _size(state, "temb.dense.0.weight", 1)
+    levels = range(_count(state, "down."))
+    widths = [_size(state, f"down.{i}.block.0.conv2.weight") for i in levels]
+    return {
+        "num_channels": base, "num_res_blocks": _count(state, "down.0.block."),
+        "channel_mult": ",".join(multiple(width, base) for width in widths),
+        "attention_factors": tuple(2**i for i in levels if f"down.{i}.attn" in modules), **_channels(state, "conv_out"),
+        "class_cond": False,
+    }  # fmt: skip
+
+
+def encoder(state: State, depth: int | None = None) -> dict[str, Any]:
+    """Architecture of an encoder, in the flag names of the classifier.
+
+    depth: the supposed classifier_depth, which counts where the tensors allow several.
+    """
+    modules = _modules(state)
+    head = "I2Iout" if "I2Iout" in modules else "out"
+    if head not in modules:
+        raise KeyError("out.0.weight")
+    blocks = _count(state, "input_blocks.")
+    strided = [i for i in range(1, blocks) if f"input_blocks.{i}.0.op" in modules]
+    length = strided[0] if strided else _level_length(modules, blocks, depth)
+    firsts = [f"input_blocks.{i}" for i in range(1, blocks, length)]
+    flags = {
+        **_flags(state, "classifier_width", "classifier_depth", length, firsts),
+        "classifier_use_scale_shift_norm": _shifts_and_scales(state),
+        "head": head,
+    }
+    if len(firsts) > 1:
+        flags["classifier_resblock_updown"] = not strided
+    last = f"{head}.3"
+    if f"{head}.2.qkv_proj" in modules:
+        last, flags["classifier_pool"] = f"{head}.2.c_proj", "attention"
+        positions = _size(state, f"{head}.2.positional_embedding", 1)
+        flags["image_size"] = round(max(positions - 1, 1) ** 0.5) * 2 ** (len(firsts) - 1)
+    elif f"{head}.1" in modules:
+        flags["classifier_pool"] = "spatial_v2"
+    elif f"{head}.3" in modules:
+        flags["classifier_pool"] = "adaptive"
+    else:
+        last, flags["classifier_pool"] = f"{head}.2", "spatial"
+    flags["num_class"] = _size(state, f"{last}.weight")
+    return flags
 
 
 def multiple(width: int, base: int) -> str:
@@ -99,6 +173,15 @@ def _size(state, name, axis=0):
     return shape[axis]
 
 
+def _flags(state, width, depth, length, firsts):
+    """Flags of an ADM network's levels. length: blocks per level; firsts: the first block of each, from the finest."""
+    base = _size(state, "time_embed.0.weight", 1)
+    widths = [_size(state, f"{first}.0.out_layers.3.weight") for first in firsts]
+    attending = tuple(2**level for level, first in enumerate(firsts) if _attends(_modules(state), first))
+    mult = ",".join(multiple(width, base) for width in widths)
+    return {width: base, depth: length - 1, "channel_mult": mult, "attention_factors": attending}
+
+
 def _shifts_and_scales(state):
     """Whether the time embedding gives a residual block two numbers per channel, not one."""
     return _size(state, "middle_block.0.emb_layers.1.weight") == 2 * _size(state, "middle_block.0.out_layers.3.weight")
@@ -111,120 +194,28 @@ def _channels(state, last):
     return {"learn_sigma": out == 2 * channels, "in_channels": channels}
 
 
-def adm(state: State) -> dict[str, Any]:
-    """Architecture of an ADM UNet, or of a super-resolution model."""
-    modules = _modules(state)
-    base = _size(state, "time_embed.0.weight", 1)
-    blocks = _count(state, "output_blocks.")
-    # The last output block of every level but the finest ends with an upsampling layer, which ends its list.
-    parts = ("in_layers", "out_layers", "conv")
-    ups = sum(any(f"output_blocks.{i}.{j}.{part}" in modules for j in (1, 2) for part in parts) for i in range(blocks))
-    levels = ups + 1
-    per_level = blocks // levels
-    if blocks % levels or per_level < 2:
-        raise KeyError(f"output_blocks.{blocks}")
-    widths, factors = [], []
-    for level in reversed(range(levels)):
-        first = f"output_blocks.{(levels - 1 - level) * per_level}"
-        widths.insert(0, _size(state, f"{first}.0.out_layers.3.weight"))
-        if f"{first}.1.qkv" in modules or f"{first}.1.proj_out" in modules:
-            factors.insert(0, 2**level)
-    flags = {
-        "num_channels": base,
-        "num_res_blocks": per_level - 1,
-        "channel_mult": ",".join(multiple(width, base) for width in widths),
-        "attention_factors": tuple(factors),
-        **_channels(state, "out.2"),
-        "class_cond": "label_emb.weight" in state,
-        "use_scale_shift_norm": _shifts_and_scales(state),
-    }
-    if levels > 1:
-        flags["resblock_updown"] = not any(name.endswith(".0.op") for name in modules)
-    if flags["class_cond"]:
-        flags["num_classes"] = _size(state, "label_emb.weight")
-    if _size(state, "input_blocks.0.0.weight", 1) == 2 * flags["in_channels"]:
-        flags["super_res"] = True  # the small image beside the noisy one
-    return flags
-
-
-def ddpm(state: State) -> dict[str, Any]:
-    """Architecture of a DDPM UNet, in the ADM UNet's flag names."""
-    modules = _modules(state)
-    base = _size(state, "temb.dense.0.weight", 1)
-    levels = range(_count(state, "down."))
-    widths = [_size(state, f"down.{i}.block.0.conv2.weight") for i in levels]
-    return {
-        "num_channels": base, "num_res_blocks": _count(state, "down.0.block."),
-        "channel_mult": ",".join(multiple(width, base) for width in widths),
-        "attention_factors": tuple(2**i for i in levels if f"down.{i}.attn" in modules), **_channels(state, "conv_out"),
-        "class_cond": False,
-    }  # fmt: skip
-
-
-def encoder(state: State, depth: int | None = None) -> dict[str, Any]:
-    """Architecture of an encoder, in the flag names of the classifier.
-
-    depth: the supposed classifier_depth, which counts where the tensors allow several.
-    """
-    modules = _modules(state)
-    base = _size(state, "time_embed.0.weight", 1)
-    head = "I2Iout" if "I2Iout" in modules else "out"
-    if head not in modules:
-        raise KeyError("out.0.weight")
-    blocks = _count(state, "input_blocks.")
-    convolved = [i for i in range(1, blocks) if f"input_blocks.{i}.0.op" in modules]
-    per_level = convolved[0] if convolved else _level_length(modules, blocks, depth)
-    starts = range(1, blocks, per_level)
-    widths = [_size(state, f"input_blocks.{i}.0.out_layers.3.weight") for i in starts]
-    flags = {
-        "classifier_width": base,
-        "classifier_depth": per_level - 1,
-        "channel_mult": ",".join(multiple(width, base) for width in widths),
-        "attention_factors": tuple(2**level for level, i in enumerate(starts) if _attends(modules, i)),
-        "classifier_use_scale_shift_norm": _shifts_and_scales(state),
-        "head": head,
-    }
-    if len(widths) > 1:
-        flags["classifier_resblock_updown"] = not convolved
-    if f"{head}.2.qkv_proj" in modules:
-        last = f"{head}.2.c_proj"
-        positions = _size(state, f"{head}.2.positional_embedding", 1)
-        flags["image_size"] = round(max(positions - 1, 1) ** 0.5) * 2 ** (len(widths) - 1)
-        flags["classifier_pool"] = "attention"
-    elif f"{head}.1" in modules:
-        last, flags["classifier_pool"] = f"{head}.3", "spatial_v2"
-    elif f"{head}.3" in modules:
-        last, flags["classifier_pool"] = f"{head}.3", "adaptive"
-    else:
-        last, flags["classifier_pool"] = f"{head}.2", "spatial"
-    flags["num_class"] = _size(state, f"{last}.weight")
-    return flags
-
-
-def _attends(modules, i):
-    return f"input_blocks.{i}.1.qkv" in modules or f"input_blocks.{i}.1.proj_out" in modules
+def _attends(modules, block):
+    return f"{block}.1.qkv" in modules or f"{block}.1.proj_out" in modules
 
 
 def _level_length(modules, blocks, depth):
-    """Input blocks per level of an encoder whose residual blocks downsample.
+    """Blocks per level of an encoder whose residual blocks downsample: the last block of a level does, without a trace.
 
-    Block k * length is the k-th downsampling; it looks like any other residual block that keeps the width.
+    Of the lengths that fit, the one of the supposed depth is taken, else the most usual.
     """
+    attends = [_attends(modules, f"input_blocks.{i}") for i in range(blocks)]
+    widens = [f"input_blocks.{i}.0.skip_connection" in modules for i in range(blocks)]
 
     def fits(length):
-        for i in range(1, blocks):
-            widens = f"input_blocks.{i}.0.skip_connection" in modules
-            first = i - i % length + 1
-            # Only the first block of a level changes the width; a level attends in all of its blocks or in none, and
-            # a downsampling block never does.
-            if (i % length == 0 and (_attends(modules, i) or widens)) or (i % length > 1 and widens):
-                return False
-            if i % length and _attends(modules, i) != _attends(modules, first):
-                return False
-        return True
+        levels = [range(first, first + length - 1) for first in range(1, blocks, length)]
+        return (
+            blocks % length == 0
+            and not any(attends[i] or widens[i] for i in range(length, blocks, length))
+            and not any(widens[i] for level in levels for i in level[1:])
+            and all(len({attends[i] for i in level}) == 1 for level in levels)
+        )
 
-    lengths = [length for length in range(2, blocks + 1) if blocks % length == 0 and fits(length)]
+    lengths = [length for length in range(2, blocks + 1) if fits(length)]
     if not lengths:
         raise KeyError(f"input_blocks.{blocks}")
-    # The supposed depth first, then the usual ones.
     return min(lengths, key=lambda length: (length - 1 != depth, abs(length - 3), length))

@@ -44,42 +44,37 @@ def convert(
 ) -> ModelInfo:
     """Write a model as a diffusers folder, or as our format where `save_dir` ends with .safetensors.
 
-    drop_variance: keep the mean's channels of a model that learned variances. flags: as for `load_model`. The
-    result is read back and compared for one input before it appears under its name. Raises InputError, also where
-    `save_dir` exists.
+    drop_variance: keep the mean's channels of a model that learned variances. flags: as for `load_model`. The result
+    is read back and compared for one input before it gets its name. Raises InputError, also where `save_dir` exists.
     """
-    path, target = os.fspath(model_path), os.path.normpath(os.fspath(save_dir))
+    target = os.path.normpath(os.fspath(save_dir))
+    parent = os.path.dirname(target) or "."
     if os.path.lexists(target):
         raise InputError("it exists; give another name", parameter="save_dir", value=target)
-    parent = os.path.dirname(target) or "."
     if not os.path.isdir(parent):
         raise InputError(f"there is no folder {display_name(parent)}", parameter="save_dir", value=target)
-    model, info = load_model(path, **flags)
+    model, info = load_model(model_path, **flags)
     state, written, channels = dict(model.state_dict()), info, info.flags.get("in_channels", 3)
     if drop_variance and info.flags.get("learn_sigma"):
         last = "out.2" if info.model_type == "ADM" else "conv_out"
         state |= {f"{last}.{end}": state[f"{last}.{end}"][:channels] for end in ("weight", "bias")}
         written = replace(info, flags={**info.flags, "learn_sigma": False})
     elif drop_variance:
-        log.info("%s has learned no variance; there is nothing to drop", display_name(path))
+        log.info("%s has learned no variance; there is nothing to drop", display_name(info.path))
+    texts = {name: text for name, text in info.metadata.items() if name not in ("format", "flags", "model_type")}
+    texts |= {"scheduler": json.dumps(info.scheduler)} if info.scheduler else {}
     try:
         with tempfile.TemporaryDirectory(prefix=".convert-", dir=parent) as beside:
             partial = os.path.join(beside, os.path.basename(target))
             if target.endswith(".safetensors"):
-                save_model(partial, state, model_type=info.model_type, flags=written.flags, metadata=_metadata(info))
+                save_model(partial, state, model_type=info.model_type, flags=written.flags, metadata=texts)
             else:
                 _write_folder(partial, state, written, dropped=written is not info)
-            _compare(partial, target, model, info)
+            _compare(partial, target, model, info, channels)
             os.rename(partial, target)
     except OSError as error:
         raise InputError(f"it cannot be written: {error.strerror}", parameter="save_dir", value=target) from None
     return info
-
-
-def _metadata(info: ModelInfo) -> dict[str, str]:
-    """The texts that go along, and the entries of the scheduler file."""
-    kept = {name: text for name, text in info.metadata.items() if name not in ("format", "flags", "model_type")}
-    return {**kept, **({"scheduler": json.dumps(info.scheduler)} if info.scheduler else {})}
 
 
 def _write_folder(folder: str, state: Mapping[str, torch.Tensor], info: ModelInfo, dropped: bool) -> None:
@@ -98,12 +93,12 @@ def _write_folder(folder: str, state: Mapping[str, torch.Tensor], info: ModelInf
     write_text(os.path.join(folder, "README.md"), text)
 
 
-def _compare(written: str, target: str, model: torch.nn.Module, info: ModelInfo) -> None:
+def _compare(written: str, target: str, model: torch.nn.Module, info: ModelInfo, channels: int) -> None:
     """Raise InputError unless the written model computes what the original does."""
     if info.model_type == "ENCODER":
         return
     again, _ = load_model(written)
-    side, channels = info.flags["image_size"], info.flags.get("in_channels", 3)
+    side = info.flags["image_size"]
     x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([info.flags["diffusion_steps"] // 2])
     extra = {"y": torch.zeros(1, dtype=torch.long)} if info.flags["class_cond"] else {}

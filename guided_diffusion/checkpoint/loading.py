@@ -16,8 +16,9 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,17 +164,18 @@ def _recognise(source: Source, flags: Mapping[str, Any]) -> Network:
     raise InputError(f"{display_name(source.path)} {what}")
 
 
-def _network(
-    source: Source, given: Mapping[str, Any], kind: Kind, detector: Callable[..., dict[str, Any]], state: State
-) -> Network:
-    """A network of a known kind in one file: its flags from all sources, built on the device "meta"."""
+def _network(kind: Kind, source: Source, given: Mapping[str, Any]) -> Network | None:
+    """A network of one of our kinds in one file: its flags from all sources, built on the device "meta"."""
+    state = architecture.unwrap(source.tensors, kind.embedding)
+    if state is None or (kind is ADM and not any(key.startswith("output_blocks.") for key in state)):
+        return None
+    architecture.refuse_others(source.tensors)
     stated = described(source)
     depth = given.get("classifier_depth", stated.flags.get("classifier_depth") if stated else None)
-    found = architecture.detect(detector, state, **({"depth": depth} if kind is ENCODER else {}))
+    found = architecture.detect(kind.detector, state, **({"depth": depth} if kind is ENCODER else {}))
     if stated and stated.in_run and not stated.fits(found):
-        log.warning(
-            "%s is not the network that %s describes, which is not used", display_name(source.path), stated.where
-        )
+        file = display_name(source.path)
+        log.warning("%s is not the network that %s describes, which is not used", file, stated.where)
         stated = None
     stated = stated or stated_beside(source)
     entries = [*hyper_parameters(source), *source.metadata, *(stated.flags if stated else ())]
@@ -183,28 +185,9 @@ def _network(
     return Network(build(info, given), info, state)
 
 
-@CHECKPOINTS.add("encoder")
-def encoder(source: Source, given: Mapping[str, Any]) -> Network | None:
-    """guided-diffusion's noisy-image classifier, and EGSDE's domain-specific extractor."""
-    state = architecture.unwrap(source.tensors, "time_embed.[02]")
-    return None if state is None else _network(source, given, ENCODER, architecture.encoder, state)
-
-
-@CHECKPOINTS.add("ADM")
-def adm(source: Source, given: Mapping[str, Any]) -> Network | None:
-    """guided-diffusion's UNet, also the one for super-resolution, which takes a small image beside the noisy one."""
-    state = architecture.unwrap(source.tensors, "time_embed.[02]")
-    if state is None or not any(key.startswith("output_blocks.") for key in state):
-        return None
-    architecture.refuse_others(source.tensors)
-    return _network(source, given, ADM, architecture.adm, state)
-
-
-@CHECKPOINTS.add("DDPM")
-def ddpm(source: Source, given: Mapping[str, Any]) -> Network | None:
-    """The UNet of DDPM's ports to PyTorch."""
-    state = architecture.unwrap(source.tensors, "temb.dense.[01]")
-    return None if state is None else _network(source, given, DDPM, architecture.ddpm, state)
+CHECKPOINTS.add("encoder")(partial(_network, ENCODER))  # guided-diffusion's classifiers, EGSDE's extractors
+CHECKPOINTS.add("ADM")(partial(_network, ADM))  # guided-diffusion's UNets, also those for super-resolution
+CHECKPOINTS.add("DDPM")(partial(_network, DDPM))  # the UNet of DDPM's ports to PyTorch
 
 
 @CHECKPOINTS.add("diffusers")

@@ -183,15 +183,11 @@ def _check_archive(path: str, data: bytes) -> None:
 
 def _why_not_loaded(error: Exception) -> str:
     """The reason of an error of torch.load, as the rest of a sentence that begins with the file's name."""
-    text = str(error)
-    if refused := re.search(r"GLOBAL (\S+)", text):
+    if refused := re.search(r"GLOBAL (\S+)", str(error)):
         what = f"holds more than tensors ({one_line(refused[1], 100)}), and loading that could run code"
-    elif "TorchScript" in text:
-        what = "is a TorchScript program, which would be run"
-    else:
-        reason = re.search(r"WeightsUnpickler error:\s*(.+)", text)
-        return f"is damaged or not a torch checkpoint: {one_line(reason[1]) if reason else first_line(error)}"
-    return f"{what}: refused. Save its state dict alone"
+        return f"{what}: refused. Save its state dict alone"
+    reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    return f"is damaged or not a torch checkpoint: {one_line(reason[1]) if reason else first_line(error)}"
 
 
 def _looks_like(data: bytes) -> str:

@@ -8,7 +8,7 @@ tell is never overruled.
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..script_util import (
     model_and_diffusion_defaults,
     str2bool,
 )
+from . import architecture
 from .published import Published, published
 from .stated import TRAINING_FLAGS, UNDETECTABLE_FLAGS, Stated
 
@@ -42,30 +43,27 @@ EXTENSIONS = extension_defaults()
 class Kind:
     """Properties of all networks of one kind.
 
-    name: `ModelInfo.model_type`. defaults: the kind's flags and their usual values. fixed: flags that are the same in
-    all of its networks and no option. width, sides: its flags for the base width and for the sides with attention.
-    heads: whether the number or the width of attention heads is an option.
+    name: `ModelInfo.model_type`. embedding: a pattern for the tensors of its time embedding. detector: of
+    `architecture`. defaults: the kind's flags and their usual values. fixed: flags that are the same in all of its
+    networks and no option. width, sides: its flags for the base width and for the sides with attention.
     """
 
     name: str
+    embedding: str
+    detector: Callable[..., dict[str, Any]]
     defaults: Mapping[str, Any]
     fixed: Mapping[str, Any] = field(default_factory=dict)
     width: str = "num_channels"
     sides: str = "attention_resolutions"
-    heads: bool = True
 
 
 UNET_FLAGS = {**model_and_diffusion_defaults(), **EXTENSIONS}
-ADM = Kind("ADM", UNET_FLAGS)
-DDPM = Kind(
-    "DDPM",
-    UNET_FLAGS,
-    fixed={"norm_groups": 32, "norm_eps": 1e-6, "sines_first": True, "pad_end": True, "middle_norm": True},
-    heads=False,
-)
+ENCODER_FLAGS = {**classifier_defaults(), "num_head_channels": 64, **diffusion_defaults()}
+DDPM_LAYERS = {"norm_groups": 32, "norm_eps": 1e-6, "sines_first": True, "pad_end": True, "middle_norm": True}
+ADM = Kind("ADM", "time_embed.[02]", architecture.adm, UNET_FLAGS)
+DDPM = Kind("DDPM", "temb.dense.[01]", architecture.ddpm, UNET_FLAGS, DDPM_LAYERS)
 ENCODER = Kind(
-    "ENCODER",
-    {**classifier_defaults(), "num_head_channels": 64, **diffusion_defaults()},
+    *("ENCODER", "time_embed.[02]", architecture.encoder, ENCODER_FLAGS),
     width="classifier_width",
     sides="classifier_attention_resolutions",
 )
@@ -79,22 +77,16 @@ class ModelFlags:
     num_channels: int | None = option(None, "base width of the network", least=1, most=1 << 16)
     num_res_blocks: int | None = option(None, "residual blocks per level", least=1, most=1 << 10)
     num_heads: int | None = option(None, "attention heads, where `num_head_channels` is -1", least=-1, most=1 << 16)
-    num_heads_upsample: int | None = option(
-        None, "the same for the upsampling half, -1 for equal", least=-1, most=1 << 16
-    )
+    num_heads_upsample: int | None = option(None, "those of the upsampling half, -1: equal", least=-1, most=1 << 16)
     num_head_channels: int | None = option(None, "width of an attention head", least=-1, most=1 << 16)
     attention_resolutions: str | None = option(None, "sides of the feature maps with attention, as 16 or 32,16,8")
-    channel_mult: str | None = option(
-        None, "width of every level in multiples of `num_channels`, as 1,2,4; empty for the usual ones"
-    )
+    channel_mult: str | None = option(None, "widths of the levels in multiples of `num_channels`, as 1,2,4")
     dropout: float | None = option(None, "dropout; has no effect when sampling", least=0, most=1, runtime=True)
     class_cond: bool | None = option(None, "whether the model is class-conditional (give `class_index` then)")
     use_checkpoint: bool | None = option(None, "activation checkpointing; has no effect when sampling", runtime=True)
     use_scale_shift_norm: bool | None = option(None, "scale and shift by the time embedding, instead of adding it")
     resblock_updown: bool | None = option(None, "resample inside residual blocks")
-    use_fp16: bool | None = option(
-        None, "compute in half precision; the release's name for `precision` fp16", runtime=True
-    )
+    use_fp16: bool | None = option(None, "the release's name for `precision` fp16", runtime=True)
     use_new_attention_order: bool | None = option(None, "order in which the file packs queries, keys and values")
     learn_sigma: bool | None = option(None, "whether the model predicts variances")
     diffusion_steps: int | None = option(None, "steps that the model was trained with", least=1, most=1_000_000)
@@ -172,74 +164,68 @@ def reconcile(
     if metadata.get("model_type", kind.name) != kind.name:
         text = one_line(metadata["model_type"], 60)
         raise InputError(f"{file}: its metadata has model_type={text}, its tensors are of type {kind.name}")
-    row = published(kind.name, found)
-    known = row.flags if row else {}
     concerned = {*kind.defaults, *found} & FLAGS.keys()
-    given = {flag: _checked(flag, value) for flag, value in given.items() if flag in concerned}
-    said = stated.flags if stated else {}
-    said = {f: _checked(f, value, where) for f, value in said.items() if f in concerned and value is not None}
-
-    found = dict(found)
-    levels = found["channel_mult"].count(",") + 1
-    usual = {",".join(f"{m:g}" for m in mult): size for size, mult in CHANNEL_MULT.items()}
-    sizes = [source["image_size"] for source in (given, found, said, known) if "image_size" in source]
-    image_size = sizes[0] if sizes else usual.get(found["channel_mult"])
-    if image_size is None:
-        raise InputError(f"{file} does not tell it; give a multiple of {1 << levels - 1}", parameter="image_size")
-    if image_size % (1 << levels - 1):
-        with _blaming(None if "image_size" in given else where, "image_size", image_size):
-            reason = f"{file} needs a multiple of {1 << levels - 1}"
-            raise InputError(reason, parameter="image_size", value=image_size)
-    found[kind.sides] = ",".join(str(image_size // factor) for factor in found.pop("attention_factors"))
-
-    untold = {flag: said[flag] for flag in UNDETECTABLE_FLAGS + TRAINING_FLAGS if flag in said} | dict(kind.fixed)
-    if stated and stated.complete and not kind.fixed:
-        untold = {name: EXTENSIONS[name] for name in EXTENSIONS if name in concerned and name not in found} | untold
-    for flag, value in given.items():
-        if flag not in RUNTIME_FLAGS and value != untold.get(flag, value):
-            reason = f"{file} was trained with {flag}={one_line(untold[flag], 60)}"
-            raise InputError(reason, parameter=flag, value=value)
-    for place, flags in ((None, given), (where, said)):
-        for flag, value in flags.items():
-            with _blaming(place, flag, value):
-                if flag in found and not _agree(flag, value, found, image_size, kind.width):
-                    reason = f"the tensors of {file} have {flag}={one_line(found[flag], 60) or 'none'}"
-                    raise InputError(reason, parameter=flag, value=value)
-    flags = {**kind.defaults, **known, **untold, **{k: v for k, v in given.items() if k in kind.defaults}, **found}
-    flags["image_size"] = image_size
-    flags = {k: v for k, v in flags.items() if k not in EXTENSIONS or (k not in kind.fixed and v != EXTENSIONS[k])}
-    if "num_heads" in given and "num_head_channels" not in {*given, *untold}:
-        flags["num_head_channels"] = -1  # `num_heads` overrides the published `num_head_channels`
-    schedule, place = flags["noise_schedule"], None if {"noise_schedule", "diffusion_steps"} & given.keys() else where
-    with _blaming(place, "noise_schedule", schedule):
-        get_named_beta_schedule(schedule, flags["diffusion_steps"])
+    given = {flag: value for flag, value in given.items() if flag in concerned}
+    said = {flag: value for flag, value in (stated.flags if stated else {}).items() if flag in concerned}
+    said = {flag: _typed(flag, value) for flag, value in said.items() if value is not None}
+    row, complete = published(kind.name, found), stated is not None and stated.complete
+    try:
+        flags = _join(file, kind, found, given, said, row.flags if row else {}, complete)
+    except InputError as error:
+        if error.parameter is None or given.get(error.parameter) == error.value:
+            raise
+        # The value is not the caller's.
+        raise InputError(f"{where} has {error.parameter}={one_line(error.value, 60)}; {error.reason}") from None
     info = ModelInfo(path, kind.name, flags, dict(metadata))
     _report(info, kind, stated, row, given, found, said)
     return info
 
 
-@contextlib.contextmanager
-def _blaming(where: str | None, flag: str, value: Any) -> Iterator[None]:
-    """Context in which an InputError about a flag names the place that states it; None where the caller gave it."""
-    try:
-        yield
-    except InputError as error:
-        if where is None:
-            raise
-        raise InputError(f"{where} has {flag}={one_line(value, 60)}; {error.reason}") from None
-
-
-def _checked(flag: str, value: Any, where: str | None = None) -> Any:
-    """A flag's value, of its type and within its bounds; one that stands in a file may be written in another type."""
-    if where is not None:
-        value = _typed(value, field_types(FLAGS[flag])[0])
-    with _blaming(where, flag, value):
+def _join(
+    file: str, kind: Kind, found: dict[str, Any], given: dict[str, Any], said: dict[str, Any], known: dict[str, Any],
+    complete: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The flags of a network; complete: what is not said has its default."""
+    for flag, value in (*given.items(), *said.items()):
         check_value(FLAGS[flag], value)
-    return value
+    found, levels = dict(found), found["channel_mult"].count(",") + 1
+    usual = {",".join(f"{m:g}" for m in mult): size for size, mult in CHANNEL_MULT.items()}
+    sizes = [source["image_size"] for source in (given, found, said, known) if "image_size" in source]
+    image_size, multiple = sizes[0] if sizes else usual.get(found["channel_mult"]), 2 ** (levels - 1)
+    if image_size is None:
+        raise InputError(f"{file} does not tell it; give a multiple of {multiple}", parameter="image_size")
+    if image_size % multiple:
+        raise InputError(f"{file} needs a multiple of {multiple}", parameter="image_size", value=image_size)
+    found[kind.sides] = ",".join(str(image_size // factor) for factor in found.pop("attention_factors"))
+
+    def meaning(flag: str, value: Any) -> Any:
+        if flag == "channel_mult":
+            return [int(m * found[kind.width]) for m in channel_multipliers(value or found[flag], image_size)]
+        if flag == kind.sides:  # sides at which the network has no level never had an effect
+            return {2**level for level in range(levels)} & {*attention_factors(value, image_size)}
+        return value
+
+    untold = {flag: said[flag] for flag in UNDETECTABLE_FLAGS + TRAINING_FLAGS if flag in said} | dict(kind.fixed)
+    if complete and not kind.fixed:
+        untold = {name: EXTENSIONS[name] for name in EXTENSIONS if name in kind.defaults} | untold
+    told, trained = f"the tensors of {file} have", f"{file} was trained with"
+    for flags, facts, says in ((given, untold, trained), (given, found, told), (said, found, told)):
+        for flag, value in flags.items():
+            fits = facts.get(flag, value)
+            if flag not in RUNTIME_FLAGS and meaning(flag, value) != meaning(flag, fits):
+                raise InputError(f"{says} {flag}={one_line(fits, 60) or 'none'}", parameter=flag, value=value)
+    flags = {**kind.defaults, **known, **untold, **{k: v for k, v in given.items() if k in kind.defaults}, **found}
+    flags["image_size"] = image_size
+    flags = {k: v for k, v in flags.items() if k not in EXTENSIONS or (k not in kind.fixed and v != EXTENSIONS[k])}
+    if "num_heads" in given and "num_head_channels" not in {*given, *untold}:
+        flags["num_head_channels"] = -1  # `num_heads` overrides the published `num_head_channels`
+    get_named_beta_schedule(flags["noise_schedule"], flags["diffusion_steps"])
+    return flags
 
 
-def _typed(value: Any, kind: type) -> Any:
+def _typed(flag: str, value: Any) -> Any:
     """A file's value in a flag's type: forks write 4.0, "4", "True" or lists. Itself where it has no such meaning."""
+    kind = field_types(FLAGS[flag])[0]
     with contextlib.suppress(Exception):  # str2bool raises argparse's type, numbers raise several
         if kind is str:
             return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
@@ -248,21 +234,6 @@ def _typed(value: Any, kind: type) -> Any:
         number = float(value)
         return int(number) if kind is int and number.is_integer() else number
     return value
-
-
-def _agree(flag: str, value: Any, found: Mapping[str, Any], image_size: int, width: str) -> bool:
-    """Whether a flag's value means what the tensors have."""
-    fits = found[flag]
-    if flag == "channel_mult":
-        if value == "" and image_size not in CHANNEL_MULT:
-            return True
-        widths, fitting = ([int(m * found[width]) for m in channel_multipliers(v, image_size)] for v in (value, fits))
-        return widths == fitting
-    if flag.endswith("attention_resolutions"):
-        # Sides at which the network has no level never had an effect.
-        reached = {2**level for level in range(found["channel_mult"].count(",") + 1)}
-        return set(attention_factors(value, image_size)) & reached == set(attention_factors(fits, image_size))
-    return value == fits
 
 
 def _report(
@@ -280,8 +251,10 @@ def _report(
         line = "%s has the layout of a published model (%s), which has %s; %s is used, as given"
         log.warning(line, file, row.files, text(differing, known), text(differing, given))
     told = {*given, *found, *said, *known}
-    heads = ["num_heads", "num_head_channels"] if kind.heads and not {"num_heads", "num_head_channels"} & told else []
-    others = ["image_size", *(["use_new_attention_order"] if kind.heads else []), *TRAINING_FLAGS]
+    heads = ["num_heads", "num_head_channels"] if not {"num_heads", "num_head_channels"} & told else []
+    others = ["image_size", "use_new_attention_order", *TRAINING_FLAGS]
+    if kind is DDPM:  # without attention heads
+        heads, others = [], ["image_size", *TRAINING_FLAGS]
     if stated and stated.complete:
         others = []
     elif stated and (from_file := [name for name in said if name in info.flags and name not in given]):

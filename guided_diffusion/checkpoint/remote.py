@@ -10,13 +10,13 @@ import logging
 import os
 import re
 import tempfile
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ..errors import InputError, display_name, first_line, shown
 from ..registry import fitting
-from .reading import hash_file, read_file
+from .reading import read_file
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,7 @@ OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/"
 ADAIN = "https://github.com/naoto0804/pytorch-AdaIN/releases/download/v0.0.0/"
 
 
-@dataclass(frozen=True)
-class Remote:
+class Remote(NamedTuple):
     """A published file: its address, its description and, where it is known, its SHA-256."""
 
     url: str
@@ -101,9 +100,7 @@ GUIDED = {
     **{f"{n}x{n}_diffusion.pt": f"ImageNet, {n} px, class-conditional" for n in (64, 128, 256, 512)},
     **{f"{n}x{n}_classifier.pt": f"noisy-image classifier, {n} px" for n in (64, 128, 256, 512)},
     "256x256_diffusion_uncond.pt": "ImageNet, 256 px, without classes",
-    "lsun_bedroom.pt": "LSUN bedrooms, 256 px",
-    "lsun_cat.pt": "LSUN cats, 256 px",
-    "lsun_horse.pt": "LSUN horses, 256 px",
+    **{f"lsun_{name}.pt": f"LSUN {name}s, 256 px" for name in ("bedroom", "cat", "horse")},
     "lsun_horse_nodropout.pt": "LSUN horses without dropout, 256 px",
 }
 IMPROVED = {
@@ -124,7 +121,7 @@ FILES = {
 
 
 def fetch(name: str, folder: str | os.PathLike, *, remote: Remote | None = None, progress: bool = False) -> str:
-    """Download a published file into a folder; returns its path. A file that is already present is verified.
+    """Download a published file into a folder; returns its path. A file that is already present is read only.
 
     remote: its place, default that of `FILES`. progress: show a bar on stderr. The file gets its name once it was read
     and compared with its hash, so that it is whole or missing. Raises InputError.
@@ -134,30 +131,21 @@ def fetch(name: str, folder: str | os.PathLike, *, remote: Remote | None = None,
         if name not in FILES:
             raise InputError(f"{shown(name)} is not a published file that is known: {fitting(name, list(FILES))}")
         remote = FILES[name]
-    path = os.path.join(folder, name)
-    if os.path.lexists(path):
-        _verify(path, remote, "; delete it to download it again")
-        log.info("%s is already present", display_name(path))
-        return path
+    path, source = os.path.join(folder, name), f" (downloaded from {remote.url})"
     try:
+        if os.path.lexists(path):
+            source = "; delete it to download it again"
+            read_file(path)
+            log.info("%s is already present", display_name(path))
+            return path
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as place:
             part = os.path.join(place, name)
-            torch.hub.download_url_to_file(remote.url, part, progress=progress)
-            _verify(part, remote, f" (downloaded from {remote.url})")
+            torch.hub.download_url_to_file(remote.url, part, remote.sha256, progress)
+            read_file(part)
             os.replace(part, path)
-    except InputError:
-        raise
-    except Exception as error:  # of urllib, of http.client, of the disk, and of answers that they do not expect
+    except InputError as error:
+        raise InputError(f"{error}{source}") from None
+    except Exception as error:  # of urllib, of http.client, of the disk, of hashes that differ, of odd answers
         raise InputError(f"{name} cannot be downloaded from {remote.url} to {path}: {first_line(error)}") from None
     return path
-
-
-def _verify(path: str, remote: Remote, rest: str) -> None:
-    """Raise InputError for a file that is not the published one, or that no checkpoint can be read from."""
-    if remote.sha256 is not None and hash_file(path) != remote.sha256:
-        raise InputError(f"{display_name(path)} is not the published file: its SHA-256 differs{rest}")
-    try:
-        read_file(path)
-    except InputError as error:
-        raise InputError(f"{error}{rest}") from None

@@ -3,13 +3,13 @@
 import contextlib
 import csv
 import dataclasses
-import glob
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,53 +77,48 @@ class TargetOptions:
 
 def check_flags(options: TargetOptions, flags: ModelFlags) -> int | None:
     """Refuse what the options alone tell to be wrong; returns the number of steps where they tell it."""
-    pick_precision(_precision(options, flags), torch.device("cpu"))
+    _precision(options, flags, torch.device("cpu"))
     if flags.diffusion_steps is None or not flags.timestep_respacing:
         return flags.diffusion_steps
     return len(space_timesteps(flags.diffusion_steps, flags.timestep_respacing))
 
 
-def _precision(options: TargetOptions, flags: ModelFlags) -> str | None:
+def _precision(options: TargetOptions, flags: ModelFlags, device: torch.device) -> str:
     if options.precision and flags.use_fp16 and options.precision != "fp16":
         raise InputError("`use_fp16` True contradicts it", parameter="precision", value=options.precision)
-    return options.precision or ("fp16" if flags.use_fp16 else None)
+    return pick_precision(options.precision or ("fp16" if flags.use_fp16 else None), device)
 
 
 @torch.inference_mode(False)
 def load_target(
-    options: TargetOptions,
-    flags: ModelFlags,
-    device: torch.device,
-    *,
-    any_class: bool = False,
-    super_res: bool = False,
+    options: TargetOptions, flags: ModelFlags, device: torch.device, *, any_class: bool = False, super_res: bool = False
 ) -> Target:
     """Load the model of a checkpoint, with its process, onto a device.
 
     any_class: a class-conditional model for which no class is given takes the labels of each batch. super_res: load a
     super-resolution model, not one of whole pictures. Raises InputError for a file or an option that does not fit.
     """
-    precision = pick_precision(_precision(options, flags), device)
+    path, precision = options.model_path, _precision(options, flags, device)
     if options.precision == "auto":
         log.info("precision auto is %s on %s", precision, device)
-    prompts = options.prompt is not None or options.prompt_file is not None
-    if pipelines.is_pipeline(options.model_path) or (prompts and remote.is_id(options.model_path)):
+    prompt = options.prompt if options.prompt is not None else options.prompt_file
+    if pipelines.is_pipeline(path) or (prompt is not None and remote.is_id(path)):
         return _load_pipeline(options, flags, device, precision)
-    if prompts:
-        raise InputError("the model takes no prompt", parameter="prompt", value=options.prompt or options.prompt_file)
-    model, info = load_model(options.model_path, device=device, dtype=DTYPES[precision], **flags.given())
-    wrong = {"parameter": "model_path", "value": options.model_path}
+    if prompt is not None:
+        raise InputError("the model takes no prompt", parameter="prompt", value=prompt)
+    model, info = load_model(path, device=device, dtype=DTYPES[precision], **flags.given())
     if info.model_type == "ENCODER":
-        raise InputError("it is a classifier or extractor, not a diffusion model", **wrong)
+        reason = "it is a classifier or extractor, not a diffusion model"
+        raise InputError(reason, parameter="model_path", value=path)
     if bool(info.flags.get("super_res")) != super_res:
         kind = "no super-resolution model" if super_res else "a super-resolution model, which needs small images"
-        raise InputError(f"it is {kind}", **wrong)
+        raise InputError(f"it is {kind}", parameter="model_path", value=path)
     model.to(memory_format=memory_format(device, options.compile))  # type: ignore[call-overload]
     if options.fuse:
         model.fuse()  # type: ignore[operator]
     sigma_small = info.choose("sigma_small", options.sigma_small)
     size, channels = info.flags["image_size"], info.flags.get("in_channels", 3)
-    codec = pixels(channels) if super_res else _codec(options, info, device)
+    codec = pixels(channels) if super_res else _codec(options, info, channels, device)
     target = Target(
         model=Counted(CompiledModel(model) if options.compile else model),
         diffusion=create_diffusion(**{**info.flags, "sigma_small": sigma_small}),
@@ -141,19 +136,17 @@ def load_target(
     return target if super_res else _with_class(target, options.class_index, any_class)
 
 
-def _codec(options: TargetOptions, info: ModelInfo, device: torch.device) -> Codec:
-    """The codec of a model of pixels: the upscaler that its metadata names, a file beside it, or none."""
-    channels = info.flags.get("in_channels", 3)
+def _codec(options: TargetOptions, info: ModelInfo, channels: int, device: torch.device) -> Codec:
+    """The codec of a model of pixels: the upscaler beside it that its metadata names, or none."""
     name = os.path.basename(str(info.metadata.get("upscaler", ""))) if channels == 3 else ""
     path = os.path.join(os.path.dirname(info.path), name)
-    if options.upscale is False or not name or not os.path.isfile(path):
-        if options.upscale:
-            reason = f"the file {display_name(path)} is missing" if name else "the checkpoint names no upscaler"
-            raise InputError(reason, parameter="upscale", value=True)
-        return pixels(channels)
-    upscaler = load_upscaler(path, device)
-    info.flags["upscaler"] = fingerprint(path)
-    return upscaler
+    if options.upscale is not False and name and os.path.isfile(path):
+        info.flags["upscaler"] = fingerprint(path)
+        return load_upscaler(path, device)
+    if options.upscale:
+        reason = f"the file {display_name(path)} is missing" if name else "the checkpoint names no upscaler"
+        raise InputError(reason, parameter="upscale", value=True)
+    return pixels(channels)
 
 
 def _load_pipeline(options: TargetOptions, flags: ModelFlags, device: torch.device, precision: str) -> Target:
@@ -168,48 +161,39 @@ def _load_pipeline(options: TargetOptions, flags: ModelFlags, device: torch.devi
         raise InputError(reason, parameter="timestep_respacing", value=steps)
     pipe, identity = pipelines.load_pipeline(options.model_path, DTYPES[precision], device)
     remember(options.model_path, identity)
-    prompts = Prompts(options.prompt, options.prompt_file)
+    by_name = {} if options.prompt_file is None else _read_prompts(options.prompt_file)
+
+    def text_of(name: str) -> str:
+        text = by_name.get(name, by_name.get(os.path.splitext(name)[0], options.prompt))
+        if text is None:
+            reason = f"it has no prompt for {display_name(name)}, and `prompt` is not given"
+            raise InputError(reason, parameter="prompt_file", value=options.prompt_file)
+        return text
 
     def prompt(batch: Batch) -> pipelines.Prompt:
-        return pipelines.Prompt(prompts(batch.names), options.negative_prompt, options.guidance_scale)
+        texts = options.prompt if options.prompt_file is None else [text_of(name) for name in batch.names]
+        return pipelines.Prompt(texts, options.negative_prompt, options.guidance_scale)
 
     kind = pipelines.KINDS.pick(type(pipe).__name__)(pipe)
     target = pipelines.pipeline_target(kind, prompt, int(steps), device, flags.image_size)
-    kept = {"image_size": target.image_size, "timestep_respacing": steps, "prompts": prompts.identity}
+    kept = {"image_size": target.image_size, "timestep_respacing": steps, "prompts": None}
+    if options.prompt_file is not None:
+        content = json.dumps(sorted(by_name.items())).encode()
+        kept["prompts"] = f"sha256 {hashlib.sha256(content).hexdigest()}"
     info = ModelInfo(options.model_path, type(pipe).__name__, kept)
     return dataclasses.replace(target, info=info, options=options, precision=precision)
 
 
-class Prompts:
-    """The prompts of pictures by name: those of a CSV file or a folder of texts, else one for all.
-
-    Raises InputError where a picture has none.
-    """
-
-    def __init__(self, prompt: str | None, path: str | None) -> None:
-        self.prompt, self.path = prompt, path
-        self.by_name: dict[str, str] = {}
-        if path is not None and os.path.isdir(path):
-            for file in glob.glob(os.path.join(glob.escape(path), "**", "*.txt"), recursive=True):
-                with reading(file), open(file, encoding="utf-8") as text:
-                    key = os.path.relpath(file, path).removesuffix(".txt").replace(os.sep, "/")
-                    self.by_name[key] = text.read(1 << 16).strip()
-        elif path is not None:
-            with reading(path, "a CSV file of names and prompts"), open(path, encoding="utf-8", newline="") as file:
-                self.by_name = {row[0]: row[1].strip() for row in csv.reader(file) if row}
-        content = json.dumps(sorted(self.by_name.items())).encode()
-        self.identity = None if path is None else f"sha256 {hashlib.sha256(content).hexdigest()}"
-
-    def __call__(self, names: Sequence[str]) -> str | list[str] | None:
-        """One prompt for all, or a list with one for each name."""
-        return self.prompt if self.path is None else [self._of(name) for name in names]
-
-    def _of(self, name: str) -> str:
-        found = self.by_name.get(name, self.by_name.get(os.path.splitext(name)[0], self.prompt))
-        if found is None:
-            reason = f"it has no prompt for {display_name(name)}, and `prompt` is not given"
-            raise InputError(reason, parameter="prompt_file", value=self.path)
-        return found
+def _read_prompts(path: str) -> dict[str, str]:
+    """The prompts of pictures by name: of a CSV file of name and prompt, or of a folder with NAME.txt for each."""
+    if not os.path.isdir(path):
+        with reading(path, "a CSV file of names and prompts"), open(path, encoding="utf-8", newline="") as file:
+            return {row[0]: row[1].strip() for row in csv.reader(file) if row}
+    prompts = {}
+    for file in Path(path).rglob("*.txt"):
+        with reading(file):
+            prompts[file.relative_to(path).with_suffix("").as_posix()] = file.read_text(encoding="utf-8").strip()
+    return prompts
 
 
 def load_beside(target: Target, path: str, *, class_index: int | str | None = None) -> Target:
@@ -220,10 +204,7 @@ def load_beside(target: Target, path: str, *, class_index: int | str | None = No
 
 
 def adapt(target: Target, options: TargetOptions, flags: ModelFlags) -> Target:
-    """A loaded target with another schedule and class; target: from `load_target` with any_class.
-
-    The other options and flags have no effect. Raises InputError for the class.
-    """
+    """A target from `load_target` with any_class, with another schedule and class; what else is asked has no effect."""
     if target.info.model_type in pipelines.KINDS:
         raise InputError("a pipeline with prompts cannot be shared; give its path", parameter="model")
     known = {**target.info.flags, "sigma_small": target.sigma_small}
@@ -244,17 +225,17 @@ def _with_class(target: Target, given: int | str | None, any_class: bool) -> Tar
         if given is not None:
             raise InputError("the model is not class-conditional", parameter="class_index", value=given)
         return target
-    if given is None and any_class:
-
-        def condition(batch: Batch) -> Callable:
-            return target.model if batch.labels is None else WithClass(target.model, batch.labels)
-
-        return dataclasses.replace(target, condition=condition)
-    if given is None:
+    if given is not None:
+        number = class_number(given, target.info, "class_index")
+        return dataclasses.replace(target, model=WithClass(target.model, number), condition=None)
+    if not any_class:
         reason = f"the model is class-conditional and needs a class, 0 to {classes - 1}"
         raise InputError(reason, parameter="class_index")
-    chosen = WithClass(target.model, class_number(given, target.info, "class_index"))
-    return dataclasses.replace(target, model=chosen, condition=None)
+
+    def condition(batch: Batch) -> Callable:
+        return target.model if batch.labels is None else WithClass(target.model, batch.labels)
+
+    return dataclasses.replace(target, condition=condition)
 
 
 def class_number(given: int | str, info: Any, parameter: str) -> int:
