@@ -29,39 +29,33 @@ REFINEMENTS = 4  # extra updates of the `released` variant before its last guide
 MERGES = ("min_norm", "linear")
 
 VARIANTS = Registry("variant")
-"""How guided steps move: a generator of states of (guide, x, start, range_t, noise)."""
+"""How a guided step moves, by name: functions of (guide, x, i, noise) like `manifold`."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Guide:
-    """Computations of one step, which the variants share.
+    """Computations that the guided steps of the variants share.
 
-    model(i): the model that evaluates step i. merge(directions): the move and the weights of `merge`. energy_factor(i):
-    length of an energy's direction relative to the score's tangent part. keep(x, i, noise): see `keep_details`.
+    denoise(x, i): the model's p(x_{i-1} | x_i), as `GaussianDiffusion.p_mean_variance` gives it. merge(directions): the
+    move and the weights of `merge`. energy_factor(i): see the function. last: index of the last guided step.
     """
 
-    model: Callable[[int], Callable]
     diffusion: GaussianDiffusion
-    energies: Sequence[Energy]
-    manifold: Any
+    denoise: Callable[[Tensor, int], dict[str, Tensor]]
     solver: Any
+    manifold: Any
+    energies: Sequence[Energy]
     merge: Callable[[list[Tensor]], tuple[Tensor, Tensor]]
     energy_factor: Callable[[int], float]
-    clip_denoised: bool | float
-    keep: Callable[[Tensor, int, Noise], Tensor] = lambda x, i, noise: x
-    solver_state: Any = None
-
-    def alpha_bar(self, i: int) -> float:
-        """alpha_bar of step i; index -1 is the clean reference."""
-        return float(self.diffusion.alphas_cumprod[i]) if i >= 0 else 1.0
-
-    def denoise(self, x: Tensor, i: int) -> dict[str, Tensor]:
-        """The model's p(x_{i-1} | x_i), as `GaussianDiffusion.p_mean_variance` gives it."""
-        return self.diffusion.p_mean_variance(self.model(i), x, at_step(x, i), self.clip_denoised)
+    last: int
 
     def posterior(self, x: Tensor, i: int) -> dict[str, Tensor]:
         """The solver's mean m and log-variance of x_{i-1}, and the prediction of x_0."""
         return self.solver.posterior(self.denoise(x, i), x, i)
+
+    def restrict(self, x: Tensor, i: int) -> Tensor:
+        """R_i: x on the manifold M_i; index -1 is that of the clean reference."""
+        return self.manifold.restrict(x, float(self.diffusion.alphas_cumprod[i]) if i >= 0 else 1.0)
 
     def parts(self, x: Tensor, i: int, mean: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The move d along the manifold, the rest of the step g_n + f, and a record of both.
@@ -69,7 +63,7 @@ class Guide:
         mean [N, C, H, W]: of the posterior. The record has the score's parts `tangent` g_t and `normal` g_n, the `move`
         d, and the `weights` [N, C, K] or [N, C, B, B, K] of the score and the energies in it.
         """
-        alpha_bar, stretch = self.alpha_bar(i), float(self.diffusion.alphas[i]) ** -0.5
+        alpha_bar, stretch = float(self.diffusion.alphas_cumprod[i]), float(self.diffusion.alphas[i]) ** -0.5
         tangent, normal = self.manifold.decompose(x, mean - stretch * x, alpha_bar)
         directions = [tangent]
         for energy in self.energies:
@@ -80,62 +74,42 @@ class Guide:
         record = {"tangent": tangent, "normal": normal, "move": move, "weights": weights}
         return move, normal + (stretch - 1) * x, record
 
-    def restrict(self, x: Tensor, i: int) -> Tensor:
-        """R_i: x on the manifold M_i."""
-        return self.manifold.restrict(x, self.alpha_bar(i))
+    def advance(self, out: dict[str, Tensor], mean: Tensor, i: int, noise: Noise) -> Tensor:
+        """R_{i-1}(mean + sigma_i z) with the posterior's sigma, which is 0 at i = 0."""
+        return self.restrict(
+            self.diffusion.add_noise({**out, "mean": mean}, at_step(mean, i), noise(mean.shape)), i - 1
+        )
 
-    def add_noise(self, out: dict[str, Tensor], mean: Tensor, i: int, noise: Tensor) -> Tensor:
-        """mean + sigma_i noise with the posterior's sigma, without noise at i = 0."""
-        return self.diffusion.add_noise({**out, "mean": mean}, at_step(mean, i), noise)
 
-    def plain_step(self, out: dict[str, Tensor], x: Tensor, i: int, noise: Tensor) -> Tensor:
-        """The solver's step without guidance."""
-        x, self.solver_state = self.solver.step(self.denoise, x, i, out, noise, self.solver_state)
-        return x
+Guided = tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]]]
 
 
 @VARIANTS.add("manifold")
-def manifold(guide: Guide, x: Tensor, start: int, range_t: int, noise: Noise) -> Iterator[State]:
+def manifold(guide: Guide, x: Tensor, i: int, noise: Noise) -> Guided:
     """The method as its authors describe it: x* = R_i(x + d), then x_{i-1} = R_{i-1}(x* + g_n + f + sigma_i z).
 
-    x: noise or the noised reference at index start - 1. Yields the state after each step.
+    Returns x_{i-1}, the posterior that it was made with, and the records of `Guide.parts`.
     """
-    x = guide.restrict(x, start - 1)
-    for i in reversed(range(start)):
-        out, guided = guide.posterior(x, i), []
-        if i > range_t:
-            move, rest, record = guide.parts(x, i, out["mean"])
-            mean = guide.restrict(x + move, i) + rest
-            x = guide.restrict(guide.add_noise(out, mean, i, noise(x.shape)), i - 1)
-            guided.append(record)
-        else:
-            x = guide.plain_step(out, x, i, noise(x.shape))
-        x = guide.keep(x, i - 1, noise)
-        yield {"i": i, "x": x, "pred_xstart": out["pred_xstart"], "guided": guided}
+    out = guide.posterior(x, i)
+    move, rest, record = guide.parts(x, i, out["mean"])
+    return guide.advance(out, guide.restrict(x + move, i) + rest, i, noise), out, [record]
 
 
 @VARIANTS.add("released")
-def released(guide: Guide, x: Tensor, start: int, range_t: int, noise: Noise) -> Iterator[State]:
-    """The arithmetic of the public release: x_{i-1} = R_{i-1}(x + d + g_n + f + sigma_i z), x_T not restricted.
+def released(guide: Guide, x: Tensor, i: int, noise: Noise) -> Guided:
+    """The arithmetic of the public release: x_{i-1} = R_{i-1}(x + d + g_n + f + sigma_i z).
 
     Four refinements x <- x + d + g_n + f precede the last guided step, which then uses the posterior of the last of
     them, found before x moved for the last time.
     """
-    for i in reversed(range(start)):
-        out, guided = guide.posterior(x, i), []
-        for refinement in range(REFINEMENTS if i == range_t + 1 else 0):
-            out = guide.posterior(x, i) if refinement else out
-            move, rest, record = guide.parts(x, i, out["mean"])
-            x = x + move + rest
-            guided.append(record)
-        if i > range_t:
-            move, rest, record = guide.parts(x, i, out["mean"])
-            x = guide.restrict(guide.add_noise(out, x + move + rest, i, noise(x.shape)), i - 1)
-            guided.append(record)
-        else:
-            x = guide.plain_step(out, x, i, noise(x.shape))
-        x = guide.keep(x, i - 1, noise)
-        yield {"i": i, "x": x, "pred_xstart": out["pred_xstart"], "guided": guided}
+    out, records = guide.posterior(x, i), []
+    for refinement in range(REFINEMENTS if i == guide.last else 0):
+        out = guide.posterior(x, i) if refinement else out
+        move, rest, record = guide.parts(x, i, out["mean"])
+        x = x + move + rest
+        records.append(record)
+    move, rest, record = guide.parts(x, i, out["mean"])
+    return guide.advance(out, x + move + rest, i, noise), out, [*records, record]
 
 
 @sampler
@@ -153,7 +127,7 @@ def sample(
         diffusion: its (respaced) process of T' steps.
         ref: references [N, C, H, W], pixels in [-1, 1] or latents.
         blocks: number of blocks per side.
-        range_t: T0, guidance ends there: a step of the respaced schedule, or a share of it below 1.
+        range_t: T0, the first plain step: a step of the respaced schedule, or a share of it below 1.
         energies: see `energy`.
         variant: `manifold`, the method as its authors describe it, or `released`, the arithmetic of the public release.
         detail_merge: merge directions per block instead of per channel.
@@ -165,7 +139,7 @@ def sample(
         start: late start: begin at step start - 1 from the reference noised to it, instead of at T'-1 from noise.
         cache_interval, cache_guided: recompute deep levels only in every so many plain (or all) steps; see `caching`.
         energy_scale: lambda, the length of an energy's direction; see `energy_factor`.
-        details: above this step, or share of the schedule, thin features of the reference are kept; see `keep_details`.
+        details: above this step, or share of the schedule, `thin_features` of the reference are kept.
         noise: noise(shape), every random draw in order: x_T (or the noise of a late start) first, then one per step,
             and a second one where it keeps details.
         callback: sees every step; see `solvers.sampler`. `sample.steps(...)` is the generator of the steps.
@@ -173,8 +147,8 @@ def sample(
     Raises InputError where an option is unknown or does not suit the references, the schedule or an energy.
     """
     ref, noise = check_references(ref, clip_denoised), noise or gaussian_like(ref)
-    steps, total = VARIANTS.pick(variant), diffusion.num_timesteps
-    last_guided = resolve_step(range_t, total, "range_t")
+    guided_step, total = VARIANTS.pick(variant), diffusion.num_timesteps
+    range_t = resolve_step(range_t, total, "range_t")
     if moo not in MERGES:
         raise InputError(fitting(moo, MERGES), parameter="moo", value=moo)
     for energy in energies:
@@ -183,39 +157,44 @@ def sample(
             raise InputError(f"an energy has {own} blocks; they must agree", parameter="blocks", value=blocks)
     merging = "linear" if moo == "linear" else "frank_wolfe" if variant == "released" else "exact"
     guided, plain = share_features(model, cache_interval, cache_guided)
+
+    def denoise(x, i):
+        return diffusion.p_mean_variance(guided if i > range_t else plain, x, at_step(x, i), clip_denoised)
+
     guide = Guide(
-        model=lambda i: guided if i > last_guided else plain,
         diffusion=diffusion,
-        energies=prepared(energies, ref),
-        manifold=MANIFOLDS.pick(manifold)(ref, blocks=blocks, down_n=down_n),
+        denoise=denoise,
         solver=SOLVERS.pick(sampler)(diffusion, eta),
+        manifold=MANIFOLDS.pick(manifold)(ref, blocks=blocks, down_n=down_n),
+        energies=prepared(energies, ref),
         merge=partial(merge, blocks=blocks if detail_merge else None, solver=merging),
         energy_factor=partial(energy_factor, diffusion, energy_scale, variant == "released"),
-        clip_denoised=clip_denoised,
+        last=range_t + 1,
     )
-    if details is not None:
-        last = resolve_step(details, total, "details")
-        guide.keep = partial(keep_details, diffusion, ref, thin_features(ref), last)
-    first, x = first_state(diffusion, ref, start, noise)
-    yield from steps(guide, x, first, last_guided, noise)
-
-
-def keep_details(
-    diffusion: GaussianDiffusion, ref: Tensor, mask: Tensor, last: int, x: Tensor, i: int, noise: Noise
-) -> Tensor:
-    """x [N, C, H, W] at index i, and the reference noised to it where the mask [N, 1, H, W] is; below `last` x alone.
-
-    x_i <- m q(ref, i) + (1 - m) x_i (Lugmayr et al. 2022, equation 8), down to a step that depends on the place (Levin
-    and Fried 2023): an eye of a few pixels drowns in noise that the rest of a picture needs to change its style.
-    """
-    return torch.where(mask, diffusion.q_sample(ref, at_step(ref, i), noise(ref.shape)), x) if i >= last else x
+    last_detail = total if details is None else resolve_step(details, total, "details")
+    thin = None if details is None else thin_features(ref)
+    steps, x = first_state(diffusion, ref, start, noise)
+    if variant != "released":
+        x = guide.restrict(x, steps - 1)
+    solver_state = None
+    for i in reversed(range(steps)):
+        if i > range_t:
+            x, out, records = guided_step(guide, x, i, noise)
+        else:
+            out, records = guide.posterior(x, i), []
+            x, solver_state = guide.solver.step(denoise, x, i, out, noise(x.shape), solver_state)
+        if thin is not None and i > last_detail:
+            x = torch.where(thin, diffusion.q_sample(ref, at_step(ref, i - 1), noise(ref.shape)), x)
+        yield {"i": i, "x": x, "pred_xstart": out["pred_xstart"], "guided": records}
 
 
 def thin_features(ref: Tensor) -> Tensor:
     """Where pictures [N, C, H, W] in [-1, 1] have eyes, mouths, stripes: a mask [N, 1, H, W] of features without bulk.
 
     These are what a closing or an opening with a square of 5 pixels (of 64; larger as the picture is) changes in some
-    channel by 0.3 or more (the black-hat and white-hat transforms, Serra 1982), and the pixels around it.
+    channel by 0.3 or more (the black-hat and white-hat transforms, Serra 1982), and the pixels around it. An eye of a
+    few pixels drowns in noise that the rest of a picture needs to change its style, so `sample` keeps it longer:
+    x_i <- m q(ref, i) + (1 - m) x_i (Lugmayr et al. 2022, equation 8; Levin and Fried 2023).
     """
 
     def highest(x: Tensor, reach: int) -> Tensor:

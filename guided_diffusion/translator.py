@@ -103,7 +103,7 @@ class Translator:
                 self.target = load_target(loading, flags, pick_device(device))
             if energy is None and isinstance(self.target.codec, Autoencoder):
                 chosen = []
-            self.translation = Translation.of(self.method, self.target, chosen)
+            self.translation = Translation(self.method, self.target, chosen)
         self.evaluations = self.translation.steps
 
     def __call__(self, pictures: Any, *, seed: int | Sequence[int] = 0, name: str | None = None) -> Any:

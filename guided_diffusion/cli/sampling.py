@@ -140,7 +140,7 @@ def translate_command(
         target = load_target(loaded, flags, device, any_class=not translates, super_res=super_res)
         if energies and given.energy is None and isinstance(target.codec, Autoencoder):
             names, chosen = [], []
-        translation = Translation.of(options, target, chosen)
+        translation = Translation(options, target, chosen)
         steps = resolved(options, target)
         announce(translation, names, given, steps)
 
