@@ -4,13 +4,14 @@ A field made by `option` knows its help text and what values fit. `cli.flags` ma
 the same values for people who write Python.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import os
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import InputError, display_name
@@ -47,11 +48,6 @@ def flag_of(field: dataclasses.Field) -> str:
     return field.metadata.get("flag") or field.name
 
 
-def flags_of(*classes: type) -> dict[str, str]:
-    """The names on the command line of the fields of options classes, by field name."""
-    return {field.name: flag_of(field) for cls in classes for field in dataclasses.fields(cls)}
-
-
 def check_names(classes: Iterable[type]) -> None:
     """Raise TypeError where options that can be given together share a name but not its default.
 
@@ -85,27 +81,32 @@ class Checked:
 def check_value(field: dataclasses.Field, value: Any) -> None:
     """Raise InputError unless a value fits the field's type, choices and bounds."""
     kinds, meta = field_types(field), field.metadata
+    if value is None and type(None) in kinds:
+        return
     if value is None:
-        if type(None) in kinds:
-            return
         raise InputError(f"it is needed: {meta.get('help', 'a value')}", parameter=field.name)
-    wrong: dict[str, Any] = {"parameter": field.name, "value": value}
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if reason := _misfit(kinds, meta, value):
+        raise InputError(reason, parameter=field.name, value=value)
+
+
+def _misfit(kinds: tuple[type, ...], meta: Mapping[str, Any], value: Any) -> str | None:
+    """Words for what would fit in place of a value that does not."""
     if choices := meta.get("choices"):
-        if value not in choices:
-            raise InputError(fitting(value, list(choices)), **wrong)
-    elif not (
-        (isinstance(value, kinds) and (number or not isinstance(value, bool) or bool in kinds))
-        or (number and float in kinds)
-    ):
-        raise InputError(f"it must be {type_words(kinds)}", **wrong)
-    if number:
-        if not math.isfinite(value):
-            raise InputError("it must be a finite number", **wrong)
-        least, most, above = meta.get("least"), meta.get("most"), meta.get("above")
-        low = (least is not None and value < least) or (above is not None and value <= above)
-        if low or (most is not None and value > most):
-            raise InputError(f"it must be {bound_words(least, most, above)}", **wrong)
+        return None if value in choices else fitting(value, list(choices))
+    if isinstance(value, bool):
+        return None if bool in kinds else f"it must be {type_words(kinds)}"
+    number = isinstance(value, (int, float))
+    if not isinstance(value, kinds) and not (number and float in kinds):
+        return f"it must be {type_words(kinds)}"
+    if number and not math.isfinite(value):
+        return "it must be a finite number"
+    least, most, above = meta.get("least"), meta.get("most"), meta.get("above")
+    low = number and ((least is not None and value < least) or (above is not None and value <= above))
+    if low or (number and most is not None and value > most):
+        bounds = {"at least": least, "above": above, "at most": most}
+        words = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+        return f"it must be from {least:g} to {most:g}" if None not in (least, most) else f"it must be {words}"
+    return None
 
 
 def field_types(field: dataclasses.Field) -> tuple[type, ...]:
@@ -123,25 +124,17 @@ def type_words(kinds: tuple[type, ...]) -> str:
     return " or ".join(filter(None, named))
 
 
-def bound_words(least: float | None, most: float | None, above: float | None = None) -> str:
-    """Words for numbers within bounds."""
-    low = f"above {above:g}" if above is not None else f"at least {least:g}" if least is not None else ""
-    if low and most is not None:
-        return f"from {least:g} to {most:g}" if above is None else f"{low} and at most {most:g}"
-    return low or f"at most {most:g}"
-
-
 def near_miss(path: str) -> str:
     """Suggestion for a path that does not exist: "; did you mean X?" for a similar name beside it, else "".
 
     Names compare whole first, then without their suffixes.
     """
     folder, name = os.path.split(path)
-    try:
+    with contextlib.suppress(OSError, ValueError):
         names = os.listdir(folder or ".")
-    except (OSError, ValueError):
-        return ""
-    stems = {os.path.splitext(other)[0]: other for other in names}
-    close = difflib.get_close_matches(name, names, 1, 0.7)
-    close = close or [stems[s] for s in difflib.get_close_matches(os.path.splitext(name)[0], list(stems), 1, 0.8)]
-    return f"; did you mean {display_name(os.path.join(folder, close[0]))}?" if close else ""
+        stems = {os.path.splitext(other)[0]: other for other in names}
+        close = difflib.get_close_matches(name, names, 1, 0.7)
+        close += [stems[stem] for stem in difflib.get_close_matches(os.path.splitext(name)[0], stems, 1, 0.8)]
+        if close:
+            return f"; did you mean {display_name(os.path.join(folder, close[0]))}?"
+    return ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from guided_diffusion.checkpoint import ModelFlags
 from guided_diffusion.checkpoint.export import convert
-from guided_diffusion.cli.flags import NO_EFFECT, Given, Parser
+from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.cli.sampling import TRAINING_FLAGS
 from guided_diffusion.options import Checked, option
 
@@ -44,7 +44,7 @@ def create_parser() -> Parser:
     parser = Parser(DESCRIPTION, usage="--model_path PATH --save_dir PATH [flags]")
     parser.add(Conversion, title="conversion")
     parser.add(ModelFlags, title="model", description="What the checkpoint does not tell.", without=TRAINING_FLAGS)
-    parser.add(ModelFlags, title=NO_EFFECT, only=TRAINING_FLAGS)
+    parser.add_without_effect(**TRAINING_FLAGS)
     return parser
 
 

@@ -18,7 +18,7 @@ from guided_diffusion.cli.flags import preset_flags
 from guided_diffusion.errors import InputError
 from guided_diffusion.methods import ENERGIES, METHODS, energy_names
 from guided_diffusion.options import check
-from guided_diffusion.presets import PRESETS, Preset
+from guided_diffusion.presets import PRESETS, Preset, preset_options
 from guided_diffusion.respace import space_timesteps
 
 SCRIPT_OF = {"sddm": "ae_sample", "ilvr": "ilvr_sample", "sdedit": "sdedit_sample", "egsde": "egsde_sample"}
@@ -59,7 +59,7 @@ def test_the_names_that_documents_promise():
 def test_every_value_is_an_option_that_fits(name, method, monkeypatch):
     """Each option belongs to the method, its energies or the model, and passes their checks and the schedule's."""
     monkeypatch.setattr(os.path, "exists", lambda path: True)  # EGSDE looks for its extractor
-    options = PRESETS[name].options(method)
+    options = preset_options(name, method)
     energy = energy_names(options.get("energy"))
     known = {"model_path", "energy"} if method == "sddm" else {"model_path"}
     for cls in (METHODS[method], ModelFlags, *(ENERGIES[each] for each in energy if method == "sddm")):
@@ -91,7 +91,7 @@ def test_a_preset_is_its_flags(name, method):
 
 def test_given_flags_win():
     given = parse("ae_sample", "--area", 8, "--preset", "emoji", "--model_path", "mine.pt", "--timestep_respacing=7")
-    emoji = PRESETS["emoji"].options("sddm")
+    emoji = preset_options("emoji", "sddm")
     assert (given.area, given.model_path, given.timestep_respacing) == (8, "mine.pt", "7")
     assert given.range_t == emoji["range_t"] and given.energy == emoji["energy"]
     # Even where the value is the flag's default.

@@ -1,6 +1,6 @@
 """Python files that register metrics and feature networks, loaded before an evaluation."""
 
-import importlib.util
+import importlib
 import os
 import sys
 from dataclasses import dataclass
@@ -25,23 +25,11 @@ class Extensions:
     def load(self) -> None:
         """Run the files and the repository's own; raises InputError that names a file which fails."""
         for path in [OWN] * os.path.isfile(OWN) + [path.strip() for path in self.extend.split(",") if path.strip()]:
-            load_file(path)
-
-
-def load_file(path: str) -> None:
-    """Import a Python file under its own name, unless it has been imported."""
-    name = os.path.splitext(os.path.basename(path))[0]
-    known = getattr(sys.modules.get(name), "__file__", None)
-    if known is not None and os.path.exists(path) and os.path.samefile(known, path):
-        return
-    with reading(path, "a Python file that registers metrics or feature networks"):
-        if name in sys.modules or not name.isidentifier():
-            raise InputError("another module has its name; rename it", parameter="extend", value=path)
-        specification = importlib.util.spec_from_file_location(name, path)
-        assert specification is not None and specification.loader is not None, "its name does not end in .py"
-        sys.modules[name] = module = importlib.util.module_from_spec(specification)
-        try:
-            specification.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
+            folder, name = os.path.split(os.path.abspath(path).removesuffix(".py"))
+            sys.path.insert(0, folder)
+            with reading(path, "a Python file that registers metrics or feature networks"):
+                os.stat(path)
+                module = importlib.import_module(name)
+                if not os.path.samefile(module.__file__ or sys.executable, path):
+                    raise InputError("another module has its name; rename it", parameter="extend", value=path)
+            sys.path.remove(folder)

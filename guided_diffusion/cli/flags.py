@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from ..errors import InputError, shown
-from ..options import check, field_types, flag_of, flags_of, type_words
+from ..options import check, field_types, flag_of, type_words
 from ..presets import PRESETS, ROOT, preset_options
 
 METAVARS = {bool: "BOOL", int: "N", float: "X", str: "TEXT"}
@@ -206,7 +206,8 @@ def preset_flags(name: str, method: str) -> list[str]:
     """A preset as words of a method's command line. Raises InputError for an unknown name or method."""
     from ..methods import ENERGIES, METHODS  # which load torch
 
-    spelling = flags_of(*ENERGIES.values(), METHODS.pick(method))
+    classes = (*ENERGIES.values(), METHODS.pick(method))
+    spelling = {field.name: flag_of(field) for cls in classes for field in dataclasses.fields(cls)}
     words = []
     for option, value in preset_options(name, method).items():
         words += [f"--{spelling.get(option, option)}", f"{value:g}" if isinstance(value, float) else str(value)]

@@ -32,12 +32,15 @@ from ..runtime import pick_device
 from ..script_util import model_and_diffusion_defaults
 from ..solvers import Noise, resolve_step
 from ..target import Batch, Target
-from .flags import NO_EFFECT, Given, Parser
+from .flags import Given, Parser
 from .main import AGAIN, DONE, FAILED, INTERRUPTED, cause, say
 from .progress import Progress
 
-# Flags of the network that concern its training alone.
-TRAINING_FLAGS = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
+TRAINING_FLAGS = {
+    name: model_and_diffusion_defaults()[name]
+    for name in ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
+}
+"""Flags of the network that concern its training alone, and their defaults."""
 STEPS = "timestep_respacing"
 VGG = "models/vgg_normalised.pth"
 
@@ -122,7 +125,8 @@ def translate_command(
         return parser
 
     def translate(given: Given, peers: Peers) -> int:
-        say_ignored(given)
+        for name, value in given.ignored().items():
+            log.info("--%s %s has no effect", name, value)
         # What the flags alone tell to be wrong is said before anything is loaded.
         options, made, wanted = given.options(kind), given.options(outputs), given.options(TargetOptions)
         flags = given.options(ModelFlags)
@@ -162,16 +166,7 @@ def add_model(parser: Parser, defaults: dict[str, Any] | None = None, without: S
     parser.add(TargetOptions, title="model", defaults=defaults, without=without)
     description = "read from the checkpoint where they are not given; one that contradicts it is an error"
     parser.add(ModelFlags, title="network and diffusion process", description=description, without=TRAINING_FLAGS)
-    parser.add(ModelFlags, title=NO_EFFECT, only=TRAINING_FLAGS)
-
-
-def say_ignored(given: Given) -> None:
-    """Report given flags that do nothing here; those of training only where they differ from the default."""
-    usual = model_and_diffusion_defaults()
-    training = {name: getattr(given, name) for name in TRAINING_FLAGS}
-    training = {name: value for name, value in training.items() if value not in (None, usual[name])}
-    for name, value in {**given.ignored(), **training}.items():
-        log.info("--%s %s has no effect", name, value)
+    parser.add_without_effect(**TRAINING_FLAGS)
 
 
 def resolved(method: Method, target: Target) -> dict[str, int]:

@@ -25,7 +25,7 @@ from ..errors import InputError, first_line
 from ..image_datasets import ImageError, load_image, measure_image, to_uint8
 from ..methods import energy_names
 from ..options import Checked, option
-from ..presets import PRESETS
+from ..presets import preset_options
 from ..registry import fitting
 from ..run.grid import contact_sheet
 from ..runtime import PRECISIONS, is_out_of_memory, pick_device
@@ -40,7 +40,7 @@ log = logging.getLogger("sddm")
 ENERGY_NAMES = ("dct", "low_pass", "vgg")
 MOST_RESULTS = 4
 
-RECOMMENDED = PRESETS["emoji"].options("sddm")
+RECOMMENDED = preset_options("emoji", "sddm")
 """The page's defaults: those of the demo's model."""
 EMOJI_MODEL = os.path.basename(RECOMMENDED["model_path"])
 
