@@ -203,7 +203,7 @@ def diffusers_model(source: Source, given: Mapping[str, Any]) -> Network | None:
     info.scheduler = description.scheduler
     model = build(info, given)
     tensors, hashes = diffusers.read_weights(folder)
-    state, names = to_ours(tensors, description)
+    state, names = to_ours(tensors, model.state_dict(), info.flags)
     return Network(model, info, state, names, folder.fingerprint(hashes))
 
 
