@@ -11,8 +11,8 @@ from ..script_util import attention_factors, channel_multipliers
 from .diffusers import FIELDS
 from .reconcile import DDPM, EXTENSIONS, ModelInfo
 
-# Modules of both networks under diffusers' names: outside of blocks, in the middle, and their parts. What a block's part
-# has the same name for is left out.
+# Modules of both networks under diffusers' names: outside of blocks, in the middle, and parts of blocks (those that
+# have the same name there are left out).
 ENDS = {
     "temb.dense.0": "time_embedding.linear_1", "temb.dense.1": "time_embedding.linear_2", "conv_in": "conv_in",
     "norm_out": "conv_norm_out", "conv_out": "conv_out", "time_embed.0": "time_embedding.linear_1",
