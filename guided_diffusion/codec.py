@@ -11,20 +11,13 @@ OVERSHOOT = 1.1
 
 
 class Codec(Protocol):
-    """Converts between pixels and the space of a model.
-
-    factor: pixels per side of one entry of the model's space, so that pictures have `factor` times its side.
-    """
+    """Converts between pictures [N, 3, S, S] in [-1, 1] and x_0 of a model, [N, C, S / factor, S / factor]."""
 
     factor: int
 
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures [N, 3, S, S] in [-1, 1] as x_0 of the model, [N, C, H, W]."""
-        ...
+    def encode(self, images: torch.Tensor) -> torch.Tensor: ...
 
-    def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """x_0 [N, C, H, W] as pictures [N, 3, S, S]."""
-        ...
+    def decode(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
 class Pixels:
@@ -64,8 +57,8 @@ def pixels(channels: int) -> Pixels:
 class Autoencoder:
     """The codec of latent models: a KL or VQ autoencoder, scaled and shifted to unit variance.
 
-    network: has `encode(images)` and `decode(latents)` as diffusers' AutoencoderKL, AutoencoderTiny and VQModel do.
-    scale, shift: latents are (encoded - shift) * scale. A KL autoencoder gives the mode of its distribution.
+    network: as diffusers' AutoencoderKL, AutoencoderTiny and VQModel; of a KL one, the mode of its distribution counts.
+    scale, shift: latents are (encoded - shift) * scale.
     """
 
     def __init__(self, network: Any, scale: float = 1.0, shift: float = 0.0, factor: int = 8) -> None:
@@ -73,13 +66,11 @@ class Autoencoder:
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         encoded = self.network.encode(images.to(self.network.dtype))
-        distribution = getattr(encoded, "latent_dist", None)
-        latents = distribution.mode() if distribution is not None else encoded.latents
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         return (latents.float() - self.shift) * self.scale
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        latents = x / self.scale + self.shift
-        return self.network.decode(latents.to(self.network.dtype)).sample.float()
+        return self.network.decode((x / self.scale + self.shift).to(self.network.dtype)).sample.float()
 
 
 def in_range(images: torch.Tensor, parameter: str = "ref") -> torch.Tensor:

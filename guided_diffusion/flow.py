@@ -1,9 +1,9 @@
 """Other processes as variance-preserving ones: flow matching, x = (1 - s) x_0 + s eps, and EDM, x = x_0 + s eps.
 
 Every process x = a x_0 + s eps becomes variance preserving after division by sqrt(a^2 + s^2), with
-alpha_bar = a^2 / (a^2 + s^2). So `process` makes a `GaussianDiffusion` of a list of s, and `FlowMatching` and `EDM`
-wrap a network: they undo the division, call it at its own time, and return its prediction of x_0. Manifolds, energies
-and solvers stay as they are. A DDIM step with eta = 0 on the result is the Euler step of the original process.
+alpha_bar = a^2 / (a^2 + s^2). `process` makes a `GaussianDiffusion` of a list of s; `FlowMatching` and `EDM` wrap a
+network: they undo the division, call it at its own time, and return its prediction of x_0. Manifolds, energies and
+solvers stay as they are. A DDIM step with eta = 0 on the result is the Euler step of the original process.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,18 +22,10 @@ Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """A velocity network v(x, t) = eps - x_0 (Lipman et al. 2023) as a prediction of x_0.
-
-    steps: t is s * steps, as schedulers of flow matching count.
-    """
+    """A velocity network v(x, t) = eps - x_0 (Lipman et al. 2023) as a prediction of x_0; t = s * steps."""
 
     network: Network
     steps: float = 1000.0
-
-    @staticmethod
-    def signal(s: np.ndarray) -> np.ndarray:
-        """a of the process at s."""
-        return 1 - s
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         s = (t.double() / self.steps if t.device.type != "mps" else t / self.steps).to(x.dtype)[:, None, None, None]
@@ -52,11 +44,6 @@ class EDM:
     sigma_data: float = 0.5
     velocity: bool = False
 
-    @staticmethod
-    def signal(s: np.ndarray) -> np.ndarray:
-        """a of the process at s."""
-        return np.ones_like(s)
-
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         s = torch.exp(4 * t.to(x.dtype))[:, None, None, None]
         own, total = x * (1 + s.square()).sqrt(), s.square() + self.sigma_data**2
@@ -66,16 +53,15 @@ class EDM:
 
 
 def process(
-    kind: type[FlowMatching] | type[EDM], sigmas: Sequence[float] | np.ndarray, timesteps: Sequence[float] | np.ndarray
+    kind: type[FlowMatching] | type[EDM], sigmas: Sequence[float], timesteps: Sequence[float]
 ) -> GaussianDiffusion:
-    """The variance-preserving process of a list of s, without the last 0, from noise to image.
+    """The variance-preserving process of a list of s, without the last 0, from noise to image; its model predicts x_0.
 
-    timesteps: what the network is called with at each s. Its model predicts x_0. Raises InputError for a list that does
-    not fall.
+    timesteps: what the network is called with at each s. Raises InputError for a list that does not fall.
     """
     s = np.asarray(sigmas, dtype=np.float64)[::-1]
-    signal = kind.signal(s) ** 2
+    signal = (1 - s) ** 2 if kind is FlowMatching else np.ones_like(s)
     alpha_bars = np.maximum(signal / (signal + s**2), LEAST_ALPHA_BAR)
     return GaussianDiffusion.from_alpha_bars(
-        alpha_bars, model_mean_type=ModelMeanType.START_X, timesteps=[float(t) for t in reversed(list(timesteps))]
+        alpha_bars, model_mean_type=ModelMeanType.START_X, timesteps=[float(t) for t in reversed(timesteps)]
     )

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,21 +34,15 @@ class Batch:
 class Target:
     """A diffusion model that is ready to sample: everything that a method needs to know about it.
 
-    Args:
-        model: model(x, t) -> prediction [N, C or 2C, H, W]. Class, prompt and guidance scale are applied already, and
-            its evaluations are counted; see `Counted`.
-        diffusion: the (respaced) process, always variance preserving.
-        codec: pixels to what the model denoises, and back.
-        shape: (channels, height, width) of what the model denoises. `blocks` divides height and width.
-        image_size: side of the pictures that codec.decode gives.
-        clip_denoised: clip the prediction of x_0 to [-1, 1], or to a range.
-        device: where the model computes.
-        condition: condition(batch) -> model, for a model whose class or prompt differs between pictures.
-        info: the checkpoint's description (`checkpoint.ModelInfo`), None for a model without a file.
-        options: how the model was loaded, so that a second model can be loaded alike.
-        precision: of the network: fp32, bf16 or fp16.
-        sigma_small: variance where the model has none: the posterior's, else beta.
-        fuse: use faster forms of layers, equal up to rounding.
+    model: model(x, t) -> prediction [N, C or 2C, H, W]; class, prompt and guidance scale are applied already, and its
+    evaluations counted. diffusion: the (respaced) process, always variance preserving. codec: pixels to what the model
+    denoises, and back. shape: (C, H, W) of what it denoises; `blocks` divides H and W. image_size: side of the pictures
+    that the codec gives. clip_denoised: clip the prediction of x_0 to [-1, 1], or to a range.
+
+    condition: condition(batch) -> model, where class or prompt differ between pictures. info: the checkpoint's
+    description (`checkpoint.ModelInfo`), if any. options: how the model was loaded, so that a second one can be loaded
+    alike. precision: fp32, bf16 or fp16. sigma_small: variance where the model has none: the posterior's, else beta.
+    fuse: use faster forms of layers, equal up to rounding.
     """
 
     model: Callable[..., torch.Tensor]
@@ -68,9 +62,6 @@ class Target:
     def conditioned(self, batch: Batch) -> "Target":
         """The target for the classes or prompts of a batch; itself where all pictures share them."""
         return self if self.condition is None else dataclasses.replace(self, model=self.condition(batch))
-
-
-# ---- evaluations are counted where they happen -----------------------------------------------------------------------
 
 
 @dataclass
@@ -111,10 +102,7 @@ class WithClass:
     """A class-conditional model as model(x, t). labels: one class for all images, or those of a batch, long [N]."""
 
     model: Callable[..., torch.Tensor]
-    labels: int | torch.Tensor = field(default=0)
+    labels: int | torch.Tensor = 0
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        labels = self.labels
-        if isinstance(labels, int):
-            labels = torch.full((x.shape[0],), labels, device=x.device)
-        return self.model(x, t, labels)
+        return self.model(x, t, torch.as_tensor(self.labels, device=x.device).expand(x.shape[0]))

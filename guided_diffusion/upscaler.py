@@ -1,8 +1,7 @@
 """A codec that lets a model of small pictures make large ones: Lanczos shrinking, and a learned enlargement.
 
-The network computes at the small size and rearranges its last channels into pixels (Shi et al. 2016, "Real-Time Single
-Image and Video Super-Resolution Using an Efficient Sub-Pixel Convolutional Neural Network"). It adds a residual to
-bicubic interpolation. It is trained for one diffusion model: on that model's outputs, besides true pictures.
+The network adds a residual to bicubic interpolation. It computes at the small size and rearranges its last channels
+into pixels (Shi et al. 2016). It is trained for one diffusion model: on that model's outputs, besides true pictures.
 """
 
 import os
@@ -43,9 +42,8 @@ class Upscaler(nn.Module):
         """
         height, width = images.shape[-2:]
         if height % self.factor or width % self.factor:
-            raise InputError(
-                f"its sides must be multiples of {self.factor}", parameter="images", value=f"{width}x{height} pixels"
-            )
+            reason = f"its sides must be multiples of {self.factor}"
+            raise InputError(reason, parameter="images", value=f"{width}x{height} pixels")
         return Resizer(images.shape, 1 / self.factor, kernel="lanczos3")(images).clamp(-1, 1)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,7 +57,7 @@ class Upscaler(nn.Module):
     forward = decode
 
     def metadata(self) -> dict[str, str]:
-        """Entries that `load_upscaler` reads from a file of the weights, and a note."""
+        """Entries that `load_upscaler` reads from a file of the weights."""
         return {"model_type": MODEL_TYPE, "factor": str(self.factor), "model": self.model}
 
 
@@ -77,10 +75,9 @@ class _Block(nn.Module):
 
 
 def load_upscaler(path: str | os.PathLike, device: str | torch.device = "cpu") -> Upscaler:
-    """Upscaler of a .safetensors file, in float32 and without gradients.
+    """Upscaler of a .safetensors file, in float32 and without gradients. Raises InputError for another file.
 
-    Width and depth are those of the tensors; `factor` and `model` come from the metadata. Raises InputError, naming the
-    file, for a file that is no upscaler.
+    Width and depth are those of the tensors; `factor` and `model` come from the metadata.
     """
     with reading(path, "an upscaler"):
         state, metadata = read(path)
@@ -98,6 +95,3 @@ def load_upscaler(path: str | os.PathLike, device: str | torch.device = "cpu") -
             raise ValueError("it has weights that are NaN or infinite")
     device = torch.device(device)
     return upscaler.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)  # type: ignore[call-overload]
-
-
-__all__ = ["Upscaler", "load_upscaler"]

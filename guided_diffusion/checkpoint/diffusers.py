@@ -12,8 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -122,15 +121,6 @@ class Folder:
         return f"sha256 {digest.hexdigest()}"
 
 
-class Description(NamedTuple):
-    """A configuration in our terms: arguments of `reconcile`, and what decides `sigma_small` and `clip_denoised`."""
-
-    kind: Kind
-    found: dict[str, Any]
-    stated: Stated
-    scheduler: dict[str, Any]
-
-
 # ---- finding the files -----------------------------------------------------------------------------------------------
 
 
@@ -194,16 +184,14 @@ def weight_files(folder: Folder) -> list[str]:
     """
     if folder.weights:
         return [folder.weights]
-    for variant, suffix in product(("", ".fp16"), ("safetensors", "bin")):
-        whole = os.path.join(folder.place, f"{WEIGHTS}{variant}.{suffix}")
-        # With a variant, shards and their index are named model.safetensors.index.fp16.json.
-        index = os.path.join(folder.place, f"{WEIGHTS}.{suffix}.index{variant}.json")
-        files = _shards(folder, index) if os.path.isfile(index) else [whole] if os.path.isfile(whole) else []
-        if files and variant:
-            name, file = display_name(folder.path), folder.relative(files[0])
-            log.info("%s: only half-precision weights are available (%s)", name, file)
-        if files:
-            return files
+    for variant in ("safetensors", "bin", "fp16.safetensors", "fp16.bin"):
+        path = os.path.join(folder.place, f"{WEIGHTS}.{variant}")
+        if os.path.isfile(f"{path}.index.json"):
+            return _shards(folder, f"{path}.index.json")
+        if os.path.isfile(path):
+            if variant.startswith("fp16"):
+                log.info("%s: only half-precision weights are available", folder.about(path))
+            return [path]
     raise InputError(f"{folder.about(folder.files['config'])} has no {WEIGHTS}.safetensors or .bin beside it")
 
 
@@ -235,8 +223,11 @@ def read_weights(folder: Folder) -> tuple[dict[str, torch.Tensor], dict[str, str
 # ---- configuration to flags ------------------------------------------------------------------------------------------
 
 
-def describe(folder: Folder) -> Description:
-    """The network and process of a diffusers model in our terms. Raises InputError for others."""
+def describe(folder: Folder) -> tuple[Kind, dict[str, Any], Stated, dict[str, Any]]:
+    """The network and process of a diffusers model in our terms. Raises InputError for others.
+
+    Returns the arguments of `reconcile`, and the entries of the scheduler for `sigma_small` and `clip_denoised`.
+    """
     _refuse_other_kinds(folder)
     files = {part: folder.about(folder.files[part]) for part in folder.files}
     process = process_flags(folder.json["scheduler"], files.get("scheduler", SCHEDULER))
@@ -248,7 +239,7 @@ def describe(folder: Folder) -> Description:
         if not (name in UNET or name in UNUSED or name.startswith("_") or value is None or value is False):
             raise config.wrong(name, "this field is not known here")
     kind, found, flags = _network(config, learned)
-    return Description(kind, found, Stated(flags | process, files["config"], bool(process)), scheduler)
+    return kind, found, Stated(flags | process, files["config"], bool(process)), scheduler
 
 
 class _Fields(dict[str, Any]):

@@ -198,9 +198,9 @@ def diffusers_model(source: Source, given: Mapping[str, Any]) -> Network | None:
         folder = diffusers.from_weights(source.path)
     if folder is None:
         return None
-    description = diffusers.describe(folder)
-    info = reconcile(source.path, description.kind, description.found, given, stated=description.stated)
-    info.scheduler = description.scheduler
+    kind, found, stated, scheduler = diffusers.describe(folder)
+    info = reconcile(source.path, kind, found, given, stated=stated)
+    info.scheduler = scheduler
     model = build(info, given)
     tensors, hashes = diffusers.read_weights(folder)
     state, names = to_ours(tensors, model.state_dict(), info.flags)

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,15 +31,16 @@ from .reading import hash_file
 
 KINDS = Registry("pipeline")
 """Pipelines by the name of their class: `Pipeline` and its subclasses."""
+OTHERS = ("FlowMatchEuler", "EDM")
+"""Schedulers of processes that `flow` makes variance preserving."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prompts of a batch.
+    """Prompts of a batch: texts for all pictures or one for each, or ready embeddings in place of them.
 
-    text, negative: for all pictures, or one for each. guidance_scale: classifier-free guidance (Ho & Salimans 2022),
-    none at 1 and below; None for the pipeline's default. embeddings: ready ones in place of texts, by the names that
-    `encode_prompt` of the pipeline gives them; `class_labels` of a class-conditional network.
+    guidance_scale: classifier-free guidance (Ho & Salimans 2022), none at 1 and below; None for the pipeline's default.
+    embeddings: by the names that the pipeline's `encode_prompt` has for them; `class_labels` without a text encoder.
     """
 
     text: str | list[str] | None = None
@@ -52,17 +54,16 @@ class Prompt:
 class Pipeline:
     """How Stable Diffusion 1 and 2 are called; subclasses know the differences of other kinds.
 
-    channels, side: of the latents, None where the network tells no side. patch: side of a transformer's patches. Raises
-    InputError for a network of rectangles.
+    channels, side: of the latents; patch: side of a transformer's patches. Raises InputError for rectangles.
     """
 
     guidance_scale = 7.5
-    distilled = False
-    """The guidance scale is an input of the network, and there is no negative prompt."""
-    names: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
-    """The tensors that `encode_prompt` of the pipeline gives, positive before negative."""
-    other_prompts: Mapping[str, None] = {}
-    """Arguments of `encode_prompt` for further text encoders: None gives them the same prompt."""
+    distilled = False  # whether the guidance scale is an input of the network; then there is no negative prompt
+    names: tuple[str, ...] = (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+    )  # of what `encode_prompt` gives
+    other_prompts: Mapping[str, None] = {}  # its arguments for further text encoders: None gives them the same prompt
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -74,28 +75,27 @@ class Pipeline:
         self.patch = getattr(self.network.config, "patch_size", None) or 1
         own = [each for each in (getattr(pipe, name, None) for name in ("vqvae", "vae")) if each is not None]
         self.codec: Any = autoencoder(own[0]) if own else pixels(self.channels)
+        if getattr(self.network.config, "time_cond_proj_dim", None) is not None:
+            raise InputError("it is distilled for few steps (time_cond_proj_dim), which is not supported")
 
     def encode(self, prompt: Prompt, guided: bool, device: torch.device) -> dict[str, torch.Tensor]:
         """The embeddings of a prompt, or of one for each picture, by name."""
         given: dict[str, Any] = {name: value for name, value in prompt.embeddings.items() if value is not None}
         if prompt.text is None and "prompt_embeds" not in given:
             raise InputError("the pipeline needs one, or `prompt_embeds`", parameter="prompt")
+        given["num_images_per_prompt"] = 1
         if not self.distilled:
             given |= {"do_classifier_free_guidance": guided, "negative_prompt": prompt.negative}
         elif prompt.negative is not None:
             raise InputError("the pipeline has none", parameter="negative_prompt", value=prompt.negative)
         try:
-            found = self.pipe.encode_prompt(
-                prompt=prompt.text, device=device, num_images_per_prompt=1, **self.other_prompts, **given
-            )
+            found = self.pipe.encode_prompt(prompt=prompt.text, device=device, **self.other_prompts, **given)
         except (ValueError, TypeError, RuntimeError) as error:
             raise InputError(first_line(error), parameter="prompt", value=prompt.text) from None
         return {name: value for name, value in zip(self.names, found) if value is not None}
 
     def call(self, x: torch.Tensor, t: torch.Tensor, embeddings: dict[str, torch.Tensor]) -> torch.Tensor:
         """The network's output at x, in its own parameterisation."""
-        if self.network.config.time_cond_proj_dim is not None:
-            raise InputError("it is distilled for few steps (time_cond_proj_dim), which is not supported")
         return self.network(x, t, encoder_hidden_states=embeddings["prompt_embeds"], return_dict=False)[0]
 
     def model(self, prompt: Prompt, device: torch.device, count: int) -> Callable[..., torch.Tensor]:
@@ -228,21 +228,17 @@ def autoencoder(network: Any) -> Autoencoder:
 def scheduler_process(
     scheduler: Any, count: int, *, tokens: int = 1, latent: bool = True, doubled: bool = False, **given: Any
 ) -> tuple[GaussianDiffusion, bool | float, Callable[[Callable], Callable]]:
-    """A scheduler's process over its own list of `count` timesteps.
+    """(process, how far x_0 is clipped, wrapper of the network) of a scheduler's own list of `count` timesteps.
 
     tokens: patches of a picture, for dynamic shifting. doubled: the network predicts a variance, too. given:
-    `timesteps` or `sigmas` in place of the count. Returns the process, how far x_0 is clipped, and a wrapper that makes
-    the process's model of a network. Raises InputError.
+    `timesteps` or `sigmas` in place of the count. Raises InputError.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    given = {key: value for key, value in given.items() if value is not None}
-    flow, edm = name.startswith("FlowMatchEuler"), name.startswith("EDM")
     steps = config.get("num_train_timesteps", 1000)
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= steps:
         raise InputError(f"it can be 1 to {steps}", parameter="num_inference_steps", value=count)
-    if not {"timesteps", "sigmas"} & given.keys():
-        given["num_inference_steps"] = count
-    if flow and config.get("use_dynamic_shifting"):
+    given = {key: value for key, value in given.items() if value is not None} or {"num_inference_steps": count}
+    if config.get("use_dynamic_shifting"):
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         given["mu"] = least + (most - least) * (tokens - low) / (high - low)
@@ -250,15 +246,16 @@ def scheduler_process(
         scheduler.set_timesteps(**given)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} does not take these steps: {first_line(error)}", parameter="scheduler") from None
-    if flow or edm:
-        made = process(EDM if edm else FlowMatching, scheduler.sigmas[:-1].tolist(), scheduler.timesteps.tolist())
-        if flow:
-            return made, False, lambda network: FlowMatching(network, steps)
-        velocity = config.get("prediction_type") == "v_prediction"
-        return made, False, lambda network: EDM(network, config["sigma_data"], velocity)
-    betas = config.get("trained_betas")  # an array where the scheduler was made in Python
-    listed = {} if betas is None else {"trained_betas": [float(beta) for beta in betas]}
-    config = {**config, **listed, "_class_name": name}
+    if name.startswith(OTHERS):
+        kind, options = FlowMatching, {"steps": steps}
+        if name.startswith("EDM"):
+            velocity = config.get("prediction_type") == "v_prediction"
+            kind, options = EDM, {"sigma_data": config["sigma_data"], "velocity": velocity}
+        made = process(kind, scheduler.sigmas[:-1].tolist(), scheduler.timesteps.tolist())
+        return made, False, partial(kind, **options)
+    config = {**config, "_class_name": name}
+    if config.get("trained_betas") is not None:  # an array where the scheduler was made in Python
+        config["trained_betas"] = [float(beta) for beta in config["trained_betas"]]
     diffusers.refuse_other_processes("scheduler", config)
     flags = diffusers.process_flags(config)
     whole = create_diffusion(**{**flags, "learn_sigma": flags.get("learn_sigma", False) and doubled})
@@ -269,30 +266,25 @@ def scheduler_process(
         model_var_type=whole.model_var_type,
     )
     # Latents have no range of their own.
-    return spaced, False if latent else flags.get("clip_denoised", False), lambda network: network
+    return spaced, not latent and flags.get("clip_denoised", False), lambda network: network
 
 
 def pipeline_target(
-    kind: Pipeline,
-    prompt: Callable[[Batch], Prompt],
-    steps: int,
-    device: torch.device,
-    image_size: int | None = None,
+    kind: Pipeline, prompt: Callable[[Batch], Prompt], steps: int, device: torch.device, image_size: int | None = None,
     **given: Any,
-) -> Target:
-    """A pipeline as a target, over `steps` timesteps of its scheduler.
+) -> Target:  # fmt: skip
+    """A pipeline as a target, over `steps` timesteps of its scheduler. Raises InputError.
 
-    prompt: gives the prompts of a batch. image_size: side of the pictures, None for the pipeline's. given: `timesteps`
-    or `sigmas`. Raises InputError.
+    image_size: side of the pictures, None for the pipeline's. given: `timesteps` or `sigmas`.
     """
-    codec, config = kind.codec, kind.network.config
-    side = kind.side if image_size is None else image_size / codec.factor
-    if not side or side % kind.patch:
-        reason = f"a multiple of {codec.factor * kind.patch} is needed where the network's sample_size is none"
+    codec, config, unit = kind.codec, kind.network.config, kind.codec.factor * kind.patch
+    size = kind.side * codec.factor if image_size is None and kind.side else image_size
+    if not size or size % unit:
+        reason = f"a multiple of {unit} is needed (by default the network's sample_size)"
         raise InputError(reason, parameter="image_size", value=image_size)
-    side = int(side)
+    side = size // codec.factor
     diffusion, clip, wrap = scheduler_process(
-        kind.pipe.scheduler, steps, tokens=(side // kind.patch) ** 2, latent=not isinstance(codec, Pixels),
+        kind.pipe.scheduler, steps, tokens=(size // unit) ** 2, latent=not isinstance(codec, Pixels),
         doubled=getattr(config, "out_channels", None) == 2 * config.in_channels, **given,
     )  # fmt: skip
     kept = 2 * kind.channels if diffusion.model_var_type is ModelVarType.LEARNED_RANGE else kind.channels
@@ -301,11 +293,8 @@ def pipeline_target(
         model = kind.model(prompt(batch), device, len(batch.ref))
         return wrap(lambda x, t: model(x, t)[:, :kept])
 
-    def unconditioned(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("a pipeline is called through Target.conditioned")
-
-    shape = (kind.channels, side, side)
-    return Target(Counted(unconditioned), diffusion, codec, shape, side * codec.factor, clip, device, condition)
+    shape, model = (kind.channels, side, side), Counted(kind.network)  # called through `Target.conditioned`
+    return Target(model, diffusion, codec, shape, size, clip, device, condition)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -319,22 +308,16 @@ def _class_name(*parts: str) -> str:
 
 
 def is_pipeline(path: str) -> bool:
-    """Whether a path is a folder of one of `KINDS` that needs the package diffusers.
-
-    A UNet2DModel of pixels and of DDPM's process does not: it is one of our own networks.
-    """
+    """Whether a path is a folder of one of `KINDS`, but for a UNet2DModel that is one of our own networks."""
     kind = KINDS.get(_class_name(path, diffusers.INDEX))
     if kind is not Unconditional:
         return kind is not None
     latent = any(os.path.isdir(os.path.join(path, part)) for part in ("vqvae", "vae"))
-    return latent or _class_name(path, "scheduler", diffusers.SCHEDULER).startswith(("FlowMatchEuler", "EDM"))
+    return latent or _class_name(path, "scheduler", diffusers.SCHEDULER).startswith(OTHERS)
 
 
 def load_pipeline(path: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, str]:
-    """The pipeline of a folder or Hub id on a device, and the identity of its files for a record.
-
-    Of a folder, nothing is downloaded. Raises InputError where diffusers is missing or the path cannot be loaded.
-    """
+    """The pipeline of a folder or Hub id on a device, and the identity of its files for a record. Raises InputError."""
     try:
         library: Any = importlib.import_module("diffusers")
     except ImportError as error:
