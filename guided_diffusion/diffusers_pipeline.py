@@ -9,10 +9,8 @@
     pipe = SDDMPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0").to("cuda")
     picture = pipe("a photo of a cat", Image.open("dog.png"), strength=0.7, t0=0.4, area=16).images[0]
 
-Folders of DDPMPipeline, DDIMPipeline, LDMPipeline and of the pipelines in `checkpoint.pipelines.KINDS` load. A folder
-that SDDMPipeline saved loads with its `from_pretrained`, or with the library's own:
-`DiffusionPipeline.from_pretrained(folder, custom_pipeline="scripts/diffusers", trust_remote_code=True)`, where
-scripts/diffusers/pipeline.py imports the class from this module.
+Folders of the pipelines in `checkpoint.pipelines.KINDS` load, and those that SDDMPipeline saved. The library loads them
+with `DiffusionPipeline.from_pretrained(folder, custom_pipeline="scripts/diffusers", trust_remote_code=True)`.
 """
 
 import inspect
@@ -34,15 +32,8 @@ except ImportError as error:
     raise ImportError(f"SDDMPipeline needs the package diffusers: pip install diffusers ({error})") from error
 
 from . import sddm
-from .checkpoint.pipelines import (
-    KINDS,
-    Pipeline,
-    Prompt,
-    Unconditional,
-    absent_parts,
-    pipeline_target,
-    scheduler_process,
-)
+from .checkpoint import pipelines
+from .checkpoint.pipelines import KINDS, Pipeline, Prompt, Unconditional
 from .codec import OVERSHOOT, Pixels
 from .errors import InputError, first_line, renaming
 from .image_datasets import ImageError, load_image, load_picture, to_tensor
@@ -65,30 +56,58 @@ class _Translating:
     num_timesteps = 0
     guidance_scale: float | None = None
     _interrupt = False
+    _kind: Callable[[], Pipeline]
 
     @property
     def interrupt(self) -> bool:
         """Whether a callback asked to stop."""
         return self._interrupt
 
-    def _translate(
-        self, kind: Pipeline, prompt: Prompt, image: Pictures, *, num_inference_steps: int, t0: float, area: int,
-        energy: Any = None, variant: str = "manifold", sampler: str | None = None, eta: float = 0.0,
-        strength: float | None = None, num_images_per_image: int = 1, num_images_per_prompt: int = 1,
-        height: int | None = None, timesteps: Sequence[int] | None = None, sigmas: Sequence[float] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None, latents: torch.Tensor | None = None,
-        output_type: str = "pil", return_dict: bool = True, callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    def __call__(
+        self, image: Pictures, num_inference_steps: int = 100, t0: float = 0.5, area: int = 16, energy: Any = None,
+        variant: str = "manifold", sampler: str | None = None, eta: float = 0.0,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None, num_images_per_image: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None, output_type: str = "pil",
+        return_dict: bool = True, callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",), *, strength: float | None = None,
+        num_images_per_prompt: int = 1, latents: torch.Tensor | None = None, timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None, height: int | None = None, prompts: Prompt | None = None,
     ) -> Any:  # fmt: skip
-        """Sample; see `SDDMPipeline.__call__`."""
-        repeats, pipe, device = num_images_per_image * num_images_per_prompt, kind.pipe, kind.pipe._execution_device
-        if not isinstance(repeats, int) or repeats < 1:
-            name, value = "num_images_per_prompt", num_images_per_prompt
-            if num_images_per_prompt == 1:
-                name, value = "num_images_per_image", num_images_per_image
-            raise InputError("it must be at least 1", parameter=name, value=value)
-        target = pipeline_target(
-            kind, lambda batch: _repeated(prompt, repeats, len(batch.ref)), num_inference_steps, device, height,
+        """Translate pictures; returns ImagePipelineOutput with `images`, several in a row for every reference.
+
+        Args:
+            image: references, one or a list: paths; PIL pictures, cropped and resized to the model's size; arrays
+                [N, H, W, 3], uint8 or in [0, 1]; tensors [N, 3, H, W] or [N, 1, H, W] in [0, 1] or, where a value is
+                negative, [-1, 1]; or latents [N, C, H, W].
+            num_inference_steps: steps of the whole process.
+            t0: share of the process, at its end, without guidance. More of it: more realistic, less like the reference.
+            area: number of blocks per side, of the latents for a latent model: with a factor of 8, 16 blocks of 64x64
+                latents hold what 16 blocks of a 512-pixel picture do.
+            energy: names ("dct", "low_pass"), or objects of `guided_diffusion.energy`; None for `dct` on pixels and
+                none on latents.
+            variant, eta: see `sddm.sample`. sampler: None for ancestral, and ddim for flow matching and EDM.
+            class_labels: of a class-conditional network, one for each reference or for all.
+            num_images_per_image, num_images_per_prompt: translations of every reference.
+            output_type: pil, np, pt, or latent.
+            callback_on_step_end: called with (pipe, i, t, {"latents": x}); may return other latents. Setting
+                `pipe._interrupt` stops the run.
+            strength: begin late, as in img2img pipelines: this share of the steps, from the noised reference.
+            latents: the first draw of noise. timesteps, sigmas: the scheduler's list, in place of a number.
+            height: side of the pictures in pixels. prompts: see `SDDMTextPipeline`, which makes them.
+
+        Raises InputError.
+        """
+        counts = {"num_images_per_image": num_images_per_image, "num_images_per_prompt": num_images_per_prompt}
+        for name, value in counts.items():
+            if not isinstance(value, int) or value < 1:
+                raise InputError("it must be a whole number of at least 1", parameter=name, value=value)
+        if prompts is None:
+            labels = {} if class_labels is None else {"class_labels": torch.as_tensor(class_labels).reshape(-1)}
+            prompts = Prompt(embeddings=labels)
+        kind, repeats = self._kind(), num_images_per_image * num_images_per_prompt
+        pipe, device = kind.pipe, kind.pipe._execution_device
+        target = pipelines.pipeline_target(
+            kind, lambda batch: _repeated(prompts, repeats, len(batch.ref)), num_inference_steps, device, height,
             timesteps=timesteps, sigmas=sigmas,
         )  # fmt: skip
         total, start = target.diffusion.num_timesteps, None
@@ -132,11 +151,12 @@ class _Translating:
                     x.copy_((callback_on_step_end(self, i, t, {"latents": x}) or {}).get("latents", x))
                 if self._interrupt:
                     break
-        with torch.no_grad():
-            images = x if output_type == "latent" else target.codec.decode(x)
-        pipe.maybe_free_model_hooks()
+        images: Any = x
         if output_type != "latent":
-            images = VaeImageProcessor(do_resize=False).postprocess(images.clamp(-1, 1), output_type=output_type)
+            with torch.no_grad():
+                decoded = target.codec.decode(x).clamp(-1, 1)
+            images = VaeImageProcessor(do_resize=False).postprocess(decoded, output_type=output_type)
+        pipe.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
@@ -163,15 +183,15 @@ def _energies(energy: Any, area: int, target: Target) -> list[Any]:
         energy = "dct" if isinstance(target.codec, Pixels) else []
     found = []
     for each in energy if isinstance(energy, (list, tuple)) else [energy]:
-        if isinstance(each, str):
-            for kind in map(ENERGIES.pick, energy_names(each)):
-                own = {"blocks": area} if "blocks" in kind.__dataclass_fields__ else {}
-                found += create_energies([kind(**own)], target)
-        elif hasattr(each, "energy_and_grad"):
+        if hasattr(each, "energy_and_grad"):
             found.append(each)
+        elif isinstance(each, str):
+            kinds = [ENERGIES[name] for name in energy_names(each)]
+            own = [{"blocks": area} if "blocks" in kind.__dataclass_fields__ else {} for kind in kinds]
+            found += create_energies([kind(**options) for kind, options in zip(kinds, own)], target)
         else:
-            reason = "it can be names, or objects of guided_diffusion.energy"
-            raise InputError(reason, parameter="energy", value=each)
+            needed = "it can be names, or objects of guided_diffusion.energy"
+            raise InputError(needed, parameter="energy", value=each)
     return found
 
 
@@ -183,13 +203,13 @@ def _encoded(image: Pictures, target: Target) -> torch.Tensor:
         raise InputError("give at least one", parameter="image", value="[]")
     latent = not isinstance(target.codec, Pixels) and target.shape[0] != 3
     for each in images:
-        if latent and isinstance(each, torch.Tensor) and each.ndim in (3, 4) and each.shape[-3] == target.shape[0]:
-            if each.shape[-3:] != target.shape:
-                needed = f"latents {list(target.shape)} are needed"
-                raise InputError(needed, parameter="image", value=list(each.shape))
-            found.append(each.reshape(-1, *target.shape).to(target.device).float())
-        else:
+        if not latent or not isinstance(each, torch.Tensor) or each.shape[-3:-2] != target.shape[:1]:
             found.append(target.codec.encode(_pixels(each, target.image_size).to(target.device)))
+        elif each.ndim not in (3, 4) or each.shape[-3:] != target.shape:
+            needed = f"latents {list(target.shape)} are needed"
+            raise InputError(needed, parameter="image", value=list(each.shape))
+        else:
+            found.append(each.reshape(-1, *target.shape).to(target.device).float())
     return torch.cat(found)
 
 
@@ -222,7 +242,7 @@ def _pixels(image: Any, side: int) -> torch.Tensor:
     return x.clamp(-1, 1)
 
 
-SHARED = {*inspect.getfullargspec(_Translating._translate).kwonlyargs}
+SHARED = {*inspect.signature(_Translating.__call__).parameters}
 """Arguments that both pipelines take; `SDDMTextPipeline` takes all others as embeddings."""
 
 
@@ -250,8 +270,11 @@ class SDDMPipeline(_Translating, DiffusionPipeline):
             channels = f"{config.in_channels} channels in and {config.out_channels} out"
             needed = f"{wanted} in, and as many or twice as many out, are needed"
             raise InputError(needed, parameter="unet", value=f"a network of {channels}")
-        Unconditional(self)
-        scheduler_process(scheduler, min(25, scheduler.config.get("num_train_timesteps", 25)))
+        self._kind()
+        pipelines.scheduler_process(scheduler, min(25, scheduler.config.get("num_train_timesteps", 25)))
+
+    def _kind(self) -> Pipeline:
+        return Unconditional(self)
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **options: Any) -> Any:
@@ -266,45 +289,9 @@ class SDDMPipeline(_Translating, DiffusionPipeline):
         keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
         found = cls.load_config(path, **{key: options[key] for key in keys if key in options})
         if found.get("_class_name") in PROMPTED:
-            return SDDMTextPipeline(DiffusionPipeline.from_pretrained(path, **{**absent_parts(found), **options}))
+            options = {**pipelines.absent_parts(found), **options}
+            return SDDMTextPipeline(DiffusionPipeline.from_pretrained(path, **options))
         return super().from_pretrained(path, **options)
-
-    def __call__(
-        self, image: Pictures, num_inference_steps: int = 100, t0: float = 0.5, area: int = 16, energy: Any = None,
-        variant: str = "manifold", sampler: str | None = None, eta: float = 0.0,
-        class_labels: int | Sequence[int] | torch.Tensor | None = None, num_images_per_image: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None, output_type: str = "pil",
-        return_dict: bool = True, callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",), *, strength: float | None = None,
-        num_images_per_prompt: int = 1, latents: torch.Tensor | None = None, timesteps: Sequence[int] | None = None,
-        sigmas: Sequence[float] | None = None,
-    ) -> Any:  # fmt: skip
-        """Translate pictures; returns ImagePipelineOutput with `images`, several in a row for every reference.
-
-        Args:
-            image: references, one or a list: paths; PIL pictures, which are turned upright, cropped and resized to the
-                model's size; arrays [N, H, W, 3], uint8 or in [0, 1]; tensors [N, 3, H, W], or [N, 1, H, W] of grey
-                ones, in [0, 1] or, where a value is negative, [-1, 1]; or latents [N, C, H, W].
-            num_inference_steps: steps of the whole process.
-            t0: share of the process, at its end, without guidance. More of it: more realistic, less like the reference.
-            area: number of blocks per side, of the latents for a latent model: with a factor of 8, 16 blocks of
-                64x64 latents hold what 16 blocks of a 512-pixel picture do.
-            energy: names ("dct", "low_pass"), or objects of `guided_diffusion.energy`; None for `dct` on pixels and
-                none on latents.
-            variant, eta: see `sddm.sample`. sampler: None for ancestral, and ddim for flow matching and EDM.
-            class_labels: for a class-conditional network, one or one for each reference.
-            num_images_per_image, num_images_per_prompt: translations of every reference.
-            output_type: pil, np, pt, or latent.
-            callback_on_step_end: called with (pipe, i, t, {"latents": x}); may return other latents. Setting
-                `pipe._interrupt` stops the run.
-            strength: begin late, as in img2img pipelines: this share of the steps, from the noised reference.
-            latents: the first draw of noise. timesteps, sigmas: the scheduler's list, in place of a number.
-
-        Raises InputError.
-        """
-        options = {name: value for name, value in locals().items() if name in SHARED}
-        labels = {} if class_labels is None else {"class_labels": torch.as_tensor(class_labels).reshape(-1)}
-        return self._translate(Unconditional(self), Prompt(embeddings=labels), image, **options)
 
 
 class SDDMTextPipeline(_Translating):
@@ -324,6 +311,9 @@ class SDDMTextPipeline(_Translating):
             raise AttributeError(name)
         return getattr(self.pipe, name)
 
+    def _kind(self) -> Pipeline:
+        return KINDS[type(self.pipe).__name__](self.pipe)
+
     def to(self, *arguments: Any, **options: Any) -> "SDDMTextPipeline":
         """Move the pipeline; see `DiffusionPipeline.to`."""
         self.pipe.to(*arguments, **options)
@@ -337,14 +327,13 @@ class SDDMTextPipeline(_Translating):
         """Translate pictures towards a prompt; returns ImagePipelineOutput with `images`.
 
         prompt, negative_prompt: for all pictures, or one for each. guidance_scale: classifier-free guidance, None for
-        the pipeline's default. options: the other arguments of `SDDMPipeline`, such as generator and output_type;
-        height, the side of the pictures in pixels; and embeddings by the names of the pipeline's arguments, such as
-        `prompt_embeds`. The defaults suit latents of 64x64 to 128x128. Raises InputError.
+        the pipeline's default. options: the other arguments of `SDDMPipeline`, such as generator and output_type, and
+        embeddings by the names of the pipeline's arguments, such as `prompt_embeds`. The defaults suit latents of 64x64
+        to 128x128. Raises InputError.
         """
         if image is None:
             raise InputError("give the references", parameter="image")
         embeddings = {name: options.pop(name) for name in [*options] if name not in SHARED}
         self.guidance_scale = guidance_scale
-        wanted = Prompt(prompt, negative_prompt, guidance_scale, embeddings)
-        options |= {"strength": strength, "num_inference_steps": num_inference_steps, "t0": t0, "area": area}
-        return self._translate(KINDS[type(self.pipe).__name__](self.pipe), wanted, image, **options)
+        options["prompts"] = Prompt(prompt, negative_prompt, guidance_scale, embeddings)
+        return super().__call__(image, num_inference_steps, t0, area, strength=strength, **options)
