@@ -1,6 +1,7 @@
 """Reading references: formats and modes to exact pixels, names and folders, and everything that can be wrong."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -111,7 +112,6 @@ EXACT, LOSSY = 0, 6
 
 
 TWO_BITS = bytes([0x00, 0x00, 0x55, 0x55] * 8 + [0xAA, 0xAA, 0xFF, 0xFF] * 8)
-FOUR_BITS = bytes([0x00] * 4 + [0x55] * 4) * 8 + bytes([0xAA] * 4 + [0xFF] * 4) * 8
 TWELVE_BITS = bytes([0x00] * 12 + [0x55] * 12) * 8 + bytes([0xAA] * 12 + [0xFF] * 12) * 8
 DEEP_COLOURS = (rgb(*COLOURS) * np.uint16(256) + np.uint16(7)).astype(">u2").tobytes()
 SEEN_THROUGH = rgb(RED, WHITE, over(128, BLUE, WHITE), over(64, YELLOW, WHITE))
@@ -127,33 +127,24 @@ def floats(*values):
 FORMATS = [
     ("png palette, alpha per entry",
      encode(palette_image(), "PNG", transparency=bytes([255, 0, 128, 64])), SEEN_THROUGH, 1),
-    ("png 1 bit, black transparent", png(bytes([0x00, 0xFF] * SIZE), SIZE, SIZE, 1, 0, [0]), grey(255, 255, 255, 255)),
     ("png 2 bits, a transparent level", png(TWO_BITS, SIZE, SIZE, 2, 0, [1]), grey(0, 255, 170, 255)),
-    ("png 4 bits, a transparent level", png(FOUR_BITS, SIZE, SIZE, 4, 0, [5]), grey(0, 255, 170, 255)),
     ("png 16-bit grey rounds to the nearest level", encode(quadrants(LEVELS_NEAR), "PNG"), grey(0, 1, 254, 255)),
     ("png 16-bit grey, one transparent",
      png(quadrants(LEVELS16).astype(">u2").tobytes(), SIZE, SIZE, 16, 0, [21845]), grey(0, 255, 170, 255)),
     ("png 16-bit rgb, one transparent",
      png(DEEP_COLOURS, SIZE, SIZE, 16, 2, [7, 200 * 256 + 7, 7]), rgb(RED, WHITE, BLUE, YELLOW)),
     ("png animated", ANIMATED, rgb(*COLOURS)),
-    ("jpeg rgb", encode(rgb(*COLOURS), "JPEG", quality=95, subsampling=0), rgb(*COLOURS), LOSSY),
     ("jpeg cmyk, inverted as Adobe does", encode(cmyk(), "JPEG", quality=95), rgb(RED, GREEN, BLUE, BLACK), LOSSY),
     ("webp rgba", encode(with_alpha([255, 0, 128, 64]), "WEBP", lossless=True, exact=True), SEEN_THROUGH, 1),
-    ("tiff cmyk", encode(cmyk(), "TIFF"), rgb(RED, GREEN, BLUE, BLACK)),
     ("tiff 16-bit grey, white is zero", tiff(quadrants(LEVELS16).tobytes(), 16, photometric=0), grey(*GREYS[::-1])),
     ("tiff 12-bit grey", tiff(TWELVE_BITS, 12), grey(*GREYS)),
     ("tiff 32-bit integers in 16-bit range", tiff(quadrants(LEVELS16).astype("<u4").tobytes(), 32), grey(*GREYS)),
     ("tiff float in 0..1, negatives clipped", floats(-3, 1 / 3, 2 / 3, 1), grey(*GREYS)),
     ("tiff float beyond 255, clipped", floats(-9, 85.4, 169.6, 1e30), grey(*GREYS)),
-    ("gif", encode(palette_image(), "GIF"), rgb(*COLOURS)),
     ("jpeg 2000 16-bit grey", encode(quadrants(LEVELS16), "JPEG2000"), grey(*GREYS)),
-    ("pnm 16-bit grey", b"P5 16 16 65535\n" + quadrants(LEVELS16).astype(">u2").tobytes(), grey(*GREYS)),
     ("tga rgb, which has no signature", encode(rgb(*COLOURS), "TGA"), rgb(*COLOURS)),
-    ("dds rgba", encode(with_alpha([255, 0, 255, 255]), "DDS"), rgb(RED, WHITE, BLUE, YELLOW)),
 ]
 # fmt: on
-if "AVIF" in references_module.FORMATS:  # Pillow 11.2 and newer, where built with libavif
-    FORMATS += [("avif", encode(rgb(*COLOURS), "AVIF", quality=100, subsampling="4:4:4"), rgb(*COLOURS), LOSSY)]
 
 
 @pytest.mark.parametrize(
@@ -184,37 +175,22 @@ def test_plain_pictures_give_the_bits_of_version_0_2(tmp_path, resize, colour, a
         assert hashlib.sha256(loaded.tobytes()).hexdigest()[:12] == expected
 
 
-ORIENTED = {  # what the stored array must be, so that EXIF's orientation gives the upright one
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: np.rot90(a),
-    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda a: np.rot90(a, -1),
-}
-
-
-@pytest.mark.parametrize("orientation", ORIENTED)
-@pytest.mark.parametrize("form, options", [("JPEG", {"quality": 95, "subsampling": 0}), ("TIFF", {})])
-def test_exif_orientation_is_applied(tmp_path, form, options, orientation):
+@pytest.mark.parametrize("orientation, stored", [(5, lambda a: a.transpose(1, 0, 2)), (6, np.rot90)])
+@pytest.mark.parametrize("form", ["JPEG", "TIFF"])
+def test_exif_orientation_is_applied(tmp_path, form, orientation, stored):
     upright = np.concatenate([rgb(*COLOURS), rgb(BLACK, BLUE, WHITE, RED)], axis=1)  # no turn or mirror keeps it
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "image"
-    path.write_bytes(encode(np.ascontiguousarray(ORIENTED[orientation](upright)), form, exif=exif, **options))
+    path.write_bytes(encode(np.ascontiguousarray(stored(upright)), form, exif=exif, quality=95, subsampling=0))
     loaded = load_image(str(path), 32, resize="pad", background="black")
-    expected = np.zeros((32, 32, 3), np.uint8)
-    expected[8:24] = upright
-    assert np.abs(loaded.astype(int) - expected).max() <= LOSSY
+    assert np.abs(loaded[8:24].astype(int) - upright).max() <= LOSSY and not loaded[:8].any()
 
 
-@pytest.mark.parametrize("form", ["PNG", "WEBP"])
 @pytest.mark.parametrize("exif", [b"Exif\0\0MX\0*\0\0\0\x08", b"Exif\0\0MM\0*\xff\0"], ids=["header", "cut"])
-def test_damaged_exif_leaves_the_picture_as_stored(tmp_path, form, exif):
+def test_damaged_exif_leaves_the_picture_as_stored(tmp_path, exif):
     path = tmp_path / "image"
-    path.write_bytes(encode(rgb(*COLOURS), form, exif=exif, lossless=True))
+    path.write_bytes(encode(rgb(*COLOURS), "PNG", exif=exif))
     assert (load_image(str(path), SIZE) == rgb(*COLOURS)).all()
 
 
@@ -230,7 +206,7 @@ def gamma_profile(power):
     return bytes(profile)
 
 
-@pytest.mark.parametrize("form, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})])
+@pytest.mark.parametrize("form, options", [("PNG", {}), ("WEBP", {"lossless": True})])
 def test_linear_colours_become_srgb_and_keep_their_alpha(tmp_path, form, options):
     light = np.array(COLOURS) / 255
     srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
@@ -294,11 +270,11 @@ def blocks(*colours, size=SIZE):
     return np.concatenate([np.full((size, size, 3), colour, np.uint8) for colour in colours], axis=1)
 
 
-@pytest.mark.parametrize("width, height", [(1, 1), (7, 1), (1, 60000), (3000, 2000)])
-@pytest.mark.parametrize("resize", ["crop", "stretch"])
-def test_one_colour_stays_at_any_size(tmp_path, width, height, resize):
+@pytest.mark.parametrize("width, height", [(1, 1), (1, 60000), (3000, 2000)])
+def test_one_colour_stays_at_any_size(tmp_path, width, height):
     path = saved(tmp_path, np.broadcast_to(np.uint8([10, 20, 230]), (height, width, 3)))
-    assert (load_image(path, 32, resize=resize) == (10, 20, 230)).all()
+    for resize in ("crop", "stretch"):
+        assert (load_image(path, 32, resize=resize) == (10, 20, 230)).all()
 
 
 def test_crop_of_a_hair_is_not_enlarged_whole(tmp_path):
@@ -482,52 +458,24 @@ def test_base_that_cannot_be_a_path_is_an_input_error(base, monkeypatch, tmp_pat
     assert "\n" not in str(caught.value) and "give a folder" in str(caught.value)
 
 
-class as_nobody:
-    """Run a block with another effective user, so that permissions count although the tests run as root."""
+def test_what_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    """A file is an ImageError, a folder an InputError; refused here, as root may read all."""
+    touch(tmp_path, "base/a.png", "base/sub/b.png")
 
-    def __enter__(self):
-        self.was = os.geteuid()
-        if self.was == 0:
-            try:
-                os.seteuid(65534)
-            except OSError:
-                pytest.skip("root that may not become another user: no permission can be denied")
+    def refusing(function, name):
+        def refuse(path, *arguments):
+            if os.fspath(path).endswith(name):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return function(path, *arguments)
 
-    def __exit__(self, *_):
-        os.seteuid(self.was)
+        return refuse
 
-
-@pytest.fixture
-def open_tmp_path(tmp_path):
-    """tmp_path, which the user of `as_nobody` can reach."""
-    closed = [folder for folder in (tmp_path, *tmp_path.parents) if not folder.stat().st_mode & 0o001]
-    modes = {folder: folder.stat().st_mode for folder in closed if os.geteuid() == 0}
-    for folder, mode in modes.items():
-        folder.chmod(mode | 0o011)
-    yield tmp_path
-    for folder, mode in modes.items():
-        folder.chmod(mode)
-
-
-def test_permission_denied(open_tmp_path):
-    path = open_tmp_path / "secret.png"
-    path.write_bytes(encode(rgb(*COLOURS), "PNG"))
-    path.chmod(0)
-    with as_nobody(), pytest.raises(ImageError, match=r": permission denied$"):
-        load_image(str(path), SIZE)
-
-
-@pytest.mark.parametrize("locked", ["base", "base/sub"])
-def test_unreadable_folder_is_an_input_error(open_tmp_path, locked):
-    touch(open_tmp_path, "base/a.png", "base/sub/b.png")
-    (open_tmp_path / "base").chmod(0o755)
-    (open_tmp_path / locked).chmod(0)
-    try:
-        with as_nobody(), pytest.raises(InputError) as caught:
-            list_references(str(open_tmp_path / "base"))
-    finally:
-        (open_tmp_path / locked).chmod(0o755)
-    assert caught.value.reason.startswith("permission denied")
+    monkeypatch.setattr("builtins.open", refusing(open, "a.png"))
+    with pytest.raises(ImageError, match=r": permission denied$"):
+        load_image(str(tmp_path / "base" / "a.png"), SIZE)
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir, "sub"))
+    with pytest.raises(InputError, match="permission denied"):
+        list_references(str(tmp_path / "base"))
 
 
 # ---- two files to one output ----------------------------------------------------------------------------------------
@@ -571,11 +519,6 @@ def patched(data, at, replacement):
     return data[:at] + replacement + data[at + len(replacement) :]
 
 
-def jpeg_with_size(width, height):
-    data = encode(rgb(*COLOURS), "JPEG")
-    return patched(data, data.index(b"\xff\xc0") + 5, struct.pack(">HH", height, width))
-
-
 def cut(form, keep, **options):
     """The first `keep` (a share) of a 64 x 64 image of noise."""
     data = encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), form, **options)
@@ -586,7 +529,6 @@ def text(content):
     return lambda path: path.write_bytes(content)
 
 
-BOMB = r"pixels.* limit of 178956970 .*decompression bomb"
 TRUNCATED = "^(damaged, truncated or unsupported: |not an image, or damaged at its head: )"
 NO_IMAGE = "^not an image, or damaged at its head"
 # fmt: off
@@ -595,17 +537,12 @@ BROKEN = [
     ("text", text(b"hello world\nsecond line\n"), rf"{NO_IMAGE}: begins with b'hello world\\nseco'"),
     ("postscript is not run", text(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), f"{NO_IMAGE}: begins with"),
     ("text that begins like a bmp", text(b"BMW cars and other things to drive around in, long"), "Truncated File Read"),
-    ("png signature alone", text(b"\x89PNG\r\n\x1a\n"), TRUNCATED),
     ("tiff signature alone", text(b"II*\0"), TRUNCATED),
     ("png with a damaged header", text(patched(encode(rgb(*COLOURS), "PNG"), 18, b"\xff")), NO_IMAGE),
-    ("png of no pixels", text(png(b"\0", 0, 1, 8, 0)), "PNG"),
-    ("tiff of half floats", text(tiff(bytes(2 * SIZE * SIZE), 16, sample_format=3)), f"{NO_IMAGE}|unknown pixel mode"),
     ("tiff with NaN", text(floats(0, 1, np.nan, 0)), "float image with values that are NaN"),
     ("tiff beyond 16 bits", text(tiff(quadrants(np.uint32([0, 1, 2, 70_000])).tobytes(), 32)), "from 0 to 70000"),
     ("negative tiff", text(tiff(quadrants(np.int16([-5, 1, 2, 3])).tobytes(), 16, sample_format=2)), "from -5 to 3"),
-    ("decompression bomb, png", bomb_png, BOMB),
-    ("decompression bomb, jpeg", text(jpeg_with_size(65_000, 65_000)), BOMB),
-    ("no such file", lambda path: None, "^no such file or folder$"),
+    ("decompression bomb", bomb_png, r"pixels.* limit of 178956970 .*decompression bomb"),
     ("dangling link", lambda path: path.symlink_to("no where\n"), r"^broken link to 'no where\\n'$"),
     ("folder", lambda path: path.mkdir(), "^a folder, not a regular file$"),
     ("pipe", lambda path: os.mkfifo(path), "^a named pipe, not a regular file$"),
@@ -615,8 +552,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("make, words", [row[1:] for row in BROKEN], ids=[row[0] for row in BROKEN])
-def test_broken_file_is_an_image_error_of_one_line(tmp_path, monkeypatch, make, words):
-    monkeypatch.chdir(tmp_path)  # a socket's address must be short
+def test_broken_file_is_an_image_error_of_one_line(tmp_path, make, words):
     path = tmp_path / "broken.png"
     make(path)
     with pytest.raises(ImageError) as caught:
@@ -640,7 +576,6 @@ def test_exhausted_memory_is_an_image_error(tmp_path, monkeypatch):
 _noise = np.random.default_rng(5).integers(0, 256, (24, 20, 3), np.uint8)
 _noise[8:, 8:] = np.add.outer(np.arange(16) * 9, np.arange(12) * 8)[..., None]
 SAMPLES = {
-    "png": encode(_noise, "PNG"),
     "png-16": encode(_noise[..., 0].astype(np.uint16) * 250, "PNG"),
     "jpeg": encode(_noise, "JPEG"),
     "webp": encode(_noise, "WEBP"),
@@ -648,7 +583,6 @@ SAMPLES = {
     "gif": encode(Image.fromarray(_noise).quantize(32), "GIF"),
     "jpeg-2000": encode(_noise, "JPEG2000"),
     "tga": encode(_noise, "TGA"),
-    **({"avif": encode(_noise, "AVIF")} if "AVIF" in references_module.FORMATS else {}),
 }
 
 
@@ -712,19 +646,13 @@ def test_mutated_file_loads_or_raises_image_error(tmp_path, name, changes, head_
 # ---- no side effects ------------------------------------------------------------------------------------------------
 
 
-def test_pillow_and_warnings_are_left_as_they_were(tmp_path):
+def test_reading_leaves_no_trace(tmp_path):
+    """No file stays open, and Pillow's settings and the warnings' filters are as they were."""
+
     def state():
-        return Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters), list(Image.ID)
+        open_files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+        return open_files, Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters), [*Image.ID]
 
-    before = state()
-    for data in (SAMPLES["png"], SAMPLES["tiff-float"][:200], jpeg_with_size(65_000, 65_000)):
-        with contextlib.suppress(ImageError):
-            load_bytes(tmp_path, data)
-    assert state() == before
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
-def test_no_file_stays_open(tmp_path):
     def read_all():
         for data in SAMPLES.values():
             for part in (data, data[: len(data) // 2], b"text"):
@@ -734,9 +662,9 @@ def test_no_file_stays_open(tmp_path):
 
     touch(tmp_path, "a.png")
     read_all()
-    before = len(os.listdir("/proc/self/fd"))
+    before = state()
     read_all()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert state() == before
 
 
 # ---- blobfile -------------------------------------------------------------------------------------------------------
