@@ -270,13 +270,6 @@ def blocks(*colours, size=SIZE):
     return np.concatenate([np.full((size, size, 3), colour, np.uint8) for colour in colours], axis=1)
 
 
-@pytest.mark.parametrize("width, height", [(1, 1), (1, 60000), (3000, 2000)])
-def test_one_colour_stays_at_any_size(tmp_path, width, height):
-    path = saved(tmp_path, np.broadcast_to(np.uint8([10, 20, 230]), (height, width, 3)))
-    for resize in ("crop", "stretch"):
-        assert (load_image(path, 32, resize=resize) == (10, 20, 230)).all()
-
-
 def test_crop_of_a_hair_is_not_enlarged_whole(tmp_path):
     hair = np.full((1, 400_000, 3), 7, np.uint8)
     hair[0, 199_990:200_010] = GREEN
@@ -299,20 +292,16 @@ def test_crop_equals_guided_diffusions_recipe(tmp_path_factory, width, height, s
     assert (load_image(path, size) == image[top : top + size, left : left + size]).all()
 
 
-@pytest.mark.parametrize("turn", [False, True], ids=["wide", "tall"])
-def test_pad_fits_inside_the_background(tmp_path, turn):
+def test_pad_fits_inside_the_background(tmp_path):
     array = blocks(RED, GREEN, BLUE)
-    path = saved(tmp_path, array.transpose(1, 0, 2) if turn else array)
-    loaded = load_image(path, 48, resize="pad", background="#010203")
-    loaded = loaded.transpose(1, 0, 2) if turn else loaded
+    loaded = load_image(saved(tmp_path, array), 48, resize="pad", background="#010203")
     assert (loaded[16:32] == array).all()
     assert (loaded[:16] == (1, 2, 3)).all() and (loaded[32:] == (1, 2, 3)).all()
 
 
-@pytest.mark.parametrize("background, colour", [("white", WHITE), ("black", BLACK), ("#102030", (16, 32, 48))])
-def test_background_shows_through(tmp_path, background, colour):
-    loaded = load_image(saved(tmp_path, with_alpha([255, 0, 128, 0])), SIZE, background=background)
-    expected = rgb(RED, colour, over(128, BLUE, colour), colour)
+def test_background_shows_through(tmp_path):
+    loaded = load_image(saved(tmp_path, with_alpha([255, 0, 128, 0])), SIZE, background="#102030")
+    expected = rgb(RED, (16, 32, 48), over(128, BLUE, (16, 32, 48)), (16, 32, 48))
     assert np.abs(loaded.astype(int) - expected).max() <= 1
 
 
@@ -331,31 +320,23 @@ def test_wrong_option_is_an_input_error(tmp_path, parameter, value):
 NAMES = [
     *("UPPER.PNG", "Ünïcödé.webp", "猫/三毛.png", "--base_samples.png", "new\nline.png", "a.b.c.tiff"),
     *("back\\slash.png", "nested/deep/er/x.png", "folder.png/inside.png", "#hash$HOME`id`'\"*?[x].png"),
+    os.fsdecode(b"caf\xe9.png"),  # not UTF-8
 ]
 
 
 def test_every_name_is_listed_and_loads(tmp_path):
     data = encode(rgb(*COLOURS), "PNG")
-    for name in NAMES:
+    for name in (*NAMES, ".hidden"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
     references = list_references(str(tmp_path))
     assert [reference.name for reference in references] == sorted(NAMES)
-    for reference in references:
+    (single,) = list_references(str(tmp_path / ".hidden"))  # a file of any name, where it is given
+    assert single.name == ".hidden"
+    for reference in (*references, single):
+        display_name(reference.name).encode("utf-8")
         assert reference.stem + os.path.splitext(reference.name)[1] == reference.name
         assert (load_image(reference, SIZE) == rgb(*COLOURS)).all()
-
-
-def test_name_that_is_not_utf8(tmp_path):
-    name = os.fsdecode(b"caf\xe9.png")
-    try:
-        (tmp_path / name).write_bytes(encode(rgb(*COLOURS), "PNG"))
-    except OSError:
-        pytest.skip("this file system takes only UTF-8 names")
-    (reference,) = list_references(str(tmp_path))
-    assert os.fsencode(reference.name) == b"caf\xe9.png"
-    assert (load_image(reference, SIZE) == rgb(*COLOURS)).all()
-    display_name(reference.name).encode("utf-8")
 
 
 def touch(root, *names):
@@ -368,31 +349,15 @@ def names_under(path):
     return [reference.name for reference in list_references(str(path))]
 
 
-@pytest.mark.parametrize("name", ["one.png", "no suffix", ".hidden"])
-def test_single_file(tmp_path, name):
-    (tmp_path / name).write_bytes(encode(rgb(*COLOURS), "PNG"))
-    (reference,) = list_references(str(tmp_path / name))
-    assert reference.name == name
-    assert (load_image(reference, SIZE) == rgb(*COLOURS)).all()
-
-
-def test_linked_files_and_folders_are_followed(tmp_path):
-    touch(tmp_path, "elsewhere/a.png", "elsewhere/sub/b.png", "base/own.png")
-    (tmp_path / "base" / "folder").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "base" / "file.png").symlink_to(tmp_path / "elsewhere" / "a.png")
-    (tmp_path / "base_link").symlink_to(tmp_path / "base")
-    expected = ["file.png", "folder/a.png", "folder/sub/b.png", "own.png"]
-    assert names_under(tmp_path / "base") == names_under(f"{tmp_path / 'base_link'}//") == expected
-
-
-def test_cycles_of_links_end(tmp_path):
-    touch(tmp_path, "a/x.png", "b/y.png")
-    (tmp_path / "a" / "self").symlink_to(".")
-    (tmp_path / "a" / "up").symlink_to("..")
-    (tmp_path / "a" / "other").symlink_to("../b")
-    (tmp_path / "b" / "other").symlink_to("../a")
-    (tmp_path / "loop").symlink_to("loop")
-    assert names_under(tmp_path) == ["a/other/y.png", "a/x.png", "b/other/x.png", "b/y.png"]
+def test_links_are_followed_and_their_cycles_end(tmp_path):
+    touch(tmp_path, "base/x.png", "elsewhere/y.png")
+    for link, target in (("self", "."), ("up", ".."), ("other", "../elsewhere"), ("file.png", "../elsewhere/y.png")):
+        (tmp_path / "base" / link).symlink_to(target)
+    (tmp_path / "elsewhere" / "back").symlink_to("../base")
+    (tmp_path / "base" / "loop").symlink_to("loop")
+    (tmp_path / "link").symlink_to("base")
+    expected = ["file.png", "other/y.png", "up/elsewhere/y.png", "x.png"]
+    assert names_under(tmp_path / "base") == names_under(f"{tmp_path / 'link'}//") == expected
 
 
 def test_folders_that_link_to_each_other_in_a_web_end_in_an_error(tmp_path, monkeypatch):
@@ -447,15 +412,12 @@ def test_bad_base_is_an_input_error(tmp_path, make, words):
     assert (caught.value.parameter, caught.value.value) == ("base_samples", str(base)) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "base", ["", "nul\0byte", "new\nline", "http://example.org/a.png", "s3://bucket/x", "https://example.org/dir"]
-)
+@pytest.mark.parametrize("base", ["", "nul\0byte", "new\nline", "http://example.org/a.png", "s3://bucket/x"])
 def test_base_that_cannot_be_a_path_is_an_input_error(base, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match="give a folder") as caught:
         list_references(base, parameter="eval_data")
-    assert (caught.value.parameter, caught.value.value) == ("eval_data", base)
-    assert "\n" not in str(caught.value) and "give a folder" in str(caught.value)
+    assert (caught.value.parameter, caught.value.value) == ("eval_data", base) and "\n" not in str(caught.value)
 
 
 def test_what_may_not_be_read_is_one_line(tmp_path, monkeypatch):
@@ -691,14 +653,11 @@ def test_blobfile_lists_and_reads(tmp_path, through_blobfile):
 
 
 def test_blobfile_errors_are_ours(tmp_path, through_blobfile):
-    touch(tmp_path, "base/notes.txt", "zero/a.png")
-    (tmp_path / "zero" / "a.png").write_bytes(b"")
+    touch(tmp_path, "base/notes.txt")
     with pytest.raises(InputError, match=r"no image in this folder.* 1 other file"):
         list_references(str(tmp_path / "base"))
     with pytest.raises(InputError, match=r"base_samples is .*no such file or folder"):
         list_references(str(tmp_path / "missing"))
-    with pytest.raises(ImageError, match="the file is empty"):
-        load_image(str(tmp_path / "zero" / "a.png"), SIZE)
     with pytest.raises(ImageError, match="no such file"):
         load_image(str(tmp_path / "missing.png"), SIZE)
 
@@ -726,9 +685,9 @@ def test_to_tensor_orders_channels_and_scales():
             to_tensor(images)
 
 
-@pytest.mark.parametrize("value, level", [(5, 255), (float("-inf"), 0), (-1 + 0.9 / 127.5, 1), (-1 + 0.4 / 127.5, 0)])
-def test_to_uint8_rounds_to_nearest_and_clips(value, level):
-    assert (to_uint8(torch.full((1, 3, 2, 2), value)) == level).all()
+def test_to_uint8_rounds_to_nearest_and_clips():
+    for value, level in ((5, 255), (float("-inf"), 0), (-1 + 0.9 / 127.5, 1), (-1 + 0.4 / 127.5, 0)):
+        assert (to_uint8(torch.full((1, 3, 2, 2), value)) == level).all()
 
 
 def test_to_uint8_names_the_images_with_nan():
