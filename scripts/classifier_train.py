@@ -24,7 +24,7 @@ from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.dist_util import Ranks
 from guided_diffusion.script_util import create_diffusion
 from guided_diffusion.training.config import ClassifierRunOptions, ClassOptions, DataOptions, EncoderOptions
-from guided_diffusion.training.data import TrainImages, held_out_images, labelled_images
+from guided_diffusion.training.data import TrainImages, labelled_images, refuse_own_outputs
 from guided_diffusion.training.losses import classifier_loss, evaluate
 from guided_diffusion.training.start import ENCODER, begin
 
@@ -42,21 +42,20 @@ def create_parser() -> Parser:
 
 
 def train(given: Given, ranks: Ranks) -> int:
-    data, classes, run = (
-        given.options(DataOptions),
-        given.options(ClassOptions),
-        loop.Run(given, ranks, ClassifierRunOptions),
-    )
-    config, model = run.config, given.options(EncoderOptions).given()
-    references, label = labelled_images(data.data_dir, classes.domains, config.save_dir)
+    data, classes, model = (given.options(cls) for cls in (DataOptions, ClassOptions, EncoderOptions))
+    run = loop.Run(given, ranks, ClassifierRunOptions)
+    config = run.config
+    references, label = labelled_images(data.data_dir, classes.domains)
+    refuse_own_outputs(config.save_dir, classes.domains or data.data_dir, references)
     with run.folder():
-        start = begin(config, ENCODER, model, label, head="I2Iout" if classes.domains else "out")
+        start = begin(config, ENCODER, model.given(), label, head="I2Iout" if classes.domains else "out")
         reading = {"seed": config.seed, "random_crop": classes.random_crop, **data.reading()}
         images = TrainImages(references, start.flags["image_size"], labels=start.labels, **reading)
         diffusion = create_diffusion(**start.flags)
         losses, measure = classifier_loss(diffusion, classes.noised), None
-        if held_out := held_out_images(classes.val_data_dir, classes.val_domains, classes.domains, start.classes):
-            others = TrainImages(held_out[0], images.image_size, labels=held_out[1], **reading)
+        if classes.val_data_dir or classes.val_domains:
+            held_out, label = labelled_images(classes.val_data_dir, classes.val_domains, start.classes, "val_")
+            others = TrainImages(held_out, images.image_size, labels=label(start.classes)[0], **reading)
             measure = functools.partial(
                 evaluate, losses=losses, images=others, num_timesteps=diffusion.num_timesteps, device=run.device,
                 batch_size=config.batch_size, seed=config.seed, rank=ranks.rank, world_size=ranks.world_size,

@@ -10,6 +10,7 @@ import os
 import re
 from typing import Any
 
+from ..checkpoint import ModelFlags
 from ..errors import InputError
 from ..image_datasets import RESIZE_MODES
 from ..options import Checked, option
@@ -25,7 +26,7 @@ class TrainConfig(Checked):
 
     save_dir: str = option("output/train", "folder of the run's files", metavar="DIR", runtime=True)
     batch_size: int = option(1, "images per step and process", least=1, most=1 << 16)
-    microbatch: int = option(-1, "images per forward pass; -1: the whole batch", least=-1, runtime=True)
+    microbatch: int = option(-1, "images per forward pass; below 1: the whole batch", least=-1, runtime=True)
     lr: float = option(1e-4, "learning rate of AdamW", above=0)
     lr_anneal_steps: int = option(0, "anneal the learning rate to 0 by this step, then end; 0: constant", least=0)
     lr_schedule: str = option("linear", "shape of the annealing", choices=("linear", "cosine"))
@@ -54,26 +55,16 @@ class TrainConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for parameter, fits, reason in (
-            ("save_dir", self.save_dir and "\0" not in self.save_dir, "give a folder"),
-            ("microbatch", self.microbatch != 0, "it must be at least 1, or -1 for the whole batch"),
-            ("resume", self.resume in ("", "auto"), "it can be auto, or empty"),
-            ("export", self.export_path().endswith(".safetensors"), "the name must end in .safetensors"),
-            ("export", "\0" not in self.export, "it is not a path"),
-        ):
-            if not fits:
-                raise InputError(reason, parameter=parameter, value=getattr(self, parameter))
+        if not self.export_path().endswith(".safetensors"):
+            raise InputError("the name must end in .safetensors", parameter="export", value=self.export)
         self.ema_rates()
 
     def ema_rates(self) -> dict[str, float]:
         """Rates by the text that spells them, in the order given."""
         texts = [part.strip() for part in self.ema_rate.split(",") if part.strip()]
         if not all(re.fullmatch(r"0(\.[0-9]{1,14})?", text) for text in texts) or len(texts) > 8:
-            raise InputError(
-                "it is a list of up to 8 numbers from 0 to below 1, like 0.9999,0.999, of at most 14 decimals",
-                parameter="ema_rate",
-                value=self.ema_rate,
-            )
+            reason = "it is a list of up to 8 numbers from 0 to below 1, like 0.9999,0.999, of at most 14 decimals"
+            raise InputError(reason, parameter="ema_rate", value=self.ema_rate)
         return {text: float(text) for text in texts}
 
     def last_step(self) -> int | None:
@@ -129,6 +120,12 @@ class ClassOptions(Checked):
     noised: bool = option(True, "noised images at random timesteps; False: clean ones at timestep 0")
     random_crop: bool = option(False, "read images 5/4 as large and cut out random windows")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wrong, right = ("val_data_dir", "domains") if self.domains else ("val_domains", "data_dir")
+        if value := getattr(self, wrong):
+            raise InputError(f"it does not go with `{right}`", parameter=wrong, value=value)
+
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions(Checked):
@@ -150,11 +147,8 @@ class SuperResOptions(Checked):
     def check_large(self, large_size: int) -> None:
         """Raise InputError unless images of side large_size are larger."""
         if self.small_size >= large_size:
-            raise InputError(
-                f"it must be below that of the images to make, {large_size}",
-                parameter="small_size",
-                value=self.small_size,
-            )
+            reason = f"it must be below that of the images to make, {large_size}"
+            raise InputError(reason, parameter="small_size", value=self.small_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,52 +183,16 @@ def precision(run: RunOptions, given: str) -> str:
     return "fp16" if half else given
 
 
-# ---- the model's options --------------------------------------------------------------------------------------------
-
-# Beyond these bounds no machine can train a network, and building one could take hours.
-LARGEST_SIDE = 8192
-_WIDTH, _DEPTH = {"least": 1, "most": 1 << 14}, {"least": 1, "most": 64}
-BOUNDS: dict[str, dict[str, Any]] = {
-    "image_size": {"least": 1, "most": LARGEST_SIDE},
-    "num_channels": _WIDTH,
-    "classifier_width": _WIDTH,
-    "num_res_blocks": _DEPTH,
-    "classifier_depth": _DEPTH,
-    "num_heads": _WIDTH,
-    "num_heads_upsample": {"least": -1, "most": 1 << 14},
-    "num_head_channels": {"least": -1, "most": 1 << 14},
-    "dropout": {"least": 0, "most": 1},
-    "diffusion_steps": {"least": 1, "most": 1_000_000},
-    "in_channels": {"choices": (1, 3)},
-}
+# Help texts of models' options that sampling words differently, or does not have.
 HELP = {
-    "image_size": "side of the images in pixels",
-    "in_channels": "channels of the images: 3, or 1 for grey ones",
-    "num_channels": "channels of the first level",
-    "classifier_width": "channels of the first level",
-    "channel_mult": "channels per level as multiples of `num_channels`; empty: by the image size",
-    "num_res_blocks": "residual blocks per level",
-    "classifier_depth": "residual blocks per level",
-    "attention_resolutions": "sides of the feature maps with attention",
-    "num_heads": "attention heads; `num_head_channels` overrides it",
-    "num_heads_upsample": "attention heads of the decoder; -1: as in the encoder",
-    "num_head_channels": "channels of an attention head",
-    "dropout": "dropout within residual blocks",
     "class_cond": "condition on classes: folders, dataset.json, or file names up to the first underscore",
-    "use_checkpoint": "recompute activations in the backward pass: less memory, a third slower",
-    "use_scale_shift_norm": "scale and shift normalised features by the time embedding",
-    "resblock_updown": "resample inside residual blocks",
-    "use_new_attention_order": "split queries, keys and values before the heads",
     "classifier_pool": "pooling of the last feature map: attention, adaptive, spatial or spatial_v2",
-    "learn_sigma": "learn the variance of the reverse steps",
     "diffusion_steps": "steps of the diffusion process",
     "noise_schedule": "noise levels of the steps: linear or cosine",
     "timestep_respacing": "train on these timesteps only",
-    "use_kl": "minimise the variational bound instead of the squared error",
     "predict_xstart": "predict the clean image instead of the noise",
     "predict_v": "predict the velocity instead of the noise",
     "rescale_timesteps": "scale timesteps to 0 to 1000 for the network",
-    "rescale_learned_sigmas": "weight the bound of learned variances as for 1000 steps",
 }
 
 
@@ -257,18 +215,17 @@ def encoder_defaults() -> dict[str, Any]:
 
 
 def _optional(name: str, doc: str, defaults: dict[str, Any]) -> type:
-    """Make a frozen options dataclass whose fields are None if not given."""
-
-    def given(self) -> dict[str, Any]:
-        """Options that are not None."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-
+    """Make a frozen options dataclass from fields of `ModelFlags`; they are None if not given."""
+    known = {field.name: field.metadata for field in dataclasses.fields(ModelFlags)}
+    other = {"classifier_width": "num_channels", "classifier_depth": "num_res_blocks"}
     fields: list[Any] = []
     for parameter, default in defaults.items():
-        text = HELP.get(parameter) or HELP.get(parameter.removeprefix("classifier_"), "")
-        help = f"{text} (default {'empty' if default == '' else default})".strip()
-        fields.append((parameter, type(default) | None, option(None, help, **BOUNDS.get(parameter, {}))))
-    cls = dataclasses.make_dataclass(name, fields, bases=(Checked,), frozen=True, namespace={"given": given})
+        metadata = known.get(other.get(parameter, parameter.removeprefix("classifier_")), {})
+        help = f"{HELP.get(parameter) or metadata['help']} (default {'empty' if default == '' else default})"
+        bounds: dict[str, Any] = {bound: metadata.get(bound) for bound in ("choices", "least", "most")}
+        fields.append((parameter, type(default) | None, option(None, help, **bounds)))
+    namespace = {"given": ModelFlags.given}
+    cls = dataclasses.make_dataclass(name, fields, bases=(Checked,), frozen=True, namespace=namespace)
     cls.__doc__, cls.__module__ = doc, __name__
     return cls
 

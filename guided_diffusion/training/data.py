@@ -216,48 +216,29 @@ def list_domains(
     return references, np.repeat(np.arange(len(parts)), [len(images) for images in found]), names
 
 
-def labelled_images(data_dir: str | None, domains: str | None, save_dir: str) -> tuple[list[TrainReference], Label]:
+def labelled_images(
+    data_dir: str | None, domains: str | None, classes: Sequence[str] | None = None, prefix: str = ""
+) -> tuple[list[TrainReference], Label]:
     """Images for a classifier, of a data set or of several domains, and the function that labels them.
 
-    Raises InputError unless there are two classes, and where save_dir lies among the images.
+    classes: those of the training data, for held-out data. prefix: of the names of the parameters. Raises InputError
+    unless one of the two is given.
     """
     if bool(data_dir) == bool(domains):
         reason = "give one of it and `domains`: a folder per class below it, or a folder per domain"
         raise InputError(reason, parameter="data_dir", value=data_dir or None)
-    if domains:
-        references, labels, names = list_domains(domains)
-    else:
-        references = list_images(data_dir)
-        labels, names = class_labels(references)
-    refuse_own_outputs(save_dir, domains or data_dir, references)
-    if len(names) < 2:
-        reason = f"it has one class only, {shown(names[0])}; it needs a folder per class"
-        raise InputError(reason, parameter="data_dir", value=data_dir)
+    if not domains:
+        references = list_images(data_dir, f"{prefix}data_dir")
+        return references, functools.partial(class_labels, references)
+    references, labels, names = list_domains(domains, f"{prefix}domains", classes)
 
     def label(known: Sequence[str] | None) -> Labels:
-        if known is None or list(known) == names:
-            return labels, names
-        if domains:
+        if known is not None and list(known) != names:
             reason = f"the checkpoint has the domains {listed(known)}, in this order"
             raise InputError(reason, parameter="domains", value=domains)
-        return class_labels(references, known)
+        return labels, names
 
     return references, label
-
-
-def held_out_images(
-    data_dir: str | None, domains: str | None, trained_on: str | None, classes: Sequence[str] | None
-) -> tuple[list[TrainReference], np.ndarray] | None:
-    """Held-out images and their labels, None where none are named; trained_on: the domains of the training images."""
-    wrong, value, right = ("val_data_dir", data_dir, "domains") if trained_on else ("val_domains", domains, "data_dir")
-    if value:
-        raise InputError(f"it does not go with `{right}`", parameter=wrong, value=value)
-    if domains:
-        return list_domains(domains, "val_domains", classes)[:2]
-    if data_dir:
-        references = list_images(data_dir, "val_data_dir")
-        return references, class_labels(references, classes)[0]
-    return None
 
 
 def folder_names(folders: Sequence[str]) -> list[str]:
@@ -274,15 +255,13 @@ def is_inside(path: str, folder: str) -> bool:
 
 def refuse_own_outputs(save_dir: str, folders: str | None, references: Sequence[TrainReference]) -> None:
     """Raise InputError where a run would train on files that it writes itself; folders: comma-separated."""
-    wrong: dict[str, Any] = {"parameter": "save_dir", "value": save_dir}
-    for folder in {folders or "", *folders_in(folders)}:
-        if os.path.isdir(folder) and is_inside(save_dir, folder):
-            reason = f"it lies in {display_name(folder)}, so the run's files would become training images"
-            raise InputError(f"{reason}; give a folder outside of it", **wrong)
+    around = [f for f in (folders or "", *folders_in(folders)) if os.path.isdir(f) and is_inside(save_dir, f)]
     # Links may lead to sample grids as well. There are few folders, and many images.
-    for place in {os.path.dirname(reference.path) for reference in references}:
-        if is_inside(place, os.path.join(save_dir, "samples")):
-            raise InputError(f"its sample grids are among the training images, in {display_name(place)}", **wrong)
+    places = {os.path.dirname(reference.path) for reference in references}
+    around += [place for place in places if is_inside(place, os.path.join(save_dir, "samples"))]
+    if around:
+        reason = f"the run's files would be training images, as those in {display_name(around[0])} are"
+        raise InputError(f"{reason}; give a folder outside of it", parameter="save_dir", value=save_dir)
 
 
 @functools.lru_cache(maxsize=4)

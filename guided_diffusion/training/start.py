@@ -119,6 +119,8 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
     if not checkpoint:
         flags = {**kind.defaults(), **fixed, **given}
         labels, classes = label(None) if kind is ENCODER or flags["class_cond"] else (None, None)
+        if kind is ENCODER and len(classes or "") < 2:
+            raise InputError(f"all images are of one class, {listed(classes or [])}; give a folder per class")
         if classes is not None:
             flags[kind.classes] = len(classes)
         flags = in_order(kind, flags)
