@@ -4,6 +4,7 @@ The functions of tensors are in `sddm`, `baselines` and `generation`; here are t
 and presets share, and the loading of extractors and classifiers. To add a method, register a subclass of `Method`.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from .codec import Autoencoder, in_range
 from .energy import Energy
 from .errors import InputError, display_name
 from .manifold import MANIFOLDS, check_down_n
-from .options import check, check_names, option
+from .options import check, check_names, near_miss, option
 from .registry import Registry, fitting
 from .respace import matching_timestep
 from .sddm import LAMBDA, MERGES, VARIANTS
@@ -35,7 +36,6 @@ METHODS = Registry("method", lambda entries: [check_names([each]) for each in en
 """Options of methods by name: subclasses of `Method`."""
 
 Sampler = Callable[..., Tensor]
-
 
 _step = partial(option, metavar="STEP")
 _blocks = partial(option, 16, "number of blocks per side", least=1, flag="area")
@@ -53,14 +53,17 @@ def _unused(**uses: Any) -> set[str]:
     return {name for name, used in uses.items() if not used}
 
 
-def _existing(path: str | None, parameter: str, why: str) -> str:
-    """The path of a file that is needed."""
-    if not path:
-        raise InputError(why, parameter=parameter)
-    if "://" not in path and not os.path.exists(path):
-        reason = f"no such file, and {why}; models/README.md says where it is published"
-        raise InputError(reason, parameter=parameter, value=path)
-    return path
+def _check_files(options: Any, why: str) -> None:
+    """Raise InputError where a field that names a file has none, or one that does not exist."""
+    for field in dataclasses.fields(options):
+        path = getattr(options, field.name)
+        if not field.metadata.get("file"):
+            continue
+        if not path:
+            raise InputError(why, parameter=field.name)
+        if "://" not in path and not os.path.exists(path):
+            where = near_miss(path) or "; models/README.md says where it is published"
+            raise InputError(f"no such file, and {why}{where}", parameter=field.name, value=path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +71,8 @@ class Method:
     """Options of a method, and the function that they are for.
 
     A method overrides `bind`, and the others as needed. Fields `range_t`, `details` and `start`, the number of steps,
-    are steps of the schedule or shares of it; `down_n` divides the size. takes_energies: it merges energies
-    (`ENERGIES`). takes_labels: its function has an argument `labels`, those of the batch. about: its name in messages.
+    are steps of the schedule or shares of it; `down_n` divides the size. takes_energies: it merges energies.
+    takes_labels: its function takes `labels`, those of the batch. about: its name in messages, if not the class's.
     """
 
     takes_energies: ClassVar[bool] = False
@@ -88,10 +91,7 @@ class Method:
         return late_start(getattr(self, "start", None), total)
 
     def check_fit(self, size: tuple[int, int] | None, total: int | None) -> None:
-        """Raise InputError where the options do not suit (height, width) of the model's space or a schedule's length.
-
-        None stands for what is not known yet.
-        """
+        """Raise InputError where the options do not suit the model's (height, width) or schedule, as far as known."""
         if size is not None and "down_n" not in self.ignored():
             check_down_n(getattr(self, "down_n", 1), size)
         if total is not None:
@@ -131,7 +131,6 @@ class SDDM(CachedGuidance):
     """Options of `sddm.sample`: guided above step T0, the plain diffusion model below it."""
 
     takes_energies = True
-    about = "SDDM"
 
     range_t: int | float = _step(0, "T0: guidance ends at this step of the schedule, or share of it as 0.3", least=0)
     blocks: int = _blocks()
@@ -175,8 +174,6 @@ class SDDM(CachedGuidance):
 class ILVR(CachedGuidance):
     """Options of `baselines.ilvr`."""
 
-    about = "ILVR"
-
     down_n: int = _down_n("keep the frequencies of an image of 1/N of the size")
     range_t: int | float = _step(20, "guidance ends at this step of the schedule, or share of it as 0.3", least=0)
     start: int | float | None = _start()
@@ -190,8 +187,6 @@ class ILVR(CachedGuidance):
 class SDEdit(Cached):
     """Options of `baselines.sdedit`. Predicted images are not clipped, learned variances are not used."""
 
-    about = "SDEdit"
-
     start: int | float = _step(500, "steps from the noised reference to the image, or share", above=0, flag="t")
 
     def bind(self, target: Target, energies: Sequence[Energy] = ()) -> Sampler:
@@ -202,8 +197,6 @@ class SDEdit(Cached):
 @dataclass(frozen=True)
 class EGSDE(SDEdit, CachedGuidance):
     """Options of `baselines.egsde`. Predicted images are not clipped, learned variances are not used."""
-
-    about = "EGSDE"
 
     ls: float = option(500.0, "weight of realism, 0 for none")
     li: float = option(2.0, "weight of faithfulness, 0 for none")
@@ -216,8 +209,7 @@ class EGSDE(SDEdit, CachedGuidance):
             reason = "all steps are guided ones; `cache_guided` True is needed"
             raise InputError(reason, parameter="cache_interval", value=self.cache_interval)
         if self.ls:
-            why = f"`ls` {self.ls:g} needs it; `ls` 0 does without the realism energy"
-            _existing(self.encoder, "encoder", why)
+            _check_files(self, f"`ls` {self.ls:g} needs it; `ls` 0 does without the realism energy")
 
     def ignored(self) -> set[str]:
         return super().ignored() | _unused(encoder=self.ls, down_n=self.li)
@@ -312,21 +304,21 @@ class SuperResolution(Method):
 
 @dataclass(frozen=True)
 class EnergyOptions:
-    """Options of an energy. pixels: it is for models of pixels alone, not of latents."""
+    """Options of an energy, which needs all files that they name.
+
+    pixels: it is for models of pixels alone, not of latents.
+    """
 
     pixels: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check(self)
+        _check_files(self, f"`energy` {self.name} needs it")
 
     @property
     def name(self) -> str:
         """The name of these options in `ENERGIES`."""
-        return next((name for name, kind in ENERGIES.items() if type(self) is kind), type(self).__name__)
-
-    def file(self, parameter: str) -> str:
-        """The path that a field holds. Raises InputError where there is no such file."""
-        return _existing(getattr(self, parameter), parameter, f"`energy` {self.name} needs it")
+        return next(name for name, kind in ENERGIES.items() if type(self) is kind)
 
     def create(self, target: Target) -> Energy:
         """The energy for a target. Raises InputError."""
@@ -350,11 +342,10 @@ class VGG(EnergyOptions):
         return _unused(vgg_bf16=self.vgg_bf16)
 
     def create(self, target: Target) -> Energy:
-        path = self.file("weights")
         if self.vgg_bf16 and target.precision != "bf16":
             reason = f"it needs `precision` bf16, and that is {target.precision}"
             raise InputError(reason, parameter="vgg_bf16", value=True)
-        return energy.vgg(path, self.blocks, self.level, bf16=self.vgg_bf16, channels_last=target.fuse)
+        return energy.vgg(str(self.weights), self.blocks, self.level, bf16=self.vgg_bf16, channels_last=target.fuse)
 
 
 @ENERGIES.add("dct")
@@ -378,7 +369,7 @@ class DSE(EnergyOptions):
     encoder: str | None = _file("checkpoint of the domain-specific extractor, for dse", flag="dsepath")
 
     def create(self, target: Target) -> Energy:
-        encoder, timestep, _ = load_encoder("encoder", self.file("encoder"), target)
+        encoder, timestep, _ = load_encoder("encoder", str(self.encoder), target)
         return energy.dse(encoder, timestep)
 
 
@@ -404,10 +395,9 @@ class Classifier(EnergyOptions):
     target_class: int | str | None = option(None, "number or name of the class to move to", metavar="CLASS")
 
     def create(self, target: Target) -> Energy:
-        path = self.file("classifier")
         if self.target_class is None:
             raise InputError("`energy` classifier needs it", parameter="target_class")
-        model, timestep, info = load_encoder("classifier", path, target)
+        model, timestep, info = load_encoder("classifier", str(self.classifier), target)
         return energy.classifier(model, class_number(self.target_class, info, "target_class"), timestep)
 
 
