@@ -1,6 +1,8 @@
 """Energies and their gradients: golden numbers, the plain formulas under autograd, and what an energy must not do."""
 
+import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,30 +20,24 @@ from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
 from guided_diffusion.respace import matching_timestep
 from resizer import Resizer
 
-# Layer numbers of the convolutions of vgg_normalised.pth up to relu5_1, with their channels.
-VGG_CONVOLUTIONS = {0: (3, 3), 2: (3, 64), 5: (64, 64), 9: (64, 128), 12: (128, 128), 16: (128, 256), 19: (256, 256)}
-VGG_CONVOLUTIONS |= {22: (256, 256), 25: (256, 256), 29: (256, 512), 32: (512, 512), 35: (512, 512), 38: (512, 512)}
-VGG_CONVOLUTIONS |= {42: (512, 512)}
+# Layer numbers of the convolutions of vgg_normalised.pth up to relu3_1, with their channels.
+VGG_CONVOLUTIONS = {0: (3, 3), 2: (3, 64), 5: (64, 64), 9: (64, 128), 12: (128, 128), 16: (128, 256)}
 
 
-def vgg_weights(level=2, prefix="", dtype=torch.float32):
-    """Random weights in the layout of vgg_normalised.pth, as far as `level` needs them and one convolution further."""
-    generator = torch.Generator().manual_seed(5)
-    last = [2, 9, 16, 29, 42][level - 1]
-    state = {}
+def vgg_weights(prefix=""):
+    """Random weights in the layout of vgg_normalised.pth."""
+    generator, state = torch.Generator().manual_seed(5), {}
     for layer, (inputs, outputs) in VGG_CONVOLUTIONS.items():
-        side = 1 if layer == 0 else 3
-        fan_in = inputs * side**2
-        weight = torch.randn(outputs, inputs, side, side, generator=generator) * (2 / fan_in) ** 0.5
-        state[f"{prefix}{layer}.weight"] = weight.to(dtype)
-        state[f"{prefix}{layer}.bias"] = (0.1 * torch.randn(outputs, generator=generator)).to(dtype)
-        if layer > last:
-            break
+        side = 3 if layer else 1
+        weight = torch.randn(outputs, inputs, side, side, generator=generator)
+        state[f"{prefix}{layer}.weight"] = weight * (2 / (inputs * side**2)) ** 0.5
+        state[f"{prefix}{layer}.bias"] = 0.1 * torch.randn(outputs, generator=generator)
     return state
 
 
-def vgg_features(x, state, level):
+def vgg_features(x, level):
     """relu{level}_1, written out."""
+    state = vgg_weights()
 
     def convolution(x, layer):
         padded = F.pad(x, (1, 1, 1, 1), mode="reflect") if layer else x
@@ -56,12 +52,8 @@ def vgg_features(x, state, level):
 
 def dct_features(x):
     """Every colour channel filtered with the nine outer products of the 3-point DCT-II basis, border mirrored."""
-    angle = torch.pi / 6
-    rows = [[3**-0.5] * 3]
-    rows += [
-        [(2 / 3) ** 0.5 * torch.cos(torch.tensor(k * (2 * n + 1) * angle)).item() for n in range(3)] for k in (1, 2)
-    ]
-    basis = torch.tensor(rows, dtype=x.dtype)
+    cosines = [[math.cos(k * (2 * n + 1) * math.pi / 6) for n in range(3)] for k in range(3)]
+    basis = torch.tensor([[v * ((1 if k == 0 else 2) / 3) ** 0.5 for v in row] for k, row in enumerate(cosines)])
     filters = torch.stack([torch.outer(a, b) for a in basis for b in basis])[:, None]
     x = F.pad(x, (1, 1, 1, 1), mode="reflect")
     return torch.cat([F.conv2d(x[:, c : c + 1], filters) for c in range(x.shape[1])], dim=1)
@@ -135,23 +127,19 @@ def test_golden(name):
     assert_relative(grad, data["grad"])
 
 
-@pytest.mark.parametrize("level, blocks, size", [(1, 8, 16), (2, 4, 15)])
-def test_vgg_equals_the_plain_formula(level, blocks, size):
+@pytest.mark.parametrize(
+    "make, features, blocks, size",
+    [
+        (lambda blocks: energies.vgg(vgg_weights(), blocks, 1), partial(vgg_features, level=1), 8, 16),
+        (lambda blocks: energies.vgg(vgg_weights(), blocks, 2), partial(vgg_features, level=2), 4, 15),
+        (energies.dct, dct_features, 1, 16),
+        (energies.dct, dct_features, 8, 16),
+    ],
+)
+def test_block_statistics_equal_the_plain_formula(make, features, blocks, size):
     x, ref = pair(size=size)
-    state = vgg_weights(level)
-    value, grad = evaluate(energies.vgg(state, blocks, level), ref, x)
-    f_ref = vgg_features(ref, state, level)
-    expected = autograd(lambda x: plain_block_energy(vgg_features(x, state, level), f_ref, blocks), x)
-    assert_relative(value, expected[0])
-    assert_relative(grad, expected[1])
-
-
-@pytest.mark.parametrize("blocks", [1, 8])
-def test_dct_equals_the_plain_formula(blocks):
-    x, ref = pair()
-    value, grad = evaluate(energies.dct(blocks), ref, x)
-    f_ref = dct_features(ref)
-    expected = autograd(lambda x: plain_block_energy(dct_features(x), f_ref, blocks), x)
+    value, grad = evaluate(make(blocks), ref, x)
+    expected = autograd(lambda x: plain_block_energy(features(x), features(ref), blocks), x)
     assert_relative(value, expected[0])
     assert_relative(grad, expected[1])
 
@@ -163,13 +151,8 @@ def test_latents_of_any_number_of_channels(channels, make):
     x, ref = torch.randn(2, 2, channels, 16, 16, generator=torch.Generator().manual_seed(channels))
     t = torch.zeros(2, dtype=torch.long)
 
-    def of(x, ref):
-        energy = make()
-        energy.prepare(ref)
-        return energy.energy_and_grad(x, t, 0.5)
-
-    value, grad = of(x, ref)
-    each = [of(x[:, k : k + 1], ref[:, k : k + 1]) for k in range(channels)]
+    value, grad = evaluate(make(), ref, x, t, 0.5)
+    each = [evaluate(make(), ref[:, k : k + 1], x[:, k : k + 1], t, 0.5) for k in range(channels)]
     assert_relative(value, sum(value for value, _ in each))
     assert_relative(grad, torch.cat([grad for _, grad in each], dim=1))
 
@@ -191,10 +174,9 @@ def test_low_pass_equals_the_plain_formula(down_n):
 
 
 @pytest.mark.parametrize("make", [lambda: energies.low_pass(4), lambda: energies.dse(TimedEncoder())])
-@pytest.mark.parametrize("alpha_bar", [0.3])
-def test_a_noised_reference_is_the_reference_at_alpha_bar(make, alpha_bar):
+def test_a_noised_reference_is_the_reference_at_alpha_bar(make):
     """prepare(ref, noise) at alpha_bar asks for the same as prepare(ref_t) at 1."""
-    x, ref = pair()
+    (x, ref), alpha_bar = pair(), 0.3
     noise, t = torch.randn_like(ref), torch.tensor([10, 900])
     energy = make()
     energy.prepare(ref, noise)
@@ -240,7 +222,7 @@ def test_classifier_equals_the_plain_formula(y):
 
 
 MAKERS = {
-    "vgg": lambda: energies.vgg(vgg_weights(2), 4, 2),
+    "vgg": lambda: energies.vgg(vgg_weights(), 4, 2),
     "dct": lambda: energies.dct(4),
     "dse": lambda: energies.dse(TimedEncoder()),
     "low_pass": lambda: energies.low_pass(4),
@@ -272,35 +254,27 @@ def test_constant_images_give_finite_numbers(make):
             assert value.isfinite().all()
 
 
-@pytest.mark.parametrize("level", [1, 5])
-def test_vgg_levels_end_at_their_first_relu(level):
-    with torch.device("meta"):
-        features = energies._vgg_layers(level)
-        shape = features(torch.zeros(1, 3, 64, 64)).shape
-    assert shape == (1, [64, 128, 256, 512, 512][level - 1], *[64 // 2 ** (level - 1)] * 2)
-    convolutions = {i: m for i, m in enumerate(features) if isinstance(m, torch.nn.Conv2d)}
-    expected = {k: v for k, v in VGG_CONVOLUTIONS.items() if k <= [2, 9, 16, 29, 42][level - 1]}
-    assert {i: (m.in_channels, m.out_channels) for i, m in convolutions.items()} == expected
-    assert isinstance(features[-1], torch.nn.ReLU)
-
-
 def test_vgg_from_a_file_with_any_prefix(tmp_path):
     path = tmp_path / "vgg_normalised.pth"
-    torch.save(vgg_weights(2, "vgg.features."), path)
+    torch.save(vgg_weights("vgg.features."), path)
     x, ref = pair()
-    expected = evaluate(energies.vgg(vgg_weights(2), 4, 2), ref, x)
+    expected = evaluate(energies.vgg(vgg_weights(), 4, 2), ref, x)
     actual = evaluate(energies.vgg(str(path), 4, 2), ref, x)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected))
 
 
 @pytest.mark.parametrize(
-    "change, found", [({"0.bias": None}, "nothing"), ({"2.weight": torch.zeros(64, 3, 5, 5)}, r"\(64, 3, 5, 5\)")]
+    "change, words",
+    [
+        ({"0.bias": None}, "0.bias .* nothing"),
+        ({"2.weight": torch.zeros(64, 3, 5, 5)}, r"2.weight .* \(64, 3, 5, 5\)"),
+        ({"decoder.0.bias": torch.zeros(3)}, "0.bias .* several"),
+    ],
 )
-def test_vgg_file_that_does_not_fit(tmp_path, change, found):
-    path, state = tmp_path / "other.pth", vgg_weights(2) | change
+def test_vgg_file_that_does_not_fit(tmp_path, change, words):
+    path, state = tmp_path / "other.pth", vgg_weights() | change
     torch.save({key: value for key, value in state.items() if value is not None}, path)
-    (key,) = change
-    with pytest.raises(InputError, match=f"other.pth is not AdaIN's vgg_normalised.pth: {key} must have .* {found}$"):
+    with pytest.raises(InputError, match=f"other.pth is not AdaIN's vgg_normalised.pth: {words}$"):
         energies.vgg(str(path), level=2)
 
 
@@ -308,10 +282,10 @@ def test_vgg_file_that_does_not_fit(tmp_path, change, found):
     "make, size, parameter, value, words",
     [
         (energies.dct, 24, "blocks", 5, "feature map size"),
-        (lambda blocks: energies.vgg(vgg_weights(2), blocks, 2), 16, "blocks", 8, "feature map size 8"),
+        (lambda blocks: energies.vgg(vgg_weights(), blocks, 2), 16, "blocks", 8, "feature map size 8"),
         (energies.low_pass, 16, "down_n", 0, "at least 1"),
         (energies.low_pass, 16, "down_n", 3, "16"),
-        (lambda level: energies.vgg(vgg_weights(1), level=level), 16, "level", 6, "1 to 5"),
+        (lambda level: energies.vgg(vgg_weights(), level=level), 16, "level", 6, "1 to 5"),
     ],
 )
 def test_options_that_do_not_suit_the_features(make, size, parameter, value, words):
@@ -386,13 +360,11 @@ def test_checkpoints_are_asked_at_their_own_timesteps(tmp_path, name):
 @pytest.mark.parametrize(
     "make, parameter",
     [
-        (lambda: methods.VGG(level=6), "level"),
-        (lambda: methods.VGG(weights="no such file").create(None), "weights"),
-        (lambda: methods.VGG(weights=None).create(None), "weights"),
+        (lambda: methods.VGG(level=6, weights=__file__), "level"),
+        (lambda: methods.VGG(weights="no such file"), "weights"),
         (lambda: methods.DCT(blocks=0), "blocks"),
-        (lambda: methods.DSE().create(None), "encoder"),
-        (lambda: methods.DSE(encoder="no such file").create(None), "encoder"),
-        (lambda: methods.Classifier(target_class=1).create(None), "classifier"),
+        (lambda: methods.DSE(), "encoder"),
+        (lambda: methods.Classifier(target_class=1), "classifier"),
         (lambda: methods.Classifier(classifier=__file__).create(None), "target_class"),
     ],
 )
