@@ -18,7 +18,7 @@ from guided_diffusion.gaussian_diffusion import (
     ModelVarType,
     get_named_beta_schedule,
 )
-from guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
+from guided_diffusion.losses import discretized_gaussian_log_likelihood
 from guided_diffusion.respace import SpacedDiffusion, matching_timestep, space_timesteps
 from guided_diffusion.script_util import create_diffusion
 
@@ -26,8 +26,8 @@ STEPS = 40
 
 
 def process(mean=ModelMeanType.EPSILON, var=ModelVarType.FIXED_SMALL, loss=LossType.MSE, steps=STEPS, **options):
-    betas = get_named_beta_schedule("linear", steps)
-    return GaussianDiffusion(betas=betas, model_mean_type=mean, model_var_type=var, loss_type=loss, **options)
+    options = {"betas": get_named_beta_schedule("linear", steps), **options}
+    return GaussianDiffusion(model_mean_type=mean, model_var_type=var, loss_type=loss, **options)
 
 
 def respaced(use, steps=1000, **options):
@@ -84,12 +84,6 @@ def test_golden_ddim(name):
     torch.testing.assert_close(result, data["output"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("betas", [[0.1, 0.0], [0.5, 1.1], [0.1, float("nan")], [[0.1], [0.2]]])
-def test_bad_betas(betas):
-    with pytest.raises(ValueError, match=r"values in \(0, 1\]"):
-        GaussianDiffusion(betas=betas, model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.FIXED_SMALL)
-
-
 # --- a process of given alpha_bars
 
 
@@ -139,10 +133,13 @@ def test_ddim_is_the_euler_step_of_flow_matching():
         assert model.timesteps[-1].tolist() == pytest.approx([1000 * s[i]] * 2)
 
 
-@pytest.mark.parametrize("bad", [[], [0.5, 0.0], [0.5, 0.5], [1.0, 0.5], [0.5, math.nan], [[0.5]]], ids=str)
-def test_alpha_bars_that_are_none(bad):
-    with pytest.raises(InputError, match="alpha_bars is .* below 1 and above 0, each smaller than the one before"):
-        of_alpha_bars(bad)
+def test_betas_and_alpha_bars_that_are_none():
+    for betas in ([0.1, 0.0], [0.5, 1.1], [0.1, math.nan], [[0.1], [0.2]]):
+        with pytest.raises(ValueError, match=r"values in \(0, 1\]"):
+            process(betas=betas)
+    for bad in ([], [0.5, 0.0], [0.5, 0.5], [1.0, 0.5], [0.5, math.nan], [[0.5]]):
+        with pytest.raises(InputError, match="alpha_bars is .* below 1 and above 0, each smaller than the one before"):
+            of_alpha_bars(bad)
     with pytest.raises(InputError, match="timesteps is .* one number for each of the 2 entries of alpha_bars"):
         of_alpha_bars([0.9, 0.1], timesteps=[1])
 
@@ -203,32 +200,6 @@ def test_the_model_sees_original_timesteps(rescale, factor):
     assert plain.model_timesteps(torch.tensor([0, 499])).tolist() == [0, 499 * factor]
 
 
-def test_coefficients():
-    """Every array against its definition."""
-    diffusion = process()
-    beta, bar = diffusion.betas, np.cumprod(1 - diffusion.betas)
-    before, after = np.append(1.0, bar[:-1]), np.append(bar[1:], 0.0)
-    variance = beta * (1 - before) / (1 - bar)
-    expected = {
-        "alphas": 1 - beta,
-        "alphas_cumprod": bar,
-        "alphas_cumprod_prev": before,
-        "alphas_cumprod_next": after,
-        "sqrt_alphas_cumprod": bar**0.5,
-        "sqrt_one_minus_alphas_cumprod": (1 - bar) ** 0.5,
-        "sqrt_recip_alphas_cumprod": bar**-0.5,
-        "sqrt_recipm1_alphas_cumprod": ((1 - bar) / bar) ** 0.5,
-        "posterior_variance": variance,
-        "posterior_mean_coef1": beta * before**0.5 / (1 - bar),
-        "posterior_mean_coef2": (1 - before) * (1 - beta) ** 0.5 / (1 - bar),
-        # At step 0 the posterior is a point; its logarithm and the larger variance take step 1's.
-        "posterior_log_variance_clipped": np.log(np.append(variance[1], variance[1:])),
-        "fixed_large_variance": np.append(variance[1], beta[1:]),
-    }
-    for name, values in expected.items():
-        np.testing.assert_allclose(getattr(diffusion, name), values, rtol=1e-11, atol=1e-15, err_msg=name)
-
-
 def test_q_sample():
     diffusion = process()
     x_start, noise, t = images()
@@ -237,10 +208,6 @@ def test_q_sample():
         alpha_bar = diffusion.alphas_cumprod[i]
         expected = alpha_bar**0.5 * x_start[n] + (1 - alpha_bar) ** 0.5 * noise[n]
         torch.testing.assert_close(result[n], expected, atol=1e-6, rtol=1e-6)
-    torch.manual_seed(4)
-    drawn = torch.randn_like(x_start)
-    torch.manual_seed(4)
-    assert torch.equal(diffusion.q_sample(x_start, t), diffusion.q_sample(x_start, t, drawn))
 
 
 def test_posterior_is_bayes_rule():
@@ -337,8 +304,8 @@ def test_wrong_number_of_output_channels(var, channels):
         process(var=var).p_mean_variance(LinearModel(channels == 6), x, t)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5])
-def test_ddim_step(eta):
+def test_ddim_step():
+    eta = 0.5
     diffusion, model = process(), LinearModel()
     x, noise, t = images()
     step = diffusion.ddim_sample(model, x, t, eta=eta, noise=noise)
@@ -351,40 +318,7 @@ def test_ddim_step(eta):
         torch.testing.assert_close(step["sample"][n].double(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_loop_without_noise_draws_it(capfd):
-    diffusion, model = process(), LinearModel()
-    torch.manual_seed(3)
-    noise = torch.randn(1, 3, 8, 8)
-    expected = diffusion.p_sample_loop(model, noise.shape, noise=noise)
-    torch.manual_seed(3)
-    assert torch.equal(diffusion.p_sample_loop(model, (1, 3, 8, 8)), expected)
-    assert capfd.readouterr() == ("", "")
-    torch.manual_seed(3)
-    assert torch.equal(diffusion.p_sample_loop(model, (1, 3, 8, 8), progress=True), expected)
-    assert f"{STEPS}/{STEPS}" in capfd.readouterr().err
-
-
-def test_a_perfect_model_recovers_the_image():
-    """With the true noise as prediction, DDIM walks straight back, and the ancestral chain ends at x_0."""
-    x_start, noise, _ = images(2)
-    diffusion = process()
-
-    def model(x, t):
-        return diffusion.eps_from_xstart(x, t, x_start)
-
-    for loop in (diffusion.ddim_sample_loop, diffusion.p_sample_loop):
-        torch.testing.assert_close(loop(model, noise.shape, noise=noise), x_start, atol=1e-4, rtol=0)
-
-
 # --- losses
-
-
-def test_normal_kl():
-    mean1, logvar1, mean2, logvar2 = torch.randn(4, 50, dtype=torch.float64)
-    p = torch.distributions.Normal(mean1, (0.5 * logvar1).exp())
-    q = torch.distributions.Normal(mean2, (0.5 * logvar2).exp())
-    torch.testing.assert_close(normal_kl(mean1, logvar1, mean2, logvar2), torch.distributions.kl_divergence(p, q))
-    assert normal_kl(mean1, logvar1, mean1, logvar1).abs().max() < 1e-12
 
 
 def plain_log_likelihood(grey, mean, scale):
@@ -426,12 +360,8 @@ def plain_bound(diffusion, output, x_start, x_t, i):
 
 @all_types
 @all_variances
-def test_training_losses(mean, var):
-    for loss in LossType:
-        check_training_losses(mean, var, loss)
-
-
-def check_training_losses(mean, var, loss):
+@pytest.mark.parametrize("loss", LossType)
+def test_training_losses(mean, var, loss):
     diffusion, model = process(mean, var, loss), LinearModel(is_learned(var))
     x_start, noise, t = images(dtype=torch.float64)
     losses = diffusion.training_losses(model, x_start, t, noise=noise)
@@ -444,11 +374,8 @@ def check_training_losses(mean, var, loss):
             expected = {"loss": bound * STEPS}
         else:
             alpha_bar = diffusion.alphas_cumprod[i]
-            target = {
-                ModelMeanType.EPSILON: noise[n].double(),
-                ModelMeanType.START_X: x_start[n].double(),
-                ModelMeanType.VELOCITY: (alpha_bar**0.5 * noise[n] - (1 - alpha_bar) ** 0.5 * x_start[n]).double(),
-            }[mean]
+            velocity = alpha_bar**0.5 * noise[n] - (1 - alpha_bar) ** 0.5 * x_start[n]
+            target = {ModelMeanType.EPSILON: noise[n], ModelMeanType.START_X: x_start[n]}.get(mean, velocity)
             expected = {"mse": float((target - output[n, :3]).square().mean())}
             if is_learned(var):
                 expected["vb"] = bound * (STEPS / 1000 if loss is LossType.RESCALED_MSE else 1)
@@ -489,9 +416,7 @@ def test_encoders_are_asked_at_their_own_timestep_of_the_noise_level(encoder):
     timestep = matching_timestep(LINEAR, encoder)
     scale = 1000 / encoder["diffusion_steps"] if encoder["rescale_timesteps"] else 1
     own = create_diffusion(**encoder).alphas_cumprod
-    # Exact where its schedule has the level.
     assert [timestep(own[i]) for i in (0, 17, len(own) - 1)] == [i * scale for i in (0, 17, len(own) - 1)]
-    # Between its levels otherwise, in the right order.
     between = timestep((own[100] * own[101]) ** 0.5)
     assert 100 * scale < between < 101 * scale
     assert (timestep(1 - 1e-12), timestep(1e-300)) == (0, (len(own) - 1) * scale)
