@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LinearModel, golden, golden_index, golden_model_and_diffusion, golden_names
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from guided_diffusion.errors import InputError
@@ -144,18 +144,11 @@ def test_betas_and_alpha_bars_that_are_none():
         of_alpha_bars([0.9, 0.1], timesteps=[1])
 
 
-@pytest.mark.parametrize(
-    "text, steps, expected",
-    [
-        ("1", 1000, [0]), ("4", 10, [0, 3, 6, 9]), ("ddim5", 100, [0, 20, 40, 60, 80]),
-        (" 2 ,3", 20, [0, 9, 10, 14, 19]), ([3], 5, [0, 2, 4]),
-    ],
-)  # fmt: skip
-def test_space_timesteps(text, steps, expected):
-    assert sorted(space_timesteps(steps, text)) == expected
+def test_space_timesteps():
+    assert sorted(space_timesteps(20, " 2 ,3")) == [0, 9, 10, 14, 19]
+    assert sorted(space_timesteps(5, [3])) == [0, 2, 4]
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.integers(1, 4000), st.data())
 def test_spacing_keeps_the_number_of_steps_and_both_ends(steps, data):
     count = data.draw(st.integers(1, steps))
@@ -168,16 +161,14 @@ def test_spacing_keeps_the_number_of_steps_and_both_ends(steps, data):
 @pytest.mark.parametrize(
     "text, reason",
     [
-        *((text, "it can be a number like 100") for text in ("", "10,", "ddim10,5")),
-        ("0", "it asks for 0 steps out of 1000"),
-        ("600,10", "it asks for 600 steps out of 500"),
+        ("", "it can be a number like 100"), ("ddim10,5", "it can be a number like 100"),
+        ("0", "it asks for 0 steps out of 1000"), ("600,10", "it asks for 600 steps out of 500"),
         ("ddim999", "no integer stride"),
     ],
-)
+)  # fmt: skip
 def test_spacings_that_do_not_fit(text, reason):
-    with pytest.raises(InputError, match=reason) as caught:
+    with pytest.raises(InputError, match=f"timestep_respacing is '{text}'; {reason}"):
         space_timesteps(1000, text)
-    assert (caught.value.parameter, caught.value.value) == ("timestep_respacing", text)
 
 
 def test_respacing_keeps_alpha_bar():
