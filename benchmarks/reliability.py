@@ -161,7 +161,7 @@ def long(args, root):
         now = time.monotonic()
         with contextlib.suppress(BlockingIOError, OSError):
             shown += os.read(ours, 1 << 16).decode(errors="replace")
-        for share, left in re.findall(r"(\d+)%\|[^\r]*?([\d:]+) left", shown):
+        for share, left in re.findall(r"(\d+)%\|[^\r]*?([\d:]+) remaining", shown):
             estimates.append((now, int(share), seconds_of(left)))
         shown = shown.rpartition("\r")[2]
         with contextlib.suppress(OSError, IndexError):

@@ -10,7 +10,6 @@ from guided_diffusion import energy as energies
 from guided_diffusion.manifold import BlockManifold, LowPassManifold
 from guided_diffusion.run import record as journal
 from guided_diffusion.sddm import LAMBDA, merge, sample
-from guided_diffusion.target import Counted, count_evaluations
 from resizer import low_pass_filter
 
 STEPS, RANGE_T = 8, 2
@@ -64,11 +63,10 @@ def test_low_pass_manifold_is_its_formula():
     torch.testing.assert_close(tangent + normal, g)
 
 
-@pytest.mark.parametrize("variant", ["manifold", "released"])
-def test_guided_steps_end_on_the_low_pass_manifold(variant):
+def test_guided_steps_end_on_the_low_pass_manifold():
     """Nearer to the low frequencies asked for than plain sampling and than the block manifold."""
-    states, _ = run([energies.dct(4)], manifold="low_pass", down_n=4, variant=variant)
-    blockwise, _ = run([energies.dct(4)], variant=variant)
+    states, _ = run([energies.dct(4)], manifold="low_pass", down_n=4)
+    blockwise, _ = run([energies.dct(4)])
     free, _ = run(range_t=STEPS - 1)
     _, diffusion, ref, _ = small_run(STEPS)
     phi = low_pass_filter((16, 16), 4, "cubic")
@@ -197,27 +195,3 @@ def test_a_run_without_guidance_has_costs_only():
     assert total["negative_impact"] is None and total["model_evaluations"] == 2 and journal.curves(total) == []
     empty = journal.total([])
     assert empty["model_evaluations"] is empty["seconds_per_image"] is empty["negative_impact"] is None
-
-
-@pytest.mark.parametrize("variant", ["manifold", "released"])
-def test_evaluations_and_guided_steps_of_the_sampler_are_recorded(variant):
-    model, diffusion, ref, draws = small_run(STEPS)
-    options = {"blocks": 4, "range_t": RANGE_T, "energies": [energies.dct(4)], "variant": variant}
-    guided, rest = [], list(draws)
-
-    def keep(state):
-        guided.extend((state["i"], each) for each in state["guided"])
-
-    with count_evaluations() as count:
-        sample(Counted(model), diffusion, ref, noise=lambda shape: rest.pop(0), callback=keep, **options)
-    assert count.total == 2 * (STEPS + (3 if variant == "released" else 0))
-    steps = journal.steps_of([(i, journal.record_of(**each)) for i, each in guided], 2)
-    total = journal.total([{"seconds": 1, "evaluations": 1, "steps": each} for each in steps])
-    for step in journal.curves(total):
-        own = [each for i, each in guided if i == step["i"]]
-        norms = torch.stack([each["tangent"].flatten(1).norm(dim=1) for each in own])
-        assert step["tangent"] == pytest.approx(float(norms.mean()), rel=1e-5)
-        assert step["weights"] == pytest.approx(
-            torch.stack([each["weights"].flatten(1, -2).mean(1) for each in own]).mean((0, 1)).tolist(), rel=1e-5
-        )
-        assert total["monitor"]["steps"][str(step["i"])][0] == 2 * len(own)

@@ -5,57 +5,6 @@ import sys
 
 from conftest import ROOT
 
-# What `speed.py release` uses of the public release: a network, a process, and parts of its energy.
-STAND_IN = {
-    "__init__.py": "",
-    "script_util.py": """
-import torch
-from .gaussian_diffusion import Process
-
-def model_and_diffusion_defaults():
-    return {"image_size": 64, "num_channels": 128, "class_cond": False}
-
-def create_model_and_diffusion(image_size, num_channels, class_cond, timestep_respacing, **others):
-    return torch.nn.Conv2d(3, 3, 3, padding=1), Process(int(timestep_respacing))
-""",
-    "gaussian_diffusion.py": """
-from cv2 import norm
-import torch
-
-class StageVGG(torch.nn.Module):
-    def __init__(self, path="/no/such/file"):
-        super().__init__()
-        self.layer = torch.nn.Conv2d(3, 4, 3, padding=1)
-        self.layer.load_state_dict(torch.load(path))
-
-    def forward(self, x):
-        return self.layer(x)
-
-def blockzation(x, blocks):
-    return x.unflatten(-1, (blocks, -1)).unflatten(-3, (blocks, -1)).transpose(-2, -3)
-
-def calc_mean_std(x):
-    return x.mean(dim=(-1, -2), keepdim=True), x.std(dim=(-1, -2), keepdim=True)
-
-def block_adaIN(x, ref, blocknum):
-    return x - x.mean() + ref.mean()
-
-class Process:
-    def __init__(self, steps):
-        self.steps = steps
-
-    def p_sample_loop_progressive(self, model, shape, clip_denoised, model_kwargs, condition_kwargs, cond_fn, device):
-        x = torch.randn(shape)
-        assert condition_kwargs["ref_mean"].shape[2:4] == (condition_kwargs["area"],) * 2
-        for i in reversed(range(self.steps)):
-            with torch.no_grad():
-                (grad,) = cond_fn(x, i, ref_img=model_kwargs["ref_img"])
-                assert grad.shape == x.shape and not grad.requires_grad
-                x = model(x) + (grad if i > condition_kwargs["range_t"] else 0)
-            yield {"sample": x}
-""",
-}
-
 
 def run(script, *flags):
     command = [sys.executable, ROOT / "benchmarks" / script, *flags]
@@ -70,14 +19,11 @@ def rows_of(text, part):
 
 
 def test_speed(tmp_path):
-    folder, out = tmp_path / "guided_diffusion", tmp_path / "speed.md"
-    folder.mkdir()
-    for name, text in STAND_IN.items():
-        (folder / name).write_text(text)
+    out = tmp_path / "speed.md"
     parts = ("evaluations", "steps", "runs", "release", "startup", "profile")
     small = ("--models", "tiny:1", "--rounds", 1, "--run_steps", 4, "--batches", 1, "--energies", "dct,low_pass")
-    cases = ("--precisions", "fp32", "--ours", "fp32+fuse", "--cases", ";fuse=True;cache_interval=2")
-    done = run("speed.py", *parts, *small, *cases, "--device", "cpu", "--release", tmp_path, "--out", out)
+    cases = ("--precisions", "fp32", "--ours", "fp32,fp32+fuse", "--cases", ";fuse=True;cache_interval=2")
+    done = run("speed.py", *parts, *small, *cases, "--device", "cpu", "--out", out)
     assert done.returncode == 0, done.stderr
     text = out.read_text()
     errors = {row["mode"]: float(row["output error"]) for row in rows_of(text, "evaluations")}
@@ -85,9 +31,7 @@ def test_speed(tmp_path):
     assert [row["step"] for row in rows_of(text, "steps")] == ["unguided", "guided, dct", "guided, low_pass"]
     plain, fused, cached = (float(row["RMS"]) for row in rows_of(text, "runs"))
     assert plain == 0 and fused < 0.1 < cached
-    assert [(row["loop"], row["guided, times as fast"] == "1") for row in rows_of(text, "release")] == [
-        ("release", True), ("fp32+fuse", False)
-    ]  # fmt: skip
+    assert [row["loop"] for row in rows_of(text, "release")] == ["fp32", "fp32+fuse"]
     assert all(float(row["s"]) > 0 for row in rows_of(text, "startup"))
     assert any("convolution" in row["operation"] for row in rows_of(text, "profile"))
 

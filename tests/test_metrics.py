@@ -82,20 +82,13 @@ def test_frechet_distance_equals_pytorch_fid(n, d, pytorch_fid_distance):
 
 
 @settings(max_examples=30, deadline=None)
-@given(SEEDS, st.integers(2, 12), st.integers(2, 30), st.integers(2, 30))
-def test_distance_of_features_is_that_of_their_moments(seed, d, n, m):
-    x, y = features(seed, n, d), features(seed + 1, m, d, shift=0.2)
-    direct = distances.frechet_of_roots(*distances.gaussian_of_features(x), *distances.gaussian_of_features(y))
-    assert direct == pytest.approx(frechet_distance(*moments(x), *moments(y)), rel=1e-6, abs=1e-6)
-
-
-@settings(max_examples=30, deadline=None)
 @given(SEEDS, st.integers(1, 8), st.floats(0.1, 10))
 def test_frechet_distance_is_symmetric_and_moves_with_its_space(seed, d, scale):
     rng = np.random.default_rng(seed)
-    x, y = features(seed, 40, d), features(seed + 1, 30, d, shift=0.5)
+    x, y = features(seed, 40, d), features(seed + 1, 6, d, shift=0.5)
     rotation, offset = np.linalg.qr(rng.normal(size=(d, d)))[0], rng.normal(size=d)
     distance = frechet_distance(*moments(x), *moments(y))
+    assert distances.fid(x, y) == pytest.approx(distance, rel=1e-6, abs=1e-6)
     assert frechet_distance(*moments(y), *moments(x)) == pytest.approx(distance, rel=1e-8, abs=1e-9)
     moved = frechet_distance(*moments(x @ rotation + offset), *moments(y @ rotation + offset))
     assert moved == pytest.approx(distance, rel=1e-8, abs=1e-9)
@@ -144,21 +137,15 @@ def test_interval_of_the_mean_covers_it_as_often_as_it_says():
     assert 0.82 < covered / 200 < 0.95
 
 
-@pytest.mark.parametrize("kind", ["frechet", "frechet of a known target", "kernel", "any"])
+@pytest.mark.parametrize("kind", ["frechet", "frechet of a known target", "kernel"])
 def test_intervals_of_distances_hold_the_estimate_and_narrow(kind):
-    def between(a, b):
-        return np.linalg.norm(a.mean(0) - b.mean(0))
-
     widths = []
     for n in (60, 960):
         x, y = features(11, n, 4), features(12, n, 4, shift=0.5)
         if kind == "kernel":
             estimate, bootstrap = distances.kernel_distance(x, y)[0], distances.bootstrap_kernel
-        elif kind == "any":
-            estimate, bootstrap = between(x, y), partial(distances.bootstrap_distance, between)
         else:
-            estimate = frechet_distance(*moments(x), *moments(y))
-            bootstrap = partial(distances.bootstrap_distance, distances.fid)
+            estimate, bootstrap = distances.fid(x, y), partial(distances.bootstrap_distance, distances.fid)
         target = distances.gaussian_of_features(y) if "known" in kind else y
         low, high = bootstrap(x, target, estimate, replicates=100)
         assert low < estimate < high
@@ -273,15 +260,13 @@ def test_model_of_this_project_as_extractor(tmp_path):
     assert description.endswith("; images at 16x16, others resized by PIL bicubic (crop if not square)")
     found = extractors.extract_features(references, extractor, read, batch_size=2)
     assert found["features"].shape == (5, expected.shape[1]) and found["features"].dtype == np.float64
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match="^native_size is True"):
         evaluation.reader(extractor, native_size=True)
-    assert (caught.value.parameter, caught.value.value) == ("native_size", True)
     path = tmp_path / "ddpm.safetensors"
     model = Model(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), image_size=16)
     save_file(model.state_dict(), path, {"model_type": "DDPM", "flags": json.dumps({"image_size": 16})})
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match="^features is .*an ADM model"):
         extractors.feature_extractor(str(path))
-    assert (caught.value.parameter, caught.value.value) == ("features", path) and "an ADM model" in str(caught.value)
 
 
 def test_lpips_equals_the_package(tmp_path, monkeypatch):
@@ -311,15 +296,12 @@ def test_images_are_resized_by_bicubic_or_as_when_sampling(tmp_path):
     square, wide = (Image.fromarray(rng.integers(0, 256, shape, np.uint8)) for shape in ((50, 50, 3), (30, 50, 3)))
     square.save(tmp_path / "square.png")
     wide.save(tmp_path / "wide.png")
-
-    def levels(name, *args):
-        return (reading.read_image(tmp_path / name, *args) * 255).round().byte().permute(1, 2, 0).numpy()
-
-    np.testing.assert_array_equal(levels("square.png"), square)
-    np.testing.assert_array_equal(levels("square.png", 20), square.resize((20, 20), Image.Resampling.BICUBIC))
+    expected = {("square.png",): square, ("square.png", 20): square.resize((20, 20), Image.Resampling.BICUBIC)}
     for resize in ("crop", "pad", "stretch"):
-        expected = image_datasets.load_image(tmp_path / "wide.png", 20, resize=resize)
-        np.testing.assert_array_equal(levels("wide.png", 20, resize), expected)
+        expected["wide.png", 20, resize] = image_datasets.load_image(tmp_path / "wide.png", 20, resize=resize)
+    for (name, *how), image in expected.items():
+        found = (reading.read_image(tmp_path / name, *how) * 255).round().byte().permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(found, image)
 
 
 def references(*names):
@@ -331,11 +313,9 @@ def references(*names):
     [
         ("0.png 1.png", "x.png y.png", "order", "0.png-x.png 1.png-y.png"),
         ("a.png cats/b.png", "cats/b.jpg a.webp", "stem", "a.png-a.webp cats/b.png-cats/b.jpg"),
-        # Numbers compare as numbers, also where all names match but for zeros, or only some do.
+        # Numbers compare as numbers.
         ("1.png 10.png 2.png", "001.png 002.png 003.png", "order", "1.png-001.png 2.png-002.png 10.png-003.png"),
-        ("a10.png a9.png", "b1.png b2.png", "order", "a9.png-b1.png a10.png-b2.png"),
         ("1.png 10.png 2.png", "001.png 002.png 010.png", "number", "1.png-001.png 10.png-010.png 2.png-002.png"),
-        ("10.png 9.png", "09.jpg 10.jpg", "number", "10.png-10.jpg 9.png-09.jpg"),
         ("x/1.png x/01.png", "x/1.jpg x/01.jpg", "stem", "x/1.png-x/1.jpg x/01.png-x/01.jpg"),
     ],
 )
@@ -359,5 +339,4 @@ def test_pairs_that_do_not_fit_are_refused():
 def test_import_is_light():
     heavy = "{'scipy', 'torchvision', 'mpi4py', 'pytorch_fid', 'pytorch_msssim', 'lpips', 'matplotlib'}"
     code = f"import sys, guided_diffusion.evaluation; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
