@@ -37,8 +37,8 @@ def create_parser() -> Parser:
 
 def main(given: Given) -> int:
     if given.name is None:
-        for name, remote in FILES.items():
-            print(f"{name:36} {remote.what}")
+        for name, url in FILES.items():
+            print(f"{name:36} {url}")
         return command.DONE
     socket.setdefaulttimeout(60)  # seconds without a byte
     print(f"{fetch(given.name, given.save_dir, progress=sys.stderr.isatty())} is complete")

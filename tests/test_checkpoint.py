@@ -22,11 +22,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from guided_diffusion import checkpoint
-from guided_diffusion.checkpoint import architecture, load_model, load_state_dict, read, save_model
-from guided_diffusion.checkpoint.architecture import detect, unwrap
+from guided_diffusion.checkpoint import architecture, load_model, load_state_dict, read_file, recognise, save_model
+from guided_diffusion.checkpoint.architecture import unwrap
 from guided_diffusion.checkpoint.export import convert
 from guided_diffusion.checkpoint.loading import build
-from guided_diffusion.checkpoint.reading import read_file
 from guided_diffusion.ddpm import Model
 from guided_diffusion.errors import InputError, reading
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
@@ -144,7 +143,8 @@ def test_published_checkpoints_tell_all_their_flags(name, tmp_path):
     entry = CHECKPOINTS[name]
     path = saved(tmp_path / "model.pt", zeros(entry["keys"]))
     # The files of 280 to 560 million parameters are recognised only: as models they would take up to 2.2 GB each.
-    state, info = checkpoint.identify(str(path), *read(str(path)))
+    network = recognise(read_file(path), {})
+    state, info = network.state, network.info
     assert info.model_type == {"ADM": "ADM", "DDPM": "DDPM", "DSE": "ENCODER"}[entry["kind"]]
     assert info.assumed == ()
     for flag, value in expected_flags(entry).items():
@@ -215,7 +215,7 @@ def test_any_adm_unet_is_recognised_and_loaded(flags, suffix, tmp_path):
     told.append("in_channels")
     told += ["resblock_updown"] * ("," in flags["channel_mult"]) + ["num_classes"] * flags["class_cond"]
     expected = {**{flag: flags[flag] for flag in told}, "attention_factors": reached_factors(flags)}
-    assert detect(architecture.adm, state) == expected
+    assert architecture.adm(state) == expected
 
     path = saved(tmp_path / f"model{suffix}", state)
     model, info = load_model(path, **{flag: flags[flag] for flag in UNTOLD if flag in flags})
@@ -251,7 +251,7 @@ def test_any_encoder_is_recognised_and_loaded(flags, suffix, tmp_path):
     told |= {"image_size"} if flags["classifier_pool"] == "attention" else set()
     expected = {flag: flags[flag] for flag in told}
     expected["attention_factors"] = reached_factors(flags, "classifier_attention_resolutions")
-    assert detect(architecture.encoder, state, depth=flags["classifier_depth"]) == expected
+    assert architecture.encoder(state, depth=flags["classifier_depth"]) == expected
 
     path = saved(tmp_path / f"model{suffix}", state)
     known = ("image_size", "num_head_channels", "classifier_depth")
@@ -331,7 +331,7 @@ def test_each_encoder_flag_that_contradicts_is_named(flag, value, fits, tmp_path
 
 def test_number_of_heads_replaces_the_published_width(tmp_path):
     path = saved(tmp_path / "model.pt", zeros(CHECKPOINTS["readme_afhq"]["keys"]))
-    _, info = checkpoint.identify(str(path), *read(str(path)), num_heads=2)
+    info = recognise(read_file(path), {"num_heads": 2}).info
     assert (info.flags["num_heads"], info.flags["num_head_channels"]) == (2, -1)
 
 
@@ -445,7 +445,7 @@ def layout(**flags):
 @pytest.mark.parametrize("name", IMPROVED)
 def test_improved_diffusions_models_are_known(name, tmp_path, caplog):
     path = saved(tmp_path / "m.pt", layout(**IMPROVED[name]))
-    _, info = checkpoint.identify(str(path), *read(str(path)))
+    info = recognise(read_file(path), {}).info
     assert {flag: info.flags[flag] for flag in IMPROVED[name]} == IMPROVED[name]
     assert info.flags["num_head_channels"] == -1 and not info.flags["use_new_attention_order"]
     assert (info.assumed, caplog.messages) == ((), [])
@@ -460,7 +460,7 @@ OWN = {
 @pytest.mark.parametrize("change", [{"attention_resolutions": "16,8"}, {"class_cond": True}, {"num_res_blocks": 3}])
 def test_what_only_resembles_a_published_model_is_not_taken_for_it(change, tmp_path, caplog):
     path = saved(tmp_path / "m.pt", layout(**{**OWN, **change}))
-    _, info = checkpoint.identify(str(path), *read(str(path)))
+    info = recognise(read_file(path), {}).info
     assert {"image_size", "num_heads", "noise_schedule"} <= set(info.assumed)
     (message,) = caplog.messages
     for text in ("image_size=256", "num_heads=4", "noise_schedule=linear", str(path)):
@@ -470,7 +470,7 @@ def test_what_only_resembles_a_published_model_is_not_taken_for_it(change, tmp_p
 
 def test_flags_that_contradict_a_published_row_are_reported(tmp_path, caplog):
     path = saved(tmp_path / "m.pt", layout(**OWN))
-    _, info = checkpoint.identify(str(path), *read(str(path)), num_heads=4, noise_schedule="cosine")
+    info = recognise(read_file(path), {"num_heads": 4, "noise_schedule": "cosine"}).info
     assert (info.flags["num_head_channels"], info.flags["noise_schedule"]) == (-1, "cosine")
     (message,) = caplog.messages
     assert "published" in message and "noise_schedule=linear" in message and "noise_schedule=cosine" in message
@@ -835,7 +835,6 @@ LDM = "model.diffusion_model."
     ({"conv1.weight": (64, 3, 7, 7), "bn1.running_mean": (64,)}, "no network that is known here"),
     ({f"{LDM}input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": (32, 32)}, "latent diffusion model"),
     ({"first_stage_model.decoder.conv_in.weight": (32, 4, 3, 3)}, "latent diffusion model"),
-    ({"model.map_layer0.weight": (3, 3)}, "EDM"), ({"all_modules.0.W": (3, 3)}, "score_sde"),
 ])  # fmt: skip
 def test_networks_of_other_projects_are_named(shapes, says, tmp_path):
     unet = {LDM + key: value for key, value in network_shapes("convolutions").items()} if "latent" in says else {}
@@ -1000,7 +999,7 @@ def test_saved_encoders_and_ddpm_unets_load_without_flags(tmp_path):
     # Three residual blocks may be one level of three, or two levels of one and the downsampling between them.
     deep = {**TINY_ENCODER, "channel_mult": "1", "classifier_depth": 3, "classifier_attention_resolutions": ""}
     deep["classifier_pool"] = "adaptive"
-    assert detect(architecture.encoder, create_classifier(**deep).state_dict())["classifier_depth"] == 1
+    assert architecture.encoder(create_classifier(**deep).state_dict())["classifier_depth"] == 1
     for original, kind, flags in (
         (create_classifier(**TINY_ENCODER, head="I2Iout"), "ENCODER", TINY_ENCODER),
         (create_classifier(**deep), "ENCODER", deep),
@@ -1152,7 +1151,7 @@ def test_other_processes_are_known_by_their_layouts(tmp_path):
     for state in (small, large):
         path = saved(tmp_path / "m.pt", state)
         assert "EDM or a consistency model" in refusal(path)
-        _, info = checkpoint.identify(str(path), *read(str(path)), noise_schedule="cosine", num_head_channels=64)
+        info = recognise(read_file(path), {"noise_schedule": "cosine", "num_head_channels": 64}).info
         assert info.flags["noise_schedule"] == "cosine"
 
 

@@ -6,11 +6,11 @@
 formats).
 """
 
-from .loading import CHECKPOINTS, Network, fingerprint, identify, load_model, load_state_dict, save_model
-from .reading import Source, read
+from .loading import CHECKPOINTS, Network, fingerprint, load_model, load_state_dict, recognise, save_model
+from .reading import Source, read_file
 from .reconcile import ModelFlags, ModelInfo
 
 __all__ = [
-    "CHECKPOINTS", "ModelFlags", "ModelInfo", "Network", "Source", "fingerprint", "identify", "load_model",
-    "load_state_dict", "read", "save_model",
+    "CHECKPOINTS", "ModelFlags", "ModelInfo", "Network", "Source", "fingerprint", "load_model", "load_state_dict",
+    "read_file", "recognise", "save_model",
 ]  # fmt: skip

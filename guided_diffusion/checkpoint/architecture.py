@@ -3,42 +3,25 @@
 All flags carry the names of `script_util`, except `attention_factors`, the downsampling factors at which there is
 attention: they become sides (`attention_resolutions`) once the image size is known, which tensors cannot tell.
 
-Every size is read from one tensor. That the others agree is checked when the network is filled.
+Every size is read from one tensor. That the others agree is checked when the network is filled. Flags that leave no
+trace in a network are left out. A detector raises KeyError for a tensor that it needs and that is missing, or whose
+shape fits no architecture.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
 import torch
 
-from ..errors import one_line
 from .reading import is_average
 
 State = Mapping[str, torch.Tensor]
 
 
-class UnknownArchitecture(Exception):
-    """The tensors fit no network of a kind; the message says what is missing or what was found."""
-
-
-# Networks that are not supported, by a tensor that only they have.
-OTHERS = {
-    r"^first_stage_model\.|\.transformer_blocks\.": "a latent diffusion model (it has {}); a model of pixels is needed",
-    r"(^|\.)(map_noise|map_layer0|emb_noise|emb_fourier|enc\.\d+x\d+_\w+)\.": (
-        "a network of EDM's code (it has {}), whose noise is not that of DDPM; it is not supported"
-    ),
-    r"(^|\.)all_modules\.\d+\.": "a network of score_sde's code (it has {}), which is not supported",
-}
-
-
-def refuse_others(state: State) -> None:
-    """Raise UnknownArchitecture, saying what it is, for a network that is known and not supported."""
-    for key in state:
-        for pattern, what in OTHERS.items():
-            if re.search(pattern, key):
-                raise UnknownArchitecture(f"is {what.format(one_line(key, 100))}")
+LATENT = re.compile(r"^first_stage_model\.|\.transformer_blocks\.")
+"""Names of tensors that only latent diffusion models have; the UNets of some look like those of pixels."""
 
 
 def unwrap(state: State, embedding: str) -> State | None:
@@ -52,22 +35,6 @@ def unwrap(state: State, embedding: str) -> State | None:
         return None
     prefix = min(prefixes, key=lambda p: (not is_average(p), len(p), p))
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-
-
-def detect(detector: Callable[..., dict[str, Any]], state: State, **options: Any) -> dict[str, Any]:
-    """The architecture by one of the detectors below, as a dict of flags.
-
-    Flags that leave no trace in this network are left out. Raises UnknownArchitecture where tensors that tell the
-    architecture are missing or have other shapes.
-    """
-    try:
-        return detector(state, **options)
-    except KeyError as error:
-        name = error.args[0]
-    if name in state:
-        what = f"has the tensor {name} of shape {list(state[name].shape)}, which fits no architecture"
-        raise UnknownArchitecture(what)
-    raise UnknownArchitecture(f"lacks the tensor {name}, which its architecture needs")
 
 
 def adm(state: State) -> dict[str, Any]:

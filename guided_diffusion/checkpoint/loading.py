@@ -28,7 +28,7 @@ from ..registry import Registry
 from ..run.files import write_bytes
 from ..script_util import attention_factors, channel_multipliers, create_classifier, create_model
 from . import architecture, diffusers, remote
-from .architecture import State, UnknownArchitecture
+from .architecture import State
 from .diffusers_tensors import to_ours
 from .published import refuse_edm
 from .reading import Source, hash_file, read_file
@@ -74,7 +74,7 @@ def load_model(
     file that cannot be used and for a flag that contradicts it. The file is not needed any more afterwards.
     """
     source, identity = _open(path)
-    network = _recognise(source, flags)
+    network = recognise(source, flags)
     remember(path, identity or network.fingerprint or _hash(source))
     model, info = network.model, network.info
     model.load_state_dict(_prepared(network, device), assign=True)
@@ -105,19 +105,12 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 def _open(path: str | os.PathLike) -> tuple[Source, str | None]:
     """(what stands at a path, owner/name@commit of a model of the Hugging Face hub)."""
     place, identity = remote.resolve(os.fspath(path))
-    return Source(place) if os.path.isdir(place) else read_file(place), identity
+    in_parts = os.path.isdir(place) or diffusers.locate(place)  # whose weights are read once it is known to be ours
+    return Source(place) if in_parts else read_file(place), identity
 
 
 def _hash(source: Source) -> str:
     return f"sha256 {source.sha256}" if source.sha256 and "://" not in source.path else source.path
-
-
-def identify(
-    path: str | os.PathLike, state: State, metadata: Mapping[str, str], **flags: Any
-) -> tuple[State, ModelInfo]:
-    """(tensors without wrappers' prefixes, ModelInfo) of what `read` gave; flags as in `load_model`."""
-    network = _recognise(Source(os.fspath(path), state, metadata), flags)
-    return network.state, network.info
 
 
 def fingerprint(path: str | os.PathLike) -> str:
@@ -144,37 +137,44 @@ def _key(path: str) -> str:
     return path if "://" in path or remote.is_id(path) else os.path.abspath(path)
 
 
-# ---- kinds of checkpoints --------------------------------------------------------------------------------------------
-
-
-def _recognise(source: Source, flags: Mapping[str, Any]) -> Network:
-    """The network at a path, by the first kind that knows it; InputError where none does."""
+def recognise(source: Source, flags: Mapping[str, Any]) -> Network:
+    """The network at a path, by the first kind that knows it, not yet filled; flags as in `load_model`."""
     if unknown := flags.keys() - FLAGS:
         raise TypeError(f"there is no flag {min(unknown)}")
     given = {name: value for name, value in flags.items() if value is not None}
-    try:
-        for recognise in reversed(list(CHECKPOINTS.values())):
-            if network := recognise(source, given):
-                return network
-        architecture.refuse_others(source.tensors)
-    except UnknownArchitecture as error:
-        raise InputError(f"{display_name(source.path)} {error}") from None
+    for kind in reversed(list(CHECKPOINTS.values())):
+        if network := kind(source, given):
+            return network
+    _refuse_latent(source)
     begin = ", ".join(one_line(key, 60) for key in list(source.tensors)[:3])
     what = f"is no network that is known here ({', '.join(CHECKPOINTS)}): its tensors begin with {begin}"
     raise InputError(f"{display_name(source.path)} {what}")
 
 
+def _refuse_latent(source: Source) -> None:
+    if latent := next(filter(architecture.LATENT.search, source.tensors), None):
+        what = f"is a latent diffusion model (it has {one_line(latent, 100)}); a model of pixels is needed"
+        raise InputError(f"{display_name(source.path)} {what}")
+
+
 def _network(kind: Kind, source: Source, given: Mapping[str, Any]) -> Network | None:
     """A network of one of our kinds in one file: its flags from all sources, built on the device "meta"."""
-    state = architecture.unwrap(source.tensors, kind.embedding)
+    state, file = architecture.unwrap(source.tensors, kind.embedding), display_name(source.path)
     if state is None or (kind is ADM and not any(key.startswith("output_blocks.") for key in state)):
         return None
-    architecture.refuse_others(source.tensors)
+    _refuse_latent(source)
     stated = described(source)
     depth = given.get("classifier_depth", stated.flags.get("classifier_depth") if stated else None)
-    found = architecture.detect(kind.detector, state, **({"depth": depth} if kind is ENCODER else {}))
+    try:
+        found = kind.detector(state, depth) if kind is ENCODER else kind.detector(state)
+    except KeyError as error:
+        name = error.args[0]
+        if name in state:
+            what = f"has the tensor {name} of shape {list(state[name].shape)}, which fits no architecture"
+        else:
+            what = f"lacks the tensor {name}, which its architecture needs"
+        raise InputError(f"{file} {what}") from None
     if stated and stated.in_run and not stated.fits(found):
-        file = display_name(source.path)
         log.warning("%s is not the network that %s describes, which is not used", file, stated.where)
         stated = None
     stated = stated or stated_beside(source)
@@ -243,9 +243,6 @@ def _create_ddpm(
     )
 
 
-# ---- tensors ---------------------------------------------------------------------------------------------------------
-
-
 def _prepared(network: Network, device: str | torch.device) -> dict[str, torch.Tensor]:
     """The tensors that a network needs, checked, in float32 on a device, each contiguous in memory of its own."""
     path, state, wanted = network.info.path, network.state, network.model.state_dict()
@@ -266,25 +263,24 @@ def _prepared(network: Network, device: str | torch.device) -> dict[str, torch.T
 
 def _check_tensors(file: str, state: State, wanted: State, names: Mapping[str, str]) -> None:
     """Raise InputError unless the tensors are the network's. names: those of the file, where they differ."""
-
-    def first(keys: list[str]) -> str:
-        return one_line(names.get(keys[0], keys[0]), 100) + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-
-    if missing := [key for key in wanted if key not in state]:
-        raise InputError(f"{file} lacks the tensor {first(missing)}, which its architecture needs")
-    # Counters and tables that training code keeps beside the weights are no part of any network.
-    others = {key: value for key, value in state.items() if key not in wanted and value.is_floating_point()}
-    if extra := [key for key, value in others.items() if value.numel() != 1 and ("." in key or value.dim() != 1)]:
-        raise InputError(f"{file} has the tensor {first(extra)}, which its architecture does not have")
     entry = next((key for key, like in wanted.items() if like.dim() == 4), None)
     for key, like in wanted.items():
-        value, name = state[key], names.get(key, key)
-        if value.shape != like.shape:
-            what = f"{name} has shape {list(value.shape)}, its architecture needs {list(like.shape)}"
-            if key == entry and value.dim() == 4 and value.shape[1] != like.shape[1]:
-                what = f"it is for images of {value.shape[1]} channels, and {like.shape[1]} are needed ({what})"
+        name = names.get(key, key)
+        if key not in state:
+            raise InputError(f"{file} lacks the tensor {name}, which its architecture needs")
+        shape, needed = list(state[key].shape), list(like.shape)
+        if shape != needed:
+            what = f"{name} has shape {shape}, its architecture needs {needed}"
+            if key == entry and len(shape) == 4 and shape[1] != needed[1]:
+                what = f"it is for images of {shape[1]} channels, and {needed[1]} are needed ({what})"
             raise InputError(f"{file}: {what}")
-        _check_float(file, name, value)
+        _check_float(file, name, state[key])
+    for key, value in state.items():
+        # Counters and tables that training code keeps beside the weights are no part of any network.
+        beside = value.numel() == 1 or not value.is_floating_point() or ("." not in key and value.dim() == 1)
+        if key not in wanted and not beside:
+            what = f"the tensor {one_line(names.get(key, key), 100)}, which its architecture does not have"
+            raise InputError(f"{file} has {what}")
 
 
 def _check_float(file: str, name: str, value: torch.Tensor) -> None:
@@ -299,9 +295,6 @@ def refuse_not_finite(path: str, state: State) -> None:
         if value.is_floating_point() and value.itemsize > 1 and not value.isfinite().all():
             what = f"the tensor {one_line(key, 100)} has values that are NaN or infinite; the file is damaged"
             raise InputError(f"{display_name(path)}: {what}")
-
-
-# ---- saving ----------------------------------------------------------------------------------------------------------
 
 
 def save_model(
@@ -327,7 +320,7 @@ def save_model(
     state = contiguous(model_or_state, dtype)
     entries = {**(metadata or {}), "format": "pt", "model_type": model_type, "flags": json.dumps(dict(flags))}
     refuse_not_finite(path, state)
-    identify(path, state, entries)
+    recognise(Source(path, state, entries), {})
     write_safetensors(path, state, entries)
 
 

@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import tempfile
-from typing import NamedTuple
 
 import torch
 
@@ -82,56 +81,37 @@ def resolve(path: str) -> tuple[str, str | None]:
     return folder, f"{name}@{commit}"
 
 
-# ---- published files -------------------------------------------------------------------------------------------------
-
 OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/"
 ADAIN = "https://github.com/naoto0804/pytorch-AdaIN/releases/download/v0.0.0/"
-
-
-class Remote(NamedTuple):
-    """A published file: its address, its description and, where it is known, its SHA-256."""
-
-    url: str
-    what: str
-    sha256: str | None = None
-
-
-GUIDED = {
-    **{f"{n}x{n}_diffusion.pt": f"ImageNet, {n} px, class-conditional" for n in (64, 128, 256, 512)},
-    **{f"{n}x{n}_classifier.pt": f"noisy-image classifier, {n} px" for n in (64, 128, 256, 512)},
-    "256x256_diffusion_uncond.pt": "ImageNet, 256 px, without classes",
-    **{f"lsun_{name}.pt": f"LSUN {name}s, 256 px" for name in ("bedroom", "cat", "horse")},
-    "lsun_horse_nodropout.pt": "LSUN horses without dropout, 256 px",
-}
-IMPROVED = {
-    "imagenet64_uncond_100M_1500K.pt": "improved-diffusion's ImageNet, 64 px",
-    "imagenet64_uncond_vlb_100M_1500K.pt": "the same, trained on the bound",
-    "imagenet64_cond_270M_250K.pt": "improved-diffusion's ImageNet, 64 px, class-conditional",
-    "cifar10_uncond_50M_500K.pt": "improved-diffusion's CIFAR-10, 32 px",
-    "cifar10_uncond_vlb_50M_500K.pt": "the same, trained on the bound",
-    "lsun_uncond_100M_1200K_bs128.pt": "improved-diffusion's LSUN bedrooms, 256 px",
-    "lsun_uncond_100M_2400K_bs64.pt": "the same, trained for longer",
-}
+GUIDED = (
+    *(f"{size}x{size}_{kind}.pt" for kind in ("diffusion", "classifier") for size in (64, 128, 256, 512)),
+    *("256x256_diffusion_uncond.pt", "lsun_bedroom.pt", "lsun_cat.pt", "lsun_horse.pt", "lsun_horse_nodropout.pt"),
+)
+IMPROVED = (
+    *("imagenet64_uncond_100M_1500K.pt", "imagenet64_uncond_vlb_100M_1500K.pt", "imagenet64_cond_270M_250K.pt"),
+    *("cifar10_uncond_50M_500K.pt", "cifar10_uncond_vlb_50M_500K.pt"),
+    *("lsun_uncond_100M_1200K_bs128.pt", "lsun_uncond_100M_2400K_bs64.pt"),
+)
 FILES = {
-    **{name: Remote(f"{OPENAI}jul-2021/{name}", what) for name, what in GUIDED.items()},
-    **{name: Remote(f"{OPENAI}march-2021/{name}", what) for name, what in IMPROVED.items()},
-    "vgg_normalised.pth": Remote(f"{ADAIN}vgg_normalised.pth", "AdaIN's VGG-19, for the energy vgg"),
+    **{name: f"{OPENAI}jul-2021/{name}" for name in GUIDED},
+    **{name: f"{OPENAI}march-2021/{name}" for name in IMPROVED},
+    "vgg_normalised.pth": f"{ADAIN}vgg_normalised.pth",
 }
-"""Published files by name."""
+"""Addresses of published files by name."""
 
 
-def fetch(name: str, folder: str | os.PathLike, *, remote: Remote | None = None, progress: bool = False) -> str:
-    """Download a published file into a folder; returns its path. A file that is already present is read only.
+def fetch(name: str, folder: str | os.PathLike, *, url: str | None = None, progress: bool = False) -> str:
+    """Download a published file into a folder and return its path; a file that is already present is only read.
 
-    remote: its place, default that of `FILES`. progress: show a bar on stderr. The file gets its name once it was read
-    and compared with its hash, so that it is whole or missing. Raises InputError.
+    url: its address, default that of `FILES`. progress: show a bar on stderr. The file gets its name once it was read,
+    which compares it with its checksums, so that it is whole or missing. Raises InputError.
     """
-    if remote is None:
+    if url is None:
         name = next((known for known in FILES if name in (known, os.path.splitext(known)[0])), name)
         if name not in FILES:
             raise InputError(f"{shown(name)} is not a published file that is known: {fitting(name, list(FILES))}")
-        remote = FILES[name]
-    path, source = os.path.join(folder, name), f" (downloaded from {remote.url})"
+        url = FILES[name]
+    path, source = os.path.join(folder, name), f" (downloaded from {url})"
     try:
         if os.path.lexists(path):
             source = "; delete it to download it again"
@@ -141,11 +121,11 @@ def fetch(name: str, folder: str | os.PathLike, *, remote: Remote | None = None,
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as place:
             part = os.path.join(place, name)
-            torch.hub.download_url_to_file(remote.url, part, remote.sha256, progress)
+            torch.hub.download_url_to_file(url, part, progress=progress)
             read_file(part)
             os.replace(part, path)
     except InputError as error:
         raise InputError(f"{error}{source}") from None
-    except Exception as error:  # of urllib, of http.client, of the disk, of hashes that differ, of odd answers
-        raise InputError(f"{name} cannot be downloaded from {remote.url} to {path}: {first_line(error)}") from None
+    except Exception as error:  # of urllib, of http.client, of the disk, and of answers that they do not expect
+        raise InputError(f"{name} cannot be downloaded from {url} to {path}: {first_line(error)}") from None
     return path

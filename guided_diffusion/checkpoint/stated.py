@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,12 +69,9 @@ def described(source: Source) -> Stated | None:
 
 def scheduler_in_metadata(source: Source) -> dict[str, Any]:
     """The entries of a converted model's scheduler file for `sigma_small` and `clip_denoised`; {} without any."""
-    entries = _metadata_object(source, "scheduler") if "scheduler" in source.metadata else {}
-    small, clip = entries.get("sigma_small"), entries.get("clip_denoised")
-    said: dict[str, Any] = {"sigma_small": small} if isinstance(small, bool) else {}
-    if isinstance(clip, bool) or (isinstance(clip, (int, float)) and 0 < clip < math.inf):
-        said["clip_denoised"] = clip
-    return said
+    said = _metadata_object(source, "scheduler") if "scheduler" in source.metadata else {}
+    fits = {"sigma_small": bool, "clip_denoised": (bool, float)}
+    return {name: said[name] for name, kind in fits.items() if isinstance(said.get(name), kind)}
 
 
 def _metadata_object(source: Source, name: str) -> dict[str, Any]:
