@@ -32,9 +32,11 @@ CPU = torch.device("cpu")
 
 def run(script, *flags, status=0):
     """A command: trainings in a process of their own, others in this one. Returns what it said."""
+    flags = list(map(str, [*flags, "--device", "cpu"]))
     if script.endswith("_train"):
-        command = [sys.executable, ROOT / "scripts" / f"{script}.py", *flags, "--device", "cpu"]
-        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, ROOT / "scripts" / f"{script}.py", *flags], capture_output=True, text=True
+        )
         assert result.returncode == status, result.stderr
         return result.stdout + result.stderr
     module, said = load_script(script), io.StringIO()
@@ -42,7 +44,7 @@ def run(script, *flags, status=0):
     call = module.evaluate if script == "image_nll" else module.translate
     try:
         with contextlib.redirect_stdout(said):
-            found = call(parser.parse([*map(str, flags), "--device", "cpu"]), dist_util.connect(dist_util.Ranks()))
+            found = call(parser.parse(flags), dist_util.connect(dist_util.Ranks()))
     except InputError as error:
         found = 2
         said.write(error.text(parser.spell))
@@ -56,13 +58,9 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("jobs")
     make_model(folder / "model.safetensors")
     make_encoder(folder / "classifier.safetensors", 3)
-    flags = {
-        "image_size": SIZE, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2",
-        "attention_resolutions": "8", "num_head_channels": 32, "learn_sigma": True, "class_cond": True,
-        "num_classes": 3, "super_res": True, "diffusion_steps": 1000, "noise_schedule": "linear",
-    }  # fmt: skip
-    names = set(create_model.__code__.co_varnames)
-    model = create_model(**{name: value for name, value in flags.items() if name in names})
+    network = {**MODEL, "learn_sigma": True, "class_cond": True, "num_classes": 3, "super_res": True}
+    model = create_model(**network)
+    flags = {**network, **PROCESS}
     save_model(folder / "upsampler.safetensors", random_state(model), model_type="ADM", flags=flags)
     make_references(folder / "images", ["a.png", "b/c.png", "b/d.png", "e.png"])
     return folder
