@@ -207,7 +207,7 @@ def _join(
 
     untold = {flag: said[flag] for flag in UNDETECTABLE_FLAGS + TRAINING_FLAGS if flag in said} | dict(kind.fixed)
     if complete and not kind.fixed:
-        untold = {name: EXTENSIONS[name] for name in EXTENSIONS if name in kind.defaults} | untold
+        untold = {k: v for k, v in EXTENSIONS.items() if k in kind.defaults and k not in found} | untold
     told, trained = f"the tensors of {file} have", f"{file} was trained with"
     for flags, facts, says in ((given, untold, trained), (given, found, told), (said, found, told)):
         for flag, value in flags.items():
