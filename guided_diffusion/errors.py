@@ -9,11 +9,10 @@ LONGEST = 200  # characters of a value or of another program's message that an e
 
 
 class InputError(ValueError):
-    """A parameter, file or environment that cannot be used.
+    """A parameter, file or environment that cannot be used; the message is one line.
 
-    The message is one line: the parameter, its value, and what would fit. `parameter` is the name in Python, or None
-    where a file or the surroundings are at fault; `reason` is then a whole sentence. Names of parameters in it stand in
-    backticks, so that a command line can spell them as flags.
+    parameter: the name in Python, or None where a file or the surroundings are at fault; reason: what would fit, or a
+    whole sentence without a parameter. Names in backticks in it are parameters, which a command line spells as flags.
     """
 
     def __init__(self, reason: str, *, parameter: str | None = None, value: object = None) -> None:
@@ -28,9 +27,8 @@ class InputError(ValueError):
         reason = one_line(re.sub(r"`(\w+)`", lambda match: spell(match[1]), self.reason), longest=4000)
         if self.parameter is None:
             return reason
-        if self.value is None:
-            return f"{spell(self.parameter)} is missing; {reason}"
-        return f"{spell(self.parameter)} is {shown(self.value)}; {reason}"
+        found = "missing" if self.value is None else shown(self.value)
+        return f"{spell(self.parameter)} is {found}; {reason}"
 
 
 def shown(value: object) -> str:
@@ -46,9 +44,9 @@ def display_name(name: str) -> str:
 
 def one_line(text: object, longest: int = LONGEST) -> str:
     """A text on one line: white space folded, other control characters escaped, cut to a length."""
-    folded = " ".join(str(text).split())
     folded = "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in folded
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in " ".join(str(text).split())
     )
     return folded if len(folded) <= longest else f"{folded[: longest - 1]}…"
 
@@ -63,15 +61,9 @@ def first_line(error: BaseException) -> str:
 def reading(path: str | os.PathLike, kind: str | None = None) -> Iterator[None]:
     """Context in which a file is opened and parsed: any exception becomes one `InputError` that names the file.
 
-    Decoders raise whatever a damaged file makes them trip over, so parse inside and do not list what can be wrong::
-
-        with reading(path, "an optimizer's state"):
-            content = torch.load(path, weights_only=True)
-            steps = int(content["train"]["samples"])
-
-    The messages are "PATH does not exist", "PATH cannot be read: Permission denied" and "PATH is damaged or not KIND:
-    …" ("PATH cannot be read: …" without `kind`). An InputError that is raised inside passes unchanged, and so do
-    interrupts. Keep what is not the file's fault, such as computing with its content, outside.
+    Decoders raise whatever a damaged file makes them trip over, so parse inside and do not list what can be wrong. The
+    messages are "PATH does not exist", "PATH cannot be read: …" and "PATH is damaged or not KIND: …". An InputError that
+    is raised inside passes unchanged. Keep what is not the file's fault, such as computing with its content, outside.
     """
     try:
         yield
@@ -84,8 +76,8 @@ def reading(path: str | os.PathLike, kind: str | None = None) -> Iterator[None]:
         if isinstance(error, OSError) and error.strerror:
             raise InputError(f"{file} cannot be read: {error.strerror}") from error
         reason = f"it has no entry {one_line(error, 60)}" if isinstance(error, KeyError) else first_line(error)
-        if hasattr(error, "path") and hasattr(error, "reason"):  # an ImageError, which names the file itself
-            reason = str(error.reason)  # type: ignore[attr-defined]
+        if hasattr(error, "path"):  # an ImageError, which names the file itself
+            reason = getattr(error, "reason", reason)
         raise InputError(f"{file} {f'is damaged or not {kind}' if kind else 'cannot be read'}: {reason}") from error
 
 

@@ -1,5 +1,6 @@
 """How a network is run: device, precision, compilation, and the memory of the process."""
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -21,17 +22,12 @@ OUT_OF_MEMORY = (
     "can't start new thread"
 )
 
-# Parameters of mallopt, from glibc's malloc.h.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-
 
 def default_device(local_rank: int = 0) -> torch.device:
     """The device to run on: the GPU of this rank, else Apple's, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def pick_device(name: str | torch.device = "auto", local_rank: int = 0) -> torch.device:
@@ -74,10 +70,12 @@ def best_precision(device: torch.device) -> str:
 
     GPUs since Ampere do, and CPUs with AVX512-BF16 or AMX; on others it is emulated, and slow.
     """
+    native = False
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, name, bool)() for name in names)
     return "bf16" if native else "fp32"
 
 
@@ -90,21 +88,17 @@ def memory_format(device: torch.device, compiled: bool = False) -> torch.memory_
 
 
 class CompiledModel:
-    """A network compiled for the shape of its first input; it falls back to eager where compilation fails.
+    """A network, called as model(x, t, ...) with x [N, C, H, W], compiled for the shape of its first x.
 
-    Compiling takes from seconds to minutes, which pays over the steps of many batches. Inputs of another shape, such as
-    the last batch of a folder, run eagerly, and so do all inputs where compilation fails: it needs a C++ compiler on
-    CPUs and Triton on GPUs. Outputs are those of the network up to rounding.
-
-    model(x, t, ...): the network; x [N, C, H, W].
+    Inputs of another shape, such as the last batch of a folder, run eagerly, and so do all where compilation fails: it
+    needs a C++ compiler on CPUs and Triton on GPUs. Outputs are those of the network up to rounding.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model, self.shape = model, None
+        self.on_gpu = any(parameter.is_cuda for parameter in model.parameters())
         # CUDA graphs spare the GPU the wait for the next of hundreds of small kernels.
-        on_gpu = any(parameter.is_cuda for parameter in model.parameters())
-        self.compiled = torch.compile(model, dynamic=False, mode="reduce-overhead" if on_gpu else None)
-        self.reuses_output = on_gpu
+        self.compiled = torch.compile(model, dynamic=False, mode="reduce-overhead" if self.on_gpu else None)
 
     def __call__(self, x: torch.Tensor, *arguments: torch.Tensor) -> torch.Tensor:
         self.shape = self.shape or x.shape
@@ -112,8 +106,7 @@ class CompiledModel:
             return self.model(x, *arguments)
         try:
             output = self.compiled(x, *arguments)
-            # The next evaluation's graph writes to the same memory.
-            return output.clone() if self.reuses_output else output
+            return output.clone() if self.on_gpu else output  # the next evaluation's graph writes to the same memory
         except torch.OutOfMemoryError:
             self.shape = None  # a smaller batch comes next
             raise
@@ -124,21 +117,19 @@ class CompiledModel:
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep freed memory instead of returning it to the system; whether that worked.
+    """Let the C library keep freed memory instead of returning it to the system; whether that worked (glibc alone).
 
     Activations of tens of megabytes come and go in every layer. By default glibc maps each afresh, and the system fills
     it with zeros page by page, which on a CPU can take as long as the layer. The process then holds on to its peak.
-    Only glibc has this; elsewhere nothing happens.
     """
-    try:
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1) and mallopt(M_TOP_PAD, 64 << 20))
+        return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1) and mallopt(top_pad, 64 << 20))
+    return False
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory did not suffice, in the words of any backend."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(
-        re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE)
-    )
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or bool(re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE))

@@ -10,11 +10,11 @@ from .main import say
 
 
 class Progress:
-    """Shows images, steps and time left, which is the time per step so far times the steps to come.
+    """Context that shows images, steps and time left: the time per step so far times the steps to come.
 
-    The first step is left out once there are others, because it includes loading and compiling. On a terminal it is a
-    bar. In a log file it is a line after each half minute in which the run advanced by a hundredth at least: at most a
-    hundred lines. total: image-steps of the run; images: outputs wanted; made: those that exist.
+    The first step is left out once there are others, because it includes loading and compiling. A log gets a line after
+    each half minute in which the run advanced by a hundredth, so a hundred lines at most.
+    total: image-steps of the run; images: outputs wanted; made: those that exist.
     """
 
     def __init__(self, total: int, images: int, made: int = 0, file: Any = None) -> None:
@@ -39,21 +39,19 @@ class Progress:
 
     def __call__(self, image_steps: int, made: int) -> None:
         """Add steps that were done; made: outputs that exist."""
-        self.done += image_steps
-        self.made = made
-        if self.first is None and image_steps > 0:
-            self.first = (time.monotonic(), self.done)
+        self.done, self.made, now = self.done + image_steps, made, time.monotonic()
+        if self.first is None and image_steps:
+            self.first = now, self.done
         if self.bar is not None:
-            left = self.seconds_left()
             self.bar.set_description_str(self._images(), refresh=False)
-            self.bar.set_postfix_str("" if left is None else f"{tqdm.format_interval(left)} remaining", refresh=False)
+            self.bar.set_postfix_str(f"{tqdm.format_interval(self.seconds_left() or 0)} remaining", refresh=False)
             self.bar.update(image_steps)
-        elif time.monotonic() - self.told_at >= 30 and self.total > self.done >= self.told + self.total / 100:
+        elif now >= self.told_at + 30 and self.total > self.done >= self.told + self.total / 100:
             self._line()
 
     def _line(self) -> None:
         self.told_at, self.told = time.monotonic(), self.done
-        elapsed, left = (tqdm.format_interval(t) for t in (time.monotonic() - self.started, self.seconds_left() or 0.0))
+        elapsed, left = map(tqdm.format_interval, (self.told_at - self.started, self.seconds_left() or 0))
         share = f"{100 * self.done // self.total}%, {self._images()}, step {self.done}/{self.total}"
         say(f"{share}, {elapsed} elapsed, {left} remaining", self.file)
 
@@ -61,7 +59,6 @@ class Progress:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Leave the bar as it stands; a log gets its last line."""
         if self.bar is not None:
             self.bar.close()
         elif self.done > self.told:
