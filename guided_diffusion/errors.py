@@ -62,8 +62,8 @@ def reading(path: str | os.PathLike, kind: str | None = None) -> Iterator[None]:
     """Context in which a file is opened and parsed: any exception becomes one `InputError` that names the file.
 
     Decoders raise whatever a damaged file makes them trip over, so parse inside and do not list what can be wrong. The
-    messages are "PATH does not exist", "PATH cannot be read: …" and "PATH is damaged or not KIND: …". An InputError that
-    is raised inside passes unchanged. Keep what is not the file's fault, such as computing with its content, outside.
+    messages are "PATH does not exist", "PATH cannot be read: …" and "PATH is damaged or not KIND: …". An InputError
+    inside passes unchanged. Keep what is not the file's fault, such as computing with its content, outside.
     """
     try:
         yield
