@@ -77,11 +77,9 @@ class Start:
 
     def metadata(self) -> dict[str, str]:
         """Metadata of the exported file."""
-        if self.texts is not None:
-            return self.texts
         stated = {name: value for name, value in self.flags.items() if name not in OF_USE}
         texts = {"model_type": self.model_type, "flags": json.dumps(stated)}
-        return texts if self.classes is None else {**texts, "classes": json.dumps(self.classes)}
+        return self.texts or texts | ({"classes": json.dumps(self.classes)} if self.classes is not None else {})
 
 
 def resume_path(config: TrainConfig) -> str:

@@ -1,7 +1,6 @@
 """Training of an upscaler: pairs of a small crop, somewhat degraded, and the large crop that it should become."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ..checkpoint import load_state_dict
-from ..errors import InputError, display_name
+from ..errors import InputError, reading
 from ..image_datasets import normalise, to_uint8
 from ..options import option
 from ..upscaler import MODEL_TYPE, Upscaler
@@ -40,13 +39,12 @@ class UpscalerOptions(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        small_side = self.large_size // self.factor
         if self.large_size % self.factor:
-            raise InputError(
-                f"it must be a multiple of the factor, {self.factor}", parameter="large_size", value=self.large_size
-            )
-        if self.crop * self.factor > self.large_size:
-            most = self.large_size // self.factor
-            raise InputError(f"it can be at most the small side, {most}", parameter="crop", value=self.crop)
+            reason = f"it must be a multiple of the factor, {self.factor}"
+            raise InputError(reason, parameter="large_size", value=self.large_size)
+        if self.crop > small_side:
+            raise InputError(f"it can be at most the small side, {small_side}", parameter="crop", value=self.crop)
 
 
 class _Images(TrainImages):
@@ -64,18 +62,15 @@ class UpscalerImages(_Images):
 
     def __init__(self, references: Sequence[TrainReference], options: UpscalerOptions, seed: int = 0) -> None:
         super().__init__(references, options.large_size, random_flip=True, cache="memory", seed=seed)
-        self.options = options
-        places = {reference.name: i for i, reference in enumerate(references)}
-        self._copies: list[list[tuple[TrainImages, int]]] = [[] for _ in references]
+        self.options, side = options, options.large_size // options.factor
+        self._copies: list[_Images] = []
         for folder in filter(None, options.copies.split(",")):
-            found = [copy for copy in list_images(folder, "copies") if copy.name in places]
-            part = _Images(found, options.large_size // options.factor)
+            names = {reference.name for reference in references}
+            found = [copy for copy in list_images(folder, "copies") if copy.name in names]
             if not found:
-                raise InputError(
-                    "it has no image under the name of one in `data_dir`", parameter="copies", value=folder
-                )
-            for i, copy in enumerate(found):
-                self._copies[places[copy.name]].append((part, i))
+                reason = "it has no image under the name of one in `data_dir`"
+                raise InputError(reason, parameter="copies", value=folder)
+            self._copies.append(_Images(found, side, cache="memory"))
         self._small: list[list[torch.Tensor]] = []  # for every image its shrunk self, then its copies
 
     def batches(self, numbers: Iterator[np.ndarray], device: str | torch.device) -> Iterator[Batch]:
@@ -102,13 +97,13 @@ class UpscalerImages(_Images):
 
     def _read_small(self, large: torch.Tensor) -> list[list[torch.Tensor]]:
         codec = Upscaler(self.options.factor, 1, 0)
-
-        def small(image: torch.Tensor, copies: list[tuple[TrainImages, int]]) -> list[torch.Tensor]:
-            shrunk = torch.from_numpy(to_uint8(codec.encode(normalise(image[None])))[0]).permute(2, 0, 1)
-            return [shrunk, *(part.read(i) for part, i in copies)]
-
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            return list(pool.map(small, large, self._copies))
+        shrunk = (to_uint8(codec.encode(normalise(image[None])))[0] for image in large)
+        images = (torch.from_numpy(array).permute(2, 0, 1) for array in shrunk)
+        small = {reference.name: [image] for reference, image in zip(self.references, images)}
+        for part in self._copies:
+            for image, copy in zip(part.references, part._decoded("cpu")):
+                small[image.name].append(copy)
+        return list(small.values())
 
 
 def binomial_blur(images: torch.Tensor) -> torch.Tensor:
@@ -141,12 +136,7 @@ def begin(config: TrainConfig, options: UpscalerOptions) -> Start:
     torch.manual_seed(config.seed)
     upscaler = Upscaler(options.factor, options.channels, options.depth, options.model)
     if checkpoint:
-        try:
+        what = f"an upscaler of {options.channels} channels, {options.depth} blocks and factor {options.factor}"
+        with reading(checkpoint, what):
             upscaler.load_state_dict(load_state_dict(checkpoint))
-        except RuntimeError as error:
-            what = f"{options.channels} channels, {options.depth} blocks and factor {options.factor}"
-            raise InputError(f"{display_name(checkpoint)} is not an upscaler of {what}") from error
     return Start(upscaler, MODEL_TYPE, {}, checkpoint, texts=upscaler.metadata())
-
-
-__all__ = ["UpscalerImages", "UpscalerOptions", "begin", "upscaler_loss"]
