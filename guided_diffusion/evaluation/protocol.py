@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +28,7 @@ from ..run import record as run_record
 from ..runtime import pick_device
 from . import table
 from .distances import Gaussian, bootstrap_distance, bootstrap_mean
-from .features import Extractor, extract_features, feature_extractor, load_statistics, save_statistics
+from .features import WEIGHTS, Extractor, extract_features, feature_extractor, load_statistics, save_statistics
 from .images import Progress, in_batches, is_npz, list_images, open_npz, read_image, read_male2female
 from .pairs import MIN_MSSSIM_SIZE, MIN_SSIM_SIZE, measure, pair
 from .table import METRICS, ROLES, Metric
@@ -50,54 +49,38 @@ class Evaluation:
     """
 
     outputs: str | None = option(None, "the translated images", metavar="PATH")
-    sources: str | None = option(
-        None, "the images that were translated, for L2, PSNR, SSIM, MS-SSIM and LPIPS", metavar="DIR"
-    )
+    sources: str | None = option(None, "the images that were translated, for metrics of pairs", metavar="DIR")
     targets: str | None = option(
-        None,
-        "images of the target domain, for FID and KID; or an .npz of their statistics (mu and sigma), for FID",
-        metavar="PATH",
+        None, "images of the target domain, for FID and KID; or an .npz of their statistics, for FID", metavar="PATH"
     )
     truth: str | None = option(None, "the true translations of the sources, if there are any", metavar="DIR")
     partial: bool = option(False, "measure the pairs that exist; by default, an image without a partner is an error")
 
     protocol: str = option(
         "egsde", "how images are prepared for Inception; egsde-male2female: resized to 256, then 299 pixels, and "
-        "normalised as for ImageNet",
-        choices=PROTOCOLS,
+        "normalised as for ImageNet", choices=PROTOCOLS,
     )  # fmt: skip
     image_size: int = option(256, "side at which images are compared; 256 as published", least=MIN_SSIM_SIZE, most=8192)
     native_size: bool = option(False, "compute features at the files' own size, as the pytorch-fid command does")
-    resize: str = option(
-        "crop", "how images that are not square are made square, as when sampling", choices=("crop", "pad", "stretch")
-    )
+    resize: str = option("crop", "how images are made square, as when sampling", choices=("crop", "pad", "stretch"))
 
     features: str = option(
-        "inception",
-        "feature network: inception; efficientnet; a TorchScript FILE.pt that maps images [N, 3, H, W] in [0, 1] to "
-        "features [N, D]; or a FILE.safetensors of a model of this project or of a registered kind, such as "
-        "models/emoji_judge_64.safetensors, which adds content and target_vendor",
-        metavar="NAME",
-    )
-    trust_features: bool = option(
-        False, "run a TorchScript FILE.pt, which is a program: give True only for a file whose origin you trust"
-    )
-    inception_path: str | None = option(
-        None, "pt_inception-2015-12-05-6726825d.pth, where it cannot be downloaded", metavar="FILE"
-    )
+        "inception", "feature network: inception; efficientnet; a TorchScript FILE.pt that maps images [N, 3, H, W] in "
+        "[0, 1] to features [N, D]; or a FILE.safetensors of a model of this project or of a registered kind, such as "
+        "models/emoji_judge_64.safetensors, which adds content and target_vendor", metavar="NAME",
+    )  # fmt: skip
+    trust_features: bool = option(False, "run a TorchScript FILE.pt, a program: only where you trust its origin")
+    inception_path: str | None = option(None, f"{WEIGHTS}, where it cannot be downloaded", metavar="FILE")
     kid_subsets: int = option(100, "number of random subsets that KID is averaged over", least=1, most=MOST_RESAMPLES)
     kid_subset_size: int = option(1000, "images per subset; smaller sets are used whole", least=2, most=1_000_000)
 
     lpips: str = option(
-        "auto",
-        "auto: measure it if the lpips package and its weights are available, else warn; True: else raise an error",
-        choices=("auto", "True", "False"),
-    )
+        "auto", "auto: measure it if the lpips package and its weights are available, else warn; True: else raise an "
+        "error", choices=("auto", "True", "False"),
+    )  # fmt: skip
     lpips_net: str = option("alex", "LPIPS's backbone", choices=("alex", "vgg", "squeeze"))
 
-    bootstrap: int = option(
-        0, "bootstrap replicates for a confidence interval of every value, 0 for none", least=0, most=MOST_RESAMPLES
-    )
+    bootstrap: int = option(0, "bootstrap replicates for intervals, 0 for none", least=0, most=MOST_RESAMPLES)
     confidence: float = option(0.95, "confidence level of the intervals", metavar="P", above=0, most=0.9999)
     seed: int = option(0, "seed of bootstrap and KID", least=0)
 
@@ -247,13 +230,12 @@ def evaluate(
     """Measure the images in `options.outputs` -> (result, images).
 
     instruments: from an earlier evaluation, to load no network and read no target twice. progress: a function
-    (iterable, description) -> iterable that sees the batches pass. Where a sampling script wrote several translations
-    of every source (folders sample_0, sample_1, ...), distances are measured for each set and averaged.
+    (iterable, description) -> iterable that sees the batches pass.
 
     `result` can be written as JSON, except that a PSNR can be infinite. `metrics` holds every value by name (fid, kid,
     source_l2, ..., truth_lpips, negative_impact; None where there is none), `std` the standard deviation over images
-    (of kid: over subsets; of distances of several translations: over these), `intervals` confidence intervals, beside
-    `counts`, `sizes`, `pairing`, `protocol` and `warnings`. `images` has one dict per output with its own values.
+    (of kid: over subsets), `intervals` confidence intervals, beside `counts`, `sizes`, `pairing`, `protocol` and
+    `warnings`. `images` has one dict per output with its own values.
     Raises InputError for folders, files and options that do not fit.
     """
     if options.outputs is None:
@@ -282,23 +264,17 @@ class _Measuring:
             "intervals": {},
             "warnings": [],
         }
+        self.warn = self.result["warnings"].append
         if options.bootstrap:
             words = f"bootstrap, {options.bootstrap} replicates, confidence {confidence:g}, seed {seed}"
             self.result["protocol"]["intervals"] = words
 
-    def warn(self, text: str) -> None:
-        """Add a warning to the result, once."""
-        if text not in self.result["warnings"]:
-            self.result["warnings"].append(text)
-
     def run(self, folder: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Measure everything; see `evaluate`."""
         options, result = self.options, self.result
-        record = self.run_record(folder)
         self.found = list_images(folder, "outputs", sampled=True, least=1 if options.targets is None else 2)
         self.rows: dict[str, dict[str, Any]] = {output.path: {"output": output.name} for output in self.found}
         result["counts"]["outputs"] = len(self.found)
-        self.sets = translations(self.found, record)
         given = {role: (getattr(options, name), name) for role, name in ROLES.items()}
         self.others = {role: list_images(*given[role]) for role in ROLES if given[role][0] is not None}
         self.partners = {role: self.pair_with(role) for role in self.others}
@@ -310,77 +286,65 @@ class _Measuring:
             result["sizes"][parameter] = sizes = [f"{width}x{height}" for width, height in sorted(seen)]
             if len(sizes) > 1:
                 self.warn(f"{parameter}: images of {len(sizes)} sizes, {_first(sizes)}")
-        for metric in table.of_kind("recorded"):
+        self.read_record(os.path.join(folder, run_record.NAME))
+        return result, [row for row in self.rows.values() if len(row) > 1]
+
+    def read_record(self, path: str) -> None:
+        """Add what the run.json of the outputs, if there is one, says of them."""
+        record = files.read_json_or_none(path)
+        if os.path.lexists(path) and not isinstance(record, dict):
+            self.warn(f"{display_name(path)}: not the record of a run; negative_impact is left out")
+        for metric in table.of_kind("recorded") if isinstance(record, dict) else ():
             value: Any = record.get(metric.name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
             if number and not metric.is_cost:
-                result["metrics"][metric.name] = float(value)
-        return result, [row for row in self.rows.values() if len(row) > 1]
-
-    def run_record(self, folder: str) -> dict[str, Any]:
-        """The run.json in the folder of outputs; an empty dict, and a warning, where it cannot be read."""
-        path = os.path.join(folder, run_record.NAME)
-        if not os.path.isdir(folder) or not os.path.lexists(path):
-            return {}
-        record = files.read_json_or_none(path)
-        if isinstance(record, dict) and isinstance(record.get("settings", {}), dict):
-            return record
-        self.warn(f"{display_name(path)}: not the record of a run; negative_impact is left out")
-        return {}
+                self.result["metrics"][metric.name] = float(value)
 
     def pair_with(self, role: str) -> dict[str, Reference]:
         """Partners of the outputs: a dict from an output's path to the other reference."""
-        parameter, others = ROLES[role], self.others[role]
-        partners: dict[str, Reference] = {}
-        how, pairs = "", []
-        for outputs in self.sets:
-            pairs, how = pair([each for _, each in outputs], others, parameter=parameter, partial=self.options.partial)
-            partners |= {output.path: other for output, other in pairs}
-        self.result["counts"] |= {parameter: len(others), f"{role}_pairs": len(partners)}
+        parameter, others, count = ROLES[role], self.others[role], len(self.found)
+        pairs, how = pair(self.found, others, parameter=parameter, partial=self.options.partial)
+        self.result["counts"] |= {parameter: len(others), f"{role}_pairs": len(pairs)}
         self.result["pairing"][role] = how
         first = _first([f"{display_name(a.name)} with {display_name(b.name)}" for a, b in pairs])
-        count = sum(map(len, self.sets))
         if how == "order":
             self.warn(f"no file name in outputs occurs in {parameter}: paired by order of names, {first}")
         elif how == "number":
             self.warn(f"outputs and {parameter} are paired by the numbers in names, {first}")
-        elif len(partners) < max(count, len(others) * len(self.sets)):
-            measured = f"{len(partners)} pairs measured of {count} outputs and {len(others)} in {parameter}"
-            self.warn(f"partial: {measured}")
-        return partners
+        elif len(pairs) < max(count, len(others)):
+            self.warn(f"partial: {len(pairs)} pairs measured of {count} outputs and {len(others)} in {parameter}")
+        return {output.path: other for output, other in pairs}
 
     def measure_features(self) -> None:
         """Distances of the outputs' features from those of the targets, and metrics of features."""
         y = None if self.options.targets is None else self.target_features(self.options.targets)
         outputs, sizes = self.instruments.features(self.found, self.progress)
         self.result["sizes"] = {"outputs": sizes, **self.result["sizes"]}
-        width = outputs["features"].shape[1]
-        self.result["protocol"] |= {"features": self.instruments.network[2], "dimensions": width}
+        x = outputs["features"]
+        self.result["protocol"] |= {"features": self.instruments.network[2], "dimensions": x.shape[1]}
         self.measure_single(outputs)
         if y is None:
             return
-        row = {output.path: i for i, output in enumerate(self.found)}
-        x = [outputs["features"][[row[output.path] for output, _ in each]] for each in self.sets]
-        if min(map(len, x)) < 2:
-            raise InputError("a translation in `outputs` has 1 image or none; distances need 2 or more")
-        if (own := len(y[0])) != width:
+        if (width := len(y[0])) != x.shape[1]:
             raise InputError(
-                f"it has {own} features, and `outputs` has {width}; both need one feature network and, with "
+                f"it has {width} features, and `outputs` has {x.shape[1]}; both need one feature network and, with "
                 "`native_size`, one whose features do not depend on the size",
                 parameter="targets",
                 value=self.options.targets,
             )
-        names = {m.name: table.Value(m).words(table.is_inception(self.result["protocol"])) for m in METRICS.values()}
-        counts = [*(("outputs", len(each)) for each in x), ("targets", self.result["counts"]["targets"])]
-        for parameter, count in counts:
+        inception = table.is_inception(self.result["protocol"])
+        for parameter in ("outputs", "targets"):
+            count = self.result["counts"][parameter]
             if count is not None and count <= width:
+                biased = f"{table.Value(METRICS['fid']).words(inception)}s are biased"
                 self.warn(
                     f"{parameter}: too few images for the covariance's rank: {count} images for {width} features make "
-                    f"it singular, and {names['fid']}s are biased: compare them only with those of as many images"
+                    f"it singular, and {biased}: compare them only with those of as many images"
                 )
         for metric in table.of_kind("distance"):
             if isinstance(y, tuple) and not metric.of_gaussian:
-                self.warn(f"{names[metric.name]} is left out: it needs the target images, not their statistics")
+                label = table.Value(metric).words(inception)
+                self.warn(f"{label} is left out: it needs the target images, not their statistics")
             else:
                 self.measure_distance(metric, x, y)
 
@@ -398,26 +362,21 @@ class _Measuring:
         counts["targets"] = len(y)
         return y
 
-    def measure_distance(self, metric: Metric, x: list[np.ndarray], y: np.ndarray | Gaussian) -> None:
-        """One distance of every translation's features from the target's."""
+    def measure_distance(self, metric: Metric, x: np.ndarray, y: np.ndarray | Gaussian) -> None:
+        """One distance of the outputs' features from the targets'."""
         result, name = self.result, metric.name
         chosen = {option: getattr(self.options, option) for option in metric.options}
         compute = functools.partial(metric.compute, **chosen)  # type: ignore[arg-type]
-        measured = [compute(rows, y) for rows in x]
-        values, stds, notes = zip(*(each if isinstance(each, tuple) else (each, math.nan, "") for each in measured))
-        result["metrics"][name] = estimate = float(np.mean(values))
-        if notes[0]:
-            result["protocol"][name] = notes[0]
-        if len(x) > 1:
-            result["std"][name] = float(np.std(values, ddof=1))
-            result["protocol"]["translations"] = (
-                f"{len(x)} of every source; distances of each, then their mean, without bootstrap intervals"
-            )
-        elif not math.isnan(stds[0]):
-            result["std"][name] = stds[0]
-        if self.options.bootstrap and len(x) == 1:
+        found = compute(x, y)
+        value, std, note = found if isinstance(found, tuple) else (found, math.nan, "")
+        result["metrics"][name] = float(value)
+        if note:
+            result["protocol"][name] = note
+        if not math.isnan(std):
+            result["std"][name] = std
+        if self.options.bootstrap:
             interval = metric.interval or functools.partial(bootstrap_distance, compute)
-            result["intervals"][name] = interval(x[0], y, estimate, **self.resampling)
+            result["intervals"][name] = interval(x, y, float(value), **self.resampling)
 
     def measure_single(self, outputs: dict[str, np.ndarray]) -> None:
         """Metrics of single outputs that the feature network's arrays suffice for."""
@@ -489,18 +448,6 @@ class _Measuring:
             self.result["std"][key] = float(values.std(ddof=1))
         if self.options.bootstrap:
             self.result["intervals"][key] = bootstrap_mean(values, **self.resampling)
-
-
-def translations(found: Sequence[Reference], record: Mapping[str, Any]) -> list[list[tuple[Reference, Reference]]]:
-    """The outputs as one list per translation of the sources: [(output, reference named as its source)]."""
-    count = record.get("settings", {}).get("samples_per_image", 1)
-    sets: dict[int, list[tuple[Reference, Reference]]] = {}
-    for output in found if isinstance(count, int) and count > 1 else []:
-        folder, _, name = output.name.partition("/")
-        number = re.fullmatch(r"sample_(0|[1-9][0-9]{0,8})", folder)
-        if number and int(number[1]) < count:
-            sets.setdefault(int(number[1]), []).append((output, Reference(output.path, name)))
-    return [sets[k] for k in sorted(sets)] or [[(output, output) for output in found]]
 
 
 def _first(words: Sequence[str]) -> str:

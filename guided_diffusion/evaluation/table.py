@@ -46,6 +46,19 @@ class Metric:
       [N, ...] by name, the same for all images in the truth folder, and the index [N] of each output's truth in these
     - "distance": (x [N, D], y [M, D]), float64 features -> a number, or (number, standard deviation or NaN, a note)
     - "recorded": none; the value stands in a run's run.json under the metric's name
+
+    A comparison shows means as `format` says, multiplied by `factor`, and leaves out what is `hidden`. lower_is_better:
+    None where neither is. is_cost: a recorded value that depends on the machine, not the seed.
+
+    load: replaces `compute` of images where a network is needed: (options, device) -> compute, or None where the
+    options turn the metric off. If it raises InputError, the metric is left out with a warning, unless the option that
+    has the metric's name is "True". needs: names that `compute` of features uses; without all of them it is not
+    measured. needs_truth: if False, `truths` and `own` may be None. how: a note for the protocol.
+
+    Of distances: general_label: label for features other than Inception's, for which names like FID are reserved.
+    of_gaussian: `compute` also takes (mean [D], root [R, D]) for y, so statistics suffice. options: fields of the
+    evaluation's options that it takes as keywords. interval: (x, y, estimate, replicates=, confidence=, seed=) -> (low,
+    high), in place of `distances.bootstrap_distance`.
     """
 
     kind: str
@@ -53,33 +66,19 @@ class Metric:
     label: str
     compute: Callable[..., Any] | None = None
     format: str = ".3f"
-    """Of a mean in a comparison, after multiplication by `factor`."""
     factor: float = 1
     lower_is_better: bool | None = None
-    """None where neither is."""
     unit: str = ""
     hidden: bool = False
-    """Whether a comparison leaves it out."""
     is_cost: bool = False
-    """Recorded: whether it depends on the machine, not the seed."""
     load: Callable[[Any, Any], Callable[..., Any] | None] | None = None
-    """Paired, image: replaces `compute` where a network is needed: (options, device) -> compute, or None where the
-    options turn the metric off. If it raises InputError, the metric is left out with a warning, unless the option that
-    has the metric's name is "True"."""
     needs: tuple[str, ...] = ()
-    """Features: the names that `compute` uses; without all of them, it is not measured."""
     needs_truth: bool = True
-    """Features: if False, `truths` and `own` may be None."""
     how: str = ""
-    """Features: a note on the measurement, for the protocol."""
     general_label: str = ""
-    """Distance: label for features other than Inception's, for which names like FID are reserved."""
     of_gaussian: bool = False
-    """Distance: `compute` also takes (mean [D], root [R, D]) for y, so statistics suffice."""
     options: tuple[str, ...] = ()
-    """Distance: fields of the evaluation's options that `compute` takes as keywords."""
     interval: Callable[..., tuple[float, float]] | None = None
-    """Distance: (x, y, estimate, replicates=, confidence=, seed=) -> (low, high); by default, both are resampled."""
 
 
 def register(kind: str, name: str, label: str, **details: Any) -> Callable[[Callable], Callable]:
@@ -128,11 +127,6 @@ class Value:
     def words(self, inception: bool) -> str:
         """Its label in a sentence or chart: "FID", or "Fréchet distance" of other features."""
         return self.label(inception) + (" distance" if self.metric.general_label and not inception else "")
-
-    def line(self, inception: bool) -> str:
-        """Its label in the table of one evaluation: "PSNR (dB), source"."""
-        unit = f" ({self.metric.unit})" if self.metric.unit else ""
-        return f"{self.label(inception)}{unit}" + (f", {self.role}" if self.role else "")
 
     def heading(self, inception: bool) -> str:
         """The heading of its column in a comparison, with an arrow to where it is better: "SSIM to truth ↑"."""
@@ -188,7 +182,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         if value is not None:
             std = f"{result['std'][each.key]:.4g}" if each.key in result["std"] else ""
             interval = " to ".join(f"{end:.5g}" for end in result["intervals"].get(each.key, ()))
-            lines.append(f"| {each.line(inception)} | {value:.6g} | {std} | {interval} |")
+            label = each.label(inception) + (f" ({each.metric.unit})" if each.metric.unit else "")
+            label += f", {each.role}" if each.role else ""
+            lines.append(f"| {label} | {value:.6g} | {std} | {interval} |")
     lines.append("")
     for folder in FOLDERS:
         if result[folder] is not None:
