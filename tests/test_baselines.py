@@ -9,27 +9,27 @@ from conftest import Replay, golden, golden_encoder, golden_index, golden_model_
 
 from guided_diffusion.baselines import egsde, ilvr, sdedit, unconditional
 from guided_diffusion.errors import InputError
-from guided_diffusion.methods import EGSDE, ILVR, METHODS, SDEdit, Unconditional
+from guided_diffusion.methods import EGSDE, ILVR, METHODS, SDDM, SDEdit, Unconditional
 from guided_diffusion.script_util import create_diffusion
+from guided_diffusion.sddm import sample
 
 
-def assert_same_trace(states, expected):
-    assert len(states) == len(expected)
-    for state, sample in zip(states, expected):
-        torch.testing.assert_close(state, sample, atol=1e-4, rtol=0)
+def run(method, *arguments, draws, **options):
+    """The states of a run, by step; the draws must be used up."""
+    noise, states = Replay(draws), {}
+    result = method(*arguments, noise=noise, callback=states.__setitem__, **options)
+    assert not noise.draws and torch.equal(result, states[0])
+    return states
 
 
 @pytest.mark.parametrize("name", golden_names("ilvr_"))
 def test_ilvr_trace(name):
     data, settings = golden(name), golden_index()[name]
     model, diffusion = golden_model_and_diffusion(settings)
-    noise, states = Replay(data["noise"]), {}
-    options = {"down_n": settings["down_N"], "range_t": settings["range_t"], "callback": states.__setitem__}
-    result = ilvr(model, diffusion, data["ref"], noise=noise, **options)
-    assert not noise.draws
+    options = {"down_n": settings["down_N"], "range_t": settings["range_t"]}
+    states = run(ilvr, model, diffusion, data["ref"], draws=data["noise"], **options)
     assert list(states) == list(reversed(range(diffusion.num_timesteps)))
-    assert_same_trace(list(states.values()), data["samples"])
-    assert torch.equal(result, states[0])
+    torch.testing.assert_close(torch.stack(list(states.values())), data["samples"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("learn_sigma", [False, True])
@@ -37,24 +37,18 @@ def test_ilvr_trace(name):
 def test_egsde_and_sdedit_traces(name, learn_sigma):
     """The golden model gives a variance; it is ignored whether or not the process was made to use it."""
     data, settings = golden(name), golden_index()[name]
-    options = {
-        "start": settings["M"],
-        "variance": {"fixedsmall": "fixed_small", "fixedlarge": "fixed_large"}[settings["var_type"]],
-        "noise": Replay(data["noise"]),
-    }
-    (model, _), states = golden_model_and_diffusion(settings), {}
-    arguments = model, create_diffusion(learn_sigma=learn_sigma), data["ref"]
-    given = arguments[1].model_var_type
+    variance = {"fixedsmall": "fixed_small", "fixedlarge": "fixed_large"}[settings["var_type"]]
+    options = {"start": settings["M"], "variance": variance, "draws": data["noise"]}
+    diffusion = create_diffusion(learn_sigma=learn_sigma)
+    arguments, given = (golden_model_and_diffusion(settings)[0], diffusion, data["ref"]), diffusion.model_var_type
     if settings["kind"] == "sdedit_trace":
-        result = sdedit(*arguments, **options, callback=states.__setitem__)
+        states = run(sdedit, *arguments, **options)
     else:
         guidance = {"ls": settings["ls"], "li": settings["li"], "down_n": settings["down_N"]}
-        encoder = golden_encoder()
-        result = egsde(*arguments, **options, **guidance, encoder=encoder, callback=states.__setitem__)
-    assert not options["noise"].draws
-    assert list(states) == list(reversed(range(settings["M"])))
-    assert_same_trace([list(states.values())[k] for k in settings["kept_steps"]], data["samples"])
-    assert torch.equal(result, states[0]) and arguments[1].model_var_type is given
+        states = run(egsde, *arguments, **options, **guidance, encoder=golden_encoder())
+    assert list(states) == list(reversed(range(settings["M"]))) and diffusion.model_var_type is given
+    kept = torch.stack([list(states.values())[k] for k in settings["kept_steps"]])
+    torch.testing.assert_close(kept, data["samples"], atol=1e-4, rtol=0)
 
 
 # What follows needs no golden data. The model is the exact one for images of independent standard normal pixels.
@@ -64,17 +58,16 @@ ALPHAS_CUMPROD = torch.from_numpy(create_diffusion().alphas_cumprod)
 
 
 class GaussianModel:
-    """eps = sqrt(1 - alpha_bar) x, the noise to expect where x_0 is standard normal; records the timesteps."""
+    """eps = sqrt(1 - alpha_bar) x, the noise to expect where x_0 is standard normal; records its calls."""
 
-    def __init__(self, variance_channels=False):
-        self.variance_channels = variance_channels
-        self.timesteps = []
+    def __init__(self):
+        self.inputs, self.timesteps = [], []
 
     def __call__(self, x, t):
         assert not torch.is_grad_enabled()
+        self.inputs.append(x)
         self.timesteps.append(int(t[0]))
-        eps = (1 - ALPHAS_CUMPROD[t]).sqrt().to(x)[:, None, None, None] * x
-        return torch.cat([eps, torch.full_like(eps, 9.0)], dim=1) if self.variance_channels else eps
+        return (1 - ALPHAS_CUMPROD[t]).sqrt().to(x)[:, None, None, None] * x
 
 
 class PatchEncoder(torch.nn.Module):
@@ -158,18 +151,16 @@ def test_options_are_refused_before_any_step(method, parameter, value):
 @pytest.mark.parametrize("start, steps", [(1, 1), (0.5, 6)])
 def test_late_start_of_ilvr(start, steps):
     """From the reference noised to the step before; one draw, then those of the steps that are taken."""
-    diffusion, ref, draws, inputs, states = create_diffusion(timestep_respacing="12"), references(), [], [], {}
+    diffusion, ref, draws, states = create_diffusion(timestep_respacing="12"), references(), [], {}
     model = GaussianModel()
 
     def noise(shape):
         draws.append(torch.randn(shape))
         return draws[-1]
 
-    SAMPLERS["ilvr"](
-        lambda x, t: inputs.append(x) or model(x, t), ref, start=start, noise=noise, callback=states.__setitem__
-    )
+    SAMPLERS["ilvr"](model, ref, start=start, noise=noise, callback=states.__setitem__)
     assert list(states) == list(reversed(range(steps)))
-    assert torch.equal(inputs[0], diffusion.q_sample(ref, torch.full((2,), steps - 1), draws[0]))
+    assert torch.equal(model.inputs[0], diffusion.q_sample(ref, torch.full((2,), steps - 1), draws[0]))
     assert len(draws) == 1 + steps + max(steps - 4, 0)
 
 
@@ -185,15 +176,10 @@ def test_unconditional_is_the_loop_of_the_process(use_ddim, eta):
     x = noise((2, 3, 16, 16))
     with torch.no_grad():
         for i in reversed(range(12)):
-            t, draw = torch.tensor([i, i]), noise(x.shape)
-            if use_ddim:
-                x = diffusion.ddim_sample(GaussianModel(), x, t, eta=eta, noise=draw)["sample"]
-            else:
-                x = diffusion.p_sample(GaussianModel(), x, t, noise=draw)["sample"]
-    output = unconditional(
-        GaussianModel(), diffusion, references(), use_ddim=use_ddim, eta=eta, noise=seeded(4, slice(2))
-    )
-    assert torch.equal(output, x)
+            step = partial(diffusion.ddim_sample, eta=eta) if use_ddim else diffusion.p_sample
+            x = step(GaussianModel(), x, torch.tensor([i, i]), noise=noise(x.shape))["sample"]
+    options = {"use_ddim": use_ddim, "eta": eta, "noise": seeded(4, slice(2))}
+    assert torch.equal(unconditional(GaussianModel(), diffusion, references(), **options), x)
 
 
 # Options
@@ -222,14 +208,16 @@ def test_options_that_do_not_fit(make, parameter):
 def test_bound_options_are_those_of_the_function():
     diffusion, ref = create_diffusion(timestep_respacing="12"), references()
     noise = lambda: seeded(1, slice(2))  # noqa: E731
+    guided = {"range_t": 3, "blocks": 4, "variant": "released", "start": 6}
     for options, expected in (
+        (SDDM(**guided), partial(sample, **guided)),
         (ILVR(down_n=4, range_t=3, start=9), partial(ilvr, down_n=4, range_t=3, start=9)),
         (SDEdit(start=0.5), partial(sdedit, start=6)),
         (EGSDE(start=6, ls=0.0, li=0.1, down_n=4), partial(egsde, start=6, ls=0, li=0.1, encoder=None, down_n=4)),
         (Unconditional(use_ddim=True), partial(unconditional, use_ddim=True)),
     ):
         assert type(options) is METHODS.pick(type(options).__name__.lower())
-        bound = options.bind(SimpleNamespace(clip_denoised=True, sigma_small=True))
+        bound = options.bind(SimpleNamespace(clip_denoised=True, sigma_small=True, codec=None))
         result = bound(GaussianModel(), diffusion, ref, noise=noise())
         assert torch.equal(result, expected(GaussianModel(), diffusion, ref, noise=noise()))
         *_, last = bound.steps(GaussianModel(), diffusion, ref, noise=noise())

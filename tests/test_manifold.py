@@ -1,5 +1,8 @@
 """Block statistics, restriction and split: golden numbers, plain loops, and the identities that define them."""
 
+import itertools
+import statistics
+
 import pytest
 import torch
 from conftest import golden, golden_index, golden_names
@@ -30,16 +33,6 @@ def images(shape, seed, scale=1.0):
     return (scale * torch.randn(2, n, c, blocks * h, blocks * w, generator=generator, dtype=torch.float64)).unbind()
 
 
-def each_block(x, blocks):
-    """The blocks of [N, C, H, W] one by one: (n, c, row, column, slice of x)."""
-    h, w = x.shape[2] // blocks, x.shape[3] // blocks
-    for n in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            for i in range(blocks):
-                for j in range(blocks):
-                    yield n, c, i, j, x[n, c, i * h : (i + 1) * h, j * w : (j + 1) * w]
-
-
 @pytest.mark.parametrize("name", golden_names("block_ops_"))
 def test_golden(name):
     data, config = golden(name), golden_index()[name]
@@ -49,36 +42,28 @@ def test_golden(name):
     )
     mean_t, var_t = diffuse_statistics(mean, var, alpha_bar)
     tangent, normal = decompose(data["x"], data["grad"], mean_t)
-    results = {
-        "block_mean": mean,
-        "block_std": var.sqrt(),
-        "mean_t": mean_t,
-        "var_t": var_t,
-        "badain_feat": block_adain(data["x"], mean, var),
-        "badain_stats": block_adain(data["x"], mean_t, var_t),
-        "tangent": tangent,
-        "normal": normal,
-    }
+    results = {"block_mean": mean, "block_std": var.sqrt(), "mean_t": mean_t, "var_t": var_t}
+    results |= {"badain_feat": block_adain(data["x"], mean, var), "tangent": tangent, "normal": normal}
+    results |= {"badain_stats": block_adain(data["x"], mean_t, var_t)}
     for key, value in results.items():
         torch.testing.assert_close(value, data[key], atol=1e-5, rtol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(shapes, st.integers(0, 2**32))
 def test_statistics_of_every_block(shape, seed):
     x, _ = images(shape, seed)
     blocks = shape[2]
     mean, var = block_statistics(x, blocks)
     assert mean.shape == var.shape == (shape[0], shape[1], blocks, blocks, 1, 1)
-    for n, c, i, j, block in each_block(x, blocks):
-        values = block.flatten().tolist()
-        expected = sum(values) / len(values)
-        spread = sum((v - expected) ** 2 for v in values) / (len(values) - 1)
-        assert float(mean[n, c, i, j]) == pytest.approx(expected, abs=1e-12)
-        assert float(var[n, c, i, j]) == pytest.approx(spread + 1e-5, rel=1e-10)
+    h, w = x.shape[2] // blocks, x.shape[3] // blocks
+    for n, c, i, j in itertools.product(*map(range, mean.shape[:4])):
+        values = x[n, c, i * h : (i + 1) * h, j * w : (j + 1) * w].flatten().tolist()
+        assert float(mean[n, c, i, j]) == pytest.approx(statistics.mean(values), abs=1e-12)
+        assert float(var[n, c, i, j]) == pytest.approx(statistics.variance(values) + 1e-5, rel=1e-10)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(shapes, st.integers(0, 2**32), st.floats(0, 1))
 def test_restriction_lands_on_the_manifold_and_stays(shape, seed, alpha_bar):
     x, ref = images(shape, seed)
@@ -91,18 +76,7 @@ def test_restriction_lands_on_the_manifold_and_stays(shape, seed, alpha_bar):
     torch.testing.assert_close(var - EPS, target[1] * (own - EPS) / own, atol=1e-10, rtol=1e-8)
 
 
-@settings(deadline=None, max_examples=30)
-@given(shapes, st.integers(0, 2**32), st.floats(-3, 3), st.floats(0.1, 10))
-def test_restriction_ignores_brightness_and_contrast_of_its_input(shape, seed, shift, contrast):
-    # Without EPS this holds exactly; with it, up to EPS relative to the smaller variance.
-    x, ref = images(shape, seed, scale=100.0)
-    target = block_statistics(ref / 100, shape[2])
-    smallest = float(block_statistics(x, shape[2])[1].min()) * min(1.0, contrast**2)
-    before, after = block_adain(x, *target), block_adain(contrast * x + shift, *target)
-    torch.testing.assert_close(after, before, atol=20 * EPS / smallest + 1e-9, rtol=0)
-
-
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(shapes, st.integers(0, 2**32))
 def test_split_parts(shape, seed):
     x, vector = images(shape, seed)
@@ -116,7 +90,7 @@ def test_split_parts(shape, seed):
     torch.testing.assert_close(inner, torch.zeros_like(inner), atol=1e-9, rtol=0)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(shapes, st.integers(0, 2**32))
 def test_split_is_the_projection_on_the_tangent_space(shape, seed):
     """At a point of the manifold, moving along the tangent keeps means, and variances to first order."""
@@ -124,12 +98,8 @@ def test_split_is_the_projection_on_the_tangent_space(shape, seed):
     blocks = shape[2]
     mean, var = block_statistics(x, blocks)
     tangent, normal = decompose(x, vector, mean)
-    again, rest = decompose(x, tangent, mean)
-    torch.testing.assert_close(again, tangent, atol=1e-9, rtol=0)
-    torch.testing.assert_close(rest, torch.zeros_like(rest), atol=1e-9, rtol=0)
-    nothing, all_of_it = decompose(x, normal, mean)
-    torch.testing.assert_close(nothing, torch.zeros_like(nothing), atol=1e-9, rtol=0)
-    torch.testing.assert_close(all_of_it, normal, atol=1e-9, rtol=0)
+    torch.testing.assert_close(decompose(x, tangent, mean)[0], tangent, atol=1e-9, rtol=0)
+    torch.testing.assert_close(decompose(x, normal, mean)[1], normal, atol=1e-9, rtol=0)
     step = 1e-4
     moved_mean, moved_var = block_statistics(x + step * tangent, blocks)
     torch.testing.assert_close(moved_mean, mean, atol=1e-11, rtol=0)

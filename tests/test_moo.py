@@ -52,7 +52,7 @@ def test_golden(name):
         torch.testing.assert_close(exact, expected, atol=1e-4, rtol=0)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(vector_sets)
 def test_agrees_with_non_negative_least_squares(vectors):
     expected, largest = reference_point(vectors), float(vectors.norm(dim=1).max())
@@ -62,7 +62,7 @@ def test_agrees_with_non_negative_least_squares(vectors):
     torch.testing.assert_close(result, expected, atol=1e-4 * largest, rtol=0)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(vector_sets)
 def test_no_direction_is_harmed(vectors):
     """<d, v_k> >= |d|^2 for every k: this is what makes d the minimum-norm point."""
@@ -72,7 +72,7 @@ def test_no_direction_is_harmed(vectors):
     assert (inner >= result.square().sum() - slack).all()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(vector_sets, st.sampled_from(METHODS))
 def test_weights_are_convex(vectors, method):
     weights = min_norm_weights(vectors, 0, method)
@@ -81,7 +81,7 @@ def test_weights_are_convex(vectors, method):
     torch.testing.assert_close(min_norm_point(vectors, 0, method), weights.to(vectors) @ vectors)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(vector_sets, st.sampled_from([1e-6, 1e-3, 3.0, 1e3, 1e6]))
 def test_scaling_all_vectors_scales_the_point(vectors, factor):
     result = min_norm_point(vectors, 0)
@@ -96,30 +96,15 @@ def test_many_vectors_are_nearly_exact():
         assert result.norm() <= 1.02 * reference_point(vectors).norm()
 
 
-@pytest.mark.parametrize("count", [3, 6])
-def test_exact_is_never_longer_than_frank_wolfe(count):
-    vectors = torch.stack([random_vectors(count, 16, seed, 1.0, 1.0, torch.float32) for seed in range(200)])
-    exact, approximate = (min_norm_point(vectors, 1, method).norm(dim=1) for method in METHODS)
-    assert (exact <= approximate * (1 + 1e-6)).all()
-    assert (exact < approximate * (1 - 1e-3)).any()
-    assert (approximate <= vectors.norm(dim=2).mean(dim=1)).all()
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("count", [1, 3])
-def test_identical_and_zero_vectors(count, method):
+def test_identical_opposite_and_zero_vectors(count, method):
     vector = torch.randn(2, 3, 1, 5, 4)
     result = min_norm_point(vector.expand(-1, -1, count, -1, -1), 2, method)
     torch.testing.assert_close(result, vector[:, :, 0], atol=1e-6, rtol=1e-5)
     assert torch.equal(min_norm_point(torch.zeros(2, count, 5), 1, method), torch.zeros(2, 5))
-
-
-@pytest.mark.parametrize("ratio", [1.0, 1e3])
-@pytest.mark.parametrize("method", METHODS)
-def test_opposite_vectors_cancel(method, ratio):
-    vector = torch.randn(3, 1, 10)
-    result = min_norm_point(torch.cat([vector, -ratio * vector], dim=1), 1, method)
-    torch.testing.assert_close(result, torch.zeros(3, 10), atol=1e-6 * max(1, ratio), rtol=0)
+    cancelled = min_norm_point(torch.cat([vector, -1e3 * vector], dim=2), 2, method)
+    torch.testing.assert_close(cancelled, torch.zeros_like(cancelled), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("count, spread", [(3, 4.0), (6, 8.0)])
@@ -147,14 +132,6 @@ def test_problems_and_components_may_have_any_shape(count, method):
     assert (caught.value.parameter, caught.value.value) == ("method", "newton")
 
 
-@pytest.mark.parametrize("count", [2, 6])
-def test_problems_do_not_see_each_other(count):
-    vectors = torch.stack([random_vectors(count, 16, seed, 1.0, 1.0, torch.float32) for seed in range(8)])
-    together = min_norm_point(vectors, 1)
-    for i in range(8):
-        torch.testing.assert_close(min_norm_point(vectors[i : i + 1], 1)[0], together[i], atol=1e-6, rtol=1e-5)
-
-
 def test_frank_wolfe_stops_by_the_mean_over_all_problems():
     """As in the release: a problem beside many that are done is left before it has converged."""
     slow = random_vectors(3, 16, 0, 0.0, 0.0, torch.float32)
@@ -177,9 +154,7 @@ def test_other_precisions(count, dtype):
 class OnApple(torch.Tensor):
     """A tensor that says it lies on an Apple GPU, which has no float64."""
 
-    @property
-    def device(self):
-        return torch.device("mps")
+    device = torch.device("mps")
 
     def cpu(self):
         return self.as_subclass(torch.Tensor)
