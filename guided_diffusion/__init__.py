@@ -4,6 +4,7 @@ The package keeps guided-diffusion's module names and adds the method's own: `sd
 `baselines`. `Translator` and `load_model` are imported when they are first used, so that the import costs nothing.
 """
 
+import importlib
 from typing import Any
 
 __version__ = "0.3.0"
@@ -11,12 +12,7 @@ __all__ = ["Translator", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Translator":
-        from .translator import Translator
-
-        return Translator
-    if name == "load_model":
-        from .checkpoint import load_model
-
-        return load_model
+    modules = {"Translator": ".translator", "load_model": ".checkpoint"}
+    if name in modules:
+        return getattr(importlib.import_module(modules[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

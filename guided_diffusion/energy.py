@@ -2,12 +2,10 @@
 
 An energy has `prepare(ref)`, called once per batch of references [N, C, H, W] (pixels in [-1, 1], or latents), and
 `energy_and_grad(x, t, alpha_bar) -> (E, grad)`: x [N, C, H, W], t the original timestep [N], alpha_bar a float;
-E [N] is per image, grad = dE/dx has x's shape. Samplers descend, so a lower energy is better. A run prepares a copy of
-its own (`prepared`), so several runs can share an energy and its network.
+E [N] is per image, grad = dE/dx has x's shape. Samplers descend, so a lower energy is better.
 
-EGSDE's own two, `dse` and `low_pass`, compare x with the diffused reference
-ref_t = sqrt(alpha_bar) ref + sqrt(1 - alpha_bar) noise. `prepare(ref, noise)` gives the noise, the same for all steps;
-`prepare(ref)`, as in SDDM, means none.
+EGSDE's own two, `dse` and `low_pass`, compare x with ref_t = sqrt(alpha_bar) ref + sqrt(1 - alpha_bar) noise, where
+`prepare(ref, noise)` gives the noise, the same for all steps; `prepare(ref)`, as in SDDM, means none.
 """
 
 import copy
@@ -36,7 +34,7 @@ class Energy(Protocol):
 
 
 def prepared(energies: Sequence[Energy], ref: Tensor) -> list[Any]:
-    """Copies of energies, prepared for the references of one run; networks are shared."""
+    """Copies of energies, prepared for the references of one run; several runs can share an energy's network."""
     copies = [copy.copy(energy) for energy in energies]
     for each in copies:
         each.prepare(ref)
@@ -127,8 +125,8 @@ class BlockStatisticsEnergy:
     the block is (s - s_ref)^2 (n - 1) (q - 1e-5) / q + n (m - m_ref)^2. Its gradient with respect to f is closed-form,
     and only f itself is differentiated by autograd.
 
-    bf16: compute f and its gradient in bfloat16, the statistics in float32. channels_last: keep images and features in
-    that order, which is faster on CPUs and equal up to rounding; bf16 does so, too.
+    bf16: compute f and its gradient in bfloat16, the statistics in float32. channels_last: a memory format that is
+    faster on CPUs and equal up to rounding; bf16 has it, too.
     """
 
     def __init__(self, features: nn.Module, blocks: int, *, bf16: bool = False, channels_last: bool = False) -> None:
@@ -183,7 +181,7 @@ def _diffuse(ref, noise, alpha_bar):
     return signal if noise is None else signal + (1 - alpha_bar) ** 0.5 * noise
 
 
-def _own_timesteps(timestep: Callable[[float], float] | None, t: Tensor, alpha_bar: float) -> Tensor:
+def _own_timesteps(timestep, t, alpha_bar):
     return t if timestep is None else torch.full_like(t, timestep(alpha_bar), dtype=torch.float32)
 
 
@@ -220,8 +218,7 @@ class LowPassEnergy:
     """EGSDE's faithfulness energy: ||phi(ref_t) - phi(x)||^2 with the low-pass filter phi.
 
     phi shrinks by down_n and enlarges again, with the resizer's linear kernel: phi(x) = U D x D^T U^T per channel. With
-    the small image s = D (x - ref_t) D^T and M = U^T U, E = <s, M s M> and its gradient is 2 D^T (M s M) D: no large
-    product is needed.
+    the small image s = D (x - ref_t) D^T and M = U^T U, E = <s, M s M> and its gradient is 2 D^T (M s M) D.
     """
 
     def __init__(self, down_n: int = 32) -> None:

@@ -1,7 +1,7 @@
 """Multi-objective optimisation: the minimum-norm point of a convex hull (Désidéri 2012; Sener & Koltun 2018).
 
-Moving along the minimum-norm point of the hull of several descent directions harms none of the objectives. All solvers
-work on the Gram matrix of the vectors, which is tiny, so that the pixels are read once.
+Moving along the minimum-norm point of the hull of several descent directions harms none of the objectives. All methods
+work on the Gram matrix of the vectors, so that the pixels are read once.
 """
 
 import functools
@@ -20,12 +20,10 @@ def min_norm_point(vectors: Tensor, dim: int, method: str = "exact") -> Tensor:
     """The point of smallest norm in the convex hull of the vectors.
 
     vectors: `dim` indexes them, all dimensions after it are their components, all before it are separate problems.
-    method: `exact`, or `frank_wolfe` as the public release computes it. Returns vectors' shape without `dim`. Raises
-    InputError for another method.
+    method: `exact`, or `frank_wolfe` as the public release computes it. Returns vectors' shape without `dim`.
     """
     dim = dim % vectors.ndim
-    weights = min_norm_weights(vectors, dim, method)
-    weights = weights.to(vectors.dtype)
+    weights = min_norm_weights(vectors, dim, method).to(vectors.dtype)
     return (weights.reshape(*weights.shape, *[1] * (vectors.ndim - dim - 1)) * vectors).sum(dim)
 
 
@@ -41,9 +39,9 @@ def min_norm_weights(vectors: Tensor, dim: int, method: str = "exact") -> Tensor
     gram = flat @ flat.transpose(-1, -2)
     if gram.shape[-1] == 2:
         return _two_vectors(gram)
-    if method == "frank_wolfe":
-        return _frank_wolfe(gram)
-    return _best_face(gram) if gram.shape[-1] <= 8 else _frank_wolfe(gram, iterations=200, tolerance=0.0)
+    if method == "exact":
+        return _best_face(gram) if gram.shape[-1] <= 8 else _frank_wolfe(gram, iterations=200, tolerance=0.0)
+    return _frank_wolfe(gram)
 
 
 def _two_vectors(gram: Tensor) -> Tensor:
@@ -55,18 +53,14 @@ def _two_vectors(gram: Tensor) -> Tensor:
 
 
 def _best_face(gram: Tensor) -> Tensor:
-    """Exact for any K: try every face of the hull and keep the shortest of their points.
-
-    The minimum-norm point lies inside one face with independent vertices; on it the weights solve gram w = 1 up to
-    scale. All faces with the same number of vertices are solved side by side in float64, and weights below zero are cut
-    off, which leaves a valid (if longer) candidate. The device never waits for the host, except Apple's, which has no
-    float64 and leaves this to the CPU.
-    """
+    """Exact for any K: the shortest of the points of all faces, on each of which gram w = 1 up to scale."""
+    # Weights below zero are cut off, which leaves a valid (if longer) candidate. The device never waits for the host,
+    # except Apple's, which has no float64 and leaves this to the CPU.
     k, problems = gram.shape[-1], gram.shape[:-2]
     wide = (gram.cpu() if gram.device.type == "mps" else gram).double()
     matrix = wide.reshape(-1, k, k).permute(1, 2, 0)  # [K, K, P]: arithmetic along P is fast
     matrix = matrix / matrix.diagonal().mean(-1).clamp(min=1e-300)
-    best = best_length = torch.empty(0)
+    best, best_length = torch.zeros_like(matrix[0]), torch.full_like(matrix[0, 0], torch.inf)
     for size in range(1, k + 1):
         faces = _faces(k, size, wide.device)
         blocks = matrix[faces[:, None], faces[None]]  # [size, size, F, P]
@@ -75,29 +69,22 @@ def _best_face(gram: Tensor) -> Tensor:
         length, face = length.min(0)
         weights = weights.gather(1, face.expand(size, 1, -1))[:, 0]
         weights = torch.zeros_like(matrix[0]).scatter(0, faces[:, face], weights)
-        if size == 1:
-            best, best_length = weights, length
-        else:
-            best = torch.where(length < best_length, weights, best)
-            best_length = torch.minimum(length, best_length)
+        best = torch.where(length < best_length, weights, best)
+        best_length = torch.minimum(length, best_length)
     return best.T.reshape(*problems, k).to(gram)
 
 
 @functools.cache
 def _faces(k: int, size: int, device: torch.device) -> Tensor:
-    """The faces with `size` vertices of the hull of k vectors: the numbers of their vertices, [size, F]."""
+    """The vertices [size, F] of the faces of the hull of k vectors."""
     return torch.tensor(list(itertools.combinations(range(k), size)), device=device).T
 
 
 def _solve(a: Tensor) -> Tensor:
-    """Convex weights [K, F, P] that solve a [K, K, F, P] w = 1 up to scale, cut off at zero.
-
-    By Gaussian elimination without pivoting, as the matrices are positive definite: the ridge sees to those of
-    dependent vectors, for which a smaller face holds the exact point.
-    """
+    """Weights [K, F, P] that solve a [K, K, F, P] w = 1 up to scale, made convex, by Gaussian elimination."""
     k = len(a)
     a, b = a.clone(), torch.ones_like(a[0])
-    a.diagonal().add_(1e-13)
+    a.diagonal().add_(1e-13)  # for dependent vectors, for which a smaller face holds the exact point
     for j in range(k - 1):
         factor = a[j + 1 :, j] / a[j, j]
         a[j + 1 :, j + 1 :] -= factor[:, None] * a[j, j + 1 :]
@@ -110,12 +97,10 @@ def _solve(a: Tensor) -> Tensor:
 
 
 def _frank_wolfe(gram: Tensor, iterations: int = 20, tolerance: float = 1e-4) -> Tensor:
-    """Weights by Frank-Wolfe, started from equal ones, with exact line search.
+    """Frank-Wolfe from equal weights with exact line search, towards the vertex with the smallest inner product.
 
-    Every step goes towards the vertex with the smallest inner product with the present point. The release stops all
-    problems at the first step whose mean length is below the tolerance, often far from convergence, so that a result
-    depends on the problems beside it. Its numbers need that rule; a flag on the device in place of a break keeps the
-    host from waiting.
+    As in the release, all problems stop at the first step whose mean length is below the tolerance, often far from
+    convergence; a flag on the device in place of a break keeps the host from waiting.
     """
     k = gram.shape[-1]
     weights = torch.full_like(gram[..., 0], 1 / k)

@@ -7,7 +7,6 @@ it with the state for the next plain step. There, denoise(x, i) evaluates the mo
 None at first. takes_eta: whether eta, DDIM's share of noise, has an effect.
 """
 
-import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -67,8 +66,7 @@ class DPMSolverPP2M(DDIM):
 
     With x = alpha x_0 + sigma eps, lambda = log(alpha / sigma) and h = lambda_{i-1} - lambda_i,
     x_{i-1} = sigma_{i-1} / sigma_i x_i + alpha_{i-1} (1 - e^-h) D, where D extrapolates the predicted x_0 of this step
-    and of the one before it, which `state` holds with its h. The first step has none before it, and the last goes to
-    lambda = infinity: there D is the prediction.
+    and of the one before it, which `state` holds with its h; at both ends D is the prediction.
     """
 
     def step(self, denoise: Denoise, x: Tensor, i: int, out: Prediction, noise: Tensor, state: Any) -> Stepped:
@@ -107,13 +105,11 @@ def check_finite(x: Tensor) -> Tensor:
 def sampler(steps: Callable[..., Iterator[State]]) -> Callable[..., Tensor]:
     """Make a sampling function of its generator of states, one after each step.
 
-    The function takes the generator's arguments and `callback`, and returns the last state's x. A callback of one
-    parameter gets every state, a dict with the index `i`, the state `x` after step i, `pred_xstart`, the prediction of
-    x_0 that it was made with, and `guided`, a list of what guided evaluations of the step did; a callback of two
-    parameters gets (i, x). `function.steps` is the generator, which may be closed at any step.
-
-    Both raise NotFiniteError in place of a last state that is not finite. The caller's inference mode, autocast and
-    default dtype have no effect.
+    A state is a dict of the index `i`, `x` after step i, `pred_xstart`, the prediction of x_0 that it was made with,
+    and `guided`, a list of what guided evaluations of the step did. The function takes the generator's arguments and
+    `callback(state)` or `callback(i, x)`, and returns the last x; `function.steps` is the generator, which may be
+    closed at any step. Both raise NotFiniteError in place of a last state that is not finite, and ignore the caller's
+    inference mode and autocast.
     """
 
     @torch.inference_mode(False)
@@ -159,8 +155,7 @@ def _observer(callback: Callable | None) -> Callable[[State], Any]:
     if callback is None:
         return lambda state: None
     try:
-        with contextlib.suppress(ValueError):  # a builtin that does not tell its parameters
-            inspect.signature(callback).bind(State())
+        inspect.signature(callback).bind(State())
     except TypeError:  # it needs two arguments
         return lambda state: callback(state["i"], state["x"])
     return callback
