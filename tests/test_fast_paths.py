@@ -14,7 +14,7 @@ from scripts_in_process import run_script
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from guided_diffusion import ddpm, energy, moo, nn, runtime, sddm, unet
+from guided_diffusion import ddpm, energy, nn, runtime, sddm, unet
 from guided_diffusion.ddpm import Model
 from guided_diffusion.nn import GroupNorm32, norm_silu
 from guided_diffusion.script_util import create_diffusion, create_model
@@ -36,13 +36,18 @@ def tiny_network(**flags):
 # --- networks
 
 
-@pytest.mark.parametrize("affine, channels", [(False, 32), (True, 128)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_normalisation_in_one_buffer(dtype, channels, affine):
+def random_norm(channels):
     torch.manual_seed(0)
     norm = GroupNorm32(32, channels)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
+    return norm
+
+
+@pytest.mark.parametrize("affine, channels", [(False, 32), (True, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalisation_in_one_buffer(dtype, channels, affine):
+    norm = random_norm(channels)
     x = torch.randn(2, channels, 32, 32).to(dtype, memory_format=torch.channels_last)
     scale, shift = torch.randn(2, 2, channels, 1, 1) if affine else (None, None)
     exact = F.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double(), norm.eps)
@@ -51,8 +56,7 @@ def test_normalisation_in_one_buffer(dtype, channels, affine):
     with torch.no_grad():
         fast = norm_silu(norm, x, scale, shift)
     plain = norm_silu(norm, x, scale, shift)
-    assert torch.equal(x, given)
-    assert fast.dtype == plain.dtype == dtype
+    assert torch.equal(x, given) and fast.dtype == plain.dtype == dtype
     if dtype == torch.float32:
         assert torch.equal(fast, plain)
     else:
@@ -63,10 +67,7 @@ def test_normalisation_in_one_buffer(dtype, channels, affine):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_normalisation_of_gpus_in_half_precision(dtype, monkeypatch):
     """The kernel that reads halves, with parameters in x's dtype: less than three times the error of a float32 copy."""
-    torch.manual_seed(0)
-    norm = GroupNorm32(32, 64)
-    torch.nn.init.normal_(norm.weight)
-    torch.nn.init.normal_(norm.bias)
+    norm = random_norm(64)
     x, (scale, shift) = 3 * torch.randn(2, 64, 16, 16) + 1, torch.randn(2, 2, 64, 1, 1)
     exact = F.silu(F.group_norm(x.to(dtype).float(), 32, norm.weight, norm.bias, norm.eps) * (1 + scale) + shift)
     with torch.no_grad():
@@ -148,22 +149,6 @@ def test_automatic_precision_is_one_that_the_device_has(monkeypatch):
 # --- the method
 
 
-@pytest.mark.parametrize("k", [3, 5])
-def test_faces_solved_side_by_side_are_those_solved_one_by_one(k):
-    generator = torch.Generator().manual_seed(k)
-    vectors = torch.randn(40, k, 6, generator=generator, dtype=torch.float64)
-    vectors[:10, 1] = vectors[:10, 0]  # dependent
-    vectors[10:15, 0] = 0
-    found = torch.einsum("pk,pkc->pc", moo._best_face(vectors @ vectors.transpose(1, 2)), vectors).norm(dim=1)
-    for v, length in zip(vectors, found):
-        candidates = []
-        for face in itertools.chain.from_iterable(itertools.combinations(range(k), s) for s in range(1, k + 1)):
-            w = torch.linalg.pinv(v[list(face)] @ v[list(face)].T) @ torch.ones(len(face), dtype=v.dtype)
-            if (w >= 0).all() and w.sum() > 0:
-                candidates.append((w / w.sum() @ v[list(face)]).norm())
-        assert length <= min(candidates) + 1e-6
-
-
 class OnDevice(TorchDispatchMode):
     """Fails at operations that would copy from the host to the device: those with tensors of both."""
 
@@ -197,20 +182,14 @@ def test_no_step_waits_for_the_device(variant, sampler, detail_merge):
             records.extend(state["guided"])
         return state["x"]
 
-    energies_ready = energy.LowPassEnergy.prepare  # its matrices are made on the host, once per batch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sddm, "check_references", lambda ref, _: ref)  # reads their range, once per batch
         run()  # fills the tables of coefficients
-        prepared = energy.low_pass(4), energy.dct(4)
-        for each in prepared:
-            each.prepare(ref)
-        patch.setattr(energy.LowPassEnergy, "prepare", lambda self, ref: self.__dict__.update(prepared[0].__dict__))
-        patch.setattr(
-            energy.BlockStatisticsEnergy, "prepare", lambda self, ref: self.__dict__.update(prepared[1].__dict__)
-        )
+        for kind, made in ((energy.LowPassEnergy, energy.low_pass(4)), (energy.BlockStatisticsEnergy, energy.dct(4))):
+            made.prepare(ref)  # makes matrices on the host, once per batch
+            patch.setattr(kind, "prepare", lambda self, ref, made=made: self.__dict__.update(made.__dict__))
         with OnDevice():
             assert run().device == device
-    assert energy.LowPassEnergy.prepare is energies_ready
     assert len(records) == 2 * (3 + (4 if variant == "released" else 0))
 
 
@@ -229,17 +208,17 @@ def test_automatic_precision_stands_for_the_one_that_it_finds(tmp_path):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
 def test_freed_memory_is_kept():
-    code = (
-        "import resource, torch\n"
-        "from guided_diffusion.runtime import keep_freed_memory\n"
-        "assert keep_freed_memory()\n"
-        "resident = lambda: int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() >> 20\n"
-        "before = resident()\n"
-        "block = torch.empty(256 << 20, dtype=torch.uint8).fill_(1)\n"
-        "held = resident() - before\n"
-        "del block\n"
-        "print(held, resident() - before)\n"
-    )
+    code = """
+import resource, torch
+from guided_diffusion.runtime import keep_freed_memory
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
+assert keep_freed_memory()
+before = resident()
+block = torch.empty(256 << 20, dtype=torch.uint8).fill_(1)
+held = resident() - before
+del block
+print(held, resident() - before)
+"""
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     held, left = map(int, run.stdout.split())
     assert held > 200 and left > 200
