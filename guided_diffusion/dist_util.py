@@ -323,7 +323,8 @@ def join_ranks(me: Ranks, device: torch.device) -> None:
 
 def dev() -> torch.device:
     """The device of tensors in the process group: this process's GPU, else the CPU (MPS has no collectives)."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    on_gpu = default_device().type == "cuda"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def load_state_dict(path: str, **kwargs: Any) -> Any:

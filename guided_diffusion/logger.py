@@ -25,7 +25,7 @@ from .errors import InputError
 from .registry import fitting
 from .run.files import disk_reason, write_text
 
-DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
+DEBUG, INFO, WARN, ERROR = 10, 20, 30, 40
 
 
 @dataclass
@@ -37,7 +37,6 @@ class Logger:
     write_text: list[Callable[[str], None]] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
-    level: int = INFO
     CURRENT: ClassVar["Logger | None"] = None
 
 
@@ -115,7 +114,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, float, str)) or value is None else str(value)
 
 
-def configure(dir: str | None = None, format_strs: Iterable[str] | None = None, log_suffix: str = "") -> None:
+def configure(dir: str | None = None, format_strs: Iterable[str] | None = None) -> None:
     """Write to the folder `dir` from now on, by default OPENAI_LOGDIR of the environment or a new temporary folder.
 
     format_strs: see the module. Raises InputError for an unknown format, and for a folder that cannot be written.
@@ -123,23 +122,18 @@ def configure(dir: str | None = None, format_strs: Iterable[str] | None = None, 
     stamp = datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f")
     dir = os.path.expanduser(dir or os.getenv("OPENAI_LOGDIR") or os.path.join(tempfile.gettempdir(), stamp))
     rank = ranks().rank
-    if rank:
-        log_suffix += f"-rank{rank:03d}"
     if format_strs is None:
         variable, default = ("OPENAI_LOG_FORMAT_MPI", "log") if rank else ("OPENAI_LOG_FORMAT", "stdout,log,csv")
         format_strs = os.getenv(variable, default).split(",")
-
-    def path(name: str, ending: str = "") -> str:
-        return os.path.join(dir, f"{name}{log_suffix}{ending}")
-
-    texts = {
-        "stdout": lambda text: print(text, flush=True),
-        "log": lambda text: _append(path("log", ".txt"), text),
-    }
+    end = f"-rank{rank:03d}" if rank else ""
+    text, lines, table, folder = (
+        os.path.join(dir, name) for name in (f"log{end}.txt", f"progress{end}.json", f"progress{end}.csv", f"tb{end}")
+    )
+    texts = {"stdout": lambda line: print(line, flush=True), "log": lambda line: _append(text, line)}
     rows = {
-        "json": lambda: lambda row: _append(path("progress", ".json"), json.dumps({k: _plain(row[k]) for k in row})),
-        "csv": lambda: CSVOutputFormat(path("progress", ".csv")).writekvs,
-        "tensorboard": lambda: _tensorboard(path("tb")),
+        "json": lambda: lambda row: _append(lines, json.dumps({key: _plain(row[key]) for key in row})),
+        "csv": lambda: CSVOutputFormat(table).writekvs,
+        "tensorboard": lambda: _tensorboard(folder),
     }
     names = list(filter(None, format_strs))
     for name in names:
@@ -195,14 +189,12 @@ def logkvs(d: Mapping[str, Any]) -> None:
 def dumpkvs() -> dict[str, Any]:
     """Write the row, forget its values and return them."""
     logger = get_current()
-    row = dict(logger.values)
+    row, logger.values, logger.counts = logger.values, {}, Counter()
     if row:
         for write in logger.write_row:
             write(row)
         for write in logger.write_text:
             write(_table(row))
-    logger.values.clear()
-    logger.counts.clear()
     return row
 
 
@@ -212,18 +204,12 @@ def getkvs() -> dict[str, Any]:
 
 
 def log(*args: Any, level: int = INFO) -> None:
-    """Write a message, its parts separated by spaces, to stdout and log.txt."""
-    logger = get_current()
-    for write in logger.write_text if logger.level <= level else ():
+    """Write a message of a level from INFO on, its parts separated by spaces, to stdout and log.txt."""
+    for write in get_current().write_text if level >= INFO else ():
         write(" ".join(map(str, args)))
 
 
 debug, info, warn, error = (functools.partial(log, level=level) for level in (DEBUG, INFO, WARN, ERROR))
-
-
-def set_level(level: int) -> None:
-    """Leave out messages below a level."""
-    get_current().level = level
 
 
 def get_dir() -> str:
