@@ -22,7 +22,7 @@ from .codec import Autoencoder, in_range
 from .energy import Energy
 from .errors import InputError, display_name
 from .manifold import MANIFOLDS, check_down_n
-from .options import check, check_names, near_miss, option
+from .options import Checked, check_names, near_miss, option
 from .registry import Registry, fitting
 from .respace import matching_timestep
 from .sddm import LAMBDA, MERGES, VARIANTS
@@ -67,7 +67,7 @@ def _check_files(options: Any, why: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Checked):
     """Options of a method, and the function that they are for.
 
     A method overrides `bind`, and the others as needed. Fields `range_t`, `details` and `start`, the number of steps,
@@ -78,9 +78,6 @@ class Method:
     takes_energies: ClassVar[bool] = False
     takes_labels: ClassVar[bool] = False
     about: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def ignored(self) -> set[str]:
         """Fields that have no effect with these values."""
@@ -148,7 +145,7 @@ class SDDM(CachedGuidance):
     details: int | float | None = _step(None, "keep thin features (eyes) down to this step or share", flag="details_t")
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.eta and "eta" in self.ignored():
             raise InputError(f"`sampler` {self.sampler} has none", parameter="eta", value=self.eta)
 
@@ -204,7 +201,7 @@ class EGSDE(SDEdit, CachedGuidance):
     encoder: str | None = _file("checkpoint of the domain-specific extractor", flag="dsepath")
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.cache_interval > 1 and not self.cache_guided and (self.ls or self.li):
             reason = "all steps are guided ones; `cache_guided` True is needed"
             raise InputError(reason, parameter="cache_interval", value=self.cache_interval)
@@ -234,7 +231,7 @@ class Unconditional(Cached):
     eta: float = option(0.0, "noise of DDIM, 0 for none to 1", least=0, most=1)
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.eta and not self.use_ddim:
             raise InputError("it is for `use_ddim` True", parameter="eta", value=self.eta)
 
@@ -266,7 +263,7 @@ class ClassifierGuided(Method):
     classifier_pool: str | None = option(None, "pooling of its features, as attention or adaptive")
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.classifier is None:
             raise InputError("give the checkpoint of a classifier", parameter="classifier")
 
@@ -303,7 +300,7 @@ class SuperResolution(Method):
 
 
 @dataclass(frozen=True)
-class EnergyOptions:
+class EnergyOptions(Checked):
     """Options of an energy, which needs all files that they name.
 
     pixels: it is for models of pixels alone, not of latents.
@@ -312,7 +309,7 @@ class EnergyOptions:
     pixels: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         _check_files(self, f"`energy` {self.name} needs it")
 
     @property
