@@ -33,10 +33,11 @@ DEFAULTS = {"save_dir": "output/classifier", "iterations": 150000, "lr": 3e-4, "
 
 
 def create_parser() -> Parser:
-    parser = Parser(__doc__, usage="(--data_dir DIR | --domains SOURCE,TARGET) --save_dir DIR [flags]")
+    usage = "(--data_dir DIR | --domains SOURCE,TARGET) --save_dir DIR [flags]"
+    parser = Parser(__doc__, usage=usage, defaults=DEFAULTS)
     parser.add(DataOptions, title="data")
     parser.add(ClassOptions, title="classes")
-    loop.add_loop(parser, ClassifierRunOptions, without=["sample_interval"], defaults=DEFAULTS)
+    loop.add_loop(parser, ClassifierRunOptions, without=["sample_interval"])
     parser.add(EncoderOptions, title="classifier and diffusion", description=loop.FROM_CHECKPOINT)
     return parser
 

@@ -56,11 +56,11 @@ def evaluate(given: Given, peers: Peers) -> int:
 
 
 def create_parser() -> Parser:
-    parser = Parser(__doc__, usage="--model_path PATH --data_dir PATH [flags]")
+    parser = Parser(__doc__, usage="--model_path PATH --data_dir PATH [flags]", defaults={"sigma_small": False})
     first = ("model_path", "data_dir", "save_dir")
     parser.add(TargetOptions, LikelihoodOptions, title="input and output", only=first)
     parser.add(LikelihoodOptions, title="input and output")
-    sampling.add_model(parser, {"sigma_small": False}, without=FOR_SAMPLING)
+    sampling.add_model(parser, without=FOR_SAMPLING)
     return parser
 
 

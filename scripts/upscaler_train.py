@@ -34,9 +34,9 @@ WITHOUT = ["sample_interval", "eval_interval", "schedule_sampler", "sigma_mean",
 
 
 def create_parser() -> Parser:
-    parser = Parser(__doc__, usage="--data_dir DIR --save_dir DIR [flags]")
+    parser = Parser(__doc__, usage="--data_dir DIR --save_dir DIR [flags]", defaults=DEFAULTS)
     parser.add(upscaling.UpscalerOptions, title="pictures and network")
-    loop.add_loop(parser, without=WITHOUT, defaults=DEFAULTS)
+    loop.add_loop(parser, without=WITHOUT)
     return parser
 
 

@@ -27,9 +27,10 @@ MODEL = "a model of the page: a file, a diffusers folder or a Hub id; may be rep
 
 
 def create_parser() -> Parser:
-    parser = Parser(__doc__, usage="[--model_path PATH] [flags]")
+    examples = os.path.join(ROOT, "ref_imgs")
+    parser = Parser(__doc__, usage="[--model_path PATH] [flags]", defaults={"examples": examples})
     parser.add_argument("--model_path", action="append", metavar="PATH", help=MODEL)
-    parser.add(web.WebOptions, title="page", defaults={"examples": os.path.join(ROOT, "ref_imgs")})
+    parser.add(web.WebOptions, title="page")
     return parser
 
 

@@ -28,7 +28,7 @@ from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import ImageError
 from guided_diffusion.script_util import create_model
 from guided_diffusion.web import translate as module
-from guided_diffusion.web.translate import LABELS, Settings, Studio, explain
+from guided_diffusion.web.translate import Settings, Studio, explain, label
 
 SETTINGS = Settings(area=4, range_t=0.35, steps=6, seed=3, start=1.0, details=1.0, energy="dct", sampler="ancestral")
 LONG = replace(SETTINGS, steps=250)
@@ -103,22 +103,6 @@ def test_several_results_are_those_of_consecutive_seeds(studio, data, first):
         alone = last(studio.translate(first, data / "a.png", replace(SETTINGS, seed=seed))).results[0]
         assert differ_little(result, alone)
     assert not differ_little(*frames[-1].results[:2])
-
-
-def test_results_that_do_not_fit_together_are_made_one_by_one(studio, data, first, monkeypatch):
-    steps = module.Translator.steps
-
-    def small(self, picture, *, seed, **options):
-        if len(seed) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return steps(self, picture, seed=seed, **options)
-
-    settings = replace(SETTINGS, count=2)
-    together = last(studio.translate(first, data / "a.png", settings)).results
-    monkeypatch.setattr(module.Translator, "steps", small)
-    end = last(studio.translate(first, data / "a.png", settings))
-    assert end.words.startswith("Done: 12 steps in ")
-    assert all(differ_little(*pair) for pair in zip(together, end.results, strict=True))
 
 
 @pytest.mark.parametrize("name", [AWKWARD, "-x.png", "alpha.png", "turned.jpg"])
@@ -244,7 +228,7 @@ def test_wrong_settings_are_one_line_in_the_pages_words(data, first, changes, na
     with pytest.raises(InputError) as error:
         list(studio.translate(model, picture, replace(SETTINGS, **changes)))
     words = explain(error.value)
-    assert words.startswith(LABELS[name]) and "\n" not in words and "--" not in words and "`" not in words
+    assert words.startswith(label(name)) and "\n" not in words and "--" not in words and "`" not in words
     assert last(studio.translate(first, data / "a.png", SETTINGS)).results, "the next translation works"
 
 

@@ -220,10 +220,10 @@ def begin(config: TrainConfig, options: JudgeOptions, code_points: int) -> Start
 
 
 def create_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, defaults=DEFAULTS)
     parser.usage = "python benchmarks/emoji/%(prog)s --data_dir DIR --save_dir DIR [flags]"
     parser.add(JudgeOptions, title="pictures and network")
-    loop.add_loop(parser, without=WITHOUT, defaults=DEFAULTS)
+    loop.add_loop(parser, without=WITHOUT)
     return parser
 
 

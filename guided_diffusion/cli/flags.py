@@ -34,19 +34,23 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A parser whose flags come from options dataclasses. Errors are InputErrors; flags cannot be abbreviated.
 
-    spelling: the flags of fields, by field name, that have another name in this command.
+    spelling: the flags of fields that have another name in this command; defaults: the defaults of fields that have
+    another one here; both by field name.
     """
 
-    def __init__(self, description: str, *, usage: str = "[flags]", spelling: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, description: str | None, *, usage: str = "[flags]", spelling: dict[str, str] | None = None,
+        defaults: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
-            description=textwrap.dedent(description).strip(),
+            description=textwrap.dedent(description or "").strip(),
             usage=f"python scripts/%(prog)s {usage}",
             formatter_class=functools.partial(HelpFormatter, max_help_position=30),
             allow_abbrev=False,
         )
-        self.spelling = dict(spelling or {})
-        self.owners: dict[str, list[type]] = {}  # flag -> the options classes that have it
-        self.fields: dict[str, dataclasses.Field] = {}
+        self.spelling, self.defaults = dict(spelling or {}), dict(defaults or {})
+        self.added: dict[type, dict[str, str]] = {}  # options class -> flags by field name
+        self.fields: dict[str, dataclasses.Field] = {}  # by flag
         self.without_effect: dict[str, Any] = {}  # flag -> the value that is not reported
         self.method: str | None = None  # whose options presets set
 
@@ -61,24 +65,23 @@ class Parser(argparse.ArgumentParser):
         description: str | None = None,
         only: Sequence[str] | None = None,
         without: Iterable[str] = (),
-        defaults: dict[str, Any] | None = None,
     ) -> None:
         """A group with a flag for every field of options dataclasses; a flag that several classes share is one flag.
 
         only: the fields that become flags, in this order; the others can be added to another group. without: fields
-        that are no flags here. defaults: defaults by field name, in place of the fields' own.
+        that are no flags here.
         """
-        group, defaults = self._group(title, description), defaults or {}
+        group = self._group(title, description)
         found = [(field, cls) for cls in classes for field in dataclasses.fields(cls) if field.name not in without]
         if only is not None:
             found = [each for name in only for each in found if each[0].name == name]
         for field, cls in found:
             flag = self.spelling.setdefault(field.name, flag_of(field))
-            self.owners.setdefault(flag, []).append(cls)
+            self.added.setdefault(cls, {})[field.name] = flag
             if flag not in self.fields:
                 self.fields[flag] = field
-                self._add_flag(group, flag, field, defaults.get(field.name, field.default))
-            elif self.fields[flag].default != field.default and field.name not in defaults:
+                self._add_flag(group, flag, field, self.defaults.get(field.name, field.default))
+            elif self.fields[flag].default != field.default and field.name not in self.defaults:
                 raise TypeError(f"--{flag} has two defaults, {self.fields[flag].default!r} and {field.default!r}")
 
     def _group(self, title: str, description: str | None = None) -> Any:
@@ -144,8 +147,7 @@ class Given(argparse.Namespace):
 
     def values(self, cls: type) -> dict[str, Any]:
         """The values of an options class's fields that are flags here, by field name."""
-        flags = {field.name: self._parser.spelling.get(field.name, "") for field in dataclasses.fields(cls)}
-        return {name: getattr(self, flag) for name, flag in flags.items() if cls in self._parser.owners.get(flag, ())}
+        return {name: getattr(self, flag) for name, flag in self._parser.added.get(cls, {}).items()}
 
     def options(self, cls: type, **values: Any) -> Any:
         """An instance of an options class; values: fields by name, in place of flags. Raises InputError."""

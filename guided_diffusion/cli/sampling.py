@@ -110,17 +110,18 @@ def translate_command(
 
     def create_parser() -> Parser:
         base = "" if outputs is NumberOptions else " --base_samples PATH"
-        parser = Parser(text, usage=f"--model_path PATH{base} [flags]", spelling=spelling)
-        parser.add(kind, ModelFlags, title="method", only=(*first, STEPS), defaults=defaults)
+        usual = {"weights": located(VGG), **(defaults or {})}
+        parser = Parser(text, usage=f"--model_path PATH{base} [flags]", spelling=spelling, defaults=usual)
+        parser.add(kind, ModelFlags, title="method", only=(*first, STEPS))
         if translates:
             parser.add_preset(method)
         needed = ("model_path", "base_samples", "save_dir")
-        parser.add(TargetOptions, outputs, title="input and output", only=needed, defaults=defaults)
-        parser.add(outputs, title="input and output", defaults=defaults)
-        parser.add(kind, title="variants of the method", defaults=defaults)
+        parser.add(TargetOptions, outputs, title="input and output", only=needed)
+        parser.add(outputs, title="input and output")
+        parser.add(kind, title="variants of the method")
         if energies:
-            parser.add(*energies, title="energies", defaults={"weights": located(VGG), **(defaults or {})})
-        add_model(parser, defaults)
+            parser.add(*energies, title="energies")
+        add_model(parser)
         parser.add_without_effect(**(without_effect or {}))
         return parser
 
@@ -161,9 +162,9 @@ def translate_command(
     return translate, create_parser
 
 
-def add_model(parser: Parser, defaults: dict[str, Any] | None = None, without: Sequence[str] = ()) -> None:
+def add_model(parser: Parser, without: Sequence[str] = ()) -> None:
     """The flags of the model and of how it computes."""
-    parser.add(TargetOptions, title="model", defaults=defaults, without=without)
+    parser.add(TargetOptions, title="model", without=without)
     description = "read from the checkpoint where they are not given; one that contradicts it is an error"
     parser.add(ModelFlags, title="network and diffusion process", description=description, without=TRAINING_FLAGS)
     parser.add_without_effect(**TRAINING_FLAGS)

@@ -26,14 +26,11 @@ from .main import DONE, INTERRUPTED, say
 FROM_CHECKPOINT = "if not given: as in the checkpoint that training starts from, or the default"
 
 
-def add_loop(
-    parser: Parser, run: type = RunOptions, *, without: Sequence[str], defaults: dict[str, Any] | None = None
-) -> None:
-    """The flags of the loop and of how it runs, with other defaults for some. OPENAI_LOGDIR names the save folder."""
-    defaults = dict(defaults or {})
+def add_loop(parser: Parser, run: type = RunOptions, *, without: Sequence[str]) -> None:
+    """The flags of the loop and of how it runs. OPENAI_LOGDIR in the environment names the save folder."""
     if folder := os.environ.get("OPENAI_LOGDIR"):
-        defaults["save_dir"] = folder
-    parser.add(TrainConfig, run, title="training", without=without, defaults=defaults)
+        parser.defaults["save_dir"] = folder
+    parser.add(TrainConfig, run, title="training", without=without)
 
 
 class Run:

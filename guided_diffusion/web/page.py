@@ -27,13 +27,13 @@ from ..runtime import PRECISIONS
 from ..sddm import VARIANTS
 from ..solvers import SOLVERS
 from .translate import (
-    EMOJI_MODEL,
-    LABELS,
     MOST_RESULTS,
+    RECOMMENDED,
     Frame,
     Settings,
     Studio,
     explain,
+    label,
     looks_like_a_photograph,
 )
 
@@ -97,14 +97,14 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
     def control(kind: Callable, name: str, *arguments: Any, **options: Any) -> Any:
         """A component for a setting, with its label, help text and default."""
         options = {"value": getattr(settings, name, None), **options}
-        return kind(*arguments, label=LABELS[name], info=helps.get(name), **options)
+        return kind(*arguments, label=label(name), info=helps.get(name), **options)
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# {TITLE}\n{INTRODUCTION} {note}", elem_id="about")
         with gr.Row(elem_id="work"):
             with gr.Column(min_width=300):
                 picture = gr.Image(
-                    pictures[0] if pictures else None, label=LABELS["picture"], type="filepath", image_mode=None,
+                    pictures[0] if pictures else None, label=label("picture"), type="filepath", image_mode=None,
                     sources=["upload", "clipboard"], height=300, buttons=[], elem_id="picture",
                 )  # fmt: skip
                 setattr(picture, "preprocess", _upload)  # noqa: B010 - the bytes as they are, and their name
@@ -204,7 +204,7 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
 
         def hint(uploaded: Upload | None, path: str) -> str:
             """A warning where the picture is not of the kind that the demo's model is for."""
-            if uploaded and os.path.basename(path) == EMOJI_MODEL:
+            if uploaded and os.path.basename(path) == os.path.basename(RECOMMENDED["model_path"]):
                 with contextlib.suppress(ImageError, InputError):
                     if looks_like_a_photograph(uploaded.path):
                         return PHOTOGRAPH

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ..checkpoint import ModelFlags
@@ -36,13 +35,9 @@ from ..translator import Translator
 
 log = logging.getLogger("sddm")
 
-# Energies that need no file besides, and vgg, whose file has a usual place.
-ENERGY_NAMES = ("dct", "low_pass", "vgg")
 MOST_RESULTS = 4
-
 RECOMMENDED = preset_options("emoji", "sddm")
 """The page's defaults: those of the demo's model."""
-EMOJI_MODEL = os.path.basename(RECOMMENDED["model_path"])
 
 
 @dataclass(frozen=True)
@@ -51,44 +46,35 @@ class Settings(Checked):
 
     area: int = option(
         RECOMMENDED["blocks"],
-        "The picture is cut into this many blocks a side, and every block keeps the average colour and contrast of "
-        "yours. More blocks: closer to your picture.",
+        "Blocks a side that keep your picture's colour and contrast. More: closer to it.",
         least=1,
     )
     range_t: float = option(
-        RECOMMENDED["range_t"],
-        "The share of the steps, at the end, that the model takes without your picture. Larger: more realistic, "
-        "further from it.",
-        least=0,
-        most=0.95,
-    )
+        RECOMMENDED["range_t"], "Last share of the steps, without your picture. Larger: more realistic, less like it.",
+        least=0, most=0.95,
+    )  # fmt: skip
     steps: int = option(
         int(RECOMMENDED["timestep_respacing"]),
-        "The result emerges from noise in this many steps. More: slower, finer.",
+        "Steps from noise to the result. More: slower, finer.",
         least=1,
         most=1000,
     )
     seed: int = option(0, "Any number; another one gives another result.", least=0, most=2**53 - 1)
     count: int = option(1, "So many results at once, with this seed and those after it.", least=1, most=MOST_RESULTS)
     start: float = option(
-        RECOMMENDED["start"],
-        "1 begins with pure noise. Less begins later, with your picture under so much noise: fewer steps.",
-        least=0.05,
-        most=1,
-    )
+        RECOMMENDED["start"], "1 begins with pure noise; less begins later, with your picture under so much noise.",
+        least=0.05, most=1,
+    )  # fmt: skip
     details: float = option(
-        RECOMMENDED["details"],
-        "Eyes, mouths and other thin features are kept down to this share of the steps. Less: better. 1: not kept.",
-        least=0,
-        most=1,
-    )
+        RECOMMENDED["details"], "Eyes and other thin features are kept down to this share of the steps. 1: not kept.",
+        least=0, most=1,
+    )  # fmt: skip
     energy: str = option(
         RECOMMENDED["energy"],
-        "Further guidance: edges and textures (dct), overall shapes (low_pass), features of a network (vgg, where its "
-        "file is present).",
+        "Further guidance: edges and textures (dct), overall shapes (low_pass), features of a network (vgg).",
     )
     variant: str = option(
-        "manifold", "The method as the paper describes it, or as its authors' code computes it.", choices=VARIANTS
+        "manifold", "As the paper describes the method, or as its authors' code does.", choices=VARIANTS
     )
     sampler: str = option(
         "ancestral",
@@ -112,34 +98,30 @@ class Settings(Checked):
 
 LABELS = {
     "picture": "Your picture",
-    "model": "Model",
     "model_path": "Model",
     "area": "Closeness (area)",
     "blocks": "Closeness (area)",
     "range_t": "Freedom (T0)",
-    "steps": "Steps",
     "timestep_respacing": "Steps",
-    "seed": "Seed",
     "count": "Results",
     "start": "Late start",
-    "details": "Details",
-    "energy": "Energy",
-    "variant": "Variant",
-    "sampler": "Sampler",
-    "precision": "Precision",
     "class_index": "Class",
     "down_n": "Reduction of the energy low_pass",
     "weights": "File of the energy vgg",
 }
-"""The page's names of parameters, by all names that the parts have for them."""
+
+
+def label(name: str) -> str:
+    """The page's name of a parameter, by any name that the parts have for it."""
+    return LABELS.get(name, name.capitalize())
 
 
 def explain(error: BaseException) -> str:
     """One line for the page about an error, in the page's words; a defect's traceback goes to the log."""
     if isinstance(error, InputError):
-        return error.text(lambda name: LABELS.get(name, name))
+        return error.text(label)
     if isinstance(error, ImageError):
-        return f"{LABELS['picture']} cannot be used: {error.reason}"
+        return f"{label('picture')} cannot be used: {error.reason}"
     if is_out_of_memory(error):
         return "The device has too little memory for this model."
     log.error("a translation failed", exc_info=error)
@@ -233,7 +215,7 @@ class Studio:
     @property
     def energies(self) -> list[str]:
         """The energies that can be used here."""
-        return [name for name in ENERGY_NAMES if name != "vgg" or os.path.exists(self.weights)]
+        return ["dct", "low_pass", *["vgg"] * os.path.exists(self.weights)]
 
     def translate(
         self,
@@ -247,7 +229,7 @@ class Studio:
         """Translate a picture file; yields a frame every `interval` seconds or step, and the results in the last.
 
         model: one of the paths. name: the picture's name, which with the seed determines the noise; by default the
-        file's. Results that do not fit into memory together are made one by one. Raises InputError and ImageError.
+        file's. Raises InputError and ImageError.
         """
         if model not in self.models:
             raise InputError(fitting(model, list(self.models)), parameter="model", value=model)
@@ -264,36 +246,17 @@ class Studio:
             options["weights"] = self.weights
         with self._lock:
             translator = Translator(self._load(model, settings.precision), **options)
-        reference, name = translator.read(picture), name or os.path.basename(picture)
-        try:
-            yield from self._frames(translator, reference, name, [settings.seeds], interval)
-        except Exception as error:
-            if settings.count == 1 or not is_out_of_memory(error):
-                raise
-            yield from self._frames(translator, reference, name, [[seed] for seed in settings.seeds], interval)
-
-    def _frames(
-        self,
-        translator: Translator,
-        reference: torch.Tensor,
-        name: str,
-        batches: Sequence[Sequence[int]],
-        interval: float,
-    ) -> Iterator[Frame]:
-        """The frames of batches of seeds, sampled one batch after the other."""
-        steps, step, finished, began = translator.evaluations * len(batches), 0, [], time.monotonic()
-        shown = began - interval
-        for seeds in batches:
-            state = {}
-            for state in self._alone(translator.steps(reference, seed=seeds, name=name, previews=False)):
-                step += 1
-                if time.monotonic() - shown >= interval:
-                    pictures = translator.images(torch.cat([*finished, state["pred_xstart"]]))
-                    yield Frame(step, steps, time.monotonic() - began, _side_by_side(pictures))
-                    shown = time.monotonic()
-            finished.append(state["x"])
-        seconds, pictures = time.monotonic() - began, translator.images(torch.cat(finished))
-        yield Frame(steps, steps, seconds, _side_by_side(pictures), Image.fromarray(to_uint8(reference)[0]), pictures)
+        reference, steps, began = translator.read(picture), translator.evaluations, time.monotonic()
+        name = name or os.path.basename(picture)
+        states = translator.steps(reference, seed=settings.seeds, name=name, previews=False)
+        state, shown = {}, began - interval
+        for step, state in enumerate(self._alone(states), 1):
+            if time.monotonic() - shown >= interval:
+                preview = _side_by_side(translator.images(state["pred_xstart"]))
+                yield Frame(step, steps, time.monotonic() - began, preview)
+                shown = time.monotonic()
+        seconds, results = time.monotonic() - began, translator.images(state["x"])
+        yield Frame(steps, steps, seconds, _side_by_side(results), Image.fromarray(to_uint8(reference)[0]), results)
 
     def _alone(self, states: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The states, each computed while nothing else is."""
