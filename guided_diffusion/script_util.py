@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, renaming
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .respace import SpacedDiffusion, space_timesteps
 
@@ -105,10 +105,15 @@ def _arguments(function, flags):
     return {name: flags[name] for name in inspect.signature(function).parameters if name in flags}
 
 
-def channel_multipliers(channel_mult: str | None, image_size: int) -> tuple[float, ...]:
+def channel_multipliers(channel_mult: str | None, image_size: int, *, super_res: bool = False) -> tuple[float, ...]:
     """Parse `channel_mult`: "1,2,4", or "" for the defaults of the image size."""
     if channel_mult in ("", None):
-        return _default_multipliers(CHANNEL_MULT, "image_size", image_size)
+        table = {**CHANNEL_MULT, **SR_CHANNEL_MULT} if super_res else CHANNEL_MULT
+        if image_size in table:
+            return table[image_size]
+        known = ", ".join(map(str, sorted(table)))
+        reason = f"it has no default `channel_mult` (known for {known}): give one, such as 1,2,4"
+        raise InputError(reason, parameter="image_size", value=image_size)
     try:
         numbers = [float(part) for part in str(channel_mult).split(",")]
     except ValueError:
@@ -116,14 +121,6 @@ def channel_multipliers(channel_mult: str | None, image_size: int) -> tuple[floa
     if not numbers or not all(0 < number <= 1 << 16 for number in numbers):
         raise InputError("it is a list of numbers like 1,2,4", parameter="channel_mult", value=channel_mult)
     return tuple(int(number) if number.is_integer() else number for number in numbers)
-
-
-def _default_multipliers(table, parameter, size):
-    if size in table:
-        return table[size]
-    known = ", ".join(map(str, sorted(table)))
-    reason = f"it has no default `channel_mult` (known for {known}): give one, such as 1,2,4"
-    raise InputError(reason, parameter=parameter, value=size)
 
 
 def attention_factors(attention_resolutions: str, image_size: int) -> tuple[int, ...]:
@@ -155,9 +152,8 @@ def create_model(
 
     flags = dict(locals())
     _check_configuration(configuration, in_channels, learn_sigma)
-    if super_res and channel_mult in ("", None) and image_size in SR_CHANNEL_MULT:
-        channel_mult = ",".join(map(str, SR_CHANNEL_MULT[image_size]))
-    factors, mults = attention_factors(attention_resolutions, image_size), channel_multipliers(channel_mult, image_size)
+    factors = attention_factors(attention_resolutions, image_size)
+    mults = channel_multipliers(channel_mult, image_size, super_res=super_res)
     if factors and not {2**level for level in range(len(mults))} & {*factors} and not torch.empty(0).is_meta:
         sides = ", ".join(str(image_size >> level) for level in range(len(mults)))
         text = "attention_resolutions=%s: no level has such a side (they have %s); only the middle block attends"
@@ -249,14 +245,10 @@ def sr_create_model(
     use_scale_shift_norm: bool, dropout: float, resblock_updown: bool, use_fp16: bool, *, channel_mult: str = "",
     num_classes: int | None = None,
 ) -> "SuperResModel":  # fmt: skip
-    """Create the UNet that enlarges images to large_size. They can have any size; small_size is not used.
-
-    channel_mult: multipliers, by default the published ones of large_size 64, 256 and 512.
-    """
-    if not channel_mult:
-        _default_multipliers(SR_CHANNEL_MULT, "large_size", large_size)
+    """Create the UNet that enlarges images to large_size. They can have any size; small_size is not used."""
     flags = dict(locals(), image_size=large_size, super_res=True)
-    return create_model(**_arguments(create_model, flags))  # type: ignore[return-value]
+    with renaming({"image_size": "large_size"}):
+        return create_model(**_arguments(create_model, flags))
 
 
 def create_gaussian_diffusion(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from resizer import Resizer
 
-from .checkpoint.reading import read_file
+from .checkpoint.reading import read
 from .errors import InputError, reading, shown
 from .runtime import memory_format
 
@@ -80,15 +80,14 @@ def load_upscaler(path: str | os.PathLike, device: str | torch.device = "cpu") -
     Width and depth are those of the tensors; `factor` and `model` come from the metadata.
     """
     with reading(path, "an upscaler"):
-        source = read_file(path)
-        state, metadata = source.tensors, source.metadata
+        state, metadata = read(path)
         if metadata.get("model_type") != MODEL_TYPE:
             raise ValueError(f"its metadata lack model_type {MODEL_TYPE}")
         blocks = sum(name.startswith("blocks.") and name.endswith(".first.weight") for name in state)
         with torch.device("meta"):  # without memory: the file may ask for any size
             upscaler = Upscaler(int(metadata["factor"]), len(state["head.weight"]), blocks, metadata.get("model", ""))
         wanted = upscaler.state_dict()
-        for name in {**wanted, **state}:
+        for name in wanted | state:
             if name not in wanted or name not in state or state[name].shape != wanted[name].shape:
                 raise ValueError(f"its tensor {shown(name)} is missing, unknown or of another shape")
         upscaler.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import gzip
 import hashlib
 import json
 import logging
@@ -21,9 +20,15 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from guided_diffusion import checkpoint
-from guided_diffusion.checkpoint import architecture, load_model, load_state_dict, read_file, recognise, save_model
-from guided_diffusion.checkpoint.architecture import unwrap
+from guided_diffusion.checkpoint import (
+    architecture,
+    fingerprint,
+    load_model,
+    load_state_dict,
+    read_file,
+    recognise,
+    save_model,
+)
 from guided_diffusion.checkpoint.export import convert
 from guided_diffusion.checkpoint.loading import build
 from guided_diffusion.ddpm import Model
@@ -37,6 +42,7 @@ TINY = {
     "num_head_channels": 16, "use_scale_shift_norm": True, "resblock_updown": True,
 }  # fmt: skip
 UNTOLD = ("image_size", "num_heads", "num_head_channels", "use_new_attention_order")
+GIVEN = {"image_size": 16, "num_head_channels": 16}
 TINY_ENCODER = {
     "image_size": 16, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "8",
     "channel_mult": "1,2", "num_class": 2, "num_head_channels": 32,
@@ -44,19 +50,13 @@ TINY_ENCODER = {
 
 
 def property_test(examples):
-    """Hypothesis settings: the same examples in every run, no time limit for one of them, files in one folder."""
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
+    """Hypothesis settings: the same examples in every run, files in one folder."""
+    return settings(max_examples=examples, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
-def randomise(model, seed=0):
+def randomise(model):
     """Give all parameters random values, also those that training starts from at zero."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
@@ -64,21 +64,16 @@ def randomise(model, seed=0):
 
 
 @functools.cache
-def tiny(**changes):
-    return randomise(create_model(**{**TINY, **changes}))
+def tiny():
+    return randomise(create_model(**TINY))
 
 
-def tiny_state(**changes):
-    return {key: value.clone() for key, value in tiny(**changes).state_dict().items()}
+def tiny_state(prefix="", plus=0):
+    return {prefix + key: value + plus for key, value in tiny().state_dict().items()}
 
 
-@functools.cache
-def tiny_output():
-    return output_of(tiny())
-
-
-def output_of(model, size=16, channels=3, **labels):
-    x = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
+def output_of(model, channels=3, **labels):
+    x = torch.randn(2, channels, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return model(x, torch.tensor([3, 700]), **labels)
 
@@ -90,11 +85,13 @@ def zeros(shapes):
 
 
 def shapes_of(model):
-    return {key: value.shape for key, value in model.state_dict().items()}
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 def saved(path, content, **options):
-    if path.suffix == ".safetensors":
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif path.suffix == ".safetensors":
         save_file({key: value.contiguous() for key, value in content.items()}, path, **options)
     else:
         torch.save(content, path, **options)
@@ -118,9 +115,14 @@ def refusal(path, **flags):
 
 def assert_tiny(path, **flags):
     """The file is the tiny model, weight for weight."""
-    model, info = load_model(path, **{"image_size": 16, "num_head_channels": 16, **flags})
-    torch.testing.assert_close(output_of(model), tiny_output(), rtol=0, atol=0)
+    model, info = load_model(path, **{**GIVEN, **flags})
+    torch.testing.assert_close(output_of(model), output_of(tiny()), rtol=0, atol=0)
     return model, info
+
+
+@pytest.fixture
+def tiny_file(tmp_path):
+    return saved(tmp_path / "tiny.pt", tiny_state())
 
 
 # ---- published checkpoints -------------------------------------------------------------------------------------------
@@ -141,10 +143,9 @@ def expected_flags(entry):
 @pytest.mark.parametrize("name", sorted(CHECKPOINTS))
 def test_published_checkpoints_tell_all_their_flags(name, tmp_path):
     entry = CHECKPOINTS[name]
-    path = saved(tmp_path / "model.pt", zeros(entry["keys"]))
     # The files of 280 to 560 million parameters are recognised only: as models they would take up to 2.2 GB each.
-    network = recognise(read_file(path), {})
-    state, info = network.state, network.info
+    network = recognise(read_file(saved(tmp_path / "model.pt", zeros(entry["keys"]))), {})
+    info = network.info
     assert info.model_type == {"ADM": "ADM", "DDPM": "DDPM", "DSE": "ENCODER"}[entry["kind"]]
     assert info.assumed == ()
     for flag, value in expected_flags(entry).items():
@@ -154,7 +155,7 @@ def test_published_checkpoints_tell_all_their_flags(name, tmp_path):
             assert set(meaning(info.flags[flag], size)) == set(meaning(value, size)), flag
         else:
             assert info.flags[flag] == value, flag
-    assert shapes_of(build(info)) == {key: value.shape for key, value in state.items()}
+    assert shapes_of(build(info)) == {key: tuple(value.shape) for key, value in network.state.items()}
 
 
 def golden_flags(name):
@@ -210,18 +211,17 @@ def reached_factors(flags, sides="attention_resolutions"):
 @given(flags=adm_flags(), suffix=st.sampled_from([".pt", ".safetensors"]))
 def test_any_adm_unet_is_recognised_and_loaded(flags, suffix, tmp_path):
     original = randomise(create_model(**flags))
-    state = unwrap(original.state_dict(), "time_embed.[02]")
     told = ["num_channels", "num_res_blocks", "channel_mult", "learn_sigma", "class_cond", "use_scale_shift_norm"]
-    told.append("in_channels")
-    told += ["resblock_updown"] * ("," in flags["channel_mult"]) + ["num_classes"] * flags["class_cond"]
+    told += ["in_channels"] + ["resblock_updown"] * ("," in flags["channel_mult"])
+    told += ["num_classes"] * flags["class_cond"]
     expected = {**{flag: flags[flag] for flag in told}, "attention_factors": reached_factors(flags)}
-    assert architecture.adm(state) == expected
+    assert architecture.adm(original.state_dict()) == expected
 
-    path = saved(tmp_path / f"model{suffix}", state)
+    path = saved(tmp_path / f"model{suffix}", original.state_dict())
     model, info = load_model(path, **{flag: flags[flag] for flag in UNTOLD if flag in flags})
-    given = {"y": torch.tensor([0, flags["num_classes"] - 1])} if flags["class_cond"] else {}
-    given["channels"] = flags["in_channels"]
-    torch.testing.assert_close(output_of(model, **given), output_of(original, **given), rtol=0, atol=0)
+    labels = {"y": torch.tensor([0, flags["num_classes"] - 1])} if flags["class_cond"] else {}
+    outputs = [output_of(each, flags["in_channels"], **labels) for each in (model, original)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
     # All flags that it was made with fit, and so do those that were found.
     load_model(path, **{flag: value for flag, value in flags.items() if flag != "num_classes" or flags["class_cond"]})
     load_model(path, **info.flags)
@@ -245,15 +245,14 @@ def encoder_flags(draw):
 @given(flags=encoder_flags(), suffix=st.sampled_from([".pt", ".safetensors"]))
 def test_any_encoder_is_recognised_and_loaded(flags, suffix, tmp_path):
     original = randomise(create_classifier(**flags))
-    state = unwrap(original.state_dict(), "time_embed.[02]")
     told = set(flags) - {"classifier_attention_resolutions", "num_head_channels", "image_size"}
     told -= set() if "," in flags["channel_mult"] else {"classifier_resblock_updown"}
     told |= {"image_size"} if flags["classifier_pool"] == "attention" else set()
     expected = {flag: flags[flag] for flag in told}
     expected["attention_factors"] = reached_factors(flags, "classifier_attention_resolutions")
-    assert architecture.encoder(state, depth=flags["classifier_depth"]) == expected
+    assert architecture.encoder(original.state_dict(), flags["classifier_depth"]) == expected
 
-    path = saved(tmp_path / f"model{suffix}", state)
+    path = saved(tmp_path / f"model{suffix}", original.state_dict())
     known = ("image_size", "num_head_channels", "classifier_depth")
     model, info = load_model(path, **{flag: flags[flag] for flag in known})
     torch.testing.assert_close(output_of(model), output_of(original), rtol=0, atol=0)
@@ -280,20 +279,15 @@ def test_any_ddpm_unet_is_recognised_and_loaded(base, mult, depth, sides, channe
     assert info.model_type == "DDPM"
     assert {flag: info.flags[flag] for flag in expected} == expected
     assert info.flags.get("in_channels", 3) == channels
-    torch.testing.assert_close(output_of(model, 16, channels), output_of(original, 16, channels), rtol=0, atol=0)
+    torch.testing.assert_close(output_of(model, channels), output_of(original, channels), rtol=0, atol=0)
 
 
 # ---- flags and metadata ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tiny_file(tmp_path):
-    return saved(tmp_path / "tiny.pt", tiny_state())
-
-
 def test_flags_that_agree_are_accepted(tiny_file):
     for flags in (
-        {"channel_mult": "1.0,1"}, {"channel_mult": ""},  # 16 pixels have no usual multipliers: nothing was said
+        {"channel_mult": "1.0,1"}, {"channel_mult": ""},  # empty: nothing was said
         {"attention_resolutions": "4, 8,128"},  # levels that the network does not have
         {"dropout": 0.3, "use_checkpoint": True, "timestep_respacing": "ddim10", "use_kl": True},
         {"num_channels": None, "noise_schedule": None}, {"num_classes": 10},  # counts only with class_cond
@@ -302,16 +296,15 @@ def test_flags_that_agree_are_accepted(tiny_file):
 
 
 @pytest.mark.parametrize("flag, value, fits", [
-    ("num_channels", 64, "num_channels=32"), ("num_res_blocks", 2, "num_res_blocks=1"),
-    ("channel_mult", "1,2", "channel_mult=1,1"), ("attention_resolutions", "16,8", "attention_resolutions=8"),
-    ("learn_sigma", True, "learn_sigma=False"), ("class_cond", True, "class_cond=False"),
-    ("resblock_updown", False, "resblock_updown=True"), ("image_size", 15, "a multiple of 2"),
-    ("num_head_channels", 24, "it must divide the 32"), ("num_head_channels", 0, "it must divide the 32"),
-    ("num_channels", "many", "a whole number"), ("learn_sigma", "perhaps", "True or False"),
-    ("channel_mult", "1,nan", "list of numbers"), ("attention_resolutions", "0", "list of sides"),
+    ("num_channels", 64, "num_channels=32"), ("channel_mult", "1,2", "channel_mult=1,1"),
+    ("attention_resolutions", "16,8", "attention_resolutions=8"), ("class_cond", True, "class_cond=False"),
+    ("image_size", 15, "a multiple of 2"), ("num_head_channels", 24, "it must divide the 32"),
+    ("num_head_channels", 0, "it must divide the 32"), ("num_channels", "many", "a whole number"),
+    ("learn_sigma", "perhaps", "True or False"), ("channel_mult", "1,nan", "list of numbers"),
+    ("attention_resolutions", "0", "list of sides"),
 ])  # fmt: skip
 def test_each_flag_that_does_not_fit_is_named_with_what_does(flag, value, fits, tiny_file):
-    error = refused(tiny_file, **{"image_size": 16, "num_head_channels": 16, flag: value}, names_file=False)
+    error = refused(tiny_file, **{**GIVEN, flag: value}, names_file=False)
     # An image size that nothing tells is asked for.
     assert refused(tiny_file, num_head_channels=16).parameter == "image_size"
     assert (error.parameter, error.value) == (flag, value) and fits in error.reason
@@ -320,8 +313,7 @@ def test_each_flag_that_does_not_fit_is_named_with_what_does(flag, value, fits, 
 @pytest.mark.parametrize("flag, value, fits", [
     ("classifier_width", 64, "classifier_width=32"), ("classifier_pool", "spatial", "classifier_pool=attention"),
     ("classifier_attention_resolutions", "16,8", "classifier_attention_resolutions=8"),
-    ("num_class", 3, "num_class=2"), ("head", "I2Iout", "head=out"), ("image_size", 32, "image_size=16"),
-    ("num_head_channels", 48, "it must divide the 64"),
+    ("num_class", 3, "num_class=2"), ("image_size", 32, "image_size=16"),
 ])  # fmt: skip
 def test_each_encoder_flag_that_contradicts_is_named(flag, value, fits, tmp_path):
     path = saved(tmp_path / "encoder.pt", zeros(shapes_of(create_classifier(**TINY_ENCODER))))
@@ -329,19 +321,12 @@ def test_each_encoder_flag_that_contradicts_is_named(flag, value, fits, tmp_path
     assert (error.parameter, error.value) == (flag, value) and fits in error.reason
 
 
-def test_number_of_heads_replaces_the_published_width(tmp_path):
-    path = saved(tmp_path / "model.pt", zeros(CHECKPOINTS["readme_afhq"]["keys"]))
-    info = recognise(read_file(path), {"num_heads": 2}).info
-    assert (info.flags["num_heads"], info.flags["num_head_channels"]) == (2, -1)
-
-
 SCHEDULE = {"noise_schedule": "cosine", "diffusion_steps": 500, "predict_xstart": False, "rescale_timesteps": False}
 
 
 @pytest.mark.parametrize("flags", [{"num_heads": 4}, {"num_head_channels": 8}, {}], ids=str)
 def test_what_nothing_tells_is_assumed_and_logged_in_one_line(flags, tiny_file, caplog):
-    with caplog.at_level(logging.WARNING):
-        _, info = load_model(tiny_file, image_size=16, **flags)
+    _, info = load_model(tiny_file, image_size=16, **flags)
     assert set(SCHEDULE) < set(info.assumed) and ("num_heads" in info.assumed) == (not flags)
     (message,) = caplog.messages
     assert "noise_schedule=linear" in message and "diffusion_steps=1000" in message and str(tiny_file) in message
@@ -357,17 +342,17 @@ def test_an_extractor_without_metadata_is_converted_with_what_it_does_not_tell(t
     path = saved(tmp_path / "dse.pt", encoder.state_dict())
     load_model(path)
     assert "Convert it to .safetensors" in caplog.text
-    given = {"num_head_channels": 16, "noise_schedule": "cosine", "diffusion_steps": 500}
-    convert(path, tmp_path / "dse.safetensors", **given)
+    flags = {"num_head_channels": 16, "noise_schedule": "cosine", "diffusion_steps": 500}
+    convert(path, tmp_path / "dse.safetensors", **flags)
     caplog.clear()
     loaded, info = load_model(tmp_path / "dse.safetensors")
-    assert {flag: info.flags[flag] for flag in given} == given and not info.assumed and not caplog.messages
+    assert {flag: info.flags[flag] for flag in flags} == flags and not info.assumed and not caplog.messages
     torch.testing.assert_close(output_of(loaded), output_of(encoder), rtol=0, atol=0)
 
 
 def metadata_file(path, flags, **entries):
     text = flags if isinstance(flags, str) else json.dumps(flags)
-    return saved(path, tiny_state(), metadata={"flags": text, **entries})
+    return saved(path / "m.safetensors", tiny_state(), metadata={"flags": text, **entries})
 
 
 STATED = {
@@ -377,29 +362,22 @@ STATED = {
 
 
 def test_metadata_tells_what_tensors_cannot(tmp_path, caplog):
-    path = metadata_file(tmp_path / "m.safetensors", {**TINY, **STATED}, model_type="ADM", licence="MIT")
+    path = metadata_file(tmp_path, {**TINY, **STATED}, model_type="ADM", licence="MIT")
     model, info = load_model(path)
-    torch.testing.assert_close(output_of(model), tiny_output(), rtol=0, atol=0)
+    torch.testing.assert_close(output_of(model), output_of(tiny()), rtol=0, atol=0)
     assert {flag: info.flags[flag] for flag in STATED} == STATED
     assert info.metadata["licence"] == "MIT" and not info.assumed and not caplog.messages
     load_model(path, **{**TINY, **STATED})
     # Other programs write numbers as texts or floats, and lists for texts; `attention_factors` is no flag.
     others = {"image_size": 16.0, "num_heads": "4", "channel_mult": [1, 1], "attention_resolutions": 8}
     others |= {"use_scale_shift_norm": "True", "attention_factors": [2]}
-    _, info = load_model(metadata_file(path, {**STATED, **others}))
+    _, info = load_model(metadata_file(tmp_path, {**STATED, **others}))
     assert (info.flags["image_size"], info.flags["num_heads"]) == (16, 4)
     # Entries without a value are not stated.
-    assert_tiny(metadata_file(tmp_path / "m.safetensors", {"image_size": None, "num_classes": None, "mystery": [1]}))
-
-
-@pytest.mark.parametrize(
-    "flag, value",
-    [("image_size", 32), ("num_head_channels", 32), ("noise_schedule", "linear"), ("use_new_attention_order", True)],
-)
-def test_flags_that_contradict_metadata(flag, value, tmp_path):
-    path = metadata_file(tmp_path / "m.safetensors", STATED)
-    error = refused(path, **{flag: value})
-    assert (error.parameter, error.value) == (flag, value) and f"{flag}={STATED[flag]}" in error.reason
+    assert_tiny(metadata_file(tmp_path, {"image_size": None, "num_classes": None, "mystery": [1]}))
+    for flag, value in {"image_size": 32, "noise_schedule": "linear", "use_new_attention_order": True}.items():
+        error = refused(metadata_file(tmp_path, STATED), **{flag: value})
+        assert (error.parameter, error.value) == (flag, value) and f"{flag}={STATED[flag]}" in error.reason
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -409,7 +387,7 @@ def test_flags_that_contradict_metadata(flag, value, tmp_path):
     ({**STATED, "num_head_channels": 24}, "num_head_channels is 24"), ({**STATED, "image_size": 15}, "a multiple of 2"),
 ], ids=lambda value: str(value)[:30])  # fmt: skip
 def test_metadata_that_is_wrong(flags, says, tmp_path):
-    assert says in refusal(metadata_file(tmp_path / "m.safetensors", flags))
+    assert says in refusal(metadata_file(tmp_path, flags))
 
 
 # ---- published models and what only looks like them ------------------------------------------------------------------
@@ -431,21 +409,19 @@ IMPROVED = {
     "imagenet64_cond": improved(64, 192, "1,2,3,4", class_cond=True),
     "cifar10": improved(32, 128, "1,2,2,2", rescale_timesteps=True),
 }
-PROCESS = ("noise_schedule", "diffusion_steps", "rescale_timesteps")
 
 
 def layout(**flags):
     """The shapes of a network, without its memory."""
-    network = {name: value for name, value in flags.items() if name not in PROCESS}
+    process = ("noise_schedule", "diffusion_steps", "rescale_timesteps")
     with torch.device("meta"):
-        shapes = shapes_of(create_model(**network))
-    return zeros(shapes)
+        model = create_model(**{name: value for name, value in flags.items() if name not in process})
+    return zeros(shapes_of(model))
 
 
 @pytest.mark.parametrize("name", IMPROVED)
 def test_improved_diffusions_models_are_known(name, tmp_path, caplog):
-    path = saved(tmp_path / "m.pt", layout(**IMPROVED[name]))
-    info = recognise(read_file(path), {}).info
+    info = recognise(read_file(saved(tmp_path / "m.pt", layout(**IMPROVED[name]))), {}).info
     assert {flag: info.flags[flag] for flag in IMPROVED[name]} == IMPROVED[name]
     assert info.flags["num_head_channels"] == -1 and not info.flags["use_new_attention_order"]
     assert (info.assumed, caplog.messages) == ((), [])
@@ -459,19 +435,17 @@ OWN = {
 
 @pytest.mark.parametrize("change", [{"attention_resolutions": "16,8"}, {"class_cond": True}, {"num_res_blocks": 3}])
 def test_what_only_resembles_a_published_model_is_not_taken_for_it(change, tmp_path, caplog):
-    path = saved(tmp_path / "m.pt", layout(**{**OWN, **change}))
-    info = recognise(read_file(path), {}).info
+    info = recognise(read_file(saved(tmp_path / "m.pt", layout(**{**OWN, **change}))), {}).info
     assert {"image_size", "num_heads", "noise_schedule"} <= set(info.assumed)
     (message,) = caplog.messages
-    for text in ("image_size=256", "num_heads=4", "noise_schedule=linear", str(path)):
-        assert text in message
+    assert all(text in message for text in ("image_size=256", "num_heads=4", "noise_schedule=linear"))
     assert info.flags["num_head_channels"] == -1  # the default, not the published width
 
 
 def test_flags_that_contradict_a_published_row_are_reported(tmp_path, caplog):
-    path = saved(tmp_path / "m.pt", layout(**OWN))
-    info = recognise(read_file(path), {"num_heads": 4, "noise_schedule": "cosine"}).info
-    assert (info.flags["num_head_channels"], info.flags["noise_schedule"]) == (-1, "cosine")
+    source = read_file(saved(tmp_path / "m.pt", layout(**OWN)))
+    flags = recognise(source, {"num_heads": 2, "noise_schedule": "cosine"}).info.flags
+    assert (flags["num_heads"], flags["num_head_channels"], flags["noise_schedule"]) == (2, -1, "cosine")
     (message,) = caplog.messages
     assert "published" in message and "noise_schedule=linear" in message and "noise_schedule=cosine" in message
 
@@ -487,27 +461,22 @@ def train_record(folder, **flags):
 def test_record_of_the_training_tells_what_the_file_does_not(tiny_file, tmp_path, caplog):
     train_record(tmp_path, predict_xstart=True)
     model, info = load_model(tiny_file)
-    torch.testing.assert_close(output_of(model), tiny_output(), rtol=0, atol=0)
+    torch.testing.assert_close(output_of(model), output_of(tiny()), rtol=0, atol=0)
     expected = {**STATED, "diffusion_steps": 4000, "predict_xstart": True}
     assert {flag: info.flags[flag] for flag in expected} == expected
     assert (info.assumed, caplog.messages) == ((), [])
     assert refused(tiny_file, noise_schedule="linear").parameter == "noise_schedule"
-    path = metadata_file(tmp_path / "m.safetensors", {**STATED, "noise_schedule": "linear"})  # counts more
+    path = metadata_file(tmp_path, {**STATED, "noise_schedule": "linear"})  # counts more
     assert load_model(path)[1].flags["noise_schedule"] == "linear"
 
 
 def test_records_that_are_not_used(tiny_file, tmp_path, caplog):
     train_record(tmp_path, num_channels=64)
-    _, info = load_model(tiny_file, image_size=16, num_head_channels=16)
+    _, info = load_model(tiny_file, **GIVEN)
     assert info.flags["noise_schedule"] == "linear" and "train.json" in caplog.text
     for text in ("[]", '{"model": 3}', '{"a": 1}', "[" * 100000, '{"model": {}}'):  # other programs' files
         (tmp_path / "train.json").write_text(text)
         assert_tiny(tiny_file)
-    path = saved(tmp_path / "dse.pt", randomise(create_classifier(**TINY_ENCODER)).state_dict())
-    (tmp_path / "train.json").write_text("{")
-    caplog.clear()
-    load_model(path, num_head_channels=32)
-    assert sum("train.json" in message for message in caplog.messages) == 1
     for value, says in (("many", "a whole number"), (10**15, "from 1 to 1e+06")):
         train_record(tmp_path, diffusion_steps=value)
         error = refused(tiny_file, names_file=False)
@@ -517,21 +486,20 @@ def test_records_that_are_not_used(tiny_file, tmp_path, caplog):
 # ---- nesting, prefixes, formats --------------------------------------------------------------------------------------
 
 
-def other_state():
-    return {key: value + 1 for key, value in tiny_state().items()}
-
-
 def optimizer_state():
     return {"state": {0: {"exp_avg": torch.ones(3), "step": torch.tensor(5.0)}}, "param_groups": [{"lr": 1e-4}]}
 
 
+def changed(change):
+    return lambda: {key: change(value) for key, value in tiny_state().items()}
+
+
 NESTINGS = {
     "state_dict": lambda: {"state_dict": tiny_state(), "epoch": 3},
-    "ema": lambda: {"model": other_state(), "ema": tiny_state(), "step": 7},
-    "model_ema before model": lambda: {"model_ema": tiny_state(), "model": other_state()},
-    "rate in the name": lambda: {"state_dict": other_state(), "ema_0.9999": tiny_state()},
+    "ema": lambda: {"model": tiny_state(plus=1), "ema": tiny_state(), "step": 7},
+    "rate in the name": lambda: {"state_dict": tiny_state(plus=1), "ema_0.9999": tiny_state()},
     "average as a list": lambda: {"ema": {"num_updates": 3, "shadow_params": [torch.ones(2)]}, "model": tiny_state()},
-    "ddim repository": lambda: [other_state(), optimizer_state(), 3, 1000, tiny_state()],
+    "ddim repository": lambda: [tiny_state(plus=1), optimizer_state(), 3, 1000, tiny_state()],
     "counters beside the weights": lambda: {**tiny_state(), "step": torch.tensor(3), "epoch": 5, "name": "dog"},
     "buffers of averaging": lambda: {**tiny_state(), "decay": torch.tensor(0.99), "num_updates": torch.tensor([4])},
     "parsed flags and numpy numbers": lambda: {
@@ -539,25 +507,16 @@ NESTINGS = {
         "step": np.int64(3),
         "model": tiny_state(),
     },
-    "parameters": lambda: {key: torch.nn.Parameter(value) for key, value in tiny_state().items()},
     "averages and plain copies": lambda: {
-        **{f"model.{key}": value for key, value in other_state().items()},
-        **{f"ema_model.{key}": value for key, value in tiny_state().items()},
-        "ema_model.num_updates": torch.tensor(3),
+        **tiny_state("model.", plus=1), **tiny_state("ema_model."), "ema_model.num_updates": torch.tensor(3),
     },
-    "a name that only looks like an average": lambda: {
-        **{f"net.{key}": value for key, value in tiny_state().items()},
-        **{f"schema.net.{key}": value for key, value in other_state().items()},
-    },
-    "slices of one storage": lambda: {
-        key: torch.cat([torch.ones(5), value.flatten(), torch.ones(3)])[5:-3].reshape(value.shape)
-        for key, value in tiny_state().items()
-    },
-    "channels last": lambda: {
-        key: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value
-        for key, value in tiny_state().items()
-    },
-}
+    "a name that only looks like an average": lambda: {**tiny_state("net."), **tiny_state("schema.net.", plus=1)},
+    "wrappers": lambda: tiny_state("module._orig_mod.module."),
+    "an odd prefix": lambda: tiny_state("a b\n."),
+    "parameters": changed(torch.nn.Parameter),
+    "slices of one storage": changed(lambda v: torch.cat([v.new_ones(5), v.flatten(), v.new_ones(3)])[5:-3].view_as(v)),
+    "channels last": changed(lambda v: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("nesting", NESTINGS)
@@ -565,25 +524,18 @@ def test_nested_weights_are_found(nesting, tmp_path):
     assert_tiny(saved(tmp_path / "model.pt", NESTINGS[nesting]()))
 
 
-def test_prefixes_of_wrappers_are_dropped(tmp_path):
-    for prefix in ("module.", "ema_model.", "model.diffusion_model.", "module._orig_mod.module.", "a b\n."):
-        assert_tiny(saved(tmp_path / "model.pt", {prefix + key: value for key, value in tiny_state().items()}))
-
-
-def test_files_of_other_precision_become_float32(tmp_path):
+def test_precision_of_files_and_of_inference(tiny_file, tmp_path):
     for dtype in (torch.bfloat16, torch.float64):
         state = {key: value.to(dtype) for key, value in tiny_state().items()}
-        model, _ = load_model(saved(tmp_path / "m.safetensors", state), image_size=16, num_head_channels=16)
+        model, _ = load_model(saved(tmp_path / "m.safetensors", state), **GIVEN)
         for key, value in model.state_dict().items():
             torch.testing.assert_close(value, state[key].float(), rtol=0, atol=0)
-
-
-def test_half_precision_inference(tiny_file):
-    for options in ({"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"use_fp16": True}):
-        model, _ = load_model(tiny_file, image_size=16, num_head_channels=16, **options)
-        assert model.dtype == model.input_blocks[0][0].weight.dtype == options.get("dtype", torch.float16)
-    model, _ = load_model(tiny_file, image_size=16, num_head_channels=16, dtype=torch.float32, use_fp16=True)
-    assert model.dtype == torch.float32
+    for options, dtype in (
+        ({"dtype": torch.bfloat16}, torch.bfloat16), ({"use_fp16": True}, torch.float16),
+        ({"dtype": torch.float32, "use_fp16": True}, torch.float32),
+    ):  # fmt: skip
+        model, _ = load_model(tiny_file, **GIVEN, **options)
+        assert model.dtype == model.input_blocks[0][0].weight.dtype == dtype
 
 
 def test_format_is_told_by_content_not_by_name(tmp_path):
@@ -595,10 +547,9 @@ def test_format_is_told_by_content_not_by_name(tmp_path):
 
 def test_state_dict_is_read_as_it_is(tmp_path):
     weights = {"0.weight": torch.randn(3, 3), "0.bias": torch.randn(3)}
-    for suffix in (".pt", ".safetensors"):
-        state = load_state_dict(saved(tmp_path / f"vgg{suffix}", weights))
+    for path, content in (("a.pt", weights), ("a.safetensors", weights), ("n.pth", {"state_dict": weights})):
+        state = load_state_dict(saved(tmp_path / path, content))
         assert list(state) and all(torch.equal(state[key], weights[key]) for key in weights)
-    assert load_state_dict(saved(tmp_path / "n.pth", {"state_dict": weights}))["0.bias"].equal(weights["0.bias"])
 
 
 # ---- files that are damaged ------------------------------------------------------------------------------------------
@@ -616,34 +567,37 @@ UNETS = {
     },
     "encoder convolutions": lambda: create_classifier(**TINY_ENCODER, classifier_resblock_updown=False),
 }
-# A network without this tensor is an ordinary one too, and its number of rows fits any number of classes.
-FREE_TENSOR = "label_emb.weight"
+NETWORK = {"name": st.sampled_from(sorted(UNETS)), "data": st.data()}
 
 
 @functools.cache
 def network_shapes(name):
-    return {key: tuple(shape) for key, shape in shapes_of(UNETS[name]()).items()}
+    return shapes_of(UNETS[name]())
 
 
 def network_flags(name):
     return {"image_size": 16} if name == "ddpm" else {"image_size": 16, "num_head_channels": 32}
 
 
+def drawn_key(data, shapes):
+    # A network without this tensor is an ordinary one too, and its number of rows fits any number of classes.
+    return data.draw(st.sampled_from([key for key in shapes if key != "label_emb.weight"]))
+
+
 @property_test(40)
-@given(data=st.data(), name=st.sampled_from(sorted(UNETS)))
+@given(**NETWORK)
 def test_the_missing_tensor_is_named(data, name, tmp_path):
     shapes = dict(network_shapes(name))
-    key = data.draw(st.sampled_from([key for key in shapes if key != FREE_TENSOR]))
+    key = drawn_key(data, shapes)
     del shapes[key]
-    message = refusal(saved(tmp_path / "m.pt", zeros(shapes)), **network_flags(name))
-    assert f"lacks the tensor {key}" in message
+    assert f"lacks the tensor {key}" in refusal(saved(tmp_path / "m.pt", zeros(shapes)), **network_flags(name))
 
 
 @property_test(40)
-@given(data=st.data(), name=st.sampled_from(sorted(UNETS)))
+@given(**NETWORK)
 def test_a_tensor_of_wrong_shape_is_refused(data, name, tmp_path):
     shapes = dict(network_shapes(name))
-    key = data.draw(st.sampled_from([key for key in shapes if key != FREE_TENSOR]))
+    key = drawn_key(data, shapes)
     right = shapes[key]
     axis = data.draw(st.integers(-1, len(right) - 1))
     shapes[key] = (*right, 1) if axis < 0 else (*right[:axis], right[axis] + 1, *right[axis + 1 :])
@@ -651,66 +605,39 @@ def test_a_tensor_of_wrong_shape_is_refused(data, name, tmp_path):
 
 
 @property_test(25)
-@given(data=st.data(), name=st.sampled_from(sorted(UNETS)))
+@given(**NETWORK)
 def test_the_tensor_too_many_is_named(data, name, tmp_path):
     shapes = network_shapes(name)
     stem = data.draw(st.sampled_from(sorted({key.split(".")[0] for key in shapes})))
     key = f"{stem}.{data.draw(st.sampled_from(['extra', 'x.weight', '0.norm.gain', '99999999999.0.weight']))}"
     assume(key not in shapes)
-    message = refusal(saved(tmp_path / "m.pt", zeros({**shapes, key: (32,)})), **network_flags(name))
-    assert key in message
+    assert key in refusal(saved(tmp_path / "m.pt", zeros({**shapes, key: (32,)})), **network_flags(name))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_values_that_are_not_finite_are_found(value, tmp_path):
-    state = tiny_state()
-    state["middle_block.1.qkv.weight"][5, 3, 0] = value
-    message = refusal(saved(tmp_path / "m.pt", state), image_size=16, num_head_channels=16)
-    assert "middle_block.1.qkv.weight" in message and "NaN or infinite" in message
-
-
-@pytest.mark.parametrize("value, says", [
-    (torch.zeros(32, dtype=torch.int8), "int8"), (torch.zeros(32, dtype=torch.complex64), "complex64"),
-    (torch.zeros(32).to_sparse(), "sparse"), (torch.zeros(32, device="meta"), "meta"),
-    (torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)]), "nested"),
-], ids=lambda v: "" if isinstance(v, str) else f"{v.dtype} {v.layout} {v.device}")  # fmt: skip
-def test_tensors_that_hold_no_plain_numbers(value, says, tmp_path):
-    path = saved(tmp_path / "m.pt", {**tiny_state(), "out.0.weight": value})
-    message = refusal(path, image_size=16, num_head_channels=16)
-    assert "out.0.weight" in message and says in message
-    with pytest.raises(InputError, match=says):
-        load_state_dict(path)  # such as the weights of the energy vgg
-
-
-@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
-def test_truncated_files(form, tmp_path):
-    path = tmp_path / ("m.safetensors" if form == "safetensors" else "m.pt")
-    options = {"_use_new_zipfile_serialization": False} if form == "legacy" else {}
-    content = saved(path, tiny_state(), **options).read_bytes()
-    for length in (1, 8, 64, 1000, len(content) // 2, len(content) - 1):
-        path.write_bytes(content[:length])
-        refusal(path, image_size=16, num_head_channels=16)
-    path.write_bytes(content)
-    assert_tiny(path)
+def saved_as(form, path, content):
+    """Save a file in one of three forms: zip, legacy, safetensors."""
+    if form == "safetensors":
+        return saved(path / "m.safetensors", content, metadata={"flags": json.dumps(STATED)})
+    return saved(path / "m.pt", content, _use_new_zipfile_serialization=form == "zip")
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
 @property_test(60)
 @given(data=st.data())
-def test_changed_bytes_never_raise_anything_but_a_user_error(form, data, tmp_path_factory):
-    path = Path(tmp_path_factory.getbasetemp()) / ("m.safetensors" if form == "safetensors" else "m.pt")
-    options = {"metadata": {"flags": json.dumps(STATED)}} if form == "safetensors" else {}
-    options |= {"_use_new_zipfile_serialization": False} if form == "legacy" else {}
-    content = bytearray(saved(path, tiny_state(), **options).read_bytes())
+def test_damaged_files_never_raise_anything_but_a_user_error(form, data, tmp_path_factory):
+    path = saved_as(form, Path(tmp_path_factory.getbasetemp()), tiny_state())
+    content = bytearray(path.read_bytes())
     # Most places are chosen where the structure is: at the beginning and at the end.
     end = len(content)
     near = st.integers(0, min(end, 12000) - 1)
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(near | near.map(lambda i: end - 1 - i) | st.integers(0, end - 1))
         content[place] = data.draw(st.integers(0, 255))
-    path.write_bytes(content)
+    length = data.draw(st.none() | st.integers(1, end - 1))
+    path.write_bytes(content[:length])
     try:
-        load_model(path, image_size=16, num_head_channels=16)
+        load_model(path, **GIVEN)
+        assert length is None
     except InputError as error:
         assert "\n" not in str(error) and str(path) in str(error)
 
@@ -724,138 +651,120 @@ def test_every_flipped_bit_of_an_archive_is_found(tmp_path):
         # The data follow a header of 30 bytes, the name, and an extra field whose length stands in the header.
         extra = int.from_bytes(content[entry.header_offset + 28 : entry.header_offset + 30], "little")
         place = entry.header_offset + 30 + len(entry.filename) + extra + entry.file_size // 2
-        changed = bytearray(content)
-        changed[place] ^= 4
-        path.write_bytes(changed)
+        flipped = bytearray(content)
+        flipped[place] ^= 4
+        path.write_bytes(flipped)
         with pytest.raises(InputError, match="damaged"):
             read_file(path)
 
 
-def test_archive_that_unpacks_to_gigabytes_is_refused_at_once(tmp_path):
-    path = tmp_path / "m.pt"
-    saved(path, tiny_state())
-    with zipfile.ZipFile(path) as archive:
+def test_files_that_would_grow_to_gigabytes_are_refused_at_once(tiny_file, tmp_path):
+    with zipfile.ZipFile(tiny_file) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in entries.items():
+    with zipfile.ZipFile(tmp_path / "m.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in {**entries, "archive/data/999": bytes(300 << 20)}.items():
             archive.writestr(name, data)
-        with archive.open(zipfile.ZipInfo("archive/data/999"), "w") as file:
-            for _ in range(300):
-                file.write(bytes(1 << 20))
-    with zipfile.ZipFile(path) as archive:
-        assert archive.testzip() is None
-    assert "would unpack to" in refusal(path) or path.stat().st_size > 60 << 20
-
-
-def test_views_that_would_grow_to_gigabytes_are_refused(tmp_path):
+    assert "would unpack to" in refusal(tmp_path / "m.pt")
     shapes = {k: tuple(n * 512 if n % 32 == 0 else n for n in shape) for k, shape in network_shapes("updown").items()}
-    path = saved(tmp_path / "m.pt", zeros(shapes))
+    path = saved(tmp_path / "views.pt", zeros(shapes))
     assert path.stat().st_size < 200_000
-    message = refusal(path, image_size=16, num_head_channels=32)
-    assert "bytes of tensors describe a network of" in message
+    assert "bytes of tensors describe a network of" in refusal(path, image_size=16, num_head_channels=32)
 
 
 LONG = "\x1b[31m\n\r" + "x" * 1_000_000
 
 
 def test_texts_of_a_file_are_shown_short_and_harmless(tmp_path):
-    path = tmp_path / "m.pt"
-    refusal(saved(path, {LONG: torch.zeros(3)}))
-    refusal(saved(path, {**tiny_state(), f"out.{LONG}": torch.zeros(3)}), image_size=16, num_head_channels=16)
-    refusal(saved(path, {**tiny_state(), f"first_stage_model.{LONG}": torch.zeros(3)}), image_size=16)
-    refusal(saved(path, {**tiny_state(), f"{LONG}.time_embed.0.weight": torch.zeros(3)}), image_size=15)
-    refusal(saved(path, {LONG: 3, "y": {LONG: 3}}))
+    one = torch.zeros(3)
+    for content in (
+        {LONG: one}, {**tiny_state(), f"out.{LONG}": one}, {**tiny_state(), f"first_stage_model.{LONG}": one},
+        {**tiny_state(), f"{LONG}.time_embed.0.weight": one}, {LONG: 3, "y": {LONG: 3}},
+    ):  # fmt: skip
+        refusal(saved(tmp_path / "m.pt", content), image_size=15)
 
 
-def safetensors_bytes(header, body=b""):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+def header(content, body=b""):
+    """A .safetensors file of any header."""
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
     return struct.pack("<Q", len(text)) + text + body
 
 
-@pytest.mark.parametrize("content", [
-    safetensors_bytes({"a": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}),
-    safetensors_bytes({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"0000"),
-    safetensors_bytes({"time_embed.0.weight": {"dtype": "F32", "shape": [0, 0], "data_offsets": [0, 0]}}),
-    safetensors_bytes({}), safetensors_bytes({"__metadata__": {"flags": 3}}), safetensors_bytes(b'{"a": ' * 3000),
-    struct.pack("<Q", 2**63) + b"{}",
-], ids=str.split("huge negative empty no-tensor metadata nested length"))  # fmt: skip
-def test_safetensors_headers_that_lie(content, tmp_path):
-    path = tmp_path / "m.safetensors"
-    path.write_bytes(content)
-    refusal(path, image_size=16)
+def tensor(shape, *offsets):
+    return {"dtype": "F32", "shape": shape, "data_offsets": offsets}
 
 
-@pytest.mark.parametrize("content, says", [
-    (b"hello, I am not a model\n" * 10, "begins with b'hello"),
-    (b"\n\n<html><body>Sign in</body></html>", "web page"), (b"", "empty"), (b"\x80", "damaged"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
-    (b"PK\x03\x04", "damaged"), (gzip.compress(b"x" * 100), "begins with"),
-    (pickle.dumps("only a text"), "operand 149"), (pickle.dumps({"a": 1}, protocol=2), "damaged"),
-], ids=lambda v: v if isinstance(v, str) else "")  # fmt: skip
-def test_files_that_are_something_else(content, says, tmp_path):
-    (tmp_path / "m.pt").write_bytes(content)
-    assert says in refusal(tmp_path / "m.pt")
+def changed_tensor(value):
+    return lambda: {**tiny_state(), "out.0.weight": value}
+
+
+def looped():
+    content = {"state_dict": {}, "step": 3}
+    content["state_dict"]["model"] = content
+    return content | {f"ema_{n}": content for n in range(40)}
+
+
+def other_network(name, *shape, unet=False):
+    return lambda: zeros({**(network_shapes("convolutions") if unet else {}), name: shape})
+
+
+OTHER_FILES = {
+    "text": (b"hello, I am not a model\n" * 10, "begins with b'hello"),
+    "web page": (b"\n\n<html><body>Sign in</body></html>", "web page"),
+    "empty": (b"", "empty"),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+    "empty archive": (b"PK\x03\x04", "damaged"),
+    "pickle of a text": (pickle.dumps("only a text"), "operand 149"),
+    "pickle": (pickle.dumps({"a": 1}, protocol=2), "damaged"),
+    "huge": (header({"a": tensor([2**40, 2**20], 0, 2**62)}), "damaged"),
+    "no size": (header({"time_embed.0.weight": tensor([0, 0], 0, 0)}), "lacks the tensor"),
+    "no tensor": (header({}), "holds no weights"),
+    "metadata": (header({"__metadata__": {"flags": 3}}), "damaged"),
+    "nested header": (header(b'{"a": ' * 3000), "damaged"),
+    "length": (struct.pack("<Q", 2**63) + b"{}", "damaged"),
+    "list": (lambda: [], "holds no weights"),
+    "tensor": (lambda: torch.zeros(3), "it is a Tensor"),
+    "number as name": (lambda: {0: torch.zeros(3)}, "holds no weights"),
+    "counter": (lambda: {"step": torch.tensor(3)}, "its entries are step"),
+    "optimizer": (lambda: {"optimizer": optimizer_state(), "optimizer_ema": {"x": torch.ones(3)}}, "holds no weights"),
+    "contains itself": (looped, "holds no weights"),
+    "NaN": (changed_tensor(torch.full((32,), float("nan"))), "out.0.weight has values that are NaN or infinite"),
+    "integers": (changed_tensor(torch.zeros(32, dtype=torch.int8)), "out.0.weight is int8"),
+    "complex": (changed_tensor(torch.zeros(32, dtype=torch.complex64)), "out.0.weight is complex64"),
+    "sparse": (changed_tensor(torch.zeros(32).to_sparse()), "sparse"),
+    "meta": (changed_tensor(torch.zeros(32, device="meta")), "on meta"),
+    "nested": (changed_tensor(torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)])), "nested"),
+    "classifier": (other_network("conv1.weight", 64, 3, 7, 7), "no network that is known here"),
+    "latents": (other_network("x.transformer_blocks.0.attn1.to_q.weight", 32, 32, unet=True), "latent diffusion model"),
+    "VAE": (other_network("first_stage_model.decoder.conv_in.weight", 32, 4, 3, 3), "latent diffusion model"),
+    "four channels": (other_network("input_blocks.0.0.weight", 32, 4, 3, 3, unet=True), "images of 4 channels, and 3"),
+    "33 channels": (
+        lambda: zeros({key: tuple(33 if n == 32 else 132 if n == 128 else n for n in shape)
+                       for key, shape in network_shapes("ddpm").items()}), "cannot be built"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_files_that_are_something_else(name, tmp_path):
+    content, says = OTHER_FILES[name]
+    path = saved(tmp_path / "m.pt", content() if callable(content) else content)
+    assert says in refusal(path, **({"image_size": 16} if name == "33 channels" else GIVEN))
+    if name in ("NaN", "integers", "sparse", "nested"):
+        with pytest.raises(InputError, match=says):
+            load_state_dict(path)  # such as the weights of the energy vgg
 
 
 def test_places_that_hold_no_file(tmp_path):
-    assert "is a folder" in refusal(tmp_path)
-    assert "does not exist" in refusal(tmp_path / "nothing.pt")
-    saved(tmp_path / "tiny.pt", {})
-    assert f"did you mean {tmp_path / 'tiny.pt'}?" in refusal(tmp_path / "tinny.pth")
+    saved(tmp_path / "tiny.pt", b"x")
     (tmp_path / "dangling.pt").symlink_to(tmp_path / "gone.pt")
-    assert "does not exist" in refusal(tmp_path / "dangling.pt")
-    (tmp_path / "file").write_bytes(b"x")
-    assert "cannot be read" in refusal(tmp_path / "file" / "m.pt")
-    assert "cannot be read" in refusal(tmp_path / ("x" * 300))
-    assert "cannot be read" in refusal("a\0b.pt")
     os.mkfifo(tmp_path / "pipe.pt")
-    assert "not a regular file" in refusal(tmp_path / "pipe.pt")
-
-
-@pytest.mark.parametrize("content, says", [
-    ([], "holds no weights"), (torch.zeros(3), "it is a Tensor"), ({0: torch.zeros(3)}, "holds no weights"),
-    ({"step": torch.tensor(3)}, "its entries are step"), (optimizer_state(), "its entries are state, param_groups"),
-    ({"optimizer": optimizer_state(), "optimizer_ema": {"x": torch.ones(3)}}, "holds no weights"),
-], ids=lambda v: v if isinstance(v, str) else "")  # fmt: skip
-def test_checkpoints_without_weights(content, says, tmp_path):
-    assert says in refusal(saved(tmp_path / "m.pt", content))
-
-
-def test_files_that_contain_themselves_end(tmp_path):
-    content = {"state_dict": {}, "step": 3}
-    content["state_dict"]["model"] = content
-    content |= {f"ema_{n}": content for n in range(40)}
-    assert "holds no weights" in refusal(saved(tmp_path / "m.pt", content))
-
-
-LDM = "model.diffusion_model."
-
-
-@pytest.mark.parametrize("shapes, says", [
-    ({"conv1.weight": (64, 3, 7, 7), "bn1.running_mean": (64,)}, "no network that is known here"),
-    ({f"{LDM}input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": (32, 32)}, "latent diffusion model"),
-    ({"first_stage_model.decoder.conv_in.weight": (32, 4, 3, 3)}, "latent diffusion model"),
-])  # fmt: skip
-def test_networks_of_other_projects_are_named(shapes, says, tmp_path):
-    unet = {LDM + key: value for key, value in network_shapes("convolutions").items()} if "latent" in says else {}
-    message = refusal(saved(tmp_path / "m.pt", zeros({**unet, **shapes})), image_size=16)
-    assert says in message and next(iter(shapes)) in message
-
-
-@pytest.mark.parametrize(
-    "kind, first", [("updown", "input_blocks.0.0"), ("ddpm", "conv_in"), ("encoder adaptive", "input_blocks.0.0")]
-)
-def test_networks_for_other_channels_are_told_so(kind, first, tmp_path):
-    for channels in (1, 4):
-        shapes = {**network_shapes(kind), f"{first}.weight": (32, channels, 3, 3)}
-        message = refusal(saved(tmp_path / "m.pt", zeros(shapes)), **network_flags(kind))
-        assert f"it is for images of {channels} channels, and 3 are needed" in message
-
-
-def test_architectures_that_cannot_be_built(tmp_path):
-    # 33 channels cannot be normalised in 32 groups.
-    shapes = {k: tuple(33 if n == 32 else 132 if n == 128 else n for n in s) for k, s in network_shapes("ddpm").items()}
-    assert "cannot be built" in refusal(saved(tmp_path / "m.pt", zeros(shapes)), image_size=16)
+    for path, says in (
+        (tmp_path, "is a folder"), (tmp_path / "nothing.pt", "does not exist"),
+        (tmp_path / "tinny.pth", f"did you mean {tmp_path / 'tiny.pt'}?"), (tmp_path / "dangling.pt", "does not exist"),
+        (tmp_path / "tiny.pt" / "m.pt", "cannot be read"), (tmp_path / ("x" * 300), "cannot be read"),
+        ("a\0b.pt", "cannot be read"), (tmp_path / "pipe.pt", "not a regular file"),
+    ):  # fmt: skip
+        assert says in refusal(path)
 
 
 def test_reading_turns_any_exception_into_one_line():
@@ -898,21 +807,20 @@ PLACES = (
     lambda evil: {"state_dict": tiny_state(), "args": evil},
     lambda evil: {**tiny_state(), "x": evil},
 )
-WRITERS = {
-    "zip": lambda content, path: torch.save(content, path),
-    "legacy": lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
-    "pickle 4": lambda content, path: path.write_bytes(pickle.dumps(content, protocol=4)),
-}
 
 
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle 4"])
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_code_in_a_file_is_refused_and_never_run(attack, writer, tmp_path):
+def test_code_in_a_file_is_refused_and_never_run(attack, form, tmp_path):
     path, marker = tmp_path / "m.pt", tmp_path / "marker"
     for place in PLACES if attack == "os.system" else PLACES[1:2]:
-        WRITERS[writer](place(ATTACKS[attack](str(marker))), path)
-        message = refusal(path, image_size=16, num_head_channels=16)
-        assert not marker.exists() and ("holds more than tensors (" in message or writer == "pickle 4")
+        evil = place(ATTACKS[attack](str(marker)))
+        if form == "pickle 4":
+            path.write_bytes(pickle.dumps(evil, protocol=4))
+        else:
+            saved_as(form, tmp_path, evil)
+        message = refusal(path, **GIVEN)
+        assert not marker.exists() and ("holds more than tensors (" in message or form == "pickle 4")
 
 
 def test_the_attacks_would_work(tmp_path):
@@ -944,7 +852,7 @@ def test_what_becomes_of_the_file_does_not_matter(suffix, tmp_path):
         assert str(path) not in Path("/proc/self/maps").read_text()
     with open(path, "r+b") as file:
         file.write(b"\xff" * path.stat().st_size)
-    torch.testing.assert_close(output_of(model), tiny_output(), rtol=0, atol=0)
+    torch.testing.assert_close(output_of(model), output_of(tiny()), rtol=0, atol=0)
     assert all(torch.equal(state[key], value) for key, value in tiny().state_dict().items())
 
 
@@ -955,23 +863,28 @@ def test_parameters_do_not_share_memory(tmp_path):
     assert all(p.untyped_storage().nbytes() == p.nbytes and p.is_contiguous() for p in parameters)
 
 
-# ---- URLs ------------------------------------------------------------------------------------------------------------
+def test_the_record_names_the_bytes_that_were_loaded(tiny_file):
+    def expected():
+        return f"sha256 {hashlib.sha256(tiny_file.read_bytes()).hexdigest()}"
+
+    first = fingerprint(tiny_file)
+    assert first == expected()
+    load_model(tiny_file, **GIVEN)
+    saved(tiny_file, tiny_state(plus=1))
+    assert fingerprint(tiny_file) == first
+    load_state_dict(tiny_file)
+    assert fingerprint(tiny_file) == expected() != first
 
 
-def test_url_is_read_through_blobfile(tiny_file, tmp_path, monkeypatch):
+def test_urls_are_read_through_blobfile(tiny_file, tmp_path, monkeypatch):
     import blobfile
 
-    save_file(tiny_state(), tmp_path / "tiny.safetensors", metadata={"flags": json.dumps(STATED)})
+    assert "cannot be read: " in refusal("s3://bucket/model.pt")
+    metadata_file(tmp_path, STATED)
     monkeypatch.setattr(blobfile, "BlobFile", lambda url, mode: Path(url.removeprefix("gs://bucket")).open(mode))
     assert_tiny(f"gs://bucket{tiny_file}")
-    _, info = assert_tiny(f"gs://bucket{tmp_path}/tiny.safetensors")
+    _, info = assert_tiny(f"gs://bucket{tmp_path}/m.safetensors")
     assert info.flags["noise_schedule"] == "cosine"
-    (tmp_path / "empty.pt").write_bytes(b"")
-    assert "empty" in refusal(f"gs://bucket{tmp_path}/empty.pt")
-
-
-def test_url_that_cannot_be_read(monkeypatch):
-    assert "cannot be read: " in refusal("s3://bucket/model.pt")
     monkeypatch.setitem(sys.modules, "blobfile", None)
     assert "blobfile" in refusal("gs://bucket/model.pt")
 
@@ -1018,20 +931,17 @@ def test_saving_what_could_not_be_loaded_is_refused(tmp_path):
     good = {"model_type": "ADM", "flags": {**TINY, **STATED}}
     save_model(path, tiny(), **good)
     before = path.read_bytes()
-    broken = {**tiny_state(), "out.2.bias": torch.full((3,), float("nan"))}
     large = {**tiny_state(), "out.2.bias": torch.full((3,), 1e6)}
     for state, options, says in (
         (tiny(), dict(good, flags={**TINY, "num_channels": 64}), "num_channels=64"),
         (tiny(), dict(good, model_type="DDPM"), "model_type=DDPM"),
+        (tiny(), dict(good, model_type="UNET"), "model_type is 'UNET'"),
         (tiny(), dict(good, flags={}), "image_size is missing"),
-        (broken, good, "out.2.bias"),
         (large, dict(good, dtype=torch.float16), "out.2.bias"),
         ({"a": torch.ones(3)}, good, "no network that is known"),
     ):
         with pytest.raises(InputError, match=says):
             save_model(path, state, **options)
-    with pytest.raises(ValueError, match="model_type"):
-        save_model(path, tiny(), model_type="UNET", flags=TINY)
     with pytest.raises(InputError, match="ends with"):
         save_model(tmp_path / "m.pt", tiny(), **good)
     assert path.read_bytes() == before
@@ -1045,38 +955,23 @@ def betas_of(schedule):
     return torch.from_numpy(get_named_beta_schedule(schedule, 500)).float()
 
 
-def prefixed(prefix):
-    return {f"{prefix}{key}": value for key, value in tiny_state().items()}
-
-
 LDM_SCHEDULE = "scaled_linear:0.0015,0.0195"
 LIGHTNING = {"timesteps": 500, "beta_schedule": "linear", "linear_start": 0.0015, "linear_end": 0.0195}
+DDIM = argparse.Namespace(diffusion={
+    "beta_schedule": "linear", "beta_start": np.float64(1e-4), "beta_end": 0.02,
+    "num_diffusion_timesteps": np.int64(500),
+})  # fmt: skip
 STATEMENTS = {
-    "betas beside": (lambda: {"model": tiny_state(), "betas": betas_of("cosine")}, "cosine"),
     "betas among the tensors": (lambda: {**tiny_state(), "betas": betas_of("linear")}, "linear"),
     "alphas under a prefix": (
-        lambda: {**prefixed("net."), "diffusion.alphas_cumprod": (1 - betas_of(LDM_SCHEDULE)).cumprod(0)}, LDM_SCHEDULE
-    ),
-    "a list": (lambda: {"model": tiny_state(), "betas": betas_of("cosine").tolist()}, "cosine"),
-    "Lightning": (lambda: {"state_dict": prefixed("model."), "hyper_parameters": LIGHTNING}, LDM_SCHEDULE),
-    "LDM without a name": (
-        lambda: {"model": tiny_state(), "hparams": {n: v for n, v in LIGHTNING.items() if n != "beta_schedule"}},
+        lambda: {**tiny_state("net."), "diffusion.alphas_cumprod": (1 - betas_of(LDM_SCHEDULE)).cumprod(0)},
         LDM_SCHEDULE,
     ),
-    "nested, of numpy": (
-        lambda: {
-            "model": tiny_state(),
-            "config": argparse.Namespace(diffusion={
-                "beta_schedule": "linear", "beta_start": np.float64(1e-4), "beta_end": 0.02,
-                "num_diffusion_timesteps": np.int64(500),
-            }),
-        },
-        "linear:0.0001,0.02",
-    ),
-    "a numpy array": (
-        lambda: {"model": tiny_state(), "betas": get_named_beta_schedule("cosine", 500)}, "cosine"
-    ),
-}  # fmt: skip
+    "a list": (lambda: {"model": tiny_state(), "betas": betas_of("cosine").tolist()}, "cosine"),
+    "Lightning": (lambda: {"state_dict": tiny_state("model."), "hyper_parameters": LIGHTNING}, LDM_SCHEDULE),
+    "nested, of numpy": (lambda: {"model": tiny_state(), "config": DDIM}, "linear:0.0001,0.02"),
+    "a numpy array": (lambda: {"model": tiny_state(), "betas": get_named_beta_schedule("cosine", 500)}, "cosine"),
+}
 
 
 @pytest.mark.parametrize("name", STATEMENTS)
@@ -1089,7 +984,7 @@ def test_schedules_that_a_file_holds_are_used_and_said(name, tmp_path, caplog):
     told, assumed = caplog.messages
     assert f"noise_schedule={schedule}" in told and "use_new_attention_order" in assumed
     assert not {"noise_schedule", "diffusion_steps"} & {*info.assumed}
-    error = refused(path, image_size=16, num_head_channels=16, diffusion_steps=1000)
+    error = refused(path, **GIVEN, diffusion_steps=1000)
     assert (error.parameter, error.value) == ("diffusion_steps", 1000)
 
 
@@ -1103,12 +998,10 @@ def test_tables_without_a_name_stay_as_they_are(tmp_path):
 @pytest.mark.parametrize("entries, flags", [
     ({"parameterization": "x0", "image_size": 16, "num_heads": 2}, {"predict_xstart": True, "num_heads": 2}),
     ({"objective": "pred_v"}, {"predict_v": True}),
-    ({"rescale_timesteps": True, "num_channels": 3}, {"rescale_timesteps": True}),
     (
         {"timesteps": 1000.0, "num_heads": "4", "rescale_timesteps": "True", "dropout": "0.1"},
         {"diffusion_steps": 1000, "num_heads": 4, "rescale_timesteps": True, "dropout": 0.1},
     ),
-    ({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.01}, {"noise_schedule": "linear:0.0001,0.01"}),
 ])  # fmt: skip
 def test_hyper_parameters_tell_what_tensors_cannot(entries, flags, tmp_path):
     path = saved(tmp_path / "m.ckpt", {"state_dict": tiny_state(), "hyper_parameters": entries})
@@ -1127,15 +1020,13 @@ def test_hyper_parameters_tell_what_tensors_cannot(entries, flags, tmp_path):
     ({"args": argparse.Namespace(weight_schedule="karras")}, "consistency"),
 ])  # fmt: skip
 def test_statements_that_cannot_be(content, says, tmp_path):
-    path = saved(tmp_path / "m.pt", {"model": tiny_state(), **content})
-    assert says in refusal(path, image_size=16, num_head_channels=16)
+    assert says in refusal(saved(tmp_path / "m.pt", {"model": tiny_state(), **content}), **GIVEN)
 
 
 def test_other_processes_are_known_by_their_names(tmp_path):
     for name in ("edm_bedroom256_ema.pt", "cd_imagenet64_l2.pt", "my-consistency-model.pt"):
         path = saved(tmp_path / name, tiny_state())
-        message = refusal(path, image_size=16, num_head_channels=16, noise_schedule="linear")
-        assert "EDM or a consistency model" in message
+        assert "EDM or a consistency model" in refusal(path, **GIVEN, noise_schedule="linear")
     for name in ("redmi.pt", "ct_scans.pt", "inconsistency.pt"):
         assert_tiny(saved(tmp_path / name, tiny_state()))
     train_record(tmp_path)  # of a training here
@@ -1143,26 +1034,12 @@ def test_other_processes_are_known_by_their_names(tmp_path):
 
 
 def test_other_processes_are_known_by_their_layouts(tmp_path):
-    flags = {"learn_sigma": False, "resblock_updown": True, "use_scale_shift_norm": True, "num_head_channels": 64}
-    small = layout(image_size=64, num_channels=192, num_res_blocks=3, channel_mult="1,2,3,4",
-                   attention_resolutions="32,16,8", class_cond=True, **flags)  # fmt: skip
-    large = layout(image_size=256, num_channels=256, num_res_blocks=2, channel_mult="1,1,2,2,4,4",
-                   attention_resolutions="32,16,8", **flags)  # fmt: skip
-    for state in (small, large):
-        path = saved(tmp_path / "m.pt", state)
+    flags = {"resblock_updown": True, "use_scale_shift_norm": True, "num_head_channels": 64}
+    flags["attention_resolutions"] = "32,16,8"
+    small = {"image_size": 64, "num_channels": 192, "num_res_blocks": 3, "channel_mult": "1,2,3,4", "class_cond": True}
+    large = {"image_size": 256, "num_channels": 256, "num_res_blocks": 2, "channel_mult": "1,1,2,2,4,4"}
+    for sizes in (small, large):
+        path = saved(tmp_path / "m.pt", layout(**flags, **sizes))
         assert "EDM or a consistency model" in refusal(path)
         info = recognise(read_file(path), {"noise_schedule": "cosine", "num_head_channels": 64}).info
         assert info.flags["noise_schedule"] == "cosine"
-
-
-# ---- records ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_record_names_the_bytes_that_were_loaded(tiny_file, tmp_path):
-    first = checkpoint.fingerprint(tiny_file)
-    assert first == f"sha256 {hashlib.sha256(tiny_file.read_bytes()).hexdigest()}"
-    load_model(tiny_file, image_size=16, num_head_channels=16)
-    saved(tiny_file, other_state())
-    assert checkpoint.fingerprint(tiny_file) == first
-    load_state_dict(tiny_file)
-    assert checkpoint.fingerprint(tiny_file) == f"sha256 {hashlib.sha256(tiny_file.read_bytes()).hexdigest()}" != first

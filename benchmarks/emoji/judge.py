@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from guided_diffusion.checkpoint import read_file
+from guided_diffusion.checkpoint import read
 from guided_diffusion.errors import reading
 from guided_diffusion.evaluation import NETWORKS, Extractor, feature_metric
 from guided_diffusion.evaluation.features import digest
@@ -124,8 +124,7 @@ def load_judge(path: str | os.PathLike = DEFAULT_PATH, device: str | torch.devic
     Nothing in the file is run. Raises InputError where it is no judge or does not fit its own metadata.
     """
     with reading(path, "a judge"):
-        source = read_file(path)
-        state, metadata = source.tensors, source.metadata
+        state, metadata = read(path)
         if metadata.get("model_type") != MODEL_TYPE:
             raise ValueError(f"its metadata lack model_type {MODEL_TYPE}")
         with torch.device("meta"):  # whatever size the metadata claim

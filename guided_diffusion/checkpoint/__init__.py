@@ -7,10 +7,10 @@ formats).
 """
 
 from .loading import CHECKPOINTS, Network, fingerprint, load_model, load_state_dict, recognise, save_model
-from .reading import Source, read_file
+from .reading import Source, read, read_file
 from .reconcile import ModelFlags, ModelInfo
 
 __all__ = [
     "CHECKPOINTS", "ModelFlags", "ModelInfo", "Network", "Source", "fingerprint", "load_model", "load_state_dict",
-    "read_file", "recognise", "save_model",
+    "read", "read_file", "recognise", "save_model",
 ]  # fmt: skip

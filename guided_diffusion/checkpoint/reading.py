@@ -99,6 +99,12 @@ def read_file(path: str | os.PathLike) -> Source:
     return Source(path, found[0], metadata, found[1], hashlib.sha256(data).hexdigest())
 
 
+def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors by name, metadata) of a .safetensors or torch file; metadata is {} for the latter. Raises InputError."""
+    source = read_file(path)
+    return dict(source.tensors), dict(source.metadata)
+
+
 def read_json_object(path: str) -> dict[str, Any]:
     """The object in a JSON file. Raises InputError, naming the file, for anything else."""
     content = read_json(path)

@@ -36,9 +36,7 @@ log = logging.getLogger("sddm")
 class TargetOptions:
     """The target domain's diffusion model, and how it computes."""
 
-    model_path: str = option(
-        None, "the target domain's diffusion model: a file, a diffusers folder or a Hub id", file=True, metavar="PATH"
-    )
+    model_path: str = option(None, "the target's model: file, diffusers folder or Hub id", file=True, metavar="PATH")
     class_index: int | str | None = option(None, "class to make, for a class-conditional model", metavar="CLASS")
     precision: str | None = option(
         None,
@@ -47,25 +45,17 @@ class TargetOptions:
     )
     fuse: bool = option(False, "faster forms of some layers, equal up to rounding")
     compile: bool = option(False, "compile the network first, which pays over many batches on a GPU", runtime=True)
-    sigma_small: bool | None = option(
-        None, "variance where the model has none: the posterior's, as released; False for beta (default True)"
-    )
+    sigma_small: bool | None = option(None, "variance where the model has none: the posterior's (default True) or beta")
     clip_denoised: bool | None = option(None, "keep predicted images in range (default True)")
     device: str = option("auto", "cpu, cuda, cuda:1, mps or auto", runtime=True, metavar="NAME")
-    upscale: bool | None = option(
-        None, "enlarge pictures with the upscaler that the checkpoint names (default True where it has one)"
-    )
+    upscale: bool | None = option(None, "enlarge by the upscaler that the checkpoint names (default True if it does)")
     prompt: str | None = option(None, "text that the pictures shall show, for a pipeline with prompts")
     negative_prompt: str | None = option(None, "text that they shall not show")
+    # Its content is recorded.
     prompt_file: str | None = option(
-        None,
-        "a prompt for every picture: a CSV file of name and prompt, or a folder with NAME.txt for each",
-        runtime=True,  # its content is recorded
-        metavar="PATH",
+        None, "prompts by picture: a CSV file of name and prompt, or a folder of NAME.txt", runtime=True, metavar="PATH"
     )
-    guidance_scale: float | None = option(
-        None, "classifier-free guidance, 1 for none (default: the pipeline's)", least=0, most=100
-    )
+    guidance_scale: float | None = option(None, "classifier-free guidance (default the pipeline's)", least=0, most=100)
 
     def __post_init__(self) -> None:
         check(self)
