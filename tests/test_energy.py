@@ -1,8 +1,8 @@
 """Energies and their gradients: golden numbers, the plain formulas under autograd, and what an energy must not do."""
 
+import itertools
 import math
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -59,25 +59,17 @@ def dct_features(x):
     return torch.cat([F.conv2d(x[:, c : c + 1], filters) for c in range(x.shape[1])], dim=1)
 
 
-def plain_block_energy(f, f_ref, blocks):
+def blocks_of(features, x, ref, blocks, *options):
     """sum (f - BAdaIN(f, f_ref))^2 per image, block by block; differentiable through both occurrences of f."""
-    h, w = f.shape[2] // blocks, f.shape[3] // blocks
-    total = 0
-    for i in range(blocks):
-        for j in range(blocks):
-            block = (..., slice(i * h, (i + 1) * h), slice(j * w, (j + 1) * w))
-            a, b = f[block], f_ref[block]
-            (m_a, m_b) = (v.mean(dim=(2, 3), keepdim=True) for v in (a, b))
-            s_a, s_b = ((v.var(dim=(2, 3), keepdim=True) + 1e-5).sqrt() for v in (a, b))
-            total = total + (a - ((a - m_a) / s_a * s_b + m_b)).square().sum(dim=(1, 2, 3))
+    f, f_ref = features(x, *options), features(ref, *options)
+    h, w, total = f.shape[2] // blocks, f.shape[3] // blocks, 0
+    for i, j in itertools.product(range(blocks), repeat=2):
+        block = (..., slice(i * h, (i + 1) * h), slice(j * w, (j + 1) * w))
+        a, b = f[block], f_ref[block]
+        m_a, m_b = (v.mean(dim=(2, 3), keepdim=True) for v in (a, b))
+        s_a, s_b = ((v.var(dim=(2, 3), keepdim=True) + 1e-5).sqrt() for v in (a, b))
+        total = total + (a - ((a - m_a) / s_a * s_b + m_b)).square().sum(dim=(1, 2, 3))
     return total
-
-
-def autograd(function, x):
-    x = x.detach().clone().requires_grad_()
-    energy = function(x)
-    (grad,) = torch.autograd.grad(energy.sum(), x)
-    return energy.detach(), grad
 
 
 def evaluate(energy, ref, x, t=None, alpha_bar=1.0):
@@ -90,21 +82,20 @@ def assert_relative(actual, expected, tolerance=1e-4):
     assert (actual - expected).norm() <= tolerance * expected.norm()
 
 
-def pair(n=2, size=16, dtype=torch.float32, seed=0):
+def pair(n=2, size=16, channels=3):
     """x (noisy) and ref (an image in [-1, 1])."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 3, size, size, generator=generator, dtype=dtype)
-    return x, torch.rand(n, 3, size, size, generator=generator, dtype=dtype) * 2 - 1
+    generator = torch.Generator().manual_seed(channels)
+    x = torch.randn(n, channels, size, size, generator=generator)
+    return x, torch.rand(x.shape, generator=generator) * 2 - 1
 
 
 class TimedEncoder(torch.nn.Module):
     """A small smooth network with the encoder's interface: features and logits depend on x and on t."""
 
-    def __init__(self, dtype=torch.float32):
+    def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(3)
-        weight = 0.3 * torch.randn(8, 3, 3, 3, generator=generator, dtype=torch.float64)
-        self.weight = torch.nn.Parameter(weight.to(dtype))
+        self.weight = torch.nn.Parameter(0.3 * torch.randn(8, 3, 3, 3, generator=generator))
 
     def middle_features(self, x, t):
         scale = (1 + t.to(x.dtype) / 1000)[:, None, None, None]
@@ -127,98 +118,73 @@ def test_golden(name):
     assert_relative(grad, data["grad"])
 
 
-@pytest.mark.parametrize(
-    "make, features, blocks, size",
-    [
-        (lambda blocks: energies.vgg(vgg_weights(), blocks, 1), partial(vgg_features, level=1), 8, 16),
-        (lambda blocks: energies.vgg(vgg_weights(), blocks, 2), partial(vgg_features, level=2), 4, 15),
-        (energies.dct, dct_features, 1, 16),
-        (energies.dct, dct_features, 8, 16),
-    ],
-)
-def test_block_statistics_equal_the_plain_formula(make, features, blocks, size):
+def smooth(x, down_n):
+    """The low-pass filter of EGSDE."""
+    small = Resizer(x.shape, 1 / down_n, kernel="linear")(x)
+    return Resizer(small.shape, down_n, kernel="linear")(small)
+
+
+def features(x):
+    return TimedEncoder().middle_features(x, T)
+
+
+def cosine(a, b):
+    return ((a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()).mean(dim=(1, 2))
+
+
+def cross_entropy(x, labels):
+    logits = TimedEncoder()(x, T)
+    return torch.stack([logits[n].exp().sum().log() - logits[n, label] for n, label in enumerate(labels)])
+
+
+T = torch.tensor([10, 900])
+# Energies, their plain formulas for images and reference, and the side of the images.
+FORMULAS = [
+    (lambda: energies.vgg(vgg_weights(), 8, 1), lambda x, ref: blocks_of(vgg_features, x, ref, 8, 1), 16),
+    (lambda: energies.vgg(vgg_weights(), 4, 2), lambda x, ref: blocks_of(vgg_features, x, ref, 4, 2), 15),
+    (lambda: energies.dct(1), lambda x, ref: blocks_of(dct_features, x, ref, 1), 16),
+    (lambda: energies.dct(8), lambda x, ref: blocks_of(dct_features, x, ref, 8), 16),
+    (lambda: energies.low_pass(1), lambda x, ref: (x - ref).square().sum((1, 2, 3)), 16),
+    (lambda: energies.low_pass(4), lambda x, ref: (smooth(x, 4) - smooth(ref, 4)).square().sum((1, 2, 3)), 16),
+    (lambda: energies.dse(TimedEncoder()), lambda x, ref: cosine(features(x), features(ref)), 16),
+    (lambda: energies.classifier(TimedEncoder(), 3), lambda x, ref: cross_entropy(x, [3, 3]), 16),
+    (lambda: energies.classifier(TimedEncoder(), torch.tensor([3, 0])), lambda x, ref: cross_entropy(x, [3, 0]), 16),
+]
+
+
+@pytest.mark.parametrize("make, formula, size", FORMULAS)
+def test_energies_equal_their_plain_formulas(make, formula, size):
     x, ref = pair(size=size)
-    value, grad = evaluate(make(blocks), ref, x)
-    expected = autograd(lambda x: plain_block_energy(features(x), features(ref), blocks), x)
-    assert_relative(value, expected[0])
-    assert_relative(grad, expected[1])
+    value, grad = evaluate(make(), ref, x, T)
+    expected = formula(x.requires_grad_(), ref)
+    assert_relative(value, expected)
+    assert_relative(grad, torch.autograd.grad(expected.sum(), x)[0])
 
 
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("make", [lambda: energies.dct(4), lambda: energies.low_pass(4)])
 def test_latents_of_any_number_of_channels(channels, make):
     """The energy of several channels is the sum over them."""
-    x, ref = torch.randn(2, 2, channels, 16, 16, generator=torch.Generator().manual_seed(channels))
-    t = torch.zeros(2, dtype=torch.long)
-
-    value, grad = evaluate(make(), ref, x, t, 0.5)
-    each = [evaluate(make(), ref[:, k : k + 1], x[:, k : k + 1], t, 0.5) for k in range(channels)]
+    x, ref = pair(channels=channels)
+    value, grad = evaluate(make(), ref, x, T, 0.5)
+    each = [evaluate(make(), ref[:, k : k + 1], x[:, k : k + 1], T, 0.5) for k in range(channels)]
     assert_relative(value, sum(value for value, _ in each))
     assert_relative(grad, torch.cat([grad for _, grad in each], dim=1))
-
-
-@pytest.mark.parametrize("down_n", [1, 4, 16])
-def test_low_pass_equals_the_plain_formula(down_n):
-    x, ref = pair(dtype=torch.float64)
-    alpha_bar = 0.37
-
-    def smooth(x):
-        small = Resizer(x.shape, 1 / down_n, kernel="linear")(x)
-        return Resizer(small.shape, down_n, kernel="linear")(small)
-
-    value, grad = evaluate(energies.low_pass(down_n), ref, x, None, alpha_bar)
-    target = smooth(alpha_bar**0.5 * ref)
-    expected = autograd(lambda x: (target - smooth(x)).square().sum(dim=(1, 2, 3)), x)
-    torch.testing.assert_close(value, expected[0], atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(grad, expected[1], atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("make", [lambda: energies.low_pass(4), lambda: energies.dse(TimedEncoder())])
 def test_a_noised_reference_is_the_reference_at_alpha_bar(make):
     """prepare(ref, noise) at alpha_bar asks for the same as prepare(ref_t) at 1."""
     (x, ref), alpha_bar = pair(), 0.3
-    noise, t = torch.randn_like(ref), torch.tensor([10, 900])
-    energy = make()
+    noise, energy = torch.randn_like(ref), make()
     energy.prepare(ref, noise)
-    actual = energy.energy_and_grad(x, t, alpha_bar)
-    expected = evaluate(make(), alpha_bar**0.5 * ref + (1 - alpha_bar) ** 0.5 * noise, x, t, 1.0)
+    actual = energy.energy_and_grad(x, T, alpha_bar)
+    expected = evaluate(make(), alpha_bar**0.5 * ref + (1 - alpha_bar) ** 0.5 * noise, x, T, 1.0)
     for a, b in zip(actual, expected):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     # Preparing without noise afterwards forgets it.
-    for a, b in zip(evaluate(energy, ref, x, t, alpha_bar), evaluate(make(), ref, x, t, alpha_bar)):
+    for a, b in zip(evaluate(energy, ref, x, T, alpha_bar), evaluate(make(), ref, x, T, alpha_bar)):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("alpha_bar", [1.0, 0.01])
-def test_dse_equals_the_plain_formula(alpha_bar):
-    x, ref = pair(dtype=torch.float64)
-    encoder, t = TimedEncoder(torch.float64), torch.tensor([10, 900])
-
-    def plain(x):
-        f, f_ref = encoder.middle_features(x, t), encoder.middle_features(alpha_bar**0.5 * ref, t)
-        cosine = (f * f_ref).sum(1) / (f.square().sum(1) * f_ref.square().sum(1)).sqrt()
-        return cosine.mean(dim=(1, 2))
-
-    expected = autograd(plain, x)
-    value, grad = evaluate(energies.dse(encoder), ref, x, t, alpha_bar)
-    torch.testing.assert_close(value, expected[0].float(), atol=1e-6, rtol=1e-5)
-    assert_relative(grad, expected[1], 1e-5)
-
-
-@pytest.mark.parametrize("y", [3, torch.tensor([3, 0])])
-def test_classifier_equals_the_plain_formula(y):
-    x, ref = pair()
-    model, t = TimedEncoder(), torch.tensor([10, 900])
-    labels = torch.as_tensor(y).expand(2).tolist()
-
-    def plain(x):
-        logits = model(x, t)
-        return torch.stack([logits[n].exp().sum().log() - logits[n, labels[n]] for n in range(2)])
-
-    expected = autograd(plain, x)
-    value, grad = evaluate(energies.classifier(model, y), ref, x, t)
-    assert_relative(value, expected[0], 1e-5)
-    assert_relative(grad, expected[1], 1e-4)
 
 
 MAKERS = {
