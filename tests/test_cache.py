@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion import Translator, baselines, ddpm, energy, methods, sddm, unet
-from guided_diffusion.caching import CachedModel, cached
+from guided_diffusion.caching import cached
 from guided_diffusion.errors import InputError
 from guided_diffusion.runtime import CompiledModel
 from guided_diffusion.script_util import create_diffusion, create_model
@@ -105,18 +105,6 @@ def test_shared_features_are_those_that_hooks_put_there(name):
     assert different == [call % interval > 0 for call in range(5)]
 
 
-@pytest.mark.parametrize("name", ["classes", "ddpm"])
-def test_full_evaluations_are_the_networks(name):
-    model = network(name)
-    fast = CachedModel(model, 2)
-    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
-    # The second one takes the deep features of the same images at the same step.
-    for _ in range(3):
-        assert torch.equal(fast(x, t, *labels(name)), model(x, t, *labels(name)))
-    # Images of another batch size are not mistaken for these.
-    assert torch.equal(fast(x[:1], t[:1], *labels(name, 1)), model(x[:1], t[:1], *labels(name, 1)))
-
-
 def states_of(method, model, seed=0, **options):
     """The states of a run, one by one; draws are those of the seed."""
     generator = torch.Generator().manual_seed(seed)
@@ -177,17 +165,13 @@ def test_runs_do_not_share_features():
     assert all(map(torch.equal, together, alone))
 
 
-@pytest.mark.parametrize(
-    "model, words",
-    [(lambda: CompiledModel(network("updown")), "give compile False"), (lambda: abs, "is a builtin_function_or_method"),
-     (lambda: unet.SuperResModel(16, 3, 32, 3, 1, ()), "is a SuperResModel")],
-)  # fmt: skip
-def test_models_that_cannot_share_are_refused(model, words):
-    with pytest.raises(InputError, match=words) as caught:
-        cached(model(), 2)
-    assert (caught.value.parameter, caught.value.value) == ("cache_interval", 2)
+def test_models_that_cannot_share_are_refused():
+    for model, words in ((CompiledModel(network("updown")), "give compile False"), (abs, "is a builtin_function"),
+                         (unet.SuperResModel(16, 3, 32, 3, 1, ()), "is a SuperResModel")):  # fmt: skip
+        with pytest.raises(InputError, match=rf"cache_interval is 2; .*{words}"):
+            cached(model, 2)
     with pytest.raises(InputError, match="cache_interval is 0; it must be at least 1"):
-        cached(model(), 0)
+        cached(network("ddpm"), 0)
     with pytest.raises(InputError, match="cache_guided True"):
         methods.EGSDE(ls=0, cache_interval=2)  # where it would do nothing
 
@@ -232,16 +216,6 @@ def test_fused_layers_are_equal_up_to_rounding(name):
     scale = outputs[0].abs().max()
     torch.testing.assert_close(outputs[1] / scale, outputs[0] / scale, atol=2e-6, rtol=0)
     assert not torch.equal(*outputs) and counts[1] < counts[0]
-
-
-def test_fused_layers_round_no_worse_in_bf16():
-    exact, plain = network("updown"), network("bf16")
-    x, t = torch.randn(4, 3, 16, 16), torch.tensor([3, 200, 500, 700])
-    with torch.no_grad():
-        wanted = exact(x, t)
-        plain_error = (plain(x, t) - wanted).norm()
-        fused_error = (copy.deepcopy(plain).fuse()(x, t) - wanted).norm()
-    assert 0 < fused_error < 1.2 * plain_error < 0.1 * wanted.norm()
 
 
 # --- energies
