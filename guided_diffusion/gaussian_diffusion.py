@@ -142,20 +142,16 @@ class GaussianDiffusion:
         self, *, betas: Any, model_mean_type: ModelMeanType, model_var_type: ModelVarType,
         loss_type: LossType = LossType.MSE, rescale_timesteps: bool = False, alpha_bars: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        self.model_mean_type = model_mean_type
-        self.model_var_type = model_var_type
-        self.loss_type = loss_type
+        self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
         self.rescale_timesteps = rescale_timesteps
-
         betas = np.array(betas, dtype=np.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
             raise ValueError("betas must be one-dimensional with values in (0, 1]")
         self.num_timesteps = self.original_num_steps = len(betas)
         self.timestep_map: list[int] | list[float] = list(range(len(betas)))
-        self.betas = betas
         # Small values of one are rounded away in the other two.
         alphas = 1.0 - betas if alpha_bars is None else alpha_bars / np.append(1.0, alpha_bars[:-1])
-        self.alphas = alphas
+        self.betas, self.alphas = betas, alphas
         self.alphas_cumprod = np.cumprod(alphas) if alpha_bars is None else alpha_bars
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
@@ -164,7 +160,6 @@ class GaussianDiffusion:
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
         self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
-
         # q(x_{t-1} | x_t, x_0); its variance is 0 at t = 0, where the logarithm takes the next entry instead.
         self.posterior_share = betas / (betas + alphas * (1.0 - self.alphas_cumprod_prev))
         self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
@@ -181,9 +176,8 @@ class GaussianDiffusion:
         model_var_type: ModelVarType = ModelVarType.FIXED_SMALL,
         timesteps: Sequence[float] | np.ndarray | None = None,
     ) -> "GaussianDiffusion":  # fmt: skip
-        """The process that has given values of alpha_bar.
+        """The process with given alpha_bars [T]: from image to noise, strictly falling, above 0 and below 1.
 
-        alpha_bars: [T], from image to noise: strictly falling, above 0 and below 1; kept as they are, in float64.
         timesteps: [T], what the model is called with at each step (`timestep_map`), 0 to T - 1 by default; the model
         gets them as int64 where they are integers, otherwise as float32. Raises InputError for either.
         """
@@ -256,11 +250,10 @@ class GaussianDiffusion:
         self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None, model_kwargs: dict | None = None,
     ) -> Step:  # fmt: skip
-        """Evaluate the model: p(x_{t-1} | x_t) and the prediction of x_0.
+        """Return p(x_{t-1} | x_t) as `mean`, `variance`, `log_variance` and the prediction `pred_xstart`, of x's shape.
 
         clip_denoised: clip the prediction to [-1, 1], or to that range if it is a number. denoised_fn: applied to the
-        prediction before. model_kwargs: further arguments of the model. Returns a dict with `mean`, `variance`,
-        `log_variance` and `pred_xstart`, all of x's shape.
+        prediction before. model_kwargs: further arguments of the model.
         """
         model_output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
         prediction, variance, log_variance = self._variance(model_output, x, t)
@@ -274,17 +267,14 @@ class GaussianDiffusion:
         return {"mean": mean, **variances, "pred_xstart": pred_xstart}
 
     def _variance(self, model_output, x, t):
-        """Split the model's output into the prediction, the variance of the reverse step and its logarithm.
-
-        FIXED_SMALL is the true posterior's variance, 0 at t = 0, where only its logarithm is clipped.
-        """
+        """Split the model's output into the prediction, the variance of the reverse step and its logarithm."""
         channels, given = x.shape[1], model_output.shape[1]
         learned = self.model_var_type is ModelVarType.LEARNED_RANGE
         if given != (wanted := 2 * channels if learned else channels):
             reason = f"the model gives {given} channels for {channels} image channels"
             raise ValueError(f"{reason}; learn_sigma={learned} needs {wanted}")
         low = self.extract("posterior_log_variance_clipped", t, x.ndim)
-        if self.model_var_type is ModelVarType.FIXED_SMALL:
+        if self.model_var_type is ModelVarType.FIXED_SMALL:  # 0 at t = 0, where only its logarithm is clipped
             return model_output, self.extract("posterior_variance", t, x.ndim), low
         if self.model_var_type is ModelVarType.FIXED_LARGE:
             variance = self.extract("fixed_large_variance", t, x.ndim)
@@ -345,8 +335,7 @@ class GaussianDiffusion:
     ) -> Step:  # fmt: skip
         """Take an ancestral step x_t -> x_{t-1}, without noise where t = 0. Returns {"sample", "pred_xstart"}.
 
-        cond_fn: guides the step, see `condition_mean`. noise: drawn after the model's evaluation if None.
-        cond_fn_with_grad: see `p_sample_loop_progressive`; x must require gradients.
+        cond_fn: see `condition_mean`. cond_fn_with_grad: see `p_sample_loop_progressive`; x must require gradients.
         """
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         noise = torch.randn_like(x) if noise is None else noise
@@ -366,8 +355,8 @@ class GaussianDiffusion:
     ) -> Step:  # fmt: skip
         """Take a DDIM step (Song et al. 2021, equation 12) with eta times the ancestral standard deviation, 0 to 1.
 
-        cond_fn: guides the step, see `condition_score`. noise, cond_fn_with_grad: as in `p_sample`. Returns {"sample",
-        "pred_xstart"}, the prediction after guidance, or with cond_fn_with_grad before it.
+        cond_fn: see `condition_score`. Returns {"sample", "pred_xstart"}, the prediction after guidance, or with
+        cond_fn_with_grad (as in `p_sample`) before it.
         """
         if not 0 <= eta <= 1:
             raise InputError("it must be from 0 to 1", parameter="eta", value=eta)
@@ -393,10 +382,7 @@ class GaussianDiffusion:
         self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool | float = True,
         denoised_fn: Callable | None = None, model_kwargs: dict | None = None, eta: float = 0.0,
     ) -> Step:  # fmt: skip
-        """Take a step x_t -> x_{t+1} of DDIM's deterministic path (eta = 0), which encodes an image as noise.
-
-        Returns {"sample", "pred_xstart"}.
-        """
+        """Take a step x_t -> x_{t+1} of DDIM's deterministic path: {"sample", "pred_xstart"}."""
         if eta != 0:
             raise InputError("only the deterministic path, 0, can be reversed", parameter="eta", value=eta)
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
@@ -514,33 +500,29 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:  # fmt: skip
         """Compute the variational bound of images x_0 [N, C, H, W] on the 8-bit grid, in bits per dimension.
 
-        noise: function of a shape, called at every step from the last to the first; standard normal draws if None.
-        Returns a dict: `total_bpd` and `prior_bpd` [N], the bound and its term without the model; `vb`, `xstart_mse`
-        and `mse` [N, T], from the last step to the first: the bound's other terms and the mean squared errors of the
-        predictions of x_0 and of the noise.
+        noise: function of a shape, called at every step; standard normal draws if None. Returns `total_bpd` and
+        `prior_bpd` [N], the bound and its term without the model; `vb`, `xstart_mse` and `mse` [N, T], from the last
+        step to the first: its other terms, and the mean squared errors of the predictions of x_0 and of the noise.
         """
-        terms = {"vb": [], "xstart_mse": [], "mse": []}
+        terms = []
         for i in reversed(range(self.num_timesteps)):
             t = torch.full((x_start.shape[0],), i, device=x_start.device, dtype=torch.long)
             drawn = torch.randn_like(x_start) if noise is None else noise(x_start.shape)
             x_t = self.q_sample(x_start, t, noise=drawn)
             with torch.no_grad():
                 out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
-            terms["vb"].append(out["output"])
-            terms["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))
             eps = self.eps_from_xstart(x_t, t, out["pred_xstart"])
-            terms["mse"].append(mean_flat((eps - drawn) ** 2))
-        columns = {name: torch.stack(values, dim=1) for name, values in terms.items()}
+            errors = (mean_flat((value - true) ** 2) for value, true in ((out["pred_xstart"], x_start), (eps, drawn)))
+            terms.append([out["output"], *errors])
+        vb, xstart_mse, mse = (torch.stack(values, dim=1) for values in zip(*terms))
         prior = self._prior_bpd(x_start)
-        return {"total_bpd": columns["vb"].sum(dim=1) + prior, "prior_bpd": prior, **columns}
+        total = vb.sum(dim=1) + prior
+        return {"total_bpd": total, "prior_bpd": prior, "vb": vb, "xstart_mse": xstart_mse, "mse": mse}
 
     # ---- guided-diffusion's private names that published code calls ----
 
     def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised: bool | float = True, model_kwargs=None):
-        """Return the bound's terms `output` [N] in bits per dimension and the prediction `pred_xstart`.
-
-        A term is a KL divergence, and at t = 0 the negative log-likelihood of grey levels.
-        """
+        """Return the bound's terms `output` [N] in bits: KL divergences, at t = 0 the grey levels' -log-likelihood."""
         out = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         kl = mean_flat(normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"]))
