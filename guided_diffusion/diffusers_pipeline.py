@@ -181,18 +181,17 @@ def _energies(energy: Any, area: int, target: Target) -> list[Any]:
     """Energies by name, or as objects; None for dct on pixels and none on latents."""
     if energy is None:
         energy = "dct" if isinstance(target.codec, Pixels) else []
-    found = []
+    found: list[Any] = []
     for each in energy if isinstance(energy, (list, tuple)) else [energy]:
-        if hasattr(each, "energy_and_grad"):
-            found.append(each)
-        elif isinstance(each, str):
+        if isinstance(each, str):
             kinds = [ENERGIES[name] for name in energy_names(each)]
-            own = [{"blocks": area} if "blocks" in kind.__dataclass_fields__ else {} for kind in kinds]
-            found += create_energies([kind(**options) for kind, options in zip(kinds, own)], target)
+            found += [kind(blocks=area) if "blocks" in kind.__dataclass_fields__ else kind() for kind in kinds]
+        elif hasattr(each, "energy_and_grad"):
+            found.append(each)
         else:
             needed = "it can be names, or objects of guided_diffusion.energy"
             raise InputError(needed, parameter="energy", value=each)
-    return found
+    return create_energies(found, target)
 
 
 @torch.no_grad()

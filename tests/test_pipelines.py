@@ -249,8 +249,10 @@ def configurations(draw):
     kinds = [draw(st.sampled_from(["attention", resampling])) for _ in widths]
     sines_first, groups = draw(st.booleans()), draw(st.sampled_from([4, 8, 16]))
     way = "resnet" if resampling == "resnet" else "conv"
+    channels = draw(st.sampled_from([1, 3]))
     return {
-        "sample_size": 8, "block_out_channels": widths, "layers_per_block": draw(count(1, 2)),
+        "sample_size": 8, "in_channels": channels, "out_channels": channels,
+        "block_out_channels": widths, "layers_per_block": draw(count(1, 2)),
         "down_block_types": [BLOCKS[kind].format("Down") for kind in kinds], "downsample_type": way,
         "up_block_types": [BLOCKS[kind].format("Up") for kind in reversed(kinds)], "upsample_type": way,
         "downsample_padding": draw(st.sampled_from([0, 1])), "flip_sin_to_cos": not sines_first,
@@ -272,7 +274,7 @@ def test_any_network_of_the_family_is_ours(config, seed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("family") / "unet"
     theirs.save_pretrained(folder)
     model, info = load_model(folder)
-    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+    x, t = torch.randn(2, config["in_channels"], 8, 8), torch.tensor([3, 700])
     labels = [torch.tensor([0, 3])] if config["num_class_embeds"] else []
     with torch.no_grad():
         expected, output = theirs(x, t, *labels).sample, model(x, t, *labels)
@@ -287,7 +289,7 @@ def test_the_commands_never_import_the_library():
     assert subprocess.run([sys.executable, "-c", code, ROOT, FOLDER / "ddpm_eps"], check=False).returncode == 0
 
 
-# ---- latents and other processes -------------------------------------------------------------------------------------
+# ---- grey pictures, latents and other processes ----------------------------------------------------------------------
 
 
 def autoencoder_of(channels=4, kind="AutoencoderKL", **options):
@@ -306,6 +308,19 @@ def unet2d(channels):
         layers_per_block=1, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
+
+
+def test_grey_pictures():
+    pipe = quiet(SDDMPipeline(unet2d(1), diffusers.DDPMScheduler()))
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE), np.uint8)
+    grey = torch.from_numpy(pixels / 255).float()[None, None]
+    images = [
+        pipe(each, **SMALL, generator=seeded()).images
+        for each in (pixels, Image.fromarray(pixels), grey, grey.expand(-1, 3, -1, -1))
+    ]
+    assert images[0].shape == (1, 3, SIDE, SIDE) and torch.equal(images[0][:, 0], images[0][:, 2])
+    for each in images[1:]:
+        torch.testing.assert_close(each, images[0], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind, part, channels", [("VQModel", "vqvae", 3), ("AutoencoderKL", "vae", 4)])
@@ -534,7 +549,7 @@ def test_a_run_with_pictures_prompts_and_refusals(tmp_path):
     assert len(images) == 4 and images[0].size == (16, 16)
     for wrong, parameter in (
         ({"prompt": None}, "prompt"), ({"prompt": ["a", "b", "c"]}, "prompt"), ({"strength": 1.5}, "strength"),
-        ({"energy": "vgg"}, "energy"), ({"height": 15}, "image_size"), ({"prompt_embedings": latents()}, "prompt"),
+        ({"energy": "vgg"}, "weights"), ({"height": 15}, "image_size"), ({"prompt_embedings": latents()}, "prompt"),
     ):  # fmt: skip
         with pytest.raises(InputError) as caught:
             ours(**{"prompt": "a dog", "image": [picture, picture], **options, **wrong})
@@ -608,7 +623,7 @@ def test_baselines_and_prompts_of_each_picture(data, tmp_path):
     assert (named["a.png"] != sdedit["a.png"]).any() and np.array_equal(named["d.png"], sdedit["d.png"])
     assert all(np.array_equal(beside[name], named[name]) for name in named)
     for flags, words in (
-        (("--area", 4, "--energy", "dse"), "--energy is 'dse'; it compares pixels"),
+        (("--area", 4, "--energy", "dse", "--dsepath", table), "--energy is 'dse'; it compares pixels"),
         (("--area", 4, "--details_t", 2), "--details_t is 2; it finds thin features of pixels"),
         (("--timestep_respacing", "ddim5"), "--timestep_respacing is 'ddim5'"),
     ):

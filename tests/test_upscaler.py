@@ -12,7 +12,7 @@ from scripts_in_process import message
 from tiny_training import end_at, finish, start, train
 from torch.nn import functional as F
 
-from guided_diffusion.checkpoint import read
+from guided_diffusion.checkpoint import load_state_dict
 from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import to_tensor, to_uint8
 from guided_diffusion.training.data import batch_numbers, list_images
@@ -119,7 +119,7 @@ def test_training_beats_bicubic_and_survives_a_kill(folders, tmp_path):
     end_at(process, tmp_path / "killed" / "model000040.pt", signal.SIGKILL)
     finish(process, -signal.SIGKILL)
     train("upscaler_train", *flags["killed"], "--resume", "auto")
-    expected, actual = (read(tmp_path / name / "model.safetensors")[0] for name in ("whole", "killed"))
+    expected, actual = (load_state_dict(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
