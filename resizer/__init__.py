@@ -84,8 +84,7 @@ class Resizer(nn.Module):
     two axes, or a list for as many last axes as it has entries. output_shape: the resized shape, or its last entries.
     Of both, output_shape gives the lengths and scale_factor the positions. kernel: cubic (the default, also for None),
     lanczos2, lanczos3, box or linear. antialiasing: stretch the kernel when shrinking. Called on [..., H, W], it
-    returns [..., H', W'] in the same dtype. Raises ValueError for what does not fit. Its matrices follow the tensors to
-    their device.
+    returns [..., H', W'] in the same dtype. Raises ValueError for what does not fit.
     """
 
     def __init__(
@@ -95,35 +94,27 @@ class Resizer(nn.Module):
         super().__init__()
         self.in_size = tuple(int(side) for side in in_shape)
         scales, sizes = _scales_and_sizes(self.in_size, scale_factor, output_shape)
-        self.axes: dict[int, torch.Tensor] = {}
-        for axis, (scale, size) in enumerate(zip(scales, sizes)):
-            length = self.in_size[axis]
-            always = axis >= len(self.in_size) - 2  # of the last two axes, callers want the matrices
-            if always or scale != 1 or size != length:
+        self._axes: dict[int, torch.Tensor] = {}
+        for axis, (length, scale, size) in enumerate(zip(self.in_size, scales, sizes), -len(self.in_size)):
+            if axis >= -2 or scale != 1 or size != length:
                 matrix = resize_matrix(length, scale, kernel or "cubic", size, antialiasing)
-                self.axes[axis - len(self.in_size)] = torch.from_numpy(matrix)
-        self._cast: dict[tuple[int, torch.dtype, torch.device], torch.Tensor] = {}
+                self._axes[axis] = torch.from_numpy(matrix)
+        self._cast: dict[tuple[torch.dtype, torch.device], dict[int, torch.Tensor]] = {}
 
-    def matrix(self, axis: int, like: torch.Tensor) -> torch.Tensor:
-        """The matrix of an axis (negative) in the dtype and on the device of a tensor."""
-        key = axis, like.dtype, like.device
+    def matrices(self, like: torch.Tensor) -> dict[int, torch.Tensor]:
+        """The matrices [new, old length] by axis, a negative number, in the dtype and on the device of a tensor."""
+        key = like.dtype, like.device
         if key not in self._cast:
-            self._cast[key] = self.axes[axis].to(like)
+            self._cast[key] = {axis: matrix.to(like) for axis, matrix in self._axes.items()}
         return self._cast[key]
 
-    def matrices(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two matrices (rows [H', H], columns [W', W]) in the dtype and on the device of a tensor."""
-        return self.matrix(-2, like), self.matrix(-1, like)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for axis in (*self.axes, -1, -2):
-            if x.ndim < -axis or x.shape[axis] != self.in_size[axis]:
-                expected, found = self.in_size[-2:], tuple(x.shape[-2:])
-                raise ValueError(f"the resizer was made for {expected} pixels and got {found}")
-        rows, columns = self.matrices(x)
-        for axis in self.axes:
-            if axis < -2:
-                x = (x.transpose(axis, -1) @ self.matrix(axis, x).T).transpose(axis, -1)
+        if x.ndim < -min(self._axes) or any(x.shape[axis] != self.in_size[axis] for axis in self._axes):
+            expected, found = self.in_size[-2:], tuple(x.shape[-2:])
+            raise ValueError(f"the resizer was made for {expected} pixels and got {found}")
+        *others, (_, rows), (_, columns) = self.matrices(x).items()
+        for axis, matrix in others:
+            x = (x.transpose(axis, -1) @ matrix.T).transpose(axis, -1)
         return rows @ x @ columns.T
 
 
@@ -132,28 +123,27 @@ def _scales_and_sizes(
 ) -> tuple[list[float], list[int | None]]:
     """Scale and new length of every axis of in_shape."""
     n = len(in_shape)
-    if n < 2:
-        raise ValueError(f"in_shape is {tuple(in_shape)}; it must have at least two entries")
-    if scale_factor is None and output_shape is None:
-        raise ValueError("scale_factor is missing; give it, or output_shape")
     scales: list[float] = []
     sizes: list[int | None] = []
+    if n < 2:
+        raise ValueError(f"in_shape is {in_shape}; it must have at least two entries")
+    if scale_factor is None and output_shape is None:
+        raise ValueError("scale_factor is missing; give it, or output_shape")
     if output_shape is not None:
         if not 2 <= len(output_shape) <= n or not all(int(side) == side and side >= 1 for side in output_shape):
             raise ValueError(f"output_shape is {tuple(output_shape)}; it must be 2 to {n} positive whole numbers")
-        sizes = [*in_shape[: n - len(output_shape)], *(int(side) for side in output_shape)]
+        sizes = [*in_shape[: n - len(output_shape)], *map(int, output_shape)]
         scales = [size / length for size, length in zip(sizes, in_shape) if size]
     if scale_factor is not None:
-        given = [float(s) for s in ([scale_factor] * 2 if isinstance(scale_factor, (int, float)) else scale_factor)]
+        given = [scale_factor] * 2 if isinstance(scale_factor, (int, float)) else list(scale_factor)
         if not 2 <= len(given) <= n:
             raise ValueError(f"scale_factor is {scale_factor}; it must be one number, or 2 to {n}")
-        scales = [1.0] * (n - len(given)) + given
+        scales = [1.0] * (n - len(given)) + [float(scale) for scale in given]
     return scales, sizes or [None if scale != 1 else length for scale, length in zip(scales, in_shape)]
 
 
 def low_pass_filter(size: Sequence[int], down_n: int, kernel: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """ILVR's filter phi for images of size (H, W): a function that shrinks by down_n, a divisor, and enlarges again."""
-    height, width = size
-    down = Resizer((height, width), 1 / down_n, kernel=kernel)
-    up = Resizer((height // down_n, width // down_n), down_n, kernel=kernel)
+    down = Resizer(size, 1 / down_n, kernel=kernel)
+    up = Resizer([side // down_n for side in size], down_n, kernel=kernel)
     return lambda x: up(down(x))

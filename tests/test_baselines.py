@@ -182,29 +182,6 @@ def test_unconditional_is_the_loop_of_the_process(use_ddim, eta):
     assert torch.equal(unconditional(GaussianModel(), diffusion, references(), **options), x)
 
 
-# Options
-
-
-@pytest.mark.parametrize(
-    "make, parameter",
-    [
-        (lambda: ILVR(down_n=0), "down_n"),
-        (lambda: ILVR(down_n=4, range_t=12).check_fit((16, 16), 12), "range_t"),
-        (lambda: ILVR(down_n=4, range_t=2, start=13).check_fit((16, 16), 12), "start"),
-        (lambda: SDEdit(start=13).check_fit((16, 16), 12), "start"),
-        (lambda: EGSDE(), "encoder"),
-        (lambda: EGSDE(encoder="no such file"), "encoder"),
-        (lambda: EGSDE(ls=0.0, down_n=3).check_fit((16, 16), None), "down_n"),
-        (lambda: Unconditional(eta=0.5), "eta"),
-        (lambda: Unconditional(use_ddim=True, eta=1.5), "eta"),
-    ],
-)
-def test_options_that_do_not_fit(make, parameter):
-    with pytest.raises(InputError) as caught:
-        make()
-    assert caught.value.parameter == parameter
-
-
 def test_bound_options_are_those_of_the_function():
     diffusion, ref = create_diffusion(timestep_respacing="12"), references()
     noise = lambda: seeded(1, slice(2))  # noqa: E731

@@ -58,7 +58,7 @@ def test_equals_the_definition(kernel, length, scale):
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(kernels, lengths, lengths, scales, st.floats(-2, 2))
 def test_constants_are_kept(kernel, height, width, scale, value):
     x = torch.full((1, 3, height, width), value, dtype=torch.float64)
@@ -67,7 +67,7 @@ def test_constants_are_kept(kernel, height, width, scale, value):
     torch.testing.assert_close(result, torch.full_like(result, value), atol=1e-12, rtol=0)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(kernels, lengths, lengths, scales, st.integers(0, 2**32))
 def test_gradient_is_the_transposed_matrices(kernel, height, width, scale, seed):
     """<R x, y> = <x, R* y> with R* y = A^T y B, and autograd gives the same."""
@@ -76,7 +76,7 @@ def test_gradient_is_the_transposed_matrices(kernel, height, width, scale, seed)
     resize = Resizer(x.shape, scale, kernel=kernel)
     result = resize(x)
     y = torch.randn(result.shape, generator=generator, dtype=torch.float64)
-    rows, columns = resize.matrices(x)
+    rows, columns = resize.matrices(x).values()
     adjoint = rows.T @ y @ columns
     product = (result * y).sum()
     product.backward()
