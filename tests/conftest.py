@@ -112,7 +112,7 @@ def golden_metrics():
     return ["metrics"] if (GOLDEN_DIR / "metrics").is_dir() else []
 
 
-def load_golden_model(data, model, prefix="model."):
+def load_golden(data, model, prefix="model."):
     """Put the weights of a golden file into a model and switch it to evaluation."""
     model.load_state_dict({k.removeprefix(prefix): v for k, v in data.items() if k.startswith(prefix)})
     return model.eval()
@@ -122,13 +122,13 @@ def load_golden_model(data, model, prefix="model."):
 def golden_unet(name):
     """The ADM UNet of the golden file `name`."""
     flags = golden_index()[name]["flags"]
-    return load_golden_model(golden(name), create_model(**{flag: flags[flag] for flag in MODEL_FLAGS}))
+    return load_golden(golden(name), create_model(**{flag: flags[flag] for flag in MODEL_FLAGS}))
 
 
 @cache
 def golden_encoder():
     """The domain-specific extractor of the golden file `dse`."""
-    return load_golden_model(golden("dse"), EncoderUNetModel(**golden_index()["dse"]["config"], head="I2Iout"))
+    return load_golden(golden("dse"), EncoderUNetModel(**golden_index()["dse"]["config"], head="I2Iout"))
 
 
 def golden_model_and_diffusion(settings):
@@ -136,7 +136,7 @@ def golden_model_and_diffusion(settings):
     flags = {**golden_index()[settings["model"]]["flags"], **settings}
     model = create_model(**{flag: flags[flag] for flag in MODEL_FLAGS})
     diffusion = create_diffusion(**flags)
-    return load_golden_model(golden(settings["model"]), model), diffusion
+    return load_golden(golden(settings["model"]), model), diffusion
 
 
 class Counted(torch.nn.Module):

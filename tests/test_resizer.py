@@ -22,10 +22,8 @@ def test_golden(name):
     for case in cases:
         kernel, _, scale = case.split("/")
         x = data[f"{case}/in"]
-        result = Resizer(x.shape, float(scale), kernel=kernel)(x)
-        torch.testing.assert_close(
-            result, data[f"{case}/out"], atol=1e-5, rtol=0, msg=lambda m, case=case: f"{case}: {m}"
-        )
+        found, expected = Resizer(x.shape, float(scale), kernel=kernel)(x), data[f"{case}/out"]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0, msg=lambda m, case=case: f"{case}: {m}")
 
 
 def plain_resize(line, scale, kernel):
@@ -82,14 +80,6 @@ def test_gradient_is_the_transposed_matrices(kernel, height, width, scale, seed)
     product.backward()
     torch.testing.assert_close(x.grad, adjoint, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(product, (x * adjoint).sum(), atol=1e-9, rtol=0)
-
-
-def test_enlarging_linearly_is_pytorchs_bilinear_interpolation():
-    x = torch.randn(2, 3, 7, 9, dtype=torch.float64)
-    for scale in (2, 3, 4):
-        # PyTorch repeats the border where this mirrors it; with a linear kernel both read the border pixel.
-        expected = torch.nn.functional.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
-        torch.testing.assert_close(Resizer(x.shape, scale, kernel="linear")(x), expected, atol=1e-12, rtol=0)
 
 
 def test_any_leading_dimensions_and_dtypes():
