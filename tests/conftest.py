@@ -45,16 +45,14 @@ COMMITTED = (
 
 # Files whose tests start processes or train: `-m "not slow"` leaves them out.
 SLOW_FILES = (
-    "test_ablations", "test_bench_scripts", "test_benchmark",
-    "test_engine", "test_evaluate", "test_extensions_metric", "test_fast_paths",
-    "test_fetch", "test_jobs", "test_judge", "test_notebook", "test_prepare_emoji", "test_presets", "test_processes",
-    "test_readme", "test_sampling_scripts", "test_train_util", "test_training", "test_training_faults", "test_training_runs", "test_translator",
-    "test_upscaler", "test_web_page",
+    "test_ablations", "test_bench_scripts", "test_benchmark", "test_engine", "test_evaluate",
+    "test_extensions_metric", "test_fast_paths", "test_fetch", "test_jobs", "test_judge", "test_notebook",
+    "test_prepare_emoji", "test_presets", "test_processes", "test_readme", "test_sampling_scripts", "test_train_util",
+    "test_training", "test_training_faults", "test_training_runs", "test_translator", "test_upscaler",
+    "test_web_page",
 )  # fmt: skip
 # Others that take more than about two seconds, by file and function.
-SLOW_TESTS = (
-    "test_web::test_the_command_runs_in_a_shell",
-)  # fmt: skip
+SLOW_TESTS = ("test_web::test_the_command_runs_in_a_shell",)
 
 
 def pytest_collection_modifyitems(items):

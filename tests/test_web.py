@@ -5,11 +5,9 @@ import os
 import shlex
 import socket
 import stat
-import struct
 import subprocess
 import sys
-import threading
-import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +29,6 @@ from guided_diffusion.web import translate as module
 from guided_diffusion.web.translate import Settings, Studio, explain, label
 
 SETTINGS = Settings(area=4, range_t=0.35, steps=6, seed=3, start=1.0, details=1.0, energy="dct", sampler="ancestral")
-LONG = replace(SETTINGS, steps=250)
 AWKWARD = 'it\'s a "b" $HOME ä; `c`.png'
 
 
@@ -58,7 +55,7 @@ def studio(data):
     return Studio([str(data / "model.safetensors"), str(data / "classes.safetensors")], device="cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def first(data):
     return str(data / "model.safetensors")
 
@@ -76,27 +73,25 @@ def command(model, name, settings, root):
     return web.command_line(model, Upload("", name), settings, root=str(root), device="cpu")
 
 
-# ---- the generator --------------------------------------------------------------------------------------------------
-
-
-def test_previews_come_first_and_the_result_last(studio, data, first):
-    frames = list(studio.translate(first, data / "a.png", SETTINGS))
-    assert frames[0].preview.size == (tiny.SIZE, tiny.SIZE)
-    assert not any(frame.results for frame in frames[:-1])
-    assert np.array_equal(np.asarray(frames[-1].reference), np.asarray(Image.open(data / "a.png")))
-    result = frames[-1].results[0]
-    assert np.array_equal(np.asarray(result), np.asarray(frames[-1].preview)), "at the last step both are one"
-    assert frames[-1].step == frames[-1].steps == 6 and frames[-1].words.startswith("Done: 6 steps in ")
-
-
 def differ_little(one, other):
     """Whether no value differs by more than a grey level: a batch rounds otherwise than its images alone."""
     return np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 1
 
 
+# ---- the generator --------------------------------------------------------------------------------------------------
+
+
+def test_previews_come_first_and_the_result_last(studio, data, first):
+    *shown, end = studio.translate(first, data / "a.png", SETTINGS, interval=0)
+    assert [frame.step for frame in shown] == [1, 2, 3, 4, 5, 6] and not any(frame.results for frame in shown)
+    assert shown[0].preview.size == (tiny.SIZE, tiny.SIZE) and shown[0].words.startswith("Step 1 of 6, ")
+    assert np.array_equal(np.asarray(end.reference), np.asarray(Image.open(data / "a.png")))
+    assert np.array_equal(np.asarray(end.results[0]), np.asarray(shown[-1].preview)), "at the last step both are one"
+    assert end.step == end.steps == 6 and end.words.startswith("Done: 6 steps in ")
+
+
 def test_several_results_are_those_of_consecutive_seeds(studio, data, first):
     frames = list(studio.translate(first, data / "a.png", replace(SETTINGS, count=3)))
-    assert frames[-1].steps == 6, "they are one batch"
     side = frames[0].preview.width
     assert side > 2 * tiny.SIZE and frames[0].preview.height > 2 * tiny.SIZE, "the preview has them side by side"
     for seed, result in zip((3, 4, 5), frames[-1].results, strict=True):
@@ -105,54 +100,41 @@ def test_several_results_are_those_of_consecutive_seeds(studio, data, first):
     assert not differ_little(*frames[-1].results[:2])
 
 
-@pytest.mark.parametrize("name", [AWKWARD, "-x.png", "alpha.png", "turned.jpg"])
-def test_the_command_makes_the_pages_pixels(studio, data, first, tmp_path, name):
-    (tmp_path / name).write_bytes((data / name).read_bytes())
-    result = last(studio.translate(first, data / name, SETTINGS)).results[0]
-    text = command(first, name, SETTINGS, tmp_path)
-    assert np.array_equal(np.asarray(result), made_by(text, tmp_path))
-
-
 @pytest.mark.parametrize(
-    "changes",
+    "name, changes",
     [
-        {"energy": "none"},
-        {"variant": "released", "steps": 9},
-        {"sampler": "ddim", "seed": 2**53 - 1},
-        {"sampler": "dpmpp_2m", "range_t": 0.0},
-        {"start": 0.55, "range_t": 0.95},
-        {"details": 0.4},
-        {"precision": "bf16"},
-        {"model": "classes.safetensors", "class_index": "2"},
+        (AWKWARD, {"energy": "none"}),
+        ("-x.png", {"variant": "released", "steps": 9}),
+        ("alpha.png", {"sampler": "dpmpp_2m", "range_t": 0.0}),
+        ("turned.jpg", {"sampler": "ddim", "seed": 2**53 - 1}),
+        ("a.png", {"start": 0.55, "range_t": 0.95}),
+        ("a.png", {"details": 0.4}),
+        ("a.png", {"precision": "bf16"}),
+        ("a.png", {"model": "classes.safetensors", "class_index": "2"}),
     ],
     ids=str,
 )
-def test_every_setting_is_in_the_command(studio, data, tmp_path, changes):
+def test_the_command_makes_the_pages_pixels(studio, data, first, tmp_path, name, changes):
     model = str(data / changes.pop("model", "model.safetensors"))
     wanted = replace(SETTINGS, **changes)
-    (tmp_path / "a.png").write_bytes((data / "a.png").read_bytes())
-    result = np.asarray(last(studio.translate(model, data / "a.png", wanted)).results[0])
-    text = command(model, "a.png", wanted, tmp_path)
-    assert np.array_equal(result, made_by(text, tmp_path))
-    plain = str(data / "model.safetensors")
-    other = np.asarray(last(studio.translate(plain, data / "a.png", replace(SETTINGS, steps=wanted.steps))).results[0])
+    (tmp_path / name).write_bytes((data / name).read_bytes())
+    result = np.asarray(last(studio.translate(model, data / name, wanted)).results[0])
+    assert np.array_equal(result, made_by(command(model, name, wanted, tmp_path), tmp_path))
+    other = np.asarray(last(studio.translate(first, data / name, replace(SETTINGS, steps=wanted.steps))).results[0])
     assert not np.array_equal(result, other), "the setting changes the picture"
 
 
 def test_the_command_runs_in_a_shell(studio, data, first, tmp_path):
     for name in ("scripts", "guided_diffusion", "resizer"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "bin").mkdir()
-    python = tmp_path / "bin" / "python"
+    python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    python.chmod(0o755)
     (tmp_path / AWKWARD).write_bytes((data / "a.png").read_bytes())
     settings = replace(SETTINGS, count=2)
     text = command(first, AWKWARD, settings, tmp_path)
-    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
-    )
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     frame = last(studio.translate(first, data / "a.png", settings, name=AWKWARD))
     folders = [tmp_path / shlex.split(text)[-2].removesuffix(";").replace("$seed", seed) for seed in ("3", "4")]
@@ -160,15 +142,11 @@ def test_the_command_runs_in_a_shell(studio, data, first, tmp_path):
         assert differ_little(result, Image.open(folder / AWKWARD))
 
 
-def test_closing_ends_the_sampling(studio, data, first):
-    frames = studio.translate(first, data / "a.png", LONG, interval=0)
-    shown = next(frames)
-    assert (shown.step, shown.steps) == (1, 250) and shown.words.startswith("Step 1 of 250, ")
-    frames.close()
-    closing = Studio([first], device="cpu")
-    frames = closing.translate(first, data / "a.png", LONG, interval=0)
+def test_closing_ends_the_sampling(data, first):
+    studio = Studio([first], device="cpu")
+    frames = studio.translate(first, data / "a.png", replace(SETTINGS, steps=250), interval=0)
     next(frames)
-    closing.close()
+    studio.close()
     with pytest.raises(InputError, match="closed"):
         next(frames)
 
@@ -179,26 +157,20 @@ def test_a_picture_of_many_colours_looks_like_a_photograph(tmp_path):
     scene = np.stack([rows, columns, rows + columns], 2) + np.random.default_rng(0).normal(0, 8, (96, 128, 3))
     Image.fromarray(scene.clip(0, 255).astype(np.uint8)).save(tmp_path / "scene.jpg")
     assert module.looks_like_a_photograph(tmp_path / "scene.jpg")
-    Image.linear_gradient("L").save(tmp_path / "grey.png")
-    assert not module.looks_like_a_photograph(tmp_path / "grey.png")
 
 
 def test_translations_side_by_side_do_not_mix(studio, data, first):
-    other = str(data / "classes.safetensors")
-    jobs = [(first, SETTINGS), (first, replace(SETTINGS, seed=5)), (other, replace(SETTINGS, class_index="1"))]
-    alone = [np.asarray(last(studio.translate(model, data / "a.png", wanted)).results[0]) for model, wanted in jobs]
-    together = {}
+    jobs = {
+        replace(SETTINGS, seed=5): first,
+        replace(SETTINGS, sampler="ddim"): first,
+        replace(SETTINGS, class_index="1"): str(data / "classes.safetensors"),
+    }
 
-    def work(k):
-        model, wanted = jobs[k]
-        together[k] = np.asarray(last(studio.translate(model, data / "a.png", wanted, interval=0)).results[0])
+    def work(wanted):
+        return np.asarray(last(studio.translate(jobs[wanted], data / "a.png", wanted, interval=0)).results[0])
 
-    workers = [threading.Thread(target=work, args=(k,)) for k in range(len(jobs))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert all(np.array_equal(one, together[k]) for k, one in enumerate(alone))
+    with ThreadPoolExecutor() as pool:
+        assert all(map(np.array_equal, pool.map(work, jobs), map(work, jobs)))
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -233,20 +205,14 @@ def test_wrong_settings_are_one_line_in_the_pages_words(data, first, changes, na
 
 
 def test_pictures_that_cannot_be_used(studio, data, first, tmp_path):
-    chunk = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    head = struct.pack(">I", 13) + b"IHDR" + chunk + struct.pack(">I", zlib.crc32(b"IHDR" + chunk))
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head)
     (tmp_path / "text.png").write_bytes(b"hello")
-    (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "half.png").write_bytes((data / "a.png").read_bytes()[:200])
     Image.new("RGB", (4097, 10)).save(tmp_path / "wide.png")
-    for name in ("bomb", "text", "empty", "half", "wide"):
+    for name in ("text", "half", "wide"):
         with pytest.raises((ImageError, InputError)) as error:
             list(studio.translate(first, tmp_path / f"{name}.png", SETTINGS))
         words = explain(error.value)
         assert words.startswith("Your picture") and "\n" not in words and str(tmp_path) not in words
-    Image.new("RGB", (4096, 10)).save(tmp_path / "wide.png")
-    assert last(studio.translate(first, tmp_path / "wide.png", SETTINGS)).results
 
 
 def test_a_defect_is_one_line_on_the_page_and_a_traceback_in_the_log(studio, data, first, monkeypatch, caplog):
@@ -286,7 +252,7 @@ finally:
 
 
 def test_without_gradio_there_is_one_line_before_torch_is_loaded():
-    done = subprocess.run([sys.executable, "-c", WITHOUT_GRADIO], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_GRADIO], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: the web demo needs gradio: pip install -r requirements-demo.txt\n"
 
@@ -298,19 +264,16 @@ def test_a_port_in_use_is_refused():
         port = taken.getsockname()[1]
         with pytest.raises(InputError) as error:
             web.free_port("127.0.0.1", port)
-        assert (error.value.parameter, error.value.value) == ("port", port)
         assert message("web_demo", error.value).startswith(f"--port is {port}; ")
-    assert web.free_port("127.0.0.1", port) == port
-    assert web.free_port("127.0.0.1", 0) > 0
-    with pytest.raises(InputError) as error:
+    assert web.free_port("127.0.0.1", port) == port and web.free_port("127.0.0.1", 0) > 0
+    with pytest.raises(InputError, match="host is '203.0.113.7'"):
         web.free_port("203.0.113.7", 0)
-    assert error.value.parameter == "host"
 
 
-@pytest.mark.parametrize("host, lines", [("127.0.0.1", 0), ("localhost", 0), ("0.0.0.0", 1), ("192.168.0.7", 1)])
-def test_strangers_are_warned_of(host, lines, capsys):
-    web.warn_of_strangers(host)
-    assert len(capsys.readouterr().err.splitlines()) == lines
+def test_strangers_are_warned_of_and_see_no_model(capsys):
+    for host in ("127.0.0.1", "localhost", "[::1]", "0.0.0.0", "::", "192.168.0.7"):
+        web.warn_of_strangers(host)
+    assert len(capsys.readouterr().err.splitlines()) == 3
     # Folders of models are never served, or the models alone where the examples are in there.
     assert web.private_paths(["/m/a.pt"], "/e") == ["/m"] and web.private_paths(["/m/a.pt"], "/m/e") == ["/m/a.pt"]
 
@@ -346,12 +309,8 @@ def test_the_shell_script_installs_once_and_passes_flags_on(tmp_path):
     python.chmod(0o755)
     (tmp_path / ".requirements").write_bytes((ROOT / "requirements.txt").read_bytes())
     script, environment = str(ROOT / "scripts" / "web_demo.sh"), {**os.environ, "VENV": str(tmp_path)}
-    told = [
-        subprocess.run(
-            ["bash", script, "--port", "0"], env=environment, capture_output=True, text=True, check=True
-        ).stdout
-        for _ in range(2)
-    ]
+    run = ["bash", script, "--port", "0"]
+    told = [subprocess.run(run, env=environment, stdout=subprocess.PIPE, text=True).stdout for _ in range(2)]
     install, *served = (tmp_path / "calls").read_text().splitlines()
     assert install.startswith("-m pip install ") and f"-r {ROOT / 'requirements-demo.txt'}" in install
     assert served == [f"{ROOT / 'scripts' / 'web_demo.py'} --port 0"] * 2
