@@ -46,7 +46,8 @@ def compare(given: Given) -> None:
     missing = comparison.missing_files(options, measured) + rows.missing_files(chosen)
     if missing:
         raise InputError(f"missing: {'; '.join(missing)}")
-    text = comparison.compare(options, measured, chosen)
+    compared = comparison.Comparison(options, measured)
+    text = compared.write(compared.run(chosen))
     command.say(text.rstrip("\n"), sys.stdout)
     command.say(f"report: {os.path.join(options.save_dir, 'report.html')}", sys.stdout)
 

@@ -110,14 +110,6 @@ def missing_files(options: Compared, measured: Evaluation) -> list[str]:
     return [f"`{name}` {display_name(path)}" for name, path in missing.items()]
 
 
-def compare(options: Compared, measured: Evaluation, rows: Sequence[Row]) -> str:
-    """Sample and measure everything and write what came out; returns the text of table.md."""
-    compared = Comparison(options, measured)
-    results = compared.run(rows)
-    folders = {"save_dir": options.save_dir, "sources": options.base_samples, "truth": options.truth}
-    return report.write(results, compared.notes(results), name=options.name, count=options.pictures, **folders)
-
-
 class Comparison:
     """Sample and measure; results that an earlier run of the same comparison has made are kept."""
 
@@ -155,8 +147,8 @@ class Comparison:
         """The save folder of a row's run."""
         return os.path.join(self.options.save_dir, row.folder, f"seed_{seed}")
 
-    def notes(self, results: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Facts that a reader needs beside the numbers of `run`."""
+    def write(self, results: Sequence[Mapping[str, Any]]) -> str:
+        """Write the results of `run` to the save folder as tables, charts and a report; returns the text of table.md."""
         options, seeds = self.options, self.options.seed_numbers
         notes = [
             f"model {os.path.basename(options.model_path)}, sha256 {str(self.model)[:12]}",
@@ -166,7 +158,8 @@ class Comparison:
         ]
         if any(row["published"]["fid"] or row["published"]["source_ssim"] for row in results):
             notes.append("published: as printed in the papers, with their model and FID of Inception features")
-        return notes
+        folders = {"save_dir": options.save_dir, "sources": options.base_samples, "truth": options.truth}
+        return report.write(results, notes, name=options.name, count=options.pictures, **folders)
 
     def _sample(self, row: Row, seed: int, folder: str) -> dict[str, Any]:
         """Sample one row with one seed, unless that is done; returns its run.json."""
@@ -209,52 +202,42 @@ class Comparison:
     def _result(self, row: Row, runs: Mapping[int, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
         """A row's result, of the record and the evaluation of every seed's run."""
         costs = [value.key for value in table.values() if value.metric.is_cost]
-        values = {
+        seeds = {
             seed: {**result["metrics"], **{name: record.get(name) for name in costs}}
             for seed, (record, result) in runs.items()
         }
-        mean, std = summarise(list(values.values()))
+        by_name = {name: [values[name] for values in seeds.values()] for name in next(iter(seeds.values()))}
+        known = {name: values for name, values in by_name.items() if None not in values}
         first, (record, result) = next(iter(runs.items()))
         warnings = [warning for _, each in runs.values() for warning in each["warnings"]]
         words = [row.script, *row.flags, *self.options.words("flags")]
-        names = record["settings"].get("energy") or []
-        names = names.split(",") if isinstance(names, str) else names
+        energies = record["settings"].get("energy") or []
+        energies = energies.split(",") if isinstance(energies, str) else energies
         return {
             "method": row.method,
             "setting": row.setting,
             "command": shlex.join(word.removeprefix(ROOT + os.sep) for word in words),
             "published": dict(zip(("fid", "source_ssim"), row.published)),
-            "mean": mean,
-            "std": std,
-            "seeds": values,
+            "mean": {name: statistics.fmean(values) for name, values in known.items()},
+            "std": {name: statistics.stdev(v) if len(v) > 1 else None for name, v in known.items()},
+            "seeds": seeds,
             "images": result["counts"]["outputs"],
-            "counts": result["counts"],
             "protocol": result["protocol"],
             "warnings": list(dict.fromkeys(warnings)),
             "folder": os.path.relpath(self.folder(row, first), self.options.save_dir),
-            "energies": [one_line(name, longest=40) for name in names] if isinstance(names, list) else [],
+            "energies": [one_line(name, longest=40) for name in energies] if isinstance(energies, list) else [],
             "curves": curves(record),
         }
 
 
 def read_record(folder: str) -> dict[str, Any] | None:
     """The run.json of a finished run; None where there is none, or one without the entries that are needed."""
-    record = files.read_json_or_none(os.path.join(folder, run_record.NAME))
-    try:
-        entries = record["finished"], record["counts"]["references"], record["counts"]["failed"], record["settings"]
-    except Exception:  # a record of another kind fails in many ways
-        return None
-    kinds = (str, int, int, dict)
-    return record if all(isinstance(entry, kind) for entry, kind in zip(entries, kinds)) else None
-
-
-def summarise(values: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float | None]]:
-    """Mean and standard deviation over seeds of every value that all seeds have."""
-    names = [name for name in values[0] if all(value[name] is not None for value in values)]
-    mean = {name: statistics.fmean(value[name] for value in values) for name in names}
-    if len(values) == 1:
-        return mean, dict.fromkeys(names)
-    return mean, {name: statistics.stdev(value[name] for value in values) for name in names}
+    with contextlib.suppress(Exception):  # a record of another kind fails in many ways
+        record = files.read_json(os.path.join(folder, run_record.NAME))
+        entries = record["finished"], record["settings"], record["counts"]["references"], record["counts"]["failed"]
+        if all(isinstance(entry, kind) for entry, kind in zip(entries, (str, dict, int, int))):
+            return record
+    return None
 
 
 def run(command: Sequence[str]) -> int:

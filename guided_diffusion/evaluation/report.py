@@ -4,7 +4,6 @@ import base64
 import io
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -32,7 +31,6 @@ th, td { padding: .25rem .4rem; text-align: right; border-bottom: 1px solid var(
 td { white-space: nowrap }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; white-space: normal }
 td:nth-child(2) { min-width: 8rem }
-.few { color: #999 }
 .pictures th, .pictures td, .pictures td:nth-child(2) { padding: 2px; border: 0; text-align: center; font-size: 12px;
   font-weight: normal; min-width: 0; max-width: 96px; white-space: normal }
 img { display: block; width: 96px; height: 96px; background: #fff }
@@ -52,13 +50,11 @@ figure svg { display: block; width: 100%; height: auto }
 {% macro grid(headings, lines) %}
 <div class="wide"><table><thead><tr>{% for heading in headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead><tbody>
 {% for line in lines %}
-<tr>{% for text, few in line %}
-<td{% if few %} class="few" title="from too few pictures"{% endif %}>{{ text }}</td>{% endfor %}</tr>
+<tr>{% for text in line %}<td>{{ text }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 {% endmacro %}
 {{ grid(headings, cells) }}
-{% if few %}<p class="few">Grey values come from too few pictures.</p>{% endif %}
 {% for warning in warnings %}<p><strong>Warning</strong>: {{ warning }}</p>{% endfor %}
 {% if charts %}<h2>Charts</h2><div class="charts">
 {% for chart in charts %}<figure>{{ chart }}</figure>{% endfor %}
@@ -74,32 +70,30 @@ figure svg { display: block; width: 100%; height: auto }
 
 
 def write(
-    results: Sequence[Result],
-    notes: Sequence[str],
-    *,
-    name: str,
-    save_dir: str,
-    sources: str,
-    truth: str | None,
+    results: Sequence[Result], notes: Sequence[str], *, name: str, save_dir: str, sources: str, truth: str | None,
     count: int,
-) -> str:
+) -> str:  # fmt: skip
     """Write `FILES` of a comparison into its save folder; returns the text of table.md.
 
     notes: facts that a reader needs beside the numbers. sources, truth: folders of the report's pictures. count: number
     of references in it.
     """
+    import jinja2  # comes with torch
+    from markupsafe import Markup
+
     headings, cells = table_of(results)
     warnings = list(dict.fromkeys(warning for row in results for warning in row["warnings"]))
-    lines = [f"# {name}", "", table.markdown_table(headings, [[text for text, _ in line] for line in cells]), ""]
+    lines = [f"# {name}", "", table.markdown_table(headings, cells), ""]
     lines += [f"- {note}" for note in [*notes, *(f"**warning**: {warning}" for warning in warnings)]]
     lines += ["", "Sampled with", "", *(f"- {name_of(row)}: `{row['command']}`" for row in results), ""]
     figures = {file: charts.trade_off(results, against) for file, against in charts.TRADE_OFFS.items()}
     drawn = {file: charts.svg(figure) for file, figure in figures.items() if figure}
-    steps = [charts.svg(figure) for figure in charts.step_charts(results)]
+    shown = [*drawn.values(), *map(charts.svg, charts.step_charts(results))]
     folders = [("source", sources), *((name_of(row), os.path.join(save_dir, row["folder"])) for row in results)]
-    page = render(
-        title=name, headings=headings, cells=cells, notes=notes, warnings=warnings, results=results,
-        pictures=pictures(folders, truth, count), charts=[*drawn.values(), *steps],
+    directions, weights = mean_weights(results)
+    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE).render(
+        title=name, headings=headings, cells=cells, notes=notes, warnings=warnings, results=results, name_of=name_of,
+        directions=directions, weights=weights, pictures=pictures(folders, truth, count), charts=map(Markup, shown),
     )  # fmt: skip
     content = {"table.md": "\n".join(lines), "table.csv": csv_of(results), "report.html": page, **drawn}
     content["results.json"] = files.json_text({"name": name, "notes": notes, "rows": list(results)})
@@ -115,56 +109,36 @@ def shown_columns(results: Sequence[Result]) -> tuple[list[table.Value], bool]:
     return [v for v in table.values(inception) if v.key in known and not v.metric.hidden], inception
 
 
-def table_of(results: Sequence[Result]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    """Headings and cells of the table; a cell is (text, whether it rests on too few pictures)."""
+def table_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the table."""
     columns, inception = shown_columns(results)
     published = {key: heading for key, heading in PUBLISHED.items() if any(row["published"][key] for row in results)}
-    headings = ["method", "setting", *(column.heading(inception) for column in columns), *published.values()]
     cells = []
     for row in results:
-        line = [(row["method"], False), (row["setting"], False)]
-        for column in columns:
-            known = column.key in row["mean"]
-            text = column.cell(row["mean"][column.key], row["std"][column.key]) if known else ""
-            line.append((text, table.is_unreliable(column.metric, row["counts"], row["protocol"].get("dimensions"))))
-        cells.append([*line, *((row["published"][key], False) for key in published)])
-    return headings, cells
+        mean, std = row["mean"], row["std"]
+        values = [column.cell(mean[column.key], std[column.key]) if column.key in mean else "" for column in columns]
+        cells.append([row["method"], row["setting"], *values, *(row["published"][key] for key in published)])
+    return ["method", "setting", *(column.heading(inception) for column in columns), *published.values()], cells
 
 
 def csv_of(results: Sequence[Result]) -> str:
     """All means and standard deviations as CSV."""
-    lines = []
+    columns, lines = shown_columns(results)[0], []
     for row in results:
         line = {name: row[name] for name in ("method", "setting", "images")}
         line["seeds"] = " ".join(map(str, row["seeds"]))
-        for column in shown_columns(results)[0]:
+        for column in columns:
             line |= {column.key: row["mean"].get(column.key), f"{column.key}_std": row["std"].get(column.key)}
-        line |= {f"published_{name}": row["published"][key] for name, key in (("fid", "fid"), ("ssim", "source_ssim"))}
+        line |= {"published_fid": row["published"]["fid"], "published_ssim": row["published"]["source_ssim"]}
         lines.append({**line, "command": row["command"]})
     return table.csv_text(lines)
 
 
-def render(*, cells: Sequence[Any], results: Sequence[Result], charts: Sequence[str], **values: Any) -> str:
-    """The HTML of the report; values: of `TEMPLATE`, besides those that follow from the results."""
-    import jinja2  # comes with torch
-    from markupsafe import Markup
-
-    names, weights = mean_weights(results)
-    few = any(few for line in cells for _, few in line)
-    values |= {"cells": cells, "results": results, "directions": names, "weights": weights, "few": few}
-    values |= {"charts": [Markup(chart) for chart in charts], "name_of": name_of}
-    return jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE).render(values)
-
-
-def mean_weights(results: Sequence[Result]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+def mean_weights(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """Names of the merged directions, and for every row that merges some, cells with their mean weights."""
-    found = [(row, {name: np.mean(ys) for name, ys in charts.weights(row).items()}) for row in results]
+    found = [(row, {name: f"{np.mean(ys):.4f}" for name, ys in charts.weights(row).items()}) for row in results]
     names = list(dict.fromkeys(name for _, means in found for name in means))
-    return names, [
-        [(text, False) for text in (row["method"], row["setting"], *(f"{m[n]:.4f}" if n in m else "" for n in names))]
-        for row, m in found
-        if m
-    ]
+    return names, [[row["method"], row["setting"], *(m.get(name, "") for name in names)] for row, m in found if m]
 
 
 def pictures(

@@ -31,8 +31,6 @@ METRICS = Registry("metric")
 ROLES = {"source": "sources", "truth": "truth"}
 """Kinds of pictures that outputs are paired with, and the option that names their folder."""
 FOLDERS = ("outputs", "sources", "targets", "truth")
-FEW = 10
-"""Means over fewer images than this are shown as unreliable."""
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -160,17 +158,6 @@ def values(inception: bool = True) -> list[Value]:
 def is_inception(protocol: Mapping[str, Any]) -> bool:
     """Whether a result's distances are of Inception features, as published ones are."""
     return str(protocol.get("features", "")).startswith("inception")
-
-
-def is_unreliable(metric: Metric, counts: Mapping[str, Any], dimensions: int | None) -> bool:
-    """Whether a value rests on too few images: fewer than `FEW`, or too few for the rank of a covariance."""
-    if metric.is_cost:
-        return False
-    known = [counts[name] for name in ("outputs", "targets") if counts.get(name) is not None]
-    if metric.kind != "distance":
-        return bool(known) and known[0] < FEW
-    count = min(known, default=math.inf)
-    return count < FEW or (metric.of_gaussian and dimensions is not None and count <= dimensions)
 
 
 def markdown(result: Mapping[str, Any]) -> str:
