@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .nn import Upsample, norm_silu, normalization, timestep_embedding, u_shaped, upsampling_convolution
+from .nn import Upsample, folded_upsampling, norm_silu, normalization, timestep_embedding, u_shaped
 
 _norm = partial(normalization, eps=1e-6)
 
@@ -156,7 +156,7 @@ class Model(nn.Module):
         """Put faster forms in place of some layers, equal up to rounding; see `unet.UNetModel.fuse`."""
         for level in self.up:
             if "upsample" in level and isinstance(level.upsample.conv, nn.Conv2d):
-                level["upsample"] = upsampling_convolution(level.upsample.conv)
+                level["upsample"] = folded_upsampling(level.upsample.conv)
         return self
 
     def head(self, h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

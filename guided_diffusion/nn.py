@@ -96,7 +96,7 @@ def _parameters_for_halves(norm, x):
 
 
 @torch.no_grad()
-def upsampling_convolution(conv: nn.Conv2d) -> nn.ConvTranspose2d:
+def folded_upsampling(conv: nn.Conv2d) -> nn.ConvTranspose2d:
     """Nearest-neighbour upsampling by 2 and a 3x3 convolution as one transposed convolution, equal up to rounding.
 
     Every output pixel sees 2x2 different pixels, so 4 of 9 products are left.

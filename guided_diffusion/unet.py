@@ -14,16 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
-from .nn import (
-    Upsample,
-    hooked,
-    norm_silu,
-    normalization,
-    timestep_embedding,
-    u_shaped,
-    upsampling_convolution,
-    zero_module,
-)
+from .nn import Upsample, folded_upsampling, hooked, norm_silu, normalization, timestep_embedding, u_shaped, zero_module
 
 
 class Downsample(nn.Module):
@@ -57,7 +48,9 @@ class _Layers:
     use_new_attention_order: bool
     norm_groups: int = 32
     norm_eps: float = 1e-5
+    sines_first: bool = False
     pad_end: bool = False
+    middle_norm: bool = True
 
     def norm(self, channels: int) -> nn.Module:
         return normalization(channels, self.norm_groups, self.norm_eps)
@@ -121,19 +114,16 @@ def multi_head_attention(qkv: torch.Tensor, num_heads: int, new_order: bool, fus
     head by head, q, k, v. fused: by the fused kernel of CPUs, too; None: in half precision without gradients.
     """
     n, width, length = qkv.shape
+    channels = width // (3 * num_heads)
     if new_order:
-        qkv = qkv.reshape(n, 3, num_heads, width // (3 * num_heads), length)
-        q, k, v = qkv.unbind(1)
+        q, k, v = qkv.reshape(n, 3, num_heads, channels, length).transpose(3, 4).unbind(1)
     else:
-        qkv = qkv.reshape(n, num_heads, 3, width // (3 * num_heads), length)
-        q, k, v = qkv.unbind(2)
-    q, k, v = (tensor.transpose(2, 3) for tensor in (q, k, v))
+        q, k, v = qkv.reshape(n, num_heads, 3, channels, length).transpose(3, 4).unbind(2)
     if (qkv.dtype != torch.float32 and not qkv.requires_grad) if fused is None else fused:
         # On CPUs the fused kernel wants rows in memory order; its backward pass is slower than that of the plain one.
         # In float32 it would differ from the published numbers by rounding, which the last steps amplify past 1e-4.
         q, k, v = (tensor.contiguous() for tensor in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(2, 3).reshape(n, width // 3, length)
+    return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, width // 3, length)
 
 
 def _number_of_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
@@ -200,12 +190,11 @@ class _UNetEncoder(nn.Module):
     def __init__(
         self, image_size: int, in_channels: int, model_channels: int, num_res_blocks: int,
         attention_resolutions: Sequence[int], channel_mult: Sequence[float], layers: _Layers,
-        sines_first: bool = False, middle_norm: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.image_size, self.in_channels, self.model_channels = image_size, in_channels, model_channels
-        self.dtype, self.sines_first = torch.float32, sines_first
-        width = layers.embed_dim
+        self.dtype, width = torch.float32, layers.embed_dim
+        self._layers = layers
         self.time_embed = nn.Sequential(nn.Linear(model_channels, width), nn.SiLU(), nn.Linear(width, width))
 
         channels = int(channel_mult[0] * model_channels)
@@ -227,13 +216,13 @@ class _UNetEncoder(nn.Module):
         self.input_blocks = nn.ModuleList(blocks)
         self.middle_block = TimestepEmbedSequential(
             ResBlock(layers, channels, channels),
-            AttentionBlock(layers, channels, layers.num_heads, middle_norm),
+            AttentionBlock(layers, channels, layers.num_heads, layers.middle_norm),
             ResBlock(layers, channels, channels),
         )
         self._channels, self._downsampling = channels, downsampling
 
     def _embed(self, timesteps):
-        embedding = timestep_embedding(timesteps, self.model_channels, sines_first=self.sines_first)
+        embedding = timestep_embedding(timesteps, self.model_channels, sines_first=self._layers.sines_first)
         return self.time_embed(embedding.to(self.time_embed[0].weight.dtype))  # type: ignore[arg-type, call-overload]
 
     def _encode(self, x, emb):
@@ -271,12 +260,11 @@ class _UNetEncoder(nn.Module):
 
 
 class UNetModel(_UNetEncoder):
-    """The full UNet: attention, timestep embedding, optional class embedding.
+    """The full UNet, for images of any side that its downsampling divides.
 
-    image_size: side of the images it is made for (it accepts any side that its downsampling divides).
     model_channels: base width; channel_mult: its multiple at every level; num_res_blocks: blocks per level.
-    attention_resolutions: downsampling factors (not sides) at which attention is used.
-    num_head_channels: width of a head, or -1 for `num_heads` heads; num_heads_upsample: heads of the expanding half.
+    attention_resolutions: downsampling factors (not sides) at which attention is used. num_head_channels: width of a
+    head, or -1 for `num_heads` heads; num_heads_upsample: heads of the expanding half.
 
     Only networks of diffusers have other values of the last five: norm_groups, norm_eps: of the normalisations;
     sines_first: DDPM's time embedding; pad_end: strided convolutions are padded on the right and at the bottom only;
@@ -294,10 +282,11 @@ class UNetModel(_UNetEncoder):
     ) -> None:  # fmt: skip
         layers = _Layers(
             4 * model_channels, dropout, conv_resample, use_checkpoint, num_heads, num_head_channels,
-            use_scale_shift_norm, resblock_updown, use_new_attention_order, norm_groups, norm_eps, pad_end,
+            use_scale_shift_norm, resblock_updown, use_new_attention_order, norm_groups, norm_eps, sines_first, pad_end,
+            middle_norm,
         )  # fmt: skip
         shape = image_size, in_channels, model_channels, num_res_blocks, attention_resolutions, channel_mult
-        super().__init__(*shape, layers, sines_first, middle_norm)
+        super().__init__(*shape, layers)
         self.out_channels, self.num_classes = out_channels, num_classes
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, layers.embed_dim)
@@ -354,10 +343,10 @@ class UNetModel(_UNetEncoder):
             if isinstance(module, AttentionBlock):
                 module.fused = True
             elif isinstance(module, ResBlock) and isinstance(module.resample, Upsample):
-                module.in_layers[2] = upsampling_convolution(module.in_layers[2])  # type: ignore[arg-type]
+                module.in_layers[2] = folded_upsampling(module.in_layers[2])  # type: ignore[arg-type]
         for block in self.output_blocks:
             if isinstance(block[-1], Upsample) and isinstance(block[-1].conv, nn.Conv2d):  # type: ignore[index]
-                block[-1] = upsampling_convolution(block[-1].conv)  # type: ignore[index, operator]
+                block[-1] = folded_upsampling(block[-1].conv)  # type: ignore[index, operator]
         return self
 
     def head(self, h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -412,17 +401,15 @@ class EncoderUNetModel(_UNetEncoder):
         if pool == "adaptive":
             last = zero_module(nn.Conv2d(channels, out_channels, 1))
             network = [*normed, nn.AdaptiveAvgPool2d((1, 1)), last, nn.Flatten()]
-        elif pool == "attention":
-            if num_head_channels == -1:
-                raise ValueError("pool='attention' needs num_head_channels")
+        elif pool == "attention" and num_head_channels != -1:
             side = image_size // self._downsampling
             network = [*normed, AttentionPool2d(side, channels, num_head_channels, out_channels)]
         elif pool in ("spatial", "spatial_v2"):
-            features = sum(self._skip_channels) + channels
             middle = [nn.ReLU()] if pool == "spatial" else [normalization(2048), nn.SiLU()]
-            network = [nn.Linear(features, 2048), *middle, nn.Linear(2048, out_channels)]
+            network = [nn.Linear(sum(self._skip_channels) + channels, 2048), *middle, nn.Linear(2048, out_channels)]
         else:
-            raise ValueError(f"pool is {pool!r}; it can be adaptive, attention, spatial or spatial_v2")
+            fitting = "adaptive, attention (with num_head_channels), spatial or spatial_v2"
+            raise ValueError(f"pool is {pool!r}; it can be {fitting}")
         self.add_module(head, nn.Sequential(*network))
         self.float()  # whatever the default dtype
         if use_fp16:
