@@ -123,43 +123,28 @@ class DDIB(Method):
         return bind(ddib, source=source.model, clip_denoised=target.clip_denoised)
 
 
-from guided_diffusion.cli.sampling import translate_command
-
-translate, create_parser = translate_command("ddib", __doc__, first=("source_path",))
-'''
-
-RUN = """
-import runpy
-import sys
-
-sys.path.insert(0, ".")
-import {module}
-
-script = sys.argv.pop(1)
-sys.argv[0] = script
-if script == "ddib":
+if __name__ == "__main__":
     from guided_diffusion.cli import main
+    from guided_diffusion.cli.sampling import translate_command
 
-    main.run(ddib.translate, ddib.create_parser())
-else:
-    runpy.run_path(script, run_name="__main__")
-"""
+    translate, create_parser = translate_command("ddib", __doc__, first=("source_path",))
+    main.run(translate, create_parser())
+'''
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A function that runs a script with the parts above: the finished process; and the folder of its files."""
+    """A function that runs a command with the parts above: the finished process; and the folder of its files."""
     folder = tmp_path_factory.mktemp("own")
-    for module, text in (("parts", PARTS), ("ddib", DDIB)):
-        (folder / f"{module}.py").write_text(text)
-        (folder / f"run_{module}.py").write_text(RUN.format(module=module))
+    script = str(ROOT / "scripts" / "ae_sample.py")
+    (folder / "parts.py").write_text(f"{PARTS}\n\nimport runpy\n\nrunpy.run_path({script!r}, run_name='__main__')\n")
+    (folder / "ddib.py").write_text(DDIB)
     make_model(folder / "model.safetensors")
     make_model(folder / "source.safetensors", seed=1)
     make_references(folder / "ref", ["a.png", "b.png"])
 
-    def run(script, *flags, module="parts"):
-        path = script if script == "ddib" else ROOT / "scripts" / script
-        command = [sys.executable, folder / f"run_{module}.py", path, *map(str, flags)]
+    def run(file, *flags):
+        command = [sys.executable, file, *map(str, flags)]
         environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -172,22 +157,22 @@ COMMON = ("--model_path", "model.safetensors", "--base_samples", "ref", "--times
 def test_energy_solver_and_manifold_from_outside(own):
     run, folder = own
     flags = ("--range_t", 1, "--energy", "darker", "--strength", 2.5, "--sampler", "silent", "--manifold", "brightness")
-    done = run("ae_sample.py", *COMMON, *flags, "--save_dir", "own")
+    done = run("parts.py", *COMMON, *flags, "--save_dir", "own")
     assert done.returncode == 0, done.stderr
     settings = record(folder / "own")["settings"]
     assert settings["energy"] == ["darker"] and settings["strength"] == 2.5
     assert settings["sampler"] == "silent" and settings["manifold"] == "brightness"
     assert pictures(folder / "own").keys() == {"a.png", "b.png"}
-    wrong = run("ae_sample.py", *COMMON, *flags[:4], "--strength", 0, "--save_dir", "wrong")
+    wrong = run("parts.py", *COMMON, *flags[:4], "--strength", 0, "--save_dir", "wrong")
     assert wrong.returncode == 2 and wrong.stderr == "error: --strength is 0.0; it must be above 0\n"
-    text = run("ae_sample.py", "--help").stdout
+    text = run("parts.py", "--help").stdout
     assert "--strength" in text and "how much darker" in text and "silent" in text and "brightness" in text
 
 
 def test_a_solver_that_evaluates_twice_reports_its_evaluations(own):
     run, folder = own
-    done = run("ae_sample.py", *COMMON, "--range_t", 3, "--area", 4, "--energy", "none", "--sampler", "heun",
-               "--save_dir", "heun")  # fmt: skip
+    flags = ("--range_t", 3, "--area", 4, "--energy", "none", "--sampler", "heun", "--save_dir", "heun")
+    done = run("parts.py", *COMMON, *flags)
     assert done.returncode == 0, done.stderr
     assert record(folder / "heun")["model_evaluations"] == 7  # two a step, but for the last
 
@@ -210,16 +195,16 @@ def test_a_method_with_two_models(own):
     assert len(DDIB.splitlines()) <= 80
     run, folder = own
     flags = (*COMMON, "--source_path", "source.safetensors", "--precision", "bf16")
-    done = run("ddib", *flags, "--save_dir", "ddib", module="ddib")
+    done = run("ddib.py", *flags, "--save_dir", "ddib")
     assert done.returncode == 0, done.stderr
     content = record(folder / "ddib")
     assert content["model_evaluations"] == 2 * 4 - 1
     assert content["settings"]["precision"] == "bf16" and content["settings"]["source_path"].startswith("sha256 ")
     # Encoded and decoded by one model, a picture comes back better than by another.
-    same = run("ddib", *COMMON, "--source_path", "model.safetensors", "--save_dir", "same", module="ddib")
+    same = run("ddib.py", *COMMON, "--source_path", "model.safetensors", "--save_dir", "same")
     assert same.returncode == 0, same.stderr
     given, made, back = (pictures(folder / name) for name in ("ref", "ddib", "same"))
     for name in given:
         assert abs(back[name] - given[name]).mean() < abs(made[name] - given[name]).mean()
-    wrong = run("ddib", *COMMON, "--save_dir", "w", "--source_path", "ref/a.png", module="ddib")
+    wrong = run("ddib.py", *COMMON, "--save_dir", "w", "--source_path", "ref/a.png")
     assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1
