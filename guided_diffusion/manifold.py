@@ -137,8 +137,6 @@ class BlockManifold:
         """The function `decompose` at the diffused means."""
         return decompose(x, vector, alpha_bar**0.5 * self.mean)
 
-    split = decompose  # its name up to version 0.1
-
 
 @MANIFOLDS.add("low_pass")
 class LowPassManifold:

@@ -72,12 +72,11 @@ class Method(Checked):
 
     A method overrides `bind`, and the others as needed. Fields `range_t`, `details` and `start`, the number of steps,
     are steps of the schedule or shares of it; `down_n` divides the size. takes_energies: it merges energies.
-    takes_labels: its function takes `labels`, those of the batch. about: its name in messages, if not the class's.
+    takes_labels: its function takes `labels`, those of the batch.
     """
 
     takes_energies: ClassVar[bool] = False
     takes_labels: ClassVar[bool] = False
-    about: ClassVar[str] = ""
 
     def ignored(self) -> set[str]:
         """Fields that have no effect with these values."""
@@ -182,7 +181,7 @@ class ILVR(CachedGuidance):
 @METHODS.add("sdedit")
 @dataclass(frozen=True)
 class SDEdit(Cached):
-    """Options of `baselines.sdedit`. Predicted images are not clipped, learned variances are not used."""
+    """Options of `baselines.sdedit`."""
 
     start: int | float = _step(500, "steps from the noised reference to the image, or share", above=0, flag="t")
 
@@ -193,7 +192,7 @@ class SDEdit(Cached):
 @METHODS.add("egsde")
 @dataclass(frozen=True)
 class EGSDE(SDEdit, CachedGuidance):
-    """Options of `baselines.egsde`. Predicted images are not clipped, learned variances are not used."""
+    """Options of `baselines.egsde`."""
 
     ls: float = option(500.0, "weight of realism, 0 for none")
     li: float = option(2.0, "weight of faithfulness, 0 for none")
@@ -235,10 +234,6 @@ class Unconditional(Cached):
         if self.eta and not self.use_ddim:
             raise InputError("it is for `use_ddim` True", parameter="eta", value=self.eta)
 
-    @property
-    def about(self) -> str:  # type: ignore[override]
-        return f"DDIM, eta {self.eta:g}" if self.use_ddim else "ancestral sampling"
-
     def bind(self, target: Target, energies: Sequence[Energy] = ()) -> Sampler:
         return bind(baselines.unconditional, clip_denoised=target.clip_denoised, **vars(self))
 
@@ -249,7 +244,6 @@ class ClassifierGuided(Method):
     """Options of `generation.classifier_guided`; classifier_* describe the classifier's network."""
 
     takes_labels = True
-    about = "classifier guidance"
 
     classifier: str | None = _file("checkpoint of the classifier", flag="classifier_path")
     classifier_scale: float = option(1.0, "factor of the classifier's gradient", least=0)
@@ -287,7 +281,6 @@ class SuperResolution(Method):
     """Options of `generation.super_resolution`."""
 
     takes_labels = True
-    about = "super-resolution"
 
     use_ddim: bool = _use_ddim()
 

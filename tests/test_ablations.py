@@ -96,8 +96,8 @@ def test_first_linear_step_is_worked_out():
     alpha, alpha_bar = float(diffusion.alphas[i]), float(diffusion.alphas_cumprod[i])
     x = m.restrict(draws[0], alpha_bar)
     out = diffusion.p_mean_variance(model, x, torch.full((2,), i))
-    tangent, normal = m.split(x, out["mean"] - x / alpha**0.5, alpha_bar)
-    e, _ = m.split(x, goal - x, alpha_bar)
+    tangent, normal = m.decompose(x, out["mean"] - x / alpha**0.5, alpha_bar)
+    e, _ = m.decompose(x, goal - x, alpha_bar)
     lengths = [v.flatten(2).norm(dim=2)[..., None, None] for v in (tangent, e)]
     step = alpha ** (diffusion.num_timesteps / 100)  # of a hundred steps, whatever their number
     e = e * LAMBDA * (1 - step) / step**0.5 * lengths[0] / lengths[1]
@@ -125,7 +125,7 @@ def test_records_of_guided_steps(variant, detail_merge):
         x = BlockManifold(ref, 4).restrict(x, diffusion.alphas_cumprod[-1])
     out = diffusion.p_mean_variance(model, x, torch.full((2,), STEPS - 1))
     g = out["mean"] - x / float(diffusion.alphas[-1]) ** 0.5
-    tangent, normal = BlockManifold(ref, 4).split(x, g, float(diffusion.alphas_cumprod[-1]))
+    tangent, normal = BlockManifold(ref, 4).decompose(x, g, float(diffusion.alphas_cumprod[-1]))
     record = columns(**records[0][1])
     torch.testing.assert_close(record["tangent"], tangent.flatten(1).norm(dim=1), rtol=1e-3, atol=0)
     torch.testing.assert_close(record["normal"], normal.flatten(1).norm(dim=1), rtol=1e-3, atol=0)

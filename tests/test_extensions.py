@@ -111,7 +111,6 @@ def ddib(model, diffusion, ref, *, source, clip_denoised=True, noise=None):
 @METHODS.add("ddib")
 @dataclass(frozen=True)
 class DDIB(Method):
-    about = "DDIB"
     source_path: str | None = option(None, "the source domain's diffusion model", file=True, metavar="PATH")
     source_class: int | str | None = option(None, "class of the references", metavar="CLASS")
 

@@ -185,7 +185,7 @@ def announce(translation: Translation, names: Sequence[str], given: Given, found
     target, method = translation.target, translation.method
     total, steps = target.diffusion.num_timesteps, translation.steps
     counted = f"{total} steps" if steps == total else f"{steps} of {total} steps"
-    words = " ".join(filter(None, [method.about or type(method).__name__, getattr(method, "variant", "")]))
+    words = " ".join(filter(None, [type(method).__name__, getattr(method, "variant", "")]))
     if method.takes_energies:
         default = given.energy is None and list(names) == ["dct"]
         words += f", energy {'+'.join(names) or 'none'}" + f" (there is no {given.vgg_path} for vgg)" * default
