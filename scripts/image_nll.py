@@ -23,7 +23,7 @@ from guided_diffusion.cli.progress import Progress
 from guided_diffusion.dist_util import Peers
 from guided_diffusion.errors import display_name
 from guided_diffusion.run.job import open_plan
-from guided_diffusion.run.likelihood import LikelihoodJob, LikelihoodLoop, LikelihoodOptions, data_images
+from guided_diffusion.run.likelihood import LikelihoodJob, LikelihoodLoop, LikelihoodOptions, data_images, likelihood
 from guided_diffusion.run.sources import listed
 from guided_diffusion.runtime import pick_device
 
@@ -38,11 +38,11 @@ def evaluate(given: Given, peers: Peers) -> int:
     device = pick_device(wanted.device, peers.local_rank)
     target = load_target(wanted, given.options(ModelFlags), device, any_class=True)
     source = data_images(images, num_classes(target) is not None)
-    job = LikelihoodJob(options, peers, target.device, source, target.diffusion.num_timesteps)
+    job = LikelihoodJob(options, peers, target.device, source, steps=target.diffusion.num_timesteps)
     found = {"method": "likelihood", "clip_denoised": options.clip_denoised}
     plan = open_plan(job, target.image_size, sampling.given_settings(given, target, [options], peers, **found))
     with Progress(0 if peers.rank else plan.image_steps(1), len(job.items), plan.skipped) as progress:
-        loop = LikelihoodLoop(job, plan, target, options.clip_denoised, progress)
+        loop = LikelihoodLoop(job, plan, likelihood(target, options.clip_denoised), 1, progress)
         failed = loop.run().failed
     ended = loop.finish()
     if peers.rank:

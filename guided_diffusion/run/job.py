@@ -20,16 +20,14 @@ import numpy as np
 import torch
 
 from ..dist_util import Peers
-from ..errors import InputError, display_name
-from ..image_datasets import RESIZE_MODES, ImageError, Reference, check_options, load_image
+from ..errors import InputError, display_name, reading
+from ..image_datasets import RESIZE_MODES, Reference, check_options, load_image
 from ..options import check, option
 from . import record
 from .files import Folder, inside, remove_files, remove_temporaries
 from .sources import Source, references
 
 MOST_IMAGES = 1_000_000
-AUTO_BATCH = {"cuda": 32, "mps": 8, "cpu": 8}
-"""First batch size tried with batch_size="auto"; it is halved while memory does not suffice."""
 
 log = logging.getLogger("sddm")
 
@@ -93,10 +91,8 @@ class JobOptions(OutputOptions):
         """The references."""
         reserved = ["grid.png"] if self.samples_per_image == 1 else []  # several have their folders
         entries, failed = references(self.base_samples, self.num_samples, peers, reserved)
-        return Source(
-            entries, failed, base=self.base_samples, samples=self.samples_per_image, strict=self.strict,
-            resize=self.resize, background=self.background, white_level=self.white_level,
-        )  # fmt: skip
+        options = {"resize": self.resize, "background": self.background, "white_level": self.white_level}
+        return Source(entries, failed, {}, self.base_samples, self.samples_per_image, self.strict, options)
 
 
 class Item(NamedTuple):
@@ -167,10 +163,8 @@ class Job:
 
     def image(self, item: Item, side: int) -> np.ndarray:
         """An output as uint8 [side, side, 3]; raises InputError, naming the file, where it is none of ours any more."""
-        try:
+        with reading(self.path(item)):
             return load_image(self.path(item), side)
-        except ImageError as error:
-            raise InputError(f"{display_name(self.path(item))} cannot be read: {error.reason}") from None
 
     def refuse_sources(self, paths: Iterable[str]) -> None:
         """Raise InputError where a file that the run writes or removes is one of its sources."""
@@ -225,7 +219,7 @@ def open_plan(job: Job, image_size: int, settings: dict[str, Any]) -> Plan:
 def _open(job: Job, image_size: int, settings: dict[str, Any]) -> Plan:
     folder, batch_size = job.folder, job.options.batch_size
     if isinstance(batch_size, str):
-        batch_size = AUTO_BATCH.get(job.device.type, AUTO_BATCH["cpu"])
+        batch_size = 32 if job.device.type == "cuda" else 8  # the loop halves it while memory does not suffice
     if job.options.overwrite:
         _forget(job)
     old = record.read(folder.path)

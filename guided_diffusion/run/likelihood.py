@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..dist_util import Peers
 from ..errors import InputError, display_name
 from ..image_datasets import Reference, class_names
 from ..options import option
 from ..target import Batch, Target
 from . import record
 from .files import write_atomically, write_text
-from .job import Item, Job, Plan, RunOptions
+from .job import Item, Job, RunOptions
 from .loop import NOT_FINITE, Loop
 from .sources import Source
 
@@ -60,11 +59,9 @@ def data_images(entries: list[Reference], classes: bool = False) -> Source:
 class LikelihoodJob(Job):
     """The images whose terms are wanted; done are those that images.jsonl has. steps: of the model's process."""
 
-    def __init__(
-        self, options: LikelihoodOptions, peers: Peers, device: torch.device, source: Source, steps: int
-    ) -> None:
+    def __init__(self, *arguments: Any, steps: int) -> None:
         self.steps = steps
-        super().__init__(options, peers, device, source)
+        super().__init__(*arguments)
 
     def paths(self, key: str, samples: int | None = None) -> tuple[str, ...]:
         return ()  # an image has no file of its own
@@ -94,25 +91,21 @@ class LikelihoodJob(Job):
         return found
 
 
+def likelihood(target: Target, clip_denoised: bool = True) -> Callable[..., dict[str, torch.Tensor]]:
+    """Function of (batch, noise) that gives the terms of `calc_bpd_loop`, for `LikelihoodLoop`."""
+
+    def terms(batch: Batch, noise: Callable) -> dict[str, torch.Tensor]:
+        kwargs = {} if batch.labels is None else {"y": batch.labels}
+        x = target.codec.encode(batch.ref)
+        return target.diffusion.calc_bpd_loop(target.model, x, clip_denoised, kwargs, noise=noise)
+
+    return terms
+
+
 class LikelihoodLoop(Loop):
     """One rank's share of a likelihood. `finish` tells the mean, `bits_per_dimension`."""
 
     job: LikelihoodJob
-
-    def __init__(
-        self,
-        job: LikelihoodJob,
-        plan: Plan,
-        target: Target,
-        clip_denoised: bool = True,
-        progress: Callable[[int, int], None] = lambda image_steps, images: None,
-    ) -> None:
-        def terms(batch: Batch, noise: Callable) -> dict[str, torch.Tensor]:
-            kwargs = {} if batch.labels is None else {"y": batch.labels}
-            x = target.codec.encode(batch.ref)
-            return target.diffusion.calc_bpd_loop(target.model, x, clip_denoised, kwargs, noise=noise)
-
-        super().__init__(job, plan, terms, 1, progress)
 
     def _translate(self, items: list) -> None:
         terms = self.sample(*self._inputs(items))

@@ -46,6 +46,7 @@ class Summary:
     seconds: float = 0.0
 
 
+@dataclass
 class Loop:
     """One rank's share of a run. `run` makes what is missing; then `finish` completes the folder.
 
@@ -57,20 +58,17 @@ class Loop:
     the number of outputs that exist; `plan.image_steps(steps)` is what the former add up to.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        plan: Plan,
-        sample: Callable[..., Any],
-        steps: int,
-        progress: Callable[[int, int], None] = lambda image_steps, images: None,
-        picture: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
-        grey: bool = False,
-    ) -> None:
-        self.job, self.plan, self.sample, self.steps = job, plan, sample, steps
-        self.progress, self.picture, self.grey = progress, picture, grey
-        self.summary = Summary(skipped=plan.skipped, failed=dict(job.source.failed))
-        self._journal = record.Journal(job.folder, job.peers.rank)
+    job: Job
+    plan: Plan
+    sample: Callable[..., Any]
+    steps: int
+    progress: Callable[[int, int], Any] = lambda image_steps, images: None
+    picture: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+    grey: bool = False
+
+    def __post_init__(self) -> None:
+        self.summary = Summary(skipped=self.plan.skipped, failed=dict(self.job.source.failed))
+        self._journal = record.Journal(self.job.folder, self.job.peers.rank)
         self._writing: list[Future] = []
         self._limit: int | None = None  # of a batch's size
         # Image-steps of this rank, those that it has not told yet, when it told others, and those of all ranks.
@@ -212,8 +210,6 @@ class Loop:
         self.summary.done += images
         self.job.peers.count("images", images)
 
-    # ---- progress and other ranks -----------------------------------------------------------------------------------
-
     def _report(self, image_steps: int) -> None:
         """Report progress of this rank: at once if alone, at most twice a second among others."""
         self._steps += image_steps
@@ -240,8 +236,6 @@ class Loop:
             self.summary.failed |= peers.wait_for(f"failed/{rank}")
         self._tell()
         self.summary.done = peers.count("images", 0)
-
-    # ---- after the run ----------------------------------------------------------------------------------------------
 
     def finish(self) -> dict[str, Any]:
         """Complete the outputs and run.json, then release the folder; returns what the record tells of the end.

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..references import open_binary
 from .files import check_regular
 
 
+@dataclass
 class Source:
     """The images that a run begins with, and how they are read.
 
@@ -22,18 +24,13 @@ class Source:
     first failure ends the run. options: of `load_image`.
     """
 
-    def __init__(
-        self,
-        entries: list[Reference],
-        failed: dict[str, str] | None = None,
-        labels: dict[str, int] | None = None,
-        base: str | None = None,
-        samples: int = 1,
-        strict: bool = False,
-        **options: Any,
-    ) -> None:
-        self.entries, self.failed, self.labels = entries, failed or {}, labels or {}
-        self.base, self.samples, self.strict, self.options = base, samples, strict, options
+    entries: list[Reference]
+    failed: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+    base: str | None = None
+    samples: int = 1
+    strict: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
     def read(self, reference: Reference, image_size: int) -> np.ndarray:
         """An image as uint8 [h, w, 3]; raises ImageError."""
@@ -87,7 +84,7 @@ class SmallImages(Source):
             self.arrays, self.labels = dict(zip(names, images)), dict(zip(names, classes))
         else:
             entries, failed = references(base, count, peers, ["grid.png"])
-            super().__init__(entries, failed, base=base, image_size=small_size)
+            super().__init__(entries, failed, base=base, options={"image_size": small_size})
         if class_index is not None:
             self.labels = {entry.name: class_index for entry in self.entries}
 
