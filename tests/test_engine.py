@@ -918,6 +918,7 @@ ENVIRONMENTS = [
     ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1",
      Ranks(1, 2, 0, "torchrun")),
     ("RANK=1 WORLD_SIZE=2", "no MASTER_ADDR and MASTER_PORT; started without torchrun, unset RANK"),
+    ("RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=70000", "MASTER_PORT is '70000'; it must be a whole number from 1"),
     ("PMI_RANK=x PMI_SIZE=2", "variable PMI_RANK is 'x'; it must be a whole number"),
     ("SLURM_PROCID=4 SLURM_STEP_NUM_TASKS=4", "SLURM_PROCID=4, which is no rank of SLURM_STEP_NUM_TASKS=4"),
 ]  # fmt: skip

@@ -1,7 +1,6 @@
 """Losses and gradients of training are those of the plain formulas, and draws depend on sample numbers only."""
 
 import dataclasses
-import itertools
 import json
 import math
 import types
@@ -24,7 +23,6 @@ from guided_diffusion.training import files
 from guided_diffusion.training.config import GridOptions, TrainConfig, learning_rate
 from guided_diffusion.training.data import (
     TrainImages,
-    batch_numbers,
     class_labels,
     counter_noise,
     list_images,
@@ -133,15 +131,14 @@ def test_clipping_bounds_the_gradient_that_the_optimizer_sees(folder, tmp_path):
 @pytest.mark.parametrize("warmup", [True, False])
 def test_averages_follow_their_formula(folder, tmp_path, warmup):
     loop, _ = make_loop(folder, tmp_path, batch_size=2, ema_rate="0.9,0.15", lr=1e-3, ema_warmup=warmup)
-    expected = {rate: [p.detach().clone() for p in loop.params] for rate in (0.9, 0.15)}
+    expected = {rate: [p.detach().clone() for p in loop.params] for rate in ("0.9", "0.15")}
     for at in range(3):
         train_step(loop, np.arange(2 * at, 2 * at + 2))
         for rate, values in expected.items():
-            r = min(rate, (1 + at) / (10 + at)) if warmup else rate
+            r = min(float(rate), (1 + at) / (10 + at)) if warmup else float(rate)
             expected[rate] = [r * value + (1 - r) * p.detach() for value, p in zip(values, loop.params)]
-    assert not torch.equal(loop.ema["0.9"][0], loop.ema["0.15"][0])
-    assert_all_close(loop.ema["0.9"], expected[0.9])
-    assert_all_close(loop.ema["0.15"], expected[0.15])
+    for rate, values in expected.items():
+        assert_all_close(loop.ema[rate], values)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -212,18 +209,6 @@ def test_noise_of_gpus_is_splitmix_and_box_muller(keys, side):
     np.testing.assert_allclose(found.numpy(), expected.reshape(len(keys), 3, side, side), atol=5e-5)
 
 
-def test_noise_of_gpus_is_normal_and_white():
-    noise = counter_noise(random_bits(1, "noise", np.arange(2000)), (3, 16, 16), "cpu").flatten(1).double()
-    moments = [(noise**k).mean().item() for k in (1, 2, 3, 4)]
-    np.testing.assert_allclose(moments, [0, 1, 0, 3], atol=0.015)  # over 1.5 million draws
-    # Neighbouring pixels, the two halves of Box and Muller, neighbouring images, and the squares of the halves.
-    half = noise.shape[1] // 2
-    pairs = (noise[:, 1:], noise[:, :-1]), (noise[:, :half], noise[:, half:]), (noise[1:], noise[:-1])
-    pairs += ((noise[:, :half] ** 2 - 1, noise[:, half:] ** 2 - 1),)
-    for a, b in pairs:
-        assert abs((a * b).mean()) < 0.01
-
-
 @pytest.mark.parametrize("cache, workers", [("memory", 0), ("none", 2)])
 def test_every_epoch_shows_every_image_once(folder, cache, workers):
     images = TrainImages(list_images(folder), 8, cache=cache, num_workers=workers, seed=3)
@@ -236,36 +221,24 @@ def test_every_epoch_shows_every_image_once(folder, cache, workers):
     assert which == images.indices(np.arange(35)).tolist()
 
 
-def test_ranks_share_the_sequence_of_samples():
-    alone = [next(batch_numbers(12, 6)).tolist()]
-    together = [next(batch_numbers(12, 2, rank, 3)).tolist() for rank in range(3)]
-    assert list(itertools.chain(*together)) == alone[0]
-
-
-def test_half_of_the_images_are_flipped_the_same_ones_whenever(folder):
-    images = TrainImages(list_images(folder), 8, random_flip=True)
-    plain = TrainImages(list_images(folder), 8)
-    numbers = np.arange(200)
-    flipped, straight = (next(data.batches(iter([numbers]), "cpu"))[1] for data in (images, plain))
-    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(flipped, straight)]
-    assert all(a or torch.equal(x, y) for a, x, y in zip(mirrored, flipped, straight))
-    assert 70 < sum(mirrored) < 130
-    again = next(images.batches(iter([numbers[50:60]]), "cpu"))[1]
-    assert torch.equal(again, flipped[50:60])
-
-
-def test_random_crops_are_windows_of_the_larger_image(folder):
-    images = TrainImages(list_images(folder), 8, random_crop=True)
-    _, crops, _ = next(images.batches(iter([np.arange(32)]), "cpu"))
-    places = set()
-    for crop, index in zip(crops, images.indices(np.arange(32))):
+def test_augmented_images_are_windows_mirrored_or_not_the_same_ones_whenever(folder):
+    images, numbers = TrainImages(list_images(folder), 8, random_crop=True, random_flip=True), np.arange(64)
+    _, crops, _ = next(images.batches(iter([numbers]), "cpu"))
+    seen = []
+    for crop, index in zip(crops, images.indices(numbers)):
         large = images.read(index).float() / 127.5 - 1
         assert large.shape == (3, 10, 10)
         windows = {(y, x): large[:, y : y + 8, x : x + 8] for y in range(3) for x in range(3)}
-        found = [place for place, window in windows.items() if torch.equal(window, crop)]
-        assert found
-        places.add(found[0])
-    assert len(places) > 3
+        found = [
+            (place, flipped)
+            for place, window in windows.items()
+            for flipped in (False, True)
+            if torch.equal(window.flip(-1) if flipped else window, crop)
+        ]
+        seen.append(found[0])
+    assert len({place for place, _ in seen}) > 3 and 16 < sum(flipped for _, flipped in seen) < 48
+    again = next(images.batches(iter([numbers[20:30]]), "cpu"))[1]
+    assert torch.equal(again, crops[20:30])
 
 
 # ---- schedule samplers ----------------------------------------------------------------------------------------------
@@ -316,9 +289,10 @@ def test_tiny_model_memorises_eight_images(folder, tmp_path):
     known, unknown = TrainImages(references[:8], 8), TrainImages(references[8:], 8)
     loop, diffusion = make_loop(
         folder, tmp_path, images=known, nonzero=False, batch_size=16, lr=2e-3, lr_anneal_steps=300, lr_warmup_steps=10,
-        lr_schedule="cosine", ema_rate="0.95", log_interval=30,
+        lr_schedule="cosine", ema_rate="0.95", log_interval=30, save_interval=100, keep=2,
     )  # fmt: skip
-    assert loop.run()
+    assert loop.run() and files.saved_steps(tmp_path) == [200, 300]
+    assert len(list(tmp_path.glob("*.pt"))) == 6  # of the newest two checkpoints
     losses = [float(row["loss"]) for row in rows(tmp_path)]
     assert len(losses) == 20 and losses[-1] < 0.2 * losses[0]
 
@@ -352,16 +326,7 @@ def test_diverged_run_ends_without_a_checkpoint(folder, tmp_path):
     loop, _ = make_loop(folder, tmp_path, batch_size=2, lr=1e30, iterations=5, log_interval=100)
     with pytest.raises(InputError, match="not finite any more at step 2") as error:
         loop.run()
-    assert error.value.parameter == "lr"
-    assert files.saved_steps(tmp_path) == []
-
-
-def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
-    loop, _ = make_loop(folder, tmp_path, batch_size=1, iterations=4, save_interval=1, keep=2, ema_rate="0.9")
-    loop.run()
-    names = {path.name for path in tmp_path.glob("*.pt")}
-    expected = [f"model00000{n}.pt opt00000{n}.pt ema_0.9_00000{n}.pt".split() for n in (3, 4)]
-    assert names == set(itertools.chain(*expected))
+    assert error.value.parameter == "lr" and files.saved_steps(tmp_path) == []
 
 
 def test_held_out_accuracy_by_quarter_of_the_timesteps(folder):

@@ -24,11 +24,10 @@ from guided_diffusion.checkpoint import load_model
 from guided_diffusion.errors import InputError
 from guided_diffusion.options import field_types
 from guided_diffusion.run.files import Folder
-from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.training import config as options
 from guided_diffusion.training import files
 from guided_diffusion.training.config import TrainConfig
-from guided_diffusion.training.losses import loss_weights, means_by_quarter
+from guided_diffusion.training.losses import means_by_quarter
 from guided_diffusion.training.start import DIFFUSION, ENCODER, check_network
 
 
@@ -83,13 +82,6 @@ def test_any_value_of_any_option_is_taken_or_refused_by_name(data):
     else:
         kinds = field_types(field)
         assert isinstance(getattr(made, field.name), (*kinds, int) if float in kinds else kinds)
-
-
-@pytest.mark.parametrize("weighting", [{"p2_gamma": float("inf")}, {"p2_gamma": 50, "p2_k": 1e10}])
-def test_weights_that_train_nothing_are_refused(weighting):
-    with pytest.raises(InputError) as error:
-        loss_weights(create_gaussian_diffusion(steps=50, noise_schedule="cosine"), **weighting)
-    assert error.value.parameter in weighting
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -155,7 +147,8 @@ def test_a_run_does_not_train_on_its_own_outputs(folder, tmp_path):
         assert error.value.parameter == "save_dir"
 
 
-def test_an_export_does_not_overwrite_what_training_starts_from(folder, run, tmp_path):
+def test_a_folder_belongs_to_one_run(folder, resume, run, tmp_path):
+    """An export does not overwrite what training starts from, and two trainings do not share a folder."""
     published = shutil.copy(run / "model.safetensors", tmp_path / "model.safetensors")
     base = ["--data_dir", folder, "--resume_checkpoint", published, "--iterations", 1, "--device", "cpu", "--save_dir"]
     for where in ([tmp_path], [tmp_path / "new", "--export", published]):
@@ -163,9 +156,6 @@ def test_an_export_does_not_overwrite_what_training_starts_from(folder, run, tmp
             train("image_train", *base, *where)
         assert error.value.parameter == "resume_checkpoint"
     assert published.read_bytes() == (run / "model.safetensors").read_bytes()
-
-
-def test_two_trainings_do_not_share_a_folder(resume, run):
     held = Folder(run)
     held.lock()
     with pytest.raises(InputError) as error:
@@ -226,10 +216,8 @@ def test_an_average_is_found_however_its_rate_is_spelt(resume, run, caplog):
 
 DAMAGED = [
     ("train.json", b""), ("train.json", b"[" * 100_000), ("train.json", b'{"model": {}, "classes": [1, 2]}'),
-    ("train.json", b'{"model": {"no_such_flag": 1}}'), ("train.json", b'{"model": {"image_size": 1e308}}'),
-    ("train.json", b'{"model": {}, "flags": [1]}'), ("train.json", os.mkfifo),
-    ("progress.csv", b"\xff\xfe\0\0"), ("progress.csv", b"step,step\n1,2\n"), ("progress.csv", os.mkdir),
-    *((name, b"PK\3\4") for name in ("model000002.pt", "opt000002.pt", "ema_0.9_000002.pt")),
+    ("train.json", b'{"model": {"no_such_flag": 1}}'), ("train.json", os.mkfifo), ("progress.csv", os.mkdir),
+    ("progress.csv", b"step,step\n1,2\n"), *((name, b"PK\3\4") for name in ("model000002.pt", "ema_0.9_000002.pt")),
     ("opt000002.pt", b"\x80\2" + b"]" * 5000 + b"."), ("opt000002.pt", os.mkfifo),
 ]  # fmt: skip
 
@@ -266,16 +254,16 @@ def test_a_flipped_bit_in_an_optimizer_file_is_found(finished, tmp_path, data):
 
 
 OTHERS = {
-    "moments of another shape": (("state", 0, "exp_avg"), torch.zeros(1)),
-    "a sparse moment": (("state", 0, "exp_avg"), torch.zeros(3, 3).to_sparse()),
-    "no moment": (("state", 0), {"step": torch.tensor(1.0)}),
-    "NaN": (("state", 0, "exp_avg"), lambda like: torch.full_like(like, float("nan"))),
-    "a negative square": (("state", 0, "exp_avg_sq"), lambda like: torch.full_like(like, -1.0)),
-    "parameters in another order": (("param_groups", 0, "params"), lambda numbers: numbers[::-1]),
-    "train as text": (("train",), "x"),
-    "negative samples": (("train", "samples"), -3),
-    "totals of another shape": (("train", "totals"), {"loss": torch.zeros(2)}),
-    "losses of another process": (("train", "schedule_sampler", "losses"), lambda table: table[:5]),
+    "moments of another shape": ("state.0.exp_avg", torch.zeros(1)),
+    "a sparse moment": ("state.0.exp_avg", torch.zeros(3, 3).to_sparse()),
+    "no moment": ("state.0", {"step": torch.tensor(1.0)}),
+    "NaN": ("state.0.exp_avg", lambda like: torch.full_like(like, float("nan"))),
+    "a negative square": ("state.0.exp_avg_sq", lambda like: torch.full_like(like, -1.0)),
+    "parameters in another order": ("param_groups.0.params", lambda numbers: numbers[::-1]),
+    "train as text": ("train", "x"),
+    "negative samples": ("train.samples", -3),
+    "totals of another shape": ("train.totals", {"loss": torch.zeros(2)}),
+    "losses of another process": ("train.schedule_sampler.losses", lambda table: table[:5]),
 }
 
 
@@ -285,8 +273,9 @@ def test_an_optimizer_file_of_another_run_is_refused(folder, tmp_path, keys, val
     make_loop(folder, tmp_path, iterations=1, **config)[0].run()
     path = tmp_path / "opt000001.pt"
     content = torch.load(path, weights_only=True)
-    place = functools.reduce(operator.getitem, keys[:-1], content)
-    place[keys[-1]] = value(place[keys[-1]]) if callable(value) else value
+    *above, last = (int(key) if key.isdigit() else key for key in keys.split("."))
+    place = functools.reduce(operator.getitem, above, content)
+    place[last] = value(place[last]) if callable(value) else value
     torch.save(content, path)
     with pytest.raises(InputError, match=r"opt000001\.pt"):
         make_loop(folder, tmp_path, **config)[0]._resume(str(tmp_path / "model000001.pt"))
@@ -320,11 +309,8 @@ def test_a_log_that_cannot_grow_is_one_line(tmp_path):
     size = (tmp_path / "progress.csv").stat().st_size
     with full_disk(size + 2), pytest.raises(InputError, match=r"progress\.csv"):
         log.write({"step": 2, "loss": 0.5})
-    log = files.ProgressLog(str(tmp_path), 1)
+    files.ProgressLog(str(tmp_path), 1)
     assert (tmp_path / "progress.csv").read_text() == "step,loss\n1,0.5\n"
-    (tmp_path / "progress.csv").unlink()
-    with pytest.raises(InputError, match=r"progress\.csv"):
-        log.write({"step": 2, "val_loss": 0.5})
 
 
 @pytest.mark.parametrize("what", ["files.ProgressLog.write", "write_png"])
