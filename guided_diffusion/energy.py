@@ -166,52 +166,64 @@ class BlockStatisticsEnergy:
             return self.features(x).float()
 
 
-def _differentiated(energy: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """energy(x) [N], which treats images separately, and its gradient."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        value = energy(x)
-        (grad,) = torch.autograd.grad(value.sum(), x)
-    return value.detach(), grad
-
-
 def _diffuse(ref, noise, alpha_bar):
     """A reference at alpha_bar (a float); noise None stands for zeros."""
     signal = alpha_bar**0.5 * ref
     return signal if noise is None else signal + (1 - alpha_bar) ** 0.5 * noise
 
 
-def _own_timesteps(timestep, t, alpha_bar):
-    return t if timestep is None else torch.full_like(t, timestep(alpha_bar), dtype=torch.float32)
+class NetworkEnergy:
+    """Base of energies E(x, t, alpha_bar) [N] of a network, which autograd differentiates.
 
-
-class DomainSpecificEnergy:
-    """EGSDE's realism energy: channel-wise cosine between domain-specific features of x and of ref_t.
-
-    encoder: a model with `middle_features(x, t)` trained to tell the source from the target domain. Descent makes x
-    lose what marks the source domain. timestep: for an encoder with a schedule of its own, alpha_bar -> its timestep of
-    that noise level (`respace.matching_timestep`).
+    timestep: for a network with a schedule of its own, alpha_bar -> its timestep of that noise level
+    (`respace.matching_timestep`).
     """
 
-    def __init__(self, encoder: nn.Module, timestep: Callable[[float], float] | None = None) -> None:
+    def __init__(self, network: nn.Module, timestep: Callable[[float], float] | None = None) -> None:
+        self.network: Any = network.eval().requires_grad_(False)
         self.timestep = timestep
-        self.encoder: Any = encoder.eval().requires_grad_(False)
+
+    def energy(self, x: Tensor, t: Tensor, alpha_bar: float) -> Tensor:
+        raise NotImplementedError
+
+    def energy_and_grad(self, x: Tensor, t: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
+        if self.timestep is not None:
+            t = torch.full_like(t, self.timestep(alpha_bar), dtype=torch.float32)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.energy(x, t, alpha_bar)
+            (grad,) = torch.autograd.grad(energy.sum(), x)
+        return energy.detach(), grad
+
+
+class DomainSpecificEnergy(NetworkEnergy):
+    """EGSDE's realism energy: channel-wise cosine between domain-specific features of x and of ref_t.
+
+    network: an encoder with `middle_features(x, t)` trained to tell the source from the target domain. Descent makes x
+    lose what marks the source domain.
+    """
 
     def prepare(self, ref: Tensor, noise: Tensor | None = None) -> None:
         self.ref, self.noise = ref, noise
 
-    def energy_and_grad(self, x: Tensor, t: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
-        t = _own_timesteps(self.timestep, t, alpha_bar)
+    def energy(self, x: Tensor, t: Tensor, alpha_bar: float) -> Tensor:
         with torch.no_grad():
-            wanted = self.encoder.middle_features(_diffuse(self.ref, self.noise, alpha_bar), t).float()
-
-        def cosine(x):
-            return F.cosine_similarity(self.encoder.middle_features(x, t).float(), wanted, dim=1).mean(dim=(1, 2))
-
-        return _differentiated(cosine, x)
+            wanted = self.network.middle_features(_diffuse(self.ref, self.noise, alpha_bar), t).float()
+        return F.cosine_similarity(self.network.middle_features(x, t).float(), wanted, dim=1).mean(dim=(1, 2))
 
 
-dse = DomainSpecificEnergy
+class ClassifierEnergy(NetworkEnergy):
+    """E = -log p(y | x, t) under a noisy-image classifier; y is a class number or a tensor [N] of them."""
+
+    def __init__(self, model: nn.Module, y: int | Tensor, timestep: Callable[[float], float] | None = None) -> None:
+        super().__init__(model, timestep)
+        self.y = y
+
+    def prepare(self, ref: Tensor) -> None:
+        self.labels = torch.as_tensor(self.y, device=ref.device).long().expand(ref.shape[0])
+
+    def energy(self, x: Tensor, t: Tensor, alpha_bar: float) -> Tensor:
+        return F.cross_entropy(self.network(x, t).float(), self.labels, reduction="none")
 
 
 class LowPassEnergy:
@@ -245,24 +257,4 @@ class LowPassEnergy:
         return energy, 2 * (self.down[0].T @ filtered @ self.down[1])
 
 
-low_pass = LowPassEnergy
-
-
-class ClassifierEnergy:
-    """E = -log p(y | x, t) under a noisy-image classifier; y is a class number or a tensor [N] of them.
-
-    timestep: see `DomainSpecificEnergy`.
-    """
-
-    def __init__(self, model: nn.Module, y: int | Tensor, timestep: Callable[[float], float] | None = None) -> None:
-        self.model, self.y, self.timestep = model.eval().requires_grad_(False), y, timestep
-
-    def prepare(self, ref: Tensor) -> None:
-        self.labels = torch.as_tensor(self.y, device=ref.device).long().expand(ref.shape[0])
-
-    def energy_and_grad(self, x: Tensor, t: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
-        t = _own_timesteps(self.timestep, t, alpha_bar)
-        return _differentiated(lambda x: F.cross_entropy(self.model(x, t).float(), self.labels, reduction="none"), x)
-
-
-classifier = ClassifierEnergy
+dse, low_pass, classifier = DomainSpecificEnergy, LowPassEnergy, ClassifierEnergy
