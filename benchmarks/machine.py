@@ -1,5 +1,6 @@
 """The machine that a measurement was made on, and a terminal for commands that show a bar."""
 
+import contextlib
 import fcntl
 import os
 import platform
@@ -10,25 +11,15 @@ import termios
 import torch
 
 
-def describe():
-    """The machine and the software, as a dict that can be written as JSON."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def sentence(machine):
-    """The same in words."""
-    gpu = f", {machine['gpu']}" if machine["gpu"] else ", no GPU"
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores{gpu}; {machine['system']}, Python {machine['python']}, "
-        f"torch {machine['torch']}"
-    )
+def description():
+    """The machine and the software in words."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
+        cpu = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
+    system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{cpu}, {cores} cores, {gpu}; {system}"
 
 
 def terminal():
@@ -36,11 +27,3 @@ def terminal():
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     return ours, theirs
-
-
-def _cpu_model():
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -108,10 +108,8 @@ def kill(args, root):
     finish(start(root / "unbroken"))
     duration = time.monotonic() - started
     wanted = content(root / "unbroken")
-    rows = dict.fromkeys(
-        ["SIGKILLs", "… before the first picture", "… with some pictures", "… after the last picture"], 0
-    )
-    rows |= {"half-written files at the kills": 0, "runs finished by restarts": 0, "images of these runs": 0}
+    names = ["SIGKILLs", "… before the first picture", "… with some pictures", "… after the last picture"]
+    rows = dict.fromkeys([*names, "half-written files at the kills", "runs finished by restarts"], 0)
     wrong = {"runs that differ from the unbroken one": 0, "files left over": 0, "finished images written again": 0}
     while rows["SIGKILLs"] < args.kills:
         folder, known = root / "out", {}
@@ -135,7 +133,6 @@ def kill(args, root):
             names = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
             print(f"differs: {', '.join(names)}", file=sys.stderr)
         rows["runs finished by restarts"] += 1
-        rows["images of these runs"] += args.images
         wrong["runs that differ from the unbroken one"] += found != wanted
         wrong["files left over"] += len(found.keys() - wanted.keys())
         wrong["finished images written again"] += sum(times.get(name) != when for name, when in known.items())
@@ -177,7 +174,7 @@ def long(args, root):
     tenths = [[] for _ in range(10)]
     for now, size in samples:
         if began <= now < ended:
-            tenths[min(9, int(10 * (now - began) / (ended - began)))].append(size)
+            tenths[int(10 * (now - began) / (ended - began))].append(size)
     medians = [statistics.median(tenth) for tenth in tenths if tenth]
     rows = {"images": made, "seconds": round(ended - began, 1)}
     rows["MB resident, by tenths of the run"] = ", ".join(f"{size:.0f}" for size in medians)
@@ -205,7 +202,7 @@ def main():
         make_references(Path(root) / "ref", args.images)
         rows, wrong = {"kill": kill, "long": long}[args.part](args, Path(root))
     what = f"{args.images} references, batches of {args.batch_size}, {args.steps} steps of the demo model at 64 px"
-    lines = [f"# Reliability: {args.part}", "", f"{what}. {machine.sentence(machine.describe())}.", ""]
+    lines = [f"# Reliability: {args.part}", "", f"{what}. {machine.description()}.", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     text = "\n".join(lines) + "\n"
     print(text)

@@ -14,7 +14,7 @@ by whoever runs this; the part `release` measures both loops in processes of the
 import argparse
 import ast
 import itertools
-import json
+import multiprocessing
 import os
 import re
 import resource
@@ -408,41 +408,40 @@ def our_steps(case, architecture, device, blocks):
     )
 
 
-def serve(name, args, device):
-    """Answer lines of JSON: {"start": kind, "batch": N} takes a first step, {} takes the next; gives its time."""
-    answers, sys.stdout = sys.stdout, sys.stderr
+def serve(pipe, name, args):
+    """Take a step for every message {"start": kind, "batch": N}, the first, or {}, the next; answer with its time."""
     import torch
 
-    architecture = ARCHITECTURES[next(models(args))[0]]
+    device, architecture = torch.device(args.device), ARCHITECTURES[next(models(args))[0]]
     blocks = min(BLOCKS, architecture["image_size"] // 4)
     torch.manual_seed(0)
     create, which = (release_steps, args.release) if name == "release" else (our_steps, name)
     start = create(which, architecture, device, blocks)
-    for line in sys.stdin:
-        wanted = json.loads(line)
+    while wanted := pipe.recv():
         if "start" in wanted:
             ref = torch.rand(wanted["batch"], 3, *2 * [architecture["image_size"]], device=device) * 2 - 1
             steps = start(ref, 0 if wanted["start"] == "guided" else 99)
-        took = seconds(lambda: next(steps), device)  # noqa: B023
-        print(json.dumps([took, peak_mib(device)]), file=answers, flush=True)
+        pipe.send((seconds(lambda: next(steps), device), peak_mib(device)))  # noqa: B023
 
 
 class Child:
-    """A loop in a process of its own."""
+    """A loop in a process of its own: both packages have one name."""
 
     def __init__(self, name, args):
         self.name, self.peak = name, 0.0
-        command = [sys.executable, os.path.abspath(__file__), "--child", name, "--release", args.release or ""]
-        command += ["--models", args.models, "--device", args.device]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        spawning = multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawning.Pipe()
+        self.process = spawning.Process(target=serve, args=(theirs, name, args), daemon=True)
+        self.process.start()
+        theirs.close()
 
-    def step(self, **wanted):
-        """Take a step; returns its seconds."""
-        print(json.dumps(wanted), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"error: {self.name} ended with status {self.process.wait()}")
-        took, self.peak = json.loads(line)
+    def step(self, start="", batch=0):
+        """Take a step, the first of a kind where `start` names it; returns its seconds."""
+        self.pipe.send({"start": start, "batch": batch} if start else {"next": True})
+        try:
+            took, self.peak = self.pipe.recv()
+        except EOFError:
+            raise SystemExit(f"error: {self.name} ended") from None
         return took
 
 
@@ -452,27 +451,20 @@ def release(args, device):
         raise SystemExit(f"error: --release is {args.release!r}; a folder that holds guided_diffusion is needed")
     names = [*(["release"] if args.release else []), *args.ours.split(",")]
     children, rows = [Child(name, args) for name in names], []
-    try:
-        for batch in args.batches:
-            times = {}
-            for kind in RELEASE_RUN:
-                for child in children:
-                    child.step(start=kind, batch=batch)
-                turns = [[child.step() for child in children] for _ in range(args.rounds)]
-                times[kind] = dict(zip(names, zip(*turns)))
+    for batch in args.batches:
+        times = {}
+        for kind in RELEASE_RUN:
             for child in children:
-                medians = {kind: statistics.median(taken[child.name]) for kind, taken in times.items()}
-                run = sum(count * medians[kind] for kind, count in RELEASE_RUN.items())
-                rows.append(
-                    {"loop": child.name, "batch": batch, **{f"{kind} step, s": medians[kind] for kind in times}}
-                )
-                for kind, taken in times.items():
-                    rows[-1][f"{kind}, times as fast"] = speedup(taken[child.name], taken[names[0]])
-                rows[-1] |= {"run, s": run, "images/s": batch / run, "peak MiB": round(child.peak)}
-    finally:
+                child.step(kind, batch)
+            turns = [[child.step() for child in children] for _ in range(args.rounds)]
+            times[kind] = dict(zip(names, zip(*turns)))
         for child in children:
-            child.process.stdin.close()
-            child.process.wait()
+            medians = {kind: statistics.median(taken[child.name]) for kind, taken in times.items()}
+            run = sum(count * medians[kind] for kind, count in RELEASE_RUN.items())
+            rows.append({"loop": child.name, "batch": batch, **{f"{kind} step, s": medians[kind] for kind in times}})
+            for kind, taken in times.items():
+                rows[-1][f"{kind}, times as fast"] = speedup(taken[child.name], taken[names[0]])
+            rows[-1] |= {"run, s": run, "images/s": batch / run, "peak MiB": round(child.peak)}
     return rows
 
 
@@ -509,22 +501,19 @@ def main():
     parser.add_argument("--release", help="folder of the public release; without it, ours alone are measured")
     parser.add_argument("--ours", default="fp32,bf16+fuse", help="precision with +fuse and +compile, for release")
     parser.add_argument("--out", help="Markdown file to write (default: print only)")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sys.path.insert(0, ROOT if args.child != "release" else args.release)
+    sys.path.insert(0, ROOT)
     import torch
 
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     args.device = str(device)
-    if args.child:
-        return serve(args.child, args, device)
     unknown = [part for part in args.parts if part not in PARTS]
     if unknown:
         raise SystemExit(f"error: PART is {unknown[0]!r}; it can be {', '.join(PARTS)}")
     from guided_diffusion.runtime import keep_freed_memory
 
     keep_freed_memory()
-    report = f"# Speed\n\n{machine.sentence(machine.describe())}. On {device}; medians of {args.rounds}.\n"
+    report = f"# Speed\n\n{machine.description()}. On {device}; medians of {args.rounds}.\n"
     print(report)
     for part in args.parts or [part for part in PARTS if part != "release"]:
         section = f"## {part}\n\n{PARTS[part].__doc__}\n\n{table(PARTS[part](args, device))}"

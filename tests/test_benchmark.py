@@ -108,16 +108,12 @@ def made(data):
     return data / "out"
 
 
-def folder_of(made, row, seed):
-    return made / row["folder"].replace("seed_0", f"seed_{seed}")
-
-
 def test_results_are_those_of_the_folders(data, made):
     results = json.loads((made / "results.json").read_text())
     assert [row["method"] for row in results["rows"]] == ["SDDM", "ILVR"]
     for row, evaluations in zip(results["rows"], (4, 3)):
         for seed in ("0", "1"):
-            folder = folder_of(made, row, seed)
+            folder = made / row["folder"].replace("seed_0", f"seed_{seed}")
             assert tiny.record(folder)["settings"]["seed"] == int(seed)
             direct, _ = evaluation.evaluate(Evaluation(
                 outputs=folder, sources=data / "sources", targets=data / "truth", truth=data / "truth",
@@ -134,7 +130,7 @@ def test_results_are_those_of_the_folders(data, made):
     assert [step["i"] for step in guided["curves"]] == [3, 2] and plain["curves"] == []
     assert guided["energies"] == ["dct"] and "negative_impact" not in plain["mean"]
     # The share of steps against the score, from the record's own steps, by another way than the record's sum.
-    steps = [step for seed in (0, 1) for step in curves(tiny.record(folder_of(made, guided, seed)))]
+    steps = [step for seed in (0, 1) for step in curves(tiny.record(made / "SDDM_4_steps" / f"seed_{seed}"))]
     share = statistics.fmean(step["negative"] for step in steps)
     assert guided["mean"]["negative_impact"] == pytest.approx(share, abs=1e-9)
 
@@ -312,20 +308,6 @@ def test_methods_are_told_by_dash_and_marker_and_constant_charts_are_left_out():
     assert found["Weight of the energy 1"] == ["B, 1"]  # older results do not name them
     constant = [{**step, "tangent": 2.0, "weights": [1.0]} for step in steps]
     assert charts.step_charts([row_of(curves=constant)]) == []
-
-
-def test_labels_of_a_chart_do_not_cover_each_other_nor_points():
-    """Labels without room are left out."""
-    std = dict.fromkeys(("fid", "source_ssim"))
-    rows = [row_of("A", f"M={k}", 2 - k // 20 / 80 - k % 20 / 400, 1 + k % 20 / 50, std=std) for k in range(100)]
-    figure = charts.trade_off(rows)
-    (axes,) = figure.axes
-    boxes = [text.get_window_extent() for text in axes.texts]
-    assert 5 < len(boxes) < 100
-    points = [axes.transData.transform((row["mean"]["source_ssim"], row["mean"]["fid"])) for row in rows]
-    for k, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[:k])
-        assert not any(box.contains(*point) for point in points)
 
 
 # The emoji benchmark: fronts of what was sampled

@@ -132,16 +132,10 @@ def sample(row: Any, args: argparse.Namespace, folder: Path) -> None:
         return
     flags = [flag.replace("$DSE", str(args.save_dir / "extractor.safetensors")) for flag in row.flags]
     command = [sys.executable, str(ROOT / "scripts" / row.script), "--model_path", str(args.model), *flags]
-    command += [
-        "--base_samples",
-        str(args.save_dir / "sources"),
-        "--save_dir",
-        str(folder),
-        "--batch_size",
-        str(args.batch_size),
-    ]
+    command += ["--base_samples", str(args.save_dir / "sources"), "--save_dir", str(folder)]
+    command += ["--batch_size", str(args.batch_size), "--precision", "auto", "--grid", "0"]
     print(row.name, flush=True)
-    subprocess.run([*command, "--precision", "auto", "--grid", "0"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def differences(sources: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -183,30 +177,22 @@ def spelled(result: dict[str, Any], name: str, digits: int = 3) -> str:
 
 def text_of(results: Sequence[tuple[Any, dict[str, Any]]], notes: Sequence[str]) -> str:
     """results.md."""
-    head = [
-        "method",
-        "setting",
-        "evaluations",
-        "kernel distance ↓",
-        "Fréchet ↓",
-        "judged functional ↑",
-        "SSIM to source ↑",
-    ]
+    head = ["method", "setting", "evaluations", "kernel distance ↓", "Fréchet ↓", "judged functional ↑",
+            "SSIM to source ↑", "L2 ↓", "AUROC ↑", "of peaks ↑"]  # fmt: skip
     cells = [
         [row.method, row.setting, f"{r['evaluations']:.0f}", spelled(r, "kernel"), f"{r['frechet']:.1f}",
          spelled(r, "functional", 2), spelled(r, "ssim"), f"{r['l2']:.2f}",
          spelled(r, "auroc", 2), spelled(r, "peak", 2)]
         for row, r in results
     ]  # fmt: skip
-    table = markdown_table([*head, "L2 ↓", "AUROC ↑", "of peaks ↑"], cells)
+    table = markdown_table(head, cells)
     return "\n".join(["# Repaired solar cells", "", table, "", *(f"- {note}" for note in notes), ""])
 
 
 def chart(results: Sequence[tuple[Any, dict[str, Any]]]) -> str:
     """Realism against faithfulness, as SVG."""
-    figure, axes = charts.new_figure(
-        "Repaired solar cells", "SSIM of functional cells to their source", "kernel distance"
-    )
+    x_label = "SSIM of functional cells to their source"
+    figure, axes = charts.new_figure("Repaired solar cells", x_label, "kernel distance")
     for method in dict.fromkeys(row.method for row, _ in results):
         points = sorted((r["ssim"], r["kernel"]) for row, r in results if row.method == method)
         axes.plot(*zip(*points), marker="o", label=method)
