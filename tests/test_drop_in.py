@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import golden
-from PIL import Image
+from safetensors.torch import save_file
+from tiny import make_references
 
 from guided_diffusion import dist_util, script_util
 from guided_diffusion.errors import InputError
@@ -179,16 +180,14 @@ def test_seeded_initial_weights():
 
 
 class Gaussian(torch.nn.Module):
-    """The exact noise predictor of data N(0, 1): eps = sqrt(1 - alpha_bar) x."""
+    """The exact noise predictor of data N(0, 1) at original timesteps: eps = sqrt(1 - alpha_bar) x."""
 
-    def __init__(self, diffusion, timesteps=None):
+    def __init__(self, diffusion):
         super().__init__()
         self.scale = torch.zeros(1000)
-        self.scale[range(diffusion.num_timesteps) if timesteps is None else timesteps] = torch.from_numpy(
-            diffusion.sqrt_one_minus_alphas_cumprod
-        ).float()
+        self.scale[diffusion.timestep_map] = torch.from_numpy(diffusion.sqrt_one_minus_alphas_cumprod).float()
 
-    def forward(self, x, t, y=None):
+    def forward(self, x, t):
         return self.scale[t][:, None, None, None] * x
 
 
@@ -227,8 +226,7 @@ def test_guidance_through_the_model(name):
         likelihood = -(out["pred_xstart"] - y).square().sum() / (2 * s2)
         return torch.autograd.grad(likelihood, x)[0]
 
-    model = Gaussian(diffusion, range(0, 1000, 111))
-    outs = []
+    model, outs = Gaussian(diffusion), []
     for options in ({"cond_fn": by_hand}, {"cond_fn": by_autograd, "cond_fn_with_grad": True}):
         torch.manual_seed(0)
         with torch.inference_mode():  # in which nothing could be differentiated
@@ -314,25 +312,21 @@ def test_hooks_fire_without_gradients(scale_shift):
             handle.remove()
 
 
-CONFIGURATION = {
-    "type": "openai", "in_channels": 3, "out_channels": 3, "resamp_with_conv": True, "var_type": "fixedsmall",
-}  # fmt: skip
+SMALL = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1"}
 
 
 def test_configuration_keys_of_ddrm(recwarn):
-    flags = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "learn_sigma": True}
-    assert create_model(**flags, **CONFIGURATION).out_channels == 6 and not recwarn.list
+    keys = {"type": "openai", "out_channels": 3, "resamp_with_conv": True, "var_type": "fixedsmall"}
+    assert create_model(**SMALL, **keys, learn_sigma=True).out_channels == 6 and not recwarn.list
     with pytest.warns(UserWarning, match="out_channels=3 has no effect; the network is made for 1 or 2"):
-        assert create_model(**flags, **{**CONFIGURATION, "in_channels": 1}).out_channels == 2
+        assert create_model(**SMALL, **keys, learn_sigma=True, in_channels=1).out_channels == 2
     with pytest.raises(TypeError, match="mystery"):
-        create_model(**flags, mystery=1)
+        create_model(**SMALL, mystery=1)
 
 
 def test_number_of_classes_that_the_importer_sets(monkeypatch):
     monkeypatch.setattr(script_util, "NUM_CLASSES", 10)
-    flags = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "class_cond": True}
-    assert create_model(**flags).num_classes == 10
-    assert script_util.create_model_and_diffusion(**flags)[0].num_classes == 10
+    assert script_util.create_model_and_diffusion(**SMALL, class_cond=True)[0].num_classes == 10
     classifier = script_util.create_classifier(16, classifier_width=32, classifier_depth=1, channel_mult="2,2")
     assert classifier.out_channels == 10
 
@@ -344,16 +338,11 @@ def test_options_of_a_fork_are_named(recwarn):
     assert args.save_dir  # read by the script: not lost
     found = script_util.args_to_dict(args, script_util.model_and_diffusion_defaults().keys())
     assert set(found) == set(script_util.model_and_diffusion_defaults())
-    assert [str(w.message) for w in recwarn] == [
-        "input_pertub=0.1 has no effect: this guided_diffusion has no such option"
-    ]
+    (warning,) = recwarn
+    assert str(warning.message) == "input_pertub=0.1 has no effect: this guided_diffusion has no such option"
 
 
-def test_super_resolution_model_and_process():
-    flags = {"large_size": 64, "small_size": 16, "num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "8"}
-    model, diffusion = sr_create_model_and_diffusion(**flags, learn_sigma=True, timestep_respacing="2")
-    kwargs = {"low_res": torch.rand(2, 3, 16, 16)}
-    assert diffusion.p_sample_loop(model, (2, 3, 64, 64), model_kwargs=kwargs).shape == (2, 3, 64, 64)
+def test_sizes_of_super_resolution():
     with pytest.raises(InputError, match="large_size is 96"):
         sr_create_model_and_diffusion(large_size=96)
 
@@ -414,32 +403,19 @@ def test_mixed_precision_trainer(use_fp16, tmp_path):
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def pictures(tmp_path):
-    for number, name in enumerate(("dog_1.png", "cat_2.png", "b/ant_3.png", "a.png", "a/bee_4.jpg")):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        pixels = np.random.default_rng(number).integers(0, 256, (20, 17, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / name)
-    return tmp_path
-
-
-def test_load_data_in_order(pictures):
+def test_load_data(tmp_path):
+    pictures = make_references(tmp_path, ["dog_1.png", "cat_2.png", "b/ant_3.png", "a.png", "a/bee_4.png"])
     paths = _list_image_files_recursively(str(pictures))
-    assert [path[len(str(pictures)) + 1 :] for path in paths] == [
-        "a/bee_4.jpg", "a.png", "b/ant_3.png", "cat_2.png", "dog_1.png"
-    ]  # fmt: skip
-    data = load_data(
-        data_dir=str(pictures), batch_size=2, image_size=8, class_cond=True, deterministic=True, random_flip=False
-    )
+    order = ["a/bee_4.png", "a.png", "b/ant_3.png", "cat_2.png", "dog_1.png"]
+    assert paths == [str(pictures / name) for name in order]
+    options = {"class_cond": True, "deterministic": True, "random_flip": False}
+    data = load_data(data_dir=str(pictures), batch_size=2, image_size=8, **options)
     batches = [next(data) for _ in range(5)]
     assert all(x.shape == (2, 3, 8, 8) and x.dtype == torch.float32 for x, _ in batches)
     # Two passes of five images in batches of two: none is left out.
     assert [label for _, kwargs in batches for label in kwargs["y"].tolist()] == [2, 0, 1, 3, 4] * 2
     expected = to_tensor([load_image(path, 8) for path in paths] * 2)
     torch.testing.assert_close(torch.cat([x for x, _ in batches]), expected)
-
-
-def test_load_data_says_what_is_wrong(pictures):
     with pytest.raises(InputError, match="data_dir"):
         load_data(data_dir="", batch_size=1, image_size=8)
     (pictures / "a.png").write_bytes(b"no picture")
@@ -453,7 +429,9 @@ def test_load_data_says_what_is_wrong(pictures):
 def test_state_dicts_are_loaded_safely(tmp_path):
     state = {"a": torch.arange(3.0)}
     torch.save(state, tmp_path / "a.pt")
-    assert dist_util.load_state_dict(str(tmp_path / "a.pt"), map_location="cpu")["a"].equal(state["a"])
+    save_file(state, tmp_path / "a.safetensors")
+    for name in ("a.pt", "a.safetensors"):
+        assert dist_util.load_state_dict(str(tmp_path / name), map_location="cpu")["a"].equal(state["a"])
 
     class Evil:
         def __reduce__(self):
