@@ -1,8 +1,14 @@
 """SDDM: guided sampling on the manifolds of the reference's block statistics (Sun et al. 2023, algorithm 1).
 
-Steps count down from T'-1 to 0. Above range_t, a step splits the score at the manifold M_i, merges its tangent part
-with the energies' descent directions into one that harms none of them, and moves to M_{i-1}. At and below range_t, it
-is the plain step of the chosen solver.
+Steps i count down from T'-1 to 0. A guided one, for i > range_t, has five parts:
+
+1. the score g = m - x / sqrt(alpha_i) with the posterior mean m, and the drift f = (1 / sqrt(alpha_i) - 1) x;
+2. its split at the manifold M_i into g_t, tangent, and g_n, normal;
+3. directions e_k, the tangent parts of -grad E_k, of a length relative to that of g_t;
+4. the move d, the minimum-norm point of the convex hull of g_t, e_1, ..., e_K, which harms none of them;
+5. along the manifold, back to it, and on to M_{i-1}: see the variants `manifold` and `released`.
+
+The others are plain steps of the chosen solver.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -58,10 +64,9 @@ class Guide:
         return self.manifold.restrict(x, float(self.diffusion.alphas_cumprod[i]) if i >= 0 else 1.0)
 
     def parts(self, x: Tensor, i: int, mean: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The move d along the manifold, the rest of the step g_n + f, and a record of both.
+        """Parts 1 to 4 with the posterior's mean [N, C, H, W]: the move d, the rest of the step g_n + f, and a record.
 
-        mean [N, C, H, W]: of the posterior. The record has the score's parts `tangent` g_t and `normal` g_n, the `move`
-        d, and the `weights` [N, C, K] or [N, C, B, B, K] of the score and the energies in it.
+        The record has `tangent` g_t, `normal` g_n, `move` d, and `weights`, those of `merge`.
         """
         alpha_bar, stretch = float(self.diffusion.alphas_cumprod[i]), float(self.diffusion.alphas[i]) ** -0.5
         tangent, normal = self.manifold.decompose(x, mean - stretch * x, alpha_bar)
@@ -114,37 +119,32 @@ def released(guide: Guide, x: Tensor, i: int, noise: Noise) -> Guided:
 
 @sampler
 def sample(
-    model: Callable, diffusion: GaussianDiffusion, ref: Tensor, *, blocks: int = 16, range_t: int | float,
-    energies: Sequence[Energy] = (), variant: str = "manifold", detail_merge: bool = False, moo: str = "min_norm",
-    manifold: str = "badain", down_n: int = 32, clip_denoised: bool | float = True, sampler: str = "ancestral",
-    eta: float = 0.0, start: int | float | None = None, cache_interval: int = 1, cache_guided: bool = False,
-    energy_scale: float = LAMBDA, details: int | float | None = None, noise: Noise | None = None,
-) -> Iterator[State]:  # fmt: skip
+    model: Callable,  # model(x, t), the target domain's diffusion model; t are original timesteps
+    diffusion: GaussianDiffusion,  # its (respaced) process of T' steps
+    ref: Tensor,  # references [N, C, H, W], pixels in [-1, 1] or latents
+    *,
+    blocks: int = 16,  # per side
+    range_t: int | float,  # T0, the first plain step, or a share of the schedule below 1
+    energies: Sequence[Energy] = (),  # see `energy`
+    variant: str = "manifold",  # as its authors describe the method, or `released`, as their code computes it
+    detail_merge: bool = False,  # merge directions per block instead of per channel
+    moo: str = "min_norm",  # or `linear`, which adds the directions up (the paper's ablation)
+    manifold: str = "badain",  # block statistics, or `low_pass`, what shrinking by down_n keeps (the paper's ablation)
+    down_n: int = 32,
+    clip_denoised: bool | float = True,  # predictions of x_0 to [-1, 1], or to a range; False for latents
+    sampler: str = "ancestral",  # as in the paper; `ddim` and `dpmpp_2m` need fewer steps
+    eta: float = 0.0,  # DDIM's share of noise
+    start: int | float | None = None,  # begin at step start - 1 from the reference noised to it, not at T'-1 from noise
+    cache_interval: int = 1,  # recompute deep levels only in every so many plain steps; see `caching`
+    cache_guided: bool = False,  # in guided steps, too
+    energy_scale: float = LAMBDA,  # see `energy_factor`
+    details: int | float | None = None,  # above this step, or share, `thin_features` of the reference are kept
+    noise: Noise | None = None,  # noise(shape): x_T first, then one draw per step, and a second where it keeps details
+) -> Iterator[State]:
     """Translate references into the domain of the model; returns images [N, C, H, W].
 
-    Args:
-        model: model(x, t), the target domain's diffusion model; t are original timesteps.
-        diffusion: its (respaced) process of T' steps.
-        ref: references [N, C, H, W], pixels in [-1, 1] or latents.
-        blocks: number of blocks per side.
-        range_t: T0, the first plain step: a step of the respaced schedule, or a share of it below 1.
-        energies: see `energy`.
-        variant: `manifold`, the method as its authors describe it, or `released`, the arithmetic of the public release.
-        detail_merge: merge directions per block instead of per channel.
-        moo: `min_norm`, or `linear`, which adds the directions up (the paper's ablation).
-        manifold: `badain`, block statistics, or `low_pass`, what shrinking by down_n keeps (the paper's ablation).
-        clip_denoised: clip the prediction of x_0 to [-1, 1], or to a range; False for latents.
-        sampler: a solver, whose posterior guided steps start from: `ancestral` as in the paper, `ddim` with eta, or
-            `dpmpp_2m`, which need fewer steps.
-        start: late start: begin at step start - 1 from the reference noised to it, instead of at T'-1 from noise.
-        cache_interval, cache_guided: recompute deep levels only in every so many plain (or all) steps; see `caching`.
-        energy_scale: lambda, the length of an energy's direction; see `energy_factor`.
-        details: above this step, or share of the schedule, `thin_features` of the reference are kept.
-        noise: noise(shape), every random draw in order: x_T (or the noise of a late start) first, then one per step,
-            and a second one where it keeps details.
-        callback: sees every step; see `solvers.sampler`. `sample.steps(...)` is the generator of the steps.
-
-    Raises InputError where an option is unknown or does not suit the references, the schedule or an energy.
+    `callback` sees every step; see `solvers.sampler`. `sample.steps(...)` is the generator of the steps. Raises
+    InputError where an option is unknown or does not suit the references, the schedule or an energy.
     """
     ref, noise = check_references(ref, clip_denoised), noise or gaussian_like(ref)
     guided_step, total = VARIANTS.pick(variant), diffusion.num_timesteps
