@@ -45,9 +45,7 @@ class TargetOptions:
     )
     fuse: bool = option(False, "faster forms of some layers, equal up to rounding")
     compile: bool = option(False, "compile the network first, which pays over many batches on a GPU", runtime=True)
-    sigma_small: bool | None = option(
-        None, "the posterior's variance where the model has none, not beta (default True)"
-    )
+    sigma_small: bool | None = option(None, "the posterior's variance if the model has none, or beta (default True)")
     clip_denoised: bool | None = option(None, "keep predicted images in range (default True)")
     device: str = option("auto", "cpu, cuda, cuda:1, mps or auto", runtime=True, metavar="NAME")
     upscale: bool | None = option(None, "enlarge by the upscaler that the checkpoint names (default True if it does)")
