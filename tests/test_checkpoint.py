@@ -498,8 +498,6 @@ def test_state_dict_is_read_as_it_is_and_its_format_is_told_by_content(tmp_path)
         assert_tiny(tmp_path / name)
 
 
-# ---- files that are damaged ------------------------------------------------------------------------------------------
-
 UNETS = {
     "updown": lambda: create_model(**TINY),
     "convolutions": lambda: create_model(
@@ -755,16 +753,6 @@ def test_the_attacks_would_work(tmp_path):
         marker = tmp_path / name
         pickle.loads(pickle.dumps(ATTACKS[name](str(marker))))
         assert marker.exists()
-
-
-def test_torchscript_is_refused(tmp_path):
-    path = tmp_path / "m.pt"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("m/data.pkl", pickle.dumps({}, protocol=2))
-        archive.writestr("m/constants.pkl", pickle.dumps((), protocol=2))
-        archive.writestr("m/version", "3\n")
-        archive.writestr("m/code/__torch__.py", "op_version_set = 1\n")
-    assert "TorchScript" in refusal(path)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

@@ -38,64 +38,51 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server():
+def server(tmp_path):
+    """A server of a checkpoint's bytes."""
+    torch.save({"model": {"a.weight": torch.randn(100, 100)}}, tmp_path / "served.pt")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.requests, server.url = [], f"http://127.0.0.1:{server.server_port}/"
+    server.content = (tmp_path / "served.pt").read_bytes()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
 
-def content(tmp_path):
-    torch.save({"model": {"a.weight": torch.randn(100, 100)}}, tmp_path / "served.pt")
-    return (tmp_path / "served.pt").read_bytes()
-
-
 @pytest.mark.parametrize("how", ["", "etag", "endless"])
 def test_a_file_arrives_whole_and_is_not_asked_for_again(how, server, tmp_path):
-    server.content, folder = content(tmp_path), tmp_path / "models"
+    """A link in the folder does not make a download replace a file elsewhere."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (folder / ".x.pt.part").symlink_to(tmp_path / "mine")
     for _ in range(2):
         assert Path(fetch("x.pt", folder, url=server.url + how)).read_bytes() == server.content
-    assert [path.name for path in folder.iterdir()] == ["x.pt"] and len(server.requests) == 1
+    assert {path.name for path in folder.iterdir()} == {"x.pt", ".x.pt.part"} and len(server.requests) == 1
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
-@pytest.mark.parametrize("how", ["cut", "part", "elsewhere", "length", "404", "500"])
+@pytest.mark.parametrize("how", ["cut", "part", "elsewhere", "length", "404"])
 def test_what_goes_wrong_leaves_nothing(how, server, tmp_path):
-    server.content, folder = content(tmp_path), tmp_path / "models"
     with pytest.raises(InputError) as caught:
-        fetch("x.pt", folder, url=server.url + how)
+        fetch("x.pt", tmp_path / "models", url=server.url + how)
     message = str(caught.value)
     assert "x.pt" in message and server.url + how in message and message.isprintable()
-    assert list(folder.iterdir()) == []
+    assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_other_files_are_refused(server, tmp_path):
-    server.content, folder = content(tmp_path), tmp_path / "models"
     server.content = b"<html>sign in</html>"
     with pytest.raises(InputError, match="web page"):
-        fetch("x.pt", folder, url=server.url)
-    (folder / "x.pt").write_bytes(b"junk")
+        fetch("x.pt", tmp_path, url=server.url)
+    (tmp_path / "x.pt").write_bytes(b"junk")
     with pytest.raises(InputError, match="delete it"):
-        fetch("x.pt", folder, url=server.url)
+        fetch("x.pt", tmp_path, url=server.url)
     with pytest.raises(InputError, match="cannot be downloaded"):
-        fetch("x.pt", folder / "x.pt" / "y", url=server.url)
-
-
-def test_links_lead_nowhere(server, tmp_path):
-    """A link in the folder does not make a download replace a file elsewhere."""
-    server.content, folder = content(tmp_path), tmp_path / "models"
-    folder.mkdir()
-    (tmp_path / "mine").write_text("mine")
-    for name in (".x.pt.part", ".fetch-x"):
-        (folder / name).symlink_to(tmp_path / "mine")
-    fetch("x.pt", folder, url=server.url)
-    assert (tmp_path / "mine").read_text() == "mine" and (folder / "x.pt").read_bytes() == server.content
-
-
-def test_names_that_are_not_known():
+        fetch("x.pt", tmp_path / "x.pt" / "y", url=server.url)
     with pytest.raises(InputError, match=r"did you mean lsun_cat\.pt"):
-        fetch("lsun_cats.pt", "x")
+        fetch("lsun_cats.pt", tmp_path)
     assert all(url.startswith("https://") and url.endswith(name) for name, url in FILES.items())
 
 
