@@ -83,10 +83,8 @@ def outcome(run, spell=str):
     """How a call ended: "refused" with its line, "done" with its result, or "defect" with the exception."""
     try:
         return "done", run()
-    except InputError as error:
-        return "refused", error.text(spell)
-    except ImageError as error:
-        return "refused", str(error)
+    except (InputError, ImageError) as error:
+        return "refused", error.text(spell) if isinstance(error, InputError) else str(error)
     except SystemExit as error:
         return ("done", None) if error.code in (0, None) else ("defect", error)
     except BaseException as error:
@@ -100,40 +98,38 @@ def damaged_files(folder, seed, count):
     for number in range(count):
         path, read = readers[rng.choice(sorted(readers))]
         sound = path.read_bytes()
-        data, how = damage(sound, rng)
+        how = rng.choice(sorted(DAMAGES))
         try:
-            path.write_bytes(data)
+            path.write_bytes(DAMAGES[how](sound, rng.randrange(len(sound)), rng))
             yield path.name, f"{how} ({number})", *outcome(read)
         finally:
             path.write_bytes(sound)
 
 
-def damage(data, rng):
-    """Bytes that something happened to, and what it was."""
-    data, how = (
-        bytearray(data),
-        rng.choice(("cut", "flip", "flips", "zeros", "insert", "swap", "repeat", "nest", "empty")),
-    )
-    at = rng.randrange(len(data))
-    if how == "cut":
-        del data[at:]
-    elif how in ("flip", "flips"):
-        for _ in range(1 if how == "flip" else 30):
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    elif how == "zeros":
-        data[at : at + 64] = bytes(len(data[at : at + 64]))
-    elif how == "insert":
-        data[at:at] = rng.randbytes(rng.randint(1, 40))
-    elif how == "swap":
-        other = rng.randrange(len(data))
-        data[at : at + 16], data[other : other + 16] = data[other : other + 16], data[at : at + 16]
-    elif how == "repeat":
-        data += data[at:]
-    elif how == "nest":
-        data[at:at] = b"[" * 100_000
-    else:
-        data.clear()
-    return bytes(data), how
+def flipped(data, rng, count):
+    data = bytearray(data)
+    for _ in range(count):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return bytes(data)
+
+
+def swapped(data, one, other):
+    data = bytearray(data)
+    data[one : one + 16], data[other : other + 16] = data[other : other + 16], data[one : one + 16]
+    return bytes(data)
+
+
+DAMAGES = {
+    "cut": lambda data, at, rng: data[:at],
+    "flip": lambda data, at, rng: flipped(data, rng, 1),
+    "flips": lambda data, at, rng: flipped(data, rng, 30),
+    "zeros": lambda data, at, rng: data[:at] + bytes(len(data[at : at + 64])) + data[at + 64 :],
+    "insert": lambda data, at, rng: data[:at] + rng.randbytes(rng.randint(1, 40)) + data[at:],
+    "swap": lambda data, at, rng: swapped(data, at, rng.randrange(len(data))),
+    "repeat": lambda data, at, rng: data + data[at:],
+    "nest": lambda data, at, rng: data[:at] + b"[" * 100_000 + data[at:],
+    "empty": lambda data, at, rng: b"",
+}
 
 
 def make_files(folder):
@@ -159,14 +155,12 @@ def make_files(folder):
     write_json(folder / "run.json", content)
     write_json(folder / "train.json", {"model": {"image_size": 16}, "flags": {}, "versions": {}, "started": ""})
     (folder / "metadata.json").write_text('{"a": [1, 2, {"b": null}]}')
+    opt = folder / "opt000001.pt"
     readers = {
         "model": (model, lambda: load_model(model)),
         "torch file": (folder / "model.pt", lambda: load_model(folder / "model.pt", num_head_channels=32)),
         "encoder": (encoder, lambda: load_model(encoder)),
-        "optimizer": (
-            folder / "opt000001.pt",
-            lambda: training_files.load_optimizer_file(str(folder / "opt000001.pt"), [weight]),
-        ),
+        "optimizer": (opt, lambda: training_files.load_optimizer_file(str(opt), [weight])),
         "run.json": (folder / "run.json", lambda: curves(record.read(folder) or {})),
         "train.json": (folder / "train.json", lambda: training_files.read_run(str(folder))),
         "json": (folder / "metadata.json", lambda: read_json_or_none(folder / "metadata.json")),
@@ -177,17 +171,6 @@ def make_files(folder):
     return readers
 
 
-def table(outcomes):
-    """A Markdown table of Counter[(kind, outcome)]."""
-    kinds = sorted({kind for kind, _ in outcomes})
-    lines = ["| what | cases | refused in one line | done | tracebacks |", "|---|---|---|---|---|"]
-    for kind in [*kinds, None]:
-        counts = [sum(n for (k, o), n in outcomes.items() if kind in (k, None) and o == name) for name in
-                  ("refused", "done", "defect")]  # fmt: skip
-        lines.append(f"| {kind or '**all**'} | {sum(counts)} | {counts[0]} | {counts[1]} | {counts[2]} |")
-    return "\n".join(lines) + "\n"
-
-
 if __name__ == "__main__":
     import logging
     import tempfile
@@ -195,10 +178,13 @@ if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
     total = Counter()
     with tempfile.TemporaryDirectory() as place:
-        for battery, count in ((wrong_flags, 1200), (damaged_files, 1200)):
+        for battery in (wrong_flags, damaged_files):
             (Path(place) / battery.__name__).mkdir()
-            for kind, case, ended, what in battery(Path(place) / battery.__name__, 0, count):
-                total[kind, ended] += 1
+            for kind, case, ended, what in battery(Path(place) / battery.__name__, 0, 1200):
+                total.update([(kind, ended), ("**all**", ended)])
                 if ended == "defect":
                     print(kind, case, repr(what)[:300], file=sys.stderr)
-    print(table(total), end="")
+    print("| what | cases | refused in one line | done | tracebacks |", "|---|---|---|---|---|", sep="\n")
+    for kind in sorted({kind for kind, _ in total}, key=lambda kind: (kind == "**all**", kind)):
+        counts = [total[kind, ended] for ended in ("refused", "done", "defect")]
+        print(f"| {kind} | {sum(counts)} | {' | '.join(map(str, counts))} |")
