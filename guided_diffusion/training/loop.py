@@ -75,21 +75,6 @@ def stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def deterministic_kernels(wanted: bool) -> Iterator[None]:
-    """Ask PyTorch for deterministic kernels within the context, if wanted; where it has none, it warns."""
-    before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = not wanted
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=True)
-        torch.backends.cudnn.benchmark = benchmark
-
-
 class Trainer:
     """Trains `model`; `run` is the loop, `train_step` one step of it.
 
@@ -256,11 +241,9 @@ class Trainer:
         return votes.bool().tolist()
 
     def _sum_over_ranks(self, totals: Terms) -> Terms:
-        result: Terms = {}
-        for part in self._all({name: table.cpu() for name, table in totals.items()}):
-            for name, table in part.items():
-                result[name] = result[name] + table if name in result else table
-        return result
+        parts = self._all({name: table.cpu() for name, table in totals.items()})
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: torch.stack([part[name] for part in parts if name in part]).sum(0) for name in names}
 
     # ---- the run ----
 
@@ -279,7 +262,11 @@ class Trainer:
         self._clock, self._logged_samples = time.perf_counter(), self.samples
         hidden = not (self.progress and self.is_main)
         bar = tqdm(total=last, initial=self.step, unit="step", dynamic_ncols=True, disable=hidden)
-        with stop_on_signals() as stop, bar, self._in_one_line(), deterministic_kernels(config.deterministic):
+        torch.backends.cudnn.benchmark = not config.deterministic
+        if config.deterministic:  # where PyTorch has no such kernel, it warns
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        with stop_on_signals() as stop, bar, self._in_one_line():
             numbers = batch_numbers(self.samples, config.batch_size, self.ranks.rank, self.ranks.world_size)
             batches = self.images.batches(numbers, self.device)
             while True:
@@ -358,8 +345,13 @@ class Trainer:
         if row and self.is_main:
             with self._failing_later():
                 self.progress_log.write({"step": self.step, **row})
-            if not self.progress:
-                self._say(row)
+            if not self.progress:  # the log has the time left, too
+                last = config.last_step()
+                shown = [f"{name} {row[name]:.4g}" for name in ("loss", "acc", "val_loss", "val_acc") if name in row]
+                if last and self.step < last and "images_per_second" in row:
+                    images = (last - self.step) * config.batch_size * self.ranks.world_size
+                    shown.append(f"{tqdm.format_interval(images / row['images_per_second'])} left")
+                log.info("step %d%s: %s", self.step, f" of {last}" if last else "", ", ".join(shown))
         due = config.sample_interval and (finished or self.step % config.sample_interval == 0)
         if due and self.sample and self.is_main:
             with self.autocast():
@@ -368,21 +360,12 @@ class Trainer:
             with self._failing_later():
                 write_png(os.path.join(config.save_dir, "samples", f"{self.step:06d}.png"), sheet)
 
-    def _say(self, row: Mapping[str, Any]) -> None:
-        """Log a row, and the time left at the present speed, where there is no bar."""
-        last = self.config.last_step()
-        shown = [f"{name} {row[name]:.4g}" for name in ("loss", "acc", "val_loss", "val_acc") if name in row]
-        if last and self.step < last and "images_per_second" in row:
-            images = (last - self.step) * self.config.batch_size * self.ranks.world_size
-            shown.append(f"{tqdm.format_interval(images / row['images_per_second'])} left")
-        log.info("step %d%s: %s", self.step, f" of {last}" if last else "", ", ".join(shown))
-
     def _check_finite(self, totals: Terms) -> None:
         """End a run that has diverged, before it is saved. fp16's occasional overflows are skipped steps."""
         lost = "loss" in totals and totals["loss"][:, 1].sum() == 0
         if lost or not torch.stack([p.isfinite().all() for p in self.params]).all():
-            reason = "start from an older checkpoint with a lower one, or with `grad_clip` 1"
-            reason = f"the loss is not finite any more at step {self.step}: {reason}"
+            better = "start from an older checkpoint with a lower one, or with `grad_clip` 1"
+            reason = f"the loss is not finite any more at step {self.step}: {better}"
             raise InputError(reason, parameter="lr", value=self.config.lr)
 
     # ---- files ----

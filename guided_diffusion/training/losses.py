@@ -32,23 +32,23 @@ def loss_weights(
     LossOptions(p2_gamma, p2_k, min_snr_gamma)
     if not p2_gamma and not min_snr_gamma:
         return None
-    name, value = ("p2_gamma", p2_gamma) if p2_gamma else ("min_snr_gamma", min_snr_gamma)
     snr = torch.from_numpy(diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod))
+    of_x_0 = snr / (p2_k + snr) ** p2_gamma if p2_gamma else snr.clamp(max=min_snr_gamma)
     scale = {ModelMeanType.EPSILON: snr, ModelMeanType.START_X: 1, ModelMeanType.VELOCITY: snr + 1}
-    predicted, reason = diffusion.model_mean_type, ""
+    weights = (of_x_0 / scale[diffusion.model_mean_type]).float()
+    reason = ""
     if p2_gamma and min_snr_gamma:
         reason = f"it excludes `min_snr_gamma` {min_snr_gamma}; give one of them"
     elif diffusion.loss_type is LossType.RESCALED_KL:
         reason = "it weights a squared error, and `use_kl` True has none; leave one of them out"
-    elif p2_gamma and predicted is ModelMeanType.START_X:
+    elif p2_gamma and diffusion.model_mean_type is ModelMeanType.START_X:
         reason = "it is defined for networks that predict the noise; leave out `predict_xstart` True"
-    if not reason:
-        of_x_0 = snr / (p2_k + snr) ** p2_gamma if p2_gamma else snr.clamp(max=min_snr_gamma)
-        weights = (of_x_0 / scale[predicted]).float()
-        if (weights > 0).any():
-            return weights
+    elif not (weights > 0).any():
         reason = "all weights of the loss are 0, so that nothing would be trained"
-    raise InputError(reason, parameter=name, value=value)
+    if reason:
+        name, value = ("p2_gamma", p2_gamma) if p2_gamma else ("min_snr_gamma", min_snr_gamma)
+        raise InputError(reason, parameter=name, value=value)
+    return weights
 
 
 def in_float32(model: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
