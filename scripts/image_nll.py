@@ -22,7 +22,7 @@ from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.cli.progress import Progress
 from guided_diffusion.dist_util import Peers
 from guided_diffusion.errors import display_name
-from guided_diffusion.run.job import open_plan
+from guided_diffusion.run.job import opened
 from guided_diffusion.run.likelihood import LikelihoodJob, LikelihoodLoop, LikelihoodOptions, data_images, likelihood
 from guided_diffusion.run.sources import listed
 from guided_diffusion.runtime import pick_device
@@ -40,19 +40,20 @@ def evaluate(given: Given, peers: Peers) -> int:
     source = data_images(images, num_classes(target) is not None)
     job = LikelihoodJob(options, peers, target.device, source, steps=target.diffusion.num_timesteps)
     found = {"method": "likelihood", "clip_denoised": options.clip_denoised}
-    plan = open_plan(job, target.image_size, sampling.given_settings(given, target, [options], peers, **found))
-    with Progress(0 if peers.rank else plan.image_steps(1), len(job.items), plan.skipped) as progress:
-        loop = LikelihoodLoop(job, plan, likelihood(target, options.clip_denoised), 1, progress)
-        failed = loop.run().failed
-    ended = loop.finish()
+    settings = sampling.given_settings(given, target, [options], peers, **found)
+    with opened(job, target.image_size, settings) as plan:
+        with Progress(0 if peers.rank else plan.image_steps(1), len(job.items), plan.skipped) as progress:
+            loop = LikelihoodLoop(job, plan, likelihood(target, options.clip_denoised), 1, progress)
+            loop.run()
+        ended = loop.finish()
     if peers.rank:
         return command.DONE
-    for name, reason in failed.items():
+    for name, reason in loop.failed.items():
         command.say(f"failed: {display_name(name)}: {reason}")
-    done = len(job.items) - len(failed)
+    done = len(job.items) - len(loop.failed)
     where = f"the terms are in {display_name(options.save_dir)}"
     command.say(f"{done} images: {ended['bits_per_dimension']:.4f} bits per dimension; {where}")
-    return command.FAILED if failed else command.DONE
+    return command.FAILED if loop.failed else command.DONE
 
 
 def create_parser() -> Parser:

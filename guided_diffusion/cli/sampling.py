@@ -24,7 +24,7 @@ from ..methods import ENERGIES, METHODS, Method, Translation, energy_names
 from ..options import flag_of, option
 from ..presets import located
 from ..run.files import write_atomically
-from ..run.job import MOST_IMAGES, Job, JobOptions, OutputOptions, open_plan
+from ..run.job import MOST_IMAGES, Job, JobOptions, OutputOptions, opened
 from ..run.loop import Loop
 from ..run.noise import ImageNoise, image_key
 from ..run.sources import Numbers, SmallImages, Source
@@ -246,15 +246,15 @@ def execute(
         batch = dataclasses.replace(batch, labels=labels(batch.names, noise))
         return translation(batch, noise=noise, callback=callback)
 
-    plan = open_plan(job, translation.target.image_size, settings)
-    if plan.skipped:
-        log.info("%d of %d images are already present", plan.skipped, total)
     grey = isinstance(translation.target.codec, Grey)
     try:
-        with Progress(0 if job.peers.rank else plan.image_steps(steps), total, plan.skipped) as progress:
-            loop = Loop(job, plan, sample, steps, progress, translation.picture, grey)
-            summary = loop.run()
-        loop.finish()
+        with opened(job, translation.target.image_size, settings) as plan:
+            if plan.skipped:
+                log.info("%d of %d images are already present", plan.skipped, total)
+            with Progress(0 if job.peers.rank else plan.image_steps(steps), total, plan.skipped) as progress:
+                loop = Loop(job, plan, sample, steps, progress, translation.picture, grey)
+                loop.run()
+            loop.finish()
     except KeyboardInterrupt as error:
         if job.peers.interrupted():
             again = "run the same command without --overwrite to resume" if job.options.overwrite else AGAIN
@@ -262,14 +262,14 @@ def execute(
         return INTERRUPTED
     if job.peers.rank:
         return DONE  # rank 0 reports on all; a launcher would end it if another status came first
-    for name, reason in sorted(summary.failed.items()):
+    for name, reason in sorted(loop.failed.items()):
         say(f"failed: {display_name(name)}: {reason}")
-    say(f"{summary.done} done, {summary.skipped} already present, {len(summary.failed)} failed", sys.stdout)
-    if summary.done + summary.skipped:
+    say(f"{loop.done} done, {loop.skipped} already present, {len(loop.failed)} failed", sys.stdout)
+    if loop.done + loop.skipped:
         kind, shown = ("translations", "side by side with their sources") if translates else ("images", "an overview")
         grid = os.path.join(save_dir, "grid.png")
         say(f"{kind} are in {save_dir}" + f", {shown} in {grid}" * os.path.exists(grid), sys.stdout)
-    return FAILED if summary.failed else DONE
+    return FAILED if loop.failed else DONE
 
 
 def write_npz(job: Job, image_size: int, labels: Labels) -> None:

@@ -1,6 +1,6 @@
 """The outputs that a run is to make, and a plan of those that are missing.
 
-`Job` is what is wanted, checked before any model is loaded. `open_plan` opens its save folder and finds out what is
+`Job` is what is wanted, checked before any model is loaded. `opened` locks its save folder and finds out what is
 missing, and `loop.Loop` makes that. What is done is what exists on disk: outputs appear whole, so a killed run resumes
 when it is started again.
 """
@@ -11,7 +11,7 @@ import logging
 import os
 import posixpath
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -196,24 +196,25 @@ class Plan:
         return steps * sum(map(len, self.batches))
 
 
-def open_plan(job: Job, image_size: int, settings: dict[str, Any]) -> Plan:
-    """Lock a job's folder, check it against run.json, write the record, and return what is left to make.
+@contextlib.contextmanager
+def opened(job: Job, image_size: int, settings: dict[str, Any]) -> Iterator[Plan]:
+    """Context in which a job's folder is locked, with what is left to make there.
 
-    image_size: side of the images in pixels; settings: all that determines the outputs, for the record. Rank 0 does
-    this, the others wait for it. Raises InputError for a folder that is in use, or holds another run.
+    image_size: side of the images in pixels; settings: all that determines the outputs, for the record. Rank 0 checks
+    the folder against run.json and writes the record, the others wait for it. Raises InputError for a folder that is in
+    use, or holds another run.
     """
-    if job.peers.rank:
-        batches = job.peers.wait_for("plan")
-        job.folder.watch()
-        return Plan(image_size, batches)
-    job.folder.lock()
     try:
-        plan = _open(job, image_size, settings)
-    except BaseException:
+        if job.peers.rank:
+            plan = Plan(image_size, job.peers.wait_for("plan"))
+            job.folder.watch()
+        else:
+            job.folder.lock()
+            plan = _open(job, image_size, settings)
+            job.peers.publish("plan", plan.batches)
+        yield plan
+    finally:
         job.folder.release()
-        raise
-    job.peers.publish("plan", plan.batches)
-    return plan
 
 
 def _open(job: Job, image_size: int, settings: dict[str, Any]) -> Plan:

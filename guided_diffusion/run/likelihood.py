@@ -124,7 +124,7 @@ class LikelihoodLoop(Loop):
         folder, known = self.job.folder, self.job.terms()
         terms = {item.reference.name: known[key] for key, item in self.job.items.items() if key in known}
         if not terms:
-            name, reason = next(iter(self.summary.failed.items()))
+            name, reason = next(iter(self.failed.items()))
             raise InputError(f"none of the images can be evaluated; the first: {display_name(name)}: {reason}")
         for name in SUMS:
             means = np.mean([each[name] for each in terms.values()], axis=0).astype(np.float32)

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -37,16 +37,6 @@ log = logging.getLogger("sddm")
 
 
 @dataclass
-class Summary:
-    """Outcome of a run: numbers of outputs, and a reason for each failure."""
-
-    done: int = 0
-    skipped: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-
-
-@dataclass
 class Loop:
     """One rank's share of a run. `run` makes what is missing; then `finish` completes the folder.
 
@@ -56,6 +46,8 @@ class Loop:
     [N, C, H, W], for trajectories. grey: all channels are equal, and outputs become grey PNG files.
     progress(image_steps, images): called on rank 0 with the image-steps done since the last call, over all ranks, and
     the number of outputs that exist; `plan.image_steps(steps)` is what the former add up to.
+
+    `done` and `skipped` are numbers of outputs, `failed` has a reason for each failure, by name.
     """
 
     job: Job
@@ -67,15 +59,16 @@ class Loop:
     grey: bool = False
 
     def __post_init__(self) -> None:
-        self.summary = Summary(skipped=self.plan.skipped, failed=dict(self.job.source.failed))
+        self.done, self.skipped, self.failed = 0, self.plan.skipped, dict(self.job.source.failed)
+        self.seconds = 0.0
         self._journal = record.Journal(self.job.folder, self.job.peers.rank)
         self._writing: list[Future] = []
         self._limit: int | None = None  # of a batch's size
         # Image-steps of this rank, those that it has not told yet, when it told others, and those of all ranks.
         self._steps, self._untold, self._told_at, self._all_steps = 0, 0, 0.0, 0
 
-    def run(self) -> Summary:
-        """Make what is missing; on rank 0, returns what all ranks did."""
+    def run(self) -> None:
+        """Make what is missing; on rank 0, learns what all ranks did."""
         started, job, batches = time.monotonic(), self.job, self.plan.batches
         try:
             with ThreadPoolExecutor(2) as self._writers:  # what is finished is written, whatever comes
@@ -88,13 +81,9 @@ class Loop:
                     self._report((len(batches[index]) - len(items)) * self.steps)
                 self._wait_for_writing()
             self._gather()
-        except BaseException:
-            job.folder.release()
-            raise
         finally:
             self._journal.close()
-        self.summary.seconds = time.monotonic() - started
-        return self.summary
+        self.seconds = time.monotonic() - started
 
     def _read(self, keys: list[str]) -> list[tuple[Item, np.ndarray, str | None]]:
         """The readable items with their images, uint8 [H, W, 3], and fingerprints; notes the others as failed."""
@@ -117,7 +106,7 @@ class Loop:
     def _fail(self, item: Item, reason: str) -> None:
         if self.job.source.strict:
             raise InputError(f"{display_name(item.reference.name)}: {reason}")
-        self.summary.failed[item.reference.name] = reason
+        self.failed[item.reference.name] = reason
 
     def _make(self, items: list) -> None:
         """Translate a batch; with batch_size="auto", in parts of half the size once memory has not sufficed."""
@@ -207,7 +196,7 @@ class Loop:
             self._count(self._writing.pop(0).result())
 
     def _count(self, images: int) -> None:
-        self.summary.done += images
+        self.done += images
         self.job.peers.count("images", images)
 
     def _report(self, image_steps: int) -> None:
@@ -222,7 +211,7 @@ class Loop:
         peers.watch()
         steps, self._untold, self._told_at = peers.count("image_steps", self._untold), 0, time.monotonic()
         if peers.rank == 0:
-            self.progress(steps - self._all_steps, peers.count("images", 0) + self.summary.skipped)
+            self.progress(steps - self._all_steps, peers.count("images", 0) + self.skipped)
             self._all_steps = steps
 
     def _gather(self) -> None:
@@ -230,32 +219,26 @@ class Loop:
         self._tell()
         peers = self.job.peers
         if peers.rank:
-            peers.publish(f"failed/{peers.rank}", self.summary.failed)
+            peers.publish(f"failed/{peers.rank}", self.failed)
             return
         for rank in range(1, peers.world_size):
-            self.summary.failed |= peers.wait_for(f"failed/{rank}")
+            self.failed |= peers.wait_for(f"failed/{rank}")
         self._tell()
-        self.summary.done = peers.count("images", 0)
+        self.done = peers.count("images", 0)
 
     def finish(self) -> dict[str, Any]:
-        """Complete the outputs and run.json, then release the folder; returns what the record tells of the end.
-
-        Rank 0 does this; on the others nothing happens.
-        """
+        """Complete the outputs and run.json, on rank 0; returns what the record tells of the end."""
         if self.job.peers.rank:
             return {}
-        try:
-            self.job.folder.check()
-            record.gather(self.job.folder)
-            ended = {**self._complete(), "finished": now(), "failed": self.summary.failed}
-            record.write(self.job.folder, {**self.plan.record, **ended})
-            return ended
-        finally:
-            self.job.folder.release()
+        self.job.folder.check()
+        record.gather(self.job.folder)
+        ended = {**self._complete(), "finished": now(), "failed": self.failed}
+        record.write(self.job.folder, {**self.plan.record, **ended})
+        return ended
 
     def _complete(self) -> dict[str, Any]:
         """Write what shows the whole run, grid.png; returns its entries of the record."""
-        job, failed = self.job, self.summary.failed
+        job, failed = self.job, self.failed
         for item in job.items.values():
             if item.reference.name not in failed and not job.exists(item):
                 failed[item.reference.name] = "its output was removed while the run was going"
@@ -264,7 +247,7 @@ class Loop:
         self._say_idle(totals["energy_weights"])
         references = len({r.name for r in job.source.entries} | failed.keys())
         counts = {"references": references, "outputs": job.made(), "failed": len(failed)}
-        seconds = round(self.plan.record["seconds"] + self.summary.seconds, 3)
+        seconds = round(self.plan.record["seconds"] + self.seconds, 3)
         return {"counts": counts, "seconds": seconds, **totals}
 
     def _say_idle(self, weights: list[float]) -> None:
@@ -281,7 +264,7 @@ class Loop:
             if len(rows) == cast(OutputOptions, job.options).grid:
                 break
             made = [job.items[f"{reference.name}#{k}"] for k in range(job.source.samples)]
-            if reference.name not in self.summary.failed and all(map(job.exists, made)):
+            if reference.name not in self.failed and all(map(job.exists, made)):
                 with contextlib.suppress(ImageError, InputError):  # made earlier, and changed by somebody since
                     rows.append([*job.source.beside(reference, size), *(job.image(item, size) for item in made)])
         if rows:
