@@ -23,8 +23,10 @@ FILE_FLAGS = {  # of rows, looked for before anything is sampled
     for field in dataclasses.fields(options)
     if field.metadata.get("file")
 }
-OWN_FLAGS = ("model_path", "base_samples", "save_dir", "seed", "num_samples", "batch_size", "device")
-"""Flags of a run that the benchmark gives itself, from its own of the same name."""
+OWN_FLAGS = (
+    "model_path", "base_samples", "save_dir", "seed", "num_samples", "batch_size", "device", "samples_per_image"
+)  # fmt: skip
+"""Flags of a run that the benchmark sets itself, most from its own of the same name."""
 LARGEST_TABLE = 1 << 20  # characters
 
 
@@ -118,11 +120,11 @@ def expand_preset(script: str, flags: list[str]) -> list[str]:
 
 
 def refuse_own_flags(flags: Sequence[str], where: str) -> None:
-    """Raise InputError where flags have one that the benchmark gives itself."""
+    """Raise InputError where flags have one that the benchmark sets itself."""
     for flag in flags:
         name = flag.removeprefix("--").split("=")[0]
         if flag.startswith("--") and name in OWN_FLAGS:
-            raise InputError(f"{where} has --{name}, which the benchmark gives to every row; give it to the benchmark")
+            raise InputError(f"{where} has --{name}, which the benchmark sets itself")
 
 
 def missing_files(rows: Sequence[Row]) -> list[str]:

@@ -5,17 +5,6 @@ from .protocol import PROTOCOLS, Evaluation, Instruments, evaluate, reader, targ
 from .table import METRICS, feature_metric, image_metric, paired_metric, set_distance
 
 __all__ = [
-    "METRICS",
-    "NETWORKS",
-    "PROTOCOLS",
-    "Evaluation",
-    "Extractor",
-    "Instruments",
-    "evaluate",
-    "feature_metric",
-    "image_metric",
-    "paired_metric",
-    "reader",
-    "set_distance",
-    "target_statistics",
-]
+    "METRICS", "NETWORKS", "PROTOCOLS", "Evaluation", "Extractor", "Instruments", "evaluate", "feature_metric",
+    "image_metric", "paired_metric", "reader", "set_distance", "target_statistics",
+]  # fmt: skip

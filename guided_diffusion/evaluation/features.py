@@ -216,17 +216,16 @@ def load_statistics(path: str | Path, description: str) -> tuple[Gaussian, int |
     Raises InputError where no images can have these statistics, or those of other features are needed.
     """
     with open_npz(path, STATISTICS) as file:
-        mean, sigma = file["mu"], file["sigma"]
+        mean, sigma = (file[name].astype(np.float64, casting="same_kind") for name in ("mu", "sigma"))
         if mean.ndim != 1 or not len(mean) or sigma.shape != (len(mean), len(mean)):
             raise ValueError(f"mu {list(mean.shape)} and sigma {list(sigma.shape)} do not fit")
-        if not (mean.dtype.kind in "fiu" and sigma.dtype.kind in "fiu" and np.isfinite([mean, *sigma]).all()):
-            raise ValueError("mu or sigma has values that are no finite real numbers")
-        mean, root = mean.astype(np.float64), root_of_covariance(sigma.astype(np.float64))
-        count = file.get("count")
-        if count is not None and (count.shape or count.dtype.kind not in "iu" or count < 2):
-            raise ValueError(f"its count is {shown(count)}, not a whole number of 2 images or more")
+        if not np.isfinite([mean, *sigma]).all():
+            raise ValueError("mu or sigma has values that are not finite")
+        root, count = root_of_covariance(sigma), int(file["count"]) if "count" in file else None
+        if count is not None and count < 2:
+            raise ValueError(f"its count is {count}, not 2 images or more")
         recorded = str(file.get("features", description))
     if recorded != description:
         reason = f"it was made with {shown(recorded)}, but this run uses {shown(description)}"
         raise InputError(reason, parameter="targets", value=path)
-    return (mean, root), None if count is None else int(count)
+    return (mean, root), count

@@ -150,19 +150,16 @@ class Instruments:
     @cached_property
     def per_image(self) -> tuple[dict[str, Callable], list[str]]:
         """The metrics of pairs and of single images by name, their networks loaded; and which are left out, and why."""
-        found: dict[str, Callable] = {}
+        found: dict[str, Callable | None] = {}
         warnings = []
         for metric in table.of_kind("paired", "image"):
             try:
-                compute = metric.load(self.options, self.device) if metric.load else metric.compute
+                found[metric.name] = metric.load(self.options, self.device) if metric.load else metric.compute
             except InputError as error:
                 if getattr(self.options, metric.name, "auto") == "True":
                     raise
                 warnings.append(f"{metric.label} is left out: {error.reason}")
-                continue
-            if compute is not None:
-                found[metric.name] = compute
-        return found, warnings
+        return {name: compute for name, compute in found.items() if compute is not None}, warnings
 
     @property
     def needs_features(self) -> bool:
