@@ -96,28 +96,26 @@ def _variable(name: str, default: int, least: int, most: int) -> int:
 # ---- the common store -----------------------------------------------------------------------------------------------
 
 
-def open_store(me: Ranks, timeout: timedelta = timedelta(days=1)) -> Any:
+def open_store(me: Ranks) -> Any:
     """A key-value store that all ranks share (torch.distributed.Store), or None for a single process.
 
-    timeout: of later requests. Raises InputError where the ranks cannot reach each other within STARTUP_TIMEOUT.
+    Raises InputError where the ranks cannot reach each other within STARTUP_TIMEOUT.
     """
     if me.world_size == 1:
         return None
-    others = f"the other {me.world_size - 1}" if me.rank == 0 else "rank 0"
-    said = "rank %d of %d has been waiting for %s for %.0f seconds, and will for %.0f%s"
-    waiting = [said, me.rank, me.world_size, others, PATIENCE, STARTUP_TIMEOUT, me.advice]
-    notice = threading.Timer(PATIENCE, log.warning, waiting)
+    this, others = f"rank {me.rank} of {me.world_size}", f"the other {me.world_size - 1}" if me.rank == 0 else "rank 0"
+    said = f"{this} has been waiting for {others} for {PATIENCE:.0f} seconds, and will for {STARTUP_TIMEOUT:.0f}"
+    notice = threading.Timer(PATIENCE, log.warning, ["%s%s", said, me.advice])
     notice.daemon = True
     notice.start()
     try:
         open_it = {"torchrun": _torchrun_store, "mpiexec": _mpi_store, "srun": _slurm_store}[me.launcher]
         store = open_it(me, timedelta(seconds=STARTUP_TIMEOUT))
     except RuntimeError as error:
-        reason = f"rank {me.rank} of {me.world_size} cannot reach the others: {first_line(error)}{me.advice}"
-        raise InputError(reason) from None
+        raise InputError(f"{this} cannot reach the others: {first_line(error)}{me.advice}") from None
     finally:
         notice.cancel()
-    store.set_timeout(timeout)
+    store.set_timeout(timedelta(days=1))
     return store
 
 
@@ -128,9 +126,8 @@ def _torchrun_store(me, timeout):
 
 def _slurm_store(me, timeout):
     env = os.environ
-    host = "127.0.0.1"
-    if env.get("SLURM_STEP_NUM_NODES", "1") != "1":
-        host = _first_host(env.get("SLURM_STEP_NODELIST", "localhost"))
+    several = env.get("SLURM_STEP_NUM_NODES", "1") != "1"
+    host = _first_host(env.get("SLURM_STEP_NODELIST", "localhost")) if several else "127.0.0.1"
     job, step = (_variable(name, 0, 0, 1 << 60) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     # A port that all ranks can compute, below those that systems give to outgoing connections.
     port = _variable("MASTER_PORT", 20000 + (job * 7 + step) % 12000, 1, 65535)
@@ -162,10 +159,8 @@ def _tcp_store(host, port, me, timeout):
 
 def _first_host(nodelist):
     """The first host of a Slurm list like "node[003-010,012],gpu1"."""
-    name, bracket, rest = nodelist.partition("[")
-    if not bracket or "," in name:
-        return nodelist.split(",")[0]
-    return name + rest.split("]")[0].split(",")[0].split("-")[0]
+    name, number = re.findall(r"([^\[,]*)(?:\[([0-9]+))?", nodelist)[0]
+    return name + number
 
 
 def abort(me: Ranks, status: int = 1) -> None:
