@@ -42,11 +42,8 @@ from .target import Batch, Target
 
 Picture = str | Image.Image | np.ndarray | torch.Tensor
 Pictures = Picture | Sequence[Picture]
-PARAMETERS = {"blocks": "area", "start": "strength", "range_t": "t0"}
-"""The pipelines' names of parameters."""
-PROMPTED = [name for name, kind in KINDS.items() if kind is not Unconditional]
-"""Pipelines with prompts, by class name."""
-
+PARAMETERS = {"blocks": "area", "start": "strength", "range_t": "t0"}  # the pipelines' names
+PROMPTED = [name for name, kind in KINDS.items() if kind is not Unconditional]  # pipelines with prompts
 Callback = Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None]
 
 
@@ -101,15 +98,16 @@ class _Translating:
         for name, value in counts.items():
             if not isinstance(value, int) or value < 1:
                 raise InputError("it must be a whole number of at least 1", parameter=name, value=value)
+        kind, repeats = self._kind(), num_images_per_image * num_images_per_prompt
+        pipe, device = kind.pipe, kind.pipe._execution_device
         if prompts is None:
             labels = {} if class_labels is None else {"class_labels": torch.as_tensor(class_labels).reshape(-1)}
             prompts = Prompt(embeddings=labels)
-        kind, repeats = self._kind(), num_images_per_image * num_images_per_prompt
-        pipe, device = kind.pipe, kind.pipe._execution_device
-        target = pipelines.pipeline_target(
-            kind, lambda batch: _repeated(prompts, repeats, len(batch.ref)), num_inference_steps, device, height,
-            timesteps=timesteps, sigmas=sigmas,
-        )  # fmt: skip
+        embeddings = {name: _repeated(values, repeats) for name, values in prompts.embeddings.items()}
+        text, negative = _repeated(prompts.text, repeats), _repeated(prompts.negative, repeats)
+        wanted = replace(prompts, text=text, negative=negative, embeddings=embeddings)
+        given = {"timesteps": timesteps, "sigmas": sigmas}
+        target = pipelines.pipeline_target(kind, lambda batch: wanted, num_inference_steps, device, height, **given)
         total, start = target.diffusion.num_timesteps, None
         ref = _encoded(image, target).repeat_interleave(repeats, dim=0)
         if isinstance(generator, (list, tuple)) and len(generator) != len(ref):
@@ -160,21 +158,13 @@ class _Translating:
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-def _repeated(prompt: Prompt, repeats: int, count: int) -> Prompt:
-    """Prompts with one entry for each of `count` pictures, of which `repeats` in a row are of one reference."""
-
-    def each(name: str, values: Any) -> Any:
-        if not isinstance(values, (list, tuple, torch.Tensor)) or len(values) in (1, count):
-            return values[0] if isinstance(values, (list, tuple)) and len(values) == 1 else values
-        if len(values) * repeats != count:
-            raise InputError(f"{count // repeats} are needed, one for each picture", parameter=name, value=values)
-        if isinstance(values, torch.Tensor):
-            return values.repeat_interleave(repeats, dim=0)
-        return [value for value in values for _ in range(repeats)]
-
-    embeddings = {name: each(name, values) for name, values in prompt.embeddings.items()}
-    text, negative = each("prompt", prompt.text), each("negative_prompt", prompt.negative)
-    return replace(prompt, text=text, negative=negative, embeddings=embeddings)
+def _repeated(values: Any, repeats: int) -> Any:
+    """A list or tensor with each of its values so often; a single one stays, for all pictures."""
+    if not isinstance(values, (list, tuple, torch.Tensor)) or len(values) == 1:
+        return values
+    if isinstance(values, torch.Tensor):
+        return values.repeat_interleave(repeats, dim=0)
+    return [value for value in values for _ in range(repeats)]
 
 
 def _energies(energy: Any, area: int, target: Target) -> list[Any]:
@@ -241,8 +231,7 @@ def _pixels(image: Any, side: int) -> torch.Tensor:
     return x.clamp(-1, 1)
 
 
-SHARED = {*inspect.signature(_Translating.__call__).parameters}
-"""Arguments that both pipelines take; `SDDMTextPipeline` takes all others as embeddings."""
+SHARED = {*inspect.signature(_Translating.__call__).parameters}  # `SDDMTextPipeline` takes others as embeddings
 
 
 class SDDMPipeline(_Translating, DiffusionPipeline):

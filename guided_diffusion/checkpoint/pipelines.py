@@ -105,7 +105,8 @@ class Pipeline:
         dtype, call, found = self.network.dtype, Counted(self.call), {}
         for name, value in self.encode(prompt, guided, device).items():
             if len(value) not in (1, count):
-                raise InputError(f"{len(value)} for {count} pictures", parameter=name, value=list(value.shape))
+                given = name if name in prompt.embeddings else "prompt"
+                raise InputError(f"{len(value)} for {count} pictures", parameter=given, value=list(value.shape))
             found[name] = value.expand(count, *value.shape[1:]).to(dtype if value.is_floating_point() else value.dtype)
         embeddings = {name: value for name, value in found.items() if not name.startswith("negative_")}
         if guided:
@@ -175,15 +176,11 @@ class Flux(Pipeline):
         ids[..., 2] += torch.arange(width // 2, device=x.device)[None]
         text = embeddings["prompt_embeds"]
         out = self.network(
-            hidden_states=packed,
-            timestep=(t / 1000).to(x.dtype),
-            guidance=embeddings["guidance"] if self.network.config.guidance_embeds else None,
-            pooled_projections=embeddings["pooled_prompt_embeds"],
-            encoder_hidden_states=text,
+            hidden_states=packed, timestep=(t / 1000).to(x.dtype), encoder_hidden_states=text,
+            pooled_projections=embeddings["pooled_prompt_embeds"], img_ids=ids.flatten(0, 1),
             txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype),
-            img_ids=ids.reshape(-1, 3),
-            return_dict=False,
-        )[0]
+            guidance=embeddings["guidance"] if self.network.config.guidance_embeds else None, return_dict=False,
+        )[0]  # fmt: skip
         return out.view(n, height // 2, width // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
 
 
