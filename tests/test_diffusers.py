@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scripts_in_process import load_script, run_script
-from tiny import make_references, pictures
+from tiny import MODEL, make_references, pictures
 
 from guided_diffusion.checkpoint import fingerprint, load_model, remote, save_model
 from guided_diffusion.checkpoint.diffusers import FIELDS, PROCESS, process_flags
@@ -226,48 +227,47 @@ def test_folder_without_a_scheduler_says_what_is_assumed(folder, caplog):
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, says", [
-    ("latent", "latent diffusion model (it has vqvae)"), ("text_conditional", "text-conditional"),
-    ("variance_exploding", "variance-exploding"), ("consistency", "consistency model"),
-    ("grey", "diffusion_pytorch_model"),
-    ("zero_snr_epsilon", "rescale_betas_zero_snr"), ("learned_variance", 'variance_type="learned"'),
-    ("class_from_embedding", "class_embed_type"), ("unknown_block", "KDownBlock2D"),
-    ("no_weights", "diffusion_pytorch_model"),
-])  # fmt: skip
-def test_what_cannot_be_is_refused_before_weights_are_read(name, says):
-    assert says in str(refused(FOLDER / "refused" / name))
-    assert sorted(INDEX["refused"]) == sorted(p.name for p in (FOLDER / "refused").iterdir())
+REFUSED = {
+    "latent": "latent diffusion model (it has vqvae)", "text_conditional": "text-conditional",
+    "variance_exploding": "variance-exploding", "consistency": "consistency model", "grey": "diffusion_pytorch_model",
+    "zero_snr_epsilon": "rescale_betas_zero_snr", "learned_variance": 'variance_type="learned"',
+    "class_from_embedding": "class_embed_type", "unknown_block": "KDownBlock2D",
+    "no_weights": "diffusion_pytorch_model",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("field, value", [
-    ("down_block_types", ["SkipDownBlock2D", "AttnDownBlock2D"]), ("down_block_types", ["DownBlock2D"]),
-    ("up_block_types", 3), ("up_block_types", ["AttnUpBlock2D", "AttnUpBlock2D"]), ("time_embedding_type", "fourier"),
-    ("time_embedding_dim", 64), ("freq_shift", 0), ("add_attention", False), ("attention_head_dim", 48),
-    ("norm_num_groups", None), ("attn_norm_num_groups", 8), ("norm_eps", 0), ("out_channels", 6),
-    ("layers_per_block", 10**9), ("block_out_channels", [32, "64"]), ("dropout", 2), ("sample_size", [16, 32]),
-    ("attention_legacy_order", True), ("mystery\x1b[31m" + "x" * 10000, "\x1b[31m" * 10000),
+def test_what_cannot_be_is_refused_before_weights_are_read():
+    assert REFUSED.keys() == INDEX["refused"].keys() == {path.name for path in (FOLDER / "refused").iterdir()}
+    for name, says in REFUSED.items():
+        assert says in str(refused(FOLDER / "refused" / name))
+
+
+@pytest.mark.parametrize("file, field, value", [
+    *[(CONFIG, "down_block_types", value) for value in (["SkipDownBlock2D", "AttnDownBlock2D"], ["DownBlock2D"])],
+    (CONFIG, "up_block_types", 3), (CONFIG, "up_block_types", ["AttnUpBlock2D", "AttnUpBlock2D"]),
+    (CONFIG, "time_embedding_type", "fourier"), (CONFIG, "upsample_type", "resnet"), (CONFIG, "freq_shift", 0),
+    (CONFIG, "time_embedding_dim", 64),
+    (CONFIG, "add_attention", False), (CONFIG, "attention_head_dim", 48), (CONFIG, "norm_num_groups", None),
+    (CONFIG, "attn_norm_num_groups", 8), (CONFIG, "norm_eps", 0), (CONFIG, "out_channels", 6), (CONFIG, "dropout", 2),
+    (CONFIG, "layers_per_block", 10**9), (CONFIG, "block_out_channels", [32, "64"]), (CONFIG, "sample_size", [16, 32]),
+    (CONFIG, "attention_legacy_order", True), (CONFIG, "mystery\x1b[31m" + "x" * 10000, "\x1b[31m" * 10000),
+    (SCHEDULER, "prediction_type", "flow_prediction"), (SCHEDULER, "thresholding", True), (SCHEDULER, "beta_start", 0),
+    (SCHEDULER, "beta_start", 0.5), (SCHEDULER, "num_train_timesteps", 10**12), (SCHEDULER, "trained_betas", [0.1, 2]),
+    (SCHEDULER, "clip_sample_range", "1"), (SCHEDULER, "variance_type", "learned"),
 ])  # fmt: skip
-def test_fields_of_the_network_that_cannot_be(field, value, folder):
-    edit(folder / CONFIG, **{field: value})
-    shutil.rmtree(folder / "scheduler")
+def test_fields_that_cannot_be(file, field, value, folder):
+    edit(folder / file, **{field: value})
     (folder / WEIGHTS).unlink()  # never opened
-    assert field[:7] in str(refused(folder)) and "SDDMPipeline" in str(refused(folder))
+    message = str(refused(folder))
+    assert field[:7] in message and ("SDDMPipeline" in message) == (file == CONFIG)
 
 
-def test_levels_that_resample_in_two_ways(folder):
-    edit(folder / CONFIG, down_block_types=["ResnetDownsampleBlock2D", "AttnDownBlock2D"])
-    assert "upsample_type" in str(refused(folder))
-
-
-@pytest.mark.parametrize("field, value", [
-    ("_class_name", "FlowMatchEulerDiscreteScheduler"), ("_class_name", ["DDPMScheduler"]),
-    ("prediction_type", "flow_prediction"), ("thresholding", True), ("beta_start", 0), ("beta_start", 0.5),
-    ("num_train_timesteps", 10**12), ("trained_betas", [0.1, 2]), ("clip_sample_range", "1"),
-    ("variance_type", "learned"), ("variance_type", "learned_range"),  # with 3 channels
-])  # fmt: skip
-def test_fields_of_the_process_that_cannot_be(field, value, folder):
-    edit(folder / SCHEDULER, **{field: value})
-    assert {"_class_name": "scheduler", "variance_type": ""}.get(field, field) in str(refused(folder))
+def test_schedulers_that_cannot_be(folder):
+    edit(folder / SCHEDULER, variance_type="learned_range")  # with 3 channels
+    assert "out_channels" in str(refused(folder))
+    for name in ("FlowMatchEulerDiscreteScheduler", ["DDPMScheduler"], "Other"):
+        edit(folder / SCHEDULER, _class_name=name)
+        assert "scheduler" in str(refused(folder))
 
 
 @pytest.mark.parametrize("file", ["model_index.json", CONFIG, SCHEDULER])
@@ -323,16 +323,12 @@ def test_schedules_are_the_librarys(name):
             process_flags(fields)
         return
     flags = process_flags({"_class_name": "DDPMScheduler", **fields})
+    # Ours scales its ends with its length.
+    assert (flags["noise_schedule"] == "linear") == (name == "linear")
     betas = get_named_beta_schedule(flags["noise_schedule"], flags["diffusion_steps"])
     assert betas.dtype == np.float64 and len(betas) == fields.get("num_train_timesteps", 1000)
     wanted = load_file(FOLDER / "schedules.safetensors")[f"{name}.alphas_cumprod"]
     np.testing.assert_allclose(np.cumprod(1 - betas), wanted.double(), rtol=3e-5, atol=1e-6)
-
-
-def test_ours_is_the_linear_schedule_whose_ends_scale_with_its_length():
-    fields = {"num_train_timesteps": 200, "beta_end": 0.1}
-    assert process_flags({**fields, "beta_start": 0.0005})["noise_schedule"] == "linear"
-    assert process_flags({**fields, "beta_start": 0.0001})["noise_schedule"] == "linear:0.0001,0.1"
 
 
 def test_schedules_and_spacings_that_are_none():
@@ -384,17 +380,13 @@ def test_runs_are_the_librarys(name, tmp_path):
     scheduler = {"_class_name": run["scheduler"], **run["config"]}
     (tmp_path / "m" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     model, info = load_model(tmp_path / "m")
-    labels = None if run["class_labels"] is None else torch.tensor(run["class_labels"])
-
-    def network(x, t):
-        return model(x, t) if labels is None else model(x, t, labels)
-
-    timesteps = set(run["timesteps"])
+    labels = [] if run["class_labels"] is None else [torch.tensor(run["class_labels"])]
+    timesteps, clip = set(run["timesteps"]), info.choose("clip_denoised")
     diffusion = create_diffusion(**{**info.flags, "sigma_small": info.choose("sigma_small")})
     betas = get_named_beta_schedule(info.flags["noise_schedule"], info.flags["diffusion_steps"])
     kinds = {name: getattr(diffusion, name) for name in ("model_mean_type", "model_var_type")}
     spaced = type(diffusion)(timesteps, betas=betas, **kinds)
-    clip = info.choose("clip_denoised")
+    step = spaced.p_sample if run["eta"] is None else partial(spaced.ddim_sample, eta=run["eta"])
     states, noise = data[f"{name}.states"], data[f"{name}.noise"]
     x = states[0]
     for k in range(len(timesteps)):
@@ -402,10 +394,7 @@ def test_runs_are_the_librarys(name, tmp_path):
         t = torch.full((len(x),), i)
         for start, tolerance in ((states[k], run["atol_step"]), (x, run["atol_run"])):
             with torch.no_grad():
-                if run["eta"] is None:
-                    out = spaced.p_sample(network, start, t, clip_denoised=clip, noise=noise[k])
-                else:
-                    out = spaced.ddim_sample(network, start, t, clip_denoised=clip, eta=run["eta"], noise=noise[k])
+                out = step(lambda x, t: model(x, t, *labels), start, t, clip_denoised=clip, noise=noise[k])
             if k + 1 < len(timesteps) or min(timesteps) == 0 or run["eta"] == 0:
                 assert (out["sample"] - states[k + 1]).abs().max() <= tolerance, (k, tolerance)
         torch.testing.assert_close(out["pred_xstart"], data[f"{name}.pred_original"][k], rtol=0, atol=run["atol_run"])
@@ -425,11 +414,9 @@ def test_there_and_back_are_the_same_bits(name, tmp_path):
     assert {**other.flags, "num_heads": info.flags["num_heads"]} == info.flags
     for key, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]) and torch.equal(value, first.state_dict()[key]), key
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "m.safetensors"]
-    assert sorted(p.relative_to(theirs).as_posix() for p in theirs.rglob("*") if p.is_file()) == [
-        "README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors",
-    ]  # fmt: skip
+    files = {path.relative_to(theirs).as_posix() for path in theirs.rglob("*") if path.is_file()}
+    assert files == {"README.md", "model_index.json", SCHEDULER, CONFIG, WEIGHTS}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "m.safetensors"]
 
 
 @pytest.mark.parametrize("target", ["folder", "m3.safetensors"])
@@ -452,12 +439,6 @@ def test_legacy_order_becomes_the_new_one_and_a_variance_can_be_dropped(target, 
         assert (output - wanted).abs().max() <= TOLERANCE * max(1, wanted.abs().max())
 
 
-TINY = {
-    "image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "16,8",
-    "num_head_channels": 16,
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("flags, says", [
     ({"num_head_channels": -1, "num_heads": 4}, "num_heads=4 in layers of 32, 64 channels"),
     ({"num_head_channels": -1, "num_heads": 2, "num_heads_upsample": 4}, "num_heads_upsample"),
@@ -465,9 +446,9 @@ TINY = {
     ({"num_channels": 64, "channel_mult": "0.5,1"}, "in diffusers both are one"),
 ])  # fmt: skip
 def test_models_that_the_library_cannot_express(flags, says, tmp_path):
-    flags = {**TINY, **flags}
-    network = {name: value for name, value in flags.items() if name not in ("rescale_timesteps", "diffusion_steps")}
-    save_model(tmp_path / "m.safetensors", create_model(**network), model_type="ADM", flags=flags)
+    flags = {**MODEL, "attention_resolutions": "16,8", **flags}
+    process = {name: flags.pop(name) for name in ("rescale_timesteps", "diffusion_steps") if name in flags}
+    save_model(tmp_path / "m.safetensors", create_model(**flags), model_type="ADM", flags={**flags, **process})
     with pytest.raises(InputError, match=says):
         convert(tmp_path / "m.safetensors", tmp_path / "folder")
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]

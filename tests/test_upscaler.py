@@ -64,36 +64,28 @@ def test_encode_is_pillows_lanczos():
         Upscaler(FACTOR).encode(torch.zeros(1, 3, 30, 32))
 
 
-def test_decode_begins_as_bicubic_and_computes_at_the_small_size():
+def test_decode_begins_as_bicubic():
     x = torch.randn(2, 3, 6, 9)
     plain = F.interpolate(x, scale_factor=FACTOR, mode="bicubic")
     assert torch.equal(Upscaler(FACTOR).decode(x), plain)
-    upscaler, sides = random_upscaler(), set()
-    for module in {*upscaler.modules()} - {upscaler}:
-        module.register_forward_hook(lambda module, x, out: sides.add(tuple(out.shape[2:])))
-    out = upscaler.decode(x)
-    assert out.shape == (2, 3, 24, 36) and sides == {(6, 9)} and not torch.allclose(out, plain)
+    out = random_upscaler().decode(x)
+    assert out.shape == (2, 3, 24, 36) and not torch.allclose(out, plain)
 
 
-def test_file_gives_back_the_network(tmp_path):
-    upscaler = random_upscaler(factor=3, channels=6, blocks=3)
-    save_file(upscaler.state_dict(), tmp_path / "a.safetensors", metadata=upscaler.metadata())
-    loaded, x = load_upscaler(tmp_path / "a.safetensors"), torch.randn(1, 3, 5, 5)
+def test_file_gives_back_the_network_and_others_are_refused(tmp_path):
+    upscaler, path = random_upscaler(factor=3, channels=6, blocks=3), tmp_path / "a.safetensors"
+    state, x = upscaler.state_dict(), torch.randn(1, 3, 5, 5)
+    save_file(state, path, metadata=upscaler.metadata())
+    loaded = load_upscaler(path)
     assert (loaded.factor, loaded.model) == (3, "tiny") and not loaded.decode(x).requires_grad
     assert torch.allclose(loaded.decode(x), upscaler.decode(x), atol=1e-6)
-
-
-@pytest.mark.parametrize("change, entries, reason", [
-    ({}, {"model_type": "JUDGE"}, "lack model_type UPSCALER"),
-    ({}, {"factor": "2"}, "of another shape"),
-    ({"tail.bias": torch.full((48,), torch.nan)}, {}, "NaN"),
-    ({"more": torch.zeros(1)}, {}, "more"),
-])  # fmt: skip
-def test_file_that_is_no_upscaler_is_refused_by_name(tmp_path, change, entries, reason):
-    good, path = random_upscaler(), tmp_path / "bad.safetensors"
-    save_file({**good.state_dict(), **change}, path, metadata={**good.metadata(), **entries})
-    with pytest.raises(InputError, match=f"bad.safetensors is damaged or not an upscaler: .*{reason}"):
-        load_upscaler(path)
+    for change, entries, reason in (
+        ({}, {"model_type": "JUDGE"}, "UPSCALER"), ({}, {"factor": "2"}, "shape"), ({"more": x}, {}, "more"),
+        ({"tail.bias": torch.full((27,), torch.nan)}, {}, "NaN"),
+    ):  # fmt: skip
+        save_file({**state, **change}, path, metadata={**upscaler.metadata(), **entries})
+        with pytest.raises(InputError, match=f"a.safetensors.*{reason}"):
+            load_upscaler(path)
 
 
 def test_pairs_are_aligned_crops_of_pictures_and_copies(folders):
@@ -123,16 +115,16 @@ def test_training_beats_bicubic_and_survives_a_kill(folders, tmp_path):
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
-@pytest.mark.parametrize("flags, reason", [
-    (["--crop", 9], "--crop is 9; it can be at most the small side, 8"),
-    (["--copies", "{save_dir}"], "it has no image under the name of one in --data_dir"),
-])  # fmt: skip
-def test_flags_that_do_not_fit(folders, tmp_path, flags, reason):
+def test_flags_that_do_not_fit(folders, tmp_path):
     Image.new("RGB", (SMALL, SMALL)).save(tmp_path / "unknown.png")
-    flags = ["--data_dir", folders[0], "--save_dir", tmp_path / "run", *RUN, *flags]
-    with pytest.raises(InputError) as error:
-        train("upscaler_train", *[str(flag).format(save_dir=tmp_path) for flag in flags])
-    assert reason in message("upscaler_train", error.value) and not (tmp_path / "run").exists()
+    common = ["--data_dir", folders[0], "--save_dir", tmp_path / "run", *RUN]
+    for flags, reason in (
+        (["--crop", 9], "--crop is 9; it can be at most the small side, 8"),
+        (["--copies", tmp_path], "it has no image under the name of one in --data_dir"),
+    ):
+        with pytest.raises(InputError) as error:
+            train("upscaler_train", *common, *flags)
+        assert reason in message("upscaler_train", error.value) and not (tmp_path / "run").exists()
 
 
 def test_committed_upscaler_draws_crisp_outlines():

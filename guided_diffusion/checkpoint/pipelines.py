@@ -195,7 +195,7 @@ class Unconditional(Pipeline):
             raise InputError("the model takes no prompt", parameter="prompt", value=prompt.text)
         labels, classes = prompt.embeddings.get("class_labels"), self.network.config.num_class_embeds
         if (labels is None) != (classes is None and self.network.config.class_embed_type is None):
-            needed = "the network is class-conditional and needs them (SDDMPipeline in Python takes them)"
+            needed = "the network is class-conditional; SDDMPipeline in Python takes them"
             reason = needed if labels is None else "the network has no classes"
             raise InputError(reason, parameter="class_labels", value=labels)
         if labels is None:
