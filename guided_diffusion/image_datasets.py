@@ -115,12 +115,11 @@ def check_options(resize: str, background: str, white_level: int | None = None) 
         raise InputError("it must be a whole number above 0", parameter="white_level", value=white_level)
     try:
         colour = ImageColor.getrgb(background)
+        if colour[3:] not in ((), (255,)):
+            raise ValueError("transparent")
     except (ValueError, AttributeError, TypeError) as error:
-        reason = "it must be a colour: a name such as white, or #rrggbb"
+        reason = "it must be an opaque colour: a name such as white, or #rrggbb"
         raise InputError(reason, parameter="background", value=background) from error
-    if len(colour) == 4 and colour[3] != 255:
-        reason = "a transparent colour cannot be a background; give #rrggbb"
-        raise InputError(reason, parameter="background", value=background)
     return colour[:3]
 
 

@@ -120,20 +120,20 @@ def load_optimizer_file(path: str, params: list[torch.Tensor]) -> tuple[dict[int
 
 def check_like(entry: str, value: Any, like: Any) -> None:
     """Raise ValueError unless `value` has the entries, types, shapes and dtypes of `like`, and finite numbers >= 0."""
-    if isinstance(like, torch.Tensor):
-        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
-        if not plain or value.shape != like.shape or value.dtype != like.dtype:
-            found = f"{value.dtype} {list(value.shape)}" if plain else f"of type {type(value).__name__}"
-            raise ValueError(f"{entry} is {found}, not {like.dtype} {list(like.shape)}".replace("torch.", ""))
-        if not value.isfinite().all():
-            raise ValueError(f"{entry} has values that are NaN or infinite")
-    elif isinstance(like, dict):
+    if isinstance(like, dict):
         if not isinstance(value, dict) or value.keys() != like.keys():
             raise ValueError(f"{entry} does not have the entries {', '.join(map(str, like))}")
         for key in like:
             check_like(f"{entry}.{key}", value[key], like[key])
-    elif type(value) not in (int, float) or not 0 <= value < 1e18:
-        raise ValueError(f"{entry} is {shown(value)}")
+    elif not isinstance(like, torch.Tensor):
+        if type(value) not in (int, float) or not 0 <= value < 1e18:
+            raise ValueError(f"{entry} is {shown(value)}")
+    elif not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+        raise ValueError(f"{entry} is no dense tensor")
+    elif value.shape != like.shape or value.dtype != like.dtype:
+        raise ValueError(f"{entry} is {value.dtype} {list(value.shape)}, not {like.dtype} {list(like.shape)}")
+    elif not value.isfinite().all():
+        raise ValueError(f"{entry} has values that are NaN or infinite")
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,10 @@ class RunRecord:
 def read_run(folder: str) -> RunRecord:
     """Read the record in a folder, an empty one where there is none. Raises InputError for one that is damaged."""
     path = os.path.join(folder, NAME)
+    if not os.path.exists(path):
+        return RunRecord()
     with reading(path, "a training's record (without it, all of the model's options must be given again)"):
-        try:
-            content = read_json(path)
-        except FileNotFoundError:
-            return RunRecord()
+        content = read_json(path)
         model, options = content["model"], content.get("flags", {})
         # Version 0.1 had the classes among the flags.
         classes = content.get("classes") or options.get("classes")
@@ -203,12 +202,20 @@ class ProgressLog:
     """
 
     def __init__(self, folder: str, step: int) -> None:
-        path, table = os.path.join(folder, "progress.csv"), io.StringIO()
+        path, kept = os.path.join(folder, "progress.csv"), io.StringIO()
         check_regular(path)
         if os.path.exists(path):
             with reading(path, "a log of training (move it away to resume)"):
-                csv.writer(table, lineterminator="\n").writerows(_rows(path, step))
-        write_text(path, table.getvalue())
+                with open(path, newline="", encoding="utf-8") as file:
+                    columns, *rows = list(csv.reader(file)) or [["step"]]
+                if columns.count("step") != 1 or len(set(columns)) != len(columns):
+                    raise ValueError("its columns are wrong")
+                at = columns.index("step")
+                # A kill can cut the last row off in the middle.
+                whole = [row for row in rows if len(row) == len(columns) and re.fullmatch("[0-9]{1,18}", row[at])]
+                rows = [row for row in whole if int(row[at]) <= step]
+                csv.writer(kept, lineterminator="\n").writerows([columns, *rows] if rows else [])
+        write_text(path, kept.getvalue())
         self.table, self.tensorboard = CSVOutputFormat(path), None
         with self._convenience(), contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
@@ -235,16 +242,3 @@ class ProgressLog:
         """Flush what TensorBoard has not written yet."""
         with contextlib.suppress(Exception):
             self.tensorboard.close()  # type: ignore[union-attr]
-
-
-def _rows(path: str, step: int) -> list[list[str]]:
-    """The head of a log and its rows up to a step; [] where there are none."""
-    with open(path, newline="", encoding="utf-8") as file:
-        columns, *rows = list(csv.reader(file)) or [["step"]]
-    if columns.count("step") != 1 or len(set(columns)) != len(columns):
-        raise ValueError("its columns are wrong")
-    at = columns.index("step")
-    # A kill can cut the last row off in the middle.
-    whole = [row for row in rows if len(row) == len(columns) and re.fullmatch("[0-9]{1,18}", row[at])]
-    kept = [row for row in whole if int(row[at]) <= step]
-    return [columns, *kept] if kept else []

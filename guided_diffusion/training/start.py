@@ -90,9 +90,8 @@ def resume_path(config: TrainConfig) -> str:
     start, steps = config.resume_checkpoint, files.saved_steps(config.save_dir)
     if steps and config.resume == "auto":
         return files.checkpoint_path(config.save_dir, "model", steps[-1])
-    same_run = start and os.path.realpath(os.path.dirname(start)) == os.path.realpath(config.save_dir)
     at = files.step_of_checkpoint(start)
-    if steps and not (same_run and at is not None):
+    if steps and (at is None or os.path.realpath(os.path.dirname(start)) != os.path.realpath(config.save_dir)):
         reason = f"it has checkpoints already, the newest of step {steps[-1]}: give `resume` auto, or another folder"
         raise InputError(reason, parameter="save_dir", value=config.save_dir)
     if start and os.path.realpath(start) == os.path.realpath(config.export_path()):
@@ -241,14 +240,12 @@ def check_network(kind: Kind, flags: Mapping[str, Any]) -> None:
         raise
     except Exception as error:  # whatever a layer raises whose shapes do not fit
         raise InputError(f"the model's options do not go together: {first_line(error)}") from error
-    parameters, room = sum(p.numel() for p in model.parameters()), math.inf
+    parameters, memory = sum(p.numel() for p in model.parameters()), math.inf
     with contextlib.suppress(AttributeError, ValueError, OSError):  # not a POSIX system
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if 4 * parameters > room > 0:
-        raise InputError(
-            f"the model's options describe a network of {parameters / 1e9:.1f} billion parameters, for which this "
-            f"machine's memory of {room / 2**30:.0f} GiB does not suffice"
-        )
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * parameters > memory > 0:
+        size = f"{parameters / 1e9:.1f} billion parameters; this machine's memory is {memory / 2**30:.0f} GiB"
+        raise InputError(f"the model's options describe a network of {size}")
 
 
 def _create(kind: Kind, flags: Mapping[str, Any]) -> torch.nn.Module:
