@@ -6,6 +6,7 @@ it; `test_the_house_keeps` checks all of them.
 
 import ast
 import graphlib
+import importlib.util
 import io
 import json
 import re
@@ -91,8 +92,7 @@ def imports(module, path):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            source = ".".join([*base, *([node.module] if node.module else [])])
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             for alias in node.names:
                 full = f"{source}.{alias.name}"
                 yield (full if full in MODULES else source), node.lineno
@@ -109,24 +109,15 @@ def no_flag_stands_below_cli():
                 yield from (f"{name}:{token.start[0]}: {flag}" for flag in FLAG.findall(token.string))
 
 
-def no_argparse_below_cli():
-    for name, path in BELOW_CLI.items():
-        # guided-diffusion's functions share one import at the head of their module, which may be used by no other.
-        for node in ast.walk(tree(path)):
-            if name_of(node).startswith("argparse.") and (name, owner(path, node.lineno)) not in ARGPARSE_ALLOWED:
-                yield f"{name}:{node.lineno}"
-        imported = {target for target, _ in imports(name, path)}
-        if "argparse" in imported and name not in {module for module, _ in ARGPARSE_ALLOWED}:
-            yield name
-
-
-def nothing_below_cli_prints_or_exits():
+def nothing_below_cli_parses_flags_prints_or_exits():
     for name, path in BELOW_CLI.items():
         for node in ast.walk(tree(path)):
-            word = name_of(node.func) if isinstance(node, ast.Call) else name_of(node)
+            call = isinstance(node, ast.Call)
+            word = name_of(node.func) if call else name_of(node)
             exits = word in ("sys.exit", "exit", "quit", "SystemExit")
-            prints = word in ("sys.stderr", "sys.stdout") or (isinstance(node, ast.Call) and word == "print")
-            if exits or (prints and name not in PRINT_ALLOWED):
+            prints = word in ("sys.stderr", "sys.stdout") or (call and word == "print")
+            parses = word.startswith("argparse.") and (name, owner(path, node.lineno)) not in ARGPARSE_ALLOWED
+            if exits or parses or (prints and name not in PRINT_ALLOWED):
                 yield f"{name}:{node.lineno}: {word}"
 
 
@@ -261,15 +252,12 @@ def imports_go_down():
 
 
 def imports_make_no_circle():
-    # A package's own __init__ gathers what its modules offer.
-    graph = {
-        name: {
-            target
-            for target, _ in imports(name, path)
-            if target in MODULES and target not in (name, "guided_diffusion") and not name.startswith(f"{target}.")
-        }
-        for name, path in MODULES.items()
-    }
+    graph = {name: set() for name in MODULES}
+    for name, path in MODULES.items():
+        for target, _ in imports(name, path):
+            # A package's own __init__ gathers what its modules offer.
+            if target in MODULES and target not in (name, "guided_diffusion") and not name.startswith(f"{target}."):
+                graph[name].add(target)
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -320,25 +308,6 @@ def public_functions_are_annotated():
                 yield f"{name}.{function}: {', '.join(missing) or 'what it returns'}"
 
 
-# A dot stands for white space or a line break, so that this file has none of them.
-WORN_OUT = ("gone.on with", "goes.on with", "to be.had", "a()new", "is found.out", "were.there")
-PHRASES = re.compile("|".join(rf"(?<![a-zA-Z]){p}(?![a-zA-Z])".replace(".", r"\s+(?:#\s*)?") for p in WORN_OUT))
-TEXTS = {".py", ".md", ".sh", ".toml", ".yml", ".yaml", ".cff", ".txt", ".ipynb"}
-
-
-def prose_is_plain():
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode == 0:
-        paths = [ROOT / name for name in listed.stdout.splitlines()]
-    else:  # a copy without git
-        paths = [path for path in ROOT.rglob("*") if not {".venv", "data"} & set(path.relative_to(ROOT).parts)]
-    for path in paths:
-        if (path.suffix in TEXTS or path.name == "run") and path.is_file() and path != Path(__file__).resolve():
-            text = path.read_text(encoding="utf-8")
-            for match in PHRASES.finditer(text):
-                yield f"{path.relative_to(ROOT)}:{text.count(chr(10), 0, match.start()) + 1}: {match[0]!r}"
-
-
 def docstrings_do_not_begin_with_what():
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in [*MODULES.values(), *SCRIPTS]:
@@ -348,9 +317,9 @@ def docstrings_do_not_begin_with_what():
 
 
 RULES = (
-    no_flag_stands_below_cli, no_argparse_below_cli, nothing_below_cli_prints_or_exits, options_are_frozen_dataclasses,
+    no_flag_stands_below_cli, nothing_below_cli_parses_flags_prints_or_exits, options_are_frozen_dataclasses,
     run_json_has_one_writer, there_is_one_of_each, every_module_has_a_layer, imports_go_down, imports_make_no_circle,
-    no_script_is_imported, public_functions_are_annotated, prose_is_plain, docstrings_do_not_begin_with_what,
+    no_script_is_imported, public_functions_are_annotated, docstrings_do_not_begin_with_what,
 )  # fmt: skip
 
 

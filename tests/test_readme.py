@@ -36,40 +36,31 @@ RUN = {
         "--timestep_respacing 5 --num_samples 2",
     "python scripts/fetch_model.py": "",
 }  # fmt: skip
-# Commands that are not run, with the reason; their flags are read.
-NOT_RUN = {
-    "python scripts/ae_sample.py --preset cat2dog": "needs a model",
-    "python scripts/ae_sample.py --preset dog2cat": "needs a model",
-    "python scripts/ae_sample.py --model_path google/ddpm-cat-256": "needs a model",
-    "python scripts/ae_sample.py --model_path stabilityai/stable-diffusion-xl-base-1.0": "needs a model",
-    "python scripts/ae_sample.py --model_path M": "an example to read",
-    "python scripts/convert.py": "needs a model",
-    "python scripts/evaluate.py": "needs data",
-    "python scripts/fetch_model.py lsun_cat.pt": "downloads",
-    "python scripts/fetch_model.py NAME": "downloads",
-    "python datasets/prepare_emoji.py": "downloads",
-    "python datasets/prepare_cells.py": "downloads",
-    "npm pack": "downloads",
-    "bash download.sh": "of another repository",
-    "bash scripts/test.sh": "runs this test",
-    "bash .ci/run": "runs this test",
-    "bash scripts/emoji.sh": "takes hours; tests/test_benchmark.py runs its parts",
-    "bash scripts/cells.sh": "takes hours; tests/test_cells.py runs its parts",
-    "bash scripts/web_demo.sh": "installs Gradio; tests/test_web_page.py runs the page",
-    "bash scripts/demo.sh --range_t 0.5": "the demo once more",
-    "python scripts/ae_sample.py --preset fast --details_t": "the demo once more",
-    "pip install .": "tests/test_translator.py installs a copy",
-    "TORCH_INDEX=INDEX bash scripts/demo.sh": "downloads PyTorch",
-    ".venv/bin/python -m pip install": "downloads the developers' packages",
-    ".venv/bin/pre-commit install": "needs the developers' packages",
-    "source .venv/bin/activate": "comes before every command that runs",
-    "torchrun": "tests/test_processes.py runs launchers",
-    "mpiexec": "tests/test_processes.py runs launchers",
-    "sbatch": "needs Slurm",
-    "python docs/make.py": "takes minutes; tests below make the table and the pictures with two steps",
-    "python notebooks/execute.py": "needs nbclient; tests/test_notebook.py runs the cells",
-    "python -c": "runs below, with a file's name in it",
-}
+# Commands that are not run, by the reason; their flags are read.
+REASONS = {
+    "needs a model or data": (
+        "python scripts/ae_sample.py --preset cat2dog", "python scripts/ae_sample.py --preset dog2cat",
+        "python scripts/ae_sample.py --model_path google/ddpm-cat-256", "python scripts/convert.py",
+        "python scripts/ae_sample.py --model_path stabilityai/stable-diffusion-xl-base-1.0",
+        "python scripts/evaluate.py",
+    ),
+    "downloads": (
+        "python scripts/fetch_model.py lsun_cat.pt", "python scripts/fetch_model.py NAME",
+        "python datasets/prepare_emoji.py", "python datasets/prepare_cells.py", "npm pack",
+        "TORCH_INDEX=INDEX bash scripts/demo.sh", ".venv/bin/python -m pip install", "bash scripts/web_demo.sh",
+    ),
+    "runs this test": ("bash scripts/test.sh", "bash .ci/run"),
+    "runs in another test, or in part": (
+        "bash scripts/emoji.sh", "bash scripts/cells.sh", "pip install .", "torchrun", "mpiexec",
+        "python docs/make.py", "python notebooks/execute.py", "python -c",
+    ),
+    "is an example to read, or the demo once more": (
+        "python scripts/ae_sample.py --model_path M", "bash scripts/demo.sh --range_t 0.5",
+        "python scripts/ae_sample.py --preset fast --details_t", "source .venv/bin/activate",
+    ),
+    "needs other programs": ("bash download.sh", ".venv/bin/pre-commit install", "sbatch"),
+}  # fmt: skip
+NOT_RUN = [prefix for prefixes in REASONS.values() for prefix in prefixes]
 # Python snippets by a text in them: replacements for running them, or None where they need a download.
 EDITS: dict[str, list[tuple[str, str]] | None] = {
     'Translator(preset="emoji")': [('preset="emoji"', 'preset="emoji", steps=3')],
@@ -130,9 +121,7 @@ def commands():
             if re.search(r"^data/\S+ +\S|^data/\w+/$", text, re.MULTILINE):  # trees of files
                 continue
             found += [Command(document, section, " ".join(line.split())) for line in lines if line.strip()]
-        text = re.sub(
-            r"^```.*?^```$", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
-        )
+        text = re.sub(r"(?ms)^```.*?^```$", "", (ROOT / document).read_text(encoding="utf-8"))
         for line in re.findall(r"`((?:bash|python|torchrun) [^`]+)`", text):
             inline.append(Command(document, "", " ".join(line.split()), True))
     return [*found, *inline]
@@ -199,13 +188,13 @@ def test_flags_exist_and_values_fit(command):
         return
     mine = ["--preset", "emoji", "--base_samples", "ref_imgs"] if "demo.sh" in command.text else []
     given = parser.parse([*mine, *command.flags])
-    for cls in parser.added.keys() - {methods.EGSDE}:
+    for cls in parser.added.keys() - {methods.EGSDE, *methods.ENERGIES.values()}:
         given.options(cls)
 
 
 def test_flags_and_programs_in_sentences_exist():
     known = {"--pdb", "--nproc_per_node", "--input_pertub"}  # pytest's, torchrun's, a fork's
-    for path in [*(ROOT / "scripts").glob("*.py"), ROOT / "docs" / "make.py", *(ROOT / "datasets").glob("*.py")]:
+    for path in [*(ROOT / "scripts").glob("*.py"), ROOT / "docs" / "make.py", *(ROOT / "datasets").glob("prepare_*.py")]:
         known |= {*load_script(f"../{path.parent.name}/{path.stem}").create_parser()._option_string_actions}
     for document in DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf-8")
