@@ -274,8 +274,8 @@ def execute(
 
 def write_npz(job: Job, image_size: int, labels: Labels) -> None:
     """Write guided-diffusion's file: images as arr_0, uint8 [N, H, W, 3], and their classes, if any, as arr_1 [N]."""
-    images = np.stack([job.image(item, image_size) for item in job.items.values()])
-    arrays, names = [images], [item.reference.name for item in job.items.values()]
+    images = np.stack([job.image(key, image_size) for key in job.items])
+    arrays, names = [images], [reference.name for reference in job.items.values()]
     if not isinstance(job.source, SmallImages):
         keys = [image_key(job.options.seed, name) for name in names]
         classes = labels(names, ImageNoise(keys, torch.device("cpu")))

@@ -14,14 +14,14 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..dist_util import Peers
 from ..errors import InputError, display_name, reading
-from ..image_datasets import RESIZE_MODES, Reference, check_options, load_image
+from ..image_datasets import RESIZE_MODES, check_options, load_image
 from ..options import check, option
 from . import record
 from .files import Folder, inside, remove_files, remove_temporaries
@@ -95,16 +95,10 @@ class JobOptions(OutputOptions):
         return Source(entries, failed, {}, self.base_samples, self.samples_per_image, self.strict, options)
 
 
-class Item(NamedTuple):
-    """One output to make: the `sample`-th translation of a reference. `key` identifies it in the run."""
-
-    reference: Reference
-    sample: int
-    key: str
-
-
 class Job:
-    """The outputs wanted of a source: `items` by key, and the `folder` that they go to.
+    """The outputs wanted of a source, and the `folder` that they go to.
+
+    items: references by key; the key of an output is its reference's name and the sample's number, as "a/tom.jpg#0".
 
     Raises InputError for what can be known to fail: a folder that cannot be written, an output that would replace a
     source or lie outside of the folder.
@@ -124,18 +118,14 @@ class Job:
             sources = {base: os.path.basename(base), **{os.path.join(base, name): name for name in source.failed}}
             sources |= {reference.path: reference.name for reference in source.entries}
         self._sources = {os.path.realpath(path): name for path, name in sources.items()}
-        pairs = [(reference, k, f"{reference.name}#{k}") for k in range(source.samples) for reference in source.entries]
-        self.items = {key: Item(reference, k, key) for reference, k, key in pairs}
+        pairs = ((reference, k) for k in range(source.samples) for reference in source.entries)
+        self.items = {f"{reference.name}#{k}": reference for reference, k in pairs}
         outputs = [path for key in self.items for path in self.paths(key)]
         for folder in {os.path.dirname(path) for path in outputs}:
             if not inside(folder, options.save_dir):
                 name = display_name(os.path.relpath(folder, options.save_dir))
                 raise self.folder.refuse(f"its folder {name} is a link out of it; remove the link")
         self.refuse_sources(self.own_files() + outputs)
-
-    def path(self, item: Item) -> str:
-        """Where an item's image is written."""
-        return self.paths(item.key)[0]
 
     def paths(self, key: str, samples: int | None = None) -> tuple[str, ...]:
         """Where a key's image and its trajectory are written; samples: of each reference, by default this job's."""
@@ -149,9 +139,10 @@ class Job:
         """Files that a run writes besides the outputs, the record last."""
         return [os.path.join(self.options.save_dir, name) for name in ("grid.png", record.IMAGES, record.NAME)]
 
-    def exists(self, item: Item) -> bool:
-        """Whether an item's image is there: a file, and no link to one."""
-        return os.path.isfile(self.path(item)) and not os.path.islink(self.path(item))
+    def exists(self, key: str) -> bool:
+        """Whether a key's image is there: a file, and no link to one."""
+        path = self.paths(key)[0]
+        return os.path.isfile(path) and not os.path.islink(path)
 
     def discard(self, keys: Iterable[str]) -> None:
         """Remove the outputs of keys."""
@@ -159,12 +150,13 @@ class Job:
 
     def made(self) -> int:
         """How many of the wanted outputs exist."""
-        return sum(map(self.exists, self.items.values()))
+        return sum(map(self.exists, self.items))
 
-    def image(self, item: Item, side: int) -> np.ndarray:
+    def image(self, key: str, side: int) -> np.ndarray:
         """An output as uint8 [side, side, 3]; raises InputError, naming the file, where it is none of ours any more."""
-        with reading(self.path(item)):
-            return load_image(self.path(item), side)
+        path = self.paths(key)[0]
+        with reading(path):
+            return load_image(path, side)
 
     def refuse_sources(self, paths: Iterable[str]) -> None:
         """Raise InputError where a file that the run writes or removes is one of its sources."""
@@ -235,7 +227,7 @@ def _open(job: Job, image_size: int, settings: dict[str, Any]) -> Plan:
         old = {"plan": [], "batch_size": batch_size, "started": now(), "seconds": 0.0}
     remove_temporaries(folder.path)
     remove_files(glob.glob(os.path.join(glob.escape(folder.path), ".monitor-*.json")))  # of version 0.2
-    present = _discard_changed(job, {key for key, item in job.items.items() if job.exists(item)})
+    present = _discard_changed(job, {key for key in job.items if job.exists(key)})
     missing = job.items.keys() - present
     record.gather(folder, keep=lambda entry: entry["key"] not in missing)
     batches = old["plan"]
@@ -270,16 +262,16 @@ def _discard_changed(job: Job, present: set[str]) -> set[str]:
     Outputs without a recorded source, as version 0.2 left them, and those whose source cannot be read any more, stay.
     """
     recorded = {entry["key"]: entry["source"] for entry in record.entries(job.folder.path)}
-    unique = {job.items[key].reference.name: job.items[key].reference for key in present}
+    unique = {job.items[key].name: job.items[key] for key in present}
     with ThreadPoolExecutor(8) as pool:
         found = dict(zip(unique, pool.map(job.source.fingerprint, unique.values())))
-    contents = {key: found[job.items[key].reference.name] for key in present}
+    contents = {key: found[job.items[key].name] for key in present}
     known = {key for key, content in contents.items() if content is not None}
     changed = {key for key in known & recorded.keys() if recorded[key] != contents[key]}
     for words, keys in (("made again, because their sources have changed", changed),
                         ("kept, although their sources are not recorded", known - recorded.keys())):  # fmt: skip
         if keys:
-            example = display_name(job.items[min(keys)].reference.name)
+            example = display_name(job.items[min(keys)].name)
             log.warning("outputs that are %s: %d, such as %s", words, len(keys), example)
     job.discard(changed)
     return present - changed

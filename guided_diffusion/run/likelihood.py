@@ -23,7 +23,7 @@ from ..options import option
 from ..target import Batch, Target
 from . import record
 from .files import write_atomically, write_text
-from .job import Item, Job, RunOptions
+from .job import Job, RunOptions
 from .loop import NOT_FINITE, Loop
 from .sources import Source
 
@@ -73,8 +73,8 @@ class LikelihoodJob(Job):
     def discard(self, keys: Iterable[str]) -> None:
         self._known.difference_update(keys)
 
-    def exists(self, item: Item) -> bool:
-        return item.key in self._known
+    def exists(self, key: str) -> bool:
+        return key in self._known
 
     @cached_property
     def _known(self) -> set[str]:
@@ -111,18 +111,18 @@ class LikelihoodLoop(Loop):
         terms = self.sample(*self._inputs(items))
         # On the CPU first: not every device has float64.
         found = {name: terms[name].cpu().double() for name in (*SUMS, *ONES)}
-        for n, (item, _, content) in enumerate(items):
+        for n, (key, _, content) in enumerate(items):
             if not all(values[n].isfinite().all() for values in found.values()):
-                self._fail(item, NOT_FINITE)
-            elif not self.job.exists(item):
+                self._fail(key, NOT_FINITE)
+            elif not self.job.exists(key):
                 lists = {name: values[n].tolist() for name, values in found.items()}
-                self._journal.add({"key": item.key, "source": content, **lists})
+                self._journal.add({"key": key, "source": content, **lists})
                 self._count(1)
         self._report(len(items))
 
     def _complete(self) -> dict[str, Any]:
         folder, known = self.job.folder, self.job.terms()
-        terms = {item.reference.name: known[key] for key, item in self.job.items.items() if key in known}
+        terms = {reference.name: known[key] for key, reference in self.job.items.items() if key in known}
         if not terms:
             name, reason = next(iter(self.failed.items()))
             raise InputError(f"none of the images can be evaluated; the first: {display_name(name)}: {reason}")

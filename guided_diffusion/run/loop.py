@@ -24,8 +24,8 @@ from ..solvers import NotFiniteError
 from ..target import Batch, count_evaluations
 from . import files, record
 from .grid import contact_sheet
-from .job import Item, Job, OutputOptions, Plan, now
-from .noise import ImageNoise, image_key
+from .job import Job, OutputOptions, Plan, now
+from .noise import ImageNoise
 
 TRAJECTORY_FRAMES = 48
 NOT_FINITE = "the model gave values that are NaN or infinite (too low a precision for it?)"
@@ -75,7 +75,7 @@ class Loop:
                 while (index := job.peers.count("claimed") - 1) < len(batches):
                     items = self._read(batches[index])
                     # Where only broken references are missing, the others of the batch are not made again.
-                    if all(job.exists(item) for item, *_ in items):
+                    if all(job.exists(key) for key, *_ in items):
                         items = []
                     self._make(items)
                     self._report((len(batches[index]) - len(items)) * self.steps)
@@ -85,28 +85,30 @@ class Loop:
             self._journal.close()
         self.seconds = time.monotonic() - started
 
-    def _read(self, keys: list[str]) -> list[tuple[Item, np.ndarray, str | None]]:
-        """The readable items with their images, uint8 [H, W, 3], and fingerprints; notes the others as failed."""
+    def _read(self, keys: list[str]) -> list[tuple[str, np.ndarray, str | None]]:
+        """The readable keys with their images, uint8 [H, W, 3], and fingerprints; notes the others as failed."""
         source = self.job.source
 
-        def read(item: Item) -> Any:
+        def read(key: str) -> Any:
+            reference = self.job.items[key]
             try:
                 # In this order: a file that is replaced in between does not match its fingerprint in the next run.
-                content = source.fingerprint(item.reference)
-                return item, source.read(item.reference, self.plan.image_size), content
+                content = source.fingerprint(reference)
+                return key, source.read(reference, self.plan.image_size), content
             except ImageError as error:
-                return item, error
+                return key, error
 
         with ThreadPoolExecutor(8) as pool:
-            results = list(pool.map(read, [self.job.items[key] for key in keys]))
-        for item, error in [result for result in results if len(result) == 2]:
-            self._fail(item, error.reason)
+            results = list(pool.map(read, keys))
+        for key, error in [result for result in results if len(result) == 2]:
+            self._fail(key, error.reason)
         return [result for result in results if len(result) == 3]
 
-    def _fail(self, item: Item, reason: str) -> None:
+    def _fail(self, key: str, reason: str) -> None:
+        name = self.job.items[key].name
         if self.job.source.strict:
-            raise InputError(f"{display_name(item.reference.name)}: {reason}")
-        self.failed[item.reference.name] = reason
+            raise InputError(f"{display_name(name)}: {reason}")
+        self.failed[name] = reason
 
     def _make(self, items: list) -> None:
         """Translate a batch; with batch_size="auto", in parts of half the size once memory has not sufficed."""
@@ -135,10 +137,10 @@ class Loop:
 
     def _inputs(self, items: list) -> tuple[Batch, ImageNoise]:
         device, source, seed = self.job.device, self.job.source, self.job.options.seed
-        names = tuple(item.reference.name for item, *_ in items)
+        names = tuple(self.job.items[key].name for key, *_ in items)
         labels = torch.tensor([source.labels[name] for name in names], device=device) if source.labels else None
         batch = Batch(to_tensor([image for _, image, _ in items]).to(device), names, labels)
-        return batch, ImageNoise([image_key(seed, item.reference.name, item.sample) for item, *_ in items], device)
+        return batch, ImageNoise([f"{seed}/{key}" for key, *_ in items], device)  # as `image_key` gives it
 
     def _translate(self, items: list) -> None:
         options, started = cast(OutputOptions, self.job.options), time.monotonic()
@@ -167,16 +169,16 @@ class Loop:
         cost = {"seconds": (time.monotonic() - started) / len(items), "evaluations": count.total / len(items)}
         images, did = to_uint8(x.nan_to_num()), record.steps_of(guided, len(items))
         self._wait_for_writing()  # of the batch before
-        for n, (item, _, content) in enumerate(items):
+        for n, (key, _, content) in enumerate(items):
             if not valid[n]:
-                self._fail(item, NOT_FINITE)
-            elif not self.job.exists(item):
-                entry = {"key": item.key, "source": content, **cost, "steps": did[n]}
+                self._fail(key, NOT_FINITE)
+            elif not self.job.exists(key):
+                entry = {"key": key, "source": content, **cost, "steps": did[n]}
                 shots = [frame[n] for frame in frames]
-                self._writing.append(self._writers.submit(self._write, item, images[n], shots, entry))
+                self._writing.append(self._writers.submit(self._write, key, images[n], shots, entry))
 
-    def _write(self, item: Item, image: np.ndarray, frames: Sequence[np.ndarray], entry: dict[str, Any]) -> bool:
-        path, animation = self.job.paths(item.key)
+    def _write(self, key: str, image: np.ndarray, frames: Sequence[np.ndarray], entry: dict[str, Any]) -> bool:
+        path, animation = self.job.paths(key)
         try:
             self._journal.add(entry)
             # The image goes last: where it exists, all is written.
@@ -188,7 +190,7 @@ class Loop:
             number = getattr(error.__cause__, "errno", None)
             if number not in NAME_ERRORS:
                 raise
-            self._fail(item, f"its output cannot be written: {os.strerror(number)}")
+            self._fail(key, f"its output cannot be written: {os.strerror(number)}")
             return False
 
     def _wait_for_writing(self) -> None:
@@ -239,9 +241,9 @@ class Loop:
     def _complete(self) -> dict[str, Any]:
         """Write what shows the whole run, grid.png; returns its entries of the record."""
         job, failed = self.job, self.failed
-        for item in job.items.values():
-            if item.reference.name not in failed and not job.exists(item):
-                failed[item.reference.name] = "its output was removed while the run was going"
+        for key, reference in job.items.items():
+            if reference.name not in failed and not job.exists(key):
+                failed[reference.name] = "its output was removed while the run was going"
         self._write_grid()
         totals = record.total(record.entries(job.folder.path))
         self._say_idle(totals["energy_weights"])
@@ -263,10 +265,10 @@ class Loop:
         for reference in job.source.entries:
             if len(rows) == cast(OutputOptions, job.options).grid:
                 break
-            made = [job.items[f"{reference.name}#{k}"] for k in range(job.source.samples)]
+            made = [f"{reference.name}#{k}" for k in range(job.source.samples)]
             if reference.name not in self.failed and all(map(job.exists, made)):
                 with contextlib.suppress(ImageError, InputError):  # made earlier, and changed by somebody since
-                    rows.append([*job.source.beside(reference, size), *(job.image(item, size) for item in made)])
+                    rows.append([*job.source.beside(reference, size), *(job.image(key, size) for key in made)])
         if rows:
             if len(rows[0]) == 1:  # samples without a reference: as they are, in a square
                 columns, side = math.ceil(len(rows) ** 0.5), size
