@@ -52,10 +52,8 @@ OURS = "SDDM, late start"
 DETAILS = ("SDDM, 100 steps", "SDDM, late start, 20 steps")  # in fronts.md alone, not in documents, chart and pictures
 LOWEST_SSIM = 0.3  # of the hypervolume's reference point; its distance is that of the sources as they are
 LEVELS = (0.34, 0.35, 0.36, 0.37, 0.38, 0.39, 0.40)  # of SSIM, for the table of matched faithfulness
-NEAR = (
-    0.004,
-    0.05,
-)  # a setting is near the front if so much more SSIM and so large a share less distance puts it there
+NEAR = (0.004, 0.05)
+"""A setting is near the front if so much more SSIM and so large a share less distance puts it there."""
 FAR = 2  # times the smallest distance: farther settings are in the table, not in the chart
 BLOCK = re.compile(r"(<!-- fronts: made by benchmarks/emoji/fronts\.py -->\n).*?(<!-- end of fronts -->)", re.DOTALL)
 CELL, LABEL = 96, 236  # pixels of a picture and of the labels' column in pictures.png
@@ -93,12 +91,19 @@ def distance_at(points: Sequence[Point], faithfulness: float) -> float:
 class Setting:
     """A row of the table with what was measured of it.
 
-    measured: of each seed, `features` [N, D], `ssim`, `content` and `target` [N]. costs: means over the seeds.
+    measured: of each seed, `features` [N, D], `ssim`, `content` and `target` [N]. costs: means over the seeds. scores:
+    of all pictures, as fronts.json has them.
     """
 
     row: tables.Row
     measured: list = field(default_factory=list)
     costs: dict = field(default_factory=dict)
+    scores: dict = field(default_factory=dict)
+
+    @property
+    def point(self):
+        """(SSIM, distance)."""
+        return self.scores["ssim"], self.scores["distance"]
 
     def score(self, target, chosen=slice(None)):
         """Distance, SSIM to the truth, content found again and share of the target, of all or the chosen pictures."""
@@ -185,11 +190,11 @@ def read_settings(table, save_dir, ruler):
     return settings, missing, sorted(devices)
 
 
-def points_of(settings, scores):
-    """The settings as points (SSIM, distance) by method."""
+def points_of(settings):
+    """The settings' points by method."""
     found = {}
-    for setting, score in zip(settings, scores):
-        found.setdefault(setting.row.method, []).append((score["ssim"], score["distance"]))
+    for setting in settings:
+        found.setdefault(setting.row.method, []).append(setting.point)
     return found
 
 
@@ -206,8 +211,7 @@ def bootstrap(settings, target, reference, replicates, seed=0):
         chosen = rng.integers(count, size=count)
         draws.append([list(setting.score(target, chosen).values()) for setting in settings])
     draws = np.array(draws)
-    full = np.array([list(setting.score(target).values()) for setting in settings])
-    draws[..., 0] += full[:, 0] - draws[..., 0].mean(axis=0)
+    draws[..., 0] += [setting.scores["distance"] for setting in settings] - draws[..., 0].mean(axis=0)
     areas = {}
     for method in dict.fromkeys(setting.row.method for setting in settings):
         own = [k for k, setting in enumerate(settings) if setting.row.method == method]
@@ -221,53 +225,46 @@ def interval(values):
     return [float(low), float(high)]
 
 
-def matched(settings, scores, draws):
+def matched(settings, draws):
     """Each other method's front setting beside the best of OURS that is at least as faithful.
 
     Dicts with both names, and of distance, SSIM and content the difference (ours minus theirs) with its interval; ours
     is None where no setting is as faithful.
     """
-    points = points_of(settings, scores)
-    ours = [k for k, setting in enumerate(settings) if setting.row.method == OURS]
-    found = []
-    for k, setting in enumerate(settings):
-        if k in ours or (scores[k]["ssim"], scores[k]["distance"]) not in front(points[setting.row.method]):
+    points, found = points_of(settings), []
+    for k, theirs in enumerate(settings):
+        if theirs.row.method == OURS or theirs.point not in front(points[theirs.row.method]):
             continue
-        entry = {"theirs": setting.row.name, "ours": None}
-        fitting = [i for i in ours if scores[i]["ssim"] >= scores[k]["ssim"]]
+        found.append({"theirs": theirs.row.name, "ours": None})
+        fitting = [i for i, s in enumerate(settings) if s.row.method == OURS and s.point[0] >= theirs.point[0]]
         if fitting:
-            best = min(fitting, key=lambda i: scores[i]["distance"])
-            entry["ours"] = settings[best].row.name
+            best = min(fitting, key=lambda i: settings[i].point[1])
+            found[-1]["ours"] = settings[best].row.name
             for column, name in enumerate(("distance", "ssim", "content")):
-                difference = scores[best][name] - scores[k][name]
-                entry[name] = [difference, *interval(draws[:, best, column] - draws[:, k, column])]
-        found.append(entry)
+                difference = settings[best].scores[name] - theirs.scores[name]
+                found[-1][name] = [difference, *interval(draws[:, best, column] - draws[:, k, column])]
     return found
 
 
-def near(settings, scores):
-    """Indices of the settings on or near their method's front; see NEAR."""
-    chosen, points = [], points_of(settings, scores)
-    for k, setting in enumerate(settings):
-        better = scores[k]["ssim"] + NEAR[0], scores[k]["distance"] * (1 - NEAR[1])
-        if distance_at(points[setting.row.method], better[0]) >= better[1]:
-            chosen.append(k)
-    return chosen
+def near(settings):
+    """Names of the settings on or near their method's front; see NEAR."""
+    points = points_of(settings)
+    better = [(s, s.point[0] + NEAR[0], s.point[1] * (1 - NEAR[1])) for s in settings]
+    return [s.row.name for s, x, y in better if distance_at(points[s.row.method], x) >= y]
 
 
-def text_of(settings, scores, anchors, areas, volumes, pairs, missing, reference, notes):
+def text_of(settings, anchors, areas, volumes, pairs, missing, reference, notes):
     """fronts.md."""
-    points = points_of(settings, scores)
+    points = points_of(settings)
     lines = ["# Flat to 3D emoji: fronts", ""]
     timed = all("seconds" in setting.costs for setting in settings)
-    head = ["method", "setting", "evaluations", *["s/image"] * timed, *headings(scores), "seeds"]
-    cells = []
-    for setting, score in zip(settings, scores):
-        mark = " *" if (score["ssim"], score["distance"]) in front(points[setting.row.method]) else ""
+    titles = headings([setting.scores for setting in settings])
+    head, cells = ["method", "setting", "evaluations", *["s/image"] * timed, *titles, "seeds"], []
+    for setting in settings:
+        method, name = setting.row.method, setting.row.setting
+        name += " *" if setting.point in front(points[method]) else ""
         costs = [f"{setting.costs['evaluations']:.0f}", *[f"{setting.costs['seconds']:.2f}" for _ in range(timed)]]
-        cells.append(
-            [setting.row.method, setting.row.setting + mark, *costs, *shown(score), str(len(setting.measured))]
-        )
+        cells.append([method, name, *costs, *shown(setting.scores), str(len(setting.measured))])
     cells += [[f"*{name}*", "", *[""] * (1 + timed), *shown(score), ""] for name, score in anchors.items()]
     lines += [markdown_table(head, cells), "", "\\* on its method's front", ""]
     lines += [f"## Area under the front, with SSIM above {reference[0]:g} and distance below {reference[1]:.2f}", ""]
@@ -284,15 +281,13 @@ def text_of(settings, scores, anchors, areas, volumes, pairs, missing, reference
     cells = []
     for method in points:
         best = [distance_at(points[method], level) for level in LEVELS]
-        cells.append([method, *("" if value == float("inf") else f"{value:.2f}" for value in best)])
+        cells.append([method, *("" if math.isinf(value) else f"{value:.2f}" for value in best)])
     lines += [markdown_table(["method", *(f"{level:.2f}" for level in LEVELS)], cells), ""]
     lines += [f"Every setting of the other fronts beside the nearest of {OURS} that is at least as faithful:", ""]
     cells = []
     for pair in pairs:
-        values = [
-            f"{a:+.3f} [{b:+.3f}, {c:+.3f}]"
-            for a, b, c in (pair[n] for n in ("distance", "ssim", "content") if n in pair)
-        ]
+        found = [pair[name] for name in ("distance", "ssim", "content") if name in pair]
+        values = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*each) for each in found]
         cells.append([pair["theirs"], (pair["ours"] or "none").removeprefix(f"{OURS}, "), *(values or [""] * 3)])
     lines += [markdown_table(["theirs", "ours", "judge distance", "SSIM to truth", "content found"], cells), ""]
     if missing:
@@ -328,29 +323,26 @@ def spelled(name, value):
     return f"{value:.2f}" if name == "distance" else f"{value:.3f}"
 
 
-def chart_rows(settings, scores):
+def chart_rows(settings):
     """The settings as `charts.trade_off` takes them, but those so distant that the others would lie on one line."""
-    largest = FAR * min(score["distance"] for score in scores)
-    no_deviation = {"fid": None, "truth_ssim": None}
+    largest = FAR * min(setting.point[1] for setting in settings)
     return [
-        {"method": setting.row.method, "setting": setting.row.setting, "std": no_deviation,
+        {"method": setting.row.method, "setting": setting.row.setting, "std": {"fid": None, "truth_ssim": None},
          "published": {"fid": "", "source_ssim": ""}, "protocol": {"features": "judge"},
-         "mean": {"fid": score["distance"], "truth_ssim": score["ssim"]}}
-        for setting, score in zip(settings, scores)
-        if score["distance"] <= largest and setting.row.method not in DETAILS
+         "mean": {"fid": setting.point[1], "truth_ssim": setting.point[0]}}
+        for setting in settings
+        if setting.point[1] <= largest and setting.row.method not in DETAILS
     ]  # fmt: skip
 
 
-def representatives(settings, scores, reference):
-    """For each method, its setting with the largest area of its own: how far it beats the reference in both."""
-    area = [hypervolume([(s["ssim"], s["distance"])], reference) for s in scores]
+def representatives(settings, reference):
+    """Of each method, the row of the setting with the largest area of its own: how far it beats the reference."""
     best = {}
-    for k, setting in enumerate(settings):
-        if setting.row.method in DETAILS:
-            continue
-        if setting.row.method not in best or area[k] > area[best[setting.row.method]]:
-            best[setting.row.method] = k
-    return best
+    for setting in settings:
+        area = hypervolume([setting.point], reference)
+        if setting.row.method not in DETAILS and area > best.get(setting.row.method, (-1, None))[0]:
+            best[setting.row.method] = area, setting.row
+    return [row for _, row in best.values()]
 
 
 def sheet(named_folders, stems):
@@ -385,7 +377,6 @@ def main():
     settings, missing, devices = read_settings(args.table, args.save_dir, ruler)
     if not settings:
         raise InputError(f"{args.save_dir} has no finished row of {args.table}; scripts/emoji.sh makes them")
-    scores = [setting.score(ruler.target) for setting in settings]
     train = list_images(args.data / "fluent3d" / "train", "train")
     others = sorted(train, key=lambda r: hashlib.sha256(r.name.encode()).hexdigest())[: len(ruler.stems)]
     drawn = judged(ruler.judge, ruler.read([r.path for r in others]))["features"]
@@ -394,14 +385,13 @@ def main():
         "kernel": kernel(drawn, ruler.features, args.replicates),
     }
     unchanged = Setting(None, [ruler.measure(str(test["twitter"]))])
-    sources = unchanged.score(ruler.target)
-    anchors = {"sources as they are": sources}
-    for setting, score in zip((*settings, unchanged), (*scores, sources)):
-        score["kernel"] = setting.kernel(ruler.features, args.replicates)
-    reference = (LOWEST_SSIM, sources["distance"])
+    for setting in (*settings, unchanged):
+        setting.scores = setting.score(ruler.target)
+        setting.scores["kernel"] = setting.kernel(ruler.features, args.replicates)
+    anchors, reference = {"sources as they are": unchanged.scores}, (LOWEST_SSIM, unchanged.point[1])
     draws, areas = bootstrap(settings, ruler.target, reference, args.replicates)
-    volumes = {method: hypervolume(own, reference) for method, own in points_of(settings, scores).items()}
-    pairs = matched(settings, scores, draws)
+    volumes = {method: hypervolume(own, reference) for method, own in points_of(settings).items()}
+    pairs = matched(settings, draws)
     notes = [
         f"{len(ruler.stems)} pictures; judge {ruler.digest}; intervals by {args.replicates} resamples of the pictures",
         "KID is unbiased, so that it is about 0 for true pictures; in brackets its interval of 95 %",
@@ -409,37 +399,34 @@ def main():
     ]
     if len(devices) > 1:
         notes.append(f"sampled on {' and '.join(devices)}; the draws are the same, seconds would not compare")
-    text = text_of(settings, scores, anchors, areas, volumes, pairs, missing, reference, notes)
+    text = text_of(settings, anchors, areas, volumes, pairs, missing, reference, notes)
     record = {
         "settings": [
             {"method": s.row.method, "setting": s.row.setting, "command": " ".join((s.row.script, *s.row.flags)),
-             "seeds": len(s.measured), **s.costs, **score}
-            for s, score in zip(settings, scores)
+             "seeds": len(s.measured), **s.costs, **s.scores}
+            for s in settings
         ],
         "anchors": anchors, "others": apart, "reference": reference, "matched": pairs, "missing": missing,
         "areas": {method: [volumes[method], *interval(values)] for method, values in areas.items()},
     }  # fmt: skip
     files.write_text(str(args.out / "fronts.md"), text)
     files.write_json(str(args.out / "fronts.json"), record)
-    chart = charts.trade_off(chart_rows(settings, scores), "truth_ssim")
+    chart = charts.trade_off(chart_rows(settings), "truth_ssim")
     files.write_text(str(args.out / "fronts.svg"), charts.svg(chart))
     if args.readme:
         document = args.readme.read_text(encoding="utf-8")
         files.write_text(str(args.readme), BLOCK.sub(lambda m: f"{m[1]}{summary(record)}\n{m[2]}", document))
     lines = [line for line in args.table.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
-    chosen = {settings[k].row.name for k in near(settings, scores)}
+    chosen = near(settings)
     kept = [line for line in lines if tables.parse_row(line).name in chosen]
     files.write_text(str(args.save_dir / "near.txt"), "\n".join([*kept, ""]))
     stems = [stem for stem in ruler.stems if not SKIN_TONE.search(stem)]
     stems = [stems[round(k)] for k in np.linspace(0, len(stems) - 1, min(args.pictures, len(stems)))]
-    best = representatives(settings, scores, reference)
-    rows = [settings[k].row for k in best.values()]
-    made = [
-        (f"{row.method}\n{row.setting}", sorted((args.save_dir / row.folder).glob("seed_*[0-9]"))[0]) for row in rows
-    ]
-    sheet([("source", test["twitter"]), *made, ("truth", test["fluent3d"])], stems).save(
-        args.out / "pictures.png", optimize=True
-    )
+    shown_rows = [("source", test["twitter"])]
+    for row in representatives(settings, reference):
+        folder = sorted((args.save_dir / row.folder).glob("seed_*[0-9]"))[0]
+        shown_rows.append((f"{row.method}\n{row.setting}", folder))
+    sheet([*shown_rows, ("truth", test["fluent3d"])], stems).save(args.out / "pictures.png", optimize=True)
     print(text, end="")
 
 
