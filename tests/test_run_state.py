@@ -2,7 +2,6 @@
 
 import dataclasses
 import pickle
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,14 +12,12 @@ from tiny import SIZE, make_model, make_references
 
 from guided_diffusion import Translator, ddpm, energy
 from guided_diffusion.baselines import ilvr, sdedit
-from guided_diffusion.checkpoint import ModelFlags
-from guided_diffusion.checkpoint.targets import TargetOptions, load_target
 from guided_diffusion.errors import InputError
 from guided_diffusion.options import check_names, option
 from guided_diffusion.script_util import create_classifier, create_diffusion, create_model
 from guided_diffusion.sddm import energy_factor, sample
 from guided_diffusion.solvers import NotFiniteError
-from guided_diffusion.target import Counted, count_evaluations
+from guided_diffusion.target import Counted
 
 STEPS = 6
 
@@ -137,21 +134,6 @@ def test_the_length_of_an_energy_s_direction_does_not_depend_on_the_steps():
             other = create_diffusion(timestep_respacing=str(steps) if steps < 1000 else "")
             j = int(abs(other.alphas_cumprod - published.alphas_cumprod[i]).argmin())
             assert energy_factor(other, 25, False, j) == pytest.approx(factor, rel=0.07)
-
-
-def test_evaluations_are_counted_where_they_happen(tmp_path):
-    options = TargetOptions(model_path=str(make_model(tmp_path / "model.safetensors")))
-    first, second = (load_target(options, ModelFlags(), torch.device("cpu")) for _ in range(2))
-    x, t = torch.zeros(3, 3, SIZE, SIZE), torch.zeros(3, dtype=torch.long)
-    with count_evaluations() as outer:
-        first.model(x, t)
-        with count_evaluations() as inner:
-            second.model(x[:1], t[:1])
-        thread = threading.Thread(target=first.model, args=(x, t))
-        thread.start()
-        thread.join()
-    first.model(x, t)
-    assert (outer.total, inner.total) == (4, 1)
 
 
 def test_one_name_with_two_defaults_is_an_error():
