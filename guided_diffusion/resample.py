@@ -14,20 +14,14 @@ import torch
 from .errors import InputError
 from .registry import fitting
 
-SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment", "lognormal")
-
 
 def create_named_schedule_sampler(
     name: str, diffusion: Any, sigma_mean: float = -0.3, sigma_std: float = 1.2
 ) -> "ScheduleSampler":
     """Make a sampler of the timesteps of `diffusion`. sigma_*: see `LogNormalSampler`. Raises InputError for a name."""
-    if name == "uniform":
-        return UniformSampler(diffusion)
-    if name == "loss-second-moment":
-        return LossSecondMomentResampler(diffusion)
-    if name == "lognormal":
-        return LogNormalSampler(diffusion, sigma_mean, sigma_std)
-    raise InputError(fitting(name, list(SCHEDULE_SAMPLERS)), parameter="schedule_sampler", value=name)
+    if name not in SCHEDULE_SAMPLERS:
+        raise InputError(fitting(name, list(SCHEDULE_SAMPLERS)), parameter="schedule_sampler", value=name)
+    return SCHEDULE_SAMPLERS[name](diffusion, *((sigma_mean, sigma_std) if name == "lognormal" else ()))
 
 
 class ScheduleSampler(ABC):
@@ -150,3 +144,8 @@ class LogNormalSampler(ScheduleSampler):
 
     def importance(self, weights: np.ndarray, t: np.ndarray) -> np.ndarray:
         return np.ones(len(t))
+
+
+SCHEDULE_SAMPLERS: dict[str, Any] = {
+    "uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler, "lognormal": LogNormalSampler
+}  # fmt: skip

@@ -50,7 +50,7 @@ def train(given: Given, ranks: Ranks) -> int:
     refuse_own_outputs(config.save_dir, classes.domains or data.data_dir, references)
     with run.folder():
         start = begin(config, ENCODER, model.given(), label, head="I2Iout" if classes.domains else "out")
-        reading = {"seed": config.seed, "random_crop": classes.random_crop, **data.reading()}
+        reading = {"seed": config.seed, **data.reading()}
         images = TrainImages(references, start.flags["image_size"], labels=start.labels, **reading)
         diffusion = create_diffusion(**start.flags)
         losses, measure = classifier_loss(diffusion, classes.noised), None

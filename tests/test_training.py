@@ -221,24 +221,15 @@ def test_every_epoch_shows_every_image_once(folder, cache, workers):
     assert which == images.indices(np.arange(35)).tolist()
 
 
-def test_augmented_images_are_windows_mirrored_or_not_the_same_ones_whenever(folder):
-    images, numbers = TrainImages(list_images(folder), 8, random_crop=True, random_flip=True), np.arange(64)
-    _, crops, _ = next(images.batches(iter([numbers]), "cpu"))
-    seen = []
-    for crop, index in zip(crops, images.indices(numbers)):
-        large = images.read(index).float() / 127.5 - 1
-        assert large.shape == (3, 10, 10)
-        windows = {(y, x): large[:, y : y + 8, x : x + 8] for y in range(3) for x in range(3)}
-        found = [
-            (place, flipped)
-            for place, window in windows.items()
-            for flipped in (False, True)
-            if torch.equal(window.flip(-1) if flipped else window, crop)
-        ]
-        seen.append(found[0])
-    assert len({place for place, _ in seen}) > 3 and 16 < sum(flipped for _, flipped in seen) < 48
-    again = next(images.batches(iter([numbers[20:30]]), "cpu"))[1]
-    assert torch.equal(again, crops[20:30])
+def test_half_of_the_images_are_flipped_the_same_ones_whenever(folder):
+    images, numbers = TrainImages(list_images(folder), 8, random_flip=True), np.arange(200)
+    _, flipped, _ = next(images.batches(iter([numbers]), "cpu"))
+    straight = [images.read(i).float() / 127.5 - 1 for i in images.indices(numbers)]
+    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(flipped, straight)]
+    assert all(a or torch.equal(x, y) for a, x, y in zip(mirrored, flipped, straight))
+    assert 70 < sum(mirrored) < 130
+    again = next(images.batches(iter([numbers[50:60]]), "cpu"))[1]
+    assert torch.equal(again, flipped[50:60])
 
 
 # ---- schedule samplers ----------------------------------------------------------------------------------------------
@@ -289,10 +280,9 @@ def test_tiny_model_memorises_eight_images(folder, tmp_path):
     known, unknown = TrainImages(references[:8], 8), TrainImages(references[8:], 8)
     loop, diffusion = make_loop(
         folder, tmp_path, images=known, nonzero=False, batch_size=16, lr=2e-3, lr_anneal_steps=300, lr_warmup_steps=10,
-        lr_schedule="cosine", ema_rate="0.95", log_interval=30, save_interval=100, keep=2,
+        lr_schedule="cosine", ema_rate="0.95", log_interval=30, save_interval=100,
     )  # fmt: skip
-    assert loop.run() and files.saved_steps(tmp_path) == [200, 300]
-    assert len(list(tmp_path.glob("*.pt"))) == 6  # of the newest two checkpoints
+    assert loop.run() and files.saved_steps(tmp_path) == [100, 200, 300]
     losses = [float(row["loss"]) for row in rows(tmp_path)]
     assert len(losses) == 20 and losses[-1] < 0.2 * losses[0]
 

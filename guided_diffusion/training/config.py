@@ -47,7 +47,6 @@ class TrainConfig(Checked):
     save_interval: int = option(10000, "steps between checkpoints", least=1, runtime=True)
     sample_interval: int = option(0, "steps between sample grids; 0: none", least=0, runtime=True)
     eval_interval: int = option(1000, "steps between evaluations on held-out data", least=1, runtime=True)
-    keep: int = option(0, "number of checkpoints to keep, the newest; 0: all", least=0, runtime=True)
     resume: str = option("", "auto: from the newest checkpoint in the save folder", metavar="{auto}", runtime=True)
     resume_checkpoint: str = option("", "model*.pt to resume, or weights to start from", metavar="FILE", runtime=True)
     export: str = option("", "the .safetensors file; empty: model.safetensors there", metavar="FILE", runtime=True)
@@ -118,7 +117,6 @@ class ClassOptions(Checked):
     val_data_dir: str | None = option(None, "held-out images for `data_dir`", metavar="DIR", runtime=True)
     val_domains: str | None = option(None, "held-out images for `domains`", metavar="DIRS", runtime=True)
     noised: bool = option(True, "noised images at random timesteps; False: clean ones at timestep 0")
-    random_crop: bool = option(False, "read images 5/4 as large and cut out random windows")
 
     def __post_init__(self) -> None:
         super().__post_init__()

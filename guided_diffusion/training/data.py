@@ -278,7 +278,7 @@ class TrainImages:
     """Images of one size, with labels or without, read from files or from a decoded copy in memory.
 
     references: as `list_images` gives them. labels: integers [len(references)] or None. random_flip: mirror half of the
-    samples. random_crop: read images 5/4 as large and cut out a random window. cache: "memory" and "device" keep all
+    samples. cache: "memory" and "device" keep all
     images decoded as uint8, on the CPU or on the device; "none" reads them in `num_workers` threads; "auto" keeps
     sets of up to 2 GiB on the device. skip_damaged: replace an image that cannot be read by the next one of its class,
     and note the reason in `damaged`. channels: 3, or 1 for grey images. background, resize: see
@@ -294,7 +294,6 @@ class TrainImages:
         *,
         labels: Any = None,
         random_flip: bool = False,
-        random_crop: bool = False,
         seed: int = 0,
         cache: str = "auto",
         num_workers: int = 2,
@@ -305,11 +304,10 @@ class TrainImages:
     ) -> None:
         self.references, self.image_size, self.channels, self.seed = references, image_size, channels, seed
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
-        self.stored_size = image_size * 5 // 4 if random_crop else image_size
         self.random_flip, self.num_workers, self.skip_damaged = random_flip, num_workers, skip_damaged
         self.damaged: dict[int, str] = {}
         self._options: dict[str, Any] = {"resize": resize, "background": background}
-        fits = len(references) * channels * self.stored_size**2 <= AUTO_CACHE_BYTES
+        fits = len(references) * channels * image_size**2 <= AUTO_CACHE_BYTES
         self.cache = ("device" if fits else "none") if cache == "auto" else cache
         self._cached: torch.Tensor | None = None
 
@@ -338,7 +336,7 @@ class TrainImages:
         """Batches for an iterator over arrays of sample numbers: (numbers [N], images, labels)."""
         for current, raw in self._raw_batches(numbers, device):
             labels = None if self.labels is None else self.labels[self.indices(current)].to(device, non_blocking=True)
-            images = self._crop(raw.to(device, non_blocking=True), current)
+            images = raw.to(device, non_blocking=True)
             if self.random_flip:
                 flip = torch.from_numpy(random_uniform(self.seed, "flip", current) < 0.5)
                 flip = flip.to(images.device, non_blocking=True)[:, None, None, None]
@@ -354,12 +352,12 @@ class TrainImages:
             part = mine[at : at + batch_size]
             raw = torch.stack([self.read(i) for i in part]).to(device)
             labels = None if self.labels is None else self.labels[part].to(device)
-            yield part, normalise(self._crop(raw, None)), labels
+            yield part, normalise(raw), labels
 
     def _raw_batches(
         self, numbers: Iterator[np.ndarray], device: str | torch.device
     ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """Arrays of sample numbers with their images, uint8 [N, C, S, S], S the stored size."""
+        """Arrays of sample numbers with their images, uint8 [N, C, S, S]."""
         if self.cache != "none":
             images = self._decoded(device if self.cache == "device" else "cpu")
             for current in numbers:
@@ -380,7 +378,7 @@ class TrainImages:
     def _decoded(self, device: str | torch.device) -> torch.Tensor:
         """All images as uint8 [len, C, S, S]."""
         if self._cached is None:
-            images = torch.empty(len(self), self.channels, self.stored_size, self.stored_size, dtype=torch.uint8)
+            images = torch.empty(len(self), self.channels, self.image_size, self.image_size, dtype=torch.uint8)
             with ThreadPoolExecutor(max_workers=8) as pool:
                 for i, image in enumerate(pool.map(self.read, range(len(self)))):
                     images[i] = image
@@ -392,7 +390,7 @@ class TrainImages:
         for at in self._from(int(index)):
             path = display_name(self.references[at].path)
             try:
-                array = load_image(self.references[at], self.stored_size, **self._options)
+                array = load_image(self.references[at], self.image_size, **self._options)
             except ImageError as error:
                 reason = f"{path}: {error.reason}"
                 if not self.skip_damaged:
@@ -409,13 +407,3 @@ class TrainImages:
         yield index
         same = np.arange(len(self)) if self.labels is None else np.flatnonzero(self.labels == self.labels[index])
         yield from np.roll(same, -int(np.searchsorted(same, index)))[1:].tolist()
-
-    def _crop(self, raw: torch.Tensor, numbers: np.ndarray | None) -> torch.Tensor:
-        """Windows of the image size: random ones, or those in the centre where numbers is None."""
-        slack, size = self.stored_size - self.image_size, self.image_size
-        if not slack:
-            return raw
-        tops = lefts = np.full(len(raw), slack // 2)
-        if numbers is not None:
-            tops, lefts = ((random_uniform(self.seed, a, numbers) * (slack + 1)).astype(int) for a in ("top", "left"))
-        return torch.stack([image[:, y : y + size, x : x + size] for image, y, x in zip(raw, tops, lefts)])

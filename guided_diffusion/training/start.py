@@ -97,11 +97,6 @@ def resume_path(config: TrainConfig) -> str:
     if start and os.path.realpath(start) == os.path.realpath(config.export_path()):
         reason = "the export would overwrite it; give another `export` or another folder"
         raise InputError(reason, parameter="resume_checkpoint", value=start)
-    if later := [f"step {step}" for step in steps if at is not None and step > at]:
-        log.warning(
-            "%s has later checkpoints, of %s: they stay until this run reaches their steps; move them away, or "
-            "an automatic resumption takes them for its own", display_name(config.save_dir), listed(later, 4),
-        )  # fmt: skip
     return start
 
 
