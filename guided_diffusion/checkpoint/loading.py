@@ -95,10 +95,7 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     network = diffusers_model(source, {}) if diffusers.locate(source.path) else None
     state = network.state if network else source.tensors
     remember(path, identity or (network and network.fingerprint) or _hash(source))
-    for name, value in state.items():
-        if name.endswith(("weight", "bias")):
-            _check_float(display_name(source.path), name, value)
-    refuse_not_finite(source.path, state)
+    check_values(source.path, state)
     return dict(state)
 
 
@@ -252,13 +249,12 @@ def _prepared(network: Network, device: str | torch.device) -> dict[str, torch.T
     stored, needed = sum(storages.values()), sum(4 * like.numel() for like in wanted.values())
     if needed > 4 * stored + ROOM:
         raise InputError(f"{file} is refused: its {stored} bytes of tensors describe a network of {needed} bytes")
+    check_values(path, {key: state[key] for key in wanted}, network.names)
     layout = {"dtype": torch.float32, "copy": True, "memory_format": torch.contiguous_format}
     try:
-        prepared = {key: state[key].detach().to(device, **layout) for key in wanted}
+        return {key: state[key].detach().to(device, **layout) for key in wanted}
     except RuntimeError as error:
         raise InputError(f"{file} does not fit into the memory of {device}: {first_line(error)}") from None
-    refuse_not_finite(path, prepared)
-    return prepared
 
 
 def _check_tensors(file: str, state: State, wanted: State, names: Mapping[str, str]) -> None:
@@ -274,7 +270,6 @@ def _check_tensors(file: str, state: State, wanted: State, names: Mapping[str, s
             if key == entry and len(shape) == 4 and shape[1] != needed[1]:
                 what = f"it is for images of {shape[1]} channels, and {needed[1]} are needed ({what})"
             raise InputError(f"{file}: {what}")
-        _check_float(file, name, state[key])
     for key, value in state.items():
         # Counters and tables that training code keeps beside the weights are no part of any network.
         beside = value.numel() == 1 or not value.is_floating_point() or ("." not in key and value.dim() == 1)
@@ -283,18 +278,16 @@ def _check_tensors(file: str, state: State, wanted: State, names: Mapping[str, s
             raise InputError(f"{file} has {what}")
 
 
-def _check_float(file: str, name: str, value: torch.Tensor) -> None:
-    if not value.is_floating_point():
-        kind = str(value.dtype).removeprefix("torch.")
-        raise InputError(f"{file}: {one_line(name, 100)} is {kind}; a floating-point tensor is needed")
-
-
-def refuse_not_finite(path: str, state: State) -> None:
-    """Raise InputError for the first tensor that has NaN or infinite values."""
+def check_values(path: str, state: State, names: Mapping[str, str] | None = None) -> None:
+    """Raise InputError for a weight or bias that is no floating-point tensor, and for values that are not finite."""
     for key, value in state.items():
-        if value.is_floating_point() and value.itemsize > 1 and not value.isfinite().all():
-            what = f"the tensor {one_line(key, 100)} has values that are NaN or infinite; the file is damaged"
-            raise InputError(f"{display_name(path)}: {what}")
+        tensor = f"{display_name(path)}: the tensor {one_line((names or {}).get(key, key), 100)}"
+        if value.is_floating_point():
+            if value.itemsize > 1 and not value.isfinite().all():
+                raise InputError(f"{tensor} has values that are NaN or infinite; the file is damaged")
+        elif key.endswith(("weight", "bias")):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise InputError(f"{tensor} is {kind}; a floating-point tensor is needed")
 
 
 def save_model(
@@ -319,7 +312,7 @@ def save_model(
         raise InputError(f"{display_name(path)} cannot be written: a name that ends with .safetensors is needed")
     state = contiguous(model_or_state, dtype)
     entries = {**(metadata or {}), "format": "pt", "model_type": model_type, "flags": json.dumps(dict(flags))}
-    refuse_not_finite(path, state)
+    check_values(path, state)
     recognise(Source(path, state, entries), {})
     write_safetensors(path, state, entries)
 

@@ -1,7 +1,7 @@
 """Flags of the published models that their tensors cannot tell.
 
-A row applies only to a network that has all of the row's `tensors`; it then adds `flags`. Sources: the
-README files of guided-diffusion, improved-diffusion, ILVR, P2-weighting, EGSDE and the DDPM ports.
+A row applies only to a network that has all that the row says of its tensors. Sources: the README files of
+guided-diffusion, improved-diffusion, ILVR, P2-weighting, EGSDE and the DDPM ports.
 """
 
 import os
@@ -13,79 +13,69 @@ from ..errors import InputError, display_name
 
 
 class Published(NamedTuple):
-    """One published layout: its files' names, what its tensors have, and the flags that leave no trace in them."""
+    """One published layout: its files' names, `ModelInfo.model_type` and flags."""
 
     files: str
     model_type: str
-    tensors: dict[str, Any]
     flags: dict[str, Any]
 
 
-LINEAR: dict[str, Any] = {
-    "noise_schedule": "linear", "diffusion_steps": 1000, "predict_xstart": False, "rescale_timesteps": False,
-}  # fmt: skip
-COSINE: dict[str, Any] = {**LINEAR, "noise_schedule": "cosine"}
-COSINE_4000: dict[str, Any] = {**COSINE, "diffusion_steps": 4000}
-IMPROVED: dict[str, Any] = {"resblock_updown": False, "num_head_channels": -1}
-"""Networks of improved-diffusion: convolutions that resample, four heads of any width."""
-
 SIX, SEVEN, FIVE, FOUR = "1,1,2,2,4,4", "0.5,1,1,2,2,4,4", "1,1,2,3,4", "1,2,3,4"
-ADM_TENSORS: dict[str, Any] = {
+LINEAR = {"noise_schedule": "linear", "diffusion_steps": 1000, "predict_xstart": False, "rescale_timesteps": False}
+IMAGENET: dict[str, Any] = {"class_cond": True, "num_classes": 1000}
+# improved-diffusion: convolutions that resample, four heads of any width.
+IMPROVED: dict[str, Any] = {"resblock_updown": False, "num_head_channels": -1}
+COSINE: dict[str, Any] = {"noise_schedule": "cosine"}
+COSINE_4000: dict[str, Any] = {**COSINE, "diffusion_steps": 4000}
+ADM = {
     "learn_sigma": True, "class_cond": False, "use_scale_shift_norm": True, "resblock_updown": True, "in_channels": 3,
+    "super_res": False, "num_heads": 4, "num_head_channels": 64, "use_new_attention_order": False, **LINEAR,
 }  # fmt: skip
-ADM_FLAGS: dict[str, Any] = {"num_heads": 4, "num_head_channels": 64, "use_new_attention_order": False}
+DDPM = {"num_channels": 128, "num_res_blocks": 2, "learn_sigma": False, "in_channels": 3, **LINEAR}
+ENCODER = {
+    "classifier_width": 128, "classifier_use_scale_shift_norm": True, "classifier_resblock_updown": True,
+    "classifier_pool": "attention", "num_head_channels": 64, **LINEAR,
+}  # fmt: skip
 
 
-def _adm(
-    files: str, size: int, width: int, blocks: int, mult: str, factors: tuple[int, ...], process: dict = LINEAR,
-    **other: Any,
-) -> Published:  # fmt: skip
-    """A network of guided-diffusion; other: tensors or flags that differ from the usual ones."""
-    told = {name: other.pop(name) for name in [*ADM_TENSORS, "super_res"] if name in other}
-    sizes = {"num_channels": width, "num_res_blocks": blocks, "channel_mult": mult, "attention_factors": factors}
-    tensors = {**sizes, **ADM_TENSORS, **told, **({"num_classes": 1000} if told.get("class_cond") else {})}
-    return Published(files, "ADM", tensors, {"image_size": size, **ADM_FLAGS, **process, **other})
+def _adm(files: str, size: int, width: int, blocks: int, mult: str, factors: tuple, **other: Any) -> Published:
+    """A network of guided-diffusion; other: flags that differ from the usual ones."""
+    sizes = {"image_size": size, "num_channels": width, "num_res_blocks": blocks}
+    return Published(files, "ADM", {**ADM, **sizes, "channel_mult": mult, "attention_factors": factors, **other})
 
 
 def _ddpm(files: str, size: int, mult: str, factor: int) -> Published:
-    tensors = {
-        "num_channels": 128, "num_res_blocks": 2, "channel_mult": mult, "attention_factors": (factor,),
-        "learn_sigma": False, "in_channels": 3,
-    }  # fmt: skip
-    return Published(files, "DDPM", tensors, {"image_size": size, **LINEAR})
+    sizes = {"image_size": size, "channel_mult": mult, "attention_factors": (factor,)}
+    return Published(files, "DDPM", {**DDPM, **sizes})
 
 
-def _encoder(files: str, size: int, depth: int, mult: str, classes: int, head: str = "out", **flags: Any) -> Published:
-    tensors = {
-        "classifier_width": 128, "classifier_depth": depth, "channel_mult": mult,
-        "attention_factors": tuple(size // side for side in (32, 16, 8)), "classifier_use_scale_shift_norm": True,
-        "classifier_resblock_updown": True, "classifier_pool": "attention", "image_size": size, "num_class": classes,
-        "head": head,
-    }  # fmt: skip
-    return Published(files, "ENCODER", tensors, {"num_head_channels": 64, **LINEAR, **flags})
+def _encoder(files: str, size: int, depth: int, mult: str, classes: int, head: str = "out", **other: Any) -> Published:
+    sizes = {"image_size": size, "classifier_depth": depth, "channel_mult": mult, "num_class": classes, "head": head}
+    factors = tuple(size // side for side in (32, 16, 8))
+    return Published(files, "ENCODER", {**ENCODER, **sizes, "attention_factors": factors, **other})
 
 
 PUBLISHED = (
     _adm("ILVR's and P2's models of AFHQ", 256, 128, 2, SIX, (16,), learn_sigma=False),
     _adm("ILVR's and P2's models", 256, 128, 1, SIX, (16,)),
     _adm("256x256_diffusion_uncond.pt, lsun_*.pt", 256, 256, 2, SIX, (8, 16, 32)),
-    _adm("256x256_diffusion.pt", 256, 256, 2, SIX, (8, 16, 32), class_cond=True),
-    _adm("512x512_diffusion.pt", 512, 256, 2, SEVEN, (16, 32, 64), class_cond=True),
-    _adm("128x128_diffusion.pt", 128, 256, 2, FIVE, (4, 8, 16), num_head_channels=-1, class_cond=True),
-    _adm("64x64_diffusion.pt", 64, 192, 3, FOUR, (2, 4, 8), COSINE, use_new_attention_order=True, dropout=0.1,
-         class_cond=True),
+    _adm("256x256_diffusion.pt", 256, 256, 2, SIX, (8, 16, 32), **IMAGENET),
+    _adm("512x512_diffusion.pt", 512, 256, 2, SEVEN, (16, 32, 64), **IMAGENET),
+    _adm("128x128_diffusion.pt", 128, 256, 2, FIVE, (4, 8, 16), num_head_channels=-1, **IMAGENET),
+    _adm("64x64_diffusion.pt", 64, 192, 3, FOUR, (2, 4, 8), **IMAGENET, **COSINE, use_new_attention_order=True,
+         dropout=0.1),
     # Both upsamplers have the same levels; where their attention is tells them apart.
-    _adm("64_256_upsampler.pt", 256, 192, 2, SIX, (8, 16, 32), num_head_channels=-1, class_cond=True, super_res=True),
-    _adm("128_512_upsampler.pt", 512, 192, 2, SIX, (16, 32), class_cond=True, super_res=True),
+    _adm("64_256_upsampler.pt", 256, 192, 2, SIX, (8, 16, 32), **IMAGENET, num_head_channels=-1, super_res=True),
+    _adm("128_512_upsampler.pt", 512, 192, 2, SIX, (16, 32), **IMAGENET, super_res=True),
     # improved-diffusion; what its README does not say has that project's defaults, rescaled timesteps among them.
-    _adm("imagenet64_uncond_*.pt", 64, 128, 3, FOUR, (4, 8), COSINE_4000, rescale_timesteps=True, **IMPROVED),
-    _adm("cifar10_uncond_*.pt", 32, 128, 3, "1,2,2,2", (2, 4), COSINE_4000, rescale_timesteps=True, dropout=0.3,
-         **IMPROVED),
-    _adm("imagenet64_cond_270M_250K.pt", 64, 192, 3, FOUR, (4, 8), COSINE_4000, class_cond=True, **IMPROVED),
-    _adm("lsun_uncond_100M_*.pt", 256, 128, 2, SIX, (16,), num_heads=1, use_scale_shift_norm=False, **IMPROVED),
+    _adm("imagenet64_uncond_*.pt", 64, 128, 3, FOUR, (4, 8), **IMPROVED, **COSINE_4000, rescale_timesteps=True),
+    _adm("cifar10_uncond_*.pt", 32, 128, 3, "1,2,2,2", (2, 4), **IMPROVED, **COSINE_4000, rescale_timesteps=True,
+         dropout=0.3),
+    _adm("imagenet64_cond_270M_250K.pt", 64, 192, 3, FOUR, (4, 8), **IMPROVED, **COSINE_4000, **IMAGENET),
+    _adm("lsun_uncond_100M_*.pt", 256, 128, 2, SIX, (16,), **IMPROVED, num_heads=1, use_scale_shift_norm=False),
     _ddpm("celebahq_female_ddpm.pth and the DDPM models of 256 pixels", 256, SIX, 16),
     _ddpm("DDPM's model of CIFAR-10", 32, "1,2,2,2", 2),
-    _encoder("64x64_classifier.pt", 64, 4, FOUR, 1000, noise_schedule="cosine"),
+    _encoder("64x64_classifier.pt", 64, 4, FOUR, 1000, **COSINE),
     _encoder("128x128_classifier.pt", 128, 2, FIVE, 1000),
     _encoder("256x256_classifier.pt", 256, 2, SIX, 1000),
     _encoder("512x512_classifier.pt", 512, 2, SEVEN, 1000),
@@ -94,9 +84,11 @@ PUBLISHED = (
 
 
 def published(model_type: str, found: dict[str, Any]) -> Published | None:
-    """The row that has all that the tensors tell (`architecture.detect`'s dict), or None."""
-    rows = (row for row in PUBLISHED if row.model_type == model_type and row.tensors.items() <= found.items())
-    return next(rows, None)
+    """The row that agrees with all that the tensors tell, with the flags that they do not; None without one."""
+    for row in PUBLISHED:
+        if row.model_type == model_type and all(row.flags.get(name, value) == value for name, value in found.items()):
+            return row._replace(flags={name: value for name, value in row.flags.items() if name not in found})
+    return None
 
 
 # Models of EDM's process and consistency models in guided-diffusion's network: ImageNet of 64 pixels, LSUN of 256.
