@@ -137,6 +137,7 @@ def make_files(folder):
     model = make_model(folder / "model.safetensors")
     state = load_model(model)[0].state_dict()
     torch.save(state, folder / "model.pt")
+    torch.save(state, folder / "old.pt", _use_new_zipfile_serialization=False)
     encoder = make_encoder(folder / "encoder.safetensors", 3)
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight])
@@ -159,6 +160,7 @@ def make_files(folder):
     readers = {
         "model": (model, lambda: load_model(model)),
         "torch file": (folder / "model.pt", lambda: load_model(folder / "model.pt", num_head_channels=32)),
+        "older torch file": (folder / "old.pt", lambda: load_model(folder / "old.pt", num_head_channels=32)),
         "encoder": (encoder, lambda: load_model(encoder)),
         "optimizer": (opt, lambda: training_files.load_optimizer_file(str(opt), [weight])),
         "run.json": (folder / "run.json", lambda: curves(record.read(folder) or {})),

@@ -20,17 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from guided_diffusion.checkpoint import (
-    architecture,
-    fingerprint,
-    load_model,
-    load_state_dict,
-    read_file,
-    recognise,
-    save_model,
-)
+from guided_diffusion.checkpoint import architecture, fingerprint, load_model, load_state_dict, read_file, recognise
 from guided_diffusion.checkpoint.export import convert
-from guided_diffusion.checkpoint.loading import build
+from guided_diffusion.checkpoint.loading import build, save_model
 from guided_diffusion.ddpm import Model
 from guided_diffusion.errors import InputError, reading
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
@@ -473,12 +465,7 @@ def test_nested_weights_are_found(nesting, tmp_path):
     assert_tiny(saved(tmp_path / "model.pt", NESTINGS[nesting]()))
 
 
-def test_precision_of_files_and_of_inference(tiny_file, tmp_path):
-    for dtype in (torch.bfloat16, torch.float64):
-        state = {key: value.to(dtype) for key, value in tiny_state().items()}
-        model, _ = load_model(saved(tmp_path / "m.safetensors", state), **GIVEN)
-        for key, value in model.state_dict().items():
-            torch.testing.assert_close(value, state[key].float(), rtol=0, atol=0)
+def test_precision_of_inference(tiny_file):
     for options, dtype in (
         ({"dtype": torch.bfloat16}, torch.bfloat16), ({"use_fp16": True}, torch.float16),
         ({"dtype": torch.float32, "use_fp16": True}, torch.float32),
@@ -540,34 +527,6 @@ def test_tensors_that_do_not_fit_the_network_are_named(name, data, tmp_path):
     message = refusal(saved(tmp_path / "m.pt", zeros(shapes)), **network_flags(name))
     assert f"lacks the tensor {key}" in message or fault != "missing"
     assert key in message or fault != "too many"  # of a pair of shapes that disagrees, either is named
-
-
-def saved_as(form, path, content):
-    """Save a file in one of three forms: zip, legacy, safetensors."""
-    if form == "safetensors":
-        return saved(path / "m.safetensors", content, metadata={"flags": json.dumps(STATED)})
-    return saved(path / "m.pt", content, _use_new_zipfile_serialization=form == "zip")
-
-
-@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
-@property_test(60)
-@given(data=st.data())
-def test_damaged_files_never_raise_anything_but_a_user_error(form, data, tmp_path_factory):
-    path = saved_as(form, Path(tmp_path_factory.getbasetemp()), tiny_state())
-    content = bytearray(path.read_bytes())
-    # Most places are chosen where the structure is: at the beginning and at the end.
-    end = len(content)
-    near = st.integers(0, min(end, 12000) - 1)
-    for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(near | near.map(lambda i: end - 1 - i) | st.integers(0, end - 1))
-        content[place] = data.draw(st.integers(0, 255))
-    length = data.draw(st.none() | st.integers(1, end - 1))
-    path.write_bytes(content[:length])
-    try:
-        load_model(path, **GIVEN)
-        assert length is None
-    except InputError as error:
-        assert "\n" not in str(error) and str(path) in str(error)
 
 
 def test_every_flipped_bit_of_an_archive_is_found(tmp_path):
@@ -743,7 +702,7 @@ def test_code_in_a_file_is_refused_and_never_run(attack, form, tmp_path):
         if form == "pickle 4":
             path.write_bytes(pickle.dumps(evil, protocol=4))
         else:
-            saved_as(form, tmp_path, evil)
+            torch.save(evil, path, _use_new_zipfile_serialization=form == "zip")
         message = refusal(path, **GIVEN)
         assert not marker.exists() and ("holds more than tensors (" in message or form == "pickle 4")
 

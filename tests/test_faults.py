@@ -28,4 +28,4 @@ def test_wrong_flags_of_every_command(tmp_path, caplog):
 
 @pytest.mark.slow
 def test_damaged_files_of_every_kind(tmp_path, caplog):
-    assert len(check(damaged_files, tmp_path, 1, 1000)) == 14
+    assert len(check(damaged_files, tmp_path, 1, 1000)) == 15
