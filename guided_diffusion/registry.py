@@ -25,11 +25,11 @@ class Registry(Mapping[str, Any]):
         self.parameter, self._check = parameter, check
         self._entries: dict[str, Any] = {}
 
-    def add(self, name: str) -> Callable[[Any], Any]:
-        """A decorator that registers what it decorates; another entry of that name is replaced."""
+    def add(self, *names: str) -> Callable[[Any], Any]:
+        """A decorator that registers what it decorates under its names; another entry of a name is replaced."""
 
         def register(entry: Any) -> Any:
-            entries = {**self._entries, name: entry}
+            entries = {**self._entries, **dict.fromkeys(names, entry)}
             if self._check is not None:
                 self._check(entries)
             self._entries = entries

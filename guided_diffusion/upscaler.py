@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from resizer import Resizer
 
-from .checkpoint.reading import read
-from .errors import InputError, reading, shown
+from .checkpoint.loading import Network, prepared
+from .checkpoint.reading import read_file
+from .checkpoint.reconcile import ModelInfo
+from .errors import InputError, reading
 from .runtime import memory_format
 
 MODEL_TYPE = "UPSCALER"
@@ -79,19 +81,14 @@ def load_upscaler(path: str | os.PathLike, device: str | torch.device = "cpu") -
 
     Width and depth are those of the tensors; `factor` and `model` come from the metadata.
     """
-    with reading(path, "an upscaler"):
-        state, metadata = read(path)
-        if metadata.get("model_type") != MODEL_TYPE:
+    source = read_file(path)
+    with reading(path, "an upscaler"), torch.device("meta"):  # without memory: the file may ask for any size
+        if source.metadata.get("model_type") != MODEL_TYPE:
             raise ValueError(f"its metadata lack model_type {MODEL_TYPE}")
-        blocks = sum(name.startswith("blocks.") and name.endswith(".first.weight") for name in state)
-        with torch.device("meta"):  # without memory: the file may ask for any size
-            upscaler = Upscaler(int(metadata["factor"]), len(state["head.weight"]), blocks, metadata.get("model", ""))
-        wanted = upscaler.state_dict()
-        for name in wanted | state:
-            if name not in wanted or name not in state or state[name].shape != wanted[name].shape:
-                raise ValueError(f"its tensor {shown(name)} is missing, unknown or of another shape")
-        upscaler.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-        if not all(value.isfinite().all() for value in state.values()):
-            raise ValueError("it has weights that are NaN or infinite")
+        width = len(source.tensors["head.weight"])
+        blocks = sum(name.startswith("blocks.") and name.endswith(".first.weight") for name in source.tensors)
+        upscaler = Upscaler(int(source.metadata["factor"]), width, blocks, source.metadata.get("model", ""))
+    network = Network(upscaler, ModelInfo(os.fspath(path), MODEL_TYPE, {}), source.tensors)
+    upscaler.load_state_dict(prepared(network, "cpu"), assign=True)
     device = torch.device(device)
     return upscaler.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)  # type: ignore[call-overload]

@@ -84,11 +84,9 @@ SCHEDULERS = (
     *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
 )
 OTHER_PROCESSES = {
-    r"ScoreSde|KarrasVe": "a variance-exploding model",
-    r"CMStochastic|LCM|TCD": "a consistency model",
-    r"FlowMatch": "a flow-matching model",
-    r"EDM": "a model with EDM's preconditioning",
-}
+    "ScoreSde|KarrasVe": "a variance-exploding model", "CMStochastic|LCM|TCD": "a consistency model",
+    "FlowMatch": "a flow-matching model", "EDM": "a model with EDM's preconditioning",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -228,7 +226,19 @@ def describe(folder: Folder) -> tuple[Kind, dict[str, Any], Stated, dict[str, An
 
     Returns the arguments of `reconcile`, and the entries of the scheduler for `sigma_small` and `clip_denoised`.
     """
-    _refuse_other_kinds(folder)
+    name, network = display_name(folder.path), _class(folder.json["config"], "UNet2DModel")
+    # [null, null] is no part.
+    parts = {part for part, kind in folder.json["index"].items() if not isinstance(kind, list) or any(kind)}
+    if network == "UNet2DConditionModel" or "text_encoder" in parts:
+        raise InputError(f"{name} is a text-conditional model (its network is a {network}), which is not supported")
+    whole = os.path.abspath(folder.place)
+    beside = os.listdir(os.path.dirname(whole)) if os.path.basename(whole) == "unet" else ()
+    if latent := [part for part in ("vqvae", "vae", "movq") if part in parts or part in beside]:
+        needed = "and one of pixels is needed; in Python, SDDMPipeline takes it"
+        raise InputError(f"{name} is a latent diffusion model (it has {latent[0]}), {needed}")
+    if network != "UNet2DModel":
+        raise InputError(f"{name}: its network is a {network}; a UNet2DModel is needed")
+    refuse_other_processes(name, folder.json["scheduler"])
     files = {part: folder.about(folder.files[part]) for part in folder.files}
     process = process_flags(folder.json["scheduler"], files.get("scheduler", SCHEDULER))
     learned = process.pop("learn_sigma", False)
@@ -273,23 +283,6 @@ def _class(content: Mapping[str, Any], otherwise: str) -> str:
     return one_line(content.get("_class_name") or otherwise, 60)
 
 
-def _refuse_other_kinds(folder: Folder) -> None:
-    """Raise InputError, saying what it is, for other networks, and for models that are not of pixels."""
-    name, network = display_name(folder.path), _class(folder.json["config"], "UNet2DModel")
-    # [null, null] is no part.
-    parts = {part for part, kind in folder.json["index"].items() if not isinstance(kind, list) or any(kind)}
-    if network == "UNet2DConditionModel" or "text_encoder" in parts:
-        raise InputError(f"{name} is a text-conditional model (its network is a {network}), which is not supported")
-    whole = os.path.abspath(folder.place)
-    beside = os.listdir(os.path.dirname(whole)) if os.path.basename(whole) == "unet" else ()
-    if latent := [part for part in ("vqvae", "vae", "movq") if part in parts or part in beside]:
-        needed = "and one of pixels is needed; in Python, SDDMPipeline takes it"
-        raise InputError(f"{name} is a latent diffusion model (it has {latent[0]}), {needed}")
-    if network != "UNet2DModel":
-        raise InputError(f"{name}: its network is a {network}; a UNet2DModel is needed")
-    refuse_other_processes(name, folder.json["scheduler"])
-
-
 def refuse_other_processes(name: str, config: Mapping[str, Any]) -> None:
     """Raise InputError for a scheduler that is not of DDPM's process. config: its configuration."""
     scheduler = _class(config, "DDPMScheduler")
@@ -316,15 +309,22 @@ def process_flags(config: Mapping[str, Any], file: str = SCHEDULER) -> dict[str,
     if config.get("predict_epsilon") is False:
         usual["prediction_type"] = "sample"
     fields = _Fields(file, PROCESS, {**usual, **config})
-    betas, predicted = fields["trained_betas"], fields["prediction_type"]
+    betas, predicted, steps = (fields[name] for name in ("trained_betas", "prediction_type", "num_train_timesteps"))
     variance, limit = fields["variance_type"] or "", fields["clip_sample_range"]
+    schedule, start, end = fields["beta_schedule"], float(fields["beta_start"]), float(fields["beta_end"])
+    if betas is not None:
+        steps, schedule = len(betas), "betas:" + ",".join(repr(float(beta)) for beta in betas)
+    elif schedule == "squaredcos_cap_v2":
+        schedule = "cosine"
+    elif schedule != "laplace":  # our linear schedule's ends depend on its length
+        ours = schedule == "linear" and math.isclose(start, 0.1 / steps) and math.isclose(end, 20 / steps)
+        schedule = "linear" if ours else f"{schedule}:{start!r},{end!r}"
     process = {
-        "diffusion_steps": fields["num_train_timesteps"] if betas is None else len(betas),
-        "noise_schedule": _schedule(fields), "predict_xstart": predicted == "sample",
-        "predict_v": predicted == "v_prediction", "rescale_timesteps": False,
+        "diffusion_steps": steps, "noise_schedule": schedule, "rescale_timesteps": False,
+        "predict_xstart": predicted == "sample", "predict_v": predicted == "v_prediction",
     }  # fmt: skip
     try:
-        get_named_beta_schedule(process["noise_schedule"], process["diffusion_steps"])
+        get_named_beta_schedule(schedule, steps)
     except InputError as error:
         raise fields.wrong("beta_start" if betas is None else "trained_betas", error.reason) from None
     if variance:
@@ -334,24 +334,12 @@ def process_flags(config: Mapping[str, Any], file: str = SCHEDULER) -> dict[str,
     return process
 
 
-def _schedule(fields: _Fields) -> str:
-    """The value of `noise_schedule` for a scheduler's betas."""
-    if fields["trained_betas"] is not None:
-        return "betas:" + ",".join(repr(float(beta)) for beta in fields["trained_betas"])
-    name, start, end = fields["beta_schedule"], float(fields["beta_start"]), float(fields["beta_end"])
-    if name in ("squaredcos_cap_v2", "laplace"):
-        return "cosine" if name == "squaredcos_cap_v2" else name
-    steps = fields["num_train_timesteps"]
-    ours = math.isclose(start, 0.1 / steps, rel_tol=1e-12) and math.isclose(end, 20 / steps, rel_tol=1e-12)
-    return "linear" if name == "linear" and ours else f"{name}:{start!r},{end!r}"
-
-
 def _network(config: _Fields, learned: bool) -> tuple[Kind, dict[str, Any], dict[str, Any]]:
     """(kind, flags that tensors tell, flags that they do not); learned: whether the scheduler expects variances."""
     channels = config["in_channels"]
-    if config["out_channels"] != channels * (2 if learned else 1):
-        fits = f"{channels} is for a scheduler without variance_type learned_range, {2 * channels} for one with it"
-        raise config.wrong("out_channels", fits)
+    out = channels * (2 if learned else 1)
+    words = f"{out} where variance_type is {'' if learned else 'not '}learned_range"
+    config.expect("out_channels", (words, lambda value: value == out))
     widths, groups, head = (config[name] for name in ("block_out_channels", "norm_num_groups", "attention_head_dim"))
     sines_first = not config["flip_sin_to_cos"]
     config.expect("time_embedding_dim", [None, 4 * widths[0]])

@@ -77,7 +77,7 @@ def load_model(
     network = recognise(source, flags)
     remember(path, identity or network.fingerprint or _hash(source))
     model, info = network.model, network.info
-    model.load_state_dict(_prepared(network, device), assign=True)
+    model.load_state_dict(prepared(network, device), assign=True)
     if dtype is None and (info.flags.get("use_fp16") or info.flags.get("classifier_use_fp16")):
         dtype = torch.float16
     if dtype not in (None, torch.float32):
@@ -240,7 +240,7 @@ def _create_ddpm(
     )
 
 
-def _prepared(network: Network, device: str | torch.device) -> dict[str, torch.Tensor]:
+def prepared(network: Network, device: str | torch.device) -> dict[str, torch.Tensor]:
     """The tensors that a network needs, checked, in float32 on a device, each contiguous in memory of its own."""
     path, state, wanted = network.info.path, network.state, network.model.state_dict()
     file = display_name(path)

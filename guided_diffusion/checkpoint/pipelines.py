@@ -49,8 +49,7 @@ class Prompt:
     embeddings: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-@KINDS.add("StableDiffusionPipeline")
-@KINDS.add("StableDiffusionImg2ImgPipeline")
+@KINDS.add("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 class Pipeline:
     """How Stable Diffusion 1 and 2 are called; subclasses know the differences of other kinds.
 
@@ -124,8 +123,7 @@ class Pipeline:
         return model
 
 
-@KINDS.add("StableDiffusionXLPipeline")
-@KINDS.add("StableDiffusionXLImg2ImgPipeline")
+@KINDS.add("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 class StableDiffusionXL(Pipeline):
     """Stable Diffusion XL."""
 
@@ -140,8 +138,7 @@ class StableDiffusionXL(Pipeline):
         return self.network(x, t, **options, return_dict=False)[0]
 
 
-@KINDS.add("StableDiffusion3Pipeline")
-@KINDS.add("StableDiffusion3Img2ImgPipeline")
+@KINDS.add("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
 class StableDiffusion3(Pipeline):
     """Stable Diffusion 3."""
 
@@ -155,8 +152,7 @@ class StableDiffusion3(Pipeline):
         return self.network(hidden_states=x, timestep=t, **options, return_dict=False)[0]
 
 
-@KINDS.add("FluxPipeline")
-@KINDS.add("FluxImg2ImgPipeline")
+@KINDS.add("FluxPipeline", "FluxImg2ImgPipeline")
 class Flux(Pipeline):
     """Flux; its latents are packed in patches of 2x2."""
 
@@ -184,9 +180,7 @@ class Flux(Pipeline):
         return out.view(n, height // 2, width // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
 
 
-@KINDS.add("DDPMPipeline")
-@KINDS.add("DDIMPipeline")
-@KINDS.add("LDMPipeline")
+@KINDS.add("DDPMPipeline", "DDIMPipeline", "LDMPipeline")
 class Unconditional(Pipeline):
     """A UNet2DModel without prompts, of pixels or latents, for the processes that our own networks do not have."""
 
