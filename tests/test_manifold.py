@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from guided_diffusion.errors import InputError
 from guided_diffusion.manifold import (
     EPS,
-    MANIFOLDS,
     block_adain,
     block_statistics,
     check_blocks,
@@ -145,12 +144,3 @@ def test_blocks_that_do_not_fit_are_refused_with_the_nearest_that_do(size, block
     assert (caught.value.parameter, caught.value.value) == ("blocks", blocks)
     for fit in near:
         check_blocks(size, fit)
-
-
-@pytest.mark.parametrize("name", MANIFOLDS)
-def test_manifolds_of_the_registry_decompose_into_a_sum(name):
-    x, vector = images((2, 3, 4, 4, 4), 0)
-    manifold = MANIFOLDS.pick(name)(images((2, 3, 4, 4, 4), 1)[0], blocks=4, down_n=4)
-    tangent, normal = manifold.decompose(x, vector, 0.5)
-    torch.testing.assert_close(tangent + normal, vector)
-    assert manifold.restrict(x, 0.5).shape == x.shape and normal.any() and tangent.any()

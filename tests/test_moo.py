@@ -10,7 +10,6 @@ from guided_diffusion.errors import InputError
 from guided_diffusion.moo import min_norm_point, min_norm_weights
 
 METHODS = ("exact", "frank_wolfe")
-EXACT_UP_TO = 6  # more vectors are solved by Frank-Wolfe, to about two per cent of the norm
 
 
 def length(point):
@@ -32,7 +31,7 @@ def reference_point(vectors):
 
 vector_sets = st.builds(
     random_vectors,
-    st.integers(1, EXACT_UP_TO),
+    st.integers(1, 6),
     components=st.sampled_from([1, 2, 3, 24]),
     seed=st.integers(0, 2**32),
     common=st.sampled_from([0.0, 0.3, 1.0, 10.0]),
@@ -81,19 +80,10 @@ def test_weights_are_convex(vectors, method):
     torch.testing.assert_close(min_norm_point(vectors, 0, method), weights.to(vectors) @ vectors)
 
 
-@settings(max_examples=50)
-@given(vector_sets, st.sampled_from([1e-6, 1e-3, 3.0, 1e3, 1e6]))
-def test_scaling_all_vectors_scales_the_point(vectors, factor):
-    result = min_norm_point(vectors, 0)
-    scaled = min_norm_point(factor * vectors, 0) / factor
-    torch.testing.assert_close(scaled, result, atol=1e-5 * float(vectors.abs().max()), rtol=0)
-
-
 def test_many_vectors_are_nearly_exact():
     for seed in range(20):
         vectors = random_vectors(9, 40, seed, common=0.5 * (seed % 3))
-        result = min_norm_point(vectors, 0)
-        assert result.norm() <= 1.02 * reference_point(vectors).norm()
+        assert min_norm_point(vectors, 0).norm() <= 1.02 * reference_point(vectors).norm()
 
 
 @pytest.mark.parametrize("method", METHODS)
