@@ -1,28 +1,20 @@
 """The benchmark's table: rows of methods, settings and commands of this project's sampling scripts."""
 
-import dataclasses
 import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..errors import InputError, display_name, reading, shown
 from ..evaluation.report import FILES
-from ..methods import EGSDE, ENERGIES
-from ..options import flag_of
 from ..presets import ROOT
 from ..run.files import check_regular
 from .flags import preset_flags
 
 SCRIPTS = os.path.join(ROOT, "scripts")
-FILE_FLAGS = {  # of rows, looked for before anything is sampled
-    f"--{flag_of(field)}"
-    for options in (*ENERGIES.values(), EGSDE)
-    for field in dataclasses.fields(options)
-    if field.metadata.get("file")
-}
 OWN_FLAGS = (
     "model_path", "base_samples", "save_dir", "seed", "num_samples", "batch_size", "device", "samples_per_image"
 )  # fmt: skip
@@ -128,12 +120,7 @@ def refuse_own_flags(flags: Sequence[str], where: str) -> None:
 
 
 def missing_files(rows: Sequence[Row]) -> list[str]:
-    """Flags and paths of the rows' files that do not exist."""
-    found = []
-    for row in rows:
-        for flag, value in zip(row.flags, (*row.flags[1:], None)):
-            name, _, joined = flag.partition("=")
-            path = joined or value
-            if name in FILE_FLAGS and path and not os.path.exists(path) and "://" not in path:
-                found.append(f"{name} {display_name(path)}")
-    return list(dict.fromkeys(found))
+    """Flags and paths of the rows' files that do not exist, to be reported before anything is sampled."""
+    words = [word for row in rows for flag in row.flags for word in flag.split("=", 1)]
+    pairs = {(flag, path): None for flag, path in pairwise(words) if re.fullmatch(r"--\w*path", flag)}
+    return [f"{flag} {display_name(path)}" for flag, path in pairs if not os.path.exists(path) and "://" not in path]
