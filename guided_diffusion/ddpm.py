@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .nn import Upsample, folded_upsampling, norm_silu, normalization, timestep_embedding, u_shaped
@@ -23,7 +23,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -41,7 +41,7 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv1(norm_silu(self.norm1, x))
         h = h + self.temb_proj(F.silu(temb)).to(h.dtype)[:, :, None, None]
         h = self.conv2(self.dropout(norm_silu(self.norm2, h)))
@@ -56,7 +56,7 @@ class AttnBlock(nn.Module):
         self.norm = _norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)[:, 0]
@@ -130,12 +130,12 @@ class Model(nn.Module):
         self.dtype = dtype
         return self
 
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """x: [N, C, H, W]; timesteps: [N] -> predicted noise [N, out_ch, H, W] in x's dtype."""
         h = u_shaped(self.stages(), x.to(self.dtype), self.embedding(timesteps))
         return self.head(h, x.dtype)
 
-    def embedding(self, timesteps: torch.Tensor) -> torch.Tensor:
+    def embedding(self, timesteps: Tensor) -> Tensor:
         """The vectors [N, 4 ch] of timesteps that all residual blocks get."""
         temb = timestep_embedding(timesteps, self.ch, sines_first=True).to(self.temb.dense[0].weight.dtype)
         return self.temb.dense[1](F.silu(self.temb.dense[0](temb)))
@@ -159,7 +159,7 @@ class Model(nn.Module):
                 level["upsample"] = folded_upsampling(level.upsample.conv)
         return self
 
-    def head(self, h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def head(self, h: Tensor, dtype: torch.dtype) -> Tensor:
         """The network's output in `dtype`, of what the way up gave."""
         return self.conv_out(F.silu(self.norm_out(h)).to(dtype)).contiguous()
 
@@ -167,7 +167,7 @@ class Model(nn.Module):
 def _stage(*layers: nn.Module) -> Any:
     """A function of (h, temb) that applies layers one after another."""
 
-    def run(h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    def run(h: Tensor, temb: Tensor) -> Tensor:
         for layer in layers:
             h = layer(h, temb) if isinstance(layer, ResnetBlock) else layer(h)
         return h

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation computed in float32 whatever the type of its input, which it gives back."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
             return super().forward(x)
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
@@ -31,11 +31,11 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def u_shaped(stages: tuple[Sequence[Any], Any, Sequence[Any]], h: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+def u_shaped(stages: tuple[Sequence[Any], Any, Sequence[Any]], h: Tensor, emb: Tensor) -> Tensor:
     """Run the stages (down, middle, up) of a UNet, functions of (h, emb), with its skip connections."""
     down, middle, up = stages
     skips = []
@@ -58,9 +58,9 @@ def hooked(*modules: nn.Module | None) -> bool:
 
 
 def norm_silu(
-    norm: nn.GroupNorm, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
+    norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
     silu: nn.Module | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """SiLU(norm(x) (1 + scale) + shift) in x's dtype, without the affine part where scale is None.
 
     x: [N, C, H, W]; scale, shift: [N, C, 1, 1]. silu: the module to call for it, if the network has one. Where no
@@ -120,9 +120,7 @@ def zero_module(module: nn.Module) -> nn.Module:
     return module
 
 
-def timestep_embedding(
-    timesteps: torch.Tensor, dim: int, max_period: float = 10000, sines_first: bool = False
-) -> torch.Tensor:
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, sines_first: bool = False) -> Tensor:
     """Sinusoidal embedding of (possibly fractional) timesteps [N], cosines first: float32 [N, dim].
 
     Frequencies fall geometrically from 1 towards 1 / max_period. sines_first: DDPM's embedding instead, sines first and
@@ -136,15 +134,13 @@ def timestep_embedding(
     return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
 
 
-def mean_flat(x: torch.Tensor) -> torch.Tensor:
+def mean_flat(x: Tensor) -> Tensor:
     """Mean over all dimensions but the first: [N, ...] -> [N]."""
     return x.flatten(1).mean(dim=1)
 
 
 @torch.no_grad()
-def update_ema(
-    target_params: Iterable[torch.Tensor], source_params: Iterable[torch.Tensor], rate: float = 0.99
-) -> None:
+def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor], rate: float = 0.99) -> None:
     """Move an exponential moving average one step: target <- rate * target + (1 - rate) * source."""
     pairs = [(target, source.to(target.dtype)) for target, source in zip(target_params, source_params)]
     if pairs:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +29,7 @@ class Downsample(nn.Module):
         padding = 0 if self.pad_end else 1
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=padding) if use_conv else nn.AvgPool2d(2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.op(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x)
 
 
@@ -86,7 +86,7 @@ class ResBlock(nn.Module):
         same = out_channels == channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm_in, silu_in, conv_in = self.in_layers
         norm_out, silu_out, dropout, conv_out = self.out_layers
         if hooked(self.in_layers) and isinstance(self.resample, nn.Identity):
@@ -107,7 +107,7 @@ class ResBlock(nn.Module):
         return self.skip_connection(self.resample(x)) + h
 
 
-def multi_head_attention(qkv: torch.Tensor, num_heads: int, new_order: bool, fused: bool | None = None) -> torch.Tensor:
+def multi_head_attention(qkv: Tensor, num_heads: int, new_order: bool, fused: bool | None = None) -> Tensor:
     """Scaled dot-product attention over packed projections: qkv [N, 3 * C, L] -> [N, C, L].
 
     The published checkpoints pack them in two ways: the new order is q, k, v each with all heads; the legacy order is,
@@ -147,7 +147,7 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h = self.qkv(self.norm(x).flatten(2))
         h = multi_head_attention(h, self.num_heads, self.use_new_attention_order, self.fused)
         return x + self.proj_out(h).reshape(x.shape)
@@ -163,7 +163,7 @@ class AttentionPool2d(nn.Module):
         self.c_proj = nn.Conv1d(channels, out_channels, 1)
         self.num_heads = _number_of_heads(channels, 1, num_head_channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2)
         x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding.to(x.dtype)
         x = multi_head_attention(self.qkv_proj(x), self.num_heads, new_order=True)
@@ -176,7 +176,7 @@ class TimestepEmbedSequential(nn.Sequential):
     Layers with `use_checkpoint` are computed again in the backward pass, which saves memory.
     """
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for layer in self:
             inputs = (x, emb) if isinstance(layer, ResBlock) else (x,)
             again = getattr(layer, "use_checkpoint", False) and torch.is_grad_enabled()
@@ -234,7 +234,7 @@ class _UNetEncoder(nn.Module):
             skips.append(h)
         return skips
 
-    def middle_features(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def middle_features(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """Features of the middle block: x [N, C, H, W] in [-1, 1], original timesteps [N] -> [N, C', H', W']."""
         emb = self._embed(timesteps)
         return self.middle_block(self._encode(x, emb)[-1], emb)
@@ -312,7 +312,7 @@ class UNetModel(_UNetEncoder):
         if use_fp16:
             self.convert_to_fp16()
 
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """x: [N, C, H, W]; timesteps: [N], original (unrespaced) units; y: class labels [N] iff class-conditional.
 
         Returns [N, out_channels, H, W] in x's dtype.
@@ -320,7 +320,7 @@ class UNetModel(_UNetEncoder):
         h = u_shaped(self.stages(), x.to(self.dtype), self.embedding(timesteps, y))
         return self.head(h, x.dtype)
 
-    def embedding(self, timesteps: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+    def embedding(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """The vectors [N, embed_dim] of timesteps and classes that all residual blocks get."""
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("class labels y are needed by a class-conditional model, and only by it")
@@ -349,7 +349,7 @@ class UNetModel(_UNetEncoder):
                 block[-1] = folded_upsampling(block[-1].conv)  # type: ignore[index, operator]
         return self
 
-    def head(self, h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def head(self, h: Tensor, dtype: torch.dtype) -> Tensor:
         """The network's output in `dtype`, of what the way up gave."""
         return self.out(h.to(dtype)).contiguous()
 
@@ -363,10 +363,7 @@ class SuperResModel(UNetModel):
     def __init__(self, image_size: int, in_channels: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(image_size, 2 * in_channels, *args, **kwargs)
 
-    def forward(
-        self, x: torch.Tensor, timesteps: torch.Tensor, low_res: torch.Tensor | None = None,
-        y: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+    def forward(self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """x: [N, C, H, W]; low_res: [N, C, h, w] in [-1, 1], of any size; the others and the output as UNetModel's."""
         if low_res is None:
             raise InputError("the network is one of super-resolution: give the images to enlarge", parameter="low_res")
@@ -415,7 +412,7 @@ class EncoderUNetModel(_UNetEncoder):
         if use_fp16:
             self.convert_to_fp16()
 
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """x: [N, C, H, W]; timesteps: [N] -> logits [N, out_channels]."""
         emb = self._embed(timesteps)
         skips = self._encode(x, emb)
