@@ -104,14 +104,13 @@ def test_helpers(folder, monkeypatch):
     assert get_blob_logdir() == str(folder) and find_resume_checkpoint() is None
     names = {"path/to/model010000.pt": 10000, "amodel12.pt": 12, "model.pt": 0, "models/model000007.pt": 7, "": 0}
     assert {name: parse_resume_step_from_filename(name) for name in names} == names
-    (folder / "ema_0.9_000006.pt").touch()
-    main = str(folder / "model000006.pt")
-    assert find_ema_checkpoint(main, 6, 0.9) == str(folder / "ema_0.9_000006.pt")
-    assert find_ema_checkpoint(main, 7, 0.9) is None and find_ema_checkpoint(None, 6, 0.9) is None
     loop = make(ema_rate=0.9)
     log_loss_dict(loop.diffusion, torch.tensor([0, 29, 8]), {"mse": torch.tensor([1.0, 2.0, 6.0])})
     assert logger.dumpkvs() == {"mse": 3.0, "mse_q0": 1.0, "mse_q1": 6.0, "mse_q3": 2.0}
-    # Scripts find their own checkpoints by replacing the function.
     loop.run_loop()
-    monkeypatch.setattr(train_util, "find_resume_checkpoint", lambda: str(folder / "model000006.pt"))
+    main = str(folder / "model000006.pt")
+    assert find_ema_checkpoint(main, 6, 0.9) == str(folder / "ema_0.9_000006.pt")
+    assert find_ema_checkpoint(main, 7, 0.9) is None and find_ema_checkpoint(None, 6, 0.9) is None
+    # Scripts find their own checkpoints by replacing the function.
+    monkeypatch.setattr(train_util, "find_resume_checkpoint", lambda: main)
     assert make(ema_rate=0.9).resume_step == 6

@@ -136,12 +136,10 @@ def test_classes_are_recorded_compared_and_keep_their_numbers(folder, tmp_path, 
 
 def test_a_run_does_not_train_on_its_own_outputs(folder, tmp_path):
     data = shutil.copytree(folder, tmp_path / "data")
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    (linked / "inside").symlink_to(data)
+    (tmp_path / "linked").symlink_to(data)
     draw(tmp_path / "run" / "samples" / "000001.png")
     (data / "shots").symlink_to(tmp_path / "run" / "samples")
-    for save_dir in (data, data / "out", linked / "inside" / "out", tmp_path / "run"):
+    for save_dir in (data, data / "out", tmp_path / "linked" / "out", tmp_path / "run"):
         with pytest.raises(InputError) as error:
             train("image_train", "--data_dir", data, "--save_dir", save_dir, *RUN, "--iterations", 1)
         assert error.value.parameter == "save_dir"
@@ -170,10 +168,9 @@ def test_a_folder_belongs_to_one_run(folder, resume, run, tmp_path):
 
 def test_a_run_killed_before_its_export_exports_when_resumed(folder, run):
     exported = (run / "model.safetensors").read_bytes()
-    for left in (b"", exported[:1000]):
-        (run / "model.safetensors").write_bytes(left)
-        train("image_train", "--data_dir", folder, "--save_dir", run, *RUN, "--iterations", 2, "--resume", "auto")
-        assert (run / "model.safetensors").read_bytes() == exported
+    (run / "model.safetensors").write_bytes(exported[:1000])
+    train("image_train", "--data_dir", folder, "--save_dir", run, *RUN, "--iterations", 2, "--resume", "auto")
+    assert (run / "model.safetensors").read_bytes() == exported
 
 
 def test_a_resumed_classifier_exports_the_same_bytes(folder, tmp_path):
@@ -197,12 +194,8 @@ def test_a_flag_spelt_in_another_way_is_the_same_flag(folder, tmp_path):
 
 
 def test_an_average_is_found_however_its_rate_is_spelt(resume, run, caplog):
-    expected = torch.load(run / "ema_0.9_000002.pt")
     assert files.find_ema(str(run), "0.900", 2) == str(run / "ema_0.9_000002.pt")
-    assert resume("--ema_rate", "0.900") == 0
-    assert "does not exist" not in caplog.text
-    moved = torch.load(run / "ema_0.900_000003.pt")
-    assert all((moved[name] - value).abs().max() < 0.01 for name, value in expected.items())
+    assert resume("--ema_rate", "0.900") == 0 and "does not exist" not in caplog.text
 
 
 # ---- damaged files --------------------------------------------------------------------------------------------------
@@ -231,20 +224,17 @@ def test_a_damaged_file_is_named_in_one_line(resume, run, name, damage):
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_flipped_bit_in_an_optimizer_file_is_found(finished, tmp_path, data):
-    loop, _ = make_loop(None, tmp_path, images=[0])
-    blob = bytearray((finished / "opt000002.pt").read_bytes())
-    place = data.draw(st.integers(0, len(blob) - 1))
-    blob[place] ^= 1 << data.draw(st.integers(0, 7))
-    path = tmp_path / "opt000002.pt"
+    params = make_loop(None, tmp_path, images=[0])[0].params
+    blob, path = bytearray((finished / "opt000002.pt").read_bytes()), tmp_path / "opt000002.pt"
+    blob[data.draw(st.integers(0, len(blob) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(blob)
-    expected, _ = files.load_optimizer_file(str(finished / "opt000002.pt"), loop.params)
+    expected, _ = files.load_optimizer_file(str(finished / "opt000002.pt"), params)
     try:
-        found, _ = files.load_optimizer_file(str(path), loop.params)
+        found, _ = files.load_optimizer_file(str(path), params)
     except InputError as error:
         assert path.name in str(error)
     else:  # in the archive's padding, or in a time of writing
-        for number, entries in expected.items():
-            assert all(torch.equal(value, found[number][name]) for name, value in entries.items())
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 OTHERS = {
@@ -273,14 +263,6 @@ def test_an_optimizer_file_of_another_run_is_refused(folder, tmp_path, keys, val
     torch.save(content, path)
     with pytest.raises(InputError, match=r"opt000001\.pt"):
         make_loop(folder, tmp_path, **config)[0]._resume(str(tmp_path / "model000001.pt"))
-
-
-def test_hyperparameters_in_an_optimizer_file_do_not_count(resume, run):
-    path = run / "opt000002.pt"
-    content = torch.load(path, weights_only=True)
-    content["param_groups"][0] |= {"betas": "x", "eps": -1, "fused": "maybe", "lr": None, "amsgrad": True}
-    torch.save(content, path)
-    assert resume() == 0
 
 
 # ---- a full disk ----------------------------------------------------------------------------------------------------
@@ -343,20 +325,20 @@ def test_tensorboard_that_fails_is_left_out(tmp_path, caplog, monkeypatch):
 # ---- the machine ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("raised, parameter", [
-    (torch.OutOfMemoryError("CUDA out of memory"), "batch_size"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory"), "batch_size"),
+@pytest.mark.parametrize("raised", [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory"),
 ])  # fmt: skip
-def test_what_pytorch_raises_for_the_machine_is_one_line(folder, tmp_path, raised, parameter):
+def test_a_lack_of_memory_is_one_line(folder, tmp_path, monkeypatch, raised):
     loop, _ = make_loop(folder, tmp_path, batch_size=1, iterations=2)
 
     def losses(*arguments):
         raise raised
 
-    loop.losses = losses
+    monkeypatch.setattr(loop, "losses", losses)
     with pytest.raises(InputError) as error:
         loop.run()
-    assert error.value.parameter == parameter
+    assert error.value.parameter == "batch_size"
 
 
 class NoFloat64(TorchDispatchMode):

@@ -117,34 +117,30 @@ def test_archives_that_are_none_are_one_line(tmp_path):
         TrainImages(list_images(str(tmp_path / "b.zip")), 8).read(0)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_picture_late_in_training_loses_no_step(folder, tmp_path, workers):
-    data = shutil.copytree(folder, tmp_path / "data")
-    references = list_images(str(data))
-    images = TrainImages(references, 8, cache="none", num_workers=workers)
-    last = images.indices(np.arange(8))[-1]
-    with open(references[last].path, "wb") as file:
+def test_a_damaged_picture_late_in_training_loses_no_step(folder, tmp_path):
+    references = list_images(str(folder))
+    images = TrainImages(references, 8, cache="none")
+    last = references[images.indices(np.arange(8))[-1]]
+    with open(last.path, "wb") as file:
         file.write(b"\x89PNG\r\n\x1a\nnothing")
-    loop, _ = make_loop(data, tmp_path / "run", images=images, batch_size=2, iterations=6)
-    with pytest.raises(InputError, match=f"{references[last].name}: .*skip_damaged"):
+    loop, _ = make_loop(folder, tmp_path / "run", images=images, batch_size=2, iterations=6)
+    with pytest.raises(InputError, match=f"{last.name}: .*skip_damaged"):
         loop.run()
     assert files.saved_steps(str(tmp_path / "run")) == [3]
 
 
-@pytest.mark.parametrize("cache, workers", [("memory", 0), ("none", 2)])
-def test_skipped_pictures_are_replaced_by_their_class_and_counted(folder, tmp_path, caplog, cache, workers):
-    data = shutil.copytree(folder, tmp_path / "data")
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_skipped_pictures_are_replaced_by_their_class_and_counted(folder, tmp_path, caplog, cache):
     for name in ("cat/0.png", "dog/7.png"):
-        (data / name).write_bytes(b"")
-    references = list_images(str(data))
-    labels, _ = class_labels(references)
-    images = TrainImages(references, 8, labels=labels, cache=cache, num_workers=workers, skip_damaged=True)
-    loop, _ = make_loop(data, tmp_path / "run", images=images, batch_size=2, iterations=8)
+        (folder / name).write_bytes(b"")
+    references = list_images(str(folder))
+    images = TrainImages(references, 8, labels=class_labels(references)[0], cache=cache, skip_damaged=True)
+    loop, _ = make_loop(folder, tmp_path / "run", images=images, batch_size=2, iterations=8)
     loop.losses = lambda model, x, t, noise, y: {"loss": next(model.parameters()).mean() * torch.ones(len(x))}
     assert loop.run()
     assert "2 images could not be read and were skipped" in caplog.text and caplog.text.count("skipped /") == 2
     assert torch.equal(images.read(0), images.read(1)) and torch.equal(images.read(7), images.read(4))
-    shutil.rmtree(data / "dog")
+    shutil.rmtree(folder / "dog")
     with pytest.raises(InputError, match="no image of .*dog.*can be read"):
         images.read(5)
 
@@ -199,15 +195,14 @@ def test_options_of_the_network_are_refused(folder, tmp_path, caplog):
 
 
 def test_other_images_under_the_same_names_are_announced(folder, tmp_path, caplog):
-    base = ["--save_dir", tmp_path / "run", *RUN, "--resume", "auto", "--data_dir"]
-    data = shutil.copytree(folder, tmp_path / "data")
-    train("image_train", *base, data, "--iterations", 1)
-    train("image_train", *base, data, "--iterations", 2)
+    base = ["--save_dir", tmp_path / "run", *RUN, "--resume", "auto", "--data_dir", folder, "--iterations"]
+    train("image_train", *base, 1)
+    train("image_train", *base, 2)
     assert "before" not in caplog.text
-    shutil.copy(data / "dog" / "5.png", data / "cat" / "0.png")
-    with open(data / "cat" / "1.png", "ab") as file:
+    shutil.copy(folder / "dog" / "5.png", folder / "cat" / "0.png")
+    with open(folder / "cat" / "1.png", "ab") as file:
         file.write(b"\0" * 100)
-    train("image_train", *base, data, "--iterations", 3, "--batch_size", 1)
+    train("image_train", *base, 3, "--batch_size", 1)
     assert "another size of the data than before" in caplog.text and "another joint batch" in caplog.text
 
 
