@@ -49,10 +49,7 @@ def flag_of(field: dataclasses.Field) -> str:
 
 
 def check_names(classes: Iterable[type]) -> None:
-    """Raise TypeError where options that can be given together share a name but not its default.
-
-    The one value of such a name would mean two things.
-    """
+    """Raise TypeError where options that can be given together share a name but not its default."""
     known: dict[str, tuple[Any, type]] = {}
     for cls in classes:
         for field in dataclasses.fields(cls):
@@ -125,16 +122,10 @@ def type_words(kinds: tuple[type, ...]) -> str:
 
 
 def near_miss(path: str) -> str:
-    """Suggestion for a path that does not exist: "; did you mean X?" for a similar name beside it, else "".
-
-    Names compare whole first, then without their suffixes.
-    """
+    """Suggestion for a path that does not exist: "; did you mean X?" for a similar name beside it, else ""."""
     folder, name = os.path.split(path)
     with contextlib.suppress(OSError, ValueError):
-        names = os.listdir(folder or ".")
-        stems = {os.path.splitext(other)[0]: other for other in names}
-        close = difflib.get_close_matches(name, names, 1, 0.7)
-        close += [stems[stem] for stem in difflib.get_close_matches(os.path.splitext(name)[0], stems, 1, 0.8)]
-        if close:
-            return f"; did you mean {display_name(os.path.join(folder, close[0]))}?"
+        stems = {os.path.splitext(other)[0]: other for other in os.listdir(folder or ".")}
+        for close in difflib.get_close_matches(os.path.splitext(name)[0], stems, 1, 0.7):
+            return f"; did you mean {display_name(os.path.join(folder, stems[close]))}?"
     return ""

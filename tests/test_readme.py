@@ -194,12 +194,9 @@ def test_flags_exist_and_values_fit(command):
 
 def test_flags_and_programs_in_sentences_exist():
     known = {"--pdb", "--nproc_per_node", "--input_pertub"}  # pytest's, torchrun's, a fork's
-    for path in [
-        *(ROOT / "scripts").glob("*.py"),
-        ROOT / "docs" / "make.py",
-        *(ROOT / "datasets").glob("prepare_*.py"),
-    ]:
-        known |= {*load_script(f"../{path.parent.name}/{path.stem}").create_parser()._option_string_actions}
+    for pattern in ("scripts/*.py", "docs/make.py", "datasets/prepare_*.py"):
+        for path in ROOT.glob(pattern):
+            known |= {*load_script(f"../{path.parent.name}/{path.stem}").create_parser()._option_string_actions}
     for document in DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf-8")
         assert {*re.findall(r"(?<![\w-])--[a-z]\w+", text)} <= known, document

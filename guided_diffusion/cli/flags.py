@@ -24,11 +24,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Paragraphs filled to the terminal's width, and examples as they are written."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        paragraphs = [
-            part if re.search(r"^ |: python ", part, re.MULTILINE) else textwrap.fill(" ".join(part.split()), width)
-            for part in text.split("\n\n")
-        ]
-        return "\n\n".join(textwrap.indent(part, indent) for part in paragraphs)
+        written = re.compile(r"^ |: python ", re.MULTILINE).search
+        parts = (part if written(part) else textwrap.fill(part, width) for part in text.split("\n\n"))
+        return textwrap.indent("\n\n".join(parts), indent)
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,8 +84,8 @@ class Parser(argparse.ArgumentParser):
 
     def _group(self, title: str, description: str | None = None) -> Any:
         """The group of that title, made where it is missing."""
-        known = (group for group in self._action_groups if group.title == title)
-        return next(known, None) or self.add_argument_group(title, description)
+        known = {group.title: group for group in self._action_groups}
+        return known.get(title) or self.add_argument_group(title, description)
 
     def _add_flag(self, group: Any, flag: str, field: dataclasses.Field, default: Any) -> None:
         kinds, meta = field_types(field), field.metadata
@@ -221,8 +219,8 @@ def preset_lines(method: str) -> list[str]:
     lines = []
     for name, preset in PRESETS.items():
         if method in preset.methods:
-            words = [shown_default(word) for word in preset_flags(name, method)]
-            pairs = " ".join(f"{flag}\0{value}" for flag, value in zip(words[::2], words[1::2]))
-            filled = textwrap.wrap(pairs, 74, break_long_words=False, break_on_hyphens=False)
-            lines += [f"{name:12} {preset.about}", *("  " + line.replace("\0", " ") for line in filled)]
+            words = " ".join(shown_default(word) for word in preset_flags(name, method)).replace(" --", "\n--")
+            pairs = [pair.replace(" ", "\0") for pair in words.splitlines()]  # each stays on one line
+            filled = textwrap.wrap(" ".join(pairs), 74, break_long_words=False, break_on_hyphens=False)
+            lines += [f"{name:12} {preset.about}", *(f"  {line}".replace("\0", " ") for line in filled)]
     return lines

@@ -89,7 +89,7 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
     """
     first = next(iter(studio.models.values()))
     settings = Settings(**defaults)
-    steps, area = min(settings.steps, first.training_steps), first.nearest_area(settings.area)
+    steps, area = min(settings.steps, first.most_steps), first.nearest_area(settings.area)
     settings = replace(settings, area=area, steps=steps)
     helps = {field.name: field.metadata["help"] for field in fields(Settings)}
     pictures = [reference.path for reference in list_references(examples, parameter="examples")] if examples else []

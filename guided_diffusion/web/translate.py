@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -45,19 +45,14 @@ class Settings(Checked):
     """Settings of a translation, with the page's defaults; the help texts stand below its controls."""
 
     area: int = option(
-        RECOMMENDED["blocks"],
-        "Blocks a side that keep your picture's colour and contrast. More: closer to it.",
-        least=1,
+        RECOMMENDED["blocks"], "Blocks per side that keep your picture's colour and contrast. More: closer.", least=1
     )
     range_t: float = option(
         RECOMMENDED["range_t"], "Last share of the steps, without your picture. Larger: more realistic, less like it.",
         least=0, most=0.95,
     )  # fmt: skip
     steps: int = option(
-        int(RECOMMENDED["timestep_respacing"]),
-        "Steps from noise to the result. More: slower, finer.",
-        least=1,
-        most=1000,
+        int(RECOMMENDED["timestep_respacing"]), "Steps from noise to the result. More: finer.", least=1, most=1000
     )
     seed: int = option(0, "Any number; another one gives another result.", least=0, most=2**53 - 1)
     count: int = option(1, "So many results at once, with this seed and those after it.", least=1, most=MOST_RESULTS)
@@ -77,9 +72,7 @@ class Settings(Checked):
         "manifold", "As the paper describes the method, or as its authors' code does.", choices=VARIANTS
     )
     sampler: str = option(
-        "ancestral",
-        "How a step is taken. ddim and dpmpp_2m keep more of your picture, and look flatter.",
-        choices=SOLVERS,
+        "ancestral", "How a step is taken. ddim and dpmpp_2m keep more of your picture, but are flat.", choices=SOLVERS
     )
     precision: str = option(
         "fp32", "Arithmetic of the network. bf16 is faster on recent hardware, and less exact.", choices=PRECISIONS
@@ -128,27 +121,16 @@ def explain(error: BaseException) -> str:
     return f"This is a defect of the program, and its log has the details: {first_line(error)}"
 
 
-@dataclass(frozen=True)
-class Model:
-    """Description of a model for the page. classes: how many, 0 for a model without."""
+class Model(NamedTuple):
+    """Description of a model for the page: its path, what suits it, and how many classes it has, 0 for none."""
 
     path: str
-    image_size: int
-    training_steps: int
+    areas: list[int]
+    most_steps: int
     classes: int
 
-    @property
-    def areas(self) -> list[int]:
-        """The numbers of blocks per side that suit the model, ascending."""
-        return [n for n in range(1, self.image_size // 2 + 1) if self.image_size % n == 0]
-
-    @property
-    def most_steps(self) -> int:
-        """The most steps that the page offers."""
-        return min(250, self.training_steps)
-
     def nearest_area(self, wanted: int) -> int:
-        """The suitable number of blocks that is closest to a wanted one."""
+        """The suitable number of blocks per side that is closest to a wanted one."""
         return min(self.areas, key=lambda n: (abs(n - wanted), -n))
 
 
@@ -162,28 +144,16 @@ def looks_like_a_photograph(picture: str | os.PathLike) -> bool:
     return len(image.getcolors(64 * 64) or ()) > 0.6 * 64 * 64
 
 
-@dataclass(frozen=True)
-class Frame:
-    """Progress of a translation: steps done of `steps`, seconds since the first began, and PIL images.
+class Frame(NamedTuple):
+    """Progress of a translation, for people: words, and the predicted results side by side.
 
-    preview: the predicted results side by side. The last frame alone has `reference`, the picture as the model got it,
-    and `results`, one for each seed.
+    The last frame alone has `reference`, the picture as the model got it, and `results`, one for each seed.
     """
 
-    step: int
-    steps: int
-    seconds: float
+    words: str
     preview: Image.Image
     reference: Image.Image | None = None
     results: Sequence[Image.Image] = ()
-
-    @property
-    def words(self) -> str:
-        """Status line of the page."""
-        if self.results:
-            return f"Done: {self.steps} steps in {self.seconds:.1f} s."
-        left = self.seconds / self.step * (self.steps - self.step)
-        return f"Step {self.step} of {self.steps}, {self.seconds:.0f} s so far, about {left:.0f} s left"
 
 
 class Studio:
@@ -206,11 +176,14 @@ class Studio:
         self._lock = threading.Lock()  # held while the device computes
         self._closed = False
         self._loaded: tuple[tuple[str, str], Target] | None = None
-        models = {}
-        for path in reversed(paths):
-            target = self._load(path, precision)
-            models[path] = Model(path, target.shape[-1], target.diffusion.num_timesteps, num_classes(target) or 0)
+        models = {path: self._describe(path, precision) for path in reversed(paths)}
         self.models: dict[str, Model] = {path: models[path] for path in paths}
+
+    def _describe(self, path: str, precision: str) -> Model:
+        target = self._load(path, precision)
+        side = target.shape[-1]
+        areas = [n for n in range(1, side // 2 + 1) if side % n == 0]
+        return Model(path, areas, min(250, target.diffusion.num_timesteps), num_classes(target) or 0)
 
     @property
     def energies(self) -> list[str]:
@@ -239,35 +212,30 @@ class Studio:
         if max(size) > self.max_side:
             reason = f"its sides may have up to {self.max_side} pixels"
             raise InputError(reason, parameter="picture", value=f"{size[0]} x {size[1]} pixels")
-        names = ("area", "range_t", "steps", "energy", "variant", "sampler", "class_index")
-        options = {name: getattr(settings, name) for name in names}
-        options |= {name: getattr(settings, name) for name in ("start", "details") if getattr(settings, name) != 1}
+        own = ("seed", "count", "precision")
+        own += tuple(name for name in ("start", "details") if getattr(settings, name) == 1)
+        options = {option: value for option, value in vars(settings).items() if option not in own}
         if "vgg" in energy_names(settings.energy):
             options["weights"] = self.weights
         with self._lock:
             translator = Translator(self._load(model, settings.precision), **options)
-        reference, steps, began = translator.read(picture), translator.evaluations, time.monotonic()
-        name = name or os.path.basename(picture)
+        reference, name = translator.read(picture), name or os.path.basename(picture)
         states = translator.steps(reference, seed=settings.seeds, name=name, previews=False)
-        state, shown = {}, began - interval
-        for step, state in enumerate(self._alone(states), 1):
-            if time.monotonic() - shown >= interval:
-                preview = _side_by_side(translator.images(state["pred_xstart"]))
-                yield Frame(step, steps, time.monotonic() - began, preview)
-                shown = time.monotonic()
-        seconds, results = time.monotonic() - began, translator.images(state["x"])
-        yield Frame(steps, steps, seconds, _side_by_side(results), Image.fromarray(to_uint8(reference)[0]), results)
-
-    def _alone(self, states: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The states, each computed while nothing else is."""
-
-        def compute() -> dict[str, Any] | None:
+        steps, state, began = translator.evaluations, {}, time.monotonic()
+        shown = began - interval
+        for step in range(1, steps + 1):
             with self._lock:
                 if self._closed:
                     raise InputError("the page is closed")
-                return next(states, None)
-
-        return iter(compute, None)
+                state = next(states)
+            if time.monotonic() - shown >= interval:
+                seconds = time.monotonic() - began
+                left = seconds / step * (steps - step)
+                words = f"Step {step} of {steps}, {seconds:.0f} s so far, about {left:.0f} s left"
+                yield Frame(words, _side_by_side(translator.images(state["pred_xstart"])))
+                shown = time.monotonic()
+        words, results = f"Done: {steps} steps in {time.monotonic() - began:.1f} s.", translator.images(state["x"])
+        yield Frame(words, _side_by_side(results), Image.fromarray(to_uint8(reference)[0]), results)
 
     def _load(self, path: str, precision: str) -> Target:
         """The model of a path on the device, in place of the one that was there."""
