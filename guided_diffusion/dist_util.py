@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -327,14 +326,11 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
 
     kwargs: torch.load's. Raises InputError where the file cannot be read, or not without running code.
     """
-    with reading(path):
-        if "://" in path:
-            import blobfile
+    from .references import open_binary
 
-            with blobfile.BlobFile(path, "rb") as blob:
-                content = blob.read()
-        else:
-            content = Path(path).read_bytes()
+    with reading(path):
+        with open_binary(path) as file:
+            content = file.read()
         if content[8:9] == b"{":  # after the header's length, as safetensors begin
             from safetensors.torch import load
 
