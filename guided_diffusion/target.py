@@ -34,15 +34,10 @@ class Batch:
 class Target:
     """A diffusion model that is ready to sample: everything that a method needs to know about it.
 
-    model: model(x, t) -> prediction [N, C or 2C, H, W]; class, prompt and guidance scale are applied already, and its
-    evaluations counted. diffusion: the (respaced) process, always variance preserving. codec: pixels to what the model
-    denoises, and back. shape: (C, H, W) of what it denoises; `blocks` divides H and W. image_size: side of the pictures
-    that the codec gives. clip_denoised: clip the prediction of x_0 to [-1, 1], or to a range.
-
-    condition: condition(batch) -> model, where class or prompt differ between pictures. info: the checkpoint's
-    description (`checkpoint.ModelInfo`), if any. options: how the model was loaded, so that a second one can be loaded
-    alike. precision: fp32, bf16 or fp16. sigma_small: variance where the model has none: the posterior's, else beta.
-    fuse: use faster forms of layers, equal up to rounding.
+    model: model(x, t) -> prediction [N, C or 2C, H, W], with class, prompt and guidance scale applied and evaluations
+    counted; condition(batch) gives it where classes or prompts differ. diffusion: the process, always variance
+    preserving. codec: pixels to what the model denoises, of shape (C, H, W), and back to pictures of side image_size.
+    info, options: the checkpoint's `ModelInfo`, and how it was loaded. sigma_small: variance where the model has none.
     """
 
     model: Callable[..., torch.Tensor]

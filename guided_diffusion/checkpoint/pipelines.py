@@ -20,19 +20,17 @@ import torch
 from ..codec import Autoencoder, Pixels, pixels
 from ..errors import InputError, display_name, first_line, reading
 from ..flow import EDM, FlowMatching, process
-from ..gaussian_diffusion import GaussianDiffusion, ModelVarType, get_named_beta_schedule
+from ..gaussian_diffusion import GaussianDiffusion, ModelVarType
 from ..registry import Registry
 from ..respace import SpacedDiffusion
-from ..run.files import read_json
 from ..script_util import create_diffusion
 from ..target import Batch, Counted, Target
 from . import diffusers
-from .reading import hash_file
+from .reading import hash_file, read_json_object
 
 KINDS = Registry("pipeline")
 """Pipelines by the name of their class: `Pipeline` and its subclasses."""
-OTHERS = ("FlowMatchEuler", "EDM")
-"""Schedulers of processes that `flow` makes variance preserving."""
+OTHERS = ("FlowMatchEuler", "EDM")  # schedulers of processes that `flow` makes variance preserving
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,9 @@ class Pipeline:
 
     guidance_scale = 7.5
     distilled = False  # whether the guidance scale is an input of the network; then there is no negative prompt
-    names: tuple[str, ...] = (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-    )  # of what `encode_prompt` gives
-    other_prompts: Mapping[str, None] = {}  # its arguments for further text encoders: None gives them the same prompt
+    # What `encode_prompt` gives, and its arguments for further text encoders: None gives them the same prompt.
+    names: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
+    other_prompts: Mapping[str, None] = {}
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -192,11 +188,9 @@ class Unconditional(Pipeline):
             needed = "the network is class-conditional; SDDMPipeline in Python takes them"
             reason = needed if labels is None else "the network has no classes"
             raise InputError(reason, parameter="class_labels", value=labels)
-        if labels is None:
-            return {}
-        if classes is not None and not ((labels >= 0) & (labels < classes)).all():
+        if classes is not None and labels is not None and not ((labels >= 0) & (labels < classes)).all():
             raise InputError(f"they must be from 0 to {classes - 1}", parameter="class_labels", value=labels.tolist())
-        return {"class_labels": labels.to(device)}
+        return {} if labels is None else {"class_labels": labels.to(device)}
 
     def model(self, prompt: Prompt, device: torch.device, count: int) -> Callable[..., torch.Tensor]:
         return super().model(replace(prompt, guidance_scale=1.0), device, count)
@@ -252,10 +246,8 @@ def scheduler_process(
     whole = create_diffusion(**{**flags, "learn_sigma": flags.get("learn_sigma", False) and doubled})
     spaced = SpacedDiffusion(
         {t for t in (round(float(t)) for t in scheduler.timesteps) if 0 <= t < whole.num_timesteps},
-        betas=get_named_beta_schedule(flags["noise_schedule"], flags["diffusion_steps"]),
-        model_mean_type=whole.model_mean_type,
-        model_var_type=whole.model_var_type,
-    )
+        betas=whole.betas, model_mean_type=whole.model_mean_type, model_var_type=whole.model_var_type,
+    )  # fmt: skip
     # Latents have no range of their own.
     return spaced, not latent and flags.get("clip_denoised", False), lambda network: network
 
@@ -294,8 +286,7 @@ def pipeline_target(
 def _class_name(*parts: str) -> str:
     """The class that a JSON file of diffusers names, "" without the file."""
     file = os.path.join(*parts)
-    content = read_json(file) if os.path.isfile(file) else {}
-    return str(content.get("_class_name", "")) if isinstance(content, dict) else ""
+    return str(read_json_object(file).get("_class_name")) if os.path.isfile(file) else ""
 
 
 def is_pipeline(path: str) -> bool:
