@@ -16,7 +16,7 @@ with `DiffusionPipeline.from_pretrained(folder, custom_pipeline="scripts/diffuse
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ except ImportError as error:
 
 from . import sddm
 from .checkpoint import pipelines
-from .checkpoint.pipelines import KINDS, Pipeline, Prompt, Unconditional
+from .checkpoint.pipelines import KINDS, Prompt, Unconditional
 from .codec import OVERSHOOT, Pixels
 from .errors import InputError, first_line, renaming
 from .image_datasets import ImageError, load_image, load_picture, to_tensor
@@ -53,7 +53,6 @@ class _Translating:
     num_timesteps = 0
     guidance_scale: float | None = None
     _interrupt = False
-    _kind: Callable[[], Pipeline]
 
     @property
     def interrupt(self) -> bool:
@@ -98,8 +97,8 @@ class _Translating:
         for name, value in counts.items():
             if not isinstance(value, int) or value < 1:
                 raise InputError("it must be a whole number of at least 1", parameter=name, value=value)
-        kind, repeats = self._kind(), num_images_per_image * num_images_per_prompt
-        pipe, device = kind.pipe, kind.pipe._execution_device
+        repeats, pipe = num_images_per_image * num_images_per_prompt, cast(Any, getattr(self, "pipe", self))
+        kind, device = KINDS.get(type(pipe).__name__, Unconditional)(pipe), pipe._execution_device
         if prompts is None:
             labels = {} if class_labels is None else {"class_labels": torch.as_tensor(class_labels).reshape(-1)}
             prompts = Prompt(embeddings=labels)
@@ -258,11 +257,8 @@ class SDDMPipeline(_Translating, DiffusionPipeline):
             channels = f"{config.in_channels} channels in and {config.out_channels} out"
             needed = f"{wanted} in, and as many or twice as many out, are needed"
             raise InputError(needed, parameter="unet", value=f"a network of {channels}")
-        self._kind()
+        Unconditional(self)
         pipelines.scheduler_process(scheduler, min(25, scheduler.config.get("num_train_timesteps", 25)))
-
-    def _kind(self) -> Pipeline:
-        return Unconditional(self)
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **options: Any) -> Any:
@@ -298,9 +294,6 @@ class SDDMTextPipeline(_Translating):
         if name == "pipe":
             raise AttributeError(name)
         return getattr(self.pipe, name)
-
-    def _kind(self) -> Pipeline:
-        return KINDS[type(self.pipe).__name__](self.pipe)
 
     def to(self, *arguments: Any, **options: Any) -> "SDDMTextPipeline":
         """Move the pipeline; see `DiffusionPipeline.to`."""
