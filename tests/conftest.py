@@ -164,7 +164,8 @@ class Replay:
 class LinearModel(torch.nn.Module):
     """A cheap stand-in for a UNet: mixes channels and neighbouring pixels, and depends on the timestep.
 
-    Smooth in x, so that rounding differences stay small over a whole run; images of a batch do not see each other.
+    Smooth in x, so that rounding differences stay small over a whole run; images of a batch do not see each other. It
+    records its calls.
     """
 
     def __init__(self, learn_sigma=False, dtype=torch.float32):
@@ -172,12 +173,30 @@ class LinearModel(torch.nn.Module):
         generator = torch.Generator().manual_seed(0)
         weight = 0.15 * torch.randn(6 if learn_sigma else 3, 3, 3, 3, generator=generator, dtype=torch.float64)
         self.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
-        self.timesteps = []
+        self.inputs, self.timesteps = [], []
 
     def forward(self, x, t):
+        self.inputs.append(x)
         self.timesteps.append(t.clone())
         h = torch.nn.functional.conv2d(x, self.weight.to(x.dtype), padding=1)
         return (h * (1 + t.to(x.dtype) / 2000)[:, None, None, None]).tanh()
+
+
+class TimedEncoder(torch.nn.Module):
+    """A small smooth network with an extractor's and a classifier's interface; it records the timesteps."""
+
+    def __init__(self):
+        super().__init__()
+        weight = 0.3 * torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(3))
+        self.weight, self.timesteps = torch.nn.Parameter(weight), []
+
+    def middle_features(self, x, t):
+        self.timesteps.append(t.clone())
+        scale = (1 + t.to(x.dtype) / 1000)[:, None, None, None]
+        return torch.tanh(torch.nn.functional.conv2d(x, self.weight, stride=2, padding=1) * scale) + 0.1
+
+    def forward(self, x, t):
+        return self.middle_features(x, t).mean(dim=(2, 3))
 
 
 def small_run(steps=8, n=2, size=16, learn_sigma=False, seed=0, dtype=torch.float32):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from conftest import golden, golden_encoder, golden_index, golden_names
+from conftest import TimedEncoder, golden, golden_encoder, golden_index, golden_names
 from torch.nn import functional as F
 
 from guided_diffusion import energy as energies
@@ -87,22 +87,6 @@ def pair(n=2, size=16, channels=3):
     generator = torch.Generator().manual_seed(channels)
     x = torch.randn(n, channels, size, size, generator=generator)
     return x, torch.rand(x.shape, generator=generator) * 2 - 1
-
-
-class TimedEncoder(torch.nn.Module):
-    """A small smooth network with the encoder's interface: features and logits depend on x and on t."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(3)
-        self.weight = torch.nn.Parameter(0.3 * torch.randn(8, 3, 3, 3, generator=generator))
-
-    def middle_features(self, x, t):
-        scale = (1 + t.to(x.dtype) / 1000)[:, None, None, None]
-        return torch.tanh(F.conv2d(x, self.weight, stride=2, padding=1) * scale) + 0.1
-
-    def forward(self, x, t):
-        return self.middle_features(x, t).mean(dim=(2, 3))
 
 
 @pytest.mark.parametrize("name", golden_names("energy_"))
