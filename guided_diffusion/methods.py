@@ -308,7 +308,7 @@ class EnergyOptions(Checked):
     @property
     def name(self) -> str:
         """The name of these options in `ENERGIES`."""
-        return next(name for name, kind in ENERGIES.items() if type(self) is kind)
+        return next((name for name, kind in ENERGIES.items() if type(self) is kind), type(self).__name__)
 
     def create(self, target: Target) -> Energy:
         """The energy for a target. Raises InputError."""
