@@ -1,7 +1,7 @@
 """Registries: the parts of one kind by name, such as energies, solvers and manifolds."""
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .errors import InputError
@@ -15,39 +15,29 @@ def fitting(value: object, names: Iterable) -> str:
     return f"it can be {listed}" + (f"; did you mean {close[0]}?" if close else "")
 
 
-class Registry(Mapping[str, Any]):
+class Registry(dict[str, Any]):
     """Parts of one kind by name.
 
-    parameter: the option that names one of them, for errors. check: called with all entries after one was added.
+    parameter: the option that names one of them, for errors. check: called with all entries before one is added.
     """
 
-    def __init__(self, parameter: str, check: Callable[[Mapping[str, Any]], Any] | None = None) -> None:
-        self.parameter, self._check = parameter, check
-        self._entries: dict[str, Any] = {}
+    def __init__(self, parameter: str, check: Callable[[Mapping[str, Any]], Any] = lambda entries: None) -> None:
+        super().__init__()
+        self.parameter, self.check = parameter, check
 
     def add(self, *names: str) -> Callable[[Any], Any]:
         """A decorator that registers what it decorates under its names; another entry of a name is replaced."""
 
         def register(entry: Any) -> Any:
-            entries = {**self._entries, **dict.fromkeys(names, entry)}
-            if self._check is not None:
-                self._check(entries)
-            self._entries = entries
+            added = dict.fromkeys(names, entry)
+            self.check({**self, **added})
+            self.update(added)
             return entry
 
         return register
 
     def pick(self, name: str) -> Any:
         """The entry of that name; raises InputError that lists the names."""
-        if name not in self._entries:
-            raise InputError(fitting(name, list(self._entries)), parameter=self.parameter, value=name)
-        return self._entries[name]
-
-    def __getitem__(self, name: str) -> Any:
-        return self._entries[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
+        if name not in self:
+            raise InputError(fitting(name, self), parameter=self.parameter, value=name)
+        return self[name]

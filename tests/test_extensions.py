@@ -183,9 +183,9 @@ def test_heun_is_of_second_order():
         errors = [gaussian_error("heun", steps) for steps in (20, 40, 80)]
     finally:
         for name in ("heun", "silent"):
-            SOLVERS._entries.pop(name)
-        MANIFOLDS._entries.pop("brightness")
-        ENERGIES._entries.pop("darker")
+            del SOLVERS[name]
+        del MANIFOLDS["brightness"]
+        del ENERGIES["darker"]
     for coarse, fine in itertools.pairwise(errors):
         assert 3.5 < coarse / fine < 4.5
 

@@ -36,7 +36,7 @@ def toy():
         return Network(Toy(source.tensors["filter.weight"].shape[-1]), info, source.tensors)
 
     yield recognise
-    CHECKPOINTS._entries.pop("toy")
+    del CHECKPOINTS["toy"]
 
 
 def test_a_kind_from_outside_loads_is_checked_and_samples(toy, tmp_path):

@@ -39,7 +39,7 @@ def own(data):
     sddm = {"timestep_respacing": "6", "blocks": 4, "range_t": 0.34, "energy": "dct", "start": 0.84}
     PRESETS.add("tiny")(Preset("a test", str(data / "model.safetensors"), {"sddm": sddm}))
     yield sddm
-    del PRESETS._entries["tiny"]
+    del PRESETS["tiny"]
 
 
 def parse(script, *flags):
