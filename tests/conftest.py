@@ -70,11 +70,9 @@ def pytest_collection_modifyitems(items):
 def pytest_terminal_summary(terminalreporter):
     missing = [name for name in golden_index() if not golden_path(name).exists()]
     if missing:
+        count = f"{len(missing)} of {len(golden_index())} golden sets are missing, and nothing was compared with them"
         terminalreporter.section("golden data")
-        terminalreporter.line(
-            f"{len(missing)} of {len(golden_index())} golden sets are missing, and nothing was compared with them: "
-            f"{', '.join(missing)}. GOLDEN_DIR names a folder that has them."
-        )
+        terminalreporter.line(f"{count}: {', '.join(missing)}. GOLDEN_DIR names a folder that has them.")
 
 
 def golden_path(name):
@@ -87,11 +85,8 @@ def golden_path(name):
 @cache
 def golden_index():
     """The settings of every golden file, by its name."""
-    return {
-        name: settings
-        for folder in (COMMITTED_DIR, GOLDEN_DIR)
-        for name, settings in json.loads((folder / "index.json").read_text()).items()
-    }
+    committed, others = (json.loads((folder / "index.json").read_text()) for folder in (COMMITTED_DIR, GOLDEN_DIR))
+    return committed | others
 
 
 def golden(name):
