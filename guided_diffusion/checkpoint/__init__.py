@@ -1,7 +1,7 @@
 """Checkpoints: recognise a file, load it safely, and save one that describes itself.
 
 `reading` (bytes to tensors), `architecture` (tensors to flags), `stated` and `published` (what else is known),
-`reconcile` (all of it together), `diffusers` and `diffusers_tensors` (models of diffusers), `remote` (downloading),
+`reconcile` (all of it together), `diffusers` (its models, in and out), `remote` (downloading),
 `loading` (kinds of checkpoints; build, fill, save), `targets` and `pipelines` (ready to sample), `export` (other
 formats).
 """

@@ -12,8 +12,7 @@ import torch
 
 from ..errors import InputError, display_name, one_line
 from ..run.files import write_json, write_text
-from .diffusers import CONFIG, INDEX, SCHEDULER, WEIGHTS
-from .diffusers_tensors import to_diffusers
+from .diffusers import CONFIG, INDEX, SCHEDULER, WEIGHTS, to_diffusers
 from .loading import contiguous, load_model, save_model, write_safetensors
 from .reconcile import ModelInfo
 

@@ -29,7 +29,6 @@ from ..run.files import write_bytes
 from ..script_util import attention_factors, channel_multipliers, create_classifier, create_model
 from . import architecture, diffusers, remote
 from .architecture import State
-from .diffusers_tensors import to_ours
 from .published import refuse_edm
 from .reading import Source, hash_file, read_file
 from .reconcile import ADM, DDPM, ENCODER, FLAGS, Kind, ModelInfo, reconcile
@@ -200,7 +199,7 @@ def diffusers_model(source: Source, given: Mapping[str, Any]) -> Network | None:
     info.scheduler = scheduler
     model = build(info, given)
     tensors, hashes = diffusers.read_weights(folder)
-    state, names = to_ours(tensors, model.state_dict(), info.flags)
+    state, names = diffusers.to_ours(tensors, model.state_dict(), info.flags)
     return Network(model, info, state, names, folder.fingerprint(hashes))
 
 
