@@ -91,34 +91,24 @@ def test_every_kind_of_picture_gives_the_commands_pixels(data, translate):
         assert not np.array_equal(pixels(other), wanted)
 
 
-def test_lists_give_lists(data, translate):
+def test_lists_of_pictures_and_seeds_give_lists(data, translate):
     paths = [data / "ref" / name for name in NAMES]
-    images = translate(paths, seed=3)
-    tiny.assert_within_one_level(
-        dict(zip(NAMES, map(pixels, images))), {n: i.astype(int) for n, i in made(data / "out").items()}
-    )
-    mixed = translate([paths[0], np.asarray(Image.open(paths[1]).convert("RGB")), tensor(data, "c.png")], seed=3)
-    assert len(mixed) == 3 and len({pixels(image).tobytes() for image in mixed}) == 3
-    assert np.abs(pixels(mixed[0]).astype(int) - pixels(images[0])).max() <= 1
-    single = translate(paths[:1], seed=3, name="b.png")
-    alone = translate(paths[0], seed=3, name="b.png")
-    assert isinstance(single, list) and np.array_equal(pixels(single[0]), pixels(alone))
-
-
-def test_seeds_give_a_result_each(data, translate):
-    paths = [data / "ref" / name for name in NAMES[:2]]
     images = translate(paths, seed=[3, 4])
     wanted = [translate(path, seed=seed) for path in paths for seed in (3, 4)]
     for image, alone in zip(images, wanted, strict=True):
         assert np.abs(pixels(image).astype(int) - pixels(alone)).max() <= 1
-    assert len({pixels(image).tobytes() for image in images}) == 4
+    mixed = translate([paths[0], np.asarray(Image.open(paths[1]).convert("RGB")), tensor(data, "c.png")], seed=3)
+    assert len({pixels(image).tobytes() for image in (*images, *mixed[1:])}) == 8
+    single = translate(paths[:1], seed=3, name="b.png")
+    alone = translate(paths[0], seed=3, name="b.png")
+    assert isinstance(single, list) and np.array_equal(pixels(single[0]), pixels(alone))
     assert isinstance(translate(paths[0], seed=range(3, 4)), list)
 
 
 def test_pictures_are_brought_to_the_models_size(data, translate):
     tall = np.zeros((40, 24, 3), np.uint8)
-    assert translate(tall).size == (tiny.SIZE, tiny.SIZE)
-    assert translate(tall[..., 0]).size == translate(np.dstack([tall, tall[..., :1]])).size == (tiny.SIZE, tiny.SIZE)
+    for picture in (tall, tall[..., 0], np.dstack([tall, tall[..., :1]])):
+        assert translate(picture).size == (tiny.SIZE, tiny.SIZE)
     padded = Translator(data / "model.safetensors", **OPTIONS, resize="pad", background="black")
     assert not torch.equal(padded.read(tall + 255), translate.read(tall + 255))
 
@@ -170,42 +160,29 @@ def test_steps_are_the_translation(data, translate):
 # Options
 
 
-METHODS = {
-    "ilvr": (("ilvr_sample", "--down_N", 4, "--range_t", 2), {"down_n": 4, "range_t": 2}),
-    "sdedit": (("sdedit_sample", "--t", 0.5), {"start": 0.5}),
-    "egsde": (
-        ("egsde_sample", "--t", 3, "--down_N", 4, "--ls", 3, "--li", 0.2, "--dsepath", "{data}/dse.safetensors"),
-        {"start": 3, "down_n": 4, "ls": 3, "li": 0.2, "encoder": "{data}/dse.safetensors"},
-    ),
-}
+ILVR = {"method": "ilvr", "down_n": 4, "range_t": 2}
+EGSDE = {"method": "egsde", "start": 3, "down_n": 4, "ls": 3, "li": 0.2, "encoder": "{data}/dse.safetensors"}
+COMMANDS = [  # a command's flags, the translator's options, and the number of steps
+    ("ilvr_sample --down_N 4 --range_t 2", ILVR, 6),
+    ("sdedit_sample --t 0.5", {"method": "sdedit", "start": 0.5}, 3),
+    ("egsde_sample --t 3 --down_N 4 --ls 3 --li 0.2 --dsepath {data}/dse.safetensors", EGSDE, 3),
+    ("ae_sample --energy dse --dsepath {data}/dse.safetensors --range_t 2 --area 4",
+     {"energy": "dse", "encoder": "{data}/dse.safetensors", "range_t": 2, "area": 4}, 6),
+    ("ae_sample --energy none --range_t 0.3 --start_t 0.5 --area 4",
+     {"energy": [], "range_t": 0.3, "start": 0.5, "area": 4}, 3),
+    ("ae_sample --variant released --sampler ddim --eta 0.5 --range_t 2 --area 4 --energy dct",
+     {"variant": "released", "sampler": "ddim", "eta": 0.5, "range_t": 2, "area": 4, "energy": "dct"}, 6),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_other_methods(data, tmp_path, method):
-    flags, options = METHODS[method]
-    flags = [str(flag).format(data=data) for flag in flags]
+@pytest.mark.parametrize("line, options, steps", COMMANDS)
+def test_options_are_the_commands_flags(data, tmp_path, line, options, steps):
+    wanted = command(data, tmp_path / "out", *line.format(data=data).split())
     options = {name: value.format(data=data) if isinstance(value, str) else value for name, value in options.items()}
-    wanted = command(data, tmp_path / "out", *flags)
-    translate = Translator(data / "model.safetensors", method=method, steps=6, device="cpu", **options)
-    for name in NAMES:
+    translate = Translator(data / "model.safetensors", steps=6, device="cpu", **options)
+    assert translate.evaluations == steps
+    for name in NAMES[:2]:
         assert np.array_equal(pixels(translate(data / "ref" / name)), wanted[name])
-    assert translate.evaluations == (6 if method == "ilvr" else 3)
-
-
-@pytest.mark.parametrize(
-    "flags, options",
-    [
-        ("--energy dse --dsepath {data}/dse.safetensors", {"energy": "dse", "encoder": "{data}/dse.safetensors"}),
-        ("--energy none --range_t 0.3 --start_t 0.5", {"energy": [], "range_t": 0.3, "start": 0.5}),
-        ("--variant released --sampler ddim --eta 0.5", {"variant": "released", "sampler": "ddim", "eta": 0.5}),
-    ],
-)
-def test_options_are_the_commands_flags(data, tmp_path, flags, options):
-    flags = flags.format(data=data).split()
-    options = {name: value.format(data=data) if isinstance(value, str) else value for name, value in options.items()}
-    wanted = command(data, tmp_path / "out", "ae_sample", *SDDM, *flags)
-    translate = Translator(data / "model.safetensors", **{**OPTIONS, **options})
-    assert np.array_equal(pixels(translate(data / "ref" / "a.png")), wanted["a.png"])
 
 
 def test_classes(data):
