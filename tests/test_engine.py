@@ -55,6 +55,12 @@ def script():
     return load_script("ae_sample")
 
 
+@pytest.fixture
+def out(tmp_path):
+    """The save folder, which does not exist yet."""
+    return tmp_path / "out"
+
+
 class Painter:
     """A sampler that costs nothing: every step mixes in a draw. Keeps the sizes of its batches.
 
@@ -157,9 +163,9 @@ def test_seed_and_relative_path_alone_determine_the_noise(script, data, translat
     assert_within_one_level(pictures(tmp_path / "d"), {"d.png": wanted["d.png"]})
 
 
-def test_several_samples_of_a_reference_differ(script, data, translated, tmp_path):
-    assert translate(script, data, tmp_path / "out", "--samples_per_image", 3, base=data / "ref" / "more") == 0
-    found = pictures(tmp_path / "out")
+def test_several_samples_of_a_reference_differ(script, data, translated, tmp_path, out):
+    assert translate(script, data, out, "--samples_per_image", 3, base=data / "ref" / "more") == 0
+    found = pictures(out)
     names = ("a.png", "still/f.png", "é.png")
     assert list(found) == [f"sample_{k}/{name}" for k in range(3) for name in names]
     for name in names:
@@ -196,8 +202,7 @@ def break_at(batch, error):
 
 
 @pytest.mark.parametrize("batch, error", [(1, KeyboardInterrupt), (3, Broken)])
-def test_a_broken_run_resumes(data, painted, tmp_path, batch, error):
-    out = tmp_path / "out"
+def test_a_broken_run_resumes(data, painted, out, batch, error):
     error_of(paint, data / "ref", out, break_at(batch, error), batch_size=2, kind=error)
     made = files(out)
     assert len(made) == 2 * (batch - 1) and all(files(painted)[name] == image for name, image in made.items())
@@ -216,9 +221,8 @@ def test_a_broken_run_resumes(data, painted, tmp_path, batch, error):
         assert_within_one_level(pictures(out), pictures(painted))
 
 
-def test_lost_outputs_and_half_written_files(data, painted, tmp_path):
+def test_lost_outputs_and_half_written_files(data, painted, out):
     """Only batches of which an image is missing are sampled again, in the same company; what is present stays."""
-    out = tmp_path / "out"
     shutil.copytree(painted, out)
     for name in ("a.png", "more/a.png"):
         (out / name).unlink()
@@ -234,10 +238,10 @@ def test_lost_outputs_and_half_written_files(data, painted, tmp_path):
     assert found == {name: image for name, image in files(painted).items() if name not in ("b.png", "grid.png")}
 
 
-def test_references_may_come_and_go(data, painted, tmp_path):
+def test_references_may_come_and_go(data, painted, tmp_path, out):
     base = tmp_path / "base"
     make_references(base, NAMES)
-    first, out = base / "a.png", tmp_path / "out"
+    first = base / "a.png"
     paint(base, out, num_samples=4, batch_size=2)
     assert list(pictures(out)) == sorted(NAMES)[:4]
     first.unlink()
@@ -256,9 +260,9 @@ def exchange(base, name, other):
     shutil.copy(base / other, base / name)
 
 
-def test_outputs_whose_sources_changed_are_made_again(data, painted, tmp_path, caplog):
+def test_outputs_whose_sources_changed_are_made_again(data, painted, tmp_path, out, caplog):
     """Each as in a run that never knew the old source, also where the restart is killed."""
-    base, out = shutil.copytree(data / "ref", tmp_path / "base"), tmp_path / "out"
+    base = shutil.copytree(data / "ref", tmp_path / "base")
     shutil.copytree(painted, out)
     for name, other in (("a.png", "b.png"), ("more/é.png", "h.png")):
         exchange(base, name, other)
@@ -274,8 +278,8 @@ def test_outputs_whose_sources_changed_are_made_again(data, painted, tmp_path, c
     assert paint(elsewhere, out, batch_size=2)[1].batches == []  # equal contents are the same sources
 
 
-def test_a_source_that_changes_while_it_is_read_is_noticed_by_the_next_run(data, tmp_path, monkeypatch):
-    base, out = shutil.copytree(data / "ref", tmp_path / "base"), tmp_path / "out"
+def test_a_source_that_changes_while_it_is_read_is_noticed_by_the_next_run(data, tmp_path, out, monkeypatch):
+    base = shutil.copytree(data / "ref", tmp_path / "base")
     read = Source.read
 
     def replaced(source, reference, size):
@@ -289,8 +293,8 @@ def test_a_source_that_changes_while_it_is_read_is_noticed_by_the_next_run(data,
     assert paint(base, out, num_samples=1)[0].skipped == 1
 
 
-def test_a_record_of_version_0_2_resumes_without_knowing_sources(data, painted, tmp_path, caplog):
-    out = shutil.copytree(painted, tmp_path / "out")
+def test_a_record_of_version_0_2_resumes_without_knowing_sources(data, painted, out, caplog):
+    out = shutil.copytree(painted, out)
     (out / "images.jsonl").unlink()
     changed(format=1, monitor={"images": 9, "steps": {}, "parts": []})(out / "run.json")
     (out / ".monitor-0-1-2.json").write_text("{}")
@@ -327,8 +331,7 @@ def test_the_record_says_what_made_the_outputs(data, translated):
     assert [len(batch) for batch in found["plan"]] == [3, 3, 3]
 
 
-def test_other_settings_are_refused_with_the_differences(script, data, translated, tmp_path):
-    out = tmp_path / "out"
+def test_other_settings_are_refused_with_the_differences(script, data, translated, out):
     shutil.copytree(translated / "3", out)
     before = {**files(out), "run.json": (out / "run.json").read_bytes()}
     flags = ("--seed", 7, "--area", 2, "--samples_per_image", 2, "--energy", "none", "--resize", "pad")
@@ -343,9 +346,8 @@ def test_other_settings_are_refused_with_the_differences(script, data, translate
     assert {**files(out), "run.json": (out / "run.json").read_bytes()} == before
 
 
-def test_overwrite_starts_over(script, data, translated, tmp_path):
+def test_overwrite_starts_over(script, data, translated, out):
     """What the old run wrote goes, what others wrote stays."""
-    out = tmp_path / "out"
     assert translate(script, data, out, "--samples_per_image", 2, "--seed", 5, "--save_trajectory") == 0
     (out / "mine.txt").write_text("not of the run")
     assert translate(script, data, out, "--overwrite", "--batch_size", 3) == 0
@@ -356,20 +358,20 @@ def test_overwrite_starts_over(script, data, translated, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["grid.png", "more/é.png"])
-def test_files_of_others_are_not_overwritten(data, tmp_path, name):
-    (tmp_path / "out" / "more").mkdir(parents=True)
-    (tmp_path / "out" / name).write_text("mine")
-    error = refused(paint, data / "ref", tmp_path / "out")
-    assert (error.parameter, error.value) == ("save_dir", str(tmp_path / "out"))
+def test_files_of_others_are_not_overwritten(data, out, name):
+    (out / "more").mkdir(parents=True)
+    (out / name).write_text("mine")
+    error = refused(paint, data / "ref", out)
+    assert (error.parameter, error.value) == ("save_dir", str(out))
     assert error.reason.startswith(f"{name} is already present") and "`overwrite` True" in error.reason
-    assert files(tmp_path / "out") == {name: b"mine"}
-    paint(data / "ref", tmp_path / "out", overwrite=True)
-    assert len(pictures(tmp_path / "out")) == 9 and files(tmp_path / "out")[name] != b"mine"
+    assert files(out) == {name: b"mine"}
+    paint(data / "ref", out, overwrite=True)
+    assert len(pictures(out)) == 9 and files(out)[name] != b"mine"
 
 
-def test_the_record_is_completed_once_before_the_folder_is_free(data, painted, tmp_path, monkeypatch):
+def test_the_record_is_completed_once_before_the_folder_is_free(data, painted, out, monkeypatch):
     """Whoever sees the folder unlocked sees the sums; a run killed before that is an unfinished one, which resumes."""
-    out, written = tmp_path / "out", []
+    written = []
     write = run_record.write
 
     def watched(folder, content):
@@ -413,8 +415,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_record_of_the_wrong_kind_is_one_line(data, painted, tmp_path, damage):
-    out = tmp_path / "out"
+def test_a_record_of_the_wrong_kind_is_one_line(data, painted, out, damage):
     shutil.copytree(painted, out)
     damage(out / "run.json")
     before = sorted(os.listdir(out))
@@ -452,10 +453,10 @@ class Guided(Painter):
         return super().__call__(batch, noise=noise, callback=telling)
 
 
-def test_lines_add_up_over_kills_and_restarts(data, tmp_path, caplog):
+def test_lines_add_up_over_kills_and_restarts(data, out, caplog):
     """However often a run is killed, every image counts once, and costs what its last making did."""
     caplog.set_level(logging.INFO, logger="sddm")
-    out, broken, settings = tmp_path / "out", break_at(3, Broken), {"energy": ["dct"]}
+    broken, settings = break_at(3, Broken), {"energy": ["dct"]}
     for before in (broken, break_at(1, Broken), broken, None):
         with contextlib.suppress(Broken):
             paint(data / "ref", out, painter=Guided(before), settings=settings, batch_size=2)
@@ -471,9 +472,9 @@ def test_lines_add_up_over_kills_and_restarts(data, tmp_path, caplog):
     assert not list(out.glob("images-*.jsonl"))
 
 
-def test_damaged_lines_do_no_harm(data, painted, tmp_path, caplog):
+def test_damaged_lines_do_no_harm(data, painted, out, caplog):
     """What a killed process leaves, or anybody writes: sound lines count, for others no source is known."""
-    out = shutil.copytree(painted, tmp_path / "out")
+    out = shutil.copytree(painted, out)
     lines = (out / "images.jsonl").read_bytes().splitlines()
     junk = [b"", b"[]", b"7", b"[" * 100_000, b"\xff\xfe", b'{"key": 7, "source": ""}', lines[0][:-9]]
     junk += [
@@ -511,33 +512,33 @@ def earlier_outputs(root):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("make", [single, linked_output, earlier_outputs])
-def test_references_are_never_replaced_or_removed(tmp_path, make, overwrite):
+def test_references_are_never_replaced_or_removed(tmp_path, out, make, overwrite):
     base, options = make(tmp_path)
     if make is earlier_outputs and not overwrite:
         options = {"settings": {"seed": 1}}  # another run, which is refused anyway
     before = files(tmp_path)
-    error = refused(paint, base, tmp_path / "out", overwrite=overwrite, **options)
-    assert (error.parameter, error.value) == ("save_dir", str(tmp_path / "out"))
+    error = refused(paint, base, out, overwrite=overwrite, **options)
+    assert (error.parameter, error.value) == ("save_dir", str(out))
     assert overwrite is False or "would replace the reference" in error.reason
     assert files(tmp_path) == before
 
 
 @pytest.mark.parametrize("link, overwrite", [("more/still", False), ("trajectory", True)])
-def test_links_out_of_the_save_folder_are_refused(data, tmp_path, link, overwrite):
+def test_links_out_of_the_save_folder_are_refused(data, tmp_path, out, link, overwrite):
     """Nothing is written through them, and nothing removed."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.png").write_text("mine")
-    (tmp_path / "out" / link).parent.mkdir(parents=True)
-    (tmp_path / "out" / link).symlink_to(tmp_path / "elsewhere")
-    error = refused(paint, data / "ref", tmp_path / "out", overwrite=overwrite)
-    assert (error.parameter, error.value) == ("save_dir", str(tmp_path / "out"))
+    (out / link).parent.mkdir(parents=True)
+    (out / link).symlink_to(tmp_path / "elsewhere")
+    error = refused(paint, data / "ref", out, overwrite=overwrite)
+    assert (error.parameter, error.value) == ("save_dir", str(out))
     assert "is a link out of it; remove the link" in error.reason and link in error.reason
-    assert files(tmp_path / "elsewhere") == {"a.png": b"mine"} and not files(tmp_path / "out")
+    assert files(tmp_path / "elsewhere") == {"a.png": b"mine"} and not files(out)
 
 
-def test_a_name_that_cannot_be_written_fails_alone(data, tmp_path):
+def test_a_name_that_cannot_be_written_fails_alone(data, tmp_path, out):
     """The longest that a file system takes is written; one byte more, and a folder that is a file, are failures."""
-    base, out = tmp_path / "base", tmp_path / "out"
+    base = tmp_path / "base"
     long, longest, too_long = ("x" * 240 + ".png", "y" * 251 + ".png", "z" * 252 + ".bw")
     make_references(base, ["a.png", "more/b.png", long, longest])
     shutil.copy(base / "a.png", base / too_long)
@@ -553,20 +554,20 @@ def test_a_name_that_cannot_be_written_fails_alone(data, tmp_path):
     assert (summary.done, summary.skipped) == (1, 3) and list(summary.failed) == [too_long]
 
 
-def test_a_save_folder_that_is_removed_ends_the_run(data, tmp_path):
+def test_a_save_folder_that_is_removed_ends_the_run(data, tmp_path, out):
     def remove(painter):
         if len(painter.batches) == 9:
             # Moved first: the writer, which runs beside this, renames files while they are being removed.
-            shutil.rmtree((tmp_path / "out").rename(tmp_path / "removed"))
+            shutil.rmtree((out).rename(tmp_path / "removed"))
 
-    error = refused(paint, data / "ref", tmp_path / "out", remove, batch_size=1)
+    error = refused(paint, data / "ref", out, remove, batch_size=1)
     assert error.parameter == "save_dir" and error.reason == "it was removed while the run was writing to it"
-    assert not (tmp_path / "out").exists()  # nothing appears there again
+    assert not (out).exists()  # nothing appears there again
 
 
-def test_a_save_folder_that_becomes_another_runs_ends_the_run(data, tmp_path):
+def test_a_save_folder_that_becomes_another_runs_ends_the_run(data, tmp_path, out):
     """The folder is removed, and another run begins there: neither gets an image of the other."""
-    out, second = tmp_path / "out", {"settings": {"seed": 1}, "batch_size": 2}
+    second = {"settings": {"seed": 1}, "batch_size": 2}
 
     def replace(painter):
         if len(painter.batches) == 3:
@@ -583,13 +584,13 @@ def test_a_save_folder_that_becomes_another_runs_ends_the_run(data, tmp_path):
     assert files(out) == files(tmp_path / "alone") and record(out)["settings"]["seed"] == 1
 
 
-def test_a_file_system_without_locks_is_written_all_the_same(data, painted, tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_written_all_the_same(data, painted, out, monkeypatch):
     def no_locks(descriptor, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    paint(data / "ref", tmp_path / "out", batch_size=2)
-    assert {**files(tmp_path / "out"), ".lock": b""} == {**files(painted), ".lock": b""}
+    paint(data / "ref", out, batch_size=2)
+    assert {**files(out), ".lock": b""} == {**files(painted), ".lock": b""}
 
 
 # ---- images that fail -----------------------------------------------------------------------------------------------
@@ -613,9 +614,8 @@ REASONS = {
 }
 
 
-def test_what_fails_is_named_and_tried_again_and_the_rest_is_made(damaged, data, painted, tmp_path):
-    summary, _, progress = paint(damaged, tmp_path / "out", batch_size=2)
-    out = tmp_path / "out"
+def test_what_fails_is_named_and_tried_again_and_the_rest_is_made(damaged, data, painted, out):
+    summary, _, progress = paint(damaged, out, batch_size=2)
     assert summary.failed == REASONS == record(out)["failed"]
     assert summary.done == 7 and record(out)["counts"] == {"references": 10, "outputs": 7, "failed": 3}
     assert sum(progress) == 9 * Painter.steps  # what cannot be made leaves no gap
@@ -627,16 +627,16 @@ def test_what_fails_is_named_and_tried_again_and_the_rest_is_made(damaged, data,
     assert summary.failed == {name: REASONS[name] for name in ("d.png", "more/a.png")}
 
 
-def test_strict_stops_at_the_first(damaged, tmp_path):
-    message = error_of(paint, damaged, tmp_path / "out", strict=True)
-    assert message == f"d.png: {REASONS['d.png']}" and not files(tmp_path / "out")
+def test_strict_stops_at_the_first(damaged, out):
+    message = error_of(paint, damaged, out, strict=True)
+    assert message == f"d.png: {REASONS['d.png']}" and not files(out)
     (damaged / "d.gif").unlink()
-    message = error_of(paint, damaged, tmp_path / "out", strict=True, batch_size=1)
+    message = error_of(paint, damaged, out, strict=True, batch_size=1)
     assert message == f"b.png: {REASONS['b.png']}"
-    assert list(pictures(tmp_path / "out")) == ["a.png"]
+    assert list(pictures(out)) == ["a.png"]
 
 
-def test_values_that_are_not_finite_fail_their_image_only(data, painted, tmp_path):
+def test_values_that_are_not_finite_fail_their_image_only(data, painted, out):
     class Faulty(Painter):
         def __call__(self, batch, *, noise, callback):
             x = super().__call__(batch, noise=noise, callback=callback)
@@ -645,10 +645,10 @@ def test_values_that_are_not_finite_fail_their_image_only(data, painted, tmp_pat
                 raise NotFiniteError(x, x.isfinite().flatten(1).all(1))
             return x
 
-    summary, _, _ = paint(data / "ref", tmp_path / "out", painter=Faulty(), batch_size=4)
+    summary, _, _ = paint(data / "ref", out, painter=Faulty(), batch_size=4)
     assert list(summary.failed) == ["b.png"] and "NaN or infinite" in summary.failed["b.png"] and summary.done == 8
     wanted = {name: image for name, image in pictures(painted).items() if name != "b.png"}
-    assert_within_one_level(pictures(tmp_path / "out"), wanted)
+    assert_within_one_level(pictures(out), wanted)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -665,31 +665,31 @@ def memory_for(count, error):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
-def test_automatic_batches_are_halved_until_they_fit(data, painted, tmp_path, caplog, error):
+def test_automatic_batches_are_halved_until_they_fit(data, painted, out, caplog, error):
     caplog.set_level(logging.INFO, logger="sddm")
-    _, painter, progress = paint(data / "ref", tmp_path / "out", memory_for(3, error), batch_size="auto")
+    _, painter, progress = paint(data / "ref", out, memory_for(3, error), batch_size="auto")
     assert painter.batches == [8, 4, 2, 2, 2, 2, 1]
     assert caplog.messages == [
         "out of memory at batch size 8 on cpu; continuing with 4",
         "out of memory at batch size 4 on cpu; continuing with 2",
     ]
     assert sum(progress) == Painter.steps * len(NAMES)  # steps of failed attempts do not count
-    assert_within_one_level(pictures(tmp_path / "out"), pictures(painted))
+    assert_within_one_level(pictures(out), pictures(painted))
 
 
-def test_a_given_batch_size_that_does_not_fit_is_an_error_that_says_what_may(data, tmp_path):
+def test_a_given_batch_size_that_does_not_fit_is_an_error_that_says_what_may(data, out):
     error = torch.OutOfMemoryError("CUDA out of memory")
-    message = error_of(paint, data / "ref", tmp_path / "out", memory_for(3, error), batch_size=7)
+    message = error_of(paint, data / "ref", out, memory_for(3, error), batch_size=7)
     assert message == "out of memory at batch size 7 on cpu; give batch_size 4 or less, or auto"
-    message = error_of(paint, data / "ref", tmp_path / "out", memory_for(0, error), batch_size="auto")
+    message = error_of(paint, data / "ref", out, memory_for(0, error), batch_size="auto")
     assert message.startswith("out of memory at batch size 1 on cpu: one image does not fit")
 
 
 # ---- disks and folders ----------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_ends_the_run_which_can_be_resumed(data, painted, tmp_path, monkeypatch):
-    out, written, fsync = tmp_path / "out", itertools.count(), os.fsync
+def test_a_full_disk_ends_the_run_which_can_be_resumed(data, painted, out, monkeypatch):
+    written, fsync = itertools.count(), os.fsync
 
     def full(descriptor):
         if next(written) >= 5:
@@ -795,7 +795,7 @@ def side_by_side(functions):
     return results
 
 
-def test_two_ranks_share_the_batches(damaged, tmp_path):
+def test_two_ranks_share_the_batches(damaged, tmp_path, out):
     """Every batch is made once, by either; rank 0 has the sums, the reasons, and all of the progress."""
     meeting = threading.Barrier(2)
 
@@ -803,36 +803,36 @@ def test_two_ranks_share_the_batches(damaged, tmp_path):
         if len(painter.batches) <= 2:
             meeting.wait(600)
 
-    runs = [lambda p=p: paint(damaged, tmp_path / "out", together, peers=p, batch_size=1) for p in two()]
+    runs = [lambda p=p: paint(damaged, out, together, peers=p, batch_size=1) for p in two()]
     (summary, first, progress), (_, second, nothing) = side_by_side(runs)
     assert len(first.batches) + len(second.batches) == 7 and min(len(first.batches), len(second.batches)) >= 2
     assert summary.done == 7 and summary.failed == REASONS
     assert sum(progress) == 9 * Painter.steps and nothing == []
-    assert record(tmp_path / "out")["processes"] == 2
+    assert record(out)["processes"] == 2
     paint(damaged, tmp_path / "alone", batch_size=1)
-    assert files(tmp_path / "out") == files(tmp_path / "alone")
+    assert files(out) == files(tmp_path / "alone")
 
 
-def test_an_error_of_one_rank_ends_the_other(data, tmp_path):
+def test_an_error_of_one_rank_ends_the_other(data, out):
     peers, told = two(), threading.Event()
 
     def failing():
         try:
-            paint(data / "ref", tmp_path / "out", break_at(1, Broken("no more")), peers=peers[1], batch_size=1)
+            paint(data / "ref", out, break_at(1, Broken("no more")), peers=peers[1], batch_size=1)
         except Broken as error:
             return peers[1].stop(repr(error))
         finally:
             told.set()
 
     def working():
-        return paint(data / "ref", tmp_path / "out", lambda painter: told.wait(600), peers=peers[0], batch_size=1)
+        return paint(data / "ref", out, lambda painter: told.wait(600), peers=peers[0], batch_size=1)
 
     other, first = side_by_side([working, failing])
     assert isinstance(other, Stopped) and first is True
-    assert len(pictures(tmp_path / "out")) < 9
+    assert len(pictures(out)) < 9
 
 
-def test_a_rank_that_dies_silently_is_missed(data, tmp_path, monkeypatch):
+def test_a_rank_that_dies_silently_is_missed(data, out, monkeypatch):
     """As under a plain srun, which leaves the others alone: rank 0 makes what it can, then says who is gone."""
     monkeypatch.setattr(dist_util, "HEARTBEAT_INTERVAL", 0.05)
     monkeypatch.setattr(dist_util, "HEARTBEAT_TIMEOUT", 0.5)
@@ -840,10 +840,10 @@ def test_a_rank_that_dies_silently_is_missed(data, tmp_path, monkeypatch):
     peers[1].count("claimed")  # it has taken the first batch, and gives no result
     time.sleep(0.2)
     peers[1]._leaving.set()  # the signs of life end
-    message = error_of(paint, data / "ref", tmp_path / "out", peers=peers[0], batch_size=2)
+    message = error_of(paint, data / "ref", out, peers=peers[0], batch_size=2)
     assert message.startswith("rank 1 of 2 has given no sign of life for ") and "run the same command again" in message
-    assert len(pictures(tmp_path / "out")) == 7
-    summary, painter, _ = paint(data / "ref", tmp_path / "out", batch_size=2)
+    assert len(pictures(out)) == 7
+    summary, painter, _ = paint(data / "ref", out, batch_size=2)
     assert painter.batches == [2] and summary.skipped == 7
 
 
