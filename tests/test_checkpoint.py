@@ -596,9 +596,9 @@ def other_network(name, *shape, unet=False):
 
 OTHER_FILES = {
     "text": (b"hello, I am not a model\n" * 10, "begins with b'hello"),
-    "web page": (b"\n\n<html><body>Sign in</body></html>", "web page"),
+    "web page": (b"<html><body>Sign in</body></html>", "begins with b'<html><body>Sign in"),
     "empty": (b"", "empty"),
-    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "begins with b'version https://git-lfs"),
     "empty archive": (b"PK\x03\x04", "damaged"),
     "pickle of a text": (pickle.dumps("only a text"), "operand 149"),
     "pickle": (pickle.dumps({"a": 1}, protocol=2), "damaged"),

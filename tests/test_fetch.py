@@ -74,7 +74,7 @@ def test_what_goes_wrong_leaves_nothing(how, server, tmp_path):
 
 def test_other_files_are_refused(server, tmp_path):
     server.content = b"<html>sign in</html>"
-    with pytest.raises(InputError, match="web page"):
+    with pytest.raises(InputError, match="begins with b'<html>"):
         fetch("x.pt", tmp_path, url=server.url)
     (tmp_path / "x.pt").write_bytes(b"junk")
     with pytest.raises(InputError, match="delete it"):

@@ -161,7 +161,8 @@ def _parse(path: str, data: bytes) -> tuple[Any, dict[str, str]]:
     if data.startswith(b"PK"):
         _check_archive(path, data)
     elif not data.startswith(b"\x80"):
-        raise InputError(f"{shown} is not a checkpoint: {_looks_like(data)}")
+        what = f"it begins with {data[:40]!r}" if data else "it is empty"  # a web page, a pointer of Git LFS, …
+        raise InputError(f"{shown} is not a checkpoint: {what}")
     harmless: list[Any] = [(Placeholder, name) for name in HARMLESS]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(harmless):
@@ -190,35 +191,26 @@ def _why_not_loaded(error: Exception) -> str:
     return f"is damaged or not a torch checkpoint: {one_line(reason[1]) if reason else first_line(error)}"
 
 
-def _looks_like(data: bytes) -> str:
-    if not data:
-        return "it is empty"
-    if data.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; run `git lfs pull`"
-    if data[:64].lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "it is a web page, probably of a download that needs a click"
-    return f"it begins with {data[:16]!r}"
-
-
 def _find_state(
-    content: Any, levels: int = 4, seen: set[int] | None = None
+    content: Any, levels: int = 5, seen: set[int] | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """(the tensors by name, what stands beside them) in what a file holds, averaged weights first; None without any.
 
-    Optimizer states, which are tensors too, are passed over. A container that was looked into, as in a file that
-    contains itself, is not looked into again.
+    Optimizer states, which are tensors too, are passed over, and so is what was looked into before: a file may contain
+    itself.
     """
     seen = set() if seen is None else seen
-    if id(content) in seen or not isinstance(content, (dict, list, tuple)):
+    if id(content) in seen or not levels:
         return None
     seen.add(id(content))
-    if not isinstance(content, dict):
+    if isinstance(content, (list, tuple)):
         # The ddim repository saves [model, optimizer, epoch, step, averaged model].
-        states = (_find_state(item, levels - 1, seen) for item in reversed(content)) if levels else ()
-        return next((state for state in states if state), None)
+        return next(filter(None, (_find_state(item, levels - 1, seen) for item in reversed(content))), None)
+    if not isinstance(content, dict):
+        return None
     names = [name for name in content if isinstance(name, str)]
     averaged = [name for name in names if is_average(name) and not name.startswith("opt")]
-    for name in [*averaged, *STATE_DICT_KEYS] if levels else ():
+    for name in [*averaged, *STATE_DICT_KEYS]:
         found = _find_state(content[name], levels - 1, seen) if isinstance(content.get(name), dict) else None
         if found:
             return found[0], {**{other: content[other] for other in names if other != name}, **found[1]}

@@ -4,8 +4,9 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -108,9 +109,7 @@ def stated_beside(source: Source) -> Stated | None:
     """The flags that a torch file tells by its betas and hyper-parameters; only those that tensors cannot tell."""
     entries, file = hyper_parameters(source), display_name(source.path)
     where = f"{file}: its list of hyper-parameters"
-    simple: dict[str, Any] = {
-        key: value for key, value in entries.items() if isinstance(value, (bool, int, float, str))
-    }
+    simple: dict[str, Any] = {key: value for key, value in entries.items() if isinstance(value, (int, float, str))}
     flags = {name: simple[name] for name in (*UNDETECTABLE_FLAGS, *TRAINING_FLAGS) if name in simple}
     if steps := [simple[name] for name in STEPS if name in simple]:
         flags.setdefault("diffusion_steps", steps[0])
@@ -119,31 +118,28 @@ def stated_beside(source: Source) -> Stated | None:
             raise InputError(f"{where} has {name}={shown(simple[name])}, which is not supported")
         flags |= PREDICTIONS[simple[name]]
     if {"beta_schedule", "linear_start", "beta_start"} & simple.keys() and "noise_schedule" not in simple:
-        name = simple.get("beta_schedule", "linear")
-        name = "cosine" if name == "squaredcos_cap_v2" else name
         # CompVis' linear is linear in the square root; its ends have names of their own.
-        name = "scaled_linear" if name == "linear" and "linear_start" in simple else name
+        renamed = {"squaredcos_cap_v2": "cosine"} | ({"linear": "scaled_linear"} if "linear_start" in simple else {})
+        name = simple.get("beta_schedule", "linear")
+        name = renamed.get(name, name)
         ends = [simple[end] for end in ("linear_start", "beta_start", "linear_end", "beta_end") if end in simple]
         flags["noise_schedule"] = f"{name}:{ends[0]},{ends[-1]}" if len(ends) == 2 and name != "cosine" else name
-    with reading(source.path):
-        tables = [table for place in (source.beside, entries, source.tensors) for table in _schedule_tables(place)]
-    if tables:
-        kind, values = tables[0]
+    for kind, table in islice(_tables(source, entries), 1):
         where = f"{file}: its entry {kind}"
-        flags |= {"diffusion_steps": len(values), "noise_schedule": _named_schedule(kind, values, where)}
+        flags |= {"diffusion_steps": len(table), "noise_schedule": _named_schedule(kind, table, where)}
     return Stated(flags, where, complete=False) if flags else None
 
 
-def _schedule_tables(place: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
-    """(betas or alphas_cumprod, its values in float64) of the entries of these names, under any prefix."""
-    tables = []
+def _tables(source: Source, hyper: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """(betas or alphas_cumprod, its values in float64) for each entry of these names, under any prefix."""
+    places = [*source.beside.items(), *hyper.items(), *source.tensors.items()]
     for kind in ("betas", "alphas_cumprod"):
-        for value in (plain(value) for name, value in place.items() if str(name).rpartition(".")[2] == kind):
+        for value in (plain(value) for name, value in places if str(name).rpartition(".")[2] == kind):
             if isinstance(value, (torch.Tensor, np.ndarray, list, tuple)):
-                table = torch.as_tensor(value)
+                with reading(source.path):
+                    table = torch.as_tensor(value)
                 if table.dim() == 1 and len(table) > 9 and table.is_floating_point():
-                    tables.append((kind, table.double().cpu().numpy()))
-    return tables
+                    yield kind, table.double().numpy()
 
 
 def _named_schedule(kind: str, table: np.ndarray, where: str) -> str:
