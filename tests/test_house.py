@@ -155,19 +155,14 @@ def run_json_has_one_writer():
 # ---- rule 6: importing has no side effect ---------------------------------------------------------------------------
 
 IMPORT_ALL = """
-import importlib, json, logging, os, signal, sys, threading, warnings
+import importlib, json, logging, os, signal, sys, threading
 import torch, numpy, PIL.Image  # what these do is theirs
 def state():
     return {
         "handlers": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)],
-        "logging": [logging.root.level, len(logging.root.handlers), logging.raiseExceptions,
-                    logging.getLogger("sddm").level, len(logging.getLogger("sddm").handlers)],
-        "environment": dict(os.environ),
-        "path": list(sys.path),
-        "filters": len([f for f in warnings.filters if "torch" not in str(f)]),
-        "dtype": str(torch.get_default_dtype()),
-        "threads": torch.get_num_threads(),
-        "grad": torch.is_grad_enabled(),
+        "logging": [logging.root.level, len(logging.root.handlers), len(logging.getLogger("sddm").handlers)],
+        "environment": [dict(os.environ), list(sys.path)],
+        "torch": [str(torch.get_default_dtype()), torch.get_num_threads(), torch.is_grad_enabled()],
         "pixels": PIL.Image.MAX_IMAGE_PIXELS,
     }
 before, failed = state(), {}
@@ -180,15 +175,13 @@ def run():
 thread = threading.Thread(target=run)
 thread.start()
 thread.join()
-changed = {key: [before[key], value] for key, value in state().items() if value != before[key]}
-print(json.dumps([failed, changed]))
+print(json.dumps([failed, {key: value for key, value in state().items() if value != before[key]}]))
 """
 
 
 def test_every_module_can_be_imported_in_a_thread_without_side_effect():
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL, *MODULES], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, "-c", IMPORT_ALL, *MODULES]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     failed, changed = json.loads(done.stdout.splitlines()[-1])
     # The modules that need an optional package say which.
@@ -239,12 +232,10 @@ def layer(module):
     return next((k for k, names in enumerate(LAYERS) if part in names), len(LAYERS))
 
 
-def every_module_has_a_layer():
-    yield from (name for name in MODULES if name != "guided_diffusion" and layer(name) == len(LAYERS))
-
-
 def imports_go_down():
     for name, path in MODULES.items():
+        if layer(name) == len(LAYERS) and name != "guided_diffusion":
+            yield f"{name} has no layer"
         for target, line in imports(name, path):
             up = target.startswith("guided_diffusion.") and layer(target) > layer(name)
             if up and (name, target) not in UPWARDS:
@@ -262,16 +253,6 @@ def imports_make_no_circle():
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         yield " -> ".join(error.args[1])
-
-
-def no_script_is_imported():
-    stems = {"scripts", *(path.stem for path in SCRIPTS)}
-    folders = ("scripts", "datasets", "benchmarks", "guided_diffusion", "resizer")
-    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
-        for node in ast.walk(tree(path)):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-            yield from (f"{path.relative_to(ROOT)}: {name}" for name in names if name.split(".")[0] in stems)
 
 
 def test_the_paper_stands_alone():
@@ -318,8 +299,8 @@ def docstrings_do_not_begin_with_what():
 
 RULES = (
     no_flag_stands_below_cli, nothing_below_cli_parses_flags_prints_or_exits, options_are_frozen_dataclasses,
-    run_json_has_one_writer, there_is_one_of_each, every_module_has_a_layer, imports_go_down, imports_make_no_circle,
-    no_script_is_imported, public_functions_are_annotated, docstrings_do_not_begin_with_what,
+    run_json_has_one_writer, there_is_one_of_each, imports_go_down, imports_make_no_circle,
+    public_functions_are_annotated, docstrings_do_not_begin_with_what,
 )  # fmt: skip
 
 

@@ -52,13 +52,6 @@ def data(tmp_path_factory):
     return root
 
 
-def ae_sample(*flags, cwd):
-    """A process of its own, without PYTHONPATH."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, str(ROOT / "scripts" / "ae_sample.py"), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-
-
 def run(name, data, out, *flags):
     """One script in this process; returns its run.json."""
     given = ["--model_path", data / "model.safetensors", "--save_dir", out, "--device", "cpu"]
@@ -112,7 +105,9 @@ def test_the_release_command_line_runs_unchanged(tmp_path):
         shutil.copy(ROOT / "ref_imgs" / name, tmp_path / "ref_imgs")
     paths = ["--model_path", "models/afhq.pt", "--base_samples", "ref_imgs", "--save_dir", "output"]
     steps = ["--timestep_respacing", "4", "--range_t", "1"]
-    done = ae_sample(*flags, *steps, *paths, *REST_OF_RELEASE.split(), cwd=tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    script = [sys.executable, str(ROOT / "scripts" / "ae_sample.py"), *flags, *steps, *paths, *REST_OF_RELEASE.split()]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in ("classifier_scale 1.0", "affine True", "losstype l2", "diffusionmodel ADM"):
         assert f"--{name} has no effect" in done.stderr
@@ -122,21 +117,6 @@ def test_the_release_command_line_runs_unchanged(tmp_path):
     assert made.shape == (256, 256, 3) and made.std() > 1
     record = tiny.record(tmp_path / "output")
     assert record["model_evaluations"] == 4 and record["settings"]["num_channels"] == 128
-
-
-def test_pictures_grid_and_trajectories_from_another_folder(data, tmp_path):
-    shutil.copytree(data / "ref", tmp_path / "my pictures")
-    shutil.copy(data / "ref" / "a.png", tmp_path / "my pictures" / "Ärger.png")
-    given = ("--model_path", data / "model.safetensors", "--base_samples", "my pictures", "--device", "cpu", *SDDM)
-    done = ae_sample(*given, "--energy", "dct", "--save_trajectory", "--batch_size", "3", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "4 done, 0 already present, 0 failed" in done.stdout
-    assert "output/grid.png" in done.stdout.replace(os.sep, "/") and "100%, 4/4 images, step 24/24" in done.stderr
-    out = tmp_path / "output"
-    with Image.open(out / "grid.png") as grid:
-        assert grid.size[0] > 2 * 128 and grid.size[1] > 4 * 128  # four pairs below each other
-    for name in ("a", "more/c", "Ärger"):
-        assert (out / f"{name}.png").exists() and (out / "trajectory" / f"{name}.gif").exists()
 
 
 ENERGIES = {

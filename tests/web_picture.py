@@ -14,28 +14,21 @@ from playwright.sync_api import sync_playwright
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "web_demo.png"
 
 
-def screenshot(address: str) -> bytes:
-    """The page from its title to its controls, as a PNG."""
-    with sync_playwright() as started:
-        chrome = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = chrome.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
-        page.set_default_timeout(600_000)
-        page.goto(address)
-        page.click("#examples .gallery-item >> nth=2")
-        page.wait_for_function("document.querySelector('#picture img').src.includes('cat_face')")
-        page.locator("#count").get_by_text("4").click()
-        page.click("#translate")
-        page.wait_for_function("document.querySelector('#status textarea, #status input').value.startsWith('Done')")
-        page.wait_for_selector(".compare >> nth=3")
-        page.mouse.move(5, 5)
-        page.wait_for_timeout(1000)
-        box = page.locator("text=More settings").first.bounding_box()
-        taken = page.screenshot(clip={"x": 0, "y": 0, "width": 1280, "height": box["y"] - 16}, full_page=True)
-        chrome.close()
-    return taken
-
-
-if __name__ == "__main__":
-    image = Image.open(io.BytesIO(screenshot(sys.argv[1]))).convert("RGB")
-    image.quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(PICTURE, optimize=True)
-    print(f"{PICTURE}: {PICTURE.stat().st_size} bytes")
+with sync_playwright() as started:
+    chrome = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+    page = chrome.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    page.set_default_timeout(600_000)
+    page.goto(sys.argv[1])
+    page.click("#examples .gallery-item >> nth=2")
+    page.wait_for_function("document.querySelector('#picture img').src.includes('cat_face')")
+    page.locator("#count").get_by_text("4").click()
+    page.click("#translate")
+    page.wait_for_function("document.querySelector('#status textarea, #status input').value.startsWith('Done')")
+    page.wait_for_selector(".compare >> nth=3")
+    page.mouse.move(5, 5)
+    page.wait_for_timeout(1000)
+    height = page.locator("text=More settings").first.bounding_box()["y"] - 16
+    taken = page.screenshot(clip={"x": 0, "y": 0, "width": 1280, "height": height}, full_page=True)
+    chrome.close()
+image = Image.open(io.BytesIO(taken)).convert("RGB")
+image.quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(PICTURE, optimize=True)
