@@ -24,21 +24,14 @@ SCRIPT_OF = {"sddm": "ae_sample", "ilvr": "ilvr_sample", "sdedit": "sdedit_sampl
 PAIRS = [(name, method) for name, preset in PRESETS.items() for method in preset.methods]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A tiny model and two references; read only."""
-    root = tmp_path_factory.mktemp("data")
-    tiny.make_model(root / "model.safetensors")
-    tiny.make_references(root / "ref", ("a.png", "b.png"))
-    return root
-
-
 @pytest.fixture
-def own(data):
-    """A preset that suits the tiny model, registered for the time of a test."""
+def own(tmp_path):
+    """A preset that suits a tiny model, registered for the time of a test, and the flags that it stands for."""
+    model = tiny.make_model(tmp_path / "model.safetensors")
+    tiny.make_references(tmp_path / "ref", ("a.png", "b.png"))
     sddm = {"timestep_respacing": "6", "blocks": 4, "range_t": 0.34, "energy": "dct", "start": 0.84}
-    PRESETS.add("tiny")(Preset("a test", str(data / "model.safetensors"), {"sddm": sddm}))
-    yield sddm
+    PRESETS.add("tiny")(Preset("a test", str(model), {"sddm": sddm}))
+    yield ("--model_path", model, "--timestep_respacing", 6, "--area", 4, "--energy", "dct")
     del PRESETS["tiny"]
 
 
@@ -87,12 +80,10 @@ def test_given_flags_win():
     emoji = preset_options("emoji", "sddm")
     assert (given.area, given.model_path, given.timestep_respacing) == (8, "mine.pt", "7")
     assert given.range_t == emoji["range_t"] and given.energy == emoji["energy"]
-    # Even where the value is the flag's default.
-    assert parse("ae_sample", "--preset", "emoji", "--area", 16, "--range_t", 0).range_t == 0
-    assert parse("ae_sample", "--preset", "emoji", "--area", 16).area == 16
     parser = load_script("ae_sample").create_parser()
-    parser.parse(["--preset", "emoji"])
-    assert parser.parse([]).area == 16  # one command line's preset is not the next one's
+    default = parser.parse(["--preset", "emoji", "--area", "16", "--range_t", "0"])
+    assert (default.area, default.range_t) == (16, 0), "even where the value is the flag's default"
+    assert parser.parse([]).start_t is None, "one command line's preset is not the next one's"
 
 
 def test_unknown_names_are_refused_with_a_near_miss():
@@ -117,35 +108,30 @@ def test_help_lists_them_with_what_they_set(method, script):
         assert words is None or words.replace(f"{ROOT}{os.sep}", "") in text
 
 
-def test_run_json_records_the_flags_and_either_spelling_resumes(data, own, tmp_path, capsys):
-    out, base = tmp_path / "out", ("--base_samples", data / "ref", "--device", "cpu")
-    assert run_script("ae_sample", "--preset", "tiny", *base, "--save_dir", out) == 0
-    settings = tiny.record(out)["settings"]
+def test_run_json_records_the_flags_and_either_spelling_resumes(own, tmp_path, capsys):
+    out = tmp_path / "out"
+    base = ("--base_samples", tmp_path / "ref", "--device", "cpu", "--save_dir", out)
+    assert run_script("ae_sample", "--preset", "tiny", *base) == 0
+    settings, made = tiny.record(out)["settings"], tiny.files(out)
     assert settings["area"] == 4 and settings["range_t"] == 2 and settings["start_t"] == 5
     assert "preset" not in json.dumps(settings)
-    made = tiny.files(out)
     (out / "b.png").unlink()
-    flags = ("--model_path", data / "model.safetensors", "--timestep_respacing", 6, "--area", 4, "--energy", "dct")
-    assert run_script("ae_sample", *flags, "--range_t", 2, "--start_t", 5, *base, "--save_dir", out) == 0
+    assert run_script("ae_sample", *own, "--range_t", 2, "--start_t", 5, *base) == 0
     assert "1 done, 1 already present, 0 failed" in capsys.readouterr().out
     assert tiny.files(out) == made and tiny.record(out)["settings"] == settings
-    assert run_script("ae_sample", "--preset", "tiny", *base, "--save_dir", out) == 0
     with pytest.raises(InputError, match="area"):
-        run_script("ae_sample", "--preset", "tiny", "--area", 8, *base, "--save_dir", out)
+        run_script("ae_sample", "--preset", "tiny", "--area", 8, *base)
 
 
-# ---- Python ---------------------------------------------------------------------------------------------------------
-
-
-def test_translator_takes_a_preset_and_gives_the_commands_pixels(data, own, tmp_path):
+def test_translator_takes_a_preset_and_gives_the_commands_pixels(own, tmp_path):
     translate = Translator(preset="tiny", device="cpu")
     assert translate.method == METHODS["sddm"](blocks=4, range_t=0.34, start=0.84)
     assert translate.evaluations == 5 and [energy.blocks for energy in translate.translation.energies] == [4]
-    flags = ("--base_samples", data / "ref", "--save_dir", tmp_path, "--batch_size", 1, "--device", "cpu")
+    flags = ("--base_samples", tmp_path / "ref" / "a.png", "--save_dir", tmp_path / "out", "--device", "cpu")
     assert run_script("ae_sample", "--preset", "tiny", *flags) == 0
-    picture = translate(data / "ref" / "a.png")
-    assert picture.tobytes() == tiny.Image.open(tmp_path / "a.png").tobytes()
-    other = Translator(data / "model.safetensors", preset="tiny", steps=9, area=8, energy="none", device="cpu")
+    picture = translate(tmp_path / "ref" / "a.png")
+    assert picture.tobytes() == tiny.Image.open(tmp_path / "out" / "a.png").tobytes()
+    other = Translator(tmp_path / "model.safetensors", preset="tiny", steps=9, area=8, energy="none", device="cpu")
     assert other.target.diffusion.num_timesteps == 9, "what is given wins"
     assert other.method.blocks == 8 and not other.translation.energies
 

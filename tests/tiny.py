@@ -43,10 +43,11 @@ def random_state(network, scale=lambda weight: 0.05):
     return {key: torch.randn_like(v) * scale(v) if v.ndim > 1 else v for key, v in network.state_dict().items()}
 
 
-def make_model(path, seed=0):
-    """A checkpoint of random weights."""
+def make_model(path, seed=0, **flags):
+    """A checkpoint of random weights; flags: of its network, in place of MODEL's."""
     torch.manual_seed(seed)
-    save_model(path, random_state(create_model(**MODEL)), model_type="ADM", flags={**MODEL, **PROCESS})
+    flags = {**MODEL, **flags}
+    save_model(path, random_state(create_model(**flags)), model_type="ADM", flags={**flags, **PROCESS})
     return path
 
 
