@@ -14,7 +14,7 @@ from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule as named_betas
 from guided_diffusion.losses import discretized_gaussian_log_likelihood
-from guided_diffusion.respace import SpacedDiffusion, matching_timestep, space_timesteps
+from guided_diffusion.respace import matching_timestep, space_timesteps
 from guided_diffusion.script_util import create_diffusion
 
 STEPS = 40
@@ -23,11 +23,6 @@ STEPS = 40
 def process(mean=ModelMeanType.EPSILON, var=ModelVarType.FIXED_SMALL, loss=LossType.MSE, steps=STEPS, **options):
     options = {"betas": named_betas("linear", steps), **options}
     return GaussianDiffusion(model_mean_type=mean, model_var_type=var, loss_type=loss, **options)
-
-
-def respaced(use, steps=1000, **options):
-    types = {"model_mean_type": ModelMeanType.EPSILON, "model_var_type": ModelVarType.FIXED_SMALL}
-    return SpacedDiffusion(use, betas=named_betas("linear", steps), **types, **options)
 
 
 def images(n=4, seed=0, dtype=torch.float32):
@@ -166,24 +161,13 @@ def test_spacings_that_do_not_fit(text, reason):
 
 @pytest.mark.parametrize("rescale, factor", [(False, 1), (True, 2)])
 def test_the_model_sees_original_timesteps(rescale, factor):
-    diffusion = respaced([3, 100, 499], steps=500, rescale_timesteps=rescale)
+    diffusion = create_diffusion(diffusion_steps=500, timestep_respacing="3", rescale_timesteps=rescale)
     model = LinearModel()
-    x, _, _ = images(3)
-    diffusion.p_mean_variance(model, x, torch.tensor([2, 0, 1]))
-    assert model.timesteps[0].tolist() == [499 * factor, 3 * factor, 100 * factor]
+    diffusion.p_mean_variance(model, images(3)[0], torch.tensor([2, 0, 1]))
+    assert model.timesteps[0].tolist() == [499 * factor, 0, 250 * factor]
     assert model.timesteps[0].is_floating_point() == rescale
     plain = process(steps=500, rescale_timesteps=rescale)
     assert plain.model_timesteps(torch.tensor([0, 499])).tolist() == [0, 499 * factor]
-
-
-def test_q_sample():
-    diffusion = process()
-    x_start, noise, t = images()
-    result = diffusion.q_sample(x_start, t, noise)
-    for n, i in enumerate(t.tolist()):
-        alpha_bar = diffusion.alphas_cumprod[i]
-        expected = alpha_bar**0.5 * x_start[n] + (1 - alpha_bar) ** 0.5 * noise[n]
-        torch.testing.assert_close(result[n], expected, atol=1e-6, rtol=1e-6)
 
 
 def test_posterior_is_bayes_rule():
