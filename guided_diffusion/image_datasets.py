@@ -63,19 +63,11 @@ def load_image(
 ) -> np.ndarray:
     """Read one image as uint8 [image_size, image_size, 3], sRGB: the first frame, turned upright by EXIF's orientation.
 
-    Colour profiles are converted (relative colorimetric). Logs a line about a profile that cannot be used and about
-    16-bit values that use less than half of their range (once a folder), and about an image without anything visible.
-
-    Args:
-        reference_or_path: a `Reference`, a path, a path into a .zip file, or a URL that `is_url` knows.
-        image_size: None keeps the image's own size.
-        resize: "crop" as guided-diffusion does (see `center_crop_arr`), "pad" (fit inside, `background` around it), or
-            "stretch".
-        background: colour behind transparent pixels; a name or #hex.
-        white_level: value of white in greyscale images of 16 or 32 bits, such as 4095 for 12-bit values; None for
-            65535, and in float images 1, or 255 where a value is above 1.
-
-    Raises ImageError for whatever is wrong with the file, InputError for a wrong option.
+    reference_or_path: a `Reference`, a path, also into a .zip file, or a URL that `is_url` knows. image_size: None for
+    the image's own. resize: "crop" (see `center_crop_arr`), "pad" (fit inside `background`) or "stretch". background:
+    colour behind transparent pixels, a name or #hex. white_level: value of white in grey images of 16 or 32 bits; None
+    for 65535, and in float images 1, or 255 where a value is above 1. What looks wrong with values, profile or
+    transparency is logged. Raises ImageError for whatever is wrong with the file, InputError for a wrong option.
     """
     named = isinstance(reference_or_path, Reference)
     path = reference_or_path.path if named else os.fspath(reference_or_path)
@@ -345,10 +337,9 @@ def load_data(
 ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """guided-diffusion's endless generator of training batches: (images [N, 3, H, W] in [-1, 1], {} or {"y": [N]}).
 
-    class_cond: add the class, see `class_names`. deterministic: in the order of the names instead of shuffled; it does
-    not turn the augmentation off. Ranks share the images. Order and augmentation follow torch's default generator, and
-    in the first pass are those of guided-diffusion's loader. Batches run on into the next pass. Raises InputError for a
-    folder without images and for an image that cannot be read.
+    class_cond: add the class, see `class_names`. deterministic: in the order of the names instead of shuffled. Ranks
+    share the images. Order and augmentation follow torch's default generator, and in the first pass are those of
+    guided-diffusion's loader; batches run on into the next pass. Raises InputError for what cannot be read.
     """
     from .dist_util import ranks
 

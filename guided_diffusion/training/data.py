@@ -278,11 +278,9 @@ class TrainImages:
     """Images of one size, with labels or without, read from files or from a decoded copy in memory.
 
     references: as `list_images` gives them. labels: integers [len(references)] or None. random_flip: mirror half of the
-    samples. cache: "memory" and "device" keep all
-    images decoded as uint8, on the CPU or on the device; "none" reads them in `num_workers` threads; "auto" keeps
-    sets of up to 2 GiB on the device. skip_damaged: replace an image that cannot be read by the next one of its class,
-    and note the reason in `damaged`. channels: 3, or 1 for grey images. background, resize: see
-    `image_datasets.load_image`.
+    samples. cache: "memory" and "device" keep all images as uint8, on the CPU or on the device; "none" reads them in
+    `num_workers` threads; "auto" keeps sets of up to 2 GiB on the device. skip_damaged: replace an image that cannot be
+    read by the next one of its class, and note why in `damaged`. channels: 3, or 1 for grey images.
     """
 
     REPAIR = "repair it or give `skip_damaged`"

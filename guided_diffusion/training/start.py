@@ -195,7 +195,8 @@ def _numbered(checkpoint: str, label: Label, known: list[str] | None) -> tuple[A
 def _classes_of(metadata: Mapping[str, str]) -> list[str] | None:
     with contextlib.suppress(ValueError, RecursionError):
         names = json.loads(metadata.get("classes", "null"))
-        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return names
     return None
 
 
@@ -213,18 +214,13 @@ def check_network(kind: Kind, flags: Mapping[str, Any]) -> None:
     mults, size = channel_multipliers(flags["channel_mult"], flags["image_size"]), flags["image_size"]
     multiple = 2 ** (len(mults) - 1)
     if size % multiple:
-        reason = (
-            f"the network's {len(mults)} levels halve it {len(mults) - 1} times: it must be a multiple of {multiple}, "
-            f"like {max(1, size // multiple) * multiple} or {(size // multiple + 1) * multiple}; "
-            "or give fewer `channel_mult`"
-        )
+        below = size // multiple * multiple
+        reason = f"for {len(mults)} levels it must be a multiple of {multiple}, like {below or multiple} or "
+        reason += f"{below + multiple}; or give fewer `channel_mult`"
         raise InputError(reason, parameter="image_size", value=size)
-    widths = [mult * flags[kind.size] for mult in mults]
-    if not all(1 <= width < 1 << 17 for width in widths):
-        widths = listed([f"{width:g}" for width in widths])
-        reason = f"with `{kind.size}` {flags[kind.size]} its levels have {widths} channels; from 1 to 131071 fit"
-        mults = flags["channel_mult"] or listed([f"{mult:g}" for mult in mults])
-        raise InputError(reason, parameter="channel_mult", value=mults)
+    if not all(1 <= mult * flags[kind.size] < 1 << 17 for mult in mults):
+        reason = f"with `{kind.size}` {flags[kind.size]} some level has no channel, or more than 131071"
+        raise InputError(reason, parameter="channel_mult", value=flags["channel_mult"] or f"{mults}")
     try:
         with torch.device("meta"), torch.no_grad():
             model = _create(kind, flags)
