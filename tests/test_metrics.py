@@ -223,7 +223,8 @@ def test_male2female_images_are_resized_twice_and_normalised(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 200, 3), np.uint8)).save(path)
     sizes = [transforms.Resize([256, 256]), transforms.Resize([299, 299]), transforms.ToTensor()]
     published = transforms.Compose([*sizes, transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
-    read, description = evaluation.reader(extractors.Extractor("inception", torch.nn.Identity()), "egsde-male2female")
+    extractor = extractors.Extractor("inception", torch.nn.Identity())
+    read, description = evaluation.reader(extractor, Evaluation(protocol="egsde-male2female"))
     torch.testing.assert_close(read(path), published(Image.open(path)))
     assert "ImageNet" in description
 
@@ -240,7 +241,7 @@ def test_model_of_this_project_as_extractor(tmp_path):
     _, description = evaluation.reader(extractor)
     assert description.endswith("; images at 16x16, others resized by PIL bicubic (crop if not square)")
     with pytest.raises(InputError, match="^native_size is True"):
-        evaluation.reader(extractor, native_size=True)
+        evaluation.reader(extractor, Evaluation(native_size=True))
     path = tmp_path / "ddpm.safetensors"
     model = Model(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), image_size=16)
     save_file(model.state_dict(), path, {"model_type": "DDPM", "flags": json.dumps({"image_size": 16})})

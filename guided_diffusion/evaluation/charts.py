@@ -63,10 +63,9 @@ def styles(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 def trade_off(results: Sequence[Result], against: str = "source_ssim") -> Any:
     """A figure of a distance against SSIM to the source or, with "truth_ssim", to the truth; None without any point.
 
-    The distance is FID or, with features other than Inception's, the kernel distance where it was measured, else the
-    Fréchet distance. Each method has a line through its front: the settings that no other of its settings beats in
-    both. Published results are hollow, and stand only beside what they can be compared with: FIDs of Inception features
-    and SSIM to the source.
+    The distance is FID or, with features other than Inception's, the kernel distance where it was measured. Each
+    method has a line through its `front`. Published results are hollow, and stand only beside what they can be compared
+    with: FIDs of Inception features and SSIM to the source.
     """
     role, _, name = against.partition("_")
     inception = any(table.is_inception(row["protocol"]) for row in results)

@@ -144,8 +144,7 @@ class Instruments:
         options = self.options
         given = {"inception_path": options.inception_path, "trust_features": options.trust_features}
         extractor = feature_extractor(options.features, device=self.device, **given)
-        how = options.protocol, options.image_size, options.native_size, options.resize
-        return extractor, *reader(extractor, *how)
+        return extractor, *reader(extractor, options)
 
     @cached_property
     def per_image(self) -> tuple[dict[str, Callable], list[str]]:
@@ -181,27 +180,23 @@ class Instruments:
         return extract_features(references, extractor, functools.partial(read, seen=seen), **options), seen
 
 
-def reader(
-    extractor: Extractor,
-    protocol: str = "egsde",
-    image_size: int = 256,
-    native_size: bool = False,
-    resize: str = "crop",
-) -> tuple[Callable[..., torch.Tensor], str]:
+def reader(extractor: Extractor, options: Evaluation | None = None) -> tuple[Callable[..., torch.Tensor], str]:
     """How images reach a feature network: (a function as `read_image` with a size, a description of both).
 
     Raises InputError for options that do not go together.
     """
-    if protocol == "egsde-male2female":
-        if not extractor.name.startswith("inception") or native_size:
+    options = options or Evaluation()
+    if options.protocol == "egsde-male2female":
+        if not extractor.name.startswith("inception") or options.native_size:
             reason = "it needs `features` inception and `native_size` False"
-            raise InputError(reason, parameter="protocol", value=protocol)
-        return read_male2female, f"{extractor.name}; {PROTOCOLS[protocol]}"
-    if native_size and extractor.image_size is not None:
+            raise InputError(reason, parameter="protocol", value=options.protocol)
+        return read_male2female, f"{extractor.name}; {PROTOCOLS[options.protocol]}"
+    if options.native_size and extractor.image_size is not None:
         reason = f"{extractor.name} needs images of {extractor.image_size}; leave it out"
         raise InputError(reason, parameter="native_size", value=True)
-    size = None if native_size else extractor.image_size or image_size
-    return functools.partial(read_image, size=size, resize=resize), f"{extractor.name}; {_size_words(size, resize)}"
+    size = None if options.native_size else extractor.image_size or options.image_size
+    read = functools.partial(read_image, size=size, resize=options.resize)
+    return read, f"{extractor.name}; {_size_words(size, options.resize)}"
 
 
 def is_statistics(path: str) -> bool:
@@ -229,11 +224,9 @@ def evaluate(
     instruments: from an earlier evaluation, to load no network and read no target twice. progress: a function
     (iterable, description) -> iterable that sees the batches pass.
 
-    `result` can be written as JSON, except that a PSNR can be infinite. `metrics` holds every value by name (fid, kid,
-    source_l2, ..., truth_lpips, negative_impact; None where there is none), `std` the standard deviation over images
-    (of kid: over subsets), `intervals` confidence intervals, beside `counts`, `sizes`, `pairing`, `protocol` and
-    `warnings`. `images` has one dict per output with its own values.
-    Raises InputError for folders, files and options that do not fit.
+    `result`: `metrics` holds every value by name (fid, source_l2, ..., None where there is none), `std` the standard
+    deviation over images (of kid: over subsets), `intervals` confidence intervals, beside `counts`, `sizes`, `pairing`,
+    `protocol` and `warnings`. `images` has one dict per output with its own values. Raises InputError.
     """
     if options.outputs is None:
         raise InputError("give the images to measure", parameter="outputs")

@@ -36,27 +36,21 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of one of these kinds, by what `compute` takes and returns (images are float32 [N, 3, H, W] in [0, 1]):
+    """A metric. `compute` takes and returns, by kind (images are float32 [N, 3, H, W] in [0, 1]; NaN: undefined):
 
-    - "paired": (a, b), images -> [N], NaN where undefined
-    - "image": images -> [N], NaN where undefined
+    - "paired": two batches of images -> [N]; "image": images -> [N]
     - "features": (outputs, truths, own) -> [N]: what the feature network returns for the outputs, float64 arrays
       [N, ...] by name, the same for all images in the truth folder, and the index [N] of each output's truth in these
     - "distance": (x [N, D], y [M, D]), float64 features -> a number, or (number, standard deviation or NaN, a note)
-    - "recorded": none; the value stands in a run's run.json under the metric's name
+    - "recorded": there is none; the value stands in run.json. is_cost: it depends on the machine, not the seed
 
-    A comparison shows means as `format` says, multiplied by `factor`, and leaves out what is `hidden`. lower_is_better:
-    None where neither is. is_cost: a recorded value that depends on the machine, not the seed.
-
-    load: replaces `compute` of images where a network is needed: (options, device) -> compute, or None where the
-    options turn the metric off. If it raises InputError, the metric is left out with a warning, unless the option that
-    has the metric's name is "True". needs: names that `compute` of features uses; without all of them it is not
-    measured. needs_truth: if False, `truths` and `own` may be None. how: a note for the protocol.
-
-    Of distances: general_label: label for features other than Inception's, for which names like FID are reserved.
-    of_gaussian: `compute` also takes (mean [D], root [R, D]) for y, so statistics suffice. options: fields of the
-    evaluation's options that it takes as keywords. interval: (x, y, estimate, replicates=, confidence=, seed=) -> (low,
-    high), in place of `distances.bootstrap_distance`.
+    load (paired, image): (options, device) -> compute, or None where the options turn the metric off. If it raises
+    InputError, the metric is left out with a warning, unless the option of its name is "True". needs (features): names
+    that must be in `outputs`; needs_truth: if False, `truths` and `own` may be None; how: a note for the protocol.
+    general_label (distance): label with features other than Inception's, for which names like FID are reserved.
+    of_gaussian: y may be (mean [D], root [R, D]). options: fields of the evaluation's options that are keywords.
+    interval: (x, y, estimate, replicates=, confidence=, seed=) -> (low, high), not `distances.bootstrap_distance`.
+    A comparison shows means as `format` says, times `factor`, except `hidden` ones. lower_is_better: None for neither.
     """
 
     kind: str
