@@ -298,8 +298,7 @@ def test_exported_model_loads_without_flags_and_samples(folder, tmp_path):
     train_step(loop, np.arange(2))
     loop.save()
     model, info = load_model(tmp_path / "model.safetensors")
-    assert info.model_type == "ADM" and info.assumed == ()
-    assert {name: info.flags[name] for name in flags} == flags
+    assert info.model_type == "ADM" and info.assumed == () and info.flags.items() >= flags.items()
     assert info.metadata["training"].startswith("1 steps, 2 images")
     for value, average in zip(model.parameters(), loop.ema["0.5"]):
         torch.testing.assert_close(value, average, rtol=2e-3, atol=2e-3)

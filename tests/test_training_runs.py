@@ -48,6 +48,7 @@ def test_a_run_killed_and_interrupted_ends_with_the_weights_of_an_undisturbed_on
         text = finish(process, status)
         stopped_at = max(int(path.stem[5:]) for path in tmp_path.glob("model*.pt"))
         assert least <= stopped_at < 30
+    assert " of 30: loss" in text and " left" in text
     assert f"stopped after step {stopped_at}, which is saved" in text and "with --resume auto" in text
     train("image_train", *flags)
 
