@@ -81,7 +81,7 @@ def parse_row(line: str) -> Row:
     if not line.replace("\t", " ").isprintable():
         raise InputError(f"{shown(line)} has control characters")
     try:
-        script, *flags = shlex.split(cells[2]) or [""]
+        script, *flags = shlex.split(cells[2].replace("--preset=", "--preset ")) or [""]
     except ValueError as error:
         raise InputError(f"the command cannot be read ({error})") from None
     # A table is data, and may come from anywhere: it starts nothing but this project's own scripts.
@@ -100,15 +100,13 @@ def expand_preset(script: str, flags: list[str]) -> list[str]:
 
     The model is the benchmark's. Flags of the row follow and win.
     """
-    joined = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--preset=") else [flag])]
-    if "--preset" not in joined:
+    if "--preset" not in flags:
         return flags
-    at = joined.index("--preset")
-    rest = [*joined[:at], *joined[at + 2 :]]
-    script = script.removesuffix("_sample.py")
-    words = preset_flags((*joined, "")[at + 1], {"ae": "sddm"}.get(script, script))
-    kept = [(flag, value) for flag, value in zip(words[::2], words[1::2]) if flag not in ("--model_path", *rest)]
-    return [word for pair in kept for word in pair] + rest
+    at, script = flags.index("--preset"), script.removesuffix("_sample.py")
+    name, rest = (*flags, "")[at + 1], flags[:at] + flags[at + 2 :]
+    words = preset_flags(name, {"ae": "sddm"}.get(script, script))
+    pairs = [pair for pair in zip(words[::2], words[1::2]) if pair[0] not in ("--model_path", *rest)]
+    return [word for pair in pairs for word in pair] + rest
 
 
 def refuse_own_flags(flags: Sequence[str], where: str) -> None:
