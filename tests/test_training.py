@@ -276,9 +276,10 @@ def test_tiny_model_memorises_eight_images(folder, tmp_path):
     known, unknown = TrainImages(references[:8], 8), TrainImages(references[8:], 8)
     loop, diffusion = make_loop(
         folder, tmp_path, images=known, nonzero=False, batch_size=16, lr=2e-3, lr_anneal_steps=300, lr_warmup_steps=10,
-        lr_schedule="cosine", ema_rate="0.95", log_interval=30, save_interval=100,
+        lr_schedule="cosine", ema_rate="0.95", log_interval=30, save_interval=100, keep=2,
     )  # fmt: skip
-    assert loop.run() and files.saved_steps(tmp_path) == [100, 200, 300]
+    assert loop.run() and files.saved_steps(tmp_path) == [200, 300]
+    assert len(list(tmp_path.glob("*.pt"))) == 6  # of the newest two checkpoints
     losses = [float(row["loss"]) for row in rows(tmp_path)]
     assert len(losses) == 20 and losses[-1] < 0.2 * losses[0]
 

@@ -152,7 +152,7 @@ PARTS = [
 ]  # fmt: skip
 RUNTIME = words(
     "save_dir microbatch iterations compile deterministic log_interval save_interval sample_interval"
-    " eval_interval resume resume_checkpoint export export_dtype cache num_workers val_data_dir val_domains"
+    " eval_interval keep resume resume_checkpoint export export_dtype cache num_workers val_data_dir val_domains"
     " num_samples sample_respacing device use_fp16 classifier_use_fp16 anneal_lr"
 )
 

@@ -47,6 +47,7 @@ class TrainConfig(Checked):
     save_interval: int = option(10000, "steps between checkpoints", least=1, runtime=True)
     sample_interval: int = option(0, "steps between sample grids; 0: none", least=0, runtime=True)
     eval_interval: int = option(1000, "steps between evaluations on held-out data", least=1, runtime=True)
+    keep: int = option(0, "number of checkpoints to keep, the newest; 0: all", least=0, runtime=True)
     resume: str = option("", "auto: from the newest checkpoint in the save folder", metavar="{auto}", runtime=True)
     resume_checkpoint: str = option("", "model*.pt to resume, or weights to start from", metavar="FILE", runtime=True)
     export: str = option("", "the .safetensors file; empty: model.safetensors there", metavar="FILE", runtime=True)

@@ -82,6 +82,16 @@ def save_checkpoint(folder: str, step: int, model: dict, averages: Mapping[str, 
         write_atomically(checkpoint_path(folder, kind, step), lambda file, state=state: torch.save(state, file))
 
 
+def remove_old_checkpoints(folder: str, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints; 0 keeps all."""
+    for step in saved_steps(folder)[:-keep] if keep else ():
+        parts = [name for name in os.listdir(folder) if re.fullmatch(rf"(ema_.*_|opt){step:06d}\.pt", name)]
+        # The model goes first: without it the rest is no longer a checkpoint.
+        for name in (f"model{step:06d}.pt", *parts):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder, name))
+
+
 def load_optimizer_file(path: str, params: list[torch.Tensor]) -> tuple[dict[int, dict], dict[str, Any]]:
     """Read AdamW's state for `params` and the entry `train` ({} in files of other programs) of an opt*.pt.
 

@@ -405,6 +405,7 @@ class Trainer:
             state = self._state(next(iter(self.ema.values()), self.params))
             metadata = {"format": "pt", **self.metadata, "training": done}
             write_safetensors(config.export_path(), contiguous(state, DTYPES[config.export_dtype]), metadata)
+            files.remove_old_checkpoints(config.save_dir, config.keep)
 
 
 def grid_sampler(start: Start, grid: GridOptions, seed: int) -> Callable[[torch.nn.Module], np.ndarray]:
