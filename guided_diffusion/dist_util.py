@@ -257,19 +257,10 @@ class Peers:
         """Whether a rank has ended the run."""
         return self._call("check", ["stopped"])
 
-    def interrupted(self, patience: float = 1.0) -> bool:
-        """End the run after a signal; returns whether this rank is the one to report it.
-
-        Signals mostly reach all ranks, and rank 0 reports. Another rank waits `patience` seconds for that, because
-        rank 0 may have died or not been signalled. Where the run has been stopped already, nothing is left to report.
-        """
-        until = time.monotonic() + (patience if self.rank else 0)
+    def interrupted(self) -> bool:
+        """End the run after a signal, which mostly reaches all ranks; returns whether this one is to report it."""
         with contextlib.suppress(InputError):
-            while not self.stopped():
-                if time.monotonic() >= until:
-                    return self.stop("interrupted")
-                time.sleep(POLL)
-            return False
+            return not self.stopped() and self.stop("interrupted")
         return True  # the store is gone, and with it the rank or launcher that had it
 
     def leave(self) -> None:
