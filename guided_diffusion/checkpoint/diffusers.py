@@ -493,7 +493,8 @@ def to_diffusers(
         raise InputError(f"{file}: its timesteps are rescaled (rescale_timesteps), which diffusers cannot do")
     factors = attention_factors(flags["attention_resolutions"], size)
     attends = [2**level in factors for level in range(len(widths))]
-    head = _head_width(file, flags, widths, attends) if adm else None
+    attended = sorted({width for width, at in zip(widths, attends) if at} | {widths[-1]})
+    head = _head_width(file, flags, attended) if adm else None
     residual, scale_shift = adm and flags["resblock_updown"], adm and flags["use_scale_shift_norm"]
     fixed = {name: flags.get(name, value) for name, value in (EXTENSIONS if adm else DDPM.fixed).items()}
     if not fixed["middle_norm"] and not scale_shift:
@@ -527,19 +528,16 @@ def to_diffusers(
     return theirs, config, _their_scheduler(info), index
 
 
-def _head_width(file: str, flags: Mapping[str, Any], widths: list[int], attends: list[bool]) -> int | None:
-    """The one width that all attention heads have; None for one head."""
+def _head_width(file: str, flags: Mapping[str, Any], attended: list[int]) -> int | None:
+    """The one width that all attention heads have, None for one head; attended: widths of layers with attention."""
     if flags["num_head_channels"] != -1:
         return flags["num_head_channels"]
     if flags["num_heads_upsample"] not in (-1, flags["num_heads"]):
         raise InputError(f"{file}: its halves differ in heads (num_heads_upsample), which diffusers cannot express")
-    if flags["num_heads"] == 1:
-        return None
-    attended = sorted({width for width, at in zip(widths, attends) if at} | {widths[-1]})
-    if len(attended) > 1:
+    if flags["num_heads"] > 1 and len(attended) > 1:
         heads = f"num_heads={flags['num_heads']} in layers of {', '.join(map(str, attended))} channels"
         raise InputError(f"{file}: it has {heads}; in diffusers all heads are equally wide")
-    return attended[0] // flags["num_heads"]
+    return None if flags["num_heads"] == 1 else attended[0] // flags["num_heads"]
 
 
 def _their_scheduler(info: ModelInfo) -> dict[str, Any]:
