@@ -28,13 +28,11 @@ Batch = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
 class TrainLoop:
-    """Trains a model on batches of an iterator.
+    """Trains a model on batches of an iterator; files go to `logger.get_dir()`, rows of numbers to `logger`.
 
-    data: yields (images [N, C, H, W] in [-1, 1], keyword arguments of the model [N, ...]). ema_rate: a number, or
+    data: yields (images [N, C, H, W] in [-1, 1], keyword arguments of the model [N, ...]). ema_rate: one number, or
     several separated by commas. resume_checkpoint: a model*.pt to resume, whose name gives the step, with ema*.pt and
-    opt*.pt beside it; or other weights to start from. Files go to `logger.get_dir()`, rows of numbers to `logger`.
-    Processes of torch's default group (`dist_util.setup_dist`) average gradients. Raises InputError for files that do
-    not fit.
+    opt*.pt beside it; or other weights to start from. Ranks of `dist_util.setup_dist` average gradients.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from guided_diffusion import runtime
 from guided_diffusion.errors import InputError
 from guided_diffusion.training import config as options
 from guided_diffusion.training import files
-from guided_diffusion.training.data import TrainImages, class_labels, folder_names, list_domains, list_images
+from guided_diffusion.training.data import TrainImages, class_labels, folder_names, labelled_images, list_images
 
 
 @pytest.fixture
@@ -44,15 +44,16 @@ def test_domains_are_called_by_what_tells_their_folders_apart(folder, tmp_path):
     assert folder_names(["/a/cat", "/b/dog"]) == ["cat", "dog"]
     assert folder_names(["/e/cat/train", "/e/dog/train", "/e/fox/train"]) == ["cat", "dog", "fox"]
     assert folder_names(["/a/x", "/a/y", "/b/x"]) == ["a-x", "a-y", "b-x"]
-    assert list_domains(f"{folder}/cat,{folder}/dog")[2] == ["source", "target"]
+    assert labelled_images(None, f"{folder}/cat,{folder}/dog")[1](None)[1] == ["source", "target"]
     shutil.copytree(folder / "cat", tmp_path / "wild")
-    references, labels, names = list_domains(f"{folder}/cat,{tmp_path}/wild,{folder}/dog")
+    references, label = labelled_images(None, f"{folder}/cat,{tmp_path}/wild,{folder}/dog")
+    labels, names = label(None)
     assert names == ["cat", "wild", "dog"] and labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert [reference.name.split("/")[0] for reference in references] == [names[label] for label in labels]
     link = tmp_path / "link"
     link.symlink_to(folder / "cat")
     with pytest.raises(InputError) as error:
-        list_domains(f"{folder}/cat,{link}")
+        labelled_images(None, f"{folder}/cat,{link}")
     assert error.value.parameter == "domains"
 
 

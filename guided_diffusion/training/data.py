@@ -188,41 +188,14 @@ def folders_in(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
-def list_domains(
-    folders: str, parameter: str = "domains", classes: Sequence[str] | None = None
-) -> tuple[list[TrainReference], np.ndarray, list[str]]:
-    """Images of several domains: (references, labels, names of the domains) of comma-separated folders.
-
-    The last folder is the target. Two domains are called source and target, more by their folders. classes: the
-    names that the training data have, for held-out data, whose folders stand in the same order. Raises InputError for
-    the parameter.
-    """
-    parts, reason = folders_in(folders), ""
-    if len(parts) < 2:
-        reason = "it is two folders or more, the target last, like cats,dogs"
-    elif classes is not None and len(classes) != len(parts):
-        reason = f"it must be {len(classes)} folders, as in `domains`"
-    for part, other in itertools.permutations(parts, 2):
-        if is_inside(part, other):
-            reason = f"images of {display_name(part)} would belong to both it and {display_name(other)}"
-    if reason:
-        raise InputError(reason, parameter=parameter, value=folders)
-    names = ["source", "target"] if len(parts) == 2 else folder_names([os.path.realpath(part) for part in parts])
-    names = list(classes or names)
-    found = [list_images(part, parameter) for part in parts]
-    references = [
-        TrainReference(image.path, f"{name}/{image.name}") for name, images in zip(names, found) for image in images
-    ]
-    return references, np.repeat(np.arange(len(parts)), [len(images) for images in found]), names
-
-
 def labelled_images(
     data_dir: str | None, domains: str | None, classes: Sequence[str] | None = None, prefix: str = ""
 ) -> tuple[list[TrainReference], Label]:
-    """Images for a classifier, of a data set or of several domains, and the function that labels them.
+    """Images for a classifier, of a data set or of comma-separated folders, the domains; and the labels' function.
 
-    classes: those of the training data, for held-out data. prefix: of the names of the parameters. Raises InputError
-    unless one of the two is given.
+    Two domains are called source and target, more by their folders; the last is the target. classes: those of the
+    training data, for held-out data, whose folders stand in the same order. prefix: of the parameters' names. Raises
+    InputError for the parameter.
     """
     if bool(data_dir) == bool(domains):
         reason = "give one of it and `domains`: a folder per class below it, or a folder per domain"
@@ -230,7 +203,22 @@ def labelled_images(
     if not domains:
         references = list_images(data_dir, f"{prefix}data_dir")
         return references, functools.partial(class_labels, references)
-    references, labels, names = list_domains(domains, f"{prefix}domains", classes)
+    folders, reason = folders_in(domains), ""
+    if len(folders) < 2:
+        reason = "it is two folders or more, the target last, like cats,dogs"
+    elif classes is not None and len(classes) != len(folders):
+        reason = f"it must be {len(classes)} folders, as in `domains`"
+    for folder, other in itertools.permutations(folders, 2):
+        if is_inside(folder, other):
+            reason = f"images of {display_name(folder)} would belong to both it and {display_name(other)}"
+    if reason:
+        raise InputError(reason, parameter=f"{prefix}domains", value=domains)
+    two = ["source", "target"]
+    names = list(classes or (two if len(folders) == 2 else folder_names([os.path.realpath(f) for f in folders])))
+    found = [list_images(folder, f"{prefix}domains") for folder in folders]
+    labels = np.repeat(np.arange(len(folders)), [len(images) for images in found])
+    images = itertools.chain(*found)
+    references = [TrainReference(image.path, f"{names[i]}/{image.name}") for i, image in zip(labels, images)]
 
     def label(known: Sequence[str] | None) -> Labels:
         if known is not None and list(known) != names:

@@ -78,11 +78,10 @@ def stop_on_signals() -> Iterator[threading.Event]:
 class Trainer:
     """Trains `model`; `run` is the loop, `train_step` one step of it.
 
-    losses: see the module `losses`. metadata: texts for the exported file. ranks: the process group being connected,
-    see `process_group`. checkpoint: the file that the model's weights come from, if any; with a name like
-    model010000.pt the run resumes at that step, with the averages and the optimizer's state that lie beside it.
-    evaluate(model) -> totals (see `losses.evaluate`) and sample(model) -> uint8 images [N, H, W, 3] get a copy of the
-    model with the weights that are exported. progress: show a bar. Raises InputError for files that do not fit.
+    losses, evaluate: see the module `losses`. metadata: texts for the exported file. checkpoint: the file that the
+    weights come from, if any; with a name like model010000.pt the run resumes at that step, with the averages and the
+    optimizer's state beside it. evaluate(model) and sample(model) -> uint8 [N, H, W, 3] get a copy of the model with
+    the weights that are exported. progress: show a bar. Raises InputError for files that do not fit.
     """
 
     def __init__(
