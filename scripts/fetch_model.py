@@ -27,10 +27,7 @@ def create_parser() -> Parser:
     parser = Parser(DESCRIPTION, usage="[NAME] [--save_dir DIR]")
     parser.add_argument("name", nargs="?", help="file to download; without it, all that are known are listed")
     parser.add_argument(
-        "--save_dir",
-        default=os.path.join(ROOT, "models"),
-        metavar="DIR",
-        help="folder for the file (default models)",
+        "--save_dir", default=os.path.join(ROOT, "models"), metavar="DIR", help="folder for the file (default models)"
     )
     return parser
 

@@ -26,16 +26,7 @@ from ..methods import energy_names
 from ..runtime import PRECISIONS
 from ..sddm import VARIANTS
 from ..solvers import SOLVERS
-from .translate import (
-    MOST_RESULTS,
-    RECOMMENDED,
-    Frame,
-    Settings,
-    Studio,
-    explain,
-    label,
-    looks_like_a_photograph,
-)
+from .translate import MOST_RESULTS, RECOMMENDED, Frame, Settings, Studio, explain, label, looks_like_a_photograph
 
 TITLE = "Repaint a picture in another style"
 INTRODUCTION = (
