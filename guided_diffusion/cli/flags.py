@@ -143,6 +143,10 @@ class Given(argparse.Namespace):
         super().__init__(**values)
         self._parser = parser
 
+    def spell(self, field: dataclasses.Field) -> str:
+        """The flag of a field."""
+        return self._parser.spelling.get(field.name) or flag_of(field)
+
     def values(self, cls: type) -> dict[str, Any]:
         """The values of an options class's fields that are flags here, by field name."""
         return {name: getattr(self, flag) for name, flag in self._parser.added.get(cls, {}).items()}
@@ -161,26 +165,6 @@ class Given(argparse.Namespace):
     def digestible(self) -> dict[str, str]:
         """The flags as texts, but for those that may differ between the ranks of a run."""
         return {name: str(value) for name, value in vars(self).items() if name not in ("_parser", "device")}
-
-    def settings(self, used: Iterable[Any], **found: Any) -> dict[str, Any]:
-        """All that determines the outputs, for run.json, by the names of flags.
-
-        used: the options that count. Files stand with their hashes; what is None, says how to run, or has no effect (by
-        the options' method `ignored`) is left out. found: values that were read from files or resolved, by flag.
-        """
-        from ..checkpoint import fingerprint
-
-        settings: dict[str, Any] = {}
-        for options in used:
-            left_out = options.ignored() if hasattr(options, "ignored") else ()
-            for field in dataclasses.fields(options):
-                value = getattr(options, field.name)
-                if field.name in left_out or field.metadata.get("runtime"):
-                    continue
-                if field.metadata.get("file") and value is not None:
-                    value = fingerprint(value)
-                settings[self._parser.spelling.get(field.name) or flag_of(field)] = value
-        return {name: value for name, value in {**settings, **found}.items() if value is not None}
 
 
 def read(kinds: tuple[type, ...], text: str) -> Any:

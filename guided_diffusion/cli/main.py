@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .flags import Given, Parser
 
 DONE, FAILED, REFUSED, DEFECT, INTERRUPTED = 0, 1, 2, 3, 130
-
+"""Exit statuses: all done, some images failed, bad input, a defect (with its traceback), interrupted."""
 AGAIN = "run the same command again to resume"
 
 log = logging.getLogger("sddm")
@@ -48,20 +48,17 @@ def _interrupted_early(number: int, frame: FrameType | None) -> None:
 
 
 def run(function: Callable[..., int | None], parser: "Parser", *, ranks: str = "peers") -> None:
-    """Parse flags, call function(given, ranks), and end the process with its status.
+    """Parse flags, call function(given, ranks), and end the process with the status that it returns or its error has.
 
     ranks: what the function gets: "peers", a connected `dist_util.Peers`; "ranks", the bare `dist_util.Ranks`; "none":
-    the function takes the flags alone. 0: done; 1: some images failed; 2: bad input; 3: a defect, with its traceback;
-    130: interrupted.
+    the function takes the flags alone.
     """
     warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata, which does not concern the pixels
     logging.raiseExceptions = False  # a full disk behind stderr is no reason to end
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    handler = _raise_once()
     me = peers = None
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
+        _raise_on_signals()
         if ranks == "none":
             status = function(parser.parse())
         else:
@@ -164,22 +161,22 @@ def settle() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _raise_once() -> Callable[[int, FrameType | None], None]:
-    """A handler that turns the first signal into KeyboardInterrupt and leaves the clean-up alone for a while.
+def _raise_on_signals() -> None:
+    """Turn the first signal into KeyboardInterrupt, and leave the clean-up alone for a while.
 
     Ctrl-C under a launcher comes twice, from the terminal and from the launcher. Whoever insists ends the process.
     """
-    first: float | None = None
+    since: list[float] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if first is None:
-            first = time.monotonic()
+        since.append(time.monotonic())
+        if len(since) == 1:
             raise KeyboardInterrupt(signal.Signals(number).name)
-        if time.monotonic() - first > 2:
+        if since[-1] - since[0] > 2:
             os._exit(INTERRUPTED)
 
-    return handle
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
 
 
 def cause(interrupt: BaseException, me: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint import ModelFlags
+from ..checkpoint import ModelFlags, fingerprint
 from ..checkpoint.targets import TargetOptions, check_flags, class_number, load_target, num_classes
 from ..codec import Autoencoder, Grey
 from ..dist_util import Peers
@@ -43,19 +43,11 @@ TRAINING_FLAGS = {
 """Flags of the network that concern its training alone, and their defaults."""
 STEPS = "timestep_respacing"
 VGG = "models/vgg_normalised.pth"
+ENERGY_HELP = "any energies, as dse,low_pass, or none (default vgg where its weights exist, else dct)"
 
 Labels = Callable[[Sequence[str], Noise], torch.Tensor | None]
 
 log = logging.getLogger("sddm")
-
-
-@dataclass(frozen=True)
-class EnergyChoice:
-    """Which energies guide."""
-
-    energy: str | None = option(
-        None, "any energies, as dse,low_pass, or none (default vgg where its weights exist, else dct)", metavar="NAMES"
-    )
 
 
 @dataclass(frozen=True)
@@ -106,7 +98,7 @@ def translate_command(
     """
     kind = METHODS.pick(method)
     translates = outputs is JobOptions
-    energies = (EnergyChoice, *ENERGIES.values()) if kind.takes_energies else ()
+    energies = tuple(ENERGIES.values()) if kind.takes_energies else ()
 
     def create_parser() -> Parser:
         base = "" if outputs is NumberOptions else " --base_samples PATH"
@@ -120,6 +112,7 @@ def translate_command(
         parser.add(outputs, title="input and output")
         parser.add(kind, title="variants of the method")
         if energies:
+            parser.add_argument_group("energies").add_argument("--energy", metavar="NAMES", help=ENERGY_HELP)
             parser.add(*energies, title="energies")
         add_model(parser)
         parser.add_without_effect(**(without_effect or {}))
@@ -200,13 +193,26 @@ def announce(translation: Translation, names: Sequence[str], given: Given, found
 
 
 def given_settings(given: Given, target: Target, used: Sequence[Any], peers: Peers, **found: Any) -> dict[str, Any]:
-    """All that determines the outputs, for run.json, on rank 0; used: the options that count."""
+    """All that determines the outputs, for run.json, on rank 0: the options that count, `used`, by the names of flags.
+
+    Files stand with their hashes; what is None, says how to run, or has no effect (by the options' method `ignored`) is
+    left out. found: values that were read from files or resolved, by flag.
+    """
     if peers.rank:
         return {}
+    settings: dict[str, Any] = {}
+    for options in (*used, given.options(TargetOptions)):
+        left_out = options.ignored() if hasattr(options, "ignored") else ()
+        for field in dataclasses.fields(options):
+            if field.name not in left_out and not field.metadata.get("runtime"):
+                value = getattr(options, field.name)
+                if field.metadata.get("file") and value is not None:
+                    value = fingerprint(value)
+                settings[given.spell(field)] = value
     left_out = (*TRAINING_FLAGS, "use_fp16")
-    values = {name: value for name, value in target.info.flags.items() if name not in left_out}
-    values |= {name: getattr(target, name) for name in ("precision", "sigma_small", "clip_denoised")}
-    return given.settings([*used, given.options(TargetOptions)], **{**values, **found})
+    settings |= {name: value for name, value in target.info.flags.items() if name not in left_out}
+    settings |= {name: getattr(target, name) for name in ("precision", "sigma_small", "clip_denoised")}
+    return {name: value for name, value in {**settings, **found}.items() if value is not None}
 
 
 def labels_of(translation: Translation, source: Source, class_index: int | str | None) -> Labels:
