@@ -49,9 +49,6 @@ def assert_all_close(actual, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-# ---- loss and gradient ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "weighting, formula",
     [
@@ -161,9 +158,6 @@ def test_learning_rate_schedules():
     )
 
 
-# ---- what is drawn --------------------------------------------------------------------------------------------------
-
-
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 2**40), start=st.integers(0, 10**9), count=st.integers(1, 12), cut=st.integers(1, 12))
 def test_draws_depend_on_the_sample_number_only(seed, start, count, cut):
@@ -231,9 +225,6 @@ def test_half_of_the_images_are_flipped_the_same_ones_whenever(folder):
     assert torch.equal(again, flipped[50:60])
 
 
-# ---- schedule samplers ----------------------------------------------------------------------------------------------
-
-
 def steps(number, alphas_cumprod=None):
     """As much of a diffusion process as schedule samplers need."""
     return types.SimpleNamespace(num_timesteps=number, alphas_cumprod=alphas_cumprod)
@@ -266,9 +257,6 @@ def test_lognormal_sampler_draws_normal_log_noise_levels_with_weight_one():
     # a level far outside the schedule: the nearest steps are left, not nothing
     far, _ = LogNormalSampler(steps(1000, alphas_cumprod), 1000.0, 0.5).sample(3, "cpu", np.array([0.0, 0.5, 0.999]))
     assert far.min() > 950
-
-
-# ---- whole runs -----------------------------------------------------------------------------------------------------
 
 
 def test_tiny_model_memorises_eight_images(folder, tmp_path):
@@ -326,9 +314,6 @@ def test_held_out_accuracy_by_quarter_of_the_timesteps(folder):
     assert totals["acc"][:, 1].sum() == 16
     means = means_by_quarter(totals, prefix="val_")
     assert [means[f"val_acc_q{q}"] for q in range(4)] == [1, 1, 0, 0] and means["val_loss_q3"] > 0.75
-
-
-# ---- progress.csv ---------------------------------------------------------------------------------------------------
 
 
 def test_progress_log_drops_rows_after_the_resumed_step(tmp_path):

@@ -57,8 +57,6 @@ def resume(folder, run):
     return lambda *flags: train(*base, *flags)
 
 
-# ---- options and networks -------------------------------------------------------------------------------------------
-
 CLASSES = [
     TrainConfig,
     *(getattr(options, f"{name}Options") for name in ("Data", "Class", "Loss", "Grid", "Run", "Model", "Encoder")),
@@ -107,9 +105,6 @@ def test_a_network_is_refused_before_anything_is_trained(kind, size, mult, width
         assert error.parameter in ("image_size", "channel_mult") or not odd
     else:
         assert not odd
-
-
-# ---- classes and folders --------------------------------------------------------------------------------------------
 
 
 def test_classes_are_recorded_compared_and_keep_their_numbers(folder, tmp_path, caplog):
@@ -162,9 +157,6 @@ def test_a_folder_belongs_to_one_run(folder, resume, run, tmp_path):
     assert resume() == 0
 
 
-# ---- resumed --------------------------------------------------------------------------------------------------------
-
-
 def test_a_run_killed_before_its_export_exports_when_resumed(folder, run):
     exported = (run / "model.safetensors").read_bytes()
     (run / "model.safetensors").write_bytes(exported[:1000])
@@ -187,9 +179,6 @@ def test_a_flag_spelt_in_another_way_is_the_same_flag(folder, tmp_path):
 def test_an_average_is_found_however_its_rate_is_spelt(resume, run, caplog):
     assert files.find_ema(str(run), "0.900", 2) == str(run / "ema_0.9_000002.pt")
     assert resume("--ema_rate", "0.900") == 0 and "does not exist" not in caplog.text
-
-
-# ---- damaged files --------------------------------------------------------------------------------------------------
 
 
 DAMAGED = [
@@ -256,9 +245,6 @@ def test_an_optimizer_file_of_another_run_is_refused(folder, tmp_path, keys, val
         make_loop(folder, tmp_path, **config)[0]._resume(str(tmp_path / "model000001.pt"))
 
 
-# ---- a full disk ----------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def full_disk(left):
     """Files cannot grow beyond `left` bytes within the context: the system says so as it does for a full disk."""
@@ -311,9 +297,6 @@ def test_tensorboard_that_fails_is_left_out(tmp_path, caplog, monkeypatch):
     log.write({"step": 1, "loss": 0.5})
     log.close()
     assert caplog.text.count("TensorBoard") == 1 and (tmp_path / "progress.csv").read_text().count("\n") == 2
-
-
-# ---- the machine ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("raised", [

@@ -122,9 +122,6 @@ def test_extractor_of_three_domains(folder, tmp_path):
         train("classifier_train", *flags, other, "--resume", "auto", "--iterations", 2)
 
 
-# ---- flags ----------------------------------------------------------------------------------------------------------
-
-
 def refused(script, *flags):
     """The InputError of a script's function for flags that it must refuse."""
     with pytest.raises(InputError) as error:

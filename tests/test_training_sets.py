@@ -24,9 +24,6 @@ def folder(tmp_path):
     return draw_pets(tmp_path / "pictures")
 
 
-# ---- data sets ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["{i:04d}_small.png", "video{i}/frame.png", "dog.png"])
 def test_pictures_that_would_be_classes_of_their_own_are_refused(tmp_path, name):
     for i in range(4):
@@ -145,8 +142,6 @@ def test_skipped_pictures_are_replaced_by_their_class_and_counted(folder, tmp_pa
         images.read(5)
 
 
-# ---- resumed with other options -------------------------------------------------------------------------------------
-
 PARTS = [
     options.TrainConfig(), options.DataOptions(), options.ClassOptions(), options.LossOptions(), options.GridOptions(),
     options.ClassifierRunOptions(), options.SuperResOptions(),
@@ -203,9 +198,6 @@ def test_an_older_run_goes_on_without_the_warm_up_of_its_average(folder, tmp_pat
         again, _ = make_loop(folder, tmp_path, batch_size=1)
         again._resume(str(tmp_path / "model000001.pt"))
         assert again.ema_warmup is expected
-
-
-# ---- precision, log, machine ----------------------------------------------------------------------------------------
 
 
 def test_precision_of_a_cpu_that_emulates_bf16(monkeypatch, caplog):

@@ -172,8 +172,6 @@ class Trainer:
         batch = self.config.batch_size * self.ranks.world_size
         return {"data": self.images.digest(), "size of the data": self.images.bytes, "joint batch": batch}
 
-    # ---- one step ----
-
     def autocast(self) -> Any:
         """The context in which the model computes."""
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32")
@@ -243,8 +241,6 @@ class Trainer:
         parts = self._all({name: table.cpu() for name, table in totals.items()})
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: torch.stack([part[name] for part in parts if name in part]).sum(0) for name in names}
-
-    # ---- the run ----
 
     def run(self) -> bool:
         """Train to the end: True, or False if a signal stopped the run. Either way the last step is saved.
@@ -366,8 +362,6 @@ class Trainer:
             better = "start from an older checkpoint with a lower one, or with `grad_clip` 1"
             reason = f"the loss is not finite any more at step {self.step}: {better}"
             raise InputError(reason, parameter="lr", value=self.config.lr)
-
-    # ---- files ----
 
     def _state(self, params: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """State dict of the model with other values of its parameters, on the CPU."""
