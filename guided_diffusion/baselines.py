@@ -1,4 +1,4 @@
-"""The methods that SDDM is compared with, each as published: ILVR, SDEdit and EGSDE; and sampling without a reference.
+"""The methods that SDDM is compared with: ILVR, SDEdit and EGSDE, as published, and guided-diffusion's own sampling.
 
 Model, diffusion, ref, noise, callback, cache_interval and cache_guided are those of `sddm.sample`.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from resizer import low_pass_filter
 
@@ -122,10 +123,10 @@ def unconditional(
     Ancestral sampling, or with use_ddim DDIM (Song et al. 2021), eta its share of noise. Draws: x_T; then one per step.
     """
     step = partial(diffusion.ddim_sample, eta=eta) if use_ddim else diffusion.p_sample
-    yield from from_noise(partial(step, cached(model, cache_interval)), diffusion, ref, clip_denoised, noise)
+    yield from _from_noise(partial(step, cached(model, cache_interval)), diffusion, ref, clip_denoised, noise)
 
 
-def from_noise(
+def _from_noise(
     step: Callable[..., Any], diffusion: GaussianDiffusion, like: Tensor, clip_denoised: bool | float,
     noise: Noise | None,
 ) -> Iterator[State]:  # fmt: skip
@@ -136,3 +137,45 @@ def from_noise(
         out = step(x, at_step(like, i), clip_denoised, noise=noise(like.shape))
         x = out["sample"]
         yield {"i": i, "x": x, "pred_xstart": out["pred_xstart"], "guided": []}
+
+
+@sampler
+def classifier_guided(
+    model: Callable, diffusion: GaussianDiffusion, ref: Tensor, *, classifier: torch.nn.Module,
+    labels: Tensor, scale: float = 1.0, class_cond: bool = False, use_ddim: bool = False,
+    clip_denoised: bool | float = True, noise: Noise | None = None,
+) -> Iterator[State]:  # fmt: skip
+    """Images of classes `labels` [N], guided by a classifier of noisy images (Dhariwal & Nichol 2021, section 4).
+
+    Only the shape, type and device of ref [N, C, H, W] are used. scale: factor of the gradient of the log-probability.
+    class_cond: the model takes the labels, too. use_ddim: DDIM, which conditions the score, instead of ancestral
+    steps, whose mean moves.
+    """
+
+    def gradient(x, t):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            chosen = F.log_softmax(classifier(x, t).float(), dim=-1).gather(1, labels[:, None])
+            return torch.autograd.grad(chosen.sum(), x)[0] * scale
+
+    def conditional(x, t):
+        return model(x, t, labels) if class_cond else model(x, t)
+
+    step = partial(diffusion.ddim_sample if use_ddim else diffusion.p_sample, conditional, cond_fn=gradient)
+    yield from _from_noise(step, diffusion, ref, clip_denoised, noise)
+
+
+@sampler
+def super_resolution(
+    model: Callable, diffusion: GaussianDiffusion, ref: Tensor, *, large_size: int,
+    labels: Tensor | None = None, use_ddim: bool = False, clip_denoised: bool | float = True,
+    noise: Noise | None = None,
+) -> Iterator[State]:  # fmt: skip
+    """Images of side large_size of small ones, ref [N, 3, h, w]; model: a `SuperResModel`; labels [N]: its classes."""
+
+    def enlarging(x, t):
+        return model(x, t, low_res=ref, **({} if labels is None else {"y": labels}))
+
+    like = ref.new_empty(()).expand(*ref.shape[:2], large_size, large_size)
+    step = partial(diffusion.ddim_sample if use_ddim else diffusion.p_sample, enlarging)
+    yield from _from_noise(step, diffusion, like, clip_denoised, noise)

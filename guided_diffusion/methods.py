@@ -1,6 +1,6 @@
 """Methods by name: their options, and a method bound to a target, ready to translate batches of pictures.
 
-The functions of tensors are in `sddm`, `baselines` and `generation`; here are the options that commands, `Translator`
+The functions of tensors are in `sddm` and `baselines`; here are the options that commands, `Translator`
 and presets share, and the loading of extractors and classifiers. To add a method, register a subclass of `Method`.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import baselines, energy, generation, sddm
+from . import baselines, energy, sddm
 from .caching import cached
 from .checkpoint import load_model
 from .checkpoint.targets import class_number, num_classes
@@ -241,7 +241,7 @@ class Unconditional(Cached):
 @METHODS.add("classifier")
 @dataclass(frozen=True)
 class ClassifierGuided(Method):
-    """Options of `generation.classifier_guided`; classifier_* describe the classifier's network."""
+    """Options of `baselines.classifier_guided`; classifier_* describe the classifier's network."""
 
     takes_labels = True
 
@@ -270,7 +270,7 @@ class ClassifierGuided(Method):
             reason = f"it has {classes} classes, and the model has {given}"
             raise InputError(reason, parameter="classifier", value=self.classifier)
         options = {"scale": self.classifier_scale, "use_ddim": self.use_ddim, "clip_denoised": target.clip_denoised}
-        bound = bind(generation.classifier_guided, classifier=network, **options)
+        bound = bind(baselines.classifier_guided, classifier=network, **options)
         bound.num_classes, bound.info = classes, info  # type: ignore[attr-defined]
         return bound
 
@@ -278,7 +278,7 @@ class ClassifierGuided(Method):
 @METHODS.add("super_resolution")
 @dataclass(frozen=True)
 class SuperResolution(Method):
-    """Options of `generation.super_resolution`."""
+    """Options of `baselines.super_resolution`."""
 
     takes_labels = True
 
@@ -286,7 +286,7 @@ class SuperResolution(Method):
 
     def bind(self, target: Target, energies: Sequence[Energy] = ()) -> Sampler:
         sides = {"large_size": target.image_size, "clip_denoised": target.clip_denoised}
-        return bind(generation.super_resolution, use_ddim=self.use_ddim, **sides)
+        return bind(baselines.super_resolution, use_ddim=self.use_ddim, **sides)
 
 
 # ---- energies --------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ LAYERS = (
     ("unet", "ddpm", "nn", "losses", "gaussian_diffusion", "respace", "resample", "script_util", "dist_util",
      "references", "image_datasets", "fp16_util", "logger", "runtime", "caching"),
     ("codec", "target", "flow"),
-    ("sddm", "manifold", "moo", "solvers", "energy", "baselines", "generation"),
+    ("sddm", "manifold", "moo", "solvers", "energy", "baselines"),
     ("checkpoint", "upscaler"),
     ("methods", "presets"),
     ("run",),

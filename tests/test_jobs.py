@@ -22,7 +22,6 @@ from guided_diffusion import dist_util
 from guided_diffusion.checkpoint import load_model, save_model
 from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.generation import draw_labels
 from guided_diffusion.image_datasets import load_image, to_tensor
 from guided_diffusion.run.noise import ImageNoise
 from guided_diffusion.script_util import create_diffusion, create_model
@@ -81,7 +80,7 @@ def test_classifier_sample(data, tmp_path):
         images, labels = file["arr_0"], file["arr_1"]
     assert np.array_equal(images, np.stack(list(made.values()))) and len(made) == 3
     noise = ImageNoise([f"0/{n:06d}.png#0" for n in range(3)], CPU)
-    assert labels.tolist() == draw_labels(noise, 3, 3, CPU).tolist()
+    assert labels.tolist() == noise.labels(3).tolist()
     # Batches do not matter, and what is missing is made again.
     run("classifier_sample", *flags, tmp_path / "b", "--batch_size", "3")
     (tmp_path / "b" / "000001.png").unlink()

@@ -19,7 +19,6 @@ from ..checkpoint.targets import TargetOptions, check_flags, class_number, load_
 from ..codec import Autoencoder, Grey
 from ..dist_util import Peers
 from ..errors import InputError, display_name
-from ..generation import draw_labels
 from ..methods import ENERGIES, METHODS, Method, Translation, energy_names
 from ..options import flag_of, option
 from ..presets import located
@@ -30,7 +29,7 @@ from ..run.noise import ImageNoise, image_key
 from ..run.sources import Numbers, SmallImages, Source
 from ..runtime import pick_device
 from ..script_util import model_and_diffusion_defaults
-from ..solvers import Noise, resolve_step
+from ..solvers import resolve_step
 from ..target import Batch, Target
 from .flags import Given, Parser
 from .main import AGAIN, DONE, FAILED, INTERRUPTED, cause, say
@@ -45,7 +44,7 @@ STEPS = "timestep_respacing"
 VGG = "models/vgg_normalised.pth"
 ENERGY_HELP = "any energies, as dse,low_pass, or none (default vgg where its weights exist, else dct)"
 
-Labels = Callable[[Sequence[str], Noise], torch.Tensor | None]
+Labels = Callable[[Sequence[str], ImageNoise], torch.Tensor | None]
 
 log = logging.getLogger("sddm")
 
@@ -235,8 +234,8 @@ def labels_of(translation: Translation, source: Source, class_index: int | str |
         fixed = class_number(class_index, getattr(translation.sampler, "info", target.info), "class_index")
     draws = isinstance(source, Numbers) and (translation.method.takes_labels or fixed is None)
 
-    def labels(names: Sequence[str], noise: Noise) -> torch.Tensor | None:
-        drawn = draw_labels(noise, len(names), classes, device) if draws else None  # before any noise
+    def labels(names: Sequence[str], noise: ImageNoise) -> torch.Tensor | None:
+        drawn = noise.labels(classes) if draws else None  # before any noise
         return drawn if fixed is None else torch.full((len(names),), fixed, device=device)
 
     return labels
@@ -248,7 +247,7 @@ def execute(
     """Do a job with progress and report how it ended; returns the exit status of this rank."""
     steps, total, save_dir = translation.steps, len(job.items), job.options.save_dir
 
-    def sample(batch: Batch, /, *, noise: Noise, callback: Callable) -> torch.Tensor:
+    def sample(batch: Batch, /, *, noise: ImageNoise, callback: Callable) -> torch.Tensor:
         batch = dataclasses.replace(batch, labels=labels(batch.names, noise))
         return translation(batch, noise=noise, callback=callback)
 

@@ -29,6 +29,11 @@ class ImageNoise:
         self._next = self._pool.submit(self._draw, shape)
         return draw.to(self.device, non_blocking=True)
 
+    def labels(self, classes: int) -> torch.Tensor:
+        """Random classes, long [N]; they are drawn before any noise."""
+        drawn = [torch.randint(classes, (), generator=generator) for generator in self.generators]
+        return torch.stack(drawn).to(self.device)
+
     def _draw(self, shape: Sequence[int]) -> torch.Tensor:
         draw = torch.empty(tuple(shape), dtype=torch.float32, pin_memory=self._pool is not None)
         for row, generator in zip(draw, self.generators):
