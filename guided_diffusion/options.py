@@ -88,8 +88,8 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
 
 def _misfit(kinds: tuple[type, ...], meta: Mapping[str, Any], value: Any) -> str | None:
     """Words for what would fit in place of a value that does not."""
-    if choices := meta.get("choices"):
-        return None if value in choices else fitting(value, list(choices))
+    if choices := list(meta.get("choices") or ()):  # a list: values may be unhashable
+        return None if value in choices else fitting(value, choices)
     if isinstance(value, bool):
         return None if bool in kinds else f"it must be {type_words(kinds)}"
     number = isinstance(value, (int, float))
