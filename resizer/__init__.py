@@ -99,21 +99,21 @@ class Resizer(nn.Module):
             if axis >= -2 or scale != 1 or size != length:
                 matrix = resize_matrix(length, scale, kernel or "cubic", size, antialiasing)
                 self._axes[axis] = torch.from_numpy(matrix)
-        self._cast: dict[tuple[torch.dtype, torch.device], dict[int, torch.Tensor]] = {}
+        self._cast: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, ...]] = {}
 
-    def matrices(self, like: torch.Tensor) -> dict[int, torch.Tensor]:
-        """The matrices [new, old length] by axis, a negative number, in the dtype and on the device of a tensor."""
+    def matrices(self, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The matrices [new, old length] of resized axes, rows and columns last, in a tensor's dtype and device."""
         key = like.dtype, like.device
         if key not in self._cast:
-            self._cast[key] = {axis: matrix.to(like) for axis, matrix in self._axes.items()}
+            self._cast[key] = tuple(matrix.to(like) for matrix in self._axes.values())
         return self._cast[key]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim < -min(self._axes) or any(x.shape[axis] != self.in_size[axis] for axis in self._axes):
             expected, found = self.in_size[-2:], tuple(x.shape[-2:])
             raise ValueError(f"the resizer was made for {expected} pixels and got {found}")
-        *others, (_, rows), (_, columns) = self.matrices(x).items()
-        for axis, matrix in others:
+        *others, rows, columns = self.matrices(x)
+        for axis, matrix in zip(self._axes, others):
             x = (x.transpose(axis, -1) @ matrix.T).transpose(axis, -1)
         return rows @ x @ columns.T
 

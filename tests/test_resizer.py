@@ -74,7 +74,7 @@ def test_gradient_is_the_transposed_matrices(kernel, height, width, scale, seed)
     resize = Resizer(x.shape, scale, kernel=kernel)
     result = resize(x)
     y = torch.randn(result.shape, generator=generator, dtype=torch.float64)
-    rows, columns = resize.matrices(x).values()
+    rows, columns = resize.matrices(x)
     adjoint = rows.T @ y @ columns
     product = (result * y).sum()
     product.backward()
