@@ -13,6 +13,7 @@ import shutil
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -669,10 +670,7 @@ def test_automatic_batches_are_halved_until_they_fit(data, painted, out, caplog,
     caplog.set_level(logging.INFO, logger="sddm")
     _, painter, progress = paint(data / "ref", out, memory_for(3, error), batch_size="auto")
     assert painter.batches == [8, 4, 2, 2, 2, 2, 1]
-    assert caplog.messages == [
-        "out of memory at batch size 8 on cpu; continuing with 4",
-        "out of memory at batch size 4 on cpu; continuing with 2",
-    ]
+    assert caplog.messages == [f"out of memory at batch size {n} on cpu; continuing with {n // 2}" for n in (8, 4)]
     assert sum(progress) == Painter.steps * len(NAMES)  # steps of failed attempts do not count
     assert_within_one_level(pictures(out), pictures(painted))
 
@@ -778,21 +776,15 @@ def two(store=None, launcher="srun"):
 
 def side_by_side(functions):
     """Call functions in threads of their own; returns their results or errors."""
-    results = [None] * len(functions)
 
-    def call(n):
+    def call(function):
         try:
-            results[n] = functions[n]()
+            return function()
         except BaseException as error:
-            results[n] = error
+            return error
 
-    threads = [threading.Thread(target=call, args=(n,)) for n in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(600)
-        assert not thread.is_alive()
-    return results
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return list(pool.map(call, functions))
 
 
 def test_two_ranks_share_the_batches(damaged, tmp_path, out):
