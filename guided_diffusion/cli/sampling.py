@@ -28,17 +28,13 @@ from ..run.loop import Loop
 from ..run.noise import ImageNoise, image_key
 from ..run.sources import Numbers, SmallImages, Source
 from ..runtime import pick_device
-from ..script_util import model_and_diffusion_defaults
 from ..solvers import resolve_step
 from ..target import Batch, Target
 from .flags import Given, Parser
 from .main import AGAIN, DONE, FAILED, INTERRUPTED, cause, say
 from .progress import Progress
 
-TRAINING_FLAGS = {
-    name: model_and_diffusion_defaults()[name]
-    for name in ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
-}
+TRAINING_FLAGS = {"dropout": 0.0, "use_checkpoint": False, "use_kl": False, "rescale_learned_sigmas": False}
 """Flags of the network that concern its training alone, and their defaults."""
 STEPS = "timestep_respacing"
 VGG = "models/vgg_normalised.pth"
@@ -177,13 +173,11 @@ def announce(translation: Translation, names: Sequence[str], given: Given, found
     target, method = translation.target, translation.method
     total, steps = target.diffusion.num_timesteps, translation.steps
     counted = f"{total} steps" if steps == total else f"{steps} of {total} steps"
-    words = " ".join(filter(None, [type(method).__name__, getattr(method, "variant", "")]))
+    words = f"{type(method).__name__} {getattr(method, 'variant', '')}".strip()
     if method.takes_energies:
         default = given.energy is None and list(names) == ["dct"]
         words += f", energy {'+'.join(names) or 'none'}" + f" (there is no {given.vgg_path} for vgg)" * default
-    kind = target.info.model_type
-    network = f"{kind} UNet" if kind in ("ADM", "DDPM") else kind
-    log.info("%s, %d px, %s on %s; %s", network, target.image_size, counted, target.device, words)
+    log.info("%s, %d px, %s on %s; %s", target.info.model_type, target.image_size, counted, target.device, words)
     for name, step in found.items():
         if getattr(given, name) != step:
             log.info("--%s %s is step %d of %d", name, getattr(given, name), step, total)

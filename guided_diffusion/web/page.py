@@ -26,7 +26,17 @@ from ..methods import energy_names
 from ..runtime import PRECISIONS
 from ..sddm import VARIANTS
 from ..solvers import SOLVERS
-from .translate import MOST_RESULTS, RECOMMENDED, Frame, Settings, Studio, explain, label, looks_like_a_photograph
+from .translate import (
+    MOST_RESULTS,
+    RECOMMENDED,
+    Frame,
+    Model,
+    Settings,
+    Studio,
+    explain,
+    label,
+    looks_like_a_photograph,
+)
 
 TITLE = "Repaint a picture in another style"
 INTRODUCTION = (
@@ -79,16 +89,16 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
     are for. defaults: what the page begins with, in place of `Settings`' own.
     """
     first = next(iter(studio.models.values()))
-    settings = Settings(**defaults)
-    steps, area = min(settings.steps, first.most_steps), first.nearest_area(settings.area)
-    settings = replace(settings, area=area, steps=steps)
+    wanted = Settings(**defaults)
+    area, steps = first.nearest_area(wanted.area), min(wanted.steps, first.most_steps)
+    settings = replace(wanted, area=area, steps=steps)
     helps = {field.name: field.metadata["help"] for field in fields(Settings)}
     pictures = [reference.path for reference in list_references(examples, parameter="examples")] if examples else []
 
     def control(kind: Callable, name: str, *arguments: Any, **options: Any) -> Any:
         """A component for a setting, with its label, help text and default."""
-        options = {"value": getattr(settings, name, None), **options}
-        return kind(*arguments, label=label(name), info=helps.get(name), **options)
+        known = {"label": label(name), "info": helps.get(name), "value": getattr(settings, name, None)}
+        return kind(*arguments, **{**known, **options})
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# {TITLE}\n{INTRODUCTION} {note}", elem_id="about")
@@ -137,10 +147,7 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
             with gr.Column(min_width=240):
                 seed = control(gr.Number, "seed", precision=0, minimum=0)
                 another = gr.Button("Random seed", size="sm", elem_id="random_seed")
-        class_index = control(
-            gr.Textbox, "class_index", value=settings.class_index or "", visible=first.classes > 0,
-            placeholder=f"0 to {first.classes - 1}",
-        )  # fmt: skip
+        class_index = control(gr.Textbox, "class_index", **{"value": settings.class_index or "", **_classes(first)})
         with gr.Accordion("More settings", open=False), gr.Row():
             with gr.Column(min_width=300):
                 start = control(gr.Slider, "start", 0.05, 1, step=0.05)
@@ -207,7 +214,7 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
             return (
                 gr.update(choices=chosen.areas, value=chosen.nearest_area(area)),
                 gr.update(maximum=chosen.most_steps, value=min(steps, chosen.most_steps)),
-                gr.update(visible=chosen.classes > 0, placeholder=f"0 to {chosen.classes - 1}"),
+                gr.update(**_classes(chosen)),
             )
 
         private = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
@@ -272,6 +279,10 @@ def close(page: Any) -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     page.server.force_exit = True
     page.close(verbose=False)
+
+
+def _classes(model: Model) -> dict[str, Any]:
+    return {"visible": model.classes > 0, "placeholder": f"0 to {model.classes - 1}"}
 
 
 def _upload(payload: Any) -> Upload | None:

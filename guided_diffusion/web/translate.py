@@ -135,10 +135,9 @@ class Model(NamedTuple):
 
 
 def looks_like_a_photograph(picture: str | os.PathLike) -> bool:
-    """Whether most pixels of a picture, reduced to 64 x 64, have a colour of their own.
+    """Whether most pixels of a picture, reduced to 64 x 64, have a colour of their own: a hint, no classification.
 
-    A hint, not a classification: the share of distinct colours is at most 0.59 in emoji, and 0.71 in the one photograph
-    that was measured.
+    The share of distinct colours is at most 0.59 in emoji, and was 0.71 in a photograph.
     """
     image = Image.fromarray(load_image(os.fspath(picture), 64))
     return len(image.getcolors(64 * 64) or ()) > 0.6 * 64 * 64
@@ -157,10 +156,10 @@ class Frame(NamedTuple):
 
 
 class Studio:
-    """Models of which one is on the device, and translations with them.
+    """Models, checkpoints, folders or Hub ids, of which one is on the device, and translations with them.
 
-    paths: checkpoints, diffusers folders or Hub ids. Each is loaded once to see that it can be; the first stays.
-    max_side: pictures of more pixels a side are refused. weights: the file of the energy vgg. Raises InputError.
+    Each is loaded once to see that it can be; the first stays. max_side: pictures of more pixels a side are refused.
+    weights: the file of the energy vgg. Raises InputError.
     """
 
     def __init__(
