@@ -1,9 +1,11 @@
 """The one exception for bad input. It speaks of Python parameters; `cli.main` alone turns them into flags."""
 
 import contextlib
+import importlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 LONGEST = 200  # characters of a value or of another program's message that an error line shows
 
@@ -89,3 +91,12 @@ def renaming(names: Mapping[str, str]) -> Iterator[None]:
     except InputError as error:
         error.parameter = names.get(str(error.parameter), error.parameter)
         raise
+
+
+def library(module: str, package: str, purpose: str) -> Any:
+    """Import an optional package's module; raises InputError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        install = f"pip install {package}"
+        raise InputError(f"{purpose} needs the package {package} ({first_line(error)}): {install}") from None

@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InputError, display_name, one_line, shown
+from ..errors import InputError, display_name, library, one_line, shown
 from ..evaluation import Evaluation, Instruments, evaluate, report, table
 from ..evaluation.features import NAMED
-from ..evaluation.packages import library
 from ..image_datasets import list_references
 from ..options import check, option
 from ..presets import ROOT

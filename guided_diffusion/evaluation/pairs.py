@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, display_name
+from ..errors import InputError, display_name, library
 from ..references import Reference, natural
-from .packages import library, quiet_download, reason
+from .features import quiet_download, reason
 from .table import METRICS, Metric, paired_metric
 
 MIN_SSIM_SIZE, MIN_MSSSIM_SIZE = 11, 161  # one window; one window after four halvings
