@@ -81,33 +81,23 @@ def made(out):
     return len(list(out.glob("[0-9].png")))
 
 
-def status(pid):
-    """State, parent and so on of a process."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def ranks_of(launcher):
-    """Process ids of the ranks that a launcher has started, by rank."""
-    parents, found = {}, {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            parents[int(entry.name)] = int(status(entry.name)[1])
-    for pid in parents:
-        above = pid
-        while above in parents and above != launcher.pid:
-            above = parents[above]
-        with contextlib.suppress(OSError):
-            variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
-            rank = [v.partition("=")[2] for v in variables if v.startswith(("RANK=", "PMI_RANK="))]
-            if above == launcher.pid and rank:
-                found[int(rank[0])] = pid
-    return found
-
-
-def alive(pid):
+def words(pid):
+    """The command line of a process; "" for one that has ended."""
     with contextlib.suppress(OSError):
-        return status(pid)[0] != "Z"
-    return False
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+def ranks_of(out):
+    """Process ids of the ranks that write to a folder, by rank."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            variables = dict(each.partition("=")[::2] for each in (entry / "environ").read_text().split("\0"))
+            rank = variables.get("RANK", variables.get("PMI_RANK"))
+            if rank and str(out) in words(entry.name):
+                found[int(rank)] = entry.name
+    return found
 
 
 # ---- one process ----------------------------------------------------------------------------------------------------
@@ -195,15 +185,15 @@ def test_two_processes_make_what_one_makes(data, tmp_path, launcher):
 def test_a_rank_that_dies_takes_the_run_down_and_a_restart_completes_it(data, tmp_path, launcher, rank):
     out = tmp_path / "out"
     process = start(data=data, out=out, launcher=launcher, mpi=launcher is MPI)
-    wait_for(lambda: made(out) >= 1 and len(ranks_of(process)) == 2, process)
-    ranks = ranks_of(process)
-    os.kill(ranks[rank], signal.SIGKILL)
+    wait_for(lambda: made(out) >= 1 and len(ranks_of(out)) == 2, process)
+    ranks = ranks_of(out)
+    os.kill(int(ranks[rank]), signal.SIGKILL)
     done = finish(process)
     assert done.returncode not in (0, 130)
     until = time.monotonic() + LIMIT  # a launcher may end a moment before its ranks are gone
-    while any(map(alive, ranks.values())) and time.monotonic() < until:
+    while any(map(words, ranks.values())) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not any(map(alive, ranks.values()))
+    assert not any(map(words, ranks.values()))
     said = done.stdout + done.stderr
     if launcher is MPI:
         assert "BAD TERMINATION OF ONE OF YOUR APPLICATION PROCESSES" in said and f"PID {ranks[rank]} " in said
