@@ -191,13 +191,10 @@ def _encoded(image: Pictures, target: Target) -> torch.Tensor:
         raise InputError("give at least one", parameter="image", value="[]")
     latent = not isinstance(target.codec, Pixels) and target.shape[0] != 3
     for each in images:
-        if not latent or not isinstance(each, torch.Tensor) or each.shape[-3:-2] != target.shape[:1]:
-            found.append(target.codec.encode(_pixels(each, target.image_size).to(target.device)))
-        elif each.ndim not in (3, 4) or each.shape[-3:] != target.shape:
-            needed = f"latents {list(target.shape)} are needed"
-            raise InputError(needed, parameter="image", value=list(each.shape))
-        else:
+        if latent and isinstance(each, torch.Tensor) and each.shape[-3:] == target.shape:
             found.append(each.reshape(-1, *target.shape).to(target.device).float())
+        else:
+            found.append(target.codec.encode(_pixels(each, target.image_size).to(target.device)))
     return torch.cat(found)
 
 
@@ -218,7 +215,7 @@ def _pixels(image: Any, side: int) -> torch.Tensor:
     if isinstance(x, np.ndarray) and x.ndim in (3, 4):
         x = torch.from_numpy(np.ascontiguousarray(x)).movedim(-1, -3)
     if not isinstance(x, torch.Tensor) or x.ndim not in (3, 4) or x.shape[-3] not in (1, 3):
-        reason = "it can be paths, PIL pictures, arrays [N, H, W, 3], or tensors [N, 3, H, W] or [N, 1, H, W]"
+        reason = "it can be paths, PIL pictures, arrays [N, H, W, 3], tensors [N, 3, H, W] or [N, 1, H, W], or latents"
         value = list(image.shape) if isinstance(image, (np.ndarray, torch.Tensor)) else type(image).__name__
         raise InputError(reason, parameter="image", value=value)
     x = x.reshape(-1, *x.shape[-3:]).expand(-1, 3, -1, -1).float()

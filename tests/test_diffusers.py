@@ -186,9 +186,6 @@ def test_tensors_are_checked_under_the_librarys_names(tmp_path):
         assert says in str(refused(tmp_path / "model"))
 
 
-# ---- flags -----------------------------------------------------------------------------------------------------------
-
-
 def test_flags_agree_with_the_configuration_or_are_refused(folder):
     flags = {"image_size": 16, "num_channels": 32, "noise_schedule": "linear", "norm_eps": 1e-6}
     assert_golden(FOLDER / "ddpm_eps", "ddpm_eps", **flags, timestep_respacing="leading10")
@@ -465,9 +462,6 @@ def test_nothing_is_overwritten_and_what_would_differ_is_not_written(tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-# ---- records ---------------------------------------------------------------------------------------------------------
-
-
 def test_fingerprints_tell_models_apart(folder, tmp_path):
     first = fingerprint(folder)
     assert first.startswith("sha256 ") and len(first) == 71
@@ -536,9 +530,6 @@ def test_errors_of_the_client_are_one_line(kind, tmp_path, monkeypatch):
     with pytest.raises(InputError) as caught:
         load_model("owner/name@v1")
     assert str(caught.value).startswith("owner/name@v1 ") and str(caught.value).isprintable()
-
-
-# ---- the commands ----------------------------------------------------------------------------------------------------
 
 
 def test_commands_take_a_folder_and_notice_that_it_changed(folder, tmp_path):

@@ -49,9 +49,6 @@ def data(tmp_path_factory):
     return root
 
 
-# ---- the codec -------------------------------------------------------------------------------------------------------
-
-
 def test_codec_gives_pillows_luma_and_three_equal_channels(data):
     picture = Image.open(data / "ref" / "colour.png")
     x = Grey().encode(to_tensor([np.asarray(picture)]))
@@ -62,8 +59,6 @@ def test_codec_gives_pillows_luma_and_three_equal_channels(data):
     assert decoded.shape == (1, 3, tiny.SIZE, tiny.SIZE)
     torch.testing.assert_close(Grey().encode(decoded), x)
 
-
-# ---- methods and energies --------------------------------------------------------------------------------------------
 
 METHOD_OPTIONS = {
     "sddm": {"range_t": 2, "blocks": 4}, "sddm released": {"range_t": 2, "blocks": 4, "variant": "released"},
@@ -107,9 +102,6 @@ def test_networks_of_three_channels_see_grey_as_equal_channels(name):
     torch.testing.assert_close(found[1][0], found[3][0])
     assert found[1][1].shape == x.shape
     torch.testing.assert_close(found[1][1], found[3][1].sum(1, keepdim=True), rtol=1e-4, atol=1e-5)
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def test_channels_that_contradict_a_file_are_refused(data, tmp_path):
@@ -164,9 +156,6 @@ def test_super_resolution_of_grey_pictures(data, tmp_path):
         assert (image.mode, image.size) == ("L", (tiny.SIZE, tiny.SIZE))
 
 
-# ---- commands --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name, flags", [
     ("ae_sample", ("--range_t", 2, "--area", 4, "--energy", "dct,dse")), ("egsde_sample", ("--t", 4, "--down_N", 4)),
 ])  # fmt: skip
@@ -201,8 +190,6 @@ def test_images_and_likelihoods(data, tmp_path):
     assert module.evaluate(given, connect(Ranks())) == 0
     assert len((nll / "bpd.csv").read_text().splitlines()) == 3
 
-
-# ---- training --------------------------------------------------------------------------------------------------------
 
 TRAIN = tiny_training.words(
     "--num_channels 32 --num_res_blocks 1 --channel_mult 1,2 --attention_resolutions 8 --num_head_channels 32 "

@@ -527,9 +527,6 @@ def test_a_run_with_pictures_prompts_and_refusals(tmp_path):
         ours("a dog", picture, **options)
 
 
-# ---- the commands ----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipelines")

@@ -136,17 +136,15 @@ def locate(path: str) -> Folder | None:
     if not os.path.isdir(path):
         return None
     averaged, plain = (os.path.join(path, name) for name in ("unet_ema", "unet"))
-    indexed = os.path.isfile(os.path.join(path, INDEX))
-    for place in (plain, path) if indexed else (path, averaged, plain):
+    for place in (plain, path) if os.path.isfile(os.path.join(path, INDEX)) else (path, averaged, plain):
         if os.path.isfile(os.path.join(place, CONFIG)):
             if place == averaged and os.path.isdir(plain):
                 log.info("%s: the averaged weights in unet_ema are taken, not those in unet", display_name(path))
             return _read(path, place)
     held = sorted(name for name in os.listdir(path) if name.endswith((".pt", ".pth", ".ckpt", ".safetensors")))
     hint = f"; it holds {', '.join(map(display_name, held[:3]))}" if held else ""
-    missing = CONFIG if indexed else f"{INDEX} or {CONFIG}"
     needed = f"a checkpoint file or a diffusers model is needed{hint}"
-    raise InputError(f"{display_name(path)} is a folder without {missing}; {needed}")
+    raise InputError(f"{display_name(path)} is a folder without {CONFIG}; {needed}")
 
 
 def from_weights(path: str) -> Folder:
@@ -468,9 +466,6 @@ def to_ours(
             value = torch.cat(values) if values[0].ndim and len({each.shape for each in values}) == 1 else values[0]
             ours[name] = value.reshape(*value.shape, *[1] * (like.ndim - 2)) if value.ndim == 2 else value
     return {**ours, **rest}, names
-
-
-# ---- ours to theirs --------------------------------------------------------------------------------------------------
 
 
 def to_diffusers(
