@@ -216,6 +216,31 @@ def test_samples_npz_is_what_its_pictures_are(data, tmp_path):
         assert result["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-9)
 
 
+def test_several_translations_of_every_source(tmp_path):
+    """Each is paired with its source; FID is that of each set on its own, averaged."""
+    run = tmp_path / "run"
+    for k in range(3):
+        make_references(run / f"sample_{k}", NAMES, seed=1000 + 100 * k)
+    make_references(run, ["grid.png"])
+    (run / "run.json").write_text(json.dumps({"settings": {"samples_per_image": 3}}))
+    options = {"sources": "sources", "targets": "targets", **BLOCKS}
+    result = measured(outputs=run, bootstrap=10, **options)
+    single = [measured(outputs=run / f"sample_{k}", **options)["metrics"] for k in range(3)]
+    for name in ("fid", "kid", "source_l2", "source_ssim"):
+        values = [metrics[name] for metrics in single]
+        assert result["metrics"][name] == pytest.approx(np.mean(values)), name
+        if name in ("fid", "kid"):
+            assert result["std"][name] == pytest.approx(np.std(values, ddof=1)) and name not in result["intervals"]
+    assert result["counts"]["source_pairs"] == result["counts"]["outputs"] == 60
+    assert result["pairing"] == {"source": "stem"} and result["protocol"]["translations"].startswith("3 of every")
+    assert not any("outputs: too few images for the covariance's rank" in warning for warning in result["warnings"])
+    (run / "sample_1" / "00.png").unlink()
+    with pytest.raises(InputError, match="outputs has 19 images and sources 20, but 1 have no partner"):
+        measured(outputs=run, **options)
+    result = measured(outputs=run, partial=True, **options)
+    assert "partial: 59 pairs measured of 59 outputs and 20 in sources" in result["warnings"]
+
+
 def test_cached_target_features_change_nothing():
     options = {"outputs": "outputs", "targets": "targets", **BLOCKS}
     instruments = Instruments(options_of(**options))
@@ -395,6 +420,8 @@ def test_metrics_from_outside_are_in_results_and_comparisons(data, monkeypatch):
     headings, (cells,) = report.table_of([row])
     assert cells[headings.index("mean error to truth ↓")] == f"{mean['truth_mae']:.4f}"
     assert cells[headings.index("gap·10¹ ↓")] == f"{10 * mean['gap']:.3f}"
+
+    monkeypatch.setitem(METRICS, "wrong", None)
 
     @paired_metric("wrong", "wrong")
     def wrong(a, b):

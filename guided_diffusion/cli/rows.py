@@ -15,10 +15,8 @@ from ..run.files import check_regular
 from .flags import preset_flags
 
 SCRIPTS = os.path.join(ROOT, "scripts")
-OWN_FLAGS = (
-    "model_path", "base_samples", "save_dir", "seed", "num_samples", "batch_size", "device", "samples_per_image"
-)  # fmt: skip
-"""Flags of a run that the benchmark sets itself, most from its own of the same name."""
+OWN_FLAGS = ("model_path", "base_samples", "save_dir", "seed", "num_samples", "batch_size", "device")
+"""Flags of a run that the benchmark sets itself, from its own of the same name."""
 LARGEST_TABLE = 1 << 20  # characters
 
 

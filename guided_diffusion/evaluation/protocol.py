@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -262,7 +263,12 @@ class _Measuring:
     def run(self, folder: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Measure everything; see `evaluate`."""
         options, result = self.options, self.result
-        self.found = list_images(folder, "outputs", sampled=True, least=1 if options.targets is None else 2)
+        record = files.read_json_or_none(os.path.join(folder, run_record.NAME))
+        least = 1 if options.targets is None else 2
+        self.found = list_images(folder, "outputs", sampled=True, least=least)
+        self.sets = translations(self.found, record)
+        if min(map(len, self.sets)) < least:
+            raise InputError("a translation has 1 image; distances need 2 or more", parameter="outputs", value=folder)
         self.rows: dict[str, dict[str, Any]] = {output.path: {"output": output.name} for output in self.found}
         result["counts"]["outputs"] = len(self.found)
         given = {role: (getattr(options, name), name) for role, name in ROLES.items()}
@@ -276,12 +282,11 @@ class _Measuring:
             result["sizes"][parameter] = sizes = [f"{width}x{height}" for width, height in sorted(seen)]
             if len(sizes) > 1:
                 self.warn(f"{parameter}: images of {len(sizes)} sizes, {_first(sizes)}")
-        self.read_record(os.path.join(folder, run_record.NAME))
+        self.add_recorded(record, os.path.join(folder, run_record.NAME))
         return result, [row for row in self.rows.values() if len(row) > 1]
 
-    def read_record(self, path: str) -> None:
+    def add_recorded(self, record: Any, path: str) -> None:
         """Add what the run.json of the outputs, if there is one, says of them."""
-        record = files.read_json_or_none(path)
         if os.path.lexists(path) and not isinstance(record, dict):
             self.warn(f"{display_name(path)}: not the record of a run; negative_impact is left out")
         for metric in table.of_kind("recorded") if isinstance(record, dict) else ():
@@ -293,7 +298,10 @@ class _Measuring:
     def pair_with(self, role: str) -> dict[str, Reference]:
         """Partners of the outputs: a dict from an output's path to the other reference."""
         parameter, others, count = ROLES[role], self.others[role], len(self.found)
-        pairs, how = pair(self.found, others, parameter=parameter, partial=self.options.partial)
+        pairs, how = [], ""
+        for outputs in self.sets:
+            found, how = pair(outputs, others, parameter=parameter, partial=self.options.partial)
+            pairs += found
         self.result["counts"] |= {parameter: len(others), f"{role}_pairs": len(pairs)}
         self.result["pairing"][role] = how
         first = _first([f"{display_name(a.name)} with {display_name(b.name)}" for a, b in pairs])
@@ -301,7 +309,7 @@ class _Measuring:
             self.warn(f"no file name in outputs occurs in {parameter}: paired by order of names, {first}")
         elif how == "number":
             self.warn(f"outputs and {parameter} are paired by the numbers in names, {first}")
-        elif len(pairs) < max(count, len(others)):
+        elif len(pairs) < max(count, len(others) * len(self.sets)):
             self.warn(f"partial: {len(pairs)} pairs measured of {count} outputs and {len(others)} in {parameter}")
         return {output.path: other for output, other in pairs}
 
@@ -323,8 +331,8 @@ class _Measuring:
                 value=self.options.targets,
             )
         inception = table.is_inception(self.result["protocol"])
-        for parameter in ("outputs", "targets"):
-            count = self.result["counts"][parameter]
+        smallest = min(map(len, self.sets))
+        for parameter, count in (("outputs", smallest), ("targets", self.result["counts"]["targets"])):
             if count is not None and count <= width:
                 biased = f"{table.Value(METRICS['fid']).words(inception)}s are biased"
                 self.warn(
@@ -353,20 +361,24 @@ class _Measuring:
         return y
 
     def measure_distance(self, metric: Metric, x: np.ndarray, y: np.ndarray | Gaussian) -> None:
-        """One distance of the outputs' features from the targets'."""
-        result, name = self.result, metric.name
+        """One distance of the outputs' features from the targets': of each translation, then their mean."""
+        result, name, row = self.result, metric.name, {output.path: i for i, output in enumerate(self.found)}
         chosen = {option: getattr(self.options, option) for option in metric.options}
         compute = functools.partial(metric.compute, **chosen)  # type: ignore[arg-type]
-        found = compute(x, y)
-        value, std, note = found if isinstance(found, tuple) else (found, math.nan, "")
-        result["metrics"][name] = float(value)
+        found = [compute(x[[row[output.path] for output in outputs]], y) for outputs in self.sets]
+        values, stds, notes = zip(*(each if isinstance(each, tuple) else (each, math.nan, "") for each in found))
+        std, note = stds[0], notes[0]
+        result["metrics"][name] = float(np.mean(values))
+        if len(found) > 1:
+            std, words = float(np.std(values, ddof=1)), "of every source; distances of each, then their mean"
+            result["protocol"]["translations"] = f"{len(found)} {words}, without bootstrap intervals"
         if note:
             result["protocol"][name] = note
         if not math.isnan(std):
             result["std"][name] = std
-        if self.options.bootstrap:
+        if self.options.bootstrap and len(found) == 1:
             interval = metric.interval or functools.partial(bootstrap_distance, compute)
-            result["intervals"][name] = interval(x, y, float(value), **self.resampling)
+            result["intervals"][name] = interval(x, y, float(values[0]), **self.resampling)
 
     def measure_single(self, outputs: dict[str, np.ndarray]) -> None:
         """Metrics of single outputs that the feature network's arrays suffice for."""
@@ -438,6 +450,17 @@ class _Measuring:
             self.result["std"][key] = float(values.std(ddof=1))
         if self.options.bootstrap:
             self.result["intervals"][key] = bootstrap_mean(values, **self.resampling)
+
+
+def translations(found: Sequence[Reference], record: Any) -> list[list[Reference]]:
+    """The outputs of each translation, named as their sources: of a run with several per image, in sample_0, …"""
+    count = record.get("settings", {}).get("samples_per_image", 1) if isinstance(record, dict) else 1
+    sets: dict[str, list[Reference]] = {}
+    for output in found:
+        folder, _, name = output.name.partition("/")
+        if count != 1 and re.fullmatch("sample_[0-9]+", folder):
+            sets.setdefault(folder, []).append(Reference(output.path, name))
+    return list(sets.values()) or [list(found)]
 
 
 def _first(words: Sequence[str]) -> str:
