@@ -108,7 +108,9 @@ def _check_ranks(given: "Given", peers: "Peers") -> None:
 
 def explain(error: BaseException, parser: "Parser", me: "Ranks | None", peers: "Peers | None") -> int:
     """Say what ended the command, once for all ranks; returns the exit status."""
-    first = me is None or me.rank == 0 or _in_process_group()
+    # The ranks of a training go separate ways, and each may fail for reasons of its own.
+    distributed = sys.modules.get("torch.distributed")
+    first = me is None or me.rank == 0 or (distributed is not None and distributed.is_initialized())
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else DONE
     if type(error).__name__ == "Stopped":
@@ -137,12 +139,6 @@ def explain(error: BaseException, parser: "Parser", me: "Ranks | None", peers: "
     with contextlib.suppress(OSError):
         traceback.print_exception(error)
     return DEFECT
-
-
-def _in_process_group() -> bool:
-    """Whether the ranks of a training have gone separate ways, so that each may fail for reasons of its own."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def say(text: str, file: Any = None) -> None:
