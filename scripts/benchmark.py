@@ -1,4 +1,12 @@
-"""Compare methods: sample with every row and seed of a table, evaluate, and set published results beside."""
+"""Compare methods: sample with every method, setting and seed of a table, evaluate, and set published results beside.
+
+The table says how each row is sampled; scripts/cat2dog.sh and its neighbours hold one each. A line is
+
+    method | setting | script and its flags | published FID | published SSIM
+
+where the last two may be missing and # begins a comment. Every row is sampled with every seed, in a process of its own,
+on the same references and with the same model. A run that was killed resumes when the same command is started again.
+"""
 
 import os
 import sys
@@ -15,21 +23,12 @@ from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import Evaluation
 
-DESCRIPTION = """\
-Compare methods: sample with every method, setting and seed of a table, evaluate, and set published results beside.
-
-The table says how each row is sampled; scripts/cat2dog.sh and its neighbours hold one each. A line is
-
-    method | setting | script and its flags | published FID | published SSIM
-
-where the last two may be missing and # begins a comment. Every row is sampled with every seed, in a process of its own,
-on the same references and with the same model. A run that was killed resumes when the same command is started again."""
 SAMPLING = ("flags", "batch_size", "device", "processes", "launch")
 EVALUATION = ("features", "trust_features", "inception_path", "protocol", "image_size", "lpips")
 
 
 def create_parser() -> Parser:
-    parser = Parser(DESCRIPTION)
+    parser = Parser(__doc__)
     parser.add(comparison.Compared, title="what is compared", without=SAMPLING)
     parser.add(comparison.Compared, title="how it is sampled", only=SAMPLING)
     parser.add(Evaluation, title="how it is evaluated", only=EVALUATION)

@@ -1,4 +1,13 @@
-"""Write a checkpoint as a model of diffusers, or as a .safetensors file that needs no flags."""
+"""Write any checkpoint that this project reads as a folder for diffusers, or as a .safetensors file of this project.
+
+The name in --save_dir chooses. Checkpoints are .pt, .pth and .safetensors files, and folders and Hub ids of diffusers.
+What is written is read back and compared before it appears.
+
+examples:
+  python scripts/convert.py --model_path models/afhq_dog_4m.pt --save_dir dog
+  python scripts/convert.py --model_path google/ddpm-cat-256 \\
+      --save_dir models/cat.safetensors
+"""
 
 import os
 import sys
@@ -17,17 +26,6 @@ from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.cli.sampling import TRAINING_FLAGS
 from guided_diffusion.options import Checked, option
 
-DESCRIPTION = """
-Write any checkpoint that this project reads (.pt, .pth, .safetensors, a folder or Hub id of diffusers) as a folder that
-diffusers reads, or, where --save_dir ends with .safetensors, as a file of this project. What is written is read back
-and compared before it appears.
-
-examples:
-  python scripts/convert.py --model_path models/afhq_dog_4m.pt --save_dir dog
-  python scripts/convert.py --model_path google/ddpm-cat-256 \\
-      --save_dir models/cat.safetensors
-"""
-
 
 @dataclass(frozen=True)
 class Conversion(Checked):
@@ -41,7 +39,7 @@ class Conversion(Checked):
 
 
 def create_parser() -> Parser:
-    parser = Parser(DESCRIPTION, usage="--model_path PATH --save_dir PATH [flags]")
+    parser = Parser(__doc__, usage="--model_path PATH --save_dir PATH [flags]")
     parser.add(Conversion, title="conversion")
     parser.add(ModelFlags, title="model", description="What the checkpoint does not tell.", without=TRAINING_FLAGS)
     parser.add_without_effect(**TRAINING_FLAGS)

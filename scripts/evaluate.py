@@ -1,4 +1,16 @@
-"""Measure translated images: FID, KID, L2, PSNR, SSIM, MS-SSIM, LPIPS; JSON, CSV and Markdown out."""
+"""Measure a folder of translated images: FID, KID, L2, PSNR, SSIM, MS-SSIM, LPIPS; JSON, CSV and Markdown out.
+
+examples:
+  python scripts/evaluate.py --outputs output/cat2dog --out results/cat2dog \\
+      --sources data/afhq/val/cat --targets data/afhq/val/dog
+  python scripts/evaluate.py --outputs output/emoji --out results/emoji \\
+      --truth data/emoji/fluent3d/test --targets data/emoji/fluent3d/test \\
+      --features models/fluent3d_64.safetensors --image_size 64
+  python scripts/evaluate.py --outputs output/emoji --out results/judged \\
+      --truth data/emoji/fluent3d/test --targets data/emoji/fluent3d/test \\
+      --features models/emoji_judge_64.safetensors --bootstrap 200
+  python scripts/evaluate.py --targets data/afhq/val/dog --save_stats dog.npz
+"""
 
 import os
 import sys
@@ -13,19 +25,6 @@ from guided_diffusion.cli.extensions import Extensions
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.evaluation import Evaluation, protocol, table
 
-DESCRIPTION = """\
-Measure a folder of translated images: FID, KID, L2, PSNR, SSIM, MS-SSIM, LPIPS; JSON, CSV and Markdown out.
-
-examples:
-  python scripts/evaluate.py --outputs output/cat2dog --out results/cat2dog \\
-      --sources data/afhq/val/cat --targets data/afhq/val/dog
-  python scripts/evaluate.py --outputs output/emoji --out results/emoji \\
-      --truth data/emoji/fluent3d/test --targets data/emoji/fluent3d/test \\
-      --features models/fluent3d_64.safetensors --image_size 64
-  python scripts/evaluate.py --outputs output/emoji --out results/judged \\
-      --truth data/emoji/fluent3d/test --targets data/emoji/fluent3d/test \\
-      --features models/emoji_judge_64.safetensors --bootstrap 200
-  python scripts/evaluate.py --targets data/afhq/val/dog --save_stats dog.npz"""
 PAIRING = (
     "searched recursively; outputs are paired with files of the same relative name, by number or order only where no "
     "name matches"
@@ -41,7 +40,7 @@ GROUPS = {
 
 
 def create_parser() -> Parser:
-    parser = Parser(DESCRIPTION)
+    parser = Parser(__doc__)
     for title, names in GROUPS.items():
         parser.add(Evaluation, title=title, only=names, description=PAIRING if title == "images" else None)
     parser.add(Extensions, title="extensions")

@@ -1,4 +1,8 @@
-"""Download a published checkpoint to models/; without a name, list those that are known."""
+"""Download a published checkpoint. The file is read, and so compared with its own checksums, before it gets its name.
+
+example:
+  python scripts/fetch_model.py 256x256_diffusion_uncond.pt
+"""
 
 import os
 import sys
@@ -15,16 +19,9 @@ import socket
 from guided_diffusion.checkpoint.remote import FILES, fetch
 from guided_diffusion.cli.flags import Given, Parser
 
-DESCRIPTION = """
-Download a published checkpoint. The file is read, and so compared with its own checksums, before it gets its name.
-
-example:
-  python scripts/fetch_model.py 256x256_diffusion_uncond.pt
-"""
-
 
 def create_parser() -> Parser:
-    parser = Parser(DESCRIPTION, usage="[NAME] [--save_dir DIR]")
+    parser = Parser(__doc__, usage="[NAME] [--save_dir DIR]")
     parser.add_argument("name", nargs="?", help="file to download; without it, all that are known are listed")
     parser.add_argument(
         "--save_dir", default=os.path.join(ROOT, "models"), metavar="DIR", help="folder for the file (default models)"
