@@ -88,17 +88,13 @@ def create_model_and_diffusion(
 ) -> "tuple[UNetModel, SpacedDiffusion]":  # fmt: skip
     """Create the UNet and its diffusion process. Parameters after the asterisk are this project's own."""
     flags = dict(locals())
-    model = create_model(**_arguments(create_model, flags))
-    return model, create_gaussian_diffusion(**_diffusion_arguments(flags))
+    return create_model(**_arguments(create_model, flags)), create_diffusion(**flags)
 
 
 def create_diffusion(**flags: Any) -> SpacedDiffusion:
     """Create the diffusion process from any set of flags that includes its own; sigma_small is True by default here."""
-    return create_gaussian_diffusion(**_diffusion_arguments({**diffusion_defaults(), "sigma_small": True, **flags}))
-
-
-def _diffusion_arguments(flags):
-    return {"steps": flags["diffusion_steps"], **_arguments(create_gaussian_diffusion, flags)}
+    flags = {**diffusion_defaults(), "sigma_small": True, **flags}
+    return create_gaussian_diffusion(steps=flags["diffusion_steps"], **_arguments(create_gaussian_diffusion, flags))
 
 
 def _arguments(function, flags):
@@ -219,9 +215,8 @@ def create_classifier_and_diffusion(
     predict_xstart: bool = False, rescale_timesteps: bool = False, rescale_learned_sigmas: bool = False,
 ) -> "tuple[EncoderUNetModel, SpacedDiffusion]":  # fmt: skip
     """Create the noisy-image classifier of NUM_CLASSES classes and the diffusion process that makes the noise."""
-    flags = dict(locals())
-    classifier = create_classifier(**_arguments(create_classifier, flags))
-    return classifier, create_gaussian_diffusion(**_diffusion_arguments(flags))
+    flags = dict(locals(), sigma_small=False)
+    return create_classifier(**_arguments(create_classifier, flags)), create_diffusion(**flags)
 
 
 def sr_create_model_and_diffusion(
@@ -234,9 +229,8 @@ def sr_create_model_and_diffusion(
     use_fp16: bool = False, *, channel_mult: str = "", num_classes: int | None = None,
 ) -> "tuple[SuperResModel, SpacedDiffusion]":  # fmt: skip
     """Create the super-resolution model and its diffusion process; see `sr_create_model`."""
-    flags = dict(locals())
-    model = sr_create_model(**_arguments(sr_create_model, flags))
-    return model, create_gaussian_diffusion(**_diffusion_arguments(flags))
+    flags = dict(locals(), sigma_small=False)
+    return sr_create_model(**_arguments(sr_create_model, flags)), create_diffusion(**flags)
 
 
 def sr_create_model(

@@ -39,11 +39,6 @@ log = logging.getLogger(__name__)
 CHECKPOINTS = Registry("kind of checkpoint")
 """Kinds of checkpoints by name: functions (source, flags) -> Network or None. The last one added is asked first."""
 
-MODEL_TYPES = (ADM.name, DDPM.name, ENCODER.name)
-
-ROOM = 1 << 30
-"""Bytes that a network may take beyond four times what was read: views that overlap are small in a file."""
-
 
 @dataclass(frozen=True)
 class Network:
@@ -246,7 +241,7 @@ def prepared(network: Network, device: str | torch.device) -> dict[str, torch.Te
     _check_tensors(file, state, wanted, network.names)
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
     stored, needed = sum(storages.values()), sum(4 * like.numel() for like in wanted.values())
-    if needed > 4 * stored + ROOM:
+    if needed > 4 * stored + (1 << 30):  # views that overlap are small in a file
         raise InputError(f"{file} is refused: its {stored} bytes of tensors describe a network of {needed} bytes")
     check_values(path, {key: state[key] for key in wanted}, network.names)
     layout = {"dtype": torch.float32, "copy": True, "memory_format": torch.contiguous_format}
@@ -305,8 +300,8 @@ def save_model(
     metadata: more texts by name, such as a licence. Raises InputError for what could not be loaded again.
     """
     path = os.fspath(path)
-    if model_type not in MODEL_TYPES:
-        raise InputError(f"it can be {', '.join(MODEL_TYPES)}", parameter="model_type", value=model_type)
+    if model_type not in (ADM.name, DDPM.name, ENCODER.name):
+        raise InputError("it can be ADM, DDPM or ENCODER", parameter="model_type", value=model_type)
     if not path.endswith(".safetensors"):
         raise InputError(f"{display_name(path)} cannot be written: a name that ends with .safetensors is needed")
     state = contiguous(model_or_state, dtype)

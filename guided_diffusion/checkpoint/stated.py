@@ -25,11 +25,6 @@ UNDETECTABLE_FLAGS = (
 )
 # Flags that describe how the network was trained, and so how it must be used.
 TRAINING_FLAGS = ("diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps", "predict_v")
-# Flags by which a train.json that belongs to another network is told.
-SIZES = (
-    *("num_channels", "num_res_blocks", "classifier_width", "classifier_depth"),
-    *("in_channels", "class_cond", "learn_sigma"),
-)
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,8 @@ class Stated:
 
     def fits(self, found: Mapping[str, Any]) -> bool:
         """Whether the sizes are those of an architecture."""
-        return all(self.flags.get(name) in (None, found.get(name)) for name in SIZES)
+        sizes = ("num_channels", "num_res_blocks", "classifier_width", "classifier_depth", "in_channels", "class_cond")
+        return all(self.flags.get(name) in (None, found.get(name)) for name in (*sizes, "learn_sigma"))
 
 
 def described(source: Source) -> Stated | None:

@@ -26,9 +26,6 @@ from . import pipelines, remote
 from .loading import fingerprint, load_model, remember
 from .reconcile import ModelFlags, ModelInfo
 
-PIPELINE_STEPS = 50
-"""Steps of a pipeline where none are given, as in diffusers."""
-
 log = logging.getLogger("sddm")
 
 
@@ -145,7 +142,7 @@ def _load_pipeline(options: TargetOptions, flags: ModelFlags, device: torch.devi
         raise InputError("the model is not class-conditional", parameter="class_index", value=options.class_index)
     if options.compile:
         raise InputError("it is for models without prompts", parameter="compile", value=True)
-    steps = flags.timestep_respacing or str(PIPELINE_STEPS)
+    steps = flags.timestep_respacing or "50"  # as in diffusers
     if not steps.isdecimal():
         reason = "a pipeline takes a number, and its scheduler spaces the steps"
         raise InputError(reason, parameter="timestep_respacing", value=steps)
