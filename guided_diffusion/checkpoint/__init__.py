@@ -1,6 +1,6 @@
 """Checkpoints: recognise a file, load it safely, and save one that describes itself.
 
-`reading` (bytes to tensors), `architecture` (tensors to flags), `stated` and `published` (what else is known),
+`reading` (bytes to tensors), `architecture` (tensors to flags), `stated` (what else is known of a network),
 `reconcile` (all of it together), `diffusers` (its models, in and out), `remote` (downloading),
 `loading` (kinds of checkpoints; build, fill, save), `targets` and `pipelines` (ready to sample), `export` (other
 formats).

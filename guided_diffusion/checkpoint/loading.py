@@ -29,10 +29,9 @@ from ..run.files import write_bytes
 from ..script_util import attention_factors, channel_multipliers, create_classifier, create_model
 from . import architecture, diffusers, remote
 from .architecture import State
-from .published import refuse_edm
 from .reading import Source, hash_file, read_file
 from .reconcile import ADM, DDPM, ENCODER, FLAGS, Kind, ModelInfo, reconcile
-from .stated import described, hyper_parameters, scheduler_in_metadata, stated_beside
+from .stated import described, refuse_edm, scheduler_in_metadata, stated_beside
 
 log = logging.getLogger(__name__)
 
@@ -169,9 +168,8 @@ def _network(kind: Kind, source: Source, given: Mapping[str, Any]) -> Network | 
         log.warning("%s is not the network that %s describes, which is not used", file, stated.where)
         stated = None
     stated = stated or stated_beside(source)
-    entries = [*hyper_parameters(source), *source.metadata, *(stated.flags if stated else ())]
-    refuse_edm(source.path, found, entries, stated is not None and "noise_schedule" in stated.flags, given)
-    info = reconcile(source.path, kind, found, given, metadata=source.metadata, stated=stated)
+    refuse_edm(source, found, stated, given)
+    info = reconcile(source, kind, found, given, stated)
     info.scheduler = scheduler_in_metadata(source)
     return Network(build(info, given), info, state)
 
@@ -190,7 +188,7 @@ def diffusers_model(source: Source, given: Mapping[str, Any]) -> Network | None:
     if folder is None:
         return None
     kind, found, stated, scheduler = diffusers.describe(folder)
-    info = reconcile(source.path, kind, found, given, stated=stated)
+    info = reconcile(source, kind, found, given, stated)
     info.scheduler = scheduler
     model = build(info, given)
     tensors, hashes = diffusers.read_weights(folder)
@@ -285,14 +283,9 @@ def check_values(path: str, state: State, names: Mapping[str, str] | None = None
 
 
 def save_model(
-    path: str | os.PathLike,
-    model_or_state: torch.nn.Module | State,
-    *,
-    model_type: str,
-    flags: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
+    path: str | os.PathLike, model_or_state: torch.nn.Module | State, *, model_type: str, flags: Mapping[str, Any],
+    dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Write a .safetensors file that `load_model` reads without flags; a reader sees the old file or the new one.
 
     model_or_state: a module or its state dict. model_type: "ADM", "DDPM" or "ENCODER". flags: with the names of

@@ -26,8 +26,8 @@ from ..script_util import (
     str2bool,
 )
 from . import architecture
-from .published import Published, published
-from .stated import TRAINING_FLAGS, UNDETECTABLE_FLAGS, Stated
+from .reading import Source
+from .stated import TRAINING_FLAGS, UNDETECTABLE_FLAGS, Published, Stated, published
 
 log = logging.getLogger(__name__)
 
@@ -147,22 +147,16 @@ class ModelInfo:
 
 
 def reconcile(
-    path: str,
-    kind: Kind,
-    found: dict[str, Any],
-    given: Mapping[str, Any],
-    *,
-    metadata: Mapping[str, str] | None = None,
-    stated: Stated | None = None,
+    source: Source, kind: Kind, found: dict[str, Any], given: Mapping[str, Any], stated: Stated | None
 ) -> ModelInfo:
     """Everything that is known of a network.
 
     kind, found: its kind and architecture. given: flags that the caller knows, none of them None. stated: those of the
     file. Raises InputError for contradictions, naming the flag where one was given.
     """
-    file, metadata, where = display_name(path), metadata or {}, stated.where if stated else display_name(path)
-    if metadata.get("model_type", kind.name) != kind.name:
-        text = one_line(metadata["model_type"], 60)
+    file = display_name(source.path)
+    if source.metadata.get("model_type", kind.name) != kind.name:
+        text = one_line(source.metadata["model_type"], 60)
         raise InputError(f"{file}: its metadata has model_type={text}, its tensors are of type {kind.name}")
     concerned = {*kind.defaults, *found} & FLAGS.keys()
     given = {flag: value for flag, value in given.items() if flag in concerned}
@@ -174,9 +168,9 @@ def reconcile(
     except InputError as error:
         if error.parameter is None or given.get(error.parameter) == error.value:
             raise
-        # The value is not the caller's.
+        where = stated.where if stated else file  # the value is not the caller's
         raise InputError(f"{where} has {error.parameter}={one_line(error.value, 60)}; {error.reason}") from None
-    info = ModelInfo(path, kind.name, flags, dict(metadata))
+    info = ModelInfo(source.path, kind.name, flags, dict(source.metadata))
     _report(info, kind, stated, row, given, found, said)
     return info
 
