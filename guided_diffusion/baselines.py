@@ -5,7 +5,6 @@ Model, diffusion, ref, noise, callback, cache_interval and cache_guided are thos
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -122,19 +121,17 @@ def unconditional(
 
     Ancestral sampling, or with use_ddim DDIM (Song et al. 2021), eta its share of noise. Draws: x_T; then one per step.
     """
-    step = partial(diffusion.ddim_sample, eta=eta) if use_ddim else diffusion.p_sample
-    yield from _from_noise(partial(step, cached(model, cache_interval)), diffusion, ref, clip_denoised, noise)
+    options = {"eta": eta} if use_ddim else {}
+    yield from _from_noise(cached(model, cache_interval), diffusion, ref, use_ddim, clip_denoised, noise, **options)
 
 
-def _from_noise(
-    step: Callable[..., Any], diffusion: GaussianDiffusion, like: Tensor, clip_denoised: bool | float,
-    noise: Noise | None,
-) -> Iterator[State]:  # fmt: skip
-    """Images of like's shape from noise: step(x, t, clip_denoised, noise=…) from the first index to 0."""
+def _from_noise(model, diffusion, like, use_ddim, clip_denoised, noise, **options):
+    """Images of like's shape from noise; options are those of the process's steps."""
+    step = diffusion.ddim_sample if use_ddim else diffusion.p_sample
     noise = noise or gaussian_like(like)
     x = noise(like.shape)
     for i in reversed(range(diffusion.num_timesteps)):
-        out = step(x, at_step(like, i), clip_denoised, noise=noise(like.shape))
+        out = step(model, x, at_step(like, i), clip_denoised, noise=noise(like.shape), **options)
         x = out["sample"]
         yield {"i": i, "x": x, "pred_xstart": out["pred_xstart"], "guided": []}
 
@@ -142,14 +139,13 @@ def _from_noise(
 @sampler
 def classifier_guided(
     model: Callable, diffusion: GaussianDiffusion, ref: Tensor, *, classifier: torch.nn.Module,
-    labels: Tensor, scale: float = 1.0, class_cond: bool = False, use_ddim: bool = False,
-    clip_denoised: bool | float = True, noise: Noise | None = None,
+    labels: Tensor, scale: float = 1.0, use_ddim: bool = False, clip_denoised: bool | float = True,
+    noise: Noise | None = None,
 ) -> Iterator[State]:  # fmt: skip
     """Images of classes `labels` [N], guided by a classifier of noisy images (Dhariwal & Nichol 2021, section 4).
 
     Only the shape, type and device of ref [N, C, H, W] are used. scale: factor of the gradient of the log-probability.
-    class_cond: the model takes the labels, too. use_ddim: DDIM, which conditions the score, instead of ancestral
-    steps, whose mean moves.
+    use_ddim: DDIM, which conditions the score, instead of ancestral steps, whose mean moves.
     """
 
     def gradient(x, t):
@@ -158,11 +154,7 @@ def classifier_guided(
             chosen = F.log_softmax(classifier(x, t).float(), dim=-1).gather(1, labels[:, None])
             return torch.autograd.grad(chosen.sum(), x)[0] * scale
 
-    def conditional(x, t):
-        return model(x, t, labels) if class_cond else model(x, t)
-
-    step = partial(diffusion.ddim_sample if use_ddim else diffusion.p_sample, conditional, cond_fn=gradient)
-    yield from _from_noise(step, diffusion, ref, clip_denoised, noise)
+    yield from _from_noise(model, diffusion, ref, use_ddim, clip_denoised, noise, cond_fn=gradient)
 
 
 @sampler
@@ -177,5 +169,4 @@ def super_resolution(
         return model(x, t, low_res=ref, **({} if labels is None else {"y": labels}))
 
     like = ref.new_empty(()).expand(*ref.shape[:2], large_size, large_size)
-    step = partial(diffusion.ddim_sample if use_ddim else diffusion.p_sample, enlarging)
-    yield from _from_noise(step, diffusion, like, clip_denoised, noise)
+    yield from _from_noise(enlarging, diffusion, like, use_ddim, clip_denoised, noise)
