@@ -157,6 +157,12 @@ def test_a_folder_belongs_to_one_run(folder, resume, run, tmp_path):
     assert resume() == 0
 
 
+def test_rolling_back_mentions_the_checkpoints_that_stay(folder, run, caplog):
+    base = ["--data_dir", folder, "--save_dir", run, "--iterations", 2, *RUN]
+    train("image_train", *base, "--resume_checkpoint", run / "model000001.pt")
+    assert "later checkpoints, up to step 2" in caplog.text
+
+
 def test_a_run_killed_before_its_export_exports_when_resumed(folder, run):
     exported = (run / "model.safetensors").read_bytes()
     (run / "model.safetensors").write_bytes(exported[:1000])

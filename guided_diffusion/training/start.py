@@ -97,6 +97,9 @@ def resume_path(config: TrainConfig) -> str:
     if start and os.path.realpath(start) == os.path.realpath(config.export_path()):
         reason = "the export would overwrite it; give another `export` or another folder"
         raise InputError(reason, parameter="resume_checkpoint", value=start)
+    if at is not None and steps and steps[-1] > at:
+        reason = "which an automatic resumption would take; move them away"
+        log.warning("%s has later checkpoints, up to step %d, %s", display_name(config.save_dir), steps[-1], reason)
     return start
 
 
