@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import math
 import os
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -108,10 +107,7 @@ def _misfit(kinds: tuple[type, ...], meta: Mapping[str, Any], value: Any) -> str
 
 def field_types(field: dataclasses.Field) -> tuple[type, ...]:
     """The types that a field takes, NoneType among them where None means "not given"."""
-    kind = field.type
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return typing.get_args(kind)
-    return (kind,)  # type: ignore[return-value]
+    return typing.get_args(field.type) or (field.type,)  # type: ignore[return-value]
 
 
 def type_words(kinds: tuple[type, ...]) -> str:

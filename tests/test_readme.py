@@ -36,31 +36,24 @@ RUN = {
         "--timestep_respacing 5 --num_samples 2",
     "python scripts/fetch_model.py": "",
 }  # fmt: skip
-# Commands that are not run, by the reason; their flags are read.
-REASONS = {
-    "needs a model or data": (
-        "python scripts/ae_sample.py --preset cat2dog", "python scripts/ae_sample.py --preset dog2cat",
-        "python scripts/ae_sample.py --model_path google/ddpm-cat-256", "python scripts/convert.py",
-        "python scripts/ae_sample.py --model_path stabilityai/stable-diffusion-xl-base-1.0",
-        "python scripts/evaluate.py",
-    ),
-    "downloads": (
-        "python scripts/fetch_model.py lsun_cat.pt", "python scripts/fetch_model.py NAME",
-        "python datasets/prepare_emoji.py", "python datasets/prepare_cells.py", "npm pack",
-        "TORCH_INDEX=INDEX bash scripts/demo.sh", ".venv/bin/python -m pip install", "bash scripts/web_demo.sh",
-    ),
-    "runs this test": ("bash scripts/test.sh", "bash .ci/run"),
-    "runs in another test, or in part": (
-        "bash scripts/emoji.sh", "bash scripts/cells.sh", "pip install .", "torchrun", "mpiexec",
-        "python docs/make.py", "python notebooks/execute.py", "python -c",
-    ),
-    "is an example to read, or the demo once more": (
-        "python scripts/ae_sample.py --model_path M", "bash scripts/demo.sh --range_t 0.5",
-        "python scripts/ae_sample.py --preset fast --details_t", "source .venv/bin/activate",
-    ),
-    "needs other programs": ("bash download.sh", ".venv/bin/pre-commit install", "sbatch"),
-}  # fmt: skip
-NOT_RUN = [prefix for prefixes in REASONS.values() for prefix in prefixes]
+# Commands that are not run; their flags are read.
+NOT_RUN = (
+    # They need a model or data.
+    "python scripts/ae_sample.py --preset cat2dog", "python scripts/ae_sample.py --preset dog2cat",
+    "python scripts/ae_sample.py --model_path google/ddpm-cat-256", "python scripts/convert.py",
+    "python scripts/ae_sample.py --model_path stabilityai/stable-diffusion-xl-base-1.0", "python scripts/evaluate.py",
+    # They download.
+    "python scripts/fetch_model.py lsun_cat.pt", "python scripts/fetch_model.py NAME",
+    "python datasets/prepare_emoji.py", "python datasets/prepare_cells.py", "npm pack",
+    "TORCH_INDEX=INDEX bash scripts/demo.sh", ".venv/bin/python -m pip install", "bash scripts/web_demo.sh",
+    # They run in another test, in part, or run this one.
+    "bash scripts/emoji.sh", "bash scripts/cells.sh", "pip install .", "torchrun", "mpiexec", "python docs/make.py",
+    "python notebooks/execute.py", "python -c", "bash scripts/test.sh", "bash .ci/run",
+    # Examples to read, the demo once more, and other programs.
+    "python scripts/ae_sample.py --model_path M", "bash scripts/demo.sh --range_t 0.5",
+    "python scripts/ae_sample.py --preset fast --details_t", "source .venv/bin/activate",
+    "bash download.sh", ".venv/bin/pre-commit install", "sbatch",
+)  # fmt: skip
 # Python snippets by a text in them: replacements for running them, or None where they need a download.
 EDITS: dict[str, list[tuple[str, str]] | None] = {
     'Translator(preset="emoji")': [('preset="emoji"', 'preset="emoji", steps=3')],
