@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+AGAIN = "run the same command again to resume"
 LONGEST = 200  # characters of a value or of another program's message that an error line shows
 
 

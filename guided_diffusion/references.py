@@ -191,7 +191,8 @@ def _archive(path: str, modified: int) -> zipfile.ZipFile:
 
 
 def open_binary(path: str) -> IO[bytes]:
-    if is_url(path):
+    """Open a local file, a file in a .zip archive, or one behind an address, which blobfile reads."""
+    if "://" in path:
         import blobfile
 
         with blobfile.BlobFile(path, "rb") as blob:

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import stat
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ import torch
 
 from ..errors import InputError, display_name, first_line, one_line, reading
 from ..options import near_miss
+from ..references import open_binary
 from ..run.files import read_json
 
 log = logging.getLogger(__name__)
@@ -129,24 +129,15 @@ def is_average(name: str) -> bool:
 
 def _read_bytes(path: str) -> bytes:
     """The bytes of a local file, or of one behind a URL. They are hashed and parsed as read once."""
-    shown = display_name(path)
+    if "://" in path:
+        log.info("downloading %s; without a network, this fails only after a minute or two", display_name(path))
     with reading(path):
-        if "://" in path:
-            import blobfile
-
-            log.info("downloading %s; without a network, this fails only after a minute or two", shown)
-            with blobfile.BlobFile(path, "rb") as file:
-                return file.read()
         try:
-            mode = os.stat(path).st_mode
+            with open_binary(path) as file:
+                return file.read()
         except FileNotFoundError:
             where = near_miss(path) or "; models/README.md says where checkpoints are available"
-            raise InputError(f"{shown} does not exist{where}") from None
-        if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
-            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise InputError(f"{shown} is {kind}; a checkpoint file is needed")
-        with open(path, "rb") as file:
-            return file.read()
+            raise InputError(f"{display_name(path)} does not exist{where}") from None
 
 
 def _parse(path: str, data: bytes) -> tuple[Any, dict[str, str]]:

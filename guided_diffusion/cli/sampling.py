@@ -18,7 +18,7 @@ from ..checkpoint import ModelFlags, fingerprint
 from ..checkpoint.targets import TargetOptions, check_flags, class_number, load_target, num_classes
 from ..codec import Autoencoder, Grey
 from ..dist_util import Peers
-from ..errors import InputError, display_name
+from ..errors import AGAIN, InputError, display_name
 from ..methods import ENERGIES, METHODS, Method, Translation, energy_names
 from ..options import flag_of, option
 from ..presets import located
@@ -31,7 +31,7 @@ from ..runtime import pick_device
 from ..solvers import resolve_step
 from ..target import Batch, Target
 from .flags import Given, Parser
-from .main import AGAIN, DONE, FAILED, INTERRUPTED, cause, say
+from .main import DONE, FAILED, INTERRUPTED, cause, say
 from .progress import Progress
 
 TRAINING_FLAGS = {"dropout": 0.0, "use_checkpoint": False, "use_kl": False, "rescale_learned_sigmas": False}
