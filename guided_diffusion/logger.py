@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .dist_util import ranks
-from .errors import InputError
+from .errors import InputError, library
 from .registry import fitting
 from .run.files import disk_reason, write_text
 
@@ -66,17 +66,16 @@ class CSVOutputFormat:
             raise InputError(disk_reason(self.filename, error)) from error
 
 
-def _tensorboard(folder: str) -> Callable[[Mapping[str, Any]], None]:
-    """Numbers as TensorBoard's scalars; the step is the row's number, as in guided-diffusion."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        reason = "it needs a package (pip install tensorboard)"
-        raise InputError(reason, parameter="format_strs", value="tensorboard") from None
-    writer, steps = SummaryWriter(folder), itertools.count(1)
+def tensorboard(folder: str, **options: Any) -> Callable[..., None]:
+    """A function of (row, step) that writes a row's numbers for TensorBoard; step: by default the row's number.
 
-    def write(row: Mapping[str, Any]) -> None:
-        step = next(steps)
+    options: of `SummaryWriter`. Raises InputError where the package is missing.
+    """
+    writer = library("torch.utils.tensorboard", "tensorboard", "TensorBoard's log").SummaryWriter(folder, **options)
+    steps = itertools.count(1)
+
+    def write(row: Mapping[str, Any], step: int | None = None) -> None:
+        step = next(steps) if step is None else step
         for key, value in row.items():
             if isinstance(_plain(value), (int, float)):
                 writer.add_scalar(key, _plain(value), step)
@@ -133,7 +132,7 @@ def configure(dir: str | None = None, format_strs: Iterable[str] | None = None) 
     rows = {
         "json": lambda: lambda row: _append(lines, json.dumps({key: _plain(row[key]) for key in row})),
         "csv": lambda: CSVOutputFormat(table).writekvs,
-        "tensorboard": lambda: _tensorboard(folder),
+        "tensorboard": lambda: tensorboard(folder),
     }
     names = list(filter(None, format_strs))
     for name in names:

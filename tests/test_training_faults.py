@@ -301,7 +301,6 @@ def test_tensorboard_that_fails_is_left_out(tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=writer))
     log = files.ProgressLog(str(tmp_path), 0)
     log.write({"step": 1, "loss": 0.5})
-    log.close()
     assert caplog.text.count("TensorBoard") == 1 and (tmp_path / "progress.csv").read_text().count("\n") == 2
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, first_line, reading, shown
-from ..logger import CSVOutputFormat
+from ..logger import CSVOutputFormat, tensorboard
 from ..run.files import Folder, check_regular, make_folder, read_json, write_atomically, write_json, write_text
 from ..run.record import versions
 from .config import TrainConfig
@@ -217,10 +217,8 @@ class ProgressLog:
                 csv.writer(kept, lineterminator="\n").writerows([columns, *rows] if rows else [])
         write_text(path, kept.getvalue())
         self.table, self.tensorboard = CSVOutputFormat(path), None
-        with self._convenience(), contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=step + 1)
+        with self._convenience(), contextlib.suppress(InputError):
+            self.tensorboard = tensorboard(os.path.join(folder, "tensorboard"), purge_step=step + 1)
 
     @contextlib.contextmanager
     def _convenience(self) -> Iterator[None]:
@@ -235,10 +233,5 @@ class ProgressLog:
         """Add a row: numbers by column, among them `step`."""
         self.table.writekvs({name: v if isinstance(v, int) else f"{v:.9g}" for name, v in row.items()})
         with self._convenience():
-            for name in row.keys() - {"step"} if self.tensorboard else ():
-                self.tensorboard.add_scalar(name, row[name], row["step"])  # type: ignore[union-attr]
-
-    def close(self) -> None:
-        """Flush what TensorBoard has not written yet."""
-        with contextlib.suppress(Exception):
-            self.tensorboard.close()  # type: ignore[union-attr]
+            if self.tensorboard is not None:
+                self.tensorboard({name: row[name] for name in row if name != "step"}, row["step"])

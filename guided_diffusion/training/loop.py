@@ -287,10 +287,8 @@ class Trainer:
                 self._report(bar, self.step == last)
         if self.images.damaged:
             log.warning("%d images could not be read and were skipped", len(self.images.damaged))
-        if self.is_main:
-            self.progress_log.close()
-            if not finished:
-                log.info("stopped after step %d, which is saved", self.step)
+        if self.is_main and not finished:
+            log.info("stopped after step %d, which is saved", self.step)
         return finished
 
     @contextlib.contextmanager
