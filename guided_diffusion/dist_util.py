@@ -4,6 +4,7 @@ Launchers announce ranks in environment variables. Sampling ranks share a key-va
 and scripts written for guided-diffusion, use torch.distributed on top of it. mpi4py is imported only under mpiexec.
 """
 
+import atexit
 import contextlib
 import io
 import json
@@ -35,8 +36,10 @@ LAUNCHERS = (
 )
 
 # Seconds.
-STARTUP_TIMEOUT = 900.0  # of waiting for the other ranks: on a busy cluster, importing torch may take minutes
-PATIENCE = 10.0  # the same, after which a line says for whom
+HEARTBEAT_INTERVAL = 1.0
+HEARTBEAT_TIMEOUT = 60.0  # silence after which a rank counts as dead; launchers notice sooner, plain srun never does
+STARTUP_TIMEOUT = 900.0  # the same before its first heartbeat: on a busy cluster, importing torch may take minutes
+PATIENCE = 10.0  # of waiting for other ranks at start-up, after which a line says for whom
 POLL = 0.1  # between looks at the store while waiting for another rank
 
 log = logging.getLogger("sddm")
@@ -141,15 +144,14 @@ def _mpi_store(me, timeout):
         )
     hosts = world.allgather(socket.gethostname())
     host = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
+    # Ranks connect only once the port is known.
     store = _tcp_store(host, 0, me, timeout) if me.rank == 0 else None
     port = world.bcast(store.port if store else None)
     return store or _tcp_store(host, port, me, timeout)
 
 
 def _tcp_store(host, port, me, timeout):
-    # Under mpiexec the others learn the port from rank 0 only once it is there.
-    wait = me.launcher == "srun"
-    return TCPStore(host, port, me.world_size, is_master=me.rank == 0, wait_for_workers=wait, timeout=timeout)
+    return TCPStore(host, port, me.world_size, is_master=me.rank == 0, wait_for_workers=False, timeout=timeout)
 
 
 def _first_host(nodelist):
@@ -178,12 +180,21 @@ class Stopped(Exception):
 class Peers:
     """Messages between the ranks of a run in a common store; it has the fields of `Ranks`.
 
-    The launcher ends the run where a rank dies. Methods raise InputError where the store is lost.
+    Ranks above 0 send heartbeats, and rank 0 checks them in `watch`. Methods raise InputError where the store is lost.
     """
 
     def __init__(self, me: Ranks, store: Any) -> None:
         self.rank, self.world_size, self.local_rank, self.launcher = me.rank, me.world_size, me.local_rank, me.launcher
         self._store = HashStore() if store is None else store
+        self._leaving = threading.Event()
+        self._watched_at = time.monotonic()
+        self._beats = dict.fromkeys(range(1, me.world_size), 0) if me.rank == 0 else {}
+        self._silence = dict.fromkeys(self._beats, 0.0)
+        if me.rank:
+            beating = threading.Thread(target=self._beat, daemon=True)
+            beating.start()
+            # Python kills daemon threads at exit, and one inside the store takes the process down with std::terminate.
+            atexit.register(lambda: (self._leaving.set(), beating.join(timeout=5)))
 
     def _call(self, method, *arguments):
         try:
@@ -192,6 +203,11 @@ class Peers:
             owner = "the launcher" if self.launcher == "torchrun" else "rank 0"
             lost = f"rank {self.rank} of {self.world_size} lost contact with {owner}"
             raise InputError(f"{lost}, which has ended or cannot be reached; {AGAIN}") from error
+
+    def _beat(self):
+        with contextlib.suppress(RuntimeError):  # the rank itself finds out at its next message
+            while not self._leaving.wait(HEARTBEAT_INTERVAL):
+                self._store.add(f"beats/{self.rank}", 1)
 
     def count(self, key: str, amount: int = 1) -> int:
         """Add to a common counter, which begins at 0; returns the new value."""
@@ -209,9 +225,23 @@ class Peers:
         return json.loads(self._call("get", key))
 
     def watch(self) -> None:
-        """Raise Stopped where another rank has ended the run."""
-        if self.world_size > 1 and self.stopped():
+        """Raise Stopped where another rank has ended the run, and InputError on rank 0 where one has died silently."""
+        if self.world_size == 1:
+            return
+        if self.stopped():
             raise Stopped
+        # A suspended process has not listened: the time between two looks counts as one beat at most.
+        elapsed = min(time.monotonic() - self._watched_at, HEARTBEAT_INTERVAL)
+        self._watched_at = time.monotonic()
+        for rank in self._beats:
+            beats = self.count(f"beats/{rank}", 0)
+            self._silence[rank] = 0.0 if beats != self._beats[rank] else self._silence[rank] + elapsed
+            self._beats[rank] = beats
+            silent = self._silence[rank]
+            dead = silent > (HEARTBEAT_TIMEOUT if beats else STARTUP_TIMEOUT)
+            if dead and not self._call("check", [f"left/{rank}"]):
+                lost = f"rank {rank} of {self.world_size} has given no sign of life for {silent:.0f} seconds"
+                raise InputError(f"{lost}; {AGAIN}")
 
     def stop(self, reason: str) -> bool:
         """End the run for all ranks; returns whether no other rank has given this reason yet."""
@@ -232,14 +262,17 @@ class Peers:
         return True  # the store is gone, and with it the rank or launcher that had it
 
     def leave(self) -> None:
-        """The last call. Under srun rank 0, which has the store, lets the others see in it that the run is over."""
+        """Announce that this rank has published everything; the last call."""
+        if self.world_size == 1:
+            return
+        self._leaving.set()
         with contextlib.suppress(InputError):
             if self.rank:
                 self._call("set", f"left/{self.rank}", "1")
             elif self.launcher == "srun" and self.stopped():
+                # The store lives in this process: the others have a moment to see in it that the run is over.
                 until = time.monotonic() + 5
-                others = [f"left/{rank}" for rank in range(1, self.world_size)]
-                while time.monotonic() < until and not self._call("check", others):
+                while time.monotonic() < until and not self._call("check", [f"left/{rank}" for rank in self._beats]):
                     time.sleep(POLL)
 
 

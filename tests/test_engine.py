@@ -824,6 +824,29 @@ def test_an_error_of_one_rank_ends_the_other(data, out):
     assert len(pictures(out)) < 9
 
 
+def test_a_rank_that_dies_silently_is_missed(data, out, monkeypatch):
+    """As under a plain srun, which leaves the others alone: rank 0 makes what it can, then says who is gone."""
+    monkeypatch.setattr(dist_util, "HEARTBEAT_INTERVAL", 0.05)
+    monkeypatch.setattr(dist_util, "HEARTBEAT_TIMEOUT", 0.5)
+    peers = two()
+    peers[1].count("claimed")  # it has taken the first batch, and gives no result
+    time.sleep(0.2)
+    peers[1]._leaving.set()  # the signs of life end
+    message = error_of(paint, data / "ref", out, peers=peers[0], batch_size=2)
+    assert message.startswith("rank 1 of 2 has given no sign of life for ") and "run the same command again" in message
+    assert len(pictures(out)) == 7
+    summary, painter, _ = paint(data / "ref", out, batch_size=2)
+    assert painter.batches == [2] and summary.skipped == 7
+
+
+def test_a_rank_that_starts_late_is_waited_for(monkeypatch):
+    monkeypatch.setattr(dist_util, "HEARTBEAT_TIMEOUT", 0.01)
+    peers = Peers(Ranks(0, 2, 0, "srun"), HashStore())  # nothing of rank 1 yet
+    for _ in range(5):
+        time.sleep(0.02)
+        peers.watch()
+
+
 def test_an_interruption_is_told_by_one_rank():
     """By the first; by none after an error, which was told."""
     for first, second in (two(), two()[::-1]):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from scripts_in_process import run_script
 from tiny import assert_within_one_level, command, files, make_model, make_references, pictures, record
 
@@ -237,3 +238,15 @@ def test_without_a_launcher_that_watches_the_others_notice(data, tmp_path):
         "run the same command again to resume\n"
     )
     finish(both[0])
+
+
+def test_a_rank_that_ends_amid_its_heartbeats_ends_well():
+    """Python's exit kills daemon threads; one within a store would end the process with SIGABRT."""
+    code = (
+        "from torch.distributed import HashStore; from guided_diffusion import dist_util; import time\n"
+        "dist_util.HEARTBEAT_INTERVAL, store = 0.0, HashStore()\n"
+        "ranks = [dist_util.Peers(dist_util.Ranks(rank, 9), store) for rank in range(1, 9)]\n"
+        "time.sleep(0.3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import math
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 DONE, FAILED, REFUSED, DEFECT, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit statuses: all done, some images failed, bad input, a defect (with its traceback), interrupted."""
+
+log = logging.getLogger("sddm")
 
 
 def start() -> None:
@@ -81,12 +84,16 @@ def run(function: Callable[..., int | None], parser: "Parser", *, ranks: str = "
 
 def _check_ranks(given: "Given", peers: "Peers") -> None:
     """Raise InputError unless all ranks have the same flags; none begins before all have compared theirs."""
-    from ..dist_util import POLL
+    from ..dist_util import PATIENCE, POLL
 
     mine = given.digestible()
     if peers.rank == 0:
         peers.publish("flags", mine)
-        while peers.count("flags_agreed", 0) < peers.world_size - 1:
+        notice_at = time.monotonic() + PATIENCE
+        while missing := peers.world_size - 1 - peers.count("flags_agreed", 0):
+            if time.monotonic() > notice_at:
+                notice_at = math.inf
+                log.info("waiting for %d of %d ranks to start", missing, peers.world_size)
             peers.watch()
             time.sleep(POLL)
         return
