@@ -15,10 +15,9 @@ from resizer import low_pass_filter
 
 from .caching import cached, share_features
 from .energy import dse, low_pass
-from .errors import InputError
+from .errors import InputError, check_choice
 from .gaussian_diffusion import GaussianDiffusion, ModelVarType
 from .manifold import check_down_n
-from .registry import fitting
 from .solvers import Noise, State, at_step, check_references, first_state, gaussian_like, resolve_step, sampler
 
 VARIANCES = {"fixed_small": ModelVarType.FIXED_SMALL, "fixed_large": ModelVarType.FIXED_LARGE}
@@ -81,8 +80,7 @@ def egsde(
     """
     ref, noise = check_references(ref), noise or gaussian_like(ref)
     start = resolve_step(start, diffusion.num_timesteps, "start", 1, diffusion.num_timesteps)
-    if variance not in VARIANCES:
-        raise InputError(fitting(variance, VARIANCES), parameter="variance", value=variance)
+    check_choice("variance", variance, VARIANCES)
     if ls and encoder is None:
         raise InputError(f"`ls` {ls:g} needs it; `ls` 0 does without the realism energy", parameter="encoder")
     if li and down_n is None:

@@ -1,10 +1,11 @@
 """The one exception for bad input. It speaks of Python parameters; `cli.main` alone turns them into flags."""
 
 import contextlib
+import difflib
 import importlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 AGAIN = "run the same command again to resume"
@@ -58,6 +59,21 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type where it has none."""
     lines = str(error).strip().splitlines()
     return one_line(lines[0]) if lines else type(error).__name__
+
+
+def fitting(value: object, names: Iterable) -> str:
+    """List the names that fit, with the closest one where it looks like a slip."""
+    known = [str(name) for name in names]
+    close = difflib.get_close_matches(str(value), known, 1)
+    listed = known[0] if len(known) == 1 else f"{', '.join(known[:-1])} or {known[-1]}"
+    return f"it can be {listed}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def check_choice(parameter: str, value: object, names: Iterable) -> None:
+    """Raise InputError, listing the names, for a value that is none of them."""
+    known = list(names)
+    if value not in known:
+        raise InputError(fitting(value, known), parameter=parameter, value=value)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
-from .errors import InputError, display_name, one_line, reading
+from .errors import InputError, check_choice, display_name, one_line, reading
 from .references import (
     FORMATS,
     Reference,
@@ -31,7 +31,6 @@ from .references import (
     open_binary,
     reason_of,
 )
-from .registry import fitting
 
 log = logging.getLogger("sddm")
 
@@ -101,8 +100,7 @@ def measure_image(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 def check_options(resize: str, background: str, white_level: int | None = None) -> tuple[int, int, int]:
     """Return the background as RGB; raise InputError for an option of `load_image` that it would refuse."""
-    if resize not in RESIZE_MODES:
-        raise InputError(fitting(resize, list(RESIZE_MODES)), parameter="resize", value=resize)
+    check_choice("resize", resize, RESIZE_MODES)
     if white_level is not None and not (isinstance(white_level, int) and 1 <= white_level < 2**31):
         raise InputError("it must be a whole number above 0", parameter="white_level", value=white_level)
     try:

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .dist_util import ranks
-from .errors import InputError, library
-from .registry import fitting
+from .errors import InputError, check_choice, library
 from .run.files import disk_reason, write_text
 
 DEBUG, INFO, WARN, ERROR = 10, 20, 30, 40
@@ -136,8 +135,7 @@ def configure(dir: str | None = None, format_strs: Iterable[str] | None = None) 
     }
     names = list(filter(None, format_strs))
     for name in names:
-        if name not in {**texts, **rows}:
-            raise InputError(fitting(name, [*texts, *rows]), parameter="format_strs", value=name)
+        check_choice("format_strs", name, [*texts, *rows])
     try:
         os.makedirs(dir, exist_ok=True)
         logger = Logger(dir, [rows[name]() for name in names if name in rows], [texts[n] for n in names if n in texts])

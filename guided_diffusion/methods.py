@@ -20,10 +20,10 @@ from .checkpoint import load_model
 from .checkpoint.targets import class_number, num_classes
 from .codec import Autoencoder, in_range
 from .energy import Energy
-from .errors import InputError, display_name
+from .errors import InputError, check_choice, display_name
 from .manifold import MANIFOLDS, check_down_n
 from .options import Checked, check_names, near_miss, option
-from .registry import Registry, fitting
+from .registry import Registry
 from .respace import matching_timestep
 from .sddm import LAMBDA, MERGES, VARIANTS
 from .solvers import SOLVERS, Noise, NotFiniteError, State, bind, check_finite, late_start, resolve_step
@@ -422,8 +422,7 @@ def energy_names(given: str | Sequence[str] | None, weights: str | None = None) 
     names = [name.strip() for name in (given.split(",") if isinstance(given, str) else given)]
     names = [name for name in names if name not in ("", "none")]
     for name in names:
-        if name not in ENERGIES:
-            raise InputError(fitting(name, [*ENERGIES, "none"]), parameter="energy", value=name)
+        check_choice("energy", name, [*ENERGIES, "none"])
     if len(set(names)) < len(names):
         raise InputError("it names an energy twice", parameter="energy", value=given)
     return names

@@ -10,8 +10,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from .errors import InputError
-from .registry import fitting
+from .errors import check_choice
 
 METHODS = ("exact", "frank_wolfe")
 
@@ -29,8 +28,7 @@ def min_norm_point(vectors: Tensor, dim: int, method: str = "exact") -> Tensor:
 
 def min_norm_weights(vectors: Tensor, dim: int, method: str = "exact") -> Tensor:
     """Convex weights [..., K] of the minimum-norm point, for vectors as in `min_norm_point`."""
-    if method not in METHODS:
-        raise InputError(fitting(method, METHODS), parameter="method", value=method)
+    check_choice("method", method, METHODS)
     flat = vectors.flatten(dim + 1) if vectors.ndim > dim + 1 else vectors[..., None]
     # The weights do not depend on a common scale; without it, squares of float16 and of extreme numbers stay in range.
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))

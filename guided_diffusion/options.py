@@ -13,8 +13,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .errors import InputError, display_name
-from .registry import fitting
+from .errors import InputError, display_name, fitting
 
 
 def option(

@@ -1,18 +1,9 @@
 """Registries: the parts of one kind by name, such as energies, solvers and manifolds."""
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from .errors import InputError
-
-
-def fitting(value: object, names: Iterable) -> str:
-    """List the names that fit, with the closest one where it looks like a slip."""
-    known = [str(name) for name in names]
-    close = difflib.get_close_matches(str(value), known, 1)
-    listed = known[0] if len(known) == 1 else f"{', '.join(known[:-1])} or {known[-1]}"
-    return f"it can be {listed}" + (f"; did you mean {close[0]}?" if close else "")
+from .errors import check_choice
 
 
 class Registry(dict[str, Any]):
@@ -38,6 +29,5 @@ class Registry(dict[str, Any]):
 
     def pick(self, name: str) -> Any:
         """The entry of that name; raises InputError that lists the names."""
-        if name not in self:
-            raise InputError(fitting(name, self), parameter=self.parameter, value=name)
+        check_choice(self.parameter, name, self)
         return self[name]

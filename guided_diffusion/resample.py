@@ -11,16 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import InputError
-from .registry import fitting
+from .errors import InputError, check_choice
 
 
 def create_named_schedule_sampler(
     name: str, diffusion: Any, sigma_mean: float = -0.3, sigma_std: float = 1.2
 ) -> "ScheduleSampler":
     """Make a sampler of the timesteps of `diffusion`. sigma_*: see `LogNormalSampler`. Raises InputError for a name."""
-    if name not in SCHEDULE_SAMPLERS:
-        raise InputError(fitting(name, list(SCHEDULE_SAMPLERS)), parameter="schedule_sampler", value=name)
+    check_choice("schedule_sampler", name, SCHEDULE_SAMPLERS)
     return SCHEDULE_SAMPLERS[name](diffusion, *((sigma_mean, sigma_std) if name == "lognormal" else ()))
 
 

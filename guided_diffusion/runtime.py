@@ -8,8 +8,7 @@ import re
 
 import torch
 
-from .errors import InputError, first_line
-from .registry import fitting
+from .errors import InputError, check_choice, first_line
 
 log = logging.getLogger("sddm")
 
@@ -51,8 +50,8 @@ def pick_precision(name: str | None, device: torch.device) -> str:
 
     Logs a line, once, where bf16 is emulated on a CPU.
     """
-    if name not in (None, *PRECISIONS):
-        raise InputError(fitting(name, list(PRECISIONS)), parameter="precision", value=name)
+    if name is not None:
+        check_choice("precision", name, PRECISIONS)
     if name == "auto":
         return best_precision(device)
     if name == "bf16" and device.type == "cpu" and best_precision(device) != "bf16":

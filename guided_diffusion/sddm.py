@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 from .caching import share_features
 from .energy import Energy, prepared
-from .errors import InputError
+from .errors import InputError, check_choice
 from .gaussian_diffusion import GaussianDiffusion
 from .manifold import MANIFOLDS, from_blocks, to_blocks
 from .moo import min_norm_weights
-from .registry import Registry, fitting
+from .registry import Registry
 from .solvers import SOLVERS, Noise, State, at_step, check_references, first_state, gaussian_like, resolve_step, sampler
 
 LAMBDA = 25.0  # length of an energy's direction, relative to the score's tangent part times beta / sqrt(alpha)
@@ -149,8 +149,7 @@ def sample(
     ref, noise = check_references(ref, clip_denoised), noise or gaussian_like(ref)
     guided_step, total = VARIANTS.pick(variant), diffusion.num_timesteps
     range_t = resolve_step(range_t, total, "range_t")
-    if moo not in MERGES:
-        raise InputError(fitting(moo, MERGES), parameter="moo", value=moo)
+    check_choice("moo", moo, MERGES)
     for energy in energies:
         own = getattr(energy, "blocks", blocks)
         if own != blocks and manifold == "badain":

@@ -13,8 +13,7 @@ import tempfile
 
 import torch
 
-from ..errors import InputError, display_name, first_line, shown
-from ..registry import fitting
+from ..errors import InputError, display_name, first_line, fitting, shown
 from .reading import read_file
 
 log = logging.getLogger(__name__)

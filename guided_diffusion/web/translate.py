@@ -20,12 +20,11 @@ from PIL import Image
 
 from ..checkpoint import ModelFlags
 from ..checkpoint.targets import TargetOptions, load_target, num_classes
-from ..errors import InputError, first_line
+from ..errors import InputError, check_choice, first_line
 from ..image_datasets import ImageError, load_image, measure_image, to_uint8
 from ..methods import energy_names
 from ..options import Checked, option
 from ..presets import preset_options
-from ..registry import fitting
 from ..run.grid import contact_sheet
 from ..runtime import PRECISIONS, is_out_of_memory, pick_device
 from ..sddm import VARIANTS
@@ -203,8 +202,7 @@ class Studio:
         model: one of the paths. name: the picture's name, which with the seed determines the noise; by default the
         file's. Raises InputError and ImageError.
         """
-        if model not in self.models:
-            raise InputError(fitting(model, list(self.models)), parameter="model", value=model)
+        check_choice("model", model, self.models)
         if not picture:
             raise InputError("choose, drop or paste one first", parameter="picture")
         size = measure_image(picture)
