@@ -59,7 +59,7 @@ def train(given: Given, ranks: Ranks) -> int:
             others = TrainImages(held_out, images.image_size, labels=label(start.classes)[0], **reading)
             measure = functools.partial(
                 evaluate, losses=losses, images=others, num_timesteps=diffusion.num_timesteps, device=run.device,
-                batch_size=config.batch_size, seed=config.seed, rank=ranks.rank, world_size=ranks.world_size,
+                config=config, ranks=ranks,
             )  # fmt: skip
         use = f"{USE} --energy {'dse --dsepath' if classes.domains else 'classifier --classifier_path'} {{path}}"
         return run.train(start, images, losses, diffusion, [data, classes], use, evaluate=measure)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny_training import FLAGS, draw, gradients, make_loop, rows, train_step
 
 from guided_diffusion.checkpoint import load_model
+from guided_diffusion.dist_util import Ranks
 from guided_diffusion.errors import InputError
 from guided_diffusion.resample import (
     LogNormalSampler,
@@ -309,7 +310,7 @@ def test_held_out_accuracy_by_quarter_of_the_timesteps(folder):
     def knows_early_steps(model, x, t, noise, y):
         return {"loss": t / 100, "acc": (t < 50).float()}
 
-    parts = [evaluate(None, knows_early_steps, images, 100, device="cpu", rank=r, world_size=2) for r in (0, 1)]
+    parts = [evaluate(None, knows_early_steps, images, 100, "cpu", TrainConfig(), Ranks(r, 2)) for r in (0, 1)]
     totals = {name: parts[0][name] + parts[1][name] for name in parts[0]}
     assert totals["acc"][:, 1].sum() == 16
     means = means_by_quarter(totals, prefix="val_")

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,18 +225,23 @@ def _with_class(target: Target, given: int | str | None, any_class: bool) -> Tar
     return dataclasses.replace(target, condition=condition)
 
 
+def named_classes(metadata: Mapping[str, Any]) -> list[str]:
+    """The names of a checkpoint's classes, in the order of their numbers; [] where its metadata has none."""
+    names = metadata.get("classes")
+    with contextlib.suppress(ValueError, TypeError, RecursionError):  # somebody else's entry of that name
+        names = json.loads(names)  # type: ignore[arg-type]
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+
+
 def class_number(given: int | str, info: Any, parameter: str) -> int:
     """The number of a class that is given by number or by name; names are in a checkpoint's metadata `classes`."""
     count = info.flags.get("num_class") or info.flags.get("num_classes") or 0
-    names = info.metadata.get("classes")
-    with contextlib.suppress(ValueError, TypeError):  # somebody else's entry of that name
-        names = json.loads(names)
-    names = names if isinstance(names, list) else []
+    names = named_classes(info.metadata)
     if str(given) in names:
         return names.index(str(given))
     number = int(given) if str(given).isdecimal() else -1
     if not 0 <= number < count:
-        known = f", or a name such as {', '.join(map(str, names[:8]))}" if names else ""
+        known = f", or a name such as {', '.join(names[:8])}" if names else ""
         reason = f"{display_name(info.path)} has classes 0 to {count - 1}{known}"
         raise InputError(reason, parameter=parameter, value=given)
     return number

@@ -12,11 +12,12 @@ from ..dist_util import Ranks
 from ..errors import display_name
 from ..gaussian_diffusion import GaussianDiffusion
 from ..resample import create_named_schedule_sampler
+from ..run.files import Folder, make_folder
 from ..runtime import pick_device, pick_precision
 from ..script_util import create_diffusion
 from ..training.config import ClassifierRunOptions, DataOptions, ModelOptions, RunOptions, TrainConfig, precision
 from ..training.data import TrainImages, class_labels, list_images, refuse_own_outputs
-from ..training.files import owned, write_run
+from ..training.files import write_run
 from ..training.loop import Trainer, process_group
 from ..training.losses import Loss
 from ..training.start import Kind, Start, begin, describe
@@ -48,9 +49,17 @@ class Run:
         if isinstance(self.options, ClassifierRunOptions) and self.options.anneal_lr:
             self.config = dataclasses.replace(self.config, lr_anneal_steps=self.config.iterations)
 
-    def folder(self) -> contextlib.AbstractContextManager:
-        """Context in which the run has its folders for itself."""
-        return owned(self.config, self.ranks.rank == 0)
+    @contextlib.contextmanager
+    def folder(self) -> Iterator[None]:
+        """Make the folders of the run, and keep other runs out of its save folder within the context."""
+        folder, config = Folder(self.config.save_dir), self.config
+        make_folder(os.path.dirname(config.export_path()) or ".", "export" if config.export else "save_dir")
+        if self.ranks.rank == 0:
+            folder.lock()
+        try:
+            yield
+        finally:
+            folder.release()
 
     @contextlib.contextmanager
     def model(

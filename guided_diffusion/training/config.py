@@ -60,12 +60,12 @@ class TrainConfig(Checked):
         self.ema_rates()
 
     def ema_rates(self) -> dict[str, float]:
-        """Rates by the text that spells them, in the order given."""
+        """Rates in the order given, by their names in files: 0.9 for 0.900."""
         texts = [part.strip() for part in self.ema_rate.split(",") if part.strip()]
         if not all(re.fullmatch(r"0(\.[0-9]{1,14})?", text) for text in texts) or len(texts) > 8:
             reason = "it is a list of up to 8 numbers from 0 to below 1, like 0.9999,0.999, of at most 14 decimals"
             raise InputError(reason, parameter="ema_rate", value=self.ema_rate)
-        return {text: float(text) for text in texts}
+        return {str(float(text)): float(text) for text in texts}
 
     def last_step(self) -> int | None:
         """The step after which training ends, or None."""

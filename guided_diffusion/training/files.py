@@ -20,32 +20,14 @@ import torch
 
 from ..errors import InputError, first_line, reading, shown
 from ..logger import CSVOutputFormat, tensorboard
-from ..run.files import Folder, check_regular, make_folder, read_json, write_atomically, write_json, write_text
+from ..run.files import check_regular, read_json, write_atomically, write_json, write_text
 from ..run.record import versions
-from .config import TrainConfig
 
 log = logging.getLogger(__name__)
 
 NAME = "train.json"
 OPTIMIZER = "this model's optimizer state (without it, training continues with a fresh optimizer)"
 OTHER_TASK = ("small_size", "noised")  # define what a network computes: a run is not resumed with other values
-
-
-@contextlib.contextmanager
-def owned(config: TrainConfig, writes: bool = True) -> Iterator[None]:
-    """Make the folders of a run, and keep other runs out of its save folder within the context.
-
-    writes: whether this process is the one that writes. Raises InputError where a folder cannot be written, or another
-    run is in it.
-    """
-    folder = Folder(config.save_dir)
-    make_folder(os.path.dirname(config.export_path()) or ".", "export" if config.export else "save_dir")
-    if writes:
-        folder.lock()
-    try:
-        yield
-    finally:
-        folder.release()
 
 
 def checkpoint_path(folder: str, kind: str, step: int) -> str:
@@ -66,17 +48,8 @@ def saved_steps(folder: str) -> list[int]:
     return sorted(step for step in steps if step is not None and f"opt{step:06d}.pt" in names)
 
 
-def find_ema(folder: str, rate: str, step: int) -> str | None:
-    """File of the average with a rate, however its name spells the rate (0.9, 0.900); None where there is none."""
-    for name in sorted(os.listdir(folder or ".")):
-        match = re.fullmatch(rf"ema_([0-9]+\.?[0-9]*)_{step:06d}\.pt", name)
-        if match and float(match[1]) == float(rate):
-            return os.path.join(folder, name)
-    return None
-
-
 def save_checkpoint(folder: str, step: int, model: dict, averages: Mapping[str, dict], optimizer: dict) -> None:
-    """Write the files of one checkpoint; averages: state dicts by the rate as its option spells it."""
+    """Write the files of one checkpoint; averages: state dicts by rate, see `TrainConfig.ema_rates`."""
     states = {f"ema_{rate}_": state for rate, state in averages.items()}
     for kind, state in {**states, "opt": optimizer, "model": model}.items():
         write_atomically(checkpoint_path(folder, kind, step), lambda file, state=state: torch.save(state, file))

@@ -60,15 +60,16 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
 def stop_on_signals() -> Iterator[threading.Event]:
     """An event that SIGINT (Ctrl-C) or SIGTERM (a scheduler) sets; a second signal of the kind ends the program."""
     stop = threading.Event()
-    previous: dict[int, Any] = {}
+    numbers = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
+    previous = {number: signal.getsignal(number) for number in numbers}
 
     def handle(number, frame):
         stop.set()
-        signal.signal(number, previous.get(number, signal.SIG_DFL))
+        signal.signal(number, previous[number])
 
-    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in numbers:  # no other thread may set handlers
+            signal.signal(number, handle)
         yield stop
     finally:
         for number, handler in previous.items():
@@ -135,9 +136,9 @@ class Trainer:
         self.step, self.samples = step, step * self._identity()["joint batch"]
         folder = os.path.dirname(path)
         for rate, averaged in self.ema.items():
-            ema_path = files.find_ema(folder, rate, step)
-            if ema_path is None:
-                log.warning("ema_%s_%06d.pt does not exist: the average starts from the model's weights", rate, step)
+            ema_path = files.checkpoint_path(folder, f"ema_{rate}_", step)
+            if not os.path.lexists(ema_path):
+                log.warning("%s does not exist: the average starts from the model's weights", display_name(ema_path))
                 continue
             state = load_state_dict(ema_path)
             with reading(ema_path, "an average of this model"):
@@ -219,16 +220,7 @@ class Trainer:
             add_by_quarter(self.totals, terms, t[part], steps)
             observed.append(terms["loss"].detach())
         if isinstance(self.schedule_sampler, LossAwareSampler):
-            parts = self._all((t.cpu(), torch.cat(observed).cpu()))  # in the order of sample numbers
-            drawn, values = (torch.cat(joint).tolist() for joint in zip(*parts))
-            self.schedule_sampler.update_with_all_losses(drawn, values)
-
-    def _all(self, item: Any) -> list[Any]:
-        """The items of all processes, in the order of ranks."""
-        gathered: list[Any] = [item] * self.ranks.world_size
-        if self.ranks.world_size > 1:
-            distributed.all_gather_object(gathered, item)
-        return gathered
+            self.schedule_sampler.update_with_local_losses(t, torch.cat(observed))  # in the order of sample numbers
 
     def _any(self, *flags: bool) -> list[bool]:
         """Whether each of the flags is set in any process."""
@@ -238,7 +230,9 @@ class Trainer:
         return votes.bool().tolist()
 
     def _sum_over_ranks(self, totals: Terms) -> Terms:
-        parts = self._all({name: table.cpu() for name, table in totals.items()})
+        parts: list[Terms] = [{name: table.cpu() for name, table in totals.items()}] * self.ranks.world_size
+        if self.ranks.world_size > 1:
+            distributed.all_gather_object(parts, parts[0])
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: torch.stack([part[name] for part in parts if name in part]).sum(0) for name in names}
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from ..dist_util import Ranks
 from ..errors import InputError
 from ..gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType
-from .config import LossOptions
+from .config import LossOptions, TrainConfig
 from .data import TrainImages, random_uniform, sample_noise
 
 Terms = dict[str, torch.Tensor]
@@ -36,7 +37,6 @@ def loss_weights(
     of_x_0 = snr / (p2_k + snr) ** p2_gamma if p2_gamma else snr.clamp(max=min_snr_gamma)
     scale = {ModelMeanType.EPSILON: snr, ModelMeanType.START_X: 1, ModelMeanType.VELOCITY: snr + 1}
     weights = (of_x_0 / scale[diffusion.model_mean_type]).float()
-    reason = ""
     if p2_gamma and min_snr_gamma:
         reason = f"it excludes `min_snr_gamma` {min_snr_gamma}; give one of them"
     elif diffusion.loss_type is LossType.RESCALED_KL:
@@ -45,10 +45,10 @@ def loss_weights(
         reason = "it is defined for networks that predict the noise; leave out `predict_xstart` True"
     elif not (weights > 0).any():
         reason = "all weights of the loss are 0, so that nothing would be trained"
-    if reason:
-        name, value = ("p2_gamma", p2_gamma) if p2_gamma else ("min_snr_gamma", min_snr_gamma)
-        raise InputError(reason, parameter=name, value=value)
-    return weights
+    else:
+        return weights
+    name, value = ("p2_gamma", p2_gamma) if p2_gamma else ("min_snr_gamma", min_snr_gamma)
+    raise InputError(reason, parameter=name, value=value)
 
 
 def in_float32(model: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -95,24 +95,15 @@ def classifier_loss(diffusion: GaussianDiffusion, noised: bool = True) -> Loss:
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module,
-    losses: Loss,
-    images: TrainImages,
-    num_timesteps: int,
-    *,
-    device: str | torch.device,
-    batch_size: int = 64,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Terms:
-    """Sums of the loss terms over a held-out set by quarter of the timesteps: dict of [4, 2], (sum, count).
+    model: torch.nn.Module, losses: Loss, images: TrainImages, num_timesteps: int,
+    device: str | torch.device, config: TrainConfig, ranks: Ranks,
+) -> Terms:  # fmt: skip
+    """Sums of the loss terms over a rank's share of a held-out set by quarter of the timesteps, see `add_by_quarter`.
 
-    Timestep and noise of an image depend on the seed and its place in the set alone, so evaluations compare. Each rank
-    takes its share of the images; the sums are to be added up over ranks.
+    Timestep and noise of an image depend on the seed and its place in the set alone, so evaluations compare.
     """
-    totals: Terms = {}
-    for positions, x, y in images.ordered_batches(batch_size, device, rank, world_size):
+    totals, seed = {}, config.seed
+    for positions, x, y in images.ordered_batches(config.batch_size, device, ranks.rank, ranks.world_size):
         steps = (random_uniform(seed, "held-out timestep", positions) * num_timesteps).astype(int)
         t, noise = torch.from_numpy(steps).to(device), sample_noise(f"{seed}/held-out", positions, x.shape[1:], device)
         add_by_quarter(totals, losses(model, x, t, noise, y), t, num_timesteps)

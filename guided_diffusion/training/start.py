@@ -17,6 +17,7 @@ from ..checkpoint import load_model
 from ..checkpoint.loading import build
 from ..checkpoint.reconcile import FLAGS, ModelInfo
 from ..checkpoint.reconcile import RUNTIME_FLAGS as FREE
+from ..checkpoint.targets import named_classes
 from ..errors import InputError, display_name, first_line, shown
 from ..script_util import channel_multipliers, create_classifier, create_model
 from . import files
@@ -30,11 +31,7 @@ OF_USE = ("use_checkpoint", "timestep_respacing", "use_kl", "rescale_learned_sig
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of network that is trained.
-
-    types: model types of its checkpoints. size, attention, classes: its flags for the width of the first level, the
-    sides with attention, and the number of classes.
-    """
+    """A kind of network that is trained, the model types of its checkpoints, and its names for common flags."""
 
     word: str
     types: tuple[str, ...]
@@ -55,11 +52,10 @@ ENCODER = Kind(
 
 @dataclass
 class Start:
-    """The network that a run starts with.
+    """The network that a run starts with; flags: all of the model's and the process's.
 
-    checkpoint: the file that its weights come from, "" for none. flags: all of the model's and the process's. labels,
-    classes: of the training images, None for a network without classes. texts: metadata of the exported file instead of
-    the flags.
+    checkpoint: the file that its weights come from, "" for none. labels, classes: of the images, None for a network
+    without classes. texts: metadata of the exported file instead of the flags.
     """
 
     model: torch.nn.Module
@@ -77,7 +73,8 @@ class Start:
 
     def metadata(self) -> dict[str, str]:
         """Metadata of the exported file."""
-        stated = {name: value for name, value in self.flags.items() if name not in OF_USE}
+        # Sorted, so that a resumed run exports the same bytes.
+        stated = {name: value for name, value in sorted(self.flags.items()) if name not in OF_USE}
         texts = {"model_type": self.model_type, "flags": json.dumps(stated)}
         return self.texts or texts | ({"classes": json.dumps(self.classes)} if self.classes is not None else {})
 
@@ -118,7 +115,6 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
             raise InputError(f"all images are of one class, {listed(classes or [])}; give a folder per class")
         if classes is not None:
             flags[kind.classes] = len(classes)
-        flags = in_order(kind, flags)
         check_network(kind, flags)
         torch.manual_seed(config.seed)
         return Start(_create(kind, flags), kind.types[0], flags, "", labels, classes)
@@ -147,13 +143,13 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
     # A run keeps to its record; options that are newer than it come from the file.
     newer = {name: value for name, value in info.flags.items() if not record.model or name in kind.defaults()}
     known = {**newer, **record.model, **{name: value for name, value in given.items() if name in FREE}}
-    flags = in_order(kind, {name: value for name, value in known.items() if not name.endswith("use_fp16")})
+    flags = {name: value for name, value in known.items() if not name.endswith("use_fp16")}
     for name, value in fixed.items():
         if flags.get(name) != value:
             raise InputError(f"{where} has {name}={flags.get(name)}, these data need {name}={value}")
     labels, classes = None, None
     if kind is ENCODER or flags["class_cond"]:
-        labels, classes = _numbered(checkpoint, label, record.classes or _classes_of(info.metadata))
+        labels, classes = _numbered(checkpoint, label, record.classes or named_classes(info.metadata))
         number = flags[kind.classes]
         if len(classes) > number or (kind is ENCODER and len(classes) != number):
             raise InputError(f"the images have {len(classes)} classes, the model of {where} has {number}")
@@ -180,33 +176,17 @@ def greyed(model: torch.nn.Module, info: ModelInfo) -> torch.nn.Module:
 
 def _numbered(checkpoint: str, label: Label, known: list[str] | None) -> tuple[Any, list[str]]:
     """Labels and classes of a run that starts from a checkpoint whose classes are `known`, if they are."""
-    labels, classes = label(None)
-    if known is None or known == classes:
+    (labels, classes), where = label(None), display_name(checkpoint)
+    resumed = files.step_of_checkpoint(checkpoint) is not None
+    if not known:
         return labels, classes
-    if set(known) == set(classes):
-        return label(known)  # numbered in another order, as by versions that sorted texts
-    where = display_name(checkpoint)
-    if files.step_of_checkpoint(checkpoint) is not None:
+    if set(known) == set(classes) or (not resumed and set(classes) <= set(known)):
+        return label(known)  # versions that sorted texts numbered classes in another order
+    if resumed:
         reason = f"the run of {where} was trained with {listed(known)}"
         raise InputError(f"the classes of the images are {listed(classes)}; {reason}")
-    if set(classes) <= set(known):
-        return label(known)
     log.warning("the classes %s take the places of %s in %s", listed(classes), listed(known), where)
     return labels, classes
-
-
-def _classes_of(metadata: Mapping[str, str]) -> list[str] | None:
-    with contextlib.suppress(ValueError, RecursionError):
-        names = json.loads(metadata.get("classes", "null"))
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            return names
-    return None
-
-
-def in_order(kind: Kind, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags in the order of the defaults, others after them: a resumed run exports the same bytes."""
-    names = [*kind.defaults(), *sorted(set(flags) - set(kind.defaults()))]
-    return {name: flags[name] for name in names if name in flags}
 
 
 def check_network(kind: Kind, flags: Mapping[str, Any]) -> None:
