@@ -84,6 +84,8 @@ def reading(path: str | os.PathLike, kind: str | None = None) -> Iterator[None]:
     messages are "PATH does not exist", "PATH cannot be read: …" and "PATH is damaged or not KIND: …". An InputError
     inside passes unchanged. Keep what is not the file's fault, such as computing with its content, outside.
     """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # opening a pipe would wait for ever
+        raise InputError(f"{display_name(os.fspath(path))} is not a regular file")
     try:
         yield
     except InputError:

@@ -144,20 +144,15 @@ def test_a_likelihood_knows_its_images(data, tmp_path, caplog):
     assert json.loads((out / "run.json").read_text())["failed"] == {}
 
 
-DAMAGES = {
-    "version 0.2": lambda out: (out / "run.json").write_text('{"format": 1, "settings": {}, "versions": {}}'),
-    "a pipe": lambda out: ((out / "images.jsonl").unlink(), os.mkfifo(out / "images.jsonl")),
-    "a folder": lambda out: ((out / "images.jsonl").unlink(), (out / "images.jsonl").mkdir()),
-}
-
-
 def test_damaged_results_of_a_likelihood_are_one_line(data, tmp_path):
     images = make_references(tmp_path / "images", ["a.png"])
     nll(data, images, tmp_path / "sound")
-    for name, damage in DAMAGES.items():
-        out = shutil.copytree(tmp_path / "sound", tmp_path / name)
-        damage(out)
-        assert re.search(r"run.json is damaged|not a regular file", nll(data, images, out, status=2))
+    piped, old = (shutil.copytree(tmp_path / "sound", tmp_path / name) for name in ("piped", "old"))
+    (piped / "images.jsonl").unlink()
+    os.mkfifo(piped / "images.jsonl")
+    assert "images.jsonl is not a regular file" in nll(data, images, piped, status=2)
+    (old / "run.json").write_text('{"format": 1, "settings": {}, "versions": {}}')
+    assert "run.json is damaged" in nll(data, images, old, status=2)
     # Results are not written through links.
     out = shutil.copytree(tmp_path / "sound", tmp_path / "linked")
     (tmp_path / "mine").write_text("mine")

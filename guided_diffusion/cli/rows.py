@@ -11,7 +11,6 @@ from itertools import pairwise
 from ..errors import InputError, display_name, reading, shown
 from ..evaluation.report import FILES
 from ..presets import ROOT
-from ..run.files import check_regular
 from .flags import preset_flags
 
 SCRIPTS = os.path.join(ROOT, "scripts")
@@ -46,7 +45,6 @@ def read_table(path: str) -> list[Row]:
     if path == "-":
         with reading("standard input", "a table"):
             return parse_table(sys.stdin.read(LARGEST_TABLE + 1))
-    check_regular(path)
     with reading(path, "a table"), open(path, encoding="utf-8") as file:
         return parse_table(file.read(LARGEST_TABLE + 1), display_name(path))
 

@@ -16,7 +16,6 @@ from .. import image_datasets
 from ..errors import InputError, reading
 from ..image_datasets import Reference
 from ..run import record as run_record
-from ..run.files import check_regular
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OVERVIEWS = r"grid\.png|trajectory/.*"  # written by a sampling script beside its outputs
@@ -43,10 +42,8 @@ def open_npz(path: str | os.PathLike, kind: str) -> Iterator[Mapping[str, np.nda
 
     Errors inside are InputErrors that name the file: it is missing, damaged or not `kind`.
     """
-    with reading(path, kind):
-        check_regular(path)
-        with np.load(path, allow_pickle=False) as file:
-            yield file
+    with reading(path, kind), np.load(path, allow_pickle=False) as file:
+        yield file
 
 
 def list_images(folder: str | os.PathLike, parameter: str, *, sampled: bool = False, least: int = 1) -> list[Reference]:

@@ -18,15 +18,11 @@ from ..errors import InputError, display_name, first_line, reading
 
 log = logging.getLogger("sddm")
 
-TEMPORARY = ".writing"
-"""Suffix of files that are being written. They are hidden, and the next run removes those of a killed one."""
+TEMPORARY = ".writing"  # suffix of files that are being written; the next run removes those of a killed one
 
 
 class Folder:
-    """A folder to write to, made and tried out.
-
-    parameter: the option that names the folder, for errors. Raises InputError where it cannot be written.
-    """
+    """A folder to write to, made and tried out; raises InputError, for the `parameter` that names it, where it fails."""
 
     def __init__(self, path: str | os.PathLike, parameter: str = "save_dir") -> None:
         self.path, self._parameter = os.fspath(path), parameter
@@ -47,18 +43,16 @@ class Folder:
         import filelock
 
         lock = filelock.FileLock(self._lock_file, thread_local=False)
-        busy = self.refuse("another run is writing there now; wait for it or give another folder")
         try:
             lock.acquire(blocking=False)
-        except filelock.Timeout:
-            raise busy from None
-        except (OSError, NotImplementedError) as error:
-            log.info("%s cannot be locked: %s", display_name(self.path), first_line(error))
-        else:
             if not os.path.exists(self._lock_file):  # another run ended between opening and locking
                 lock.release()
-                raise busy
+                raise filelock.Timeout(self._lock_file)
             self._lock = lock
+        except filelock.Timeout:
+            raise self.refuse("another run is writing there now; wait for it or give another folder") from None
+        except (OSError, NotImplementedError) as error:
+            log.info("%s cannot be locked: %s", display_name(self.path), first_line(error))
         self.watch()
 
     def watch(self) -> None:
@@ -72,13 +66,12 @@ class Folder:
 
     def check(self) -> None:
         """Raise InputError where the folder is gone, or another one than at `lock` or `watch`."""
-        removed = "it was removed while the run was writing to it"
         try:
             same = self._known is None or self._identity() == self._known
         except OSError:
-            raise self.refuse(removed) from None
+            same = False
         if not same:
-            raise self.refuse(f"{removed}, and another one is in its place")
+            raise self.refuse("it was removed while the run was writing to it")
 
     def release(self) -> None:
         """Let other runs in; nothing happens where the folder is not locked."""
@@ -208,27 +201,15 @@ def write_animation(path: str, frames: Sequence[np.ndarray], folder: Folder | No
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The content of a JSON file.
-
-    Raises FileNotFoundError where there is no file, and InputError, naming the file, where it cannot be read.
-    """
-    if not os.path.exists(path):
-        raise FileNotFoundError(path)
-    check_regular(path)
+    """The content of a JSON file; raises InputError, naming the file, where it cannot be read."""
     with reading(path), open(path, encoding="utf-8", errors="surrogateescape") as file:
         return json.load(file)
 
 
 def read_json_or_none(path: str | os.PathLike) -> Any:
     """The content of a JSON file; None where there is none that can be read."""
-    with contextlib.suppress(FileNotFoundError, InputError):
+    with contextlib.suppress(InputError):
         return read_json(path)
-
-
-def check_regular(path: str | os.PathLike) -> None:
-    """Raise InputError where something other than a file is at `path`: opening a pipe would wait for ever."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{display_name(os.fspath(path))} is not a regular file")
 
 
 def remove_files(paths: Iterable[str]) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError, display_name, reading, shown
-from .files import Folder, check_regular, json_text, read_json, write_json, write_text, writing
+from .files import Folder, json_text, read_json, write_json, write_text, writing
 
 NAME, IMAGES = "run.json", "images.jsonl"
 FORMAT = 2
@@ -126,7 +126,6 @@ def parts(folder: str) -> list[str]:
 def entries(folder: str) -> Iterator[dict[str, Any]]:
     """The entries in a folder. Lines that are damaged, as of a process that was killed, are left out."""
     for path in filter(os.path.exists, (os.path.join(folder, IMAGES), *parts(folder))):
-        check_regular(path)
         with reading(path), open(path, "rb") as file:
             for line in file:
                 with contextlib.suppress(ValueError, RecursionError):

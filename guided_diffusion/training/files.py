@@ -20,7 +20,7 @@ import torch
 
 from ..errors import InputError, first_line, reading, shown
 from ..logger import CSVOutputFormat, tensorboard
-from ..run.files import check_regular, read_json, write_atomically, write_json, write_text
+from ..run.files import read_json, write_atomically, write_json, write_text
 from ..run.record import versions
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,6 @@ def load_optimizer_file(path: str, params: list[torch.Tensor]) -> tuple[dict[int
     PyTorch itself takes moments of any shape and ignores checksums. Raises InputError, naming the file.
     """
     with reading(path, OPTIMIZER):
-        check_regular(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
@@ -176,7 +175,6 @@ class ProgressLog:
 
     def __init__(self, folder: str, step: int) -> None:
         path, kept = os.path.join(folder, "progress.csv"), io.StringIO()
-        check_regular(path)
         if os.path.exists(path):
             with reading(path, "a log of training (move it away to resume)"):
                 with open(path, newline="", encoding="utf-8") as file:
