@@ -36,7 +36,7 @@ from .checkpoint import pipelines
 from .checkpoint.pipelines import KINDS, Prompt, Unconditional
 from .codec import OVERSHOOT, Pixels
 from .errors import InputError, first_line, renaming
-from .image_datasets import ImageError, load_image, load_picture, to_tensor
+from .image_datasets import ImageError, load_image, to_tensor
 from .methods import ENERGIES, create_energies, energy_names
 from .target import Batch, Target
 
@@ -201,13 +201,11 @@ def _encoded(image: Pictures, target: Target) -> torch.Tensor:
 def _pixels(image: Any, side: int) -> torch.Tensor:
     """A picture, or an array or tensor of several, as float32 [N, 3, side, side] in [-1, 1]."""
     try:
-        if isinstance(image, str):
+        if isinstance(image, (str, Image.Image)):
             return to_tensor([load_image(image, side)])
-        if isinstance(image, Image.Image):
-            return to_tensor([load_picture(image, side)])
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3, 4):
             arrays = image if image.ndim == 4 else image[None]
-            return to_tensor([load_picture(Image.fromarray(array), side) for array in arrays])
+            return to_tensor([load_image(Image.fromarray(array), side) for array in arrays])
     except (ImageError, TypeError) as error:
         value = image if isinstance(image, str) else "it"
         raise InputError(first_line(error), parameter="image", value=value) from None

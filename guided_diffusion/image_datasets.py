@@ -42,7 +42,7 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
 
 
 class ImageError(Exception):
-    """An image that cannot be read. `reason` is one line without the path; `path` is None for an image in memory."""
+    """An image that cannot be read. `reason` is one line without the path."""
 
     def __init__(self, reason: str, path: str | None = None) -> None:
         super().__init__(reason, path)
@@ -53,7 +53,7 @@ class ImageError(Exception):
 
 
 def load_image(
-    reference_or_path: Reference | str | os.PathLike[str],
+    source: Reference | str | os.PathLike[str] | Image.Image,
     image_size: int | None,
     *,
     resize: str = "crop",
@@ -62,39 +62,27 @@ def load_image(
 ) -> np.ndarray:
     """Read one image as uint8 [image_size, image_size, 3], sRGB: the first frame, turned upright by EXIF's orientation.
 
-    reference_or_path: a `Reference`, a path, also into a .zip file, or a URL that `is_url` knows. image_size: None for
-    the image's own. resize: "crop" (see `center_crop_arr`), "pad" (fit inside `background`) or "stretch". background:
-    colour behind transparent pixels, a name or #hex. white_level: value of white in grey images of 16 or 32 bits; None
-    for 65535, and in float images 1, or 255 where a value is above 1. What looks wrong with values, profile or
-    transparency is logged. Raises ImageError for whatever is wrong with the file, InputError for a wrong option.
+    source: a `Reference`, a path, also into a .zip file, a URL that `is_url` knows, or a Pillow image. image_size: None
+    for the image's own. resize: "crop" (see `center_crop_arr`), "pad" (fit inside `background`) or "stretch".
+    background: colour behind transparent pixels, a name or #hex. white_level: value of white in grey images of 16 or 32
+    bits; None for 65535, and in float images 1, or 255 where a value is above 1. What looks wrong with values, profile
+    or transparency is logged. Raises ImageError for whatever is wrong with the image, InputError for a wrong option.
     """
-    named = isinstance(reference_or_path, Reference)
-    path = reference_or_path.path if named else os.fspath(reference_or_path)
-    folder = path.removesuffix(reference_or_path.name) if named else posixpath.dirname(path)
-    with _opened(path) as image:
+    folder: str | None = None
+    if isinstance(source, Image.Image):
+        path = os.fsdecode(getattr(source, "filename", "")) or "a PIL image"
+        opened: Any = contextlib.nullcontext(source)
+    else:
+        path = source.path if isinstance(source, Reference) else os.fspath(source)
+        folder = path.removesuffix(source.name) if isinstance(source, Reference) else posixpath.dirname(path)
+        opened = _opened(path)
+    with _naming(path), opened as image:
         return _convert(image, image_size, functools.partial(_report, path, folder), resize, background, white_level)
-
-
-def load_picture(
-    picture: Image.Image,
-    image_size: int | None,
-    *,
-    resize: str = "crop",
-    background: str = "white",
-    white_level: int | None = None,
-) -> np.ndarray:
-    """Convert a Pillow image as `load_image` does with a file. Raises ImageError for a closed or damaged one."""
-    if not isinstance(picture, Image.Image):
-        raise InputError("a PIL image is needed", parameter="picture", value=type(picture).__name__)
-    path = os.fsdecode(getattr(picture, "filename", "")) or None
-    with _naming(path):
-        report = functools.partial(_report, path or "a PIL image", None)
-        return _convert(picture, image_size, report, resize, background, white_level)
 
 
 def measure_image(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Read the width and height of an image file as it is stored, from its head alone. Raises ImageError."""
-    with _opened(os.fspath(path)) as image:
+    with _naming(os.fspath(path)), _opened(os.fspath(path)) as image:
         return image.size
 
 
@@ -114,7 +102,7 @@ def check_options(resize: str, background: str, white_level: int | None = None) 
 
 
 @contextlib.contextmanager
-def _naming(path: str | None) -> Iterator[None]:
+def _naming(path: str) -> Iterator[None]:
     """Turn any exception of a decoder into an ImageError that names the file."""
     try:
         yield
@@ -125,13 +113,13 @@ def _naming(path: str | None) -> Iterator[None]:
     except MemoryError as error:
         raise ImageError("not enough memory to decode it", path) from error
     except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, IndexError and more
-        raise ImageError(reason_of(error, path or "", "damaged, truncated or unsupported"), path) from error
+        raise ImageError(reason_of(error, path, "damaged, truncated or unsupported"), path) from error
 
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
-    """Open an image file by its content, whatever its suffix. Raises ImageError for all that fails inside, too."""
-    with _naming(path), open_binary(path) as file:
+    """Open an image file by its content, whatever its suffix."""
+    with open_binary(path) as file:
         head = file.read(32)
         if not head:
             raise ImageError("the file is empty (0 bytes)")
@@ -156,7 +144,7 @@ def _report(path: str, folder: str | None, text: str, kind: str | None = None) -
     mine = object()
     key = (path, text) if kind is None else (folder, kind)
     if folder is None or _reported.setdefault(key, mine) is mine:  # one step, as threads read side by side
-        more = "; other images of its folder get no such line" if kind is not None and folder is not None else ""
+        more = "; other images of its folder get no such line" if kind and folder else ""
         log.warning("%s: %s%s", display_name(path), text, more)
 
 

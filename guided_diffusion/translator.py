@@ -22,7 +22,7 @@ from .checkpoint import ModelFlags
 from .checkpoint.targets import TargetOptions, adapt, check_flags, load_target
 from .codec import Autoencoder, in_range
 from .errors import InputError, renaming
-from .image_datasets import check_options, load_image, load_picture, to_tensor, to_uint8
+from .image_datasets import check_options, load_image, to_tensor, to_uint8
 from .methods import ENERGIES, METHODS, Translation, energy_names
 from .presets import preset_options
 from .run.noise import ImageNoise, image_key
@@ -157,8 +157,6 @@ class Translator:
         size = self.target.image_size
         options: dict[str, Any] = {"resize": self.resize, "background": self.background}
         needed, value = "a path, PIL image, array or tensor is needed", type(picture).__name__
-        if isinstance(picture, (str, os.PathLike)):
-            return to_tensor([load_image(os.fspath(picture), size, **options)])
         if isinstance(picture, torch.Tensor):
             shape = tuple(picture.shape[1:] if picture.ndim == 4 and len(picture) == 1 else picture.shape)
             if shape in ((3, size, size), (1, size, size)):
@@ -174,8 +172,8 @@ class Translator:
                 picture = Image.fromarray(picture)
             else:
                 needed, value = "an array uint8 [H, W, 3] is needed", f"an array {picture.dtype} {list(picture.shape)}"
-        if isinstance(picture, Image.Image):
-            return to_tensor([load_picture(picture, size, **options)])
+        if isinstance(picture, (str, os.PathLike, Image.Image)):
+            return to_tensor([load_image(picture, size, **options)])
         raise InputError(needed, parameter="picture", value=value)
 
 

@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from guided_diffusion import image_datasets
 from guided_diffusion import references as references_module
 from guided_diffusion.errors import InputError, display_name
 from guided_diffusion.image_datasets import (
@@ -243,14 +242,14 @@ def test_pillow_images_are_read_as_files_are(tmp_path):
     exif[0x0112] = 6
     path = tmp_path / "a.jpg"
     path.write_bytes(encode(blocks(RED, GREEN, BLUE), "JPEG", exif=exif, icc_profile=gamma_profile(1.8)))
-    assert (image_datasets.load_picture(Image.open(path), SIZE) == load_image(path, SIZE)).all()
-    assert image_datasets.load_picture(Image.open(path), None).shape == (3 * SIZE, SIZE, 3)
+    assert (load_image(Image.open(path), SIZE) == load_image(path, SIZE)).all()
+    assert load_image(Image.open(path), None).shape == (3 * SIZE, SIZE, 3)
     closed = Image.new("RGB", (4, 4))
     closed.close()
     cut_short = Image.open(io.BytesIO(cut("PNG", 0.5)))
     for bad in (closed, cut_short, Image.new("RGB", (0, 5))):
         with pytest.raises(ImageError) as caught:
-            image_datasets.load_picture(bad, SIZE)
+            load_image(bad, SIZE)
         assert "\n" not in str(caught.value)
 
 

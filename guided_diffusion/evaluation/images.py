@@ -89,9 +89,8 @@ def read_image(
     if size is not None and decoded.width == decoded.height != size:
         decoded = decoded.resize((size, size), Image.Resampling.BICUBIC)
     elif size is not None and decoded.size != (size, size):
-        if isinstance(image, ArrayReference):
-            return _to_tensor(image_datasets.load_picture(decoded, size, resize=resize))
-        return _to_tensor(image_datasets.load_image(image, size, resize=resize))
+        source = decoded if isinstance(image, ArrayReference) else image
+        return _to_tensor(image_datasets.load_image(source, size, resize=resize))
     return _to_tensor(decoded)
 
 

@@ -22,7 +22,7 @@ TEMPORARY = ".writing"  # suffix of files that are being written; the next run r
 
 
 class Folder:
-    """A folder to write to, made and tried out; raises InputError, for the `parameter` that names it, where it fails."""
+    """A folder to write to, made and tried out. Raises InputError for `parameter` where it cannot be written."""
 
     def __init__(self, path: str | os.PathLike, parameter: str = "save_dir") -> None:
         self.path, self._parameter = os.fspath(path), parameter
