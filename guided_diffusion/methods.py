@@ -41,7 +41,7 @@ _step = partial(option, metavar="STEP")
 _blocks = partial(option, 16, "number of blocks per side", least=1, flag="area")
 _down_n = partial(option, 32, least=1, flag="down_N")
 _start = partial(_step, None, "late start: begin with the reference noised to this step, or share", flag="start_t")
-_use_ddim = partial(option, False, "DDIM instead of ancestral sampling")
+_use_ddim = partial(option, False, "use DDIM instead of ancestral sampling")
 
 
 def _file(help: str, flag: str, default: str | None = None) -> Any:
@@ -115,7 +115,7 @@ class Cached(Method):
 class CachedGuidance(Cached):
     """Options of methods that guide some of their steps."""
 
-    cache_guided: bool = option(False, "reuse deep levels in guided steps, too")
+    cache_guided: bool = option(False, "reuse deep levels in guided steps as well")
 
     def ignored(self) -> set[str]:
         return super().ignored() | _unused(cache_guided=self.cache_guided and self.cache_interval > 1)
@@ -128,19 +128,17 @@ class SDDM(CachedGuidance):
 
     takes_energies = True
 
-    range_t: int | float = _step(0, "T0: guidance ends at this step of the schedule, or share of it as 0.3", least=0)
+    range_t: int | float = _step(0, "T0: step at which guidance ends, or share of the schedule, e.g. 0.3", least=0)
     blocks: int = _blocks()
-    variant: str = option(
-        "manifold", "as the method's authors describe it, or as their code computes it", choices=VARIANTS
-    )
+    variant: str = option("manifold", "manifold: as in the paper; released: as in the authors' code", choices=VARIANTS)
     start: int | float | None = _start()
     detail_merge: bool = option(False, "merge directions per block instead of per channel")
-    moo: str = option("min_norm", "merge directions by their minimum-norm point, or add them up", choices=MERGES)
-    manifold: str = option("badain", "by block statistics, or by low frequencies (ablation)", choices=MANIFOLDS)
-    down_n: int = _down_n("low_pass, energy or manifold, keeps 1/N of the resolution")
-    sampler: str = option("ancestral", "solver of the steps; ddim and dpmpp_2m need fewer", choices=SOLVERS)
-    eta: float = option(0.0, "noise of ddim, from 0 for none to 1 for as much as ancestral", least=0, most=1)
-    energy_scale: float = option(LAMBDA, "lambda: length of an energy's direction relative to the score's", least=0)
+    moo: str = option("min_norm", "how directions are merged: their minimum-norm point, or their sum", choices=MERGES)
+    manifold: str = option("badain", "defined by block statistics, or by low frequencies", choices=MANIFOLDS)
+    down_n: int = _down_n("downsampling factor of low_pass, as energy or manifold")
+    sampler: str = option("ancestral", "sampling algorithm; ddim and dpmpp_2m need fewer steps", choices=SOLVERS)
+    eta: float = option(0.0, "noise of ddim: 0 is deterministic, 1 adds as much as ancestral", least=0, most=1)
+    energy_scale: float = option(LAMBDA, "lambda: length of each energy's direction relative to the score's", least=0)
     details: int | float | None = _step(None, "keep thin features (eyes) down to this step or share", flag="details_t")
 
     def __post_init__(self) -> None:
@@ -183,7 +181,7 @@ class ILVR(CachedGuidance):
 class SDEdit(Cached):
     """Options of `baselines.sdedit`."""
 
-    start: int | float = _step(500, "steps from the noised reference to the image, or share", above=0, flag="t")
+    start: int | float = _step(500, "step to which the reference is noised, or share", above=0, flag="t")
 
     def bind(self, target: Target, energies: Sequence[Energy] = ()) -> Sampler:
         return bind(baselines.sdedit, variance=_variance(target), **vars(self))
@@ -194,9 +192,9 @@ class SDEdit(Cached):
 class EGSDE(SDEdit, CachedGuidance):
     """Options of `baselines.egsde`."""
 
-    ls: float = option(500.0, "weight of realism, 0 for none")
-    li: float = option(2.0, "weight of faithfulness, 0 for none")
-    down_n: int = _down_n("faithfulness is to 1/N of the resolution")
+    ls: float = option(500.0, "weight of the realism energy; 0 turns it off")
+    li: float = option(2.0, "weight of the faithfulness energy; 0 turns it off")
+    down_n: int = _down_n("downsampling factor of the faithfulness energy")
     encoder: str | None = _file("checkpoint of the domain-specific extractor", flag="dsepath")
 
     def __post_init__(self) -> None:
@@ -227,7 +225,7 @@ class Unconditional(Cached):
     """Options of `baselines.unconditional`."""
 
     use_ddim: bool = _use_ddim()
-    eta: float = option(0.0, "noise of DDIM, 0 for none to 1", least=0, most=1)
+    eta: float = option(0.0, "noise of DDIM: 0 is deterministic, 1 adds as much as ancestral sampling", least=0, most=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -246,15 +244,15 @@ class ClassifierGuided(Method):
     takes_labels = True
 
     classifier: str | None = _file("checkpoint of the classifier", flag="classifier_path")
-    classifier_scale: float = option(1.0, "factor of the classifier's gradient", least=0)
+    classifier_scale: float = option(1.0, "scale of the classifier's gradient", least=0)
     use_ddim: bool = _use_ddim()
-    classifier_use_fp16: bool | None = option(None, "compute the classifier in half precision")
+    classifier_use_fp16: bool | None = option(None, "run the classifier in half precision")
     classifier_width: int | None = option(None, "base width of the classifier", least=1, most=1 << 14)
     classifier_depth: int | None = option(None, "residual blocks per level of the classifier", least=1, most=64)
-    classifier_attention_resolutions: str | None = option(None, "sides of its feature maps with attention")
-    classifier_use_scale_shift_norm: bool | None = option(None, "scale and shift by its time embedding")
-    classifier_resblock_updown: bool | None = option(None, "resample inside its residual blocks")
-    classifier_pool: str | None = option(None, "pooling of its features, as attention or adaptive")
+    classifier_attention_resolutions: str | None = option(None, "its resolutions with attention, e.g. 32,16,8")
+    classifier_use_scale_shift_norm: bool | None = option(None, "condition its normalisation on the timestep")
+    classifier_resblock_updown: bool | None = option(None, "down- and upsample in its residual blocks")
+    classifier_pool: str | None = option(None, "pooling of its features, e.g. attention or adaptive")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -322,10 +320,10 @@ class VGG(EnergyOptions):
 
     pixels = True
 
-    weights: str | None = _file("AdaIN's VGG weights", default="models/vgg_normalised.pth", flag="vgg_path")
-    level: int = option(1, "VGG feature reluN_1, for vgg", least=1, most=5, flag="vggdepth")
+    weights: str | None = _file("weights of AdaIN's VGG", default="models/vgg_normalised.pth", flag="vgg_path")
+    level: int = option(1, "N of the VGG layer reluN_1 that vgg compares", least=1, most=5, flag="vggdepth")
     blocks: int = _blocks()
-    vgg_bf16: bool = option(False, "compute vgg and its gradient in bf16; needs `precision` bf16")
+    vgg_bf16: bool = option(False, "compute vgg and its gradient in bf16; requires `precision` bf16")
 
     def ignored(self) -> set[str]:
         """Fields that have no effect with these values."""
@@ -368,7 +366,7 @@ class DSE(EnergyOptions):
 class LowPass(EnergyOptions):
     """Options of `energy.low_pass`."""
 
-    down_n: int = _down_n("low_pass, energy or manifold, keeps 1/N of the resolution")
+    down_n: int = _down_n("downsampling factor of low_pass, as energy or manifold")
 
     def create(self, target: Target) -> Energy:
         return energy.low_pass(self.down_n)
@@ -381,8 +379,8 @@ class Classifier(EnergyOptions):
 
     pixels = True
 
-    classifier: str | None = _file("checkpoint of a noisy-image classifier, for classifier", flag="classifier_path")
-    target_class: int | str | None = option(None, "number or name of the class to move to", metavar="CLASS")
+    classifier: str | None = _file("classifier of noised images, for classifier", flag="classifier_path")
+    target_class: int | str | None = option(None, "class to guide towards, by number or name", metavar="CLASS")
 
     def create(self, target: Target) -> Energy:
         if self.target_class is None:

@@ -79,7 +79,7 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
     if value is None and type(None) in kinds:
         return
     if value is None:
-        raise InputError(f"it is needed: {meta.get('help', 'a value')}", parameter=field.name)
+        raise InputError(f"it is required: {meta.get('help', 'a value')}", parameter=field.name)
     if reason := _misfit(kinds, meta, value):
         raise InputError(reason, parameter=field.name, value=value)
 

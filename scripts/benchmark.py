@@ -1,11 +1,11 @@
-"""Compare methods: sample with every method, setting and seed of a table, evaluate, and set published results beside.
+"""Compare methods: sample with every method, setting and seed of a table, evaluate, and show published results beside.
 
-The table says how each row is sampled; scripts/cat2dog.sh and its neighbours hold one each. A line is
+Each line of the table is a row to sample, as in scripts/cat2dog.sh:
 
     method | setting | script and its flags | published FID | published SSIM
 
-where the last two may be missing and # begins a comment. Every row is sampled with every seed, in a process of its own,
-on the same references and with the same model. A run that was killed resumes when the same command is started again.
+The last two columns are optional, and # starts a comment. Every row is sampled with every seed, in its own process, on
+the same references and with the same model. To resume an interrupted benchmark, run the same command again.
 """
 
 import os
@@ -29,9 +29,9 @@ EVALUATION = ("features", "trust_features", "inception_path", "protocol", "image
 
 def create_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add(comparison.Compared, title="what is compared", without=SAMPLING)
-    parser.add(comparison.Compared, title="how it is sampled", only=SAMPLING)
-    parser.add(Evaluation, title="how it is evaluated", only=EVALUATION)
+    parser.add(comparison.Compared, title="comparison", without=SAMPLING)
+    parser.add(comparison.Compared, title="sampling", only=SAMPLING)
+    parser.add(Evaluation, title="evaluation", only=EVALUATION)
     parser.add(Extensions, title="extensions")
     return parser
 

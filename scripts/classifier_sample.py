@@ -1,6 +1,6 @@
-"""Make images of random or one chosen class, guided by a classifier of noisy images, as guided-diffusion does.
+"""Sample images of random classes, or of --class_index, with classifier guidance, as guided-diffusion does.
 
-000000.png, 000001.png, ... in --save_dir; an image depends on the flags, --seed and its number alone.
+Writes 000000.png, 000001.png, ... to --save_dir. An image depends only on the flags, --seed and its number.
 
 example:
   python scripts/classifier_sample.py --model_path 256x256_diffusion.pt \\

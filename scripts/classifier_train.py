@@ -1,4 +1,4 @@
-"""Train a classifier of noised images, or EGSDE's domain-specific extractor: the energies `classifier`, `dse`.
+"""Train a classifier of noised images, or EGSDE's domain-specific extractor, for the energies classifier and dse.
 
 examples:
   python scripts/classifier_train.py --data_dir train --val_data_dir val
@@ -7,7 +7,7 @@ examples:
   python scripts/classifier_train.py --domains cat,wild,dog  # the target last
   python scripts/ae_sample.py --energy dse --dsepath extractor.safetensors ...
 
-Classes are those of dataset.json in --data_dir, its folders, or the parts of file names before the first underscore.
+Classes come from dataset.json in --data_dir, from its folders, or from file names up to the first underscore.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""Write any checkpoint that this project reads as a folder for diffusers, or as a .safetensors file of this project.
+"""Convert any checkpoint that this project reads to a diffusers folder or a .safetensors file.
 
-The name in --save_dir chooses. Checkpoints are .pt, .pth and .safetensors files, and folders and Hub ids of diffusers.
-What is written is read back and compared before it appears.
+The name in --save_dir decides which. Checkpoints are .pt, .pth and .safetensors files, and folders and Hub ids
+of diffusers. The output is read back and compared before it gets its final name.
 
 examples:
   python scripts/convert.py --model_path models/afhq_dog_4m.pt --save_dir dog
@@ -26,22 +26,22 @@ from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.cli.sampling import TRAINING_FLAGS
 from guided_diffusion.options import Checked, option
 
+UNSTATED = "Needed only where the checkpoint does not state it."
+
 
 @dataclass(frozen=True)
 class Conversion(Checked):
     """Input and output of a conversion."""
 
-    model_path: str = option(None, "checkpoint, folder or Hub id to read", file=True, metavar="PATH")
-    save_dir: str = option(
-        None, "folder, or file that ends with .safetensors, to write; it must not exist", metavar="PATH"
-    )
-    drop_variance: bool = option(False, "keep the mean alone where variances were learned: few schedulers take both")
+    model_path: str = option(None, "checkpoint, diffusers folder or Hub id to convert", file=True, metavar="PATH")
+    save_dir: str = option(None, "new folder, or new file that ends with .safetensors", metavar="PATH")
+    drop_variance: bool = option(False, "drop learned variances, which few schedulers support")
 
 
 def create_parser() -> Parser:
     parser = Parser(__doc__, usage="--model_path PATH --save_dir PATH [flags]")
     parser.add(Conversion, title="conversion")
-    parser.add(ModelFlags, title="model", description="What the checkpoint does not tell.", without=TRAINING_FLAGS)
+    parser.add(ModelFlags, title="model", description=UNSTATED, without=TRAINING_FLAGS)
     parser.add_without_effect(**TRAINING_FLAGS)
     return parser
 

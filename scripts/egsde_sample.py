@@ -1,8 +1,8 @@
 """Translate every image under --base_samples into the domain of --model_path (EGSDE, NeurIPS 2022).
 
-The reference is noised by --t steps, then denoised under two energies. Without --timestep_respacing, all steps that the
-model was trained with count; --ls and --li are made for these. Predicted images are not clipped, learned variances are
-not used.
+The reference is noised to step --t, then denoised with two energies as guidance. Without --timestep_respacing, --t
+counts training steps, and --ls and --li are tuned for these. Predicted images are not clipped, and learned variances
+are not used.
 
 example:
   python scripts/egsde_sample.py --preset cat2dog \\

@@ -1,4 +1,4 @@
-"""Measure a folder of translated images: FID, KID, L2, PSNR, SSIM, MS-SSIM, LPIPS; JSON, CSV and Markdown out.
+"""Evaluate translated images with FID, KID, L2, PSNR, SSIM, MS-SSIM and LPIPS; write JSON, CSV and Markdown.
 
 examples:
   python scripts/evaluate.py --outputs output/cat2dog --out results/cat2dog \\
@@ -26,8 +26,8 @@ from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.evaluation import Evaluation, protocol, table
 
 PAIRING = (
-    "searched recursively; outputs are paired with files of the same relative name, by number or order only where no "
-    "name matches"
+    "Folders are searched recursively. Outputs are paired with files of the same relative path, or by number or order "
+    "if no path matches."
 )
 GROUPS = {
     "images": ("outputs", "sources", "targets", "truth", "partial"),

@@ -1,4 +1,4 @@
-"""Download a published checkpoint. The file is read, and so compared with its own checksums, before it gets its name.
+"""Download a published checkpoint. The file is checked before it gets its final name.
 
 example:
   python scripts/fetch_model.py 256x256_diffusion_uncond.pt
@@ -22,9 +22,9 @@ from guided_diffusion.cli.flags import Given, Parser
 
 def create_parser() -> Parser:
     parser = Parser(__doc__, usage="[NAME] [--save_dir DIR]")
-    parser.add_argument("name", nargs="?", help="file to download; without it, all that are known are listed")
+    parser.add_argument("name", nargs="?", help="file to download; by default, list the available files")
     parser.add_argument(
-        "--save_dir", default=os.path.join(ROOT, "models"), metavar="DIR", help="folder for the file (default models)"
+        "--save_dir", default=os.path.join(ROOT, "models"), metavar="DIR", help="output folder (default models)"
     )
     return parser
 

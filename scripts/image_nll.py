@@ -1,4 +1,4 @@
-"""The likelihood of images under a diffusion model: the variational bound in bits per dimension, with its terms.
+"""Evaluate the likelihood of images under a diffusion model: the variational bound in bits per dimension, by term.
 
 Writes guided-diffusion's vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz (means over images by step, from the last
 to the first), bpd.csv with a row per image, and every image's terms to images.jsonl.

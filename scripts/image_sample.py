@@ -1,7 +1,7 @@
-"""Make images of a diffusion model's own, without references: 000000.png, 000001.png, ... in --save_dir.
+"""Sample images from a diffusion model, without references.
 
-An image depends on the flags, --seed and its number alone. A class-conditional model makes images of random classes,
-or of --class_index.
+Writes 000000.png, 000001.png, ... to --save_dir. An image depends only on the flags, --seed and its number. With a
+class-conditional model, classes are random, or --class_index.
 
 example:
   python scripts/image_sample.py --model_path models/fluent3d_64.safetensors \\

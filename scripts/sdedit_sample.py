@@ -1,7 +1,7 @@
 """Translate every image under --base_samples into the domain of --model_path (SDEdit, ICLR 2022).
 
-The reference is noised by --t steps, then denoised. Without --timestep_respacing, all steps that the model was trained
-with count. Predicted images are not clipped, learned variances are not used.
+The reference is noised to step --t, then denoised. Without --timestep_respacing, --t counts training steps. Predicted
+images are not clipped, and learned variances are not used.
 
 example:
   python scripts/sdedit_sample.py --preset emoji --base_samples ref_imgs

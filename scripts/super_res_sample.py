@@ -1,6 +1,6 @@
 """Enlarge a folder of small images, or the .npz file of another sampling command, with a super-resolution model.
 
-Outputs keep their names; an output depends on the flags, --seed and its image's relative path alone.
+An output has the name of its input, and depends only on the flags, --seed and the input's relative path.
 
 example:
   python scripts/super_res_sample.py --model_path 64_256_upsampler.pt \\

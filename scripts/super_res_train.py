@@ -1,6 +1,6 @@
-"""Train a super-resolution model: images of side --large_size from those of side --small_size, by diffusion.
+"""Train a diffusion model for super-resolution, from --small_size to --large_size pixels.
 
-Small images are made of the training images by averaging.
+Small images are averages of the training images.
 
 examples:
   python scripts/super_res_train.py --data_dir data/emoji/fluent3d/train \\

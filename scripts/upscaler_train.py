@@ -1,7 +1,7 @@
-"""Train an upscaler: the small network that enlarges what a model of small images makes.
+"""Train an upscaler: a small network that enlarges the outputs of a low-resolution model.
 
-It learns from crops of the large images in --data_dir and, where --copies names folders, from the model's own copies of
-them: noised a little and denoised, so that it repairs what the model does to a picture.
+It learns from crops of the large images in --data_dir and, with --copies, from the model's own copies of them: noised
+slightly and denoised, so that it also learns to remove the model's artefacts.
 
 examples:
   python scripts/ae_sample.py --model_path models/fluent3d_64.safetensors \\

@@ -1,4 +1,4 @@
-"""Serve a page in the browser that translates pictures (SDDM, ICML 2023). It needs gradio.
+"""Serve a web page that translates images (SDDM, ICML 2023). Requires gradio.
 
 example:
   python scripts/web_demo.py --model_path models/fluent3d_64.safetensors
@@ -22,8 +22,8 @@ from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.errors import InputError
 
 DEMO = os.path.join(ROOT, "models", "fluent3d_64.safetensors")
-DEMO_NOTE = "This model has seen glossy 3D emoji and nothing else, so give it a drawing on a white background."
-MODEL = "a model of the page: a file, a diffusers folder or a Hub id; may be repeated (default the demo's)"
+DEMO_NOTE = "This model knows only glossy 3D emoji, so choose a drawing on a white background."
+MODEL = "model to offer: a checkpoint, a diffusers folder or a Hub id; can be repeated (default the demo's)"
 
 
 def create_parser() -> Parser:

@@ -323,8 +323,8 @@ def test_bad_flags_are_one_line_before_anything_is_written(data, tmp_path, line)
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("", "--base_samples is missing; it is needed: a folder of references"),
-        ("--base_samples {data}/ref", "--model_path is missing; it is needed: the target's model"),
+        ("", "--base_samples is missing; it is required: folder of reference images"),
+        ("--base_samples {data}/ref", "--model_path is missing; it is required: checkpoint, diffusers folder"),
         ("--base_samples {data}/ref --model_path m.pt", "m.pt does not exist"),
         ("--model_path m --base_samples r --area x", "argument --area: 'x' is not a whole number"),
         ("--model_path m --base_samples r --batch_size big", "--batch_size is 'big'; it must be a whole number above"),

@@ -33,24 +33,24 @@ log = logging.getLogger("sddm")
 class TargetOptions:
     """The target domain's diffusion model, and how it computes."""
 
-    model_path: str = option(None, "the target's model: file, diffusers folder or Hub id", file=True, metavar="PATH")
-    class_index: int | str | None = option(None, "class to make, for a class-conditional model", metavar="CLASS")
+    model_path: str = option(None, "checkpoint, diffusers folder or Hub id of the model", file=True, metavar="PATH")
+    class_index: int | str | None = option(None, "class to sample, for class-conditional models", metavar="CLASS")
     precision: str | None = option(
         None,
-        "arithmetic of the network; auto: bf16 where the device computes in it, else fp32 (default fp32)",
+        "dtype of the network; auto: bf16 where the device supports it natively, else fp32 (default fp32)",
         choices=PRECISIONS,
     )
-    fuse: bool = option(False, "faster forms of some layers, equal up to rounding")
-    compile: bool = option(False, "compile the network first, which pays over many batches on a GPU", runtime=True)
-    sigma_small: bool | None = option(None, "the posterior's variance if the model has none, or beta (default True)")
-    clip_denoised: bool | None = option(None, "keep predicted images in range (default True)")
+    fuse: bool = option(False, "fuse some layers for speed; equal up to rounding")
+    compile: bool = option(False, "use torch.compile; worthwhile for many batches on a GPU", runtime=True)
+    sigma_small: bool | None = option(None, "variance if not learned: the posterior's, or beta (default True)")
+    clip_denoised: bool | None = option(None, "clip predicted images to [-1, 1] (default True)")
     device: str = option("auto", "cpu, cuda, cuda:1, mps or auto", runtime=True, metavar="NAME")
-    upscale: bool | None = option(None, "enlarge by the upscaler that the checkpoint names (default True if it does)")
-    prompt: str | None = option(None, "text that the pictures shall show, for a pipeline with prompts")
-    negative_prompt: str | None = option(None, "text that they shall not show")
+    upscale: bool | None = option(None, "enlarge with the checkpoint's upscaler (default True if it has one)")
+    prompt: str | None = option(None, "what the results should show, for models with prompts")
+    negative_prompt: str | None = option(None, "what the results should not show")
     # Its content is recorded.
     prompt_file: str | None = option(
-        None, "prompts by picture: a CSV file of name and prompt, or a folder of NAME.txt", runtime=True, metavar="PATH"
+        None, "a prompt per image: a CSV file of name and prompt, or a folder of NAME.txt", runtime=True, metavar="PATH"
     )
     guidance_scale: float | None = option(None, "classifier-free guidance (default the pipeline's)", least=0, most=100)
 

@@ -18,7 +18,7 @@ class Extensions:
     """Metrics and feature networks from outside."""
 
     extend: str = option(
-        "", "Python files, separated by commas, that register metrics or feature networks; they are run",
+        "", "comma-separated Python files that register metrics or feature networks; they are executed",
         metavar="FILES",
     )  # fmt: skip
 

@@ -103,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         """The flag `preset` in a group of its own, whose description lists the presets of a method."""
         self.method = method
         group = self.add_argument_group("presets", "\n".join(preset_lines(method)))
-        group.add_argument("--preset", metavar="NAME", help="recommended flags by name; flags that are given win")
+        group.add_argument("--preset", metavar="NAME", help="recommended flags by name; other flags override them")
 
     def add_without_effect(self, **usual: Any) -> None:
         """Flags of the public release that are accepted and do nothing; by name the value that is not reported."""

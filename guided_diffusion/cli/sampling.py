@@ -38,7 +38,7 @@ TRAINING_FLAGS = {"dropout": 0.0, "use_checkpoint": False, "use_kl": False, "res
 """Flags of the network that concern its training alone, and their defaults."""
 STEPS = "timestep_respacing"
 VGG = "models/vgg_normalised.pth"
-ENERGY_HELP = "any energies, as dse,low_pass, or none (default vgg where its weights exist, else dct)"
+ENERGY_HELP = "comma-separated energies, such as dse,low_pass, or none (default vgg if its weights exist, else dct)"
 
 Labels = Callable[[Sequence[str], ImageNoise], torch.Tensor | None]
 
@@ -49,8 +49,8 @@ log = logging.getLogger("sddm")
 class NumberOptions(OutputOptions):
     """Options of a run that makes images without references."""
 
-    num_samples: int = option(16, "images to make", least=1, most=MOST_IMAGES, runtime=True)
-    npz: bool = option(False, "also write all images, and their classes, as one .npz file", runtime=True)
+    num_samples: int = option(16, "number of images to sample", least=1, most=MOST_IMAGES, runtime=True)
+    npz: bool = option(False, "also save all images and their classes as an .npz file", runtime=True)
 
     def source(self, peers: Peers, class_index: Any = None) -> Source:
         """The numbers of the images."""
@@ -62,7 +62,7 @@ class SmallImageOptions(NumberOptions):
     """Options of a run that enlarges images."""
 
     base_samples: str | None = option(None, "folder of small images, or an .npz file", runtime=True, metavar="PATH")
-    small_size: int = option(64, "side to which images of a folder are brought first", least=1, most=1 << 14)
+    small_size: int = option(64, "size to which images of a folder are resized first", least=1, most=1 << 14)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,7 +153,7 @@ def translate_command(
 def add_model(parser: Parser, without: Sequence[str] = ()) -> None:
     """The flags of the model and of how it computes."""
     parser.add(TargetOptions, title="model", without=without)
-    description = "read from the checkpoint where they are not given; one that contradicts it is an error"
+    description = "By default read from the checkpoint; a flag that contradicts it is an error."
     parser.add(ModelFlags, title="network and diffusion process", description=description, without=TRAINING_FLAGS)
     parser.add_without_effect(**TRAINING_FLAGS)
 

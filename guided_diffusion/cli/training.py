@@ -24,7 +24,7 @@ from ..training.start import Kind, Start, begin, describe
 from .flags import Given, Parser
 from .main import DONE, INTERRUPTED, say
 
-FROM_CHECKPOINT = "if not given: as in the checkpoint that training starts from, or the default"
+FROM_CHECKPOINT = "By default as in the checkpoint that training starts from, if any."
 
 
 def add_loop(parser: Parser, run: type = RunOptions, *, without: Sequence[str]) -> None:

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 class WebOptions(Checked):
     """Where the page is served, and what it offers."""
 
-    port: int = option(7860, "port of the page; 0 for a free one", least=0, most=65535)
-    host: str = option("127.0.0.1", "address to serve at; 0.0.0.0 for the whole network", metavar="ADDRESS")
+    port: int = option(7860, "port of the page; 0 for any free port", least=0, most=65535)
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for all network interfaces", metavar="ADDRESS")
     device: str = option("auto", "cpu, cuda, cuda:1, mps or auto")
-    precision: str = option("fp32", "arithmetic that the page begins with", choices=("fp32", "bf16", "fp16", "auto"))
-    examples: str = option("ref_imgs", "folder of example pictures; none for no examples", metavar="FOLDER")
-    max_side: int = option(4096, "pictures with more pixels a side are refused", least=1)
+    precision: str = option("fp32", "default precision of the page", choices=("fp32", "bf16", "fp16", "auto"))
+    examples: str = option("ref_imgs", "folder of example images; none for no examples", metavar="FOLDER")
+    max_side: int = option(4096, "maximum height and width of uploaded images", least=1)
 
 
 def free_port(host: str, port: int) -> int:
@@ -44,15 +44,15 @@ def free_port(host: str, port: int) -> int:
         except OSError as error:
             taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
             wrong = {"parameter": "port", "value": port} if taken else {"parameter": "host", "value": host}
-            hint = "; give another one, or 0 for a free one" if taken else ""
-            raise InputError(f"no page can be served there ({first_line(error)}){hint}", **wrong) from None
+            hint = "; choose another, or 0 for any free port" if taken else ""
+            raise InputError(f"the page cannot be served there ({first_line(error)}){hint}", **wrong) from None
         return probe.getsockname()[1]
 
 
 def warn_of_strangers(host: str) -> None:
     """One line where others than this machine's users can reach the page."""
     if not host.startswith(("127.", "localhost", "::1", "[::1]")):
-        say(f"warning: with --host {host}, anybody in the network can use this device; there is no log-in")
+        say(f"warning: with --host {host}, anyone on the network can use this page; it has no login")
 
 
 @contextlib.contextmanager

@@ -49,44 +49,44 @@ class Evaluation:
     Images are in folders, searched recursively, or in samples_*.npz files of image samplers.
     """
 
-    outputs: str | None = option(None, "the translated images", metavar="PATH")
-    sources: str | None = option(None, "the images that were translated, for metrics of pairs", metavar="DIR")
+    outputs: str | None = option(None, "folder or .npz file of translated images", metavar="PATH")
+    sources: str | None = option(None, "folder of source images, for paired metrics", metavar="DIR")
     targets: str | None = option(
         None, "images of the target domain, for FID and KID; or an .npz of their statistics, for FID", metavar="PATH"
     )
-    truth: str | None = option(None, "the true translations of the sources, if there are any", metavar="DIR")
-    partial: bool = option(False, "measure the pairs that exist; by default, an image without a partner is an error")
+    truth: str | None = option(None, "folder of ground-truth translations of the sources, if available", metavar="DIR")
+    partial: bool = option(False, "evaluate the pairs that exist; by default, an unpaired image is an error")
 
     protocol: str = option(
         "egsde", "how images are prepared for Inception; egsde-male2female: resized to 256, then 299 pixels, and "
         "normalised as for ImageNet", choices=PROTOCOLS,
     )  # fmt: skip
-    image_size: int = option(256, "side at which images are compared; 256 as published", least=MIN_SSIM_SIZE, most=8192)
+    image_size: int = option(256, "size at which images are compared; 256 as published", least=MIN_SSIM_SIZE, most=8192)
     native_size: bool = option(False, "compute features at the files' own size, as the pytorch-fid command does")
-    resize: str = option("crop", "how images are made square, as when sampling", choices=("crop", "pad", "stretch"))
+    resize: str = option("crop", "how images are made square, as in sampling", choices=("crop", "pad", "stretch"))
 
     features: str = option(
         "inception", "feature network: inception; efficientnet; a TorchScript FILE.pt that maps images [N, 3, H, W] in "
         "[0, 1] to features [N, D]; or a FILE.safetensors of a model of this project or of a registered kind, such as "
         "models/emoji_judge_64.safetensors, which adds content and target_vendor", metavar="NAME",
     )  # fmt: skip
-    trust_features: bool = option(False, "run a TorchScript FILE.pt, a program: only where you trust its origin")
+    trust_features: bool = option(False, "run a TorchScript FILE.pt, which can contain any code")
     inception_path: str | None = option(None, f"{WEIGHTS}, where it cannot be downloaded", metavar="FILE")
-    kid_subsets: int = option(100, "number of random subsets that KID is averaged over", least=1, most=MOST_RESAMPLES)
-    kid_subset_size: int = option(1000, "images per subset; smaller sets are used whole", least=2, most=1_000_000)
+    kid_subsets: int = option(100, "number of random subsets over which KID is averaged", least=1, most=MOST_RESAMPLES)
+    kid_subset_size: int = option(1000, "images per subset; smaller sets are used as a whole", least=2, most=1_000_000)
 
     lpips: str = option(
         "auto", "auto: measure it if the lpips package and its weights are available, else warn; True: else raise an "
         "error", choices=("auto", "True", "False"),
     )  # fmt: skip
-    lpips_net: str = option("alex", "LPIPS's backbone", choices=("alex", "vgg", "squeeze"))
+    lpips_net: str = option("alex", "backbone of LPIPS", choices=("alex", "vgg", "squeeze"))
 
-    bootstrap: int = option(0, "bootstrap replicates for intervals, 0 for none", least=0, most=MOST_RESAMPLES)
+    bootstrap: int = option(0, "bootstrap replicates for confidence intervals; 0: none", least=0, most=MOST_RESAMPLES)
     confidence: float = option(0.95, "confidence level of the intervals", metavar="P", above=0, most=0.9999)
-    seed: int = option(0, "seed of bootstrap and KID", least=0)
+    seed: int = option(0, "seed of the bootstrap and of KID's subsets", least=0)
 
     batch_size: int = option(16, "images per batch", least=1, most=4096, runtime=True)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...", runtime=True, metavar="NAME")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps or auto", runtime=True, metavar="NAME")
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():  # paths of pathlib are welcome
@@ -101,10 +101,8 @@ class Results:
     """Where the result is written."""
 
     out: str | None = option(None, "write PREFIX.json, PREFIX.csv (one row) and PREFIX.md", metavar="PREFIX")
-    per_image: bool = option(False, "write PREFIX_images.csv with the values of each output")
-    save_stats: str | None = option(
-        None, "write the statistics of the targets to this file and measure nothing", metavar="FILE"
-    )
+    per_image: bool = option(False, "also write the values of each image to PREFIX_images.csv")
+    save_stats: str | None = option(None, "only write the statistics of the targets to this .npz file", metavar="FILE")
 
     def prepare(self, options: Evaluation) -> None:
         """Raise InputError where these and an evaluation's options do not go together; make the folders."""

@@ -36,10 +36,10 @@ log = logging.getLogger("sddm")
 class RunOptions:
     """Where the results of a run go, and how it is made."""
 
-    save_dir: str = option("output", "folder for the outputs", runtime=True, metavar="DIR")
-    overwrite: bool = option(False, "start over where the save folder holds another run", runtime=True)
-    batch_size: int | str = option(4, "images at once, or auto", least=1, runtime=True, metavar="N")
-    seed: int = option(0, "with an image's relative path, determines its noise")
+    save_dir: str = option("output", "output folder", runtime=True, metavar="DIR")
+    overwrite: bool = option(False, "discard another run in the output folder and start over", runtime=True)
+    batch_size: int | str = option(4, "images per batch, or auto", least=1, runtime=True, metavar="N")
+    seed: int = option(0, "seed of the noise; an image's noise depends on it and on the image's relative path")
 
     def __post_init__(self) -> None:
         check(self)
@@ -51,9 +51,9 @@ class RunOptions:
 class OutputOptions(RunOptions):
     """Options of a run that makes images."""
 
-    save_trajectory: bool = option(False, "also write the denoising of every image as an animation to trajectory/")
+    save_trajectory: bool = option(False, "also save an animation of each image's denoising in trajectory/")
     trajectory: str = option("x0", "what the animation shows: the predicted x_0, or x_t", choices=("x0", "xt"))
-    grid: int = option(24, "images shown in grid.png, 0 for none", least=0, most=10_000, runtime=True)
+    grid: int = option(24, "number of images in grid.png; 0 for no grid", least=0, most=10_000, runtime=True)
 
     def ignored(self) -> set[str]:
         """Fields that have no effect with these values; version 0.1 showed x_0 and recorded no choice."""
@@ -65,19 +65,19 @@ class JobOptions(OutputOptions):
     """Options of a run that translates references."""
 
     base_samples: str = option(
-        None, "a folder of references (searched recursively), or one image", runtime=True, metavar="PATH"
+        None, "folder of reference images, searched recursively, or a single image", runtime=True, metavar="PATH"
     )
     num_samples: int | None = option(
-        None, "translate only the first so many references", least=1, most=MOST_IMAGES, runtime=True
+        None, "maximum number of references to translate", least=1, most=MOST_IMAGES, runtime=True
     )
-    samples_per_image: int = option(1, "translations of every reference", least=1, most=10_000)
-    resize: str = option("crop", "how images that are not square become so", choices=RESIZE_MODES)
+    samples_per_image: int = option(1, "number of translations of each reference", least=1, most=10_000)
+    resize: str = option("crop", "how non-square images are made square", choices=RESIZE_MODES)
     background: str = option("white", "colour behind transparent pixels", metavar="COLOUR")
     white_level: int | None = option(
-        None, "value of white in 16-bit greyscale references, such as 4095 for 12 bits; 65535 without it",
+        None, "white level of 16-bit greyscale references, such as 4095 for 12 bits (default 65535)",
         least=1, most=2**31 - 1, metavar="N",
     )  # fmt: skip
-    strict: bool = option(False, "stop at the first unreadable image", runtime=True)
+    strict: bool = option(False, "stop at the first image that cannot be read", runtime=True)
 
     def ignored(self) -> set[str]:
         # Records of version 0.2 have no white_level.

@@ -35,12 +35,12 @@ ONES = ("total_bpd", "prior_bpd")  # one value
 class LikelihoodOptions(RunOptions):
     """Which images, and where the results go."""
 
-    save_dir: str = option("output/nll", "folder for the results", runtime=True, metavar="DIR")
+    save_dir: str = option("output/nll", "output folder", runtime=True, metavar="DIR")
     data_dir: str | None = option(
-        None, "folder of images (searched recursively), or one image", runtime=True, metavar="PATH"
+        None, "folder of images, searched recursively, or a single image", runtime=True, metavar="PATH"
     )
-    num_samples: int = option(1000, "evaluate only the first so many images", least=1, runtime=True)
-    batch_size: int | str = option(1, "images at once, or auto", least=1, runtime=True, metavar="N")
+    num_samples: int = option(1000, "maximum number of images to evaluate", least=1, runtime=True)
+    batch_size: int | str = option(1, "images per batch, or auto", least=1, runtime=True, metavar="N")
     clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1]")
 
     def __post_init__(self) -> None:

@@ -24,34 +24,34 @@ from .data import CACHES
 class TrainConfig(Checked):
     """Settings of the loop."""
 
-    save_dir: str = option("output/train", "folder of the run's files", metavar="DIR", runtime=True)
+    save_dir: str = option("output/train", "output folder", metavar="DIR", runtime=True)
     batch_size: int = option(1, "images per step and process", least=1, most=1 << 16)
-    microbatch: int = option(-1, "images per forward pass; below 1: the whole batch", least=-1, runtime=True)
+    microbatch: int = option(-1, "images per forward pass; -1: the whole batch", least=-1, runtime=True)
     lr: float = option(1e-4, "learning rate of AdamW", above=0)
-    lr_anneal_steps: int = option(0, "anneal the learning rate to 0 by this step, then end; 0: constant", least=0)
+    lr_anneal_steps: int = option(0, "anneal the rate to 0 over this many steps, then stop; 0: constant", least=0)
     lr_schedule: str = option("linear", "shape of the annealing", choices=("linear", "cosine"))
-    lr_warmup_steps: int = option(0, "raise the learning rate linearly over the first steps", least=0)
+    lr_warmup_steps: int = option(0, "steps of linear learning-rate warm-up", least=0)
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW", least=0)
-    iterations: int = option(0, "last step; 0: when the rate is annealed, or never", least=0, runtime=True)
-    ema_rate: str = option("0.9999", "EMA rates of the weights, comma-separated; the first average is exported")
-    ema_warmup: bool = option(True, "EMA rate min(rate, (1 + n) / (10 + n)) after n steps, for short runs")
-    grad_clip: float = option(0.0, "largest norm of the gradient; 0: no clipping", least=0)
+    iterations: int = option(0, "number of training steps; 0: `lr_anneal_steps`, or no limit", least=0, runtime=True)
+    ema_rate: str = option("0.9999", "comma-separated EMA rates of the weights; the average of the first is exported")
+    ema_warmup: bool = option(True, "limit the EMA rate to (1 + n) / (10 + n) after n steps, for short runs")
+    grad_clip: float = option(0.0, "maximum norm of the gradient; 0: no clipping", least=0)
     schedule_sampler: str = option("uniform", "distribution of training timesteps", choices=SCHEDULE_SAMPLERS)
     sigma_mean: float = option(-0.3, "lognormal: mean of ln sigma, sigma^2 = (1 - alpha_bar) / alpha_bar")
     sigma_std: float = option(1.2, "lognormal: standard deviation of ln sigma", above=0)
-    precision: str = option("fp32", "autocast type; auto: bf16 where it is native, else fp32", choices=PRECISIONS)
-    compile: bool = option(False, "torch.compile the model", runtime=True)
-    deterministic: bool = option(False, "deterministic kernels; slower on a GPU", runtime=True)
-    seed: int = option(0, "seed of initial weights, order, flips, timesteps, noise and dropout", least=0)
-    log_interval: int = option(10, "steps between log rows; the first ten have one each", least=1, runtime=True)
+    precision: str = option("fp32", "autocast dtype; auto: bf16 where it is native, else fp32", choices=PRECISIONS)
+    compile: bool = option(False, "compile the model with torch.compile", runtime=True)
+    deterministic: bool = option(False, "use deterministic kernels; slower on a GPU", runtime=True)
+    seed: int = option(0, "seed of the initial weights, data order, flips, timesteps, noise and dropout", least=0)
+    log_interval: int = option(10, "steps between log rows; the first ten are all logged", least=1, runtime=True)
     save_interval: int = option(10000, "steps between checkpoints", least=1, runtime=True)
     sample_interval: int = option(0, "steps between sample grids; 0: none", least=0, runtime=True)
     eval_interval: int = option(1000, "steps between evaluations on held-out data", least=1, runtime=True)
-    keep: int = option(0, "number of checkpoints to keep, the newest; 0: all", least=0, runtime=True)
-    resume: str = option("", "auto: from the newest checkpoint in the save folder", metavar="{auto}", runtime=True)
+    keep: int = option(0, "number of latest checkpoints to keep; 0: all", least=0, runtime=True)
+    resume: str = option("", "auto: resume from the latest checkpoint in `save_dir`", metavar="{auto}", runtime=True)
     resume_checkpoint: str = option("", "model*.pt to resume, or weights to start from", metavar="FILE", runtime=True)
-    export: str = option("", "the .safetensors file; empty: model.safetensors there", metavar="FILE", runtime=True)
-    export_dtype: str = option("fp16", "precision of the exported weights", choices=("fp16", "fp32"), runtime=True)
+    export: str = option("", "exported file; empty: model.safetensors in `save_dir`", metavar="FILE", runtime=True)
+    export_dtype: str = option("fp16", "dtype of the exported weights", choices=("fp16", "fp32"), runtime=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,12 +94,12 @@ class DataOptions(Checked):
     data_dir: str | None = option(
         None, "training images: a folder, searched recursively, or a .zip file", metavar="DIR"
     )
-    random_flip: bool = option(True, "mirror half of the images")
-    resize: str = option("crop", "how images become square", choices=RESIZE_MODES)
+    random_flip: bool = option(True, "flip half of the images horizontally")
+    resize: str = option("crop", "how non-square images are made square", choices=RESIZE_MODES)
     background: str = option("white", "colour behind transparent pixels", metavar="COLOUR")
-    skip_damaged: bool = option(False, "replace images that cannot be read by others of their class, and count them")
+    skip_damaged: bool = option(False, "replace images that cannot be read by others of the same class")
     cache: str = option("auto", "decoded images; auto: on the device, up to 2 GiB", choices=CACHES, runtime=True)
-    num_workers: int = option(2, "threads that read images, without a cache", least=0, most=256, runtime=True)
+    num_workers: int = option(2, "threads that load images that are not cached", least=0, most=256, runtime=True)
 
     def reading(self) -> dict[str, Any]:
         """Arguments of `TrainImages` that say how images are read."""
@@ -112,12 +112,12 @@ class ClassOptions(Checked):
 
     domains: str | None = option(
         None,
-        "folders, sources first and the target last, instead of `data_dir`: train the extractor",
+        "comma-separated folders, sources first and the target last, instead of `data_dir`: train the extractor",
         metavar="DIRS",
     )
     val_data_dir: str | None = option(None, "held-out images for `data_dir`", metavar="DIR", runtime=True)
     val_domains: str | None = option(None, "held-out images for `domains`", metavar="DIRS", runtime=True)
-    noised: bool = option(True, "noised images at random timesteps; False: clean ones at timestep 0")
+    noised: bool = option(True, "train on images noised to random timesteps; False: on clean images")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,17 +131,17 @@ class LossOptions(Checked):
     """Weights of the diffusion loss over the timesteps; see `losses.loss_weights`."""
 
     p2_gamma: float = option(
-        0.0, "P2 weighting, 1 / (p2_k + SNR)^p2_gamma; 0: none, published models have 1", least=0, most=100
+        0.0, "gamma of P2 weighting, 1 / (k + SNR)^gamma; 0: off, 1 in the paper", least=0, most=100
     )
-    p2_k: float = option(1.0, "k of the P2 weighting", above=0)
-    min_snr_gamma: float = option(0.0, "min-SNR weighting; 0: none, its paper has 5", least=0)
+    p2_k: float = option(1.0, "k of P2 weighting", above=0)
+    min_snr_gamma: float = option(0.0, "gamma of min-SNR weighting; 0: off, 5 in the paper", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class SuperResOptions(Checked):
     """Input of a super-resolution model."""
 
-    small_size: int = option(64, "side of the images to enlarge", least=1, most=1 << 14)
+    small_size: int = option(64, "height and width of the images to enlarge", least=1, most=1 << 14)
 
     def check_large(self, large_size: int) -> None:
         """Raise InputError unless images of side large_size are larger."""
@@ -154,24 +154,24 @@ class SuperResOptions(Checked):
 class GridOptions(Checked):
     """Sample grids that are drawn during training."""
 
-    num_samples: int = option(16, "images in a grid", least=1, most=4096, runtime=True)
-    sample_respacing: str = option("ddim25", "steps; ddimN samples with DDIM", metavar="STEPS", runtime=True)
+    num_samples: int = option(16, "number of images in a grid", least=1, most=4096, runtime=True)
+    sample_respacing: str = option("ddim25", "sampling steps; ddimN uses DDIM", metavar="STEPS", runtime=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions(Checked):
     """Device of a run, and guided-diffusion's spelling of its precision."""
 
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", metavar="NAME", runtime=True)
-    use_fp16: bool = option(False, "the same as `precision` fp16", runtime=True)
+    device: str = option("auto", "cpu, cuda, cuda:1, mps or auto", metavar="NAME", runtime=True)
+    use_fp16: bool = option(False, "same as `precision` fp16", runtime=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierRunOptions(RunOptions):
     """`RunOptions` with guided-diffusion's spellings for its classifier."""
 
-    classifier_use_fp16: bool = option(False, "the same as `use_fp16`", runtime=True)
-    anneal_lr: bool = option(False, "the same as `lr_anneal_steps` with the value of `iterations`", runtime=True)
+    classifier_use_fp16: bool = option(False, "same as `use_fp16`", runtime=True)
+    anneal_lr: bool = option(False, "same as `lr_anneal_steps` with the value of `iterations`", runtime=True)
 
 
 def precision(run: RunOptions, given: str) -> str:
@@ -184,14 +184,14 @@ def precision(run: RunOptions, given: str) -> str:
 
 # Help texts of models' options that sampling words differently, or does not have.
 HELP = {
-    "class_cond": "condition on classes: folders, dataset.json, or file names up to the first underscore",
+    "class_cond": "condition on classes, from folders, dataset.json or file names up to the first underscore",
     "classifier_pool": "pooling of the last feature map: attention, adaptive, spatial or spatial_v2",
-    "diffusion_steps": "steps of the diffusion process",
-    "noise_schedule": "noise levels of the steps: linear or cosine",
+    "diffusion_steps": "number of diffusion steps",
+    "noise_schedule": "noise schedule: linear or cosine",
     "timestep_respacing": "train on these timesteps only",
     "predict_xstart": "predict the clean image instead of the noise",
     "predict_v": "predict the velocity instead of the noise",
-    "rescale_timesteps": "scale timesteps to 0 to 1000 for the network",
+    "rescale_timesteps": "scale timesteps to the range of 1000 steps",
 }
 
 

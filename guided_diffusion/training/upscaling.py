@@ -22,20 +22,20 @@ from .start import Start, resume_path
 class UpscalerOptions(Checked):
     """Pictures to learn from, their degradation, and the size of the network."""
 
-    data_dir: str | None = option(None, "large training images, searched recursively", metavar="DIR")
+    data_dir: str | None = option(None, "folder of large training images, searched recursively", metavar="DIR")
     copies: str = option(
         "",
-        "folders, comma-separated, of the model's small copies of the images, under the same names: half of the inputs",
+        "comma-separated folders of the model's small copies of the images, by the same names: half of the inputs",
         metavar="DIRS",
     )
-    large_size: int = option(256, "side of the large images", least=2, most=1 << 13)
-    factor: int = option(4, "by which sides are enlarged", least=2, most=16)
-    crop: int = option(32, "side of the small crops", least=4, most=1 << 10)
-    blur: float = option(0.5, "largest share of the inputs' 3x3 binomial blur", least=0, most=1)
-    noise: float = option(0.04, "largest standard deviation of the inputs' noise", least=0, most=2)
-    channels: int = option(64, "width of the network", least=1, most=1 << 10)
-    depth: int = option(10, "residual blocks", least=0, most=64)
-    model: str = option("", "name of the diffusion model that it belongs to, for the file's metadata", metavar="NAME")
+    large_size: int = option(256, "height and width of the large images", least=2, most=1 << 13)
+    factor: int = option(4, "factor by which images are enlarged", least=2, most=16)
+    crop: int = option(32, "height and width of the small training crops", least=4, most=1 << 10)
+    blur: float = option(0.5, "maximum strength of the 3x3 binomial blur of inputs", least=0, most=1)
+    noise: float = option(0.04, "maximum standard deviation of the noise of inputs", least=0, most=2)
+    channels: int = option(64, "number of channels", least=1, most=1 << 10)
+    depth: int = option(10, "number of residual blocks", least=0, most=64)
+    model: str = option("", "name of the diffusion model it belongs to, for its metadata", metavar="NAME")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,10 +40,10 @@ from .translate import (
 
 TITLE = "Repaint a picture in another style"
 INTRODUCTION = (
-    "Choose a picture and press **Translate**: a diffusion model that knows pictures of one kind only paints one of "
-    "that kind, with the layout and colours of yours."
+    "Choose a picture and press **Translate**. A diffusion model that knows only one kind of picture repaints it as "
+    "one of that kind, with the same layout and colours."
 )
-PHOTOGRAPH = "This looks like a photograph. The demo's model knows emoji: drawings with few colours suit it better."
+PHOTOGRAPH = "This looks like a photograph. The demo's model knows only emoji, so simple drawings work better."
 
 STYLE = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
@@ -158,7 +158,7 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                 variant = control(gr.Dropdown, "variant", list(VARIANTS))
                 precision = control(gr.Dropdown, "precision", list(PRECISIONS))
         text = gr.Textbox(
-            label="The same from the command line", info="Run it in the project's folder, with your picture there.",
+            label="Equivalent command", info="Run it in the project's folder, with your picture in it.",
             interactive=False, visible=False, lines=1, max_lines=12, buttons=["copy"], elem_id="command",
         )  # fmt: skip
 
@@ -182,12 +182,12 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
             except Exception as error:
                 words = explain(error)
                 yield same, same, words, same, *[same] * (MOST_RESULTS - 1)
-                raise gr.Error(words, title="That did not work", duration=12, print_exception=False) from None
+                raise gr.Error(words, title="Translation failed", duration=12, print_exception=False) from None
 
         def begin() -> Sequence[Any]:
             """The preview takes the place of the latest results."""
             hidden = [gr.update(visible="hidden")] * 2 * MOST_RESULTS
-            return (gr.update(value=None, visible=True), "Waiting until the device is free …", *hidden)
+            return (gr.update(value=None, visible=True), "Waiting for the device …", *hidden)
 
         def end(written: str | None, *pairs: tuple[str, str] | None) -> Sequence[Any]:
             """The latest results come back where there are any."""

@@ -44,39 +44,39 @@ class Settings(Checked):
     """Settings of a translation, with the page's defaults; the help texts stand below its controls."""
 
     area: int = option(
-        RECOMMENDED["blocks"], "Blocks per side that keep your picture's colour and contrast. More: closer.", least=1
+        RECOMMENDED["blocks"], "Blocks per side that keep your picture's colour and contrast. More is closer.", least=1
     )
     range_t: float = option(
-        RECOMMENDED["range_t"], "Last share of the steps, without your picture. Larger: more realistic, less like it.",
+        RECOMMENDED["range_t"], "Share of steps at the end without guidance. More is more realistic, but less similar.",
         least=0, most=0.95,
     )  # fmt: skip
     steps: int = option(
-        int(RECOMMENDED["timestep_respacing"]), "Steps from noise to the result. More: finer.", least=1, most=1000
+        int(RECOMMENDED["timestep_respacing"]), "Number of sampling steps. More give finer results.", least=1, most=1000
     )
-    seed: int = option(0, "Any number; another one gives another result.", least=0, most=2**53 - 1)
-    count: int = option(1, "So many results at once, with this seed and those after it.", least=1, most=MOST_RESULTS)
+    seed: int = option(0, "Another seed gives another result.", least=0, most=2**53 - 1)
+    count: int = option(1, "Number of results, with consecutive seeds.", least=1, most=MOST_RESULTS)
     start: float = option(
-        RECOMMENDED["start"], "1 begins with pure noise; less begins later, with your picture under so much noise.",
+        RECOMMENDED["start"], "1 starts from pure noise; less starts later, from your picture with less noise.",
         least=0.05, most=1,
     )  # fmt: skip
     details: float = option(
-        RECOMMENDED["details"], "Eyes and other thin features are kept down to this share of the steps. 1: not kept.",
+        RECOMMENDED["details"], "Keep eyes and other thin features down to this share of the steps. 1 turns it off.",
         least=0, most=1,
     )  # fmt: skip
     energy: str = option(
         RECOMMENDED["energy"],
-        "Further guidance: edges and textures (dct), overall shapes (low_pass), features of a network (vgg).",
+        "Additional guidance: edges and textures (dct), overall shapes (low_pass), network features (vgg).",
     )
     variant: str = option(
-        "manifold", "As the paper describes the method, or as its authors' code does.", choices=VARIANTS
+        "manifold", "manifold is as in the paper, released as in the authors' code.", choices=VARIANTS
     )
     sampler: str = option(
-        "ancestral", "How a step is taken. ddim and dpmpp_2m keep more of your picture, but are flat.", choices=SOLVERS
+        "ancestral", "Sampling algorithm. ddim and dpmpp_2m keep more of your picture, but look flat.", choices=SOLVERS
     )
     precision: str = option(
-        "fp32", "Arithmetic of the network. bf16 is faster on recent hardware, and less exact.", choices=PRECISIONS
+        "fp32", "Precision of the network. bf16 is faster on recent hardware, but less exact.", choices=PRECISIONS
     )
-    class_index: str | None = option(None, "What the model is to paint: a class by its number or name.")
+    class_index: str | None = option(None, "Class to paint, by number or name.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,9 +115,9 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ImageError):
         return f"{label('picture')} cannot be used: {error.reason}"
     if is_out_of_memory(error):
-        return "The device has too little memory for this model."
+        return "The device does not have enough memory for this model."
     log.error("a translation failed", exc_info=error)
-    return f"This is a defect of the program, and its log has the details: {first_line(error)}"
+    return f"Internal error, see the log for details: {first_line(error)}"
 
 
 class Model(NamedTuple):
