@@ -5,16 +5,11 @@ Weights stay in float32, so there are no second ("master") copies of parameters:
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 
 from . import logger
-
-INITIAL_LOG_LOSS_SCALE = 20.0
-
-ParamGroups = list[tuple[list[tuple[str, torch.Tensor]], Any]]
 
 
 def convert_module_to_f16(module: nn.Module) -> None:
@@ -37,13 +32,9 @@ class MixedPrecisionTrainer:
     """
 
     def __init__(
-        self,
-        *,
-        model: nn.Module,
-        use_fp16: bool = False,
-        fp16_scale_growth: float = 1e-3,
-        initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
-    ) -> None:
+        self, *, model: nn.Module, use_fp16: bool = False, fp16_scale_growth: float = 1e-3,
+        initial_lg_loss_scale: float = 20.0,
+    ) -> None:  # fmt: skip
         self.model, self.use_fp16 = model, use_fp16
         self.master_params = self.model_params = list(model.parameters())
         device = self.model_params[0].device.type
@@ -87,21 +78,3 @@ class MixedPrecisionTrainer:
         """The model's state dict with other values of its parameters, such as averages."""
         names = (name for name, _ in self.model.named_parameters())
         return {**self.model.state_dict(), **dict(zip(names, master_params))}
-
-    def state_dict_to_master_params(self, state_dict: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """The values of the model's parameters in a state dict, in their order."""
-        return [state_dict[name] for name, _ in self.model.named_parameters()]
-
-
-def get_param_groups_and_shapes(named_model_params: Iterable[tuple[str, torch.Tensor]]) -> ParamGroups:
-    """Named parameters as (those of one axis or none, -1) and (the others, (1, -1)): group and flattened shape."""
-    named = list(named_model_params)
-    return [([(n, p) for n, p in named if p.ndim <= 1], -1), ([(n, p) for n, p in named if p.ndim > 1], (1, -1))]
-
-
-def make_master_params(param_groups_and_shapes: ParamGroups) -> list[nn.Parameter]:
-    """A float32 parameter for every group: its parameters one after the other."""
-    return [
-        nn.Parameter(torch.cat([p.detach().float().flatten() for _, p in group]).view(shape))
-        for group, shape in param_groups_and_shapes
-    ]

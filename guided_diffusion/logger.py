@@ -5,7 +5,6 @@
 environment variable OPENAI_LOG_FORMAT, in ranks above 0 of OPENAI_LOG_FORMAT_MPI, with "-rankNNN" in the names.
 """
 
-import contextlib
 import csv
 import datetime
 import functools
@@ -14,15 +13,14 @@ import itertools
 import json
 import os
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .dist_util import ranks
 from .errors import InputError, check_choice, library
-from .run.files import disk_reason, write_text
+from .run.files import write_text, writing
 
 DEBUG, INFO, WARN, ERROR = 10, 20, 30, 40
 
@@ -50,8 +48,9 @@ class CSVOutputFormat:
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
         """Add a row; raises InputError where the file cannot be written."""
-        try:
-            if new := [key for key in kvs if key not in self.keys]:
+        new = [key for key in kvs if key not in self.keys]
+        with writing(self.filename):
+            if new:
                 with _open(self.filename, "r") as file:
                     rows = list(csv.reader(file))[1:]
                 self.keys += new
@@ -61,8 +60,6 @@ class CSVOutputFormat:
             row = ["" if kvs.get(key) is None else _plain(kvs[key]) for key in self.keys]
             with _open(self.filename, "a") as file:
                 csv.writer(file, lineterminator="\n").writerow(row)
-        except OSError as error:
-            raise InputError(disk_reason(self.filename, error)) from error
 
 
 def tensorboard(folder: str, **options: Any) -> Callable[..., None]:
@@ -127,7 +124,7 @@ def configure(dir: str | None = None, format_strs: Iterable[str] | None = None) 
     text, lines, table, folder = (
         os.path.join(dir, name) for name in (f"log{end}.txt", f"progress{end}.json", f"progress{end}.csv", f"tb{end}")
     )
-    texts = {"stdout": lambda line: print(line, flush=True), "log": lambda line: _append(text, line)}
+    texts = {"stdout": functools.partial(print, flush=True), "log": functools.partial(_append, text)}
     rows = {
         "json": lambda: lambda row: _append(lines, json.dumps({key: _plain(row[key]) for key in row})),
         "csv": lambda: CSVOutputFormat(table).writekvs,
@@ -144,17 +141,6 @@ def configure(dir: str | None = None, format_strs: Iterable[str] | None = None) 
     except OSError as error:
         raise InputError(f"it cannot be written: {error.strerror or error}", parameter="dir", value=dir) from None
     Logger.CURRENT = logger
-
-
-@contextlib.contextmanager
-def scoped_configure(dir: str | None = None, format_strs: Iterable[str] | None = None) -> Iterator[None]:
-    """`configure` for the length of a with-block."""
-    previous = Logger.CURRENT
-    configure(dir, format_strs)
-    try:
-        yield
-    finally:
-        Logger.CURRENT = previous
 
 
 def get_current() -> Logger:
@@ -212,14 +198,3 @@ debug, info, warn, error = (functools.partial(log, level=level) for level in (DE
 def get_dir() -> str:
     """The folder that is written to."""
     return get_current().dir
-
-
-@contextlib.contextmanager
-def profile_kv(scopename: str) -> Iterator[None]:
-    """Add the seconds that a with-block takes to the value `wait_NAME` of the next row."""
-    start = time.time()
-    try:
-        yield
-    finally:
-        values, name = getkvs(), f"wait_{scopename}"
-        values[name] = values.get(name, 0.0) + time.time() - start

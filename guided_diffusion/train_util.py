@@ -22,8 +22,6 @@ from .resample import LossAwareSampler, UniformSampler
 from .run.files import write_atomically
 from .training.files import load_optimizer_file
 
-INITIAL_LOG_LOSS_SCALE = 20.0
-
 Batch = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
@@ -36,54 +34,39 @@ class TrainLoop:
     """
 
     def __init__(
-        self,
-        *,
-        model: torch.nn.Module,
-        diffusion: GaussianDiffusion,
-        data: Iterator[Batch],
-        batch_size: int,
-        microbatch: int,
-        lr: float,
-        ema_rate: float | str,
-        log_interval: int,
-        save_interval: int,
-        resume_checkpoint: str,
-        use_fp16: bool = False,
-        fp16_scale_growth: float = 1e-3,
-        schedule_sampler: Any = None,
-        weight_decay: float = 0.0,
-        lr_anneal_steps: int = 0,
-    ) -> None:
+        self, *, model: torch.nn.Module, diffusion: GaussianDiffusion, data: Iterator[Batch], batch_size: int,
+        microbatch: int, lr: float, ema_rate: float | str, log_interval: int, save_interval: int,
+        resume_checkpoint: str, use_fp16: bool = False, fp16_scale_growth: float = 1e-3, schedule_sampler: Any = None,
+        weight_decay: float = 0.0, lr_anneal_steps: int = 0,
+    ) -> None:  # fmt: skip
         self.model, self.diffusion, self.data, self.batch_size = model, diffusion, data, batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
-        self.lr, self.weight_decay, self.lr_anneal_steps = lr, weight_decay, lr_anneal_steps
+        self.lr, self.lr_anneal_steps = lr, lr_anneal_steps
         self.ema_rate = [float(rate) for rate in ema_rate.split(",")] if isinstance(ema_rate, str) else [ema_rate]
         self.log_interval, self.save_interval = log_interval, save_interval
-        self.resume_checkpoint, self.use_fp16, self.fp16_scale_growth = resume_checkpoint, use_fp16, fp16_scale_growth
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank = torch.distributed.get_rank() if grouped else 0
         self.world_size = torch.distributed.get_world_size() if grouped else 1
         self.global_batch = batch_size * self.world_size
-        self.step = self.resume_step = 0
-
-        path = find_resume_checkpoint() or resume_checkpoint
-        if path:
-            self.resume_step = parse_resume_step_from_filename(path)
-            self._load(model, path)
+        self.step = 0
+        self.resume_step = parse_resume_step_from_filename(resume_checkpoint)
+        self.resume_folder = os.path.dirname(resume_checkpoint)
+        if resume_checkpoint:
+            self._load(model, resume_checkpoint)
         dist_util.sync_params(model.parameters())
         self.mp_trainer = MixedPrecisionTrainer(model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth)
         self.opt = torch.optim.AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
-        optimizer_path = os.path.join(os.path.dirname(path), f"opt{self.resume_step:06}.pt")
+        optimizer_path = os.path.join(self.resume_folder, f"opt{self.resume_step:06}.pt")
         if self.resume_step and os.path.exists(optimizer_path):
             moments, _ = load_optimizer_file(optimizer_path, list(self.mp_trainer.master_params))
             self.opt.load_state_dict({**self.opt.state_dict(), "state": moments})
-        self.ema_params = [self._average(path, rate) for rate in self.ema_rate]
-        self.use_ddp, self.ddp_model = self.world_size > 1, model
-        if self.use_ddp:
+        self.ema_params = [self._average(rate) for rate in self.ema_rate]
+        self.ddp_model: Any = model
+        if self.world_size > 1:
             gpus = [dist_util.dev()] if dist_util.dev().type == "cuda" else None
             ddp = torch.nn.parallel.DistributedDataParallel
-            self.ddp_model: Any = ddp(model, device_ids=gpus, broadcast_buffers=False)
+            self.ddp_model = ddp(model, device_ids=gpus, broadcast_buffers=False)
 
     def _load(self, model: torch.nn.Module, path: str) -> None:
         if self.rank == 0:
@@ -93,13 +76,12 @@ class TrainLoop:
         except (RuntimeError, TypeError, AttributeError) as error:
             raise InputError(f"{display_name(path)} does not fit the model: {first_line(error)}") from error
 
-    def _average(self, path: str, rate: float) -> list[torch.Tensor]:
-        """The average of a rate beside the model at `path`, or the model's parameters."""
-        averaged = self.model
-        found = find_ema_checkpoint(path, self.resume_step, rate) if self.resume_step else None
-        if found:
+    def _average(self, rate: float) -> list[torch.Tensor]:
+        """The average of a rate beside the checkpoint that is resumed, or the model's parameters."""
+        averaged, path = self.model, os.path.join(self.resume_folder, f"ema_{rate}_{self.resume_step:06d}.pt")
+        if self.resume_step and os.path.exists(path):
             averaged = copy.deepcopy(self.model)
-            self._load(averaged, found)
+            self._load(averaged, path)
         params = [p.detach().clone() for p in averaged.parameters()]
         dist_util.sync_params(params)
         return params
@@ -139,7 +121,7 @@ class TrainLoop:
             micro_cond = {name: value[part].to(dist_util.dev()) for name, value in cond.items()}
             last = at + self.microbatch >= len(batch)
             t, weights = self.schedule_sampler.sample(len(micro), dist_util.dev())
-            with contextlib.nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():
+            with contextlib.nullcontext() if last or self.world_size == 1 else self.ddp_model.no_sync():
                 losses = self.diffusion.training_losses(self.ddp_model, micro, t, model_kwargs=micro_cond)
                 if isinstance(self.schedule_sampler, LossAwareSampler):
                     self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
@@ -159,7 +141,7 @@ class TrainLoop:
             model = state_dict(self.mp_trainer.master_params)
             for kind, state in {**averages, "opt": self.opt.state_dict(), "model": model}.items():
                 logger.log(f"saving {kind}{step:06d}.pt...")
-                path = os.path.join(get_blob_logdir(), f"{kind}{step:06d}.pt")
+                path = os.path.join(logger.get_dir(), f"{kind}{step:06d}.pt")
                 write_atomically(path, lambda file, state=state: torch.save(state, file))
         if self.world_size > 1:
             torch.distributed.barrier()
@@ -170,24 +152,6 @@ def parse_resume_step_from_filename(filename: str) -> int:
     _, found, rest = filename.rpartition("model")
     number = rest.split(".")[0]
     return int(number) if found and number.isascii() and number.isdigit() and len(number) <= 18 else 0
-
-
-def get_blob_logdir() -> str:
-    """The folder of a run's files."""
-    return logger.get_dir() or "."
-
-
-def find_resume_checkpoint() -> str | None:
-    """A checkpoint to resume from, found automatically: none. Scripts replace this function."""
-    return None
-
-
-def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | str) -> str | None:
-    """The average of a rate that lies beside a checkpoint of a step, or None."""
-    if not main_checkpoint:
-        return None
-    path = os.path.join(os.path.dirname(main_checkpoint), f"ema_{rate}_{step:06d}.pt")
-    return path if os.path.exists(path) else None
 
 
 def log_loss_dict(diffusion: GaussianDiffusion, ts: torch.Tensor, losses: dict[str, torch.Tensor]) -> None:

@@ -79,16 +79,6 @@ def test_environment(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["log-rank003.txt", "progress.csv"]
 
 
-def test_scope_and_profile(tmp_path):
-    logger.configure(str(tmp_path / "a"), ["csv"])
-    with logger.scoped_configure(str(tmp_path / "b"), ["csv"]):
-        with logger.profile_kv("x"):
-            pass
-        assert logger.dumpkvs()["wait_x"] >= 0
-        assert logger.get_dir() == str(tmp_path / "b")
-    assert logger.get_dir() == str(tmp_path / "a")
-
-
 def test_bad_formats_and_folders(tmp_path):
     with pytest.raises(InputError) as caught:
         logger.configure(str(tmp_path), ["xml"])

@@ -7,24 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion import logger, train_util
+from guided_diffusion import logger
 from guided_diffusion.errors import InputError
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion
-from guided_diffusion.train_util import (
-    TrainLoop,
-    find_ema_checkpoint,
-    find_resume_checkpoint,
-    get_blob_logdir,
-    log_loss_dict,
-    parse_resume_step_from_filename,
-)
+from guided_diffusion.train_util import TrainLoop, log_loss_dict, parse_resume_step_from_filename
 
 
 @pytest.fixture
-def folder(tmp_path):
-    with logger.scoped_configure(dir=str(tmp_path), format_strs=["csv", "log"]):
-        yield tmp_path
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(logger.Logger, "CURRENT", None)
+    logger.configure(dir=str(tmp_path), format_strs=["csv", "log"])
+    return tmp_path
 
 
 def make(seed=0, class_cond=False, sampler="uniform", **changes):
@@ -100,17 +94,8 @@ def test_files_that_do_not_fit_are_one_line(folder):
         make(resume_checkpoint=str(folder / "missing.pt"))
 
 
-def test_helpers(folder, monkeypatch):
-    assert get_blob_logdir() == str(folder) and find_resume_checkpoint() is None
+def test_helpers(folder):
     names = {"path/to/model010000.pt": 10000, "amodel12.pt": 12, "model.pt": 0, "models/model000007.pt": 7, "": 0}
     assert {name: parse_resume_step_from_filename(name) for name in names} == names
-    loop = make(ema_rate=0.9)
-    log_loss_dict(loop.diffusion, torch.tensor([0, 29, 8]), {"mse": torch.tensor([1.0, 2.0, 6.0])})
+    log_loss_dict(make().diffusion, torch.tensor([0, 29, 8]), {"mse": torch.tensor([1.0, 2.0, 6.0])})
     assert logger.dumpkvs() == {"mse": 3.0, "mse_q0": 1.0, "mse_q1": 6.0, "mse_q3": 2.0}
-    loop.run_loop()
-    main = str(folder / "model000006.pt")
-    assert find_ema_checkpoint(main, 6, 0.9) == str(folder / "ema_0.9_000006.pt")
-    assert find_ema_checkpoint(main, 7, 0.9) is None and find_ema_checkpoint(None, 6, 0.9) is None
-    # Scripts find their own checkpoints by replacing the function.
-    monkeypatch.setattr(train_util, "find_resume_checkpoint", lambda: main)
-    assert make(ema_rate=0.9).resume_step == 6
