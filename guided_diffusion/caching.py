@@ -17,11 +17,8 @@ from .unet import SuperResModel, UNetModel
 
 
 class CachedModel:
-    """A network with the deep features of the images of one run; see `cached`.
-
-    network: a `UNetModel` or a `ddpm.Model`. interval: all levels are computed in the first of every `interval`
-    evaluations, and for a batch of another shape.
-    """
+    """A `UNetModel` or `ddpm.Model` that computes all levels in the first of every `interval` evaluations of a run, and
+    for a batch of another shape; see `cached`."""
 
     def __init__(self, network: Any, interval: int) -> None:
         self.network, self.interval = network, interval

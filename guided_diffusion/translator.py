@@ -36,39 +36,25 @@ PARAMETERS = {"blocks": "area", "timestep_respacing": "steps", "model_path": "mo
 
 
 class Translator:
-    """Translates pictures into the domain of a diffusion model.
+    """Translates pictures into the domain of a diffusion model; refuses what a command refuses, in the same words.
 
-    Args:
-        model: path of a checkpoint, a diffusers folder, or a Hub id; or a `Target` that `load_target` loaded with
-            any_class, which several translators can share. Device, precision and compilation are then the target's.
-            None: the preset's.
-        preset: a name in `presets.PRESETS`, whose options count where none are given.
-        method: `sddm`, `ilvr`, `sdedit` or `egsde`.
-        steps: number of denoising steps; as `timestep_respacing`, a text like "ddim25" fits, too. None: all.
-        energy: names of energies (SDDM), None for the default.
-        device, precision, compile: how the network computes; see `runtime`.
-        resize, background: how pictures become square, and the colour behind transparent pixels.
-        options: fields of the method's and the energies' options and of `ModelFlags`; `area` is SDDM's `blocks`.
-
-    `method` has the method's options, `evaluations` is the number of steps of a translation.
-
-    Raises:
-        InputError: what a command refuses, in the same words.
+    options: fields of the method's and the energies' options and of `ModelFlags`; `area` is SDDM's `blocks`. `method`
+    has the method's options, `evaluations` is the number of steps of a translation.
     """
 
     def __init__(
         self,
-        model: str | os.PathLike | Target | None = None,
+        model: str | os.PathLike | Target | None = None,  # a checkpoint, diffusers folder or Hub id; a shared `Target`
         *,
-        preset: str | None = None,
-        method: str = "sddm",
-        steps: int | str | None = None,
-        energy: str | Sequence[str] | None = None,
-        device: str | torch.device = "auto",
+        preset: str | None = None,  # name in `presets.PRESETS`, whose model and options count where none are given
+        method: str = "sddm",  # or ilvr, sdedit, egsde
+        steps: int | str | None = None,  # denoising steps, all by default; as `timestep_respacing`, "ddim25" fits, too
+        energy: str | Sequence[str] | None = None,  # names of energies (SDDM)
+        device: str | torch.device = "auto",  # a `Target` has its own device, precision and compilation
         precision: str | None = None,
         compile: bool = False,
-        resize: str = "crop",
-        background: str = "white",
+        resize: str = "crop",  # how pictures become square: crop, pad or stretch
+        background: str = "white",  # colour behind transparent pixels
         **options: Any,
     ) -> None:
         check_options(resize, background)
@@ -107,12 +93,11 @@ class Translator:
         self.evaluations = self.translation.steps
 
     def __call__(self, pictures: Any, *, seed: int | Sequence[int] = 0, name: str | None = None) -> Any:
-        """Translate a picture or a list of them.
+        """Translate a picture or a list of them; returns a PIL image, or a list for a list of pictures or seeds.
 
-        pictures: paths, PIL images, arrays uint8 [H, W, 3] or [H, W], or tensors [3, H, W] or [1, H, W] in [-1, 1],
-        one or a list. seed and name determine the noise; several seeds: a result of every picture for each, as one
-        batch. name: of a single picture, by default that of its file: a command's relative path gives the command's
-        very pixels. Returns a PIL image, or a list of them for a list of pictures or seeds.
+        pictures: paths, PIL images, arrays uint8 [H, W, 3] or [H, W], or tensors [3, H, W] or [1, H, W] in [-1, 1].
+        seed and name determine the noise. name: of a single picture, by default that of its file; with a command's
+        relative path and seed, the pixels are the command's.
         """
         many = isinstance(pictures, (list, tuple))
         if many and name is not None and len(pictures) > 1:

@@ -52,8 +52,8 @@ class LikelihoodOptions(RunOptions):
 def data_images(entries: list[Reference], classes: bool = False) -> Source:
     """Images, and with `classes` their classes, named as for training."""
     names = class_names(entries) if classes else []
-    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
-    return Source(entries, labels={entry.name: numbers[name] for entry, name in zip(entries, names)})
+    labels = np.unique(names, return_inverse=True)[1].tolist()
+    return Source(entries, labels=dict(zip([entry.name for entry in entries], labels)))
 
 
 class LikelihoodJob(Job):

@@ -40,23 +40,18 @@ log = logging.getLogger("sddm")
 class Loop:
     """One rank's share of a run. `run` makes what is missing; then `finish` completes the folder.
 
-    sample(batch, noise=, callback=): images [N, 3, S, S] in [-1, 1] for a `Batch`. noise(shape) is the next draw;
-    callback(state) is called after every step, with a dict of `i`, `x`, `pred_xstart`, and `guided`, a list of dicts of
-    what `record.record_of` takes. steps: calls of callback per image. picture(x): pictures [N, 3, S, S] of states
-    [N, C, H, W], for trajectories. grey: all channels are equal, and outputs become grey PNG files.
-    progress(image_steps, images): called on rank 0 with the image-steps done since the last call, over all ranks, and
-    the number of outputs that exist; `plan.image_steps(steps)` is what the former add up to.
-
+    sample(batch, noise=, callback=): images [N, 3, S, S] in [-1, 1] for a `Batch`; noise(shape) is the next draw, and
+    callback(state) gets `i`, `x`, `pred_xstart` and `guided` (arguments of `record.record_of`) after every step.
     `done` and `skipped` are numbers of outputs, `failed` has a reason for each failure, by name.
     """
 
     job: Job
     plan: Plan
     sample: Callable[..., Any]
-    steps: int
-    progress: Callable[[int, int], Any] = lambda image_steps, images: None
-    picture: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
-    grey: bool = False
+    steps: int  # calls of callback per image
+    progress: Callable[[int, int], Any] = lambda image_steps, images: None  # those done since; outputs that exist
+    picture: Callable[[torch.Tensor], torch.Tensor] = lambda x: x  # states [N, C, H, W] to pictures [N, 3, S, S]
+    grey: bool = False  # whether outputs become grey PNG files
 
     def __post_init__(self) -> None:
         self.done, self.skipped, self.failed = 0, self.plan.skipped, dict(self.job.source.failed)
@@ -87,22 +82,23 @@ class Loop:
 
     def _read(self, keys: list[str]) -> list[tuple[str, np.ndarray, str | None]]:
         """The readable keys with their images, uint8 [H, W, 3], and fingerprints; notes the others as failed."""
-        source = self.job.source
+        source, items = self.job.source, []
 
-        def read(key: str) -> Any:
+        def read(key: str) -> tuple[Any, str | None]:
             reference = self.job.items[key]
+            content = source.fingerprint(reference)  # first: if the file is replaced in between, the next run sees it
             try:
-                # In this order: a file that is replaced in between does not match its fingerprint in the next run.
-                content = source.fingerprint(reference)
-                return key, source.read(reference, self.plan.image_size), content
+                return source.read(reference, self.plan.image_size), content
             except ImageError as error:
-                return key, error
+                return error, content
 
         with ThreadPoolExecutor(8) as pool:
-            results = list(pool.map(read, keys))
-        for key, error in [result for result in results if len(result) == 2]:
-            self._fail(key, error.reason)
-        return [result for result in results if len(result) == 3]
+            for key, (image, content) in zip(keys, pool.map(read, keys)):
+                if isinstance(image, ImageError):
+                    self._fail(key, image.reason)
+                else:
+                    items.append((key, image, content))
+        return items
 
     def _fail(self, key: str, reason: str) -> None:
         name = self.job.items[key].name

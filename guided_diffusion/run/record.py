@@ -26,8 +26,7 @@ from ..errors import InputError, display_name, reading, shown
 from .files import Folder, json_text, read_json, write_json, write_text, writing
 
 NAME, IMAGES = "run.json", "images.jsonl"
-FORMAT = 2
-"""Changes when programs that know earlier formats alone cannot resume a run. Records of format 1 can be resumed."""
+FORMAT = 2  # format 1, of version 0.2, can be resumed, too
 COLUMNS = ("count", "tangent", "normal", "negative")
 """Columns of a guided step: evaluations, and sums over these; sums of the weights of score and energies follow."""
 
