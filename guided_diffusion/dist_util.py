@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import io
 import json
-import logging
 import os
 import pickle
 import re
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch.distributed import HashStore, PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 
-from .errors import AGAIN, InputError, first_line, reading, shown
+from .errors import AGAIN, InputError, first_line, log, reading, shown
 from .runtime import default_device
 
 # launcher, then its variables for rank, number of ranks and rank within the machine. Slurm's are those of a job step:
@@ -41,8 +40,6 @@ HEARTBEAT_TIMEOUT = 60.0  # silence after which a rank counts as dead; launchers
 STARTUP_TIMEOUT = 900.0  # the same before its first heartbeat: on a busy cluster, importing torch may take minutes
 PATIENCE = 10.0  # of waiting for other ranks at start-up, after which a line says for whom
 POLL = 0.1  # between looks at the store while waiting for another rank
-
-log = logging.getLogger("sddm")
 
 
 @dataclass(frozen=True)

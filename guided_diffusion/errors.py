@@ -1,14 +1,17 @@
-"""The one exception for bad input. It speaks of Python parameters; `cli.main` alone turns them into flags."""
+"""Messages: the one exception for bad input, which speaks of Python parameters, and the package's one log."""
 
 import contextlib
 import difflib
 import importlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 AGAIN = "run the same command again to resume"
+log = logging.getLogger("sddm")
+
 LONGEST = 200  # characters of a value or of another program's message that an error line shows
 
 

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import io
 import itertools
-import logging
 import math
 import os
 import posixpath
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
-from .errors import InputError, check_choice, display_name, one_line, reading
+from .errors import InputError, check_choice, display_name, log, one_line, reading
 from .references import (
     FORMATS,
     Reference,
@@ -31,8 +30,6 @@ from .references import (
     open_binary,
     reason_of,
 )
-
-log = logging.getLogger("sddm")
 
 RESIZE_MODES = ("crop", "pad", "stretch")
 

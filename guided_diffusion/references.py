@@ -2,7 +2,6 @@
 
 import functools
 import io
-import logging
 import os
 import posixpath
 import re
@@ -16,9 +15,7 @@ from typing import IO, Any
 
 from PIL import features
 
-from .errors import InputError, display_name, one_line
-
-log = logging.getLogger("sddm")
+from .errors import InputError, display_name, log, one_line
 
 # None of these runs another program, as Pillow's readers of EPS and WMF do. TGA has no signature and is tried last.
 FORMATS = [

@@ -3,14 +3,11 @@
 import contextlib
 import ctypes
 import functools
-import logging
 import re
 
 import torch
 
-from .errors import InputError, check_choice, first_line
-
-log = logging.getLogger("sddm")
+from .errors import InputError, check_choice, first_line, log
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = (*DTYPES, "auto")

@@ -3,7 +3,6 @@
 import argparse
 import inspect
 import linecache
-import logging
 import re
 import sys
 import warnings
@@ -12,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import InputError, renaming
+from .errors import InputError, log, renaming
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .respace import SpacedDiffusion, space_timesteps
 
 if TYPE_CHECKING:
     from .unet import EncoderUNetModel, SuperResModel, UNetModel
-
-log = logging.getLogger(__name__)
 
 NUM_CLASSES = 1000
 """Number of classes where none is given; a script may set another."""

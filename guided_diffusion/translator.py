@@ -9,7 +9,6 @@ The commands are built from the same parts: `checkpoint.targets.load_target`, `m
 """
 
 import dataclasses
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,15 +20,13 @@ from PIL import Image
 from .checkpoint import ModelFlags
 from .checkpoint.targets import TargetOptions, adapt, check_flags, load_target
 from .codec import Autoencoder, in_range
-from .errors import InputError, renaming
+from .errors import InputError, log, renaming
 from .image_datasets import check_options, load_image, to_tensor, to_uint8
 from .methods import ENERGIES, METHODS, Translation, energy_names
 from .presets import preset_options
 from .run.noise import ImageNoise, image_key
 from .runtime import pick_device
 from .target import Batch, Target
-
-log = logging.getLogger("sddm")
 
 PARAMETERS = {"blocks": "area", "timestep_respacing": "steps", "model_path": "model"}
 """The translator's names of options that the parts call otherwise."""

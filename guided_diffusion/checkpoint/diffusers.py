@@ -6,7 +6,6 @@ before weights are read. Fields that a configuration lacks have the library's de
 
 import hashlib
 import json
-import logging
 import math
 import os
 import re
@@ -16,15 +15,13 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, display_name, one_line, shown
+from ..errors import InputError, display_name, log, one_line, shown
 from ..gaussian_diffusion import get_named_beta_schedule
 from ..script_util import attention_factors, channel_multipliers
 from .architecture import multiple
 from .reading import hash_file, read_file, read_json_object
 from .reconcile import ADM, DDPM, EXTENSIONS, Kind, ModelInfo
 from .stated import Stated
-
-log = logging.getLogger(__name__)
 
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model"

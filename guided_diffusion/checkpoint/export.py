@@ -1,7 +1,6 @@
 """Write a checkpoint in another format: a diffusers folder, or a .safetensors file that describes itself."""
 
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -10,13 +9,11 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, display_name, one_line
+from ..errors import InputError, display_name, log, one_line
 from ..run.files import write_json, write_text
 from .diffusers import CONFIG, INDEX, SCHEDULER, WEIGHTS, to_diffusers
 from .loading import contiguous, load_model, save_model, write_safetensors
 from .reconcile import ModelInfo
-
-log = logging.getLogger(__name__)
 
 TOLERANCE = 2e-5
 """How far the written model's output may be from the original's, relative to the larger of 1 and the largest value."""

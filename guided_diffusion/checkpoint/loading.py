@@ -14,7 +14,6 @@ another kind of checkpoint, or the network with its tensors. `load_model` checks
 
 import inspect
 import json
-import logging
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, display_name, first_line, one_line
+from ..errors import InputError, display_name, first_line, log, one_line
 from ..registry import Registry
 from ..run.files import write_bytes
 from ..script_util import attention_factors, channel_multipliers, create_classifier, create_model
@@ -32,8 +31,6 @@ from .architecture import State
 from .reading import Source, hash_file, read_file
 from .reconcile import ADM, DDPM, ENCODER, FLAGS, Kind, ModelInfo, reconcile
 from .stated import described, refuse_edm, scheduler_in_metadata, stated_beside
-
-log = logging.getLogger(__name__)
 
 CHECKPOINTS = Registry("kind of checkpoint")
 """Kinds of checkpoints by name: functions (source, flags) -> Network or None. The last one added is asked first."""

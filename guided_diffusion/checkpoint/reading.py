@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import io
 import json
-import logging
 import os
 import re
 import warnings
@@ -20,12 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import InputError, display_name, first_line, one_line, reading
+from ..errors import InputError, display_name, first_line, log, one_line, reading
 from ..options import near_miss
 from ..references import open_binary
 from ..run.files import read_json
-
-log = logging.getLogger(__name__)
 
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net", "module")
 """Keys that hold the weights. Averaged weights (`is_average`), the ones to sample with, are tried before them."""

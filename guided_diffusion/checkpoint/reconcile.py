@@ -7,12 +7,11 @@ tell is never overruled.
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import InputError, display_name, one_line
+from ..errors import InputError, display_name, log, one_line
 from ..gaussian_diffusion import get_named_beta_schedule
 from ..options import check, check_value, field_types, option
 from ..script_util import (
@@ -28,8 +27,6 @@ from ..script_util import (
 from . import architecture
 from .reading import Source
 from .stated import TRAINING_FLAGS, UNDETECTABLE_FLAGS, Published, Stated, published
-
-log = logging.getLogger(__name__)
 
 # Flags that concern one use of a model only, so that any value fits any file.
 RUNTIME_FLAGS = {

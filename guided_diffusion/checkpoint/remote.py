@@ -6,17 +6,14 @@ same model at once wait for each other in the client's cache.
 """
 
 import glob
-import logging
 import os
 import re
 import tempfile
 
 import torch
 
-from ..errors import InputError, display_name, first_line, fitting, shown
+from ..errors import InputError, display_name, first_line, fitting, log, shown
 from .reading import read_file
-
-log = logging.getLogger(__name__)
 
 SCHEME = "hf://"
 ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")

@@ -6,7 +6,6 @@ of published models: the READMEs of guided-diffusion, improved-diffusion, ILVR, 
 
 import contextlib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,11 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..errors import InputError, display_name, reading, shown
+from ..errors import InputError, display_name, log, reading, shown
 from ..gaussian_diffusion import get_named_beta_schedule
 from .reading import Source, plain, read_json_object
-
-log = logging.getLogger(__name__)
 
 # Flags that shape the network but leave no trace in its tensors.
 UNDETECTABLE_FLAGS = (

@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from ..codec import Codec, pixels
-from ..errors import InputError, display_name, reading
+from ..errors import InputError, display_name, log, reading
 from ..options import check, option
 from ..respace import space_timesteps
 from ..runtime import DTYPES, PRECISIONS, CompiledModel, memory_format, pick_precision
@@ -25,8 +24,6 @@ from ..upscaler import load_upscaler
 from . import pipelines, remote
 from .loading import fingerprint, load_model, remember
 from .reconcile import ModelFlags, ModelInfo
-
-log = logging.getLogger("sddm")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 import os
 import re
 import shlex
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InputError, display_name, library, one_line, shown
+from ..errors import InputError, display_name, library, log, one_line, shown
 from ..evaluation import Evaluation, Instruments, evaluate, report, table
 from ..evaluation.features import NAMED
 from ..image_datasets import list_references
@@ -23,8 +22,6 @@ from ..run import files
 from ..run import record as run_record
 from ..run.record import curves
 from .rows import SCRIPTS, Row, refuse_own_flags
-
-log = logging.getLogger("sddm")
 
 TRIAL = 3  # references of a trial
 MOST_SEEDS = 1000

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AGAIN, InputError, first_line
+from ..errors import AGAIN, InputError, first_line, log
 
 if TYPE_CHECKING:
     from ..dist_util import Peers, Ranks
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 DONE, FAILED, REFUSED, DEFECT, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit statuses: all done, some images failed, bad input, a defect (with its traceback), interrupted."""
-
-log = logging.getLogger("sddm")
 
 
 def start() -> None:

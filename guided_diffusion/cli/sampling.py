@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from ..checkpoint import ModelFlags, fingerprint
 from ..checkpoint.targets import TargetOptions, check_flags, class_number, load_target, num_classes
 from ..codec import Autoencoder, Grey
 from ..dist_util import Peers
-from ..errors import AGAIN, InputError, display_name
+from ..errors import AGAIN, InputError, display_name, log
 from ..methods import ENERGIES, METHODS, Method, Translation, energy_names
 from ..options import flag_of, option
 from ..presets import located
@@ -41,8 +40,6 @@ VGG = "models/vgg_normalised.pth"
 ENERGY_HELP = "comma-separated energies, such as dse,low_pass, or none (default vgg if its weights exist, else dct)"
 
 Labels = Callable[[Sequence[str], ImageNoise], torch.Tensor | None]
-
-log = logging.getLogger("sddm")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import logging
 import os
 import tempfile
 import threading
@@ -14,9 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..errors import InputError, display_name, first_line, reading
-
-log = logging.getLogger("sddm")
+from ..errors import InputError, display_name, first_line, log, reading
 
 TEMPORARY = ".writing"  # suffix of files that are being written; the next run removes those of a killed one
 

@@ -7,7 +7,6 @@ when it is started again.
 
 import contextlib
 import glob
-import logging
 import os
 import posixpath
 import time
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from ..dist_util import Peers
-from ..errors import InputError, display_name, reading
+from ..errors import InputError, display_name, log, reading
 from ..image_datasets import RESIZE_MODES, check_options, load_image
 from ..options import check, option
 from . import record
@@ -28,8 +27,6 @@ from .files import Folder, inside, remove_files, remove_temporaries
 from .sources import Source, references
 
 MOST_IMAGES = 1_000_000
-
-log = logging.getLogger("sddm")
 
 
 @dataclass(frozen=True)

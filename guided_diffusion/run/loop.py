@@ -5,7 +5,6 @@ Ranks take batches from a common counter and share nothing else. The sampler is 
 
 import contextlib
 import errno
-import logging
 import math
 import os
 import time
@@ -17,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ..errors import InputError, display_name
+from ..errors import InputError, display_name, log
 from ..image_datasets import ImageError, to_tensor, to_uint8
 from ..runtime import is_out_of_memory
 from ..solvers import NotFiniteError
@@ -32,8 +31,6 @@ NOT_FINITE = "the model gave values that are NaN or infinite (too low a precisio
 
 # Errors of a file system that concern one name alone: too long, or with characters that it does not take.
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
-
-log = logging.getLogger("sddm")
 
 
 @dataclass

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
 import posixpath
@@ -25,11 +24,9 @@ import numpy as np
 import torch
 
 from ..codec import grey
-from ..errors import InputError, display_name, reading, shown
+from ..errors import InputError, display_name, log, reading, shown
 from ..image_datasets import ImageError, class_names, load_image, normalise
 from ..references import IMAGE_SUFFIXES, Reference, archive_of, list_references, natural
-
-log = logging.getLogger(__name__)
 
 CACHES = ("auto", "memory", "device", "none")
 AUTO_CACHE_BYTES = 2 << 30  # cache="auto" keeps sets of at most this size as uint8

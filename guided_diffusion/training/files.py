@@ -7,7 +7,6 @@ model is, the others are complete. Every file is written whole or not at all.
 import contextlib
 import csv
 import io
-import logging
 import os
 import re
 import time
@@ -18,12 +17,10 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, first_line, reading, shown
+from ..errors import InputError, first_line, log, reading, shown
 from ..logger import CSVOutputFormat, tensorboard
 from ..run.files import read_json, write_atomically, write_json, write_text
 from ..run.record import versions
-
-log = logging.getLogger(__name__)
 
 NAME = "train.json"
 OPTIMIZER = "this model's optimizer state (without it, training continues with a fresh optimizer)"

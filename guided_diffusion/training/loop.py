@@ -7,7 +7,6 @@ bit for bit on a CPU (on a GPU with deterministic=True, as far as its kernels ar
 
 import contextlib
 import copy
-import logging
 import math
 import os
 import re
@@ -25,7 +24,7 @@ from tqdm.auto import tqdm
 from ..checkpoint import load_state_dict
 from ..checkpoint.loading import contiguous, write_safetensors
 from ..dist_util import Ranks, Stopped, join_ranks
-from ..errors import InputError, display_name, first_line, reading, renaming
+from ..errors import InputError, display_name, first_line, log, reading, renaming
 from ..image_datasets import to_uint8
 from ..nn import update_ema
 from ..resample import LossAwareSampler, ScheduleSampler
@@ -38,8 +37,6 @@ from .config import GridOptions, TrainConfig, learning_rate
 from .data import TrainImages, batch_numbers, random_bits, random_uniform, sample_noise
 from .losses import Loss, Terms, add_by_quarter, in_float32, means_by_quarter
 from .start import Start
-
-log = logging.getLogger(__name__)
 
 FIRST = 10  # steps at the start of a run that are logged whatever `log_interval` is
 

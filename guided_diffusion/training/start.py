@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import json
-import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -18,13 +17,11 @@ from ..checkpoint.loading import build
 from ..checkpoint.reconcile import FLAGS, ModelInfo
 from ..checkpoint.reconcile import RUNTIME_FLAGS as FREE
 from ..checkpoint.targets import named_classes
-from ..errors import InputError, display_name, first_line, shown
+from ..errors import InputError, display_name, first_line, log, shown
 from ..script_util import channel_multipliers, create_classifier, create_model
 from . import files
 from .config import TrainConfig, encoder_defaults, super_res_defaults, unet_defaults
 from .data import Label, TrainImages, listed
-
-log = logging.getLogger(__name__)
 
 OF_USE = ("use_checkpoint", "timestep_respacing", "use_kl", "rescale_learned_sigmas")  # not in an exported file
 

@@ -7,7 +7,6 @@
 A step is computed when the generator is asked for its next frame, so sampling ends where it is closed.
 """
 
-import logging
 import os
 import threading
 import time
@@ -20,7 +19,7 @@ from PIL import Image
 
 from ..checkpoint import ModelFlags
 from ..checkpoint.targets import TargetOptions, load_target, num_classes
-from ..errors import InputError, check_choice, first_line
+from ..errors import InputError, check_choice, first_line, log
 from ..image_datasets import ImageError, load_image, measure_image, to_uint8
 from ..methods import energy_names
 from ..options import Checked, option
@@ -31,8 +30,6 @@ from ..sddm import VARIANTS
 from ..solvers import SOLVERS
 from ..target import Target
 from ..translator import Translator
-
-log = logging.getLogger("sddm")
 
 MOST_RESULTS = 4
 RECOMMENDED = preset_options("emoji", "sddm")
