@@ -50,13 +50,9 @@ class ImageError(Exception):
 
 
 def load_image(
-    source: Reference | str | os.PathLike[str] | Image.Image,
-    image_size: int | None,
-    *,
-    resize: str = "crop",
-    background: str = "white",
-    white_level: int | None = None,
-) -> np.ndarray:
+    source: Reference | str | os.PathLike[str] | Image.Image, image_size: int | None, *, resize: str = "crop",
+    background: str = "white", white_level: int | None = None,
+) -> np.ndarray:  # fmt: skip
     """Read one image as uint8 [image_size, image_size, 3], sRGB: the first frame, turned upright by EXIF's orientation.
 
     source: a `Reference`, a path, also into a .zip file, a URL that `is_url` knows, or a Pillow image. image_size: None
@@ -146,13 +142,9 @@ def _report(path: str, folder: str | None, text: str, kind: str | None = None) -
 
 
 def _convert(
-    image: Image.Image,
-    size: int | None,
-    report: Callable[..., None],
-    resize: str,
-    background: str,
+    image: Image.Image, size: int | None, report: Callable[..., None], resize: str, background: str,
     white_level: int | None,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """An image of any mode as uint8 [H, W, 3], sRGB: upright, over the background, and of a size unless it is None."""
     colour = check_options(resize, background, white_level)
     if size is not None and not 1 <= size <= MAX_SIDE:
@@ -294,12 +286,9 @@ def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
 
 
 def random_crop_arr(
-    pil_image: Image.Image,
-    image_size: int,
-    min_crop_frac: float = 0.8,
-    max_crop_frac: float = 1.0,
+    pil_image: Image.Image, image_size: int, min_crop_frac: float = 0.8, max_crop_frac: float = 1.0,
     generator: Any = random,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """guided-diffusion's random crop: the crop takes between the two fractions of the shorter side."""
     smallest, largest = math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac)
     image = _shrink(pil_image, generator.randrange(smallest, largest + 1))
@@ -309,15 +298,9 @@ def random_crop_arr(
 
 
 def load_data(
-    *,
-    data_dir: str,
-    batch_size: int,
-    image_size: int,
-    class_cond: bool = False,
-    deterministic: bool = False,
-    random_crop: bool = False,
-    random_flip: bool = True,
-) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    *, data_dir: str, batch_size: int, image_size: int, class_cond: bool = False, deterministic: bool = False,
+    random_crop: bool = False, random_flip: bool = True,
+) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:  # fmt: skip
     """guided-diffusion's endless generator of training batches: (images [N, 3, H, W] in [-1, 1], {} or {"y": [N]}).
 
     class_cond: add the class, see `class_names`. deterministic: in the order of the names instead of shuffled. Ranks

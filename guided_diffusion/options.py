@@ -17,18 +17,10 @@ from .errors import InputError, display_name, fitting
 
 
 def option(
-    default: Any,
-    help: str,
-    *,
-    choices: Any = None,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    file: bool = False,
-    runtime: bool = False,
-    metavar: str | None = None,
+    default: Any, help: str, *, choices: Any = None, least: float | None = None, most: float | None = None,
+    above: float | None = None, file: bool = False, runtime: bool = False, metavar: str | None = None,
     flag: str | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """A dataclass field with a help text.
 
     choices: the values that fit, a sequence or a `Registry`. least, most: bounds of a number; above: a bound that it

@@ -57,13 +57,9 @@ class Parser(argparse.ArgumentParser):
         return "--" + self.spelling.get(parameter, parameter)
 
     def add(
-        self,
-        *classes: type,
-        title: str,
-        description: str | None = None,
-        only: Sequence[str] | None = None,
+        self, *classes: type, title: str, description: str | None = None, only: Sequence[str] | None = None,
         without: Iterable[str] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         """A group with a flag for every field of options dataclasses; a flag that several classes share is one flag.
 
         only: the fields that become flags, in this order; the others can be added to another group. without: fields

@@ -72,15 +72,10 @@ class SmallImageOptions(NumberOptions):
 
 
 def translate_command(
-    method: str,
-    text: str,
-    *,
-    first: Sequence[str] = (),
-    outputs: type = JobOptions,
-    defaults: dict[str, Any] | None = None,
-    spelling: dict[str, str] | None = None,
+    method: str, text: str, *, first: Sequence[str] = (), outputs: type = JobOptions,
+    defaults: dict[str, Any] | None = None, spelling: dict[str, str] | None = None,
     without_effect: dict[str, Any] | None = None,
-) -> tuple[Callable[[Given, Peers], int], Callable[[], Parser]]:
+) -> tuple[Callable[[Given, Peers], int], Callable[[], Parser]]:  # fmt: skip
     """The function of a sampling command, and one that makes its parser, for `main.run`.
 
     method: a name in METHODS. text: the help's description. first: fields of the method that the help begins with.

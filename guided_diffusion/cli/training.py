@@ -75,15 +75,9 @@ class Run:
             yield start, images, create_diffusion(**start.flags)
 
     def train(
-        self,
-        start: Start,
-        images: TrainImages,
-        losses: Loss,
-        process: GaussianDiffusion | None,
-        options: Sequence[Any],
-        use: str,
-        **hooks: Any,
-    ) -> int:
+        self, start: Start, images: TrainImages, losses: Loss, process: GaussianDiffusion | None,
+        options: Sequence[Any], use: str, **hooks: Any,
+    ) -> int:  # fmt: skip
         """Train a network and say where it is and how to use it; returns the exit status.
 
         process: None where it is no diffusion model. options: all others of the run, for train.json. use: a command

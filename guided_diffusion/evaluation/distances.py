@@ -114,15 +114,9 @@ def bootstrap_mean(
 
 
 def bootstrap_distance(
-    compute: Callable[[np.ndarray, Any], Any],
-    x: np.ndarray,
-    y: np.ndarray | Gaussian,
-    estimate: float,
-    *,
-    replicates: int,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
+    compute: Callable[[np.ndarray, Any], Any], x: np.ndarray, y: np.ndarray | Gaussian, estimate: float, *,
+    replicates: int, confidence: float = 0.95, seed: int = 0,
+) -> tuple[float, float]:  # fmt: skip
     """Bootstrap interval (low, high) of any distance compute(x, y), of x [N, D] resampled and features y [M, D], too.
 
     A resample repeats images, which shifts most distances; the replicates are therefore moved to have `estimate` as

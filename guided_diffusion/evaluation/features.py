@@ -51,12 +51,9 @@ class Extractor:
 
 
 def feature_extractor(
-    features: str = "inception",
-    *,
-    device: str | torch.device = "cpu",
-    inception_path: str | None = None,
+    features: str = "inception", *, device: str | torch.device = "cpu", inception_path: str | None = None,
     trust_features: bool = False,
-) -> Extractor:
+) -> Extractor:  # fmt: skip
     """Load a feature network; raises InputError where it is missing or does not fit.
 
     "inception": pytorch-fid's, 2048 features, with weights from `inception_path` or its own download. "efficientnet":
@@ -164,14 +161,9 @@ def digest(path: Path) -> str:
 
 
 def extract_features(
-    references: Sequence[Reference],
-    extractor: Extractor,
-    read: Callable[[Reference], torch.Tensor],
-    *,
-    batch_size: int = 16,
-    device: str | torch.device = "cpu",
-    progress: Progress | None = None,
-) -> dict[str, np.ndarray]:
+    references: Sequence[Reference], extractor: Extractor, read: Callable[[Reference], torch.Tensor], *,
+    batch_size: int = 16, device: str | torch.device = "cpu", progress: Progress | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Apply the network to images: "features" [N, D], and further arrays [N, ...] that it returns, in float64.
 
     read: makes [3, H, W] in [0, 1] of a reference. Raises InputError where images differ in size, or the network fails

@@ -271,20 +271,10 @@ class TrainImages:
     REPAIR = "repair it or give `skip_damaged`"
 
     def __init__(
-        self,
-        references: Sequence[TrainReference],
-        image_size: int,
-        *,
-        labels: Any = None,
-        random_flip: bool = False,
-        seed: int = 0,
-        cache: str = "auto",
-        num_workers: int = 2,
-        resize: str = "crop",
-        background: str = "white",
-        skip_damaged: bool = False,
-        channels: int = 3,
-    ) -> None:
+        self, references: Sequence[TrainReference], image_size: int, *, labels: Any = None, random_flip: bool = False,
+        seed: int = 0, cache: str = "auto", num_workers: int = 2, resize: str = "crop", background: str = "white",
+        skip_damaged: bool = False, channels: int = 3,
+    ) -> None:  # fmt: skip
         self.references, self.image_size, self.channels, self.seed = references, image_size, channels, seed
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
         self.random_flip, self.num_workers, self.skip_damaged = random_flip, num_workers, skip_damaged

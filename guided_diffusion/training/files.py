@@ -132,14 +132,9 @@ def read_run(folder: str) -> RunRecord:
 
 
 def write_run(
-    folder: str,
-    model_flags: dict,
-    options: Sequence[Any],
-    classes: list[str] | None = None,
-    *,
-    resumed: str = "",
+    folder: str, model_flags: dict, options: Sequence[Any], classes: list[str] | None = None, *, resumed: str = "",
     writes: bool = True,
-) -> None:
+) -> None:  # fmt: skip
     """Write train.json: flags of the model, all other options, classes, and versions of packages.
 
     options: options dataclasses. Where the run resumes one, changed options are announced; raises InputError for those

@@ -83,21 +83,11 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        losses: Loss,
-        images: TrainImages,
-        config: TrainConfig,
-        schedule_sampler: ScheduleSampler,
-        *,
-        device: str | torch.device,
-        ranks: Ranks,
-        checkpoint: str = "",
-        metadata: Mapping[str, str] | None = None,
-        evaluate: Callable[[torch.nn.Module], Terms] | None = None,
-        sample: Callable[[torch.nn.Module], np.ndarray] | None = None,
-        progress: bool = False,
-    ) -> None:
+        self, model: torch.nn.Module, losses: Loss, images: TrainImages, config: TrainConfig,
+        schedule_sampler: ScheduleSampler, *, device: str | torch.device, ranks: Ranks, checkpoint: str = "",
+        metadata: Mapping[str, str] | None = None, evaluate: Callable[[torch.nn.Module], Terms] | None = None,
+        sample: Callable[[torch.nn.Module], np.ndarray] | None = None, progress: bool = False,
+    ) -> None:  # fmt: skip
         self.losses, self.images, self.config, self.schedule_sampler = losses, images, config, schedule_sampler
         self.device, self.ranks, self.is_main = torch.device(device), ranks, ranks.rank == 0
         self.metadata, self.evaluate, self.sample, self.progress = dict(metadata or {}), evaluate, sample, progress

@@ -159,14 +159,9 @@ class Studio:
     """
 
     def __init__(
-        self,
-        paths: Sequence[str],
-        *,
-        device: str = "auto",
-        precision: str = Settings.precision,
-        max_side: int = 4096,
+        self, paths: Sequence[str], *, device: str = "auto", precision: str = Settings.precision, max_side: int = 4096,
         weights: str = "models/vgg_normalised.pth",
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.device, self.max_side, self.weights = pick_device(device), max_side, weights
         self._lock = threading.Lock()  # held while the device computes
         self._closed = False
@@ -186,14 +181,9 @@ class Studio:
         return ["dct", "low_pass", *["vgg"] * os.path.exists(self.weights)]
 
     def translate(
-        self,
-        model: str,
-        picture: str | os.PathLike | None,
-        settings: Settings,
-        *,
-        name: str | None = None,
+        self, model: str, picture: str | os.PathLike | None, settings: Settings, *, name: str | None = None,
         interval: float = 0.3,
-    ) -> Iterator[Frame]:
+    ) -> Iterator[Frame]:  # fmt: skip
         """Translate a picture file; yields a frame every `interval` seconds or step, and the results in the last.
 
         model: one of the paths. name: the picture's name, which with the seed determines the noise; by default the
