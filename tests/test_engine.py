@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import threading
@@ -28,8 +27,6 @@ from guided_diffusion.dist_util import Peers, Ranks, Stopped
 from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import list_references
 from guided_diffusion.run import files as run_files
-from guided_diffusion.run import record as run_record
-from guided_diffusion.run.files import Folder
 from guided_diffusion.run.job import Job, JobOptions, opened
 from guided_diffusion.run.likelihood import data_images
 from guided_diffusion.run.loop import Loop
@@ -370,28 +367,6 @@ def test_files_of_others_are_not_overwritten(data, out, name):
     assert len(pictures(out)) == 9 and files(out)[name] != b"mine"
 
 
-def test_the_record_is_completed_once_before_the_folder_is_free(data, painted, out, monkeypatch):
-    """Whoever sees the folder unlocked sees the sums; a run killed before that is an unfinished one, which resumes."""
-    written = []
-    write = run_record.write
-
-    def watched(folder, content):
-        assert "another run is writing there now" in error_of(Folder(out).lock)
-        written.append(content["finished"])
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        write(folder, content)
-
-    monkeypatch.setattr(run_record, "write", watched)
-    refused(paint, data / "ref", out, batch_size=2, kind=KeyboardInterrupt)
-    assert written[0] is None and written[1] is not None and record(out)["finished"] is None
-    summary, painter, _ = paint(data / "ref", out, batch_size=2)
-    assert len(written) == 4 and written[2] is None and record(out)["finished"] == written[3]
-    assert painter.batches == [] and summary.skipped == len(NAMES)
-    assert record(out)["monitor"]["images"] == len(NAMES) and record(out)["counts"] == record(painted)["counts"]
-    assert files(out) == files(painted)
-
-
 def changed(**entries):
     """What makes a run.json whose entries have other kinds."""
 
@@ -555,6 +530,13 @@ def test_a_name_that_cannot_be_written_fails_alone(data, tmp_path, out):
     assert (summary.done, summary.skipped) == (1, 3) and list(summary.failed) == [too_long]
 
 
+def test_a_second_run_is_kept_out(data, out):
+    def second(painter):
+        assert "another run is writing there now" in error_of(paint, data / "ref", out)
+
+    paint(data / "ref", out, second)
+
+
 def test_a_save_folder_that_is_removed_ends_the_run(data, tmp_path, out):
     def remove(painter):
         if len(painter.batches) == 9:
@@ -576,10 +558,7 @@ def test_a_save_folder_that_becomes_another_runs_ends_the_run(data, tmp_path, ou
             refused(paint, data / "ref", out, break_at(2, Broken), kind=Broken, **second)
 
     error = refused(paint, data / "ref", out, replace, batch_size=2)
-    assert error.parameter == "save_dir"
-    assert re.fullmatch(
-        "it was removed while the run was writing to it(, and another one is in its place)?", error.reason
-    )
+    assert error.parameter == "save_dir" and error.reason == "it was removed while the run was writing to it"
     paint(data / "ref", out, **second)
     paint(data / "ref", tmp_path / "alone", **second)
     assert files(out) == files(tmp_path / "alone") and record(out)["settings"]["seed"] == 1
@@ -805,25 +784,6 @@ def test_two_ranks_share_the_batches(damaged, tmp_path, out):
     assert files(out) == files(tmp_path / "alone")
 
 
-def test_an_error_of_one_rank_ends_the_other(data, out):
-    peers, told = two(), threading.Event()
-
-    def failing():
-        try:
-            paint(data / "ref", out, break_at(1, Broken("no more")), peers=peers[1], batch_size=1)
-        except Broken as error:
-            return peers[1].stop(repr(error))
-        finally:
-            told.set()
-
-    def working():
-        return paint(data / "ref", out, lambda painter: told.wait(600), peers=peers[0], batch_size=1)
-
-    other, first = side_by_side([working, failing])
-    assert isinstance(other, Stopped) and first is True
-    assert len(pictures(out)) < 9
-
-
 def test_a_rank_that_dies_silently_is_missed(data, out, monkeypatch):
     """As under a plain srun, which leaves the others alone: rank 0 makes what it can, then says who is gone."""
     monkeypatch.setattr(dist_util, "HEARTBEAT_INTERVAL", 0.05)
@@ -839,14 +799,6 @@ def test_a_rank_that_dies_silently_is_missed(data, out, monkeypatch):
     assert painter.batches == [2] and summary.skipped == 7
 
 
-def test_a_rank_that_starts_late_is_waited_for(monkeypatch):
-    monkeypatch.setattr(dist_util, "HEARTBEAT_TIMEOUT", 0.01)
-    peers = Peers(Ranks(0, 2, 0, "srun"), HashStore())  # nothing of rank 1 yet
-    for _ in range(5):
-        time.sleep(0.02)
-        peers.watch()
-
-
 def test_an_interruption_is_told_by_one_rank():
     """By the first; by none after an error, which was told."""
     for first, second in (two(), two()[::-1]):
@@ -857,32 +809,14 @@ def test_an_interruption_is_told_by_one_rank():
     assert second.stop("an error") and first.interrupted() is False and second.interrupted() is False
 
 
-class LostStore(HashStore):
-    def check(self, *arguments):
-        raise RuntimeError("Connection reset by peer")
-
-    set = add = get = check
-
-
-def test_a_lost_store_is_one_line():
-    peers = Peers(Ranks(1, 2, 1, "torchrun"), LostStore())
-    for call in (peers.watch, lambda: peers.count("x"), lambda: peers.publish("x", 1), lambda: peers.wait_for("x")):
-        message = error_of(call)
-        assert message.startswith("rank 1 of 2 lost contact with the launcher, which has ended or cannot be reached; ")
-    assert peers.interrupted() is True and peers.stop("x") is True
-    peers.leave()
-
-
 ENVIRONMENTS = [
     ("RANK=3 WORLD_SIZE=4 LOCAL_RANK=1 MASTER_ADDR=a MASTER_PORT=1", Ranks(3, 4, 1, "torchrun")),
-    ("PMI_RANK=1 PMI_SIZE=2 MPI_LOCALRANKID=1", Ranks(1, 2, 1, "mpiexec")),
     ("OMPI_COMM_WORLD_RANK=5 OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_LOCAL_RANK=1", Ranks(5, 8, 1, "mpiexec")),
     ("SLURM_PROCID=2 SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID=0 PMI_RANK=2 PMI_SIZE=4", Ranks(2, 4, 0, "srun")),
     ("SLURM_PROCID=0 SLURM_NTASKS=4 SLURM_JOB_ID=7", Ranks()),  # plain python in a batch script
     ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1",
      Ranks(1, 2, 0, "torchrun")),
     ("RANK=1 WORLD_SIZE=2", "no MASTER_ADDR and MASTER_PORT; started without torchrun, unset RANK"),
-    ("RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=70000", "MASTER_PORT is '70000'; it must be a whole number from 1"),
     ("PMI_RANK=x PMI_SIZE=2", "variable PMI_RANK is 'x'; it must be a whole number"),
     ("SLURM_PROCID=4 SLURM_STEP_NUM_TASKS=4", "SLURM_PROCID=4, which is no rank of SLURM_STEP_NUM_TASKS=4"),
 ]  # fmt: skip
