@@ -22,6 +22,7 @@ command.start()
 from guided_diffusion.cli import training as loop
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.dist_util import Ranks
+from guided_diffusion.errors import InputError
 from guided_diffusion.training.config import DataOptions, ModelOptions, SuperResOptions
 from guided_diffusion.training.losses import super_res_loss
 from guided_diffusion.training.start import SUPER_RES
@@ -43,7 +44,9 @@ def train(given: Given, ranks: Ranks) -> int:
     data, upscaling = given.options(DataOptions), given.options(SuperResOptions)
     run = loop.Run(given, ranks)
     with run.model(data, SUPER_RES, super_res=True) as (start, images, diffusion):
-        upscaling.check_large(start.flags["image_size"])
+        if upscaling.small_size >= (large := start.flags["image_size"]):
+            reason = f"it must be below that of the images to make, {large}"
+            raise InputError(reason, parameter="small_size", value=upscaling.small_size)
         losses = super_res_loss(diffusion, upscaling.small_size)
         return run.train(start, images, losses, diffusion, [data, upscaling], USE)
 

@@ -8,19 +8,21 @@ from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from ..dist_util import Ranks
-from ..errors import display_name
+from ..errors import InputError, display_name, log
 from ..gaussian_diffusion import GaussianDiffusion
 from ..resample import create_named_schedule_sampler
 from ..run.files import Folder, make_folder
 from ..runtime import pick_device, pick_precision
 from ..script_util import create_diffusion
-from ..training.config import ClassifierRunOptions, DataOptions, ModelOptions, RunOptions, TrainConfig, precision
-from ..training.data import TrainImages, class_labels, list_images, refuse_own_outputs
+from ..training.config import ClassifierRunOptions, DataOptions, ModelOptions, RunOptions, TrainConfig
+from ..training.data import TrainImages, class_labels, list_images, listed, refuse_own_outputs
 from ..training.files import write_run
 from ..training.loop import Trainer, process_group
 from ..training.losses import Loss
-from ..training.start import Kind, Start, begin, describe
+from ..training.start import Kind, Start, begin
 from .flags import Given, Parser
 from .main import DONE, INTERRUPTED, say
 
@@ -44,7 +46,10 @@ class Run:
     def __init__(self, given: Given, ranks: Ranks, kind: type[RunOptions] = RunOptions) -> None:
         self.given, self.ranks, self.options = given, ranks, given.options(kind)
         self.device = pick_device(self.options.device, ranks.local_rank)
-        chosen = pick_precision(precision(self.options, given.precision), self.device)
+        half = next((name for name in ("use_fp16", "classifier_use_fp16") if getattr(self.options, name, False)), None)
+        if half and given.precision == "bf16":
+            raise InputError(f"`{half}` True contradicts it; give one of them", parameter="precision", value="bf16")
+        chosen = pick_precision("fp16" if half else given.precision, self.device)
         self.config: TrainConfig = given.options(TrainConfig, precision=chosen)
         if isinstance(self.options, ClassifierRunOptions) and self.options.anneal_lr:
             self.config = dataclasses.replace(self.config, lr_anneal_steps=self.config.iterations)
@@ -86,7 +91,11 @@ class Run:
         config, first = self.config, self.ranks.rank == 0
         options = [*options, self.options, config]
         write_run(config.save_dir, start.flags, options, start.classes, resumed=start.checkpoint, writes=first)
-        describe(start, images, self.device, config)
+        millions = sum(p.numel() for p in start.model.parameters()) / 1e6
+        log.info("%d images, %.2f M parameters, %s, %s", len(images), millions, self.device, config.precision)
+        if start.classes is not None:
+            counts = np.bincount(start.labels, minlength=len(start.classes))
+            log.info("classes: %s", listed([f"{name} ({count})" for name, count in zip(start.classes, counts)]))
         steps = process or SimpleNamespace(num_timesteps=1)
         sampler = create_named_schedule_sampler(config.schedule_sampler, steps, config.sigma_mean, config.sigma_std)
         with process_group(self.ranks, self.device):

@@ -143,12 +143,6 @@ class SuperResOptions(Checked):
 
     small_size: int = option(64, "height and width of the images to enlarge", least=1, most=1 << 14)
 
-    def check_large(self, large_size: int) -> None:
-        """Raise InputError unless images of side large_size are larger."""
-        if self.small_size >= large_size:
-            reason = f"it must be below that of the images to make, {large_size}"
-            raise InputError(reason, parameter="small_size", value=self.small_size)
-
 
 @dataclasses.dataclass(frozen=True)
 class GridOptions(Checked):
@@ -174,14 +168,6 @@ class ClassifierRunOptions(RunOptions):
     anneal_lr: bool = option(False, "same as `lr_anneal_steps` with the value of `iterations`", runtime=True)
 
 
-def precision(run: RunOptions, given: str) -> str:
-    """Precision of a run, from `precision` and guided-diffusion's spellings."""
-    half = next((name for name in ("use_fp16", "classifier_use_fp16") if getattr(run, name, False)), None)
-    if half and given == "bf16":
-        raise InputError(f"`{half}` True contradicts it; give one of them", parameter="precision", value=given)
-    return "fp16" if half else given
-
-
 # Help texts of models' options that sampling words differently, or does not have.
 HELP = {
     "class_cond": "condition on classes, from folders, dataset.json or file names up to the first underscore",
@@ -189,21 +175,14 @@ HELP = {
     "diffusion_steps": "number of diffusion steps",
     "noise_schedule": "noise schedule: linear or cosine",
     "timestep_respacing": "train on these timesteps only",
-    "predict_xstart": "predict the clean image instead of the noise",
-    "predict_v": "predict the velocity instead of the noise",
     "rescale_timesteps": "scale timesteps to the range of 1000 steps",
 }
 
 
-def unet_defaults() -> dict[str, Any]:
+def unet_defaults(**others: Any) -> dict[str, Any]:
     """Defaults of the diffusion model. Weights stay in float32, so use_fp16 is an option of the loop."""
     defaults = {name: value for name, value in model_and_diffusion_defaults().items() if name != "use_fp16"}
-    return {**defaults, "predict_v": False, "in_channels": 3}
-
-
-def super_res_defaults() -> dict[str, Any]:
-    """Defaults of the super-resolution model; image_size is the side of its outputs."""
-    return {**unet_defaults(), "image_size": 256}
+    return {**defaults, "predict_v": False, "in_channels": 3, **others}
 
 
 def encoder_defaults() -> dict[str, Any]:

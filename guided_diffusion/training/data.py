@@ -27,6 +27,7 @@ from ..codec import grey
 from ..errors import InputError, display_name, log, reading, shown
 from ..image_datasets import ImageError, class_names, load_image, normalise
 from ..references import IMAGE_SUFFIXES, Reference, archive_of, list_references, natural
+from ..run.files import inside
 
 CACHES = ("auto", "memory", "device", "none")
 AUTO_CACHE_BYTES = 2 << 30  # cache="auto" keeps sets of at most this size as uint8
@@ -206,7 +207,7 @@ def labelled_images(
     elif classes is not None and len(classes) != len(folders):
         reason = f"it must be {len(classes)} folders, as in `domains`"
     for folder, other in itertools.permutations(folders, 2):
-        if is_inside(folder, other):
+        if inside(folder, other):
             reason = f"images of {display_name(folder)} would belong to both it and {display_name(other)}"
     if reason:
         raise InputError(reason, parameter=f"{prefix}domains", value=domains)
@@ -233,17 +234,12 @@ def folder_names(folders: Sequence[str]) -> list[str]:
     return list(next(names for names in itertools.chain(zip(*paths), tails) if len(set(names)) == len(names)))
 
 
-def is_inside(path: str, folder: str) -> bool:
-    """Whether a path is a folder or lies in it; links are followed."""
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-
-
 def refuse_own_outputs(save_dir: str, folders: str | None, references: Sequence[TrainReference]) -> None:
     """Raise InputError where a run would train on files that it writes itself; folders: comma-separated."""
-    around = [f for f in (folders or "", *folders_in(folders)) if os.path.isdir(f) and is_inside(save_dir, f)]
+    around = [f for f in (folders or "", *folders_in(folders)) if os.path.isdir(f) and inside(save_dir, f)]
     # Links may lead to sample grids as well. There are few folders, and many images.
     places = {os.path.dirname(reference.path) for reference in references}
-    around += [place for place in places if is_inside(place, os.path.join(save_dir, "samples"))]
+    around += [place for place in places if inside(place, os.path.join(save_dir, "samples"))]
     if around:
         reason = f"the run's files would be training images, as those in {display_name(around[0])} are"
         raise InputError(f"{reason}; give a folder outside of it", parameter="save_dir", value=save_dir)

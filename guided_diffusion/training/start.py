@@ -1,6 +1,7 @@
 """Start of a run: a new network, a checkpoint of its own, or any file that the sampling scripts read."""
 
 import contextlib
+import functools
 import inspect
 import json
 import math
@@ -9,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..checkpoint import load_model
@@ -20,8 +20,8 @@ from ..checkpoint.targets import named_classes
 from ..errors import InputError, display_name, first_line, log, shown
 from ..script_util import channel_multipliers, create_classifier, create_model
 from . import files
-from .config import TrainConfig, encoder_defaults, super_res_defaults, unet_defaults
-from .data import Label, TrainImages, listed
+from .config import TrainConfig, encoder_defaults, unet_defaults
+from .data import Label, listed
 
 OF_USE = ("use_checkpoint", "timestep_respacing", "use_kl", "rescale_learned_sigmas")  # not in an exported file
 
@@ -40,7 +40,7 @@ class Kind:
 
 
 DIFFUSION = Kind("diffusion model", ("ADM", "DDPM"), unet_defaults)
-SUPER_RES = Kind("super-resolution model", ("ADM",), super_res_defaults)
+SUPER_RES = Kind("super-resolution model", ("ADM",), functools.partial(unet_defaults, image_size=256))
 ENCODER = Kind(
     "classifier", ("ENCODER",), encoder_defaults, "classifier_width", "classifier_attention_resolutions", "num_class",
     create_classifier,
@@ -222,12 +222,3 @@ def check_network(kind: Kind, flags: Mapping[str, Any]) -> None:
 def _create(kind: Kind, flags: Mapping[str, Any]) -> torch.nn.Module:
     names = set(inspect.signature(kind.create).parameters) - {"use_fp16", "classifier_use_fp16"}
     return kind.create(**{name: flags[name] for name in names if name in flags})
-
-
-def describe(start: Start, images: TrainImages, device: torch.device, config: TrainConfig) -> None:
-    """Log what is trained on what."""
-    millions = sum(p.numel() for p in start.model.parameters()) / 1e6
-    log.info("%d images, %.2f M parameters, %s, %s", len(images), millions, device, config.precision)
-    if start.classes is not None:
-        counts = np.bincount(start.labels, minlength=len(start.classes))
-        log.info("classes: %s", listed([f"{name} ({count})" for name, count in zip(start.classes, counts)]))
