@@ -27,10 +27,9 @@ from PIL import Image, ImageDraw, ImageFont
 from guided_diffusion import Translator
 from guided_diffusion.checkpoint import load_model
 from guided_diffusion.cli.flags import Given, Parser, preset_flags
-from guided_diffusion.errors import InputError
+from guided_diffusion.errors import InputError, fitting
 from guided_diffusion.options import check, option
 from guided_diffusion.presets import PRESETS, preset_options
-from guided_diffusion.registry import fitting
 from guided_diffusion.run.files import write_bytes, write_text
 from guided_diffusion.runtime import pick_device
 from guided_diffusion.training.config import GridOptions
