@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from guided_diffusion.checkpoint import architecture, fingerprint, load_model, load_state_dict, read_file, recognise
-from guided_diffusion.checkpoint.export import convert
-from guided_diffusion.checkpoint.loading import build, save_model
+from guided_diffusion.checkpoint.loading import build, convert, save_model
 from guided_diffusion.ddpm import Model
 from guided_diffusion.errors import InputError, reading
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule

@@ -21,7 +21,7 @@ from tiny import MODEL, make_references, pictures
 
 from guided_diffusion.checkpoint import fingerprint, load_model, remote, save_model
 from guided_diffusion.checkpoint.diffusers import FIELDS, PROCESS, process_flags
-from guided_diffusion.checkpoint.export import convert
+from guided_diffusion.checkpoint.loading import convert
 from guided_diffusion.errors import InputError
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
 from guided_diffusion.respace import space_timesteps
@@ -456,7 +456,7 @@ def test_nothing_is_overwritten_and_what_would_differ_is_not_written(tmp_path, m
         assert (caught.value.parameter, caught.value.value) == ("save_dir", str(target))
     with pytest.raises(InputError, match="classifier or extractor"):
         convert(ROOT / "models" / "fluent3d_64_dse.safetensors", tmp_path / "folder")
-    monkeypatch.setattr("guided_diffusion.checkpoint.export.TOLERANCE", -1.0)
+    monkeypatch.setattr("guided_diffusion.checkpoint.loading.TOLERANCE", -1.0)
     with pytest.raises(InputError, match="would differ"):
         convert(FOLDER / "ddpm_eps", tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -10,7 +10,7 @@ from scripts_in_process import load_script, run_script
 
 from guided_diffusion import Translator, energy
 from guided_diffusion.checkpoint import ModelFlags, load_model, load_state_dict, save_model
-from guided_diffusion.checkpoint.export import convert
+from guided_diffusion.checkpoint.loading import convert
 from guided_diffusion.checkpoint.targets import TargetOptions, load_target
 from guided_diffusion.codec import Grey
 from guided_diffusion.ddpm import Model

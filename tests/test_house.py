@@ -197,10 +197,10 @@ ONE_OF_EACH = {
     "dtype table": (r"""["']?(fp32|float32|bf16)["']?\s*[:=]\s*torch\.(float32|bfloat16)""", {"runtime.py"}),
     "device picker": (r"torch\.backends\.mps\.is_available|torch\.device\(.*cuda.*is_available", {"runtime.py"}),
     "first line of an error": (r"splitlines\(\)\s*(\[0\]|or\b)", {"errors.py"}),
-    # checkpoint/export.py renames a folder, checkpoint/remote.py a file that was downloaded and read.
+    # checkpoint/loading.py renames a folder, checkpoint/remote.py a file that was downloaded and read.
     "atomic write": (
         r"\bos\.(replace|rename)\(|\.replace\(path\)",
-        {"run/files.py", "checkpoint/export.py", "checkpoint/remote.py"},
+        {"run/files.py", "checkpoint/loading.py", "checkpoint/remote.py"},
     ),
     "JSON read": (r"\bjson\.load\((?!archive\.)|json\.loads\([^)]*read", {"run/files.py"}),
     "image to tensor and back": (r"[*/] ?127\.5", {"image_datasets.py"}),

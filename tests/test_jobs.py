@@ -243,7 +243,7 @@ def test_super_res_train(data, tmp_path):
 def test_published_upsamplers_are_recognised():
     """From shapes alone: tensors that take no room, in the layout of the published file of 256 pixels."""
     from guided_diffusion.checkpoint.architecture import adm
-    from guided_diffusion.checkpoint.stated import published
+    from guided_diffusion.checkpoint.reconcile import published
 
     with torch.device("meta"):
         model = create_model(

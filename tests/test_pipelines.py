@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 
 from guided_diffusion import Translator, energy, sddm
 from guided_diffusion.checkpoint import load_model, save_model
-from guided_diffusion.checkpoint.export import convert
+from guided_diffusion.checkpoint.loading import convert
 from guided_diffusion.checkpoint.pipelines import autoencoder, scheduler_process
 from guided_diffusion.diffusers_pipeline import SDDMPipeline, SDDMTextPipeline
 from guided_diffusion.errors import InputError

@@ -1,9 +1,8 @@
 """Checkpoints: recognise a file, load it safely, and save one that describes itself.
 
-`reading` (bytes to tensors), `architecture` (tensors to flags), `stated` (what else is known of a network),
-`reconcile` (all of it together), `diffusers` (its models, in and out), `remote` (downloading),
-`loading` (kinds of checkpoints; build, fill, save), `targets` and `pipelines` (ready to sample), `export` (other
-formats).
+`reading` (bytes to tensors), `architecture` (tensors to flags), `reconcile` (all that is known of a network),
+`diffusers` (its models, in and out), `remote` (downloading), `loading` (kinds of checkpoints; build, fill, save,
+convert), `targets` and `pipelines` (ready to sample).
 """
 
 from .loading import CHECKPOINTS, Network, fingerprint, load_model, load_state_dict, recognise, save_model

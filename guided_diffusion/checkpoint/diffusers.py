@@ -20,8 +20,7 @@ from ..gaussian_diffusion import get_named_beta_schedule
 from ..script_util import attention_factors, channel_multipliers
 from .architecture import multiple
 from .reading import hash_file, read_file, read_json_object
-from .reconcile import ADM, DDPM, EXTENSIONS, Kind, ModelInfo
-from .stated import Stated
+from .reconcile import ADM, DDPM, EXTENSIONS, Kind, ModelInfo, Stated
 
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model"
@@ -208,7 +207,7 @@ def read_weights(folder: Folder) -> tuple[dict[str, torch.Tensor], dict[str, str
     for file in weight_files(folder):
         contents = read_file(file)
         state |= contents.tensors
-        hashes[file] = contents.sha256 or ""
+        hashes[file] = contents.sha256
     renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     pattern = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)(?=\.)")
     return {pattern.sub(lambda m: m[1] + renamed[m[2]], key): value for key, value in state.items()}, hashes

@@ -15,8 +15,9 @@ another kind of checkpoint, or the network with its tensors. `load_model` checks
 import inspect
 import json
 import os
+import tempfile
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,13 +25,24 @@ import torch
 
 from ..errors import InputError, display_name, first_line, log, one_line
 from ..registry import Registry
-from ..run.files import write_bytes
+from ..run.files import write_bytes, write_json, write_text
 from ..script_util import attention_factors, channel_multipliers, create_classifier, create_model
 from . import architecture, diffusers, remote
 from .architecture import State
 from .reading import Source, hash_file, read_file
-from .reconcile import ADM, DDPM, ENCODER, FLAGS, Kind, ModelInfo, reconcile
-from .stated import described, refuse_edm, scheduler_in_metadata, stated_beside
+from .reconcile import (
+    ADM,
+    DDPM,
+    ENCODER,
+    FLAGS,
+    Kind,
+    ModelInfo,
+    described,
+    reconcile,
+    refuse_edm,
+    scheduler_in_metadata,
+    stated_beside,
+)
 
 CHECKPOINTS = Registry("kind of checkpoint")
 """Kinds of checkpoints by name: functions (source, flags) -> Network or None. The last one added is asked first."""
@@ -51,7 +63,8 @@ class Network:
     fingerprint: str | None = None
 
 
-_loaded: dict[str, str] = {}  # by path, the fingerprint of what this process read last
+LOADED: dict[str, str] = {}
+"""By path, the fingerprint of what this process read from it last."""
 
 
 def load_model(
@@ -65,7 +78,7 @@ def load_model(
     """
     source, identity = _open(path)
     network = recognise(source, flags)
-    remember(path, identity or network.fingerprint or _hash(source))
+    LOADED[os.fspath(path)] = identity or network.fingerprint or source.fingerprint
     model, info = network.model, network.info
     model.load_state_dict(prepared(network, device), assign=True)
     if dtype is None and (info.flags.get("use_fp16") or info.flags.get("classifier_use_fp16")):
@@ -84,7 +97,7 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     source, identity = _open(path)
     network = diffusers_model(source, {}) if diffusers.locate(source.path) else None
     state = network.state if network else source.tensors
-    remember(path, identity or (network and network.fingerprint) or _hash(source))
+    LOADED[os.fspath(path)] = identity or (network and network.fingerprint) or source.fingerprint
     check_values(source.path, state)
     return dict(state)
 
@@ -96,10 +109,6 @@ def _open(path: str | os.PathLike) -> tuple[Source, str | None]:
     return Source(place) if in_parts else read_file(place), identity
 
 
-def _hash(source: Source) -> str:
-    return f"sha256 {source.sha256}" if source.sha256 and "://" not in source.path else source.path
-
-
 def fingerprint(path: str | os.PathLike) -> str:
     """The identity of a checkpoint in a run's record: of the bytes that this process loaded last from the path, if any.
 
@@ -107,21 +116,12 @@ def fingerprint(path: str | os.PathLike) -> str:
     the Hugging Face hub; any other path as it is.
     """
     path = os.fspath(path)
-    if _key(path) in _loaded:
-        return _loaded[_key(path)]
+    if path in LOADED:
+        return LOADED[path]
     place, identity = remote.resolve(path)
     if identity is None and (folder := diffusers.locate(place)):
         return folder.fingerprint({name: hash_file(name) for name in diffusers.weight_files(folder)})
     return identity or (f"sha256 {hash_file(place)}" if os.path.isfile(place) else path)
-
-
-def remember(path: str | os.PathLike, identity: str) -> None:
-    """Note the identity of what was loaded from a path, for `fingerprint`."""
-    _loaded[_key(os.fspath(path))] = identity
-
-
-def _key(path: str) -> str:
-    return path if "://" in path or remote.is_id(path) else os.path.abspath(path)
 
 
 def recognise(source: Source, flags: Mapping[str, Any]) -> Network:
@@ -239,11 +239,20 @@ def prepared(network: Network, device: str | torch.device) -> dict[str, torch.Te
     if needed > 4 * stored + (1 << 30):  # views that overlap are small in a file
         raise InputError(f"{file} is refused: its {stored} bytes of tensors describe a network of {needed} bytes")
     check_values(path, {key: state[key] for key in wanted}, network.names)
-    layout = {"dtype": torch.float32, "copy": True, "memory_format": torch.contiguous_format}
+    tensors: dict[str, torch.Tensor] = {}
+    places = set()
     try:
-        return {key: state[key].detach().to(device, **layout) for key in wanted}
+        for key, like in wanted.items():
+            value = state[key].detach().to(device, torch.float32)
+            storage = value.untyped_storage()
+            alone = storage.nbytes() == value.nbytes and storage.data_ptr() not in places
+            if not alone or value.stride() != like.stride():
+                value = value.clone(memory_format=torch.contiguous_format)
+            places.add(value.untyped_storage().data_ptr())
+            tensors[key] = value
     except RuntimeError as error:
         raise InputError(f"{file} does not fit into the memory of {device}: {first_line(error)}") from None
+    return tensors
 
 
 def _check_tensors(file: str, state: State, wanted: State, names: Mapping[str, str]) -> None:
@@ -327,3 +336,100 @@ def write_safetensors(path: str, state: dict[str, torch.Tensor], metadata: dict[
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
     write_bytes(path, len(text).to_bytes(8, "little") + text + data[end:])
+
+
+# ---- other formats ---------------------------------------------------------------------------------------------------
+
+TOLERANCE = 2e-5
+"""How far the written model's output may be from the original's, relative to the larger of 1 and the largest value."""
+
+README = """---
+library_name: diffusers
+tags: [unconditional-image-generation, diffusers]
+{licence}---
+
+# {title}
+
+Written by SDDM's `scripts/convert.py` from `{source}`. {variance}
+
+```python
+from diffusers import DDPMPipeline
+
+image = DDPMPipeline.from_pretrained("{title}")().images[0]
+```
+"""
+
+
+def convert(
+    model_path: str | os.PathLike, save_dir: str | os.PathLike, *, drop_variance: bool = False, **flags: Any
+) -> ModelInfo:
+    """Write a model as a diffusers folder, or as our format where `save_dir` ends with .safetensors.
+
+    drop_variance: keep the mean's channels of a model that learned variances. flags: as for `load_model`. The result
+    is read back and compared for one input before it gets its name. Raises InputError, also where `save_dir` exists.
+    """
+    target = os.path.normpath(os.fspath(save_dir))
+    parent = os.path.dirname(target) or "."
+    if os.path.lexists(target):
+        raise InputError("it exists; give another name", parameter="save_dir", value=target)
+    if not os.path.isdir(parent):
+        raise InputError(f"there is no folder {display_name(parent)}", parameter="save_dir", value=target)
+    model, info = load_model(model_path, **flags)
+    state, written, channels = dict(model.state_dict()), info, info.flags.get("in_channels", 3)
+    if drop_variance and info.flags.get("learn_sigma"):
+        last = "out.2" if info.model_type == "ADM" else "conv_out"
+        state |= {f"{last}.{end}": state[f"{last}.{end}"][:channels] for end in ("weight", "bias")}
+        written = replace(info, flags={**info.flags, "learn_sigma": False})
+    elif drop_variance:
+        log.info("%s has learned no variance; there is nothing to drop", display_name(info.path))
+    texts = {name: text for name, text in info.metadata.items() if name not in ("format", "flags", "model_type")}
+    texts |= {"scheduler": json.dumps(info.scheduler)} if info.scheduler else {}
+    try:
+        with tempfile.TemporaryDirectory(prefix=".convert-", dir=parent) as beside:
+            partial = os.path.join(beside, os.path.basename(target))
+            if target.endswith(".safetensors"):
+                save_model(partial, state, model_type=info.model_type, flags=written.flags, metadata=texts)
+            else:
+                _write_folder(partial, state, written, dropped=written is not info)
+            _compare(partial, target, model, info, channels)
+            os.rename(partial, target)
+    except OSError as error:
+        raise InputError(f"it cannot be written: {error.strerror}", parameter="save_dir", value=target) from None
+    return info
+
+
+def _write_folder(folder: str, state: Mapping[str, torch.Tensor], info: ModelInfo, dropped: bool) -> None:
+    tensors, config, scheduler, index = diffusers.to_diffusers(state, info)
+    write_json(os.path.join(folder, diffusers.INDEX), index)
+    write_json(os.path.join(folder, "unet", diffusers.CONFIG), config)
+    write_json(os.path.join(folder, "scheduler", diffusers.SCHEDULER), scheduler)
+    write_safetensors(
+        os.path.join(folder, "unet", f"{diffusers.WEIGHTS}.safetensors"), contiguous(tensors), {"format": "pt"}
+    )
+    licence = info.metadata.get("license") or info.metadata.get("licence")
+    text = README.format(
+        licence=f"license: {json.dumps(one_line(licence))}\n" if licence else "",
+        title=one_line(os.path.basename(folder)),
+        source=one_line(os.path.basename(os.path.normpath(info.path))),
+        variance="The variance that it learned was dropped." if dropped else "",
+    )
+    write_text(os.path.join(folder, "README.md"), text)
+
+
+def _compare(written: str, target: str, model: torch.nn.Module, info: ModelInfo, channels: int) -> None:
+    """Raise InputError unless the written model computes what the original does."""
+    if info.model_type == "ENCODER":
+        return
+    again, _ = load_model(written)
+    side = info.flags["image_size"]
+    x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([info.flags["diffusion_steps"] // 2])
+    extra = {"y": torch.zeros(1, dtype=torch.long)} if info.flags["class_cond"] else {}
+    extra |= {"low_res": x} if info.flags.get("super_res") else {}
+    with torch.no_grad():
+        before, after = model(x, t, **extra)[:, :channels], again(x, t, **extra)[:, :channels]
+    difference = float((after - before).abs().max())
+    if not difference <= TOLERANCE * max(1.0, float(before.abs().max())):
+        what = f"would differ from the original by {difference:.1e}; it was not written"
+        raise InputError(f"{display_name(target)} {what}")
+    log.info("%s: read back, it differs from the original by at most %.1e", display_name(target), difference)

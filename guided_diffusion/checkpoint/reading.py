@@ -6,7 +6,6 @@ the file's size, archives are checked against their checksums, and texts of a fi
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -76,14 +75,20 @@ class Source:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, Any] = field(default_factory=dict)
-    sha256: str | None = None
+    sha256: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity of the file in a run's record."""
+        return f"sha256 {self.sha256}" if self.sha256 and "://" not in self.path else self.path
 
 
 def read_file(path: str | os.PathLike) -> Source:
     """Read a .safetensors or torch file. Raises InputError for a file that is damaged, unsafe, or holds no weights."""
     path = os.fspath(path)
-    data = _read_bytes(path)
-    content, metadata = _parse(path, data)
+    with _open(path) as file:
+        digest = _hash(path, file)
+        content, metadata = _parse(path, file)
     found = _find_state(content)
     if found is None:
         names = [one_line(name, 60) for name in content if isinstance(name, str)] if isinstance(content, dict) else []
@@ -93,7 +98,7 @@ def read_file(path: str | os.PathLike) -> Source:
         if value.is_nested or value.layout != torch.strided or value.is_quantized or value.is_meta:
             what = "nested" if value.is_nested else f"{value.layout} {value.dtype} on {value.device}"
             raise InputError(f"{display_name(path)}: the tensor {one_line(name, 100)} is {what}; a dense one is needed")
-    return Source(path, found[0], metadata, found[1], hashlib.sha256(data).hexdigest())
+    return Source(path, found[0], metadata, found[1], digest)
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -112,8 +117,13 @@ def read_json_object(path: str) -> dict[str, Any]:
 
 def hash_file(path: str, digest: Any = None) -> str:
     """SHA-256 of a file's bytes as hexadecimal digits; digest: a hash to continue. Raises InputError."""
-    digest = digest or hashlib.sha256()
     with reading(path), open(path, "rb") as file:
+        return _hash(path, file, digest)
+
+
+def _hash(path: str, file: IO[bytes], digest: Any = None) -> str:
+    digest = digest or hashlib.sha256()
+    with reading(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -124,50 +134,54 @@ def is_average(name: str) -> bool:
     return re.search(r"(?<![a-z])ema(?![a-z])", name, re.IGNORECASE) is not None
 
 
-def _read_bytes(path: str) -> bytes:
-    """The bytes of a local file, or of one behind a URL. They are hashed and parsed as read once."""
+def _open(path: str) -> IO[bytes]:
+    """A local file, or the content of one behind a URL."""
     if "://" in path:
         log.info("downloading %s; without a network, this fails only after a minute or two", display_name(path))
     with reading(path):
         try:
-            with open_binary(path) as file:
-                return file.read()
+            return open_binary(path)
         except FileNotFoundError:
             where = near_miss(path) or "; models/README.md says where checkpoints are available"
             raise InputError(f"{display_name(path)} does not exist{where}") from None
 
 
-def _parse(path: str, data: bytes) -> tuple[Any, dict[str, str]]:
-    """(content, metadata of a .safetensors file) of a file's bytes; the first of them tell the format."""
-    shown = display_name(path)
-    if data[8:9] == b"{":
+def _parse(path: str, file: IO[bytes]) -> tuple[Any, dict[str, str]]:
+    """(content, metadata of a .safetensors file) of an open file; its first bytes tell the format."""
+    file.seek(0)
+    head = file.read(40)
+    file.seek(0)
+    if head[8:9] == b"{":
         from safetensors.torch import load
 
         with reading(path, "a safetensors file"):
+            data = file.read()
             header = data[8 : 8 + int.from_bytes(data[:8], "little")]
             return load(data), json.loads(header).get("__metadata__") or {}
-    if data.startswith(b"PK"):
-        _check_archive(path, data)
-    elif not data.startswith(b"\x80"):
-        what = f"it begins with {data[:40]!r}" if data else "it is empty"  # a web page, a pointer of Git LFS, …
-        raise InputError(f"{shown} is not a checkpoint: {what}")
+    if head.startswith(b"PK"):
+        _check_archive(path, file)
+    elif not head.startswith(b"\x80"):
+        what = f"it begins with {head!r}" if head else "it is empty"  # a web page, a pointer of Git LFS, …
+        raise InputError(f"{display_name(path)} is not a checkpoint: {what}")
     harmless: list[Any] = [(Placeholder, name) for name in HARMLESS]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(harmless):
             warnings.simplefilter("ignore")  # about the age of the file's format, which is no concern of the reader's
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), {}
+            return torch.load(file, map_location="cpu", weights_only=True), {}
     except Exception as error:  # damaged files raise whatever the unpickler trips over
-        raise InputError(f"{shown} {_why_not_loaded(error)}") from None
+        raise InputError(f"{display_name(path)} {_why_not_loaded(error)}") from None
 
 
-def _check_archive(path: str, data: bytes) -> None:
+def _check_archive(path: str, file: IO[bytes]) -> None:
     """Raise InputError for an archive that unpacks to far more than its size, or that differs from its checksums."""
-    with reading(path, "a whole archive"), zipfile.ZipFile(io.BytesIO(data)) as archive:
+    size = file.seek(0, os.SEEK_END)
+    with reading(path, "a whole archive"), zipfile.ZipFile(file) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > 4 * len(data) + (64 << 20):
-            raise InputError(f"{display_name(path)} is refused: its {len(data)} bytes would unpack to {unpacked}")
+        if unpacked > 4 * size + (64 << 20):
+            raise InputError(f"{display_name(path)} is refused: its {size} bytes would unpack to {unpacked}")
         if name := archive.testzip():
             raise ValueError(f"the checksum of its entry {name} differs")
+    file.seek(0)
 
 
 def _why_not_loaded(error: Exception) -> str:

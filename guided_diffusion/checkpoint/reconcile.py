@@ -2,16 +2,24 @@
 
 In rising order of weight: the defaults of `script_util`, the table of published models, what is stated beside the
 tensors (metadata, train.json, betas, hyper-parameters, a scheduler file), and flags that are given. What the tensors
-tell is never overruled.
+tell is never overruled. Sources of the table: the READMEs of guided-diffusion, improved-diffusion, ILVR, P2-weighting,
+EGSDE and DDPM's ports.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
-from ..errors import InputError, display_name, log, one_line
+import numpy as np
+import torch
+
+from ..errors import InputError, display_name, log, one_line, reading, shown
 from ..gaussian_diffusion import get_named_beta_schedule
 from ..options import check, check_value, field_types, option
 from ..script_util import (
@@ -25,8 +33,7 @@ from ..script_util import (
     str2bool,
 )
 from . import architecture
-from .reading import Source
-from .stated import TRAINING_FLAGS, UNDETECTABLE_FLAGS, Published, Stated, published
+from .reading import Source, plain, read_json_object
 
 # Flags that concern one use of a model only, so that any value fits any file.
 RUNTIME_FLAGS = {
@@ -141,6 +148,256 @@ class ModelInfo:
     def choose(self, name: str, given: Any = None) -> Any:
         """The value of `sigma_small` or `clip_denoised`: the given one, else the scheduler file's, else True."""
         return given if given is not None else self.scheduler.get(name, True)
+
+
+# ---- statements of a file --------------------------------------------------------------------------------------------
+
+# Flags that shape the network but leave no trace in its tensors.
+UNDETECTABLE_FLAGS = (
+    *("image_size", "num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order", "dropout"),
+    *("norm_groups", "norm_eps", "sines_first", "pad_end", "middle_norm"),
+)
+# Flags that describe how the network was trained, and so how it must be used.
+TRAINING_FLAGS = ("diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps", "predict_v")
+
+
+@dataclass(frozen=True)
+class Stated:
+    """Flags that a file states beside its tensors; those that are None count as not stated.
+
+    where: the place, the beginning of an error line about it. complete: what is left out has its default. in_run: the
+    place is a train.json, which may be another network's.
+    """
+
+    flags: Mapping[str, Any]
+    where: str
+    complete: bool = True
+    in_run: bool = False
+
+    def fits(self, found: Mapping[str, Any]) -> bool:
+        """Whether the sizes are those of an architecture."""
+        sizes = ("num_channels", "num_res_blocks", "classifier_width", "classifier_depth", "in_channels", "class_cond")
+        return all(self.flags.get(name) in (None, found.get(name)) for name in (*sizes, "learn_sigma"))
+
+
+def described(source: Source) -> Stated | None:
+    """The flags in a file's metadata, else those in the train.json beside it; None without either.
+
+    Another program's train.json counts as none. Raises InputError for metadata that is no JSON object.
+    """
+    if "flags" in source.metadata:
+        return Stated(_metadata_object(source, "flags"), f"{display_name(source.path)}: its metadata")
+    record = os.path.join(os.path.dirname(source.path), "train.json")
+    if "://" in source.path or not os.path.isfile(record):
+        return None
+    try:
+        flags = read_json_object(record).get("model")
+    except InputError as error:
+        log.warning("%s; it is not used for %s", error, display_name(source.path))
+        return None
+    return Stated(flags, display_name(record), in_run=True) if isinstance(flags, dict) else None
+
+
+def scheduler_in_metadata(source: Source) -> dict[str, Any]:
+    """The entries of a converted model's scheduler file for `sigma_small` and `clip_denoised`; {} without any."""
+    said = _metadata_object(source, "scheduler") if "scheduler" in source.metadata else {}
+    fits = {"sigma_small": bool, "clip_denoised": (bool, float)}
+    return {name: said[name] for name, kind in fits.items() if isinstance(said.get(name), kind)}
+
+
+def _metadata_object(source: Source, name: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(source.metadata[name])
+        if isinstance(content, dict):
+            return content
+    raise InputError(f"{display_name(source.path)}: the entry `{name}` of its metadata is not a JSON object")
+
+
+# Entries of a torch file that hold hyper-parameters, those of PyTorch Lightning first.
+HYPER_PARAMETERS = ("hyper_parameters", "hparams", "args", "config", "flags")
+STEPS = ("timesteps", "num_timesteps", "num_diffusion_timesteps", "num_train_timesteps")
+# What a model predicts, in the words of CompVis, diffusers and denoising-diffusion-pytorch.
+NOISE, X_0, VELOCITY = ("eps", "epsilon", "pred_noise"), ("x0", "sample", "pred_x0"), ("v", "v_prediction", "pred_v")
+PREDICTIONS = {
+    name: {"predict_xstart": name in X_0, "predict_v": name in VELOCITY} for name in (*NOISE, *X_0, *VELOCITY)
+}
+
+
+def hyper_parameters(source: Source) -> dict[str, Any]:
+    """The hyper-parameters that stand beside the weights of a torch file."""
+    found: dict[str, Any] = {}
+    for name in HYPER_PARAMETERS:
+        entries = plain(source.beside.get(name))
+        if isinstance(entries, Mapping):
+            parts = [entries, *(plain(entries.get(part)) for part in ("diffusion", "model"))]
+            for each in (each for each in parts if isinstance(each, Mapping)):
+                found = {**{str(key): plain(value) for key, value in each.items()}, **found}
+    return found
+
+
+def stated_beside(source: Source) -> Stated | None:
+    """The flags that a torch file tells by its betas and hyper-parameters; only those that tensors cannot tell."""
+    entries, file = hyper_parameters(source), display_name(source.path)
+    where = f"{file}: its list of hyper-parameters"
+    simple: dict[str, Any] = {key: value for key, value in entries.items() if isinstance(value, (int, float, str))}
+    flags = {name: simple[name] for name in (*UNDETECTABLE_FLAGS, *TRAINING_FLAGS) if name in simple}
+    if steps := [simple[name] for name in STEPS if name in simple]:
+        flags.setdefault("diffusion_steps", steps[0])
+    for name in {"parameterization", "objective", "prediction_type"} & simple.keys():
+        if simple[name] not in PREDICTIONS:
+            raise InputError(f"{where} has {name}={shown(simple[name])}, which is not supported")
+        flags |= PREDICTIONS[simple[name]]
+    if {"beta_schedule", "linear_start", "beta_start"} & simple.keys() and "noise_schedule" not in simple:
+        # CompVis' linear is linear in the square root; its ends have names of their own.
+        renamed = {"squaredcos_cap_v2": "cosine"} | ({"linear": "scaled_linear"} if "linear_start" in simple else {})
+        name = simple.get("beta_schedule", "linear")
+        name = renamed.get(name, name)
+        ends = [simple[end] for end in ("linear_start", "beta_start", "linear_end", "beta_end") if end in simple]
+        flags["noise_schedule"] = f"{name}:{ends[0]},{ends[-1]}" if len(ends) == 2 and name != "cosine" else name
+    for kind, table in islice(_tables(source, entries), 1):
+        where = f"{file}: its entry {kind}"
+        flags |= {"diffusion_steps": len(table), "noise_schedule": _named_schedule(kind, table, where)}
+    return Stated(flags, where, complete=False) if flags else None
+
+
+def _tables(source: Source, hyper: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """(betas or alphas_cumprod, its values in float64) for each entry of these names, under any prefix."""
+    places = [*source.beside.items(), *hyper.items(), *source.tensors.items()]
+    for kind in ("betas", "alphas_cumprod"):
+        for value in (plain(value) for name, value in places if str(name).rpartition(".")[2] == kind):
+            if isinstance(value, (torch.Tensor, np.ndarray, list, tuple)):
+                with reading(source.path):
+                    table = torch.as_tensor(value)
+                if table.dim() == 1 and len(table) > 9 and table.is_floating_point():
+                    yield kind, table.double().numpy()
+
+
+def _named_schedule(kind: str, table: np.ndarray, where: str) -> str:
+    """The value of `noise_schedule` for a table: a name where one gives its values up to rounding, else all betas."""
+    alpha_bars = np.cumprod(1 - table) if kind == "betas" else table
+    with np.errstate(all="ignore"):
+        betas = table if kind == "betas" else 1 - table / np.append(1.0, table[:-1])
+    if not ((betas > 0) & (betas < 1)).all():  # NaN is neither
+        raise InputError(f"{where} is no noise schedule: its betas must be above 0 and below 1")
+    digits = 6 if kind == "betas" else 3  # what a difference of float32 values has
+    ends = ",".join(repr(float(f"{betas[i]:.{digits}g}")) for i in (0, -1))
+    for name in ("linear", "cosine", f"linear:{ends}", f"scaled_linear:{ends}"):
+        with contextlib.suppress(InputError), np.errstate(all="ignore"):
+            named = np.cumprod(1 - get_named_beta_schedule(name, len(betas)))
+            if np.allclose(np.log(named), np.log(alpha_bars), rtol=1e-4, atol=1e-5):
+                return name
+    return "betas:" + ",".join(repr(float(beta)) for beta in betas)
+
+
+class Published(NamedTuple):
+    """One published layout: its files' names, `ModelInfo.model_type` and flags."""
+
+    files: str
+    model_type: str
+    flags: dict[str, Any]
+
+
+SIX, SEVEN, FIVE, FOUR = "1,1,2,2,4,4", "0.5,1,1,2,2,4,4", "1,1,2,3,4", "1,2,3,4"
+LINEAR = {"noise_schedule": "linear", "diffusion_steps": 1000, "predict_xstart": False, "rescale_timesteps": False}
+IMAGENET: dict[str, Any] = {"class_cond": True, "num_classes": 1000}
+# improved-diffusion: convolutions that resample, four heads of any width.
+IMPROVED: dict[str, Any] = {"resblock_updown": False, "num_head_channels": -1}
+COSINE: dict[str, Any] = {"noise_schedule": "cosine"}
+COSINE_4000: dict[str, Any] = {**COSINE, "diffusion_steps": 4000}
+USUAL_ADM = {
+    "learn_sigma": True, "class_cond": False, "use_scale_shift_norm": True, "resblock_updown": True, "in_channels": 3,
+    "super_res": False, "num_heads": 4, "num_head_channels": 64, "use_new_attention_order": False, **LINEAR,
+}  # fmt: skip
+USUAL_DDPM = {"num_channels": 128, "num_res_blocks": 2, "learn_sigma": False, "in_channels": 3, **LINEAR}
+USUAL_ENCODER = {
+    "classifier_width": 128, "classifier_use_scale_shift_norm": True, "classifier_resblock_updown": True,
+    "classifier_pool": "attention", "num_head_channels": 64, **LINEAR,
+}  # fmt: skip
+
+
+def _adm(files: str, size: int, width: int, blocks: int, mult: str, factors: tuple, **other: Any) -> Published:
+    """A network of guided-diffusion; other: flags that differ from the usual ones."""
+    sizes = {"image_size": size, "num_channels": width, "num_res_blocks": blocks}
+    return Published(files, "ADM", {**USUAL_ADM, **sizes, "channel_mult": mult, "attention_factors": factors, **other})
+
+
+def _ddpm(files: str, size: int, mult: str, factor: int) -> Published:
+    sizes = {"image_size": size, "channel_mult": mult, "attention_factors": (factor,)}
+    return Published(files, "DDPM", {**USUAL_DDPM, **sizes})
+
+
+def _encoder(files: str, size: int, depth: int, mult: str, classes: int, head: str = "out", **other: Any) -> Published:
+    sizes = {"image_size": size, "classifier_depth": depth, "channel_mult": mult, "num_class": classes, "head": head}
+    factors = tuple(size // side for side in (32, 16, 8))
+    return Published(files, "ENCODER", {**USUAL_ENCODER, **sizes, "attention_factors": factors, **other})
+
+
+PUBLISHED = (
+    _adm("ILVR's and P2's models of AFHQ", 256, 128, 2, SIX, (16,), learn_sigma=False),
+    _adm("ILVR's and P2's models", 256, 128, 1, SIX, (16,)),
+    _adm("256x256_diffusion_uncond.pt, lsun_*.pt", 256, 256, 2, SIX, (8, 16, 32)),
+    _adm("256x256_diffusion.pt", 256, 256, 2, SIX, (8, 16, 32), **IMAGENET),
+    _adm("512x512_diffusion.pt", 512, 256, 2, SEVEN, (16, 32, 64), **IMAGENET),
+    _adm("128x128_diffusion.pt", 128, 256, 2, FIVE, (4, 8, 16), num_head_channels=-1, **IMAGENET),
+    _adm("64x64_diffusion.pt", 64, 192, 3, FOUR, (2, 4, 8), **IMAGENET, **COSINE, use_new_attention_order=True,
+         dropout=0.1),
+    # Both upsamplers have the same levels; where their attention is tells them apart.
+    _adm("64_256_upsampler.pt", 256, 192, 2, SIX, (8, 16, 32), **IMAGENET, num_head_channels=-1, super_res=True),
+    _adm("128_512_upsampler.pt", 512, 192, 2, SIX, (16, 32), **IMAGENET, super_res=True),
+    # improved-diffusion; what its README does not say has that project's defaults, rescaled timesteps among them.
+    _adm("imagenet64_uncond_*.pt", 64, 128, 3, FOUR, (4, 8), **IMPROVED, **COSINE_4000, rescale_timesteps=True),
+    _adm("cifar10_uncond_*.pt", 32, 128, 3, "1,2,2,2", (2, 4), **IMPROVED, **COSINE_4000, rescale_timesteps=True,
+         dropout=0.3),
+    _adm("imagenet64_cond_270M_250K.pt", 64, 192, 3, FOUR, (4, 8), **IMPROVED, **COSINE_4000, **IMAGENET),
+    _adm("lsun_uncond_100M_*.pt", 256, 128, 2, SIX, (16,), **IMPROVED, num_heads=1, use_scale_shift_norm=False),
+    _ddpm("celebahq_female_ddpm.pth and the DDPM models of 256 pixels", 256, SIX, 16),
+    _ddpm("DDPM's model of CIFAR-10", 32, "1,2,2,2", 2),
+    _encoder("64x64_classifier.pt", 64, 4, FOUR, 1000, **COSINE),
+    _encoder("128x128_classifier.pt", 128, 2, FIVE, 1000),
+    _encoder("256x256_classifier.pt", 256, 2, SIX, 1000),
+    _encoder("512x512_classifier.pt", 512, 2, SEVEN, 1000),
+    _encoder("EGSDE's extractors", 256, 2, SIX, 2, "I2Iout"),
+)  # fmt: skip
+
+
+def published(model_type: str, found: dict[str, Any]) -> Published | None:
+    """The row that agrees with all that the tensors tell, with the flags that they do not; None without one."""
+    for row in PUBLISHED:
+        if row.model_type == model_type and all(row.flags.get(name, value) == value for name, value in found.items()):
+            return row._replace(flags={name: value for name, value in row.flags.items() if name not in found})
+    return None
+
+
+# Models of EDM's process and consistency models in guided-diffusion's network: ImageNet of 64 pixels, LSUN of 256.
+_ALIKE = {"learn_sigma": False, "resblock_updown": True, "use_scale_shift_norm": True}
+EDM_LAYOUTS = (
+    {"num_channels": 192, "num_res_blocks": 3, "channel_mult": FOUR, "attention_factors": (2, 4, 8), **_ALIKE},
+    {"num_channels": 256, "num_res_blocks": 2, "channel_mult": SIX, "attention_factors": (8, 16, 32), **_ALIKE},
+)
+EDM_NAMES = re.compile(r"(?<![a-z])(edm2?|consistency|(cd|ct)[-_](imagenet|bedroom|cat|cifar|lsun))(?![a-z])", re.I)
+EDM_FLAGS = {"sigma_data", "sigma_max", "sigma_min", "weight_schedule", "training_mode", "P_mean", "P_std"}
+
+
+def refuse_edm(source: Source, found: dict[str, Any], stated: Stated | None, given: Mapping[str, Any]) -> None:
+    """Raise InputError for a network, found, whose process is EDM's or a consistency model's.
+
+    The name of a file that states its noise schedule is no reason, and where that is given, its layout is none.
+    """
+    reason, flags = None, stated.flags if stated else {}
+    if sigmas := EDM_FLAGS & {*hyper_parameters(source), *source.metadata, *flags}:
+        reason = f"its file has the entry {min(sigmas)}"
+    elif "noise_schedule" in flags:
+        return
+    elif name := EDM_NAMES.search(os.path.basename(source.path)):
+        reason = f"its name has {name[0]!r}"
+    elif "noise_schedule" not in given and any(layout.items() <= found.items() for layout in EDM_LAYOUTS):
+        reason = "it has their layout; give `noise_schedule` if it is none"
+    if reason:
+        what = f"is a model of EDM or a consistency model ({reason}); a model of DDPM's process is needed"
+        raise InputError(f"{display_name(source.path)} {what}")
+
+
+# ---- all of it together ----------------------------------------------------------------------------------------------
 
 
 def reconcile(

@@ -22,7 +22,7 @@ from ..script_util import NUM_CLASSES, create_diffusion
 from ..target import Batch, Counted, Target, WithClass
 from ..upscaler import load_upscaler
 from . import pipelines, remote
-from .loading import fingerprint, load_model, remember
+from .loading import LOADED, fingerprint, load_model
 from .reconcile import ModelFlags, ModelInfo
 
 
@@ -144,7 +144,7 @@ def _load_pipeline(options: TargetOptions, flags: ModelFlags, device: torch.devi
         reason = "a pipeline takes a number, and its scheduler spaces the steps"
         raise InputError(reason, parameter="timestep_respacing", value=steps)
     pipe, identity = pipelines.load_pipeline(options.model_path, DTYPES[precision], device)
-    remember(options.model_path, identity)
+    LOADED[options.model_path] = identity
     by_name = {} if options.prompt_file is None else _read_prompts(options.prompt_file)
 
     def text_of(name: str) -> str:
