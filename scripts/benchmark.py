@@ -20,7 +20,6 @@ command.start()
 from guided_diffusion.cli import comparison, rows
 from guided_diffusion.cli.extensions import Extensions
 from guided_diffusion.cli.flags import Given, Parser
-from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import Evaluation
 
 SAMPLING = ("flags", "batch_size", "device", "processes", "launch")
@@ -42,9 +41,7 @@ def compare(given: Given) -> None:
     options, chosen = comparison.select(options, rows.read_table(options.table))
     folders = {"sources": options.base_samples, "targets": options.targets, "truth": options.truth}
     measured = given.options(Evaluation, **folders, device=options.device)
-    missing = comparison.missing_files(options, measured) + rows.missing_files(chosen)
-    if missing:
-        raise InputError(f"missing: {'; '.join(missing)}")
+    comparison.check_files(options, measured, chosen)
     compared = comparison.Comparison(options, measured)
     text = compared.write(compared.run(chosen))
     command.say(text.rstrip("\n"), sys.stdout)

@@ -10,10 +10,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from ..errors import InputError, display_name, library, log, one_line, shown
-from ..evaluation import Evaluation, Instruments, evaluate, report, table
+from ..errors import InputError, display_name, library, log, shown
+from ..evaluation import METRICS, Evaluation, Instruments, evaluate, report, table
 from ..evaluation.features import NAMED
 from ..image_datasets import list_references
 from ..options import check, option
@@ -24,7 +25,6 @@ from ..run.record import curves
 from .rows import SCRIPTS, Row, refuse_own_flags
 
 TRIAL = 3  # references of a trial
-MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -52,26 +52,24 @@ class Compared:
     def __post_init__(self) -> None:
         check(self)
         for name, value in vars(self).items():
-            if isinstance(value, str) and (len(value) > 4096 or not value.isprintable()):
-                raise InputError("it has control characters or is too long", parameter=name, value=value)
+            if isinstance(value, str) and not value.isprintable():
+                raise InputError("it has control characters", parameter=name, value=value)
         if isinstance(self.batch_size, str) and self.batch_size != "auto":
             raise InputError("it must be a whole number, or auto", parameter="batch_size", value=self.batch_size)
         if self.processes > 1 and self.launch:
             reason = f"it and `launch` {shown(self.launch)} exclude each other"
             raise InputError(reason, parameter="processes", value=self.processes)
         refuse_own_flags(self.words("flags"), "`flags`")
-        _ = self.words("launch"), self.seed_numbers
+        self.words("launch")
+        known = set(self.seed_numbers) if re.fullmatch(r"-?[0-9]{1,18}(,\s*-?[0-9]{1,18})*", self.seeds) else ()
+        if len(known) <= self.seeds.count(","):
+            reason = "it must be different whole numbers with commas between them"
+            raise InputError(reason, parameter="seeds", value=self.seeds)
 
     @property
     def seed_numbers(self) -> list[int]:
         """The seeds."""
-        parts = self.seeds.split(",")
-        right = all(re.fullmatch(r"\s*-?[0-9]{1,18}\s*", part) for part in parts)
-        numbers = list(map(int, parts)) if right else []
-        if not right or len(set(numbers)) < len(parts) or len(parts) > MOST_SEEDS:
-            reason = f"it must be up to {MOST_SEEDS} different whole numbers with commas between them"
-            raise InputError(reason, parameter="seeds", value=self.seeds)
-        return numbers
+        return [int(part) for part in self.seeds.split(",")]
 
     def words(self, name: str) -> list[str]:
         """A field's text as words of a command line."""
@@ -97,13 +95,17 @@ def select(options: Compared, rows: Sequence[Row]) -> tuple[Compared, list[Row]]
     return options, chosen
 
 
-def missing_files(options: Compared, measured: Evaluation) -> list[str]:
-    """Names and paths of the options' files that do not exist, their parameters in backticks."""
-    wanted = {name: getattr(options, name) for name in ("model_path", "base_samples", "targets", "truth")}
-    wanted["features"] = None if measured.features in NAMED else measured.features
-    wanted["inception_path"] = measured.inception_path
-    missing = {name: path for name, path in wanted.items() if path and not os.path.exists(path) and "://" not in path}
-    return [f"`{name}` {display_name(path)}" for name, path in missing.items()]
+def check_files(options: Compared, measured: Evaluation, rows: Sequence[Row]) -> None:
+    """Raise InputError that lists all files of the options and the rows that do not exist."""
+    wanted = [(f"`{name}`", getattr(options, name)) for name in ("model_path", "base_samples", "targets", "truth")]
+    wanted += [("`features`", None if measured.features in NAMED else measured.features)]
+    wanted += [("`inception_path`", measured.inception_path)]
+    words = [word for row in rows for flag in row.flags for word in flag.split("=", 1)]
+    wanted += [(flag, path) for flag, path in pairwise(words) if re.fullmatch(r"--\w*path", flag)]
+    given = [(name, path) for name, path in dict.fromkeys(wanted) if path and "://" not in path]
+    missing = [f"{name} {display_name(path)}" for name, path in given if not os.path.exists(path)]
+    if missing:
+        raise InputError(f"missing: {'; '.join(missing)}")
 
 
 class Comparison:
@@ -114,18 +116,16 @@ class Comparison:
         self.instruments = Instruments(measured)
         self.count = len(list_references(options.base_samples)[: options.num_samples])
         self.model = run_record.sha256(options.model_path)
-        # Names and values are those of version 0.1, whose measurements stay valid.
-        self.key = {name: getattr(measured, name) for name in ("sources", "targets", "truth", "protocol", "image_size")}
-        lpips = {"True": True, "False": False}.get(measured.lpips, measured.lpips)
-        self.key |= {"features": run_record.sha256(measured.features) or measured.features, "lpips": lpips}
+        names = ("sources", "targets", "truth", "protocol", "image_size", "lpips")
+        self.key = {name: getattr(measured, name) for name in names}
+        self.key |= {"features": run_record.sha256(measured.features) or measured.features, "metrics": sorted(METRICS)}
 
     def run(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Sample and measure everything; returns one dict per row with its values by seed, means and deviations."""
         runs = [(row, seed, self.folder(row, seed)) for row in rows for seed in self.options.seed_numbers]
         files.make_folder(self.options.save_dir, "save_dir")
-        inside = os.path.realpath(self.options.save_dir)
         for _, _, folder in runs:
-            if os.path.commonpath([inside, os.path.realpath(folder)]) != inside:
+            if not files.inside(folder, self.options.save_dir):
                 reason = f"{display_name(folder)} is a link that leads out of it"
                 raise InputError(reason, parameter="save_dir", value=self.options.save_dir)
         library("matplotlib", "matplotlib", "the report's charts")  # what is missing is reported before sampling
@@ -183,12 +183,9 @@ class Comparison:
 
     def _measure(self, folder: str, record: Mapping[str, Any]) -> dict[str, Any]:
         """The result for a run's folder, measured or from `folder`.json, where it was measured before."""
-        key = {"options": self.key, "finished": record["finished"]}
-        with contextlib.suppress(KeyError, TypeError):  # measured otherwise, or without what was registered since
-            known = files.read_json_or_none(f"{folder}.json")
-            values = [known["result"]["metrics"][v.key] for v in table.values() if not v.metric.is_cost]
-            if known["key"] == key and all(isinstance(value, (int, float, type(None))) for value in values):
-                return known["result"]
+        key, known = {"options": self.key, "finished": record["finished"]}, files.read_json_or_none(f"{folder}.json")
+        if isinstance(known, dict) and known.get("key") == key:
+            return known["result"]
         partial = self.options.num_samples is not None or record["counts"]["failed"] > 0
         options = dataclasses.replace(self.measured, outputs=folder, partial=partial)
         result, _ = evaluate(options, instruments=self.instruments)
@@ -197,18 +194,16 @@ class Comparison:
 
     def _result(self, row: Row, runs: Mapping[int, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
         """A row's result, of the record and the evaluation of every seed's run."""
-        costs = [value.key for value in table.values() if value.metric.is_cost]
+        costs = [metric.name for metric in METRICS.values() if metric.is_cost]
         seeds = {
             seed: {**result["metrics"], **{name: record.get(name) for name in costs}}
             for seed, (record, result) in runs.items()
         }
-        by_name = {name: [values[name] for values in seeds.values()] for name in next(iter(seeds.values()))}
-        known = {name: values for name, values in by_name.items() if None not in values}
         first, (record, result) = next(iter(runs.items()))
+        by_name = {name: [values[name] for values in seeds.values()] for name in seeds[first]}
+        known = {name: values for name, values in by_name.items() if None not in values}
         warnings = [warning for _, each in runs.values() for warning in each["warnings"]]
         words = [row.script, *row.flags, *self.options.words("flags")]
-        energies = record["settings"].get("energy") or []
-        energies = energies.split(",") if isinstance(energies, str) else energies
         return {
             "method": row.method,
             "setting": row.setting,
@@ -221,19 +216,16 @@ class Comparison:
             "protocol": result["protocol"],
             "warnings": list(dict.fromkeys(warnings)),
             "folder": os.path.relpath(self.folder(row, first), self.options.save_dir),
-            "energies": [one_line(name, longest=40) for name in energies] if isinstance(energies, list) else [],
+            "energies": record["settings"].get("energy") or [],
             "curves": curves(record),
         }
 
 
 def read_record(folder: str) -> dict[str, Any] | None:
-    """The run.json of a finished run; None where there is none, or one without the entries that are needed."""
-    with contextlib.suppress(Exception):  # a record of another kind fails in many ways
-        record = files.read_json(os.path.join(folder, run_record.NAME))
-        entries = record["finished"], record["settings"], record["counts"]["references"], record["counts"]["failed"]
-        if all(isinstance(entry, kind) for entry, kind in zip(entries, (str, dict, int, int))):
-            return record
-    return None
+    """The run.json of a finished run, or None."""
+    with contextlib.suppress(InputError):
+        record = run_record.read(folder)
+        return record if record and record["finished"] else None
 
 
 def run(command: Sequence[str]) -> int:

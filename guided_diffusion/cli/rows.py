@@ -6,17 +6,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from ..errors import InputError, display_name, reading, shown
-from ..evaluation.report import FILES
 from ..presets import ROOT
 from .flags import preset_flags
 
 SCRIPTS = os.path.join(ROOT, "scripts")
 OWN_FLAGS = ("model_path", "base_samples", "save_dir", "seed", "num_samples", "batch_size", "device")
 """Flags of a run that the benchmark sets itself, from its own of the same name."""
-LARGEST_TABLE = 1 << 20  # characters
 
 
 @dataclass(frozen=True)
@@ -44,16 +41,14 @@ def read_table(path: str) -> list[Row]:
     """The rows of the table in a file, or on standard input where the path is "-"."""
     if path == "-":
         with reading("standard input", "a table"):
-            return parse_table(sys.stdin.read(LARGEST_TABLE + 1))
+            return parse_table(sys.stdin.read())
     with reading(path, "a table"), open(path, encoding="utf-8") as file:
-        return parse_table(file.read(LARGEST_TABLE + 1), display_name(path))
+        return parse_table(file.read(), display_name(path))
 
 
 def parse_table(text: str, source: str = "--table") -> list[Row]:
     """The rows of a table; raises InputError that names the line which cannot be read."""
     rows: dict[str, Row] = {}
-    if len(text) > LARGEST_TABLE:
-        raise InputError(f"{source} is longer than {LARGEST_TABLE} characters")
     for number, line in enumerate(text.splitlines(), 1):
         line = re.sub(r"(^|\s)#.*", "", line).strip()
         if not line:
@@ -86,7 +81,7 @@ def parse_row(line: str) -> Row:
     refuse_own_flags(flags, "the row")
     published = (*cells[3:], "", "")
     row = Row(cells[0], cells[1], script, tuple(expand_preset(script, flags)), (published[0], published[1]))
-    if not row.folder.strip(".") or row.folder.lower() in FILES or len(os.fsencode(row.folder)) > 200:
+    if not row.folder.strip("."):
         raise InputError(f"a row cannot be called {shown(row.name)}: its outputs would have no folder of their own")
     return row
 
@@ -111,10 +106,3 @@ def refuse_own_flags(flags: Sequence[str], where: str) -> None:
         name = flag.removeprefix("--").split("=")[0]
         if flag.startswith("--") and name in OWN_FLAGS:
             raise InputError(f"{where} has --{name}, which the benchmark sets itself")
-
-
-def missing_files(rows: Sequence[Row]) -> list[str]:
-    """Flags and paths of the rows' files that do not exist, to be reported before anything is sampled."""
-    words = [word for row in rows for flag in row.flags for word in flag.split("=", 1)]
-    pairs = {(flag, path): None for flag, path in pairwise(words) if re.fullmatch(r"--\w*path", flag)}
-    return [f"{flag} {display_name(path)}" for flag, path in pairs if not os.path.exists(path) and "://" not in path]
