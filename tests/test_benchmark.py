@@ -260,7 +260,7 @@ def row_of(method="A", setting="b", fid=60.0, ssim=0.4, features="inception (pyt
     """A row of results.json, as far as charts need one."""
     return {
         "method": method, "setting": setting, "mean": {"fid": fid, "source_ssim": ssim},
-        "std": {"fid": 1.0, "source_ssim": None}, "published": {"fid": "", "source_ssim": ""}, "curves": [],
+        "std": {"fid": 1.0, "source_ssim": None}, "published": {"fid": "", "source_ssim": ""}, "curves": [], "energies": ["dct"],
         "protocol": {"features": features}, **more,
     }  # fmt: skip
 
@@ -295,15 +295,14 @@ def test_a_method_has_one_line_through_its_front():
 
 def test_methods_are_told_by_dash_and_marker_and_constant_charts_are_left_out():
     steps = [{"i": i, "tangent": i, "normal": 2.0, "negative": 0, "weights": [1 / i, 1 - 1 / i]} for i in (3, 2)]
-    rows = [row_of("A", "1", curves=steps, energies=["vgg"]), row_of("A", "2", curves=steps, energies=["dct"]),
+    rows = [row_of("A", "1", curves=steps, energies=["vgg"]), row_of("A", "2", curves=steps),
             row_of("B", "1", curves=steps), row_of("C", "1")]  # fmt: skip
     looks = charts.styles(rows)
     assert all(len({style[part] for style in looks.values()}) == 3 for part in ("color", "linestyle", "marker"))
     found = {chart.axes[0].get_title(): list(lines_of(chart)) for chart in charts.step_charts(rows)}
     assert found["Norm of the score's tangent part"] == ["A, 1", "A, 2", "B, 1"]
     assert "Norm of the score's normal part" not in found
-    assert found["Weight of the energy vgg"] == ["A, 1"] and found["Weight of the energy dct"] == ["A, 2"]
-    assert found["Weight of the energy 1"] == ["B, 1"]  # older results do not name them
+    assert found["Weight of the energy vgg"] == ["A, 1"] and found["Weight of the energy dct"] == ["A, 2", "B, 1"]
     constant = [{**step, "tangent": 2.0, "weights": [1.0]} for step in steps]
     assert charts.step_charts([row_of(curves=constant)]) == []
 

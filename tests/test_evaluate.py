@@ -336,7 +336,7 @@ ERRORS = {  # flags: the parameter that is named and its value, or the beginning
     f"--outputs few --targets narrow.npz {FLAGS}": ("targets", "narrow.npz"),
     f"--outputs few --targets inception.npz {FLAGS}": ("targets", "inception.npz"),
     "--outputs few --targets few --features resnet": ("features", "resnet"),
-    "--outputs few --targets few --features weights.pt": ("features", "weights.pt"),
+    "--outputs few --targets few --features weights.pt": "weights.pt is damaged or not a TorchScript module",
     "--outputs few --targets few --features spatial.pt": ".*it returns .5, 1, 256, 256. for 5 images",
     "--outputs few --targets few --inception_path weights.pt": ("inception_path", "weights.pt"),
     f"--outputs few --targets few {FLAGS} --inception_path weights.pt": ("inception_path", "weights.pt"),

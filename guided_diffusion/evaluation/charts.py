@@ -12,16 +12,13 @@ from . import table
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07d00", "#3a9bd9", "#7a4fbf", "#777777")
 DASHES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (3, 1)), (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = "os^DvXPp"
-TRADE_OFFS = {"trade_off.svg": "source_ssim", "trade_off_truth.svg": "truth_ssim"}
-"""Files of the charts of the distance against another value."""
+TRADE_OFFS = {"trade_off.svg": "source_ssim", "trade_off_truth.svg": "truth_ssim"}  # files, and values on the x axis
 WHERE = {"source": "the source", "truth": "the true translation"}
 SCORE = "score"
 RADIUS = 4  # of a marker, in pixels
 LEAST_CHANGE = 0.01  # of a weight, for a chart of it
-PROGRESS = "share of the schedule; sampling runs leftwards"
 
-Result = Mapping[str, Any]
-"""A row's result, as results.json of a comparison has it."""
+Result = Mapping[str, Any]  # a row's result, as results.json of a comparison has it
 Point = tuple[float, float]
 
 
@@ -63,9 +60,8 @@ def styles(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 def trade_off(results: Sequence[Result], against: str = "source_ssim") -> Any:
     """A figure of a distance against SSIM to the source or, with "truth_ssim", to the truth; None without any point.
 
-    The distance is FID or, with features other than Inception's, the kernel distance where it was measured. Each
-    method has a line through its `front`. Published results are hollow, and stand only beside what they can be compared
-    with: FIDs of Inception features and SSIM to the source.
+    Each method has a line through its `front`. Published results are hollow, and stand only beside what they can be
+    compared with: FIDs of Inception features and SSIM to the source.
     """
     role, _, name = against.partition("_")
     inception = any(table.is_inception(row["protocol"]) for row in results)
@@ -142,12 +138,11 @@ def lines(curves: Sequence[tuple[Result, Sequence[float]]], title: str, y_label:
     """
     if not any(max(ys) - min(ys) > max(least, 1e-6 * max(map(abs, ys))) for _, ys in curves):
         return None
-    figure, axes = new_figure(title, PROGRESS, y_label)
+    figure, axes = new_figure(title, "share of the schedule; sampling runs leftwards", y_label)
     looks = styles([row for row, _ in curves])
     for (row, ys), colour in zip(curves, itertools.cycle(COLOURS)):
         xs = [step["i"] / (row["curves"][0]["i"] + 1) for step in row["curves"]]
-        style = {**looks[row["method"]], "color": colour, "markevery": 0.1, "label": name_of(row)}
-        axes.plot(xs, ys, **style)
+        axes.plot(xs, ys, **{**looks[row["method"]], "color": colour}, markevery=0.1, label=name_of(row))
     if y_label == "norm":
         scale_logarithmically(axes, [y for _, ys in curves for y in ys])
     axes.legend(fontsize="small")
@@ -162,13 +157,8 @@ def scale_logarithmically(axes: Any, values: Sequence[float]) -> None:
 
 def weights(row: Result) -> dict[str, list[float]]:
     """Weights of the merged directions in every guided step: the score's, then the energies'; {} without a merge."""
-    steps = [step["weights"] for step in row["curves"]]
-    if not steps or len(steps[0]) < 2:
-        return {}
-    names = [SCORE, *row.get("energies", ())]
-    if len(names) != len(steps[0]):  # results that do not name them
-        names = [SCORE, *map(str, range(1, len(steps[0])))]
-    return dict(zip(names, map(list, zip(*steps))))
+    columns = [list(column) for column in zip(*(step["weights"] for step in row["curves"]))]
+    return dict(zip([SCORE, *row["energies"]], columns)) if len(columns) > 1 else {}
 
 
 def name_of(row: Result) -> str:

@@ -1,11 +1,8 @@
 """Feature networks for distances, features of images, and statistics files."""
 
 import contextlib
-import io
-import socket
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from ..codec import pixels
-from ..errors import InputError, display_name, first_line, library, one_line, shown
+from ..errors import InputError, display_name, first_line, library, one_line, reading, shown
 from ..image_datasets import Reference
 from ..registry import Registry
 from ..run import files
@@ -26,7 +23,6 @@ from .distances import Gaussian, root_of_covariance
 from .images import Progress, in_batches, open_npz
 
 FEATURE_TIMESTEP = 50  # of the 1000 of training: nearly clean images, whose middle features describe content
-DOWNLOAD_TIMEOUT = 20  # seconds to wait for a host that does not answer
 NAMED = ("inception", "efficientnet")
 """Values of `features` that are no file."""
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
@@ -89,7 +85,7 @@ def _inception(path: str | None, device: str | torch.device) -> Extractor:
     if path is not None:  # pytorch-fid has no argument for a file: its one call that fetches the weights reads ours
         load = lambda *_, **__: torch.load(path, map_location="cpu", weights_only=True)  # noqa: E731
     try:
-        with quiet_download(), mock.patch.object(pytorch_fid, "load_state_dict_from_url", load):
+        with mock.patch.object(pytorch_fid, "load_state_dict_from_url", load):
             model = pytorch_fid.InceptionV3([pytorch_fid.InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).to(device).eval()
     except Exception as error:  # a file that does not fit fails in many ways
         if path is not None:
@@ -101,18 +97,6 @@ def _inception(path: str | None, device: str | torch.device) -> Extractor:
     return Extractor("inception (pytorch-fid, 2048-d)", lambda images: model(images)[0].flatten(1))
 
 
-@contextlib.contextmanager
-def quiet_download() -> Iterator[None]:
-    """Hide a library's progress, and limit its wait for a host to `DOWNLOAD_TIMEOUT`."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
 def reason(error: BaseException) -> str:
     """One line of an error's text: the first sentence, or the last line of the traceback in a TorchScript error."""
     text = str(error).strip()
@@ -121,20 +105,14 @@ def reason(error: BaseException) -> str:
 
 
 def _torchscript(path: Path, device: str | torch.device, trusted: bool) -> Extractor:
-    wrong: dict[str, Any] = {"parameter": "features", "value": path}
-    try:
-        with zipfile.ZipFile(path) as archive:  # nothing of it runs
-            if not any(name.endswith("constants.pkl") or "/code/" in name for name in archive.namelist()):
-                raise ValueError("it has no code")
-        if trusted:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch.jit is deprecated from torch 2.9 on, and still in use
-                return Extractor(f"torchscript {digest(path)}", torch.jit.load(str(path), map_location=device).eval())
-    except Exception as error:  # a damaged archive fails in many ways
-        fitting = "save one with torch.jit.save, or give a .safetensors file"
-        raise InputError(f"it is not a TorchScript module ({reason(error)}); {fitting}", **wrong) from None
-    fitting = "a TorchScript file is a program that can do whatever you can; give `trust_features` True if you trust it"
-    raise InputError(fitting, **wrong)
+    if not trusted:
+        fitting = (
+            "a TorchScript file is a program, and runs with your rights; give `trust_features` True if you trust it"
+        )
+        raise InputError(fitting, parameter="features", value=path)
+    with reading(path, "a TorchScript module"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated from torch 2.9 on, and still in use
+        return Extractor(f"torchscript {digest(path)}", torch.jit.load(str(path), map_location=device).eval())
 
 
 def _diffusion_features(path: Path, device: str | torch.device) -> Extractor:
@@ -170,44 +148,41 @@ def extract_features(
     or returns anything but finite numbers [N, D].
     """
     parts: list[dict[str, np.ndarray]] = []
-    shape: Any = None
+    first: Any = None
     for batch in in_batches(references, batch_size, progress, "features"):
         images = [read(reference) for reference in batch]
-        shape = shape or images[0].shape
+        first = images[0] if first is None else first
         for reference, image in zip(batch, images):
-            if image.shape != shape:
-                pair = (reference, image.shape), (references[0], shape)
-                here, there = (f"{display_name(each.path)} is {width}x{height}" for each, (_, height, width) in pair)
+            if image.shape != first.shape:
+                pair = (reference, image), (references[0], first)
+                here, there = (f"{display_name(each.path)} is {x.shape[2]}x{x.shape[1]}" for each, x in pair)
                 reason = "all images of a folder must have one size; without `native_size` they are resized"
                 raise InputError(f"{here} and {there}: at native size {reason}")
-        parts.append(_arrays(extractor, torch.stack(images).to(device), batch))
-        if parts[-1]["features"].shape[1] != parts[0]["features"].shape[1]:
-            raise _unfit(extractor, "returns another number of features for another batch")
+        parts.append(_arrays(extractor, torch.stack(images).to(device), display_name(batch[0].path)))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _arrays(extractor: Extractor, images: torch.Tensor, batch: Sequence[Reference]) -> dict[str, np.ndarray]:
-    """Apply the network to a batch and check its result."""
+def _arrays(extractor: Extractor, images: torch.Tensor, first: str) -> dict[str, np.ndarray]:
+    """Apply the network to a batch and check its result; first: name of the batch's first image."""
     try:
         with torch.no_grad():
             found = extractor.extract(images)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise _unfit(extractor, f"fails on images {list(images.shape)}: {reason(error)}") from None
+        problem = f"it fails on images {list(images.shape)}: {reason(error)}"
+        raise InputError(problem, parameter="features", value=extractor.name) from None
     tensors = found if isinstance(found, Mapping) else {"features": found}
-    features = tensors.get("features")
-    if not torch.is_tensor(features) or features.ndim != 2 or len(features) != len(batch):
-        shape = list(features.shape) if torch.is_tensor(features) else type(features).__name__
-        raise _unfit(extractor, f"returns {shape} for {len(batch)} images; [N, D] is needed")
+    features, problem = tensors.get("features"), ""
     arrays = {name: value.cpu().double().numpy() for name, value in tensors.items()}  # not every device has float64
-    if not all(np.isfinite(value).all() for value in arrays.values()):
-        raise _unfit(extractor, f"returns NaN or infinity for {display_name(batch[0].path)} or its batch")
+    if features is None or features.ndim != 2 or len(features) != len(images):
+        shape = None if features is None else list(features.shape)
+        problem = f"it returns {shape} for {len(images)} images; [N, D] is needed"
+    elif not all(np.isfinite(value).all() for value in arrays.values()):
+        problem = f"it returns NaN or infinity for {first} or its batch"
+    if problem:
+        raise InputError(problem, parameter="features", value=extractor.name)
     return arrays
-
-
-def _unfit(extractor: Extractor, problem: str) -> InputError:
-    return InputError(f"it {problem}", parameter="features", value=extractor.name)
 
 
 # Statistics files

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import InputError, display_name, library
 from ..references import Reference, natural
-from .features import quiet_download, reason
+from .features import reason
 from .table import METRICS, Metric, paired_metric
 
 MIN_SSIM_SIZE, MIN_MSSSIM_SIZE = 11, 161  # one window; one window after four halvings
@@ -79,17 +79,14 @@ def load_lpips(net: str = "alex", *, device: str | torch.device = "cpu") -> Call
     """
     lpips = library("lpips", "lpips", "LPIPS")
     try:
-        with quiet_download(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lpips calls torchvision by arguments that it deprecates
             model = lpips.LPIPS(net=net, verbose=False).to(device).eval()
     except (OSError, RuntimeError) as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise InputError(
-            f"the weights of the backbone '{net}' could not be loaded ({reason(error)}); put torchvision's file into "
-            f"{folder}",
-            parameter="lpips_net",
-            value=net,
-        ) from None
+        fitting = f"({reason(error)}); put torchvision's file into {folder}"
+        fitting = f"the weights of the backbone '{net}' could not be loaded {fitting}"
+        raise InputError(fitting, parameter="lpips_net", value=net) from None
     return lambda a, b: model(a.float(), b.float(), normalize=True).flatten()
 
 

@@ -40,6 +40,7 @@ PROTOCOLS = {
     "normalised with ImageNet's mean and std before the network, whose own scaling stays",
 }
 MOST_RESAMPLES = 100_000
+Sizes = set[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Instruments:
 
     def __init__(self, options: Evaluation) -> None:
         self.options, self.device = options, pick_device(options.device)
-        self.targets: dict[tuple[str, str], tuple[np.ndarray, set]] = {}
+        self.targets: dict[tuple[str, str], tuple[np.ndarray, Sizes]] = {}
         """Features and sizes of the targets by folder and description of the features."""
 
     @cached_property
@@ -170,13 +171,12 @@ class Instruments:
         _ = self.per_image, self.needs_features and self.network
 
     def features(
-        self, references: Sequence[Reference], progress: Progress | None
-    ) -> tuple[dict[str, np.ndarray], set[tuple[int, int]]]:
-        """The feature network's arrays for images, and the set of their sizes."""
+        self, references: Sequence[Reference], sizes: Sizes, progress: Progress | None
+    ) -> dict[str, np.ndarray]:
+        """The feature network's arrays for images, whose own sizes are added to `sizes`."""
         extractor, read, _ = self.network
-        seen: set[tuple[int, int]] = set()
         options: dict[str, Any] = {"batch_size": self.options.batch_size, "device": self.device, "progress": progress}
-        return extract_features(references, extractor, functools.partial(read, seen=seen), **options), seen
+        return extract_features(references, extractor, functools.partial(read, seen=sizes), **options)
 
 
 def reader(extractor: Extractor, options: Evaluation | None = None) -> tuple[Callable[..., torch.Tensor], str]:
@@ -211,21 +211,18 @@ def target_statistics(options: Evaluation, path: str | Path, *, progress: Progre
     if options.targets is None:
         raise InputError("give the images of the target domain", parameter="targets")
     instruments = Instruments(options)
-    found, _ = instruments.features(list_images(options.targets, "targets", least=2), progress)
+    found = instruments.features(list_images(options.targets, "targets", least=2), set(), progress)
     save_statistics(path, found["features"], instruments.network[2])
 
 
 def evaluate(
     options: Evaluation, *, instruments: Instruments | None = None, progress: Progress | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Measure the images in `options.outputs` -> (result, images).
+    """Measure the images in `options.outputs` -> (result, images with a dict for each output). Raises InputError.
 
-    instruments: from an earlier evaluation, to load no network and read no target twice. progress: a function
-    (iterable, description) -> iterable that sees the batches pass.
-
-    `result`: `metrics` holds every value by name (fid, source_l2, ..., None where there is none), `std` the standard
-    deviation over images (of kid: over subsets), `intervals` confidence intervals, beside `counts`, `sizes`, `pairing`,
-    `protocol` and `warnings`. `images` has one dict per output with its own values. Raises InputError.
+    result: `metrics` by name (fid, source_l2, ...; None where there is none), `std` over images (of kid: over subsets),
+    `intervals` of confidence, `counts`, `sizes`, `pairing`, `protocol` and `warnings`. instruments: from an earlier
+    evaluation, to load no network and read no target twice.
     """
     if options.outputs is None:
         raise InputError("give the images to measure", parameter="outputs")
@@ -242,6 +239,7 @@ class _Measuring:
         self.options, self.instruments, self.progress = options, instruments, progress
         confidence, seed = options.confidence, options.seed
         self.resampling = {"replicates": options.bootstrap, "confidence": confidence, "seed": seed}
+        self.sizes: dict[str, Sizes] = {name: set() for name in table.FOLDERS}
         self.result: dict[str, Any] = {
             **{name: getattr(options, name) for name in table.FOLDERS},
             "protocol": {"name": options.protocol},
@@ -262,6 +260,7 @@ class _Measuring:
         """Measure everything; see `evaluate`."""
         options, result = self.options, self.result
         record = files.read_json_or_none(os.path.join(folder, run_record.NAME))
+        record = record if isinstance(record, dict) else {}
         least = 1 if options.targets is None else 2
         self.found = list_images(folder, "outputs", sampled=True, least=least)
         self.sets = translations(self.found, record)
@@ -269,29 +268,25 @@ class _Measuring:
             raise InputError("a translation has 1 image; distances need 2 or more", parameter="outputs", value=folder)
         self.rows: dict[str, dict[str, Any]] = {output.path: {"output": output.name} for output in self.found}
         result["counts"]["outputs"] = len(self.found)
-        given = {role: (getattr(options, name), name) for role, name in ROLES.items()}
-        self.others = {role: list_images(*given[role]) for role in ROLES if given[role][0] is not None}
+        given = {role: getattr(options, name) for role, name in ROLES.items()}
+        self.others = {role: list_images(path, ROLES[role]) for role, path in given.items() if path is not None}
         self.partners = {role: self.pair_with(role) for role in self.others}
         if self.instruments.needs_features:
             self.measure_features()
         if self.others or table.of_kind("image"):
             self.measure_images()
-        for parameter, seen in result["sizes"].items():
-            result["sizes"][parameter] = sizes = [f"{width}x{height}" for width, height in sorted(seen)]
-            if len(sizes) > 1:
-                self.warn(f"{parameter}: images of {len(sizes)} sizes, {_first(sizes)}")
-        self.add_recorded(record, os.path.join(folder, run_record.NAME))
+        for value in table.values():
+            self.summarise(value)
+        for parameter, seen in self.sizes.items():
+            if seen:
+                result["sizes"][parameter] = sizes = [f"{width}x{height}" for width, height in sorted(seen)]
+                if len(sizes) > 1:
+                    self.warn(f"{parameter}: images of {len(sizes)} sizes, {_first(sizes)}")
+        for metric in table.of_kind("recorded"):
+            value = record.get(metric.name)
+            if not metric.is_cost and isinstance(value, float) and math.isfinite(value):
+                result["metrics"][metric.name] = value
         return result, [row for row in self.rows.values() if len(row) > 1]
-
-    def add_recorded(self, record: Any, path: str) -> None:
-        """Add what the run.json of the outputs, if there is one, says of them."""
-        if os.path.lexists(path) and not isinstance(record, dict):
-            self.warn(f"{display_name(path)}: not the record of a run; negative_impact is left out")
-        for metric in table.of_kind("recorded") if isinstance(record, dict) else ():
-            value: Any = record.get(metric.name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-            if number and not metric.is_cost:
-                self.result["metrics"][metric.name] = float(value)
 
     def pair_with(self, role: str) -> dict[str, Reference]:
         """Partners of the outputs: a dict from an output's path to the other reference."""
@@ -314,8 +309,7 @@ class _Measuring:
     def measure_features(self) -> None:
         """Distances of the outputs' features from those of the targets, and metrics of features."""
         y = None if self.options.targets is None else self.target_features(self.options.targets)
-        outputs, sizes = self.instruments.features(self.found, self.progress)
-        self.result["sizes"] = {"outputs": sizes, **self.result["sizes"]}
+        outputs = self.instruments.features(self.found, self.sizes["outputs"], self.progress)
         x = outputs["features"]
         self.result["protocol"] |= {"features": self.instruments.network[2], "dimensions": x.shape[1]}
         self.measure_single(outputs)
@@ -352,9 +346,10 @@ class _Measuring:
             gaussian, counts["targets"] = load_statistics(*key)
             return gaussian
         if key not in instruments.targets:
-            found, seen = instruments.features(list_images(targets, "targets", least=2), self.progress)
-            instruments.targets[key] = found["features"], seen
-        y, self.result["sizes"]["targets"] = instruments.targets[key]
+            sizes: Sizes = set()
+            found = instruments.features(list_images(targets, "targets", least=2), sizes, self.progress)
+            instruments.targets[key] = found["features"], sizes
+        y, self.sizes["targets"] = instruments.targets[key]
         counts["targets"] = len(y)
         return y
 
@@ -370,13 +365,13 @@ class _Measuring:
         if len(found) > 1:
             std, words = float(np.std(values, ddof=1)), "of every source; distances of each, then their mean"
             result["protocol"]["translations"] = f"{len(found)} {words}, without bootstrap intervals"
+        elif self.options.bootstrap:
+            interval = metric.interval or functools.partial(bootstrap_distance, compute)
+            result["intervals"][name] = interval(x, y, float(values[0]), **self.resampling)
         if note:
             result["protocol"][name] = note
         if not math.isnan(std):
             result["std"][name] = std
-        if self.options.bootstrap and len(found) == 1:
-            interval = metric.interval or functools.partial(bootstrap_distance, compute)
-            result["intervals"][name] = interval(x, y, float(values[0]), **self.resampling)
 
     def measure_single(self, outputs: dict[str, np.ndarray]) -> None:
         """Metrics of single outputs that the feature network's arrays suffice for."""
@@ -384,7 +379,7 @@ class _Measuring:
         partners, truths, own = self.partners.get("truth", {}), None, None
         chosen = [i for i, output in enumerate(self.found) if not partners or output.path in partners]
         if partners and any(metric.needs_truth for metric in fitting):
-            truths, _ = self.instruments.features(self.others["truth"], self.progress)
+            truths = self.instruments.features(self.others["truth"], self.sizes["truth"], self.progress)
             place = {other.path: k for k, other in enumerate(self.others["truth"])}
             own = np.array([place[partners[self.found[i].path].path] for i in chosen])
         shown = {name: values[chosen] for name, values in outputs.items()}
@@ -392,67 +387,62 @@ class _Measuring:
             if metric.needs_truth and truths is None:
                 continue
             values = np.asarray(metric.compute(shown, truths, own), np.float64)  # type: ignore[misc]
-            for i, value in zip(chosen, values.tolist()):
-                self.rows[self.found[i].path][metric.name] = value
-            self.summarise(metric.name, metric.label)
+            self.add(table.Value(metric), [self.found[i] for i in chosen], values)
             if metric.how:
                 self.result["protocol"][metric.name] = metric.how
 
     def measure_images(self) -> None:
-        """Metrics of pairs, for every output that has a partner, and of single outputs."""
-        options, sizes = self.options, self.result["sizes"]
+        """Metrics of single outputs, and of pairs for every output that has a partner."""
+        options = self.options
         computes, warnings = self.instruments.per_image
-        for warning in warnings:
-            self.warn(warning)
+        self.result["warnings"] += warnings
         self.result["protocol"]["paired" if self.others else "images"] = (
             f"{_size_words(options.image_size, options.resize)}, values in [0, 1]; L2 is the Euclidean norm of the "
             "difference, SSIM and MS-SSIM have an 11-tap Gaussian window of sigma 1.5 without padding"
         ) + (f", LPIPS is v0.1 with {options.lpips_net}" if "lpips" in computes else "")
-        kinds = {kind: [m for m in table.of_kind(kind) if m.name in computes] for kind in ("image", "paired")}
-        groups = [("", kinds["image"], {output.path: output for output in self.found} if kinds["image"] else {})]
-        groups += [(role, kinds["paired"], partners) for role, partners in self.partners.items()]
-        sizes |= {name: set() for name in ("outputs", *(ROLES[role] for role in self.partners))}
-
-        def read(references: Sequence[Reference], parameter: str) -> torch.Tensor:
-            images = [read_image(each, options.image_size, options.resize, sizes[parameter]) for each in references]
-            return torch.stack(images).to(self.instruments.device)
-
-        measured = [output for output in self.found if any(output.path in partners for _, _, partners in groups)]
-        for batch in in_batches(measured, options.batch_size, self.progress, "images"):
-            outputs = read(batch, "outputs")
-            for role, metrics, partners in groups:
-                chosen = [i for i, output in enumerate(batch) if output.path in partners]
-                if not chosen:
-                    continue
-                others = [read([partners[batch[i].path] for i in chosen], ROLES[role])] if role else []
-                for metric in metrics:
-                    values = measure(metric.name, computes[metric.name], outputs[chosen], *others)
-                    for i, value in zip(chosen, values.tolist()):
-                        self.rows[batch[i].path][table.Value(metric, role).key] = value
-        for role, metrics, _ in groups:
-            for metric in metrics:
-                self.summarise(table.Value(metric, role).key, metric.label)
         if self.others and options.image_size < MIN_MSSSIM_SIZE:
             self.warn(f"MS-SSIM is left out: its scales need images of {MIN_MSSSIM_SIZE} pixels or more")
 
-    def summarise(self, key: str, label: str) -> None:
-        """Mean, deviation and interval over images; nothing if a value is NaN, and only the mean if one is infinite."""
-        values = np.array([row[key] for row in self.rows.values() if key in row])
-        if not len(values) or np.isnan(values).any():
+        def read(references: Sequence[Reference], parameter: str) -> torch.Tensor:
+            sizes = self.sizes[parameter]
+            images = [read_image(each, options.image_size, options.resize, sizes) for each in references]
+            return torch.stack(images).to(self.instruments.device)
+
+        for role, partners in {"": {}, **self.partners}.items():
+            kind = "paired" if role else "image"
+            values = [table.Value(metric, role) for metric in table.of_kind(kind) if metric.name in computes]
+            outputs = [output for output in self.found if values and (output.path in partners or not role)]
+            for batch in in_batches(outputs, options.batch_size, self.progress, "images"):
+                images = [read(batch, "outputs")]
+                images += [read([partners[output.path] for output in batch], ROLES[role])] if role else []
+                for value in values:
+                    name = value.metric.name
+                    self.add(value, batch, measure(name, computes[name], *images))
+
+    def add(self, value: table.Value, outputs: Sequence[Reference], numbers: np.ndarray | torch.Tensor) -> None:
+        """Add the numbers of a value to the outputs' rows."""
+        for output, number in zip(outputs, numbers.tolist()):
+            self.rows[output.path][value.key] = number
+
+    def summarise(self, value: table.Value) -> None:
+        """Mean, deviation and interval over images; nothing with a NaN, the mean alone with an infinity."""
+        key, numbers = value.key, np.array([row[value.key] for row in self.rows.values() if value.key in row])
+        if not len(numbers) or np.isnan(numbers).any():
             return
-        self.result["metrics"][key] = float(values.mean())
-        if infinite := np.isinf(values).sum():
-            self.warn(f"{key}: {label} of {infinite} of {len(values)} images is infinite, as is the mean")
+        self.result["metrics"][key] = float(numbers.mean())
+        if infinite := np.isinf(numbers).sum():
+            words = f"{infinite} of {len(numbers)} images is infinite, as is the mean"
+            self.warn(f"{key}: {value.metric.label} of {words}")
             return
-        if len(values) > 1:
-            self.result["std"][key] = float(values.std(ddof=1))
+        if len(numbers) > 1:
+            self.result["std"][key] = float(numbers.std(ddof=1))
         if self.options.bootstrap:
-            self.result["intervals"][key] = bootstrap_mean(values, **self.resampling)
+            self.result["intervals"][key] = bootstrap_mean(numbers, **self.resampling)
 
 
-def translations(found: Sequence[Reference], record: Any) -> list[list[Reference]]:
+def translations(found: Sequence[Reference], record: Mapping[str, Any]) -> list[list[Reference]]:
     """The outputs of each translation, named as their sources: of a run with several per image, in sample_0, …"""
-    count = record.get("settings", {}).get("samples_per_image", 1) if isinstance(record, dict) else 1
+    count = record.get("settings", {}).get("samples_per_image", 1)
     sets: dict[str, list[Reference]] = {}
     for output in found:
         folder, _, name = output.name.partition("/")

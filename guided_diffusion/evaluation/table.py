@@ -1,19 +1,10 @@
-"""The registry of metrics, with their labels, formats and directions, and the tables that show results.
+"""The registry of metrics, and the tables that show results.
 
-A metric is added by decorating the function that computes it. The evaluation, its files, the table and the report of a
-comparison then include it:
+A metric is added by decorating the function that computes it; every table and report then has it:
 
     @paired_metric("mae", "MAE", lower_is_better=True)
     def mae(a, b):  # images [N, 3, H, W] in [0, 1] -> [N]
         return (a - b).abs().flatten(1).mean(1)
-
-    @image_metric("brightness", "brightness")
-    def brightness(images):  # [N, 3, H, W] in [0, 1] -> [N]
-        return images.flatten(1).mean(1)
-
-    @set_distance("mean", "distance of means", lower_is_better=True)
-    def mean_distance(x, y):  # features [N, D], [M, D] -> a number
-        return np.linalg.norm(x.mean(0) - y.mean(0))
 """
 
 import csv
@@ -28,8 +19,7 @@ from ..errors import display_name
 from ..registry import Registry
 
 METRICS = Registry("metric")
-ROLES = {"source": "sources", "truth": "truth"}
-"""Kinds of pictures that outputs are paired with, and the option that names their folder."""
+ROLES = {"source": "sources", "truth": "truth"}  # what outputs are paired with, and the option of its folder
 FOLDERS = ("outputs", "sources", "targets", "truth")
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -42,34 +32,28 @@ class Metric:
     - "features": (outputs, truths, own) -> [N]: what the feature network returns for the outputs, float64 arrays
       [N, ...] by name, the same for all images in the truth folder, and the index [N] of each output's truth in these
     - "distance": (x [N, D], y [M, D]), float64 features -> a number, or (number, standard deviation or NaN, a note)
-    - "recorded": there is none; the value stands in run.json. is_cost: it depends on the machine, not the seed
-
-    load (paired, image): (options, device) -> compute, or None where the options turn the metric off. If it raises
-    InputError, the metric is left out with a warning, unless the option of its name is "True". needs (features): names
-    that must be in `outputs`; needs_truth: if False, `truths` and `own` may be None; how: a note for the protocol.
-    general_label (distance): label with features other than Inception's, for which names like FID are reserved.
-    of_gaussian: y may be (mean [D], root [R, D]). options: fields of the evaluation's options that are keywords.
-    interval: (x, y, estimate, replicates=, confidence=, seed=) -> (low, high), not `distances.bootstrap_distance`.
-    A comparison shows means as `format` says, times `factor`, except `hidden` ones. lower_is_better: None for neither.
+    - "recorded": there is none; the value stands in run.json
     """
 
     kind: str
     name: str
     label: str
     compute: Callable[..., Any] | None = None
-    format: str = ".3f"
+    format: str = ".3f"  # of means in a comparison, times `factor`
     factor: float = 1
     lower_is_better: bool | None = None
     unit: str = ""
-    hidden: bool = False
-    is_cost: bool = False
+    hidden: bool = False  # in comparisons
+    is_cost: bool = False  # it depends on the machine, not the seed
+    # (options, device) -> compute, or None where the options turn it off. An InputError leaves it out with a warning.
     load: Callable[[Any, Any], Callable[..., Any] | None] | None = None
-    needs: tuple[str, ...] = ()
-    needs_truth: bool = True
-    how: str = ""
-    general_label: str = ""
-    of_gaussian: bool = False
-    options: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()  # names that must be in `outputs`
+    needs_truth: bool = True  # if False, `truths` and `own` may be None
+    how: str = ""  # a note for the protocol
+    general_label: str = ""  # with features other than Inception's, for which names like FID are reserved
+    of_gaussian: bool = False  # y may be (mean [D], root [R, D])
+    options: tuple[str, ...] = ()  # fields of the evaluation's options that are keywords
+    # (x, y, estimate, replicates=, confidence=, seed=) -> (low, high), in place of `distances.bootstrap_distance`
     interval: Callable[..., tuple[float, float]] | None = None
 
 
@@ -123,8 +107,8 @@ class Value:
     def heading(self, inception: bool) -> str:
         """The heading of its column in a comparison, with an arrow to where it is better: "SSIM to truth ↑"."""
         metric = self.metric
-        power = round(math.log10(metric.factor)) if metric.factor > 0 else 0
-        scale = "" if metric.factor == 1 else f"·10{str(power).translate(SUPERSCRIPTS)}"
+        power = str(round(math.log10(metric.factor))).translate(SUPERSCRIPTS)
+        scale = "" if metric.factor == 1 else f"·10{power}"
         role = " to truth" if self.role == "truth" else ""
         arrow = {True: " ↓", False: " ↑", None: ""}[metric.lower_is_better]
         return f"{self.label(inception)}{scale}{role}{arrow}"
@@ -139,8 +123,7 @@ class Value:
 def values(inception: bool = True) -> list[Value]:
     """Every value of an evaluation's result and every cost of a run, in the order in which they are shown.
 
-    inception: whether the features are Inception's, for which FID comes first, as published. With others, distances of
-    Gaussians, which are biased where there are few images, come after those that are not.
+    FID comes first, as published; with features other than Inception's, after distances that few images do not bias.
     """
     distances = sorted(of_kind("distance"), key=lambda metric: metric.of_gaussian and not inception)
     found = [Value(metric) for metric in distances]
@@ -157,22 +140,25 @@ def is_inception(protocol: Mapping[str, Any]) -> bool:
 def markdown(result: Mapping[str, Any]) -> str:
     """The values of an evaluation and its protocol as a Markdown page."""
     inception = is_inception(result["protocol"])
-    lines = [f"# {display_name(result['outputs'])}", "", "| metric | value | std | interval |", "|---|---|---|---|"]
+    cells = []
     for each in values(inception):
         value = result["metrics"].get(each.key)
         if value is not None:
             std = f"{result['std'][each.key]:.4g}" if each.key in result["std"] else ""
             interval = " to ".join(f"{end:.5g}" for end in result["intervals"].get(each.key, ()))
             label = each.label(inception) + (f" ({each.metric.unit})" if each.metric.unit else "")
-            label += f", {each.role}" if each.role else ""
-            lines.append(f"| {label} | {value:.6g} | {std} | {interval} |")
-    lines.append("")
+            cells.append([label + (f", {each.role}" if each.role else ""), f"{value:.6g}", std, interval])
+    lines = [
+        f"# {display_name(result['outputs'])}",
+        "",
+        markdown_table(("metric", "value", "std", "interval"), cells),
+        "",
+    ]
     for folder in FOLDERS:
         if result[folder] is not None:
             count, sizes = result["counts"].get(folder), result["sizes"].get(folder, [])
-            words = ["unknown number of images" if count is None else f"{count} images", *sizes[:3]]
-            words += ["..."] * (len(sizes) > 3)
-            lines.append(f"- {folder}: `{display_name(result[folder])}` ({', '.join(words)})")
+            words = f"{'unknown number of' if count is None else count} images"
+            lines.append(f"- {folder}: `{display_name(result[folder])}` ({', '.join([words, *sizes])})")
     lines += [f"- pairing with {role}: by {how}" for role, how in result["pairing"].items()]
     lines += [f"- {note}" for note in protocol_notes(result["protocol"])]
     lines += [f"- **warning**: {warning}" for warning in result["warnings"]]
