@@ -260,8 +260,8 @@ def row_of(method="A", setting="b", fid=60.0, ssim=0.4, features="inception (pyt
     """A row of results.json, as far as charts need one."""
     return {
         "method": method, "setting": setting, "mean": {"fid": fid, "source_ssim": ssim},
-        "std": {"fid": 1.0, "source_ssim": None}, "published": {"fid": "", "source_ssim": ""}, "curves": [], "energies": ["dct"],
-        "protocol": {"features": features}, **more,
+        "std": {"fid": 1.0, "source_ssim": None}, "published": {"fid": "", "source_ssim": ""},
+        "curves": [], "energies": ["dct"], "protocol": {"features": features}, **more,
     }  # fmt: skip
 
 

@@ -148,17 +148,14 @@ def markdown(result: Mapping[str, Any]) -> str:
             interval = " to ".join(f"{end:.5g}" for end in result["intervals"].get(each.key, ()))
             label = each.label(inception) + (f" ({each.metric.unit})" if each.metric.unit else "")
             cells.append([label + (f", {each.role}" if each.role else ""), f"{value:.6g}", std, interval])
-    lines = [
-        f"# {display_name(result['outputs'])}",
-        "",
-        markdown_table(("metric", "value", "std", "interval"), cells),
-        "",
-    ]
+    table = markdown_table(("metric", "value", "std", "interval"), cells)
+    lines = [f"# {display_name(result['outputs'])}", "", table, ""]
     for folder in FOLDERS:
         if result[folder] is not None:
             count, sizes = result["counts"].get(folder), result["sizes"].get(folder, [])
-            words = f"{'unknown number of' if count is None else count} images"
-            lines.append(f"- {folder}: `{display_name(result[folder])}` ({', '.join([words, *sizes])})")
+            words = [f"{'unknown number of' if count is None else count} images", *sizes[:3]]
+            words += ["..."] * (len(sizes) > 3)
+            lines.append(f"- {folder}: `{display_name(result[folder])}` ({', '.join(words)})")
     lines += [f"- pairing with {role}: by {how}" for role, how in result["pairing"].items()]
     lines += [f"- {note}" for note in protocol_notes(result["protocol"])]
     lines += [f"- **warning**: {warning}" for warning in result["warnings"]]
