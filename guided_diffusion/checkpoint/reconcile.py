@@ -21,7 +21,7 @@ import torch
 
 from ..errors import InputError, display_name, log, one_line, reading, shown
 from ..gaussian_diffusion import get_named_beta_schedule
-from ..options import check, check_value, field_types, option
+from ..options import Checked, check_value, field_types, option
 from ..script_util import (
     CHANNEL_MULT,
     attention_factors,
@@ -74,7 +74,7 @@ ENCODER = Kind(
 
 
 @dataclass(frozen=True)
-class ModelFlags:
+class ModelFlags(Checked):
     """The network and its diffusion process; what is None is read from the checkpoint."""
 
     image_size: int | None = option(None, "height and width of the images in pixels", least=1, most=1 << 16)
@@ -112,9 +112,6 @@ class ModelFlags:
     sines_first: bool | None = option(None, "sines before cosines in the time embedding, as in DDPM (usually False)")
     pad_end: bool | None = option(None, "pad strided convolutions only at the right and bottom (usually False)")
     middle_norm: bool | None = option(None, "normalisation in the middle block's attention (usually True)")
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def given(self) -> dict[str, Any]:
         """The flags that are not None, for `load_model`."""

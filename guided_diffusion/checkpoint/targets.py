@@ -15,7 +15,7 @@ import torch
 
 from ..codec import Codec, pixels
 from ..errors import InputError, display_name, log, reading
-from ..options import check, option
+from ..options import Checked, option
 from ..respace import space_timesteps
 from ..runtime import DTYPES, PRECISIONS, CompiledModel, memory_format, pick_precision
 from ..script_util import NUM_CLASSES, create_diffusion
@@ -27,7 +27,7 @@ from .reconcile import ModelFlags, ModelInfo
 
 
 @dataclass(frozen=True)
-class TargetOptions:
+class TargetOptions(Checked):
     """The target domain's diffusion model, and how it computes."""
 
     model_path: str = option(None, "checkpoint, diffusers folder or Hub id of the model", file=True, metavar="PATH")
@@ -50,9 +50,6 @@ class TargetOptions:
         None, "a prompt per image: a CSV file of name and prompt, or a folder of NAME.txt", runtime=True, metavar="PATH"
     )
     guidance_scale: float | None = option(None, "classifier-free guidance (default the pipeline's)", least=0, most=100)
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def ignored(self) -> set[str]:
         """Fields that have no effect with these values."""

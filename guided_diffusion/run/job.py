@@ -9,7 +9,6 @@ import contextlib
 import glob
 import os
 import posixpath
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import torch
 from ..dist_util import Peers
 from ..errors import InputError, display_name, log, reading
 from ..image_datasets import RESIZE_MODES, check_options, load_image
-from ..options import check, option
+from ..options import Checked, option
 from . import record
 from .files import Folder, inside, remove_files, remove_temporaries
 from .sources import Source, references
@@ -30,7 +29,7 @@ MOST_IMAGES = 1_000_000
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Checked):
     """Where the results of a run go, and how it is made."""
 
     save_dir: str = option("output", "output folder", runtime=True, metavar="DIR")
@@ -39,7 +38,7 @@ class RunOptions:
     seed: int = option(0, "seed of the noise; an image's noise depends on it and on the image's relative path")
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if isinstance(self.batch_size, str) and self.batch_size != "auto":
             raise InputError("it must be a whole number above 0 or auto", parameter="batch_size", value=self.batch_size)
 
@@ -221,7 +220,7 @@ def _open(job: Job, image_size: int, settings: dict[str, Any]) -> Plan:
                 name = display_name(os.path.relpath(path, folder.path))
                 reason = f"{name} is already present, and no {record.NAME} of a run that wrote it"
                 raise folder.refuse(f"{reason}; give another folder, or `overwrite` True")
-        old = {"plan": [], "batch_size": batch_size, "started": now(), "seconds": 0.0}
+        old = {"plan": [], "batch_size": batch_size, "started": record.now(), "seconds": 0.0}
     remove_temporaries(folder.path)
     remove_files(glob.glob(os.path.join(glob.escape(folder.path), ".monitor-*.json")))  # of version 0.2
     present = _discard_changed(job, {key for key in job.items if job.exists(key)})
@@ -285,8 +284,3 @@ def _forget(job: Job) -> None:
     own = [path for path in outputs if inside(os.path.dirname(path), job.folder.path)]
     # The record goes last: a run that is killed in here is still known for what it is.
     remove_files([*own, *record.parts(job.folder.path), *job.own_files()])
-
-
-def now() -> str:
-    """The time in UTC, as records have it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

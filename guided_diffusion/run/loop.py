@@ -23,7 +23,7 @@ from ..solvers import NotFiniteError
 from ..target import Batch, count_evaluations
 from . import files, record
 from .grid import contact_sheet
-from .job import Job, OutputOptions, Plan, now
+from .job import Job, OutputOptions, Plan
 from .noise import ImageNoise
 
 TRAJECTORY_FRAMES = 48
@@ -227,7 +227,7 @@ class Loop:
             return {}
         self.job.folder.check()
         record.gather(self.job.folder)
-        ended = {**self._complete(), "finished": now(), "failed": self.failed}
+        ended = {**self._complete(), "finished": record.now(), "failed": self.failed}
         record.write(self.job.folder, {**self.plan.record, **ended})
         return ended
 

@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from typing import Any
@@ -45,6 +46,11 @@ def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     names = ("torch", "numpy", "pillow")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def now() -> str:
+    """The time in UTC, as records have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def read(save_dir: str | os.PathLike) -> dict[str, Any] | None:

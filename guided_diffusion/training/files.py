@@ -9,7 +9,6 @@ import csv
 import io
 import os
 import re
-import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -144,17 +143,16 @@ def write_run(
     free = {"use_checkpoint", *(each.name for part in options for each in fields(part) if each.metadata.get("runtime"))}
     before = os.path.dirname(resumed) if step_of_checkpoint(resumed) is not None else folder
     recorded = read_run(before) if saved_steps(before) else RunRecord()
-    old, now = {**recorded.options, **recorded.model}, {**flags, **model_flags}
-    changed = [name for name in now if name not in free and name in old and old[name] != now[name]]
+    old, new = {**recorded.options, **recorded.model}, {**flags, **model_flags}
+    changed = [name for name in new if name not in free and name in old and old[name] != new[name]]
     for name in set(changed) & set(OTHER_TASK):
         reason = f"the run that is resumed has {old[name]}; train another model in another folder"
-        raise InputError(reason, parameter=name, value=now[name])
+        raise InputError(reason, parameter=name, value=new[name])
     if changed:
-        listed = ", ".join(f"{name} {shown(now[name])} (before {shown(old[name])})" for name in changed)
+        listed = ", ".join(f"{name} {shown(new[name])} (before {shown(old[name])})" for name in changed)
         log.warning("resumed with other options, so not as it would have continued: %s", listed)
     if writes:
-        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        record = {"model": model_flags, "flags": flags, "versions": versions(), "started": started}
+        record = {"model": model_flags, "flags": flags, "versions": versions(), "started": now()}
         write_json(os.path.join(folder, NAME), {**record, "classes": classes} if classes else record)
 
 
