@@ -85,8 +85,8 @@ class Run:
     ) -> int:  # fmt: skip
         """Train a network and say where it is and how to use it; returns the exit status.
 
-        process: None where it is no diffusion model. options: all others of the run, for train.json. use: a command
-        with {path}. hooks: `evaluate` and `sample` of `Trainer`.
+        process: None where it is no diffusion model. options: the others of the run. use: a command with {path}. hooks:
+        `evaluate` and `sample` of `Trainer`.
         """
         config, first = self.config, self.ranks.rank == 0
         options = [*options, self.options, config]

@@ -39,10 +39,7 @@ _COUNTER, _ROUNDS, _LAST = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0
 
 
 def random_bits(seed: object, purpose: str, numbers: Any) -> np.ndarray:
-    """Uniform 64-bit integers, uint64, one for every sample number: a SplitMix64 sequence of (seed, purpose).
-
-    seed: integer; purpose: text, different purposes are independent; numbers: array of integers.
-    """
+    """Uniform uint64 [N] for sample numbers [N]: a SplitMix64 sequence of the seed, an own one for every purpose."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     start = np.array([int.from_bytes(digest[:8], "little")], dtype=np.uint64)
     x = np.asarray(numbers).astype(np.uint64) * np.uint64(_COUNTER) + start
@@ -57,10 +54,7 @@ def random_uniform(seed: object, purpose: str, numbers: Any) -> np.ndarray:
 
 
 def sample_noise(seed: object, numbers: Any, shape: Sequence[int], device: str | torch.device) -> torch.Tensor:
-    """Standard normal noise [N, *shape], float32; row i depends on the seed and numbers[i] alone.
-
-    GPU and CPU draw different numbers.
-    """
+    """Standard normal noise [N, *shape], float32; row i depends on the seed, numbers[i] and the kind of device."""
     keys = random_bits(seed, "noise", numbers)
     if torch.device(device).type == "cuda":
         return counter_noise(keys, shape, device)
@@ -142,14 +136,12 @@ def list_images(folder: str | None, parameter: str = "data_dir") -> list[TrainRe
 
 
 def class_labels(references: Sequence[TrainReference], names: Sequence[str] | None = None) -> Labels:
-    """Classes of a data set: (labels [len(references)], names of the classes, in natural order unless given).
+    """Labels of images and the names of their classes, in natural order unless given.
 
     The class of an image is that of dataset.json, where the set has one, else that of `image_datasets.class_names`.
-    Raises InputError for an image without a class or of one that is not among given names, and, where no names are
-    given, if most classes have one image: those are numbers, not classes.
+    Raises InputError for an image of no or of an unknown class, and where most images would be classes of their own.
     """
-    classes = [reference.label for reference in references]
-    where = "its entry in dataset.json"
+    classes, where = [reference.label for reference in references], "its entry in dataset.json"
     if all(label is None for label in classes):
         classes = class_names(references)
         where = "the first folder of its path or, where not all images lie in folders, its name before an underscore"
@@ -158,10 +150,8 @@ def class_labels(references: Sequence[TrainReference], names: Sequence[str] | No
         if not name or (names is None and name == posixpath.basename(reference.name)):
             raise InputError(f"{display_name(reference.path)} has no class: {fix}")
         if names is not None and name not in names:
-            raise InputError(
-                f"{display_name(reference.path)}: its class {shown(name)} is not among the training data's "
-                f"{len(names)}: {listed(names)}"
-            )
+            reason = f"its class {shown(name)} is not among the training data's {len(names)}: {listed(names)}"
+            raise InputError(f"{display_name(reference.path)}: {reason}")
     if names is None:
         counts = collections.Counter(classes)
         alone = [name for name, count in counts.items() if count == 1]
@@ -211,12 +201,11 @@ def labelled_images(
             reason = f"images of {display_name(folder)} would belong to both it and {display_name(other)}"
     if reason:
         raise InputError(reason, parameter=f"{prefix}domains", value=domains)
-    two = ["source", "target"]
-    names = list(classes or (two if len(folders) == 2 else folder_names([os.path.realpath(f) for f in folders])))
-    found = [list_images(folder, f"{prefix}domains") for folder in folders]
-    labels = np.repeat(np.arange(len(folders)), [len(images) for images in found])
-    images = itertools.chain(*found)
-    references = [TrainReference(image.path, f"{names[i]}/{image.name}") for i, image in zip(labels, images)]
+    default = ["source", "target"] if len(folders) == 2 else folder_names([os.path.realpath(f) for f in folders])
+    names = list(classes or default)
+    found = [(i, image) for i, folder in enumerate(folders) for image in list_images(folder, f"{prefix}domains")]
+    references = [TrainReference(image.path, f"{names[i]}/{image.name}") for i, image in found]
+    labels = np.array([i for i, _ in found])
 
     def label(known: Sequence[str] | None) -> Labels:
         if known is not None and list(known) != names:

@@ -134,10 +134,9 @@ def write_run(
     folder: str, model_flags: dict, options: Sequence[Any], classes: list[str] | None = None, *, resumed: str = "",
     writes: bool = True,
 ) -> None:  # fmt: skip
-    """Write train.json: flags of the model, all other options, classes, and versions of packages.
+    """Write train.json, and announce options that a resumed run changes; raises InputError for those of `OTHER_TASK`.
 
-    options: options dataclasses. Where the run resumes one, changed options are announced; raises InputError for those
-    of `OTHER_TASK`. resumed: checkpoint that it resumes, if it is not in `folder`. writes: False only compares.
+    options: options dataclasses. resumed: the checkpoint, if it is not in `folder`. writes: False only compares.
     """
     flags = {each.name: getattr(part, each.name) for part in options for each in fields(part)}
     free = {"use_checkpoint", *(each.name for part in options for each in fields(part) if each.metadata.get("runtime"))}
@@ -157,10 +156,9 @@ def write_run(
 
 
 class ProgressLog:
-    """progress.csv, one row per logged step, and the same numbers for TensorBoard where it is installed.
+    """progress.csv, one row per logged step, and the same for TensorBoard where it is installed. Raises InputError.
 
-    step: where the run starts; later rows, which a killed run may have left, are dropped. Raises InputError for a file
-    that is no such log, and where it cannot be written.
+    step: where the run starts; later rows, which a killed run may have left, are dropped.
     """
 
     def __init__(self, folder: str, step: int) -> None:

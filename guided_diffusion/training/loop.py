@@ -74,12 +74,11 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
 
 class Trainer:
-    """Trains `model`; `run` is the loop, `train_step` one step of it.
+    """Trains `model`; `run` is the loop, `train_step` one step of it. Raises InputError for files that do not fit.
 
-    losses, evaluate: see the module `losses`. metadata: texts for the exported file. checkpoint: the file that the
-    weights come from, if any; with a name like model010000.pt the run resumes at that step, with the averages and the
-    optimizer's state beside it. evaluate(model) and sample(model) -> uint8 [N, H, W, 3] get a copy of the model with
-    the weights that are exported. progress: show a bar. Raises InputError for files that do not fit.
+    losses, evaluate: see the module `losses`. metadata: of the exported file. checkpoint: where the weights come from;
+    a model010000.pt resumes at that step, with the files beside it. evaluate(model) and sample(model) -> uint8
+    [N, H, W, 3] get a copy of the model with the weights that are exported. progress: show a bar.
     """
 
     def __init__(
@@ -99,8 +98,7 @@ class Trainer:
         fused = self.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(self.params, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.step = 0  # optimizer steps done
-        self.samples = 0  # images seen, over all processes
+        self.step, self.samples = 0, 0  # optimizer steps done, and images seen by all processes
         self.totals: Terms = {}  # of the loss terms since the last logged step
         self.ema_warmup = config.ema_warmup
         self.failure: InputError | None = None  # why an image could not be read, or a file not be written
@@ -226,8 +224,7 @@ class Trainer:
     def run(self) -> bool:
         """Train to the end: True, or False if a signal stopped the run. Either way the last step is saved.
 
-        Raises InputError where the loss is not finite any more, memory does not suffice, an image cannot be read, or
-        the disk is full; in the last two cases the last step is saved first, where there is room.
+        Raises InputError; where an image cannot be read, or a log not be written, the last step is saved first.
         """
         config, last = self.config, self.config.last_step()
         if self.is_main:
@@ -383,8 +380,7 @@ class Trainer:
 def grid_sampler(start: Start, grid: GridOptions, seed: int) -> Callable[[torch.nn.Module], np.ndarray]:
     """Function from a model to the images of a sample grid, uint8 [num_samples, H, W, 3].
 
-    The noise is the same in every call, and the classes, if any, are taken in turn. Raises InputError for a respacing
-    that does not fit.
+    The noise is the same in every call, and classes are taken in turn. Raises InputError for the respacing.
     """
     with renaming({"timestep_respacing": "sample_respacing"}):
         diffusion = create_diffusion(**{**start.flags, "timestep_respacing": grid.sample_respacing})

@@ -79,7 +79,7 @@ class Start:
 def resume_path(config: TrainConfig) -> str:
     """The model that a run starts from: with resume="auto" the newest in save_dir, else resume_checkpoint, or "".
 
-    Raises InputError where a run would silently overwrite another's checkpoints, or the file that it starts from.
+    Raises InputError where the run would overwrite another's checkpoints, or the file that it starts from.
     """
     start, steps = config.resume_checkpoint, files.saved_steps(config.save_dir)
     if steps and config.resume == "auto":
@@ -98,11 +98,10 @@ def resume_path(config: TrainConfig) -> str:
 
 
 def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Label, **fixed: Any) -> Start:
-    """The network of a run, in float32 on the CPU, with its flags and the labels of the images.
+    """The network of a run, in float32 on the CPU. Raises InputError for flags, files and classes that do not fit.
 
     given: the model's flags that are given; the others come from the checkpoint that the run starts from, or are the
-    defaults. label: called where the network has classes. fixed: flags that follow from the data and must be the
-    checkpoint's. Raises InputError for flags, files and classes that do not fit.
+    defaults. label: labels the images if the network has classes. fixed: flags that the checkpoint must have, too.
     """
     checkpoint = resume_path(config)
     if not checkpoint:
@@ -154,10 +153,10 @@ def begin(config: TrainConfig, kind: Kind, given: Mapping[str, Any], label: Labe
 
 
 def greyed(model: torch.nn.Module, info: ModelInfo) -> torch.nn.Module:
-    """The network for grey pictures that a network for colour pictures becomes; info: its description, changed, too.
+    """The network for grey pictures that a network for colour pictures becomes; its description `info` is changed, too.
 
-    Kernels of the first layer are summed over the input's channels: of three equal channels it computes the same. In
-    the last layer, the three channels of the mean and those of the variance are averaged.
+    The first layer's kernels are summed over the input's channels; in the last layer, channels of the mean and of the
+    variance are averaged.
     """
     first, last = ("conv_in", "conv_out") if info.model_type == "DDPM" else ("input_blocks.0.0", "out.2")
     state = model.state_dict()
@@ -187,10 +186,7 @@ def _numbered(checkpoint: str, label: Label, known: list[str] | None) -> tuple[A
 
 
 def check_network(kind: Kind, flags: Mapping[str, Any]) -> None:
-    """Raise InputError for flags of a network that cannot be trained, before anything is built or written.
-
-    The network is built without memory, and evaluated once without numbers: what does not go together shows there.
-    """
+    """Raise InputError for flags of a network that cannot be trained: it is built and run without memory first."""
     mults, size = channel_multipliers(flags["channel_mult"], flags["image_size"]), flags["image_size"]
     multiple = 2 ** (len(mults) - 1)
     if size % multiple:
