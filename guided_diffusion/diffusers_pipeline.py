@@ -15,7 +15,6 @@ with `DiffusionPipeline.from_pretrained(folder, custom_pipeline="scripts/diffuse
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -71,27 +70,23 @@ class _Translating:
     ) -> Any:  # fmt: skip
         """Translate pictures; returns ImagePipelineOutput with `images`, several in a row for every reference.
 
+        Arguments not named here are those of `sddm.sample` and of diffusers' img2img pipelines. Raises InputError.
+
         Args:
-            image: references, one or a list: paths; PIL pictures, cropped and resized to the model's size; arrays
-                [N, H, W, 3], uint8 or in [0, 1]; tensors [N, 3, H, W] or [N, 1, H, W] in [0, 1] or, where a value is
-                negative, [-1, 1]; or latents [N, C, H, W].
-            num_inference_steps: steps of the whole process.
+            image: references, one or a list: paths; PIL pictures; arrays [N, H, W, 3], uint8 or in [0, 1]; tensors
+                [N, 3, H, W] or [N, 1, H, W] in [0, 1] or, where a value is negative, [-1, 1]; or latents [N, C, H, W].
             t0: share of the process, at its end, without guidance. More of it: more realistic, less like the reference.
             area: number of blocks per side, of the latents for a latent model: with a factor of 8, 16 blocks of 64x64
                 latents hold what 16 blocks of a 512-pixel picture do.
             energy: names ("dct", "low_pass"), or objects of `guided_diffusion.energy`; None for `dct` on pixels and
                 none on latents.
-            variant, eta: see `sddm.sample`. sampler: None for ancestral, and ddim for flow matching and EDM.
+            sampler: None for ancestral, and ddim for flow matching and EDM.
             class_labels: of a class-conditional network, one for each reference or for all.
-            num_images_per_image, num_images_per_prompt: translations of every reference.
-            output_type: pil, np, pt, or latent.
             callback_on_step_end: called with (pipe, i, t, {"latents": x}); may return other latents. Setting
                 `pipe._interrupt` stops the run.
-            strength: begin late, as in img2img pipelines: this share of the steps, from the noised reference.
-            latents: the first draw of noise. timesteps, sigmas: the scheduler's list, in place of a number.
-            height: side of the pictures in pixels. prompts: see `SDDMTextPipeline`, which makes them.
-
-        Raises InputError.
+            strength: begin late: this share of the steps, from the noised reference.
+            latents: the first draw of noise. height: side of the pictures in pixels.
+            prompts: see `SDDMTextPipeline`, which makes them.
         """
         counts = {"num_images_per_image": num_images_per_image, "num_images_per_prompt": num_images_per_prompt}
         for name, value in counts.items():
@@ -102,9 +97,10 @@ class _Translating:
         if prompts is None:
             labels = {} if class_labels is None else {"class_labels": torch.as_tensor(class_labels).reshape(-1)}
             prompts = Prompt(embeddings=labels)
-        embeddings = {name: _repeated(values, repeats) for name, values in prompts.embeddings.items()}
-        text, negative = _repeated(prompts.text, repeats), _repeated(prompts.negative, repeats)
-        wanted = replace(prompts, text=text, negative=negative, embeddings=embeddings)
+        wanted = Prompt(
+            _repeated(prompts.text, repeats), _repeated(prompts.negative, repeats), prompts.guidance_scale,
+            {name: _repeated(values, repeats) for name, values in prompts.embeddings.items()},
+        )  # fmt: skip
         given = {"timesteps": timesteps, "sigmas": sigmas}
         target = pipelines.pipeline_target(kind, lambda batch: wanted, num_inference_steps, device, height, **given)
         total, start = target.diffusion.num_timesteps, None
@@ -148,8 +144,9 @@ class _Translating:
                     x.copy_((callback_on_step_end(self, i, t, {"latents": x}) or {}).get("latents", x))
                 if self._interrupt:
                     break
-        images: Any = x
-        if output_type != "latent":
+        if output_type == "latent":
+            images = x
+        else:
             with torch.no_grad():
                 decoded = target.codec.decode(x).clamp(-1, 1)
             images = VaeImageProcessor(do_resize=False).postprocess(decoded, output_type=output_type)

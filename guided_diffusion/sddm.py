@@ -81,9 +81,8 @@ class Guide:
 
     def advance(self, out: dict[str, Tensor], mean: Tensor, i: int, noise: Noise) -> Tensor:
         """R_{i-1}(mean + sigma_i z) with the posterior's sigma, which is 0 at i = 0."""
-        return self.restrict(
-            self.diffusion.add_noise({**out, "mean": mean}, at_step(mean, i), noise(mean.shape)), i - 1
-        )
+        x = self.diffusion.add_noise({**out, "mean": mean}, at_step(mean, i), noise(mean.shape))
+        return self.restrict(x, i - 1)
 
 
 Guided = tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]]]
@@ -191,9 +190,8 @@ def thin_features(ref: Tensor) -> Tensor:
     """Where pictures [N, C, H, W] in [-1, 1] have eyes, mouths, stripes: a mask [N, 1, H, W] of features without bulk.
 
     These are what a closing or an opening with a square of 5 pixels (of 64; larger as the picture is) changes in some
-    channel by 0.3 or more (the black-hat and white-hat transforms, Serra 1982), and the pixels around it. An eye of a
-    few pixels drowns in noise that the rest of a picture needs to change its style, so `sample` keeps it longer:
-    x_i <- m q(ref, i) + (1 - m) x_i (Lugmayr et al. 2022, equation 8; Levin and Fried 2023).
+    channel by 0.3 or more (the black-hat and white-hat transforms, Serra 1982), and the pixels around it. `sample`
+    keeps them: x_i <- m q(ref, i) + (1 - m) x_i (Lugmayr et al. 2022, equation 8; Levin and Fried 2023).
     """
 
     def highest(x: Tensor, reach: int) -> Tensor:
@@ -208,10 +206,9 @@ def thin_features(ref: Tensor) -> Tensor:
 def energy_factor(diffusion: GaussianDiffusion, energy_scale: float, released: bool, i: int) -> float:
     """Length of an energy's direction at step i, relative to the score's tangent part.
 
-    The release has lambda beta_i / sqrt(alpha_i). beta_i grows as steps are left out, and the longer an energy's
-    direction is, the less of it the minimum-norm point takes: in 25 steps next to nothing. Otherwise it is that length
-    in a schedule of 100 steps, whatever T' is: alpha_i^(T'/100) in place of alpha_i, since -log alpha is what a step
-    covers of the integral of beta. With T' = 100 both are one.
+    The release has lambda beta_i / sqrt(alpha_i), which grows as steps are left out; the minimum-norm point takes less
+    of longer directions. Otherwise the length is that of 100 steps: alpha_i^(T'/100) in place of alpha_i, since
+    -log alpha is what a step covers of the integral of beta.
     """
     alpha = float(diffusion.alphas[i])
     if not released:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, display_name, log, one_line, shown
+from ..errors import InputError, display_name, log, one_line, reading, shown
 from ..gaussian_diffusion import get_named_beta_schedule
 from ..script_util import attention_factors, channel_multipliers
 from .architecture import multiple
@@ -90,8 +90,8 @@ OTHER_PROCESSES = {
 class Folder:
     """The files of a diffusers model.
 
-    path: the place that was asked for; place: the folder of the network's files. weights: the file, where one was asked
-    for. files, json: paths and contents of the parts index, config and scheduler; no path and {} for a missing one.
+    path: as given; place: the folder of the network's files; weights: the file, where one was given. files, json: paths
+    and contents of the parts index, config and scheduler; no path and {} for a missing one.
     """
 
     path: str
@@ -189,15 +189,12 @@ def weight_files(folder: Folder) -> list[str]:
 
 
 def _shards(folder: Folder, index: str) -> list[str]:
-    names, wrong = read_json_object(index).get("weight_map"), folder.about(index)
-    if not names or not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise InputError(f"{wrong} has no `weight_map` of file names")
-    files = []
-    for name in sorted(set(names.values())):
-        files.append(os.path.join(folder.place, name))
-        if os.path.basename(name) != name or "\\" in name or "\0" in name or not os.path.isfile(files[-1]):
-            raise InputError(f"{wrong} names {shown(name)}, which is no file of its folder")
-    return files
+    with reading(index, "an index of shards"):
+        names = sorted(set(read_json_object(index)["weight_map"].values()))
+        for name in names:
+            if os.path.basename(name) != name or not os.path.isfile(os.path.join(folder.place, name)):
+                raise ValueError(f"{shown(name)} is no file of its folder")
+    return [os.path.join(folder.place, name) for name in names]
 
 
 def read_weights(folder: Folder) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
