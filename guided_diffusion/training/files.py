@@ -19,7 +19,7 @@ import torch
 from ..errors import InputError, first_line, log, reading, shown
 from ..logger import CSVOutputFormat, tensorboard
 from ..run.files import read_json, write_atomically, write_json, write_text
-from ..run.record import versions
+from ..run.record import now, versions
 
 NAME = "train.json"
 OPTIMIZER = "this model's optimizer state (without it, training continues with a fresh optimizer)"
