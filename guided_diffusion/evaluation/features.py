@@ -1,8 +1,10 @@
 """Feature networks for distances, features of images, and statistics files."""
 
 import contextlib
+import io
+import socket
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,7 @@ def _inception(path: str | None, device: str | torch.device) -> Extractor:
     if path is not None:  # pytorch-fid has no argument for a file: its one call that fetches the weights reads ours
         load = lambda *_, **__: torch.load(path, map_location="cpu", weights_only=True)  # noqa: E731
     try:
-        with mock.patch.object(pytorch_fid, "load_state_dict_from_url", load):
+        with quiet_download(), mock.patch.object(pytorch_fid, "load_state_dict_from_url", load):
             model = pytorch_fid.InceptionV3([pytorch_fid.InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).to(device).eval()
     except Exception as error:  # a file that does not fit fails in many ways
         if path is not None:
@@ -95,6 +97,18 @@ def _inception(path: str | None, device: str | torch.device) -> Extractor:
         fitting = f"its weights could not be downloaded ({reason(error)}); {fitting}"
         raise InputError(fitting, parameter="features", value="inception") from None
     return Extractor("inception (pytorch-fid, 2048-d)", lambda images: model(images)[0].flatten(1))
+
+
+@contextlib.contextmanager
+def quiet_download() -> Iterator[None]:
+    """Hide a library's progress (standard output is the result's), and wait 20 seconds at most for a host."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def reason(error: BaseException) -> str:

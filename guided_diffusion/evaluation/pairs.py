@@ -10,7 +10,7 @@ import torch
 
 from ..errors import InputError, display_name, library
 from ..references import Reference, natural
-from .features import reason
+from .features import quiet_download, reason
 from .table import METRICS, Metric, paired_metric
 
 MIN_SSIM_SIZE, MIN_MSSSIM_SIZE = 11, 161  # one window; one window after four halvings
@@ -79,7 +79,7 @@ def load_lpips(net: str = "alex", *, device: str | torch.device = "cpu") -> Call
     """
     lpips = library("lpips", "lpips", "LPIPS")
     try:
-        with warnings.catch_warnings():
+        with quiet_download(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lpips calls torchvision by arguments that it deprecates
             model = lpips.LPIPS(net=net, verbose=False).to(device).eval()
     except (OSError, RuntimeError) as error:
