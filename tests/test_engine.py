@@ -747,23 +747,10 @@ def test_time_left_after_a_tenth(monkeypatch):
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 
-def two(store=None, launcher="srun"):
+def two():
     """The `Peers` of two ranks in this process, with a real store between them."""
-    store = store or HashStore()
-    return [Peers(Ranks(rank, 2, rank, launcher), store) for rank in range(2)]
-
-
-def side_by_side(functions):
-    """Call functions in threads of their own; returns their results or errors."""
-
-    def call(function):
-        try:
-            return function()
-        except BaseException as error:
-            return error
-
-    with ThreadPoolExecutor(len(functions)) as pool:
-        return list(pool.map(call, functions))
+    store = HashStore()
+    return [Peers(Ranks(rank, 2, rank, "srun"), store) for rank in range(2)]
 
 
 def test_two_ranks_share_the_batches(damaged, tmp_path, out):
@@ -774,8 +761,9 @@ def test_two_ranks_share_the_batches(damaged, tmp_path, out):
         if len(painter.batches) <= 2:
             meeting.wait(600)
 
-    runs = [lambda p=p: paint(damaged, out, together, peers=p, batch_size=1) for p in two()]
-    (summary, first, progress), (_, second, nothing) = side_by_side(runs)
+    with ThreadPoolExecutor(2) as pool:
+        runs = pool.map(lambda p: paint(damaged, out, together, peers=p, batch_size=1), two())
+    (summary, first, progress), (_, second, nothing) = runs
     assert len(first.batches) + len(second.batches) == 7 and min(len(first.batches), len(second.batches)) >= 2
     assert summary.done == 7 and summary.failed == REASONS
     assert sum(progress) == 9 * Painter.steps and nothing == []

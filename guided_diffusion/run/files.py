@@ -113,15 +113,11 @@ def writing(path: str, folder: Folder | None = None) -> Iterator[None]:
     except OSError as error:
         if folder is not None:
             folder.check()
-        raise InputError(disk_reason(path, error)) from error
-
-
-def disk_reason(path: str, error: OSError) -> str:
-    """Why a file could not be written, as a sentence that names it."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        room = f"no room left to write {display_name(path)} ({error.strerror})"
-        return f"{room}; make room and run the same command again"
-    return f"{display_name(path)} cannot be written: {error.strerror or first_line(error)}"
+        reason = f"{display_name(path)} cannot be written: {error.strerror or first_line(error)}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            room = f"no room left to write {display_name(path)} ({error.strerror})"
+            reason = f"{room}; make room and run the same command again"
+        raise InputError(reason) from error
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any], folder: Folder | None = None) -> None:

@@ -114,8 +114,7 @@ class Job:
             sources = {base: os.path.basename(base), **{os.path.join(base, name): name for name in source.failed}}
             sources |= {reference.path: reference.name for reference in source.entries}
         self._sources = {os.path.realpath(path): name for path, name in sources.items()}
-        pairs = ((reference, k) for k in range(source.samples) for reference in source.entries)
-        self.items = {f"{reference.name}#{k}": reference for reference, k in pairs}
+        self.items = {f"{each.name}#{k}": each for k in range(source.samples) for each in source.entries}
         outputs = [path for key in self.items for path in self.paths(key)]
         for folder in {os.path.dirname(path) for path in outputs}:
             if not inside(folder, options.save_dir):
