@@ -133,11 +133,9 @@ def _entries(folder: str) -> list[tuple[str, str, bool]]:
 
 
 def find_collisions(references: Iterable[Reference], reserved: Iterable[str] = ()) -> dict[str, str]:
-    """Find the references whose output, their `stem` + ".png", would be written twice or need a folder that is a file.
-
-    Returns reference name -> reason (one line that names the other file). The first of two keeps its output. Case and
-    Unicode composition do not count, as some file systems do not tell these apart. reserved: relative paths that the
-    run itself writes.
+    """Reasons, by name, for references whose output (`stem` + ".png") would be written twice or need a folder that is a
+    file. The first of two keeps its output. Case and Unicode composition do not count, as some file systems do not tell
+    these apart. reserved: relative paths that the run itself writes.
     """
     files: dict[str, str] = {}
     folders: dict[str, str] = {}

@@ -110,9 +110,8 @@ class Translator:
     ) -> Iterator[dict[str, Any]]:
         """Translate one picture step by step; closing the generator stops.
 
-        Yields a dict after each step: the index `i`, the tensors `x` and `pred_xstart` [N, C, H, W] in the model's
-        space, one for each seed, `guided`, and, unless previews is False, `preview`, the first predicted x_0 as a PIL
-        image.
+        Yields a dict after each step: `i`, `x` and `pred_xstart` [N, C, H, W] in the model's space for N seeds,
+        `guided`, and, unless previews is False, `preview`, the first predicted x_0 as a PIL image.
         """
         with renaming(PARAMETERS):
             batch, noise = self._batch([picture], seed, name)

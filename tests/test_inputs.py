@@ -112,7 +112,6 @@ TWO_BITS = bytes([0x00, 0x00, 0x55, 0x55] * 8 + [0xAA, 0xAA, 0xFF, 0xFF] * 8)
 TWELVE_BITS = bytes([0x00] * 12 + [0x55] * 12) * 8 + bytes([0xAA] * 12 + [0xFF] * 12) * 8
 DEEP_COLOURS = (rgb(*COLOURS) * np.uint16(256) + np.uint16(7)).astype(">u2").tobytes()
 SEEN_THROUGH = rgb(RED, WHITE, over(128, BLUE, WHITE), over(64, YELLOW, WHITE))
-ANIMATED = encode(rgb(*COLOURS), "PNG", save_all=True, append_images=[Image.fromarray(rgb(*COLOURS[::-1]))])
 
 
 def floats(*values):
@@ -130,7 +129,6 @@ FORMATS = [
      png(quadrants(LEVELS16).astype(">u2").tobytes(), SIZE, SIZE, 16, 0, [21845]), grey(0, 255, 170, 255)),
     ("png 16-bit rgb, one transparent",
      png(DEEP_COLOURS, SIZE, SIZE, 16, 2, [7, 200 * 256 + 7, 7]), rgb(RED, WHITE, BLUE, YELLOW)),
-    ("png animated", ANIMATED, rgb(*COLOURS)),
     ("jpeg cmyk, inverted as Adobe does", encode(cmyk(), "JPEG", quality=95), rgb(RED, GREEN, BLUE, BLACK), LOSSY),
     ("webp rgba", encode(with_alpha([255, 0, 128, 64]), "WEBP", lossless=True, exact=True), SEEN_THROUGH, 1),
     ("tiff 16-bit grey, white is zero", tiff(quadrants(LEVELS16).tobytes(), 16, photometric=0), grey(*GREYS[::-1])),

@@ -1,8 +1,7 @@
 """The outputs that a run is to make, and a plan of those that are missing.
 
 `Job` is what is wanted, checked before any model is loaded. `opened` locks its save folder and finds out what is
-missing, and `loop.Loop` makes that. What is done is what exists on disk: outputs appear whole, so a killed run resumes
-when it is started again.
+missing, and `loop.Loop` makes that. Outputs appear whole, so what exists on disk is done.
 """
 
 import contextlib
@@ -94,10 +93,8 @@ class JobOptions(OutputOptions):
 class Job:
     """The outputs wanted of a source, and the `folder` that they go to.
 
-    items: references by key; the key of an output is its reference's name and the sample's number, as "a/tom.jpg#0".
-
-    Raises InputError for what can be known to fail: a folder that cannot be written, an output that would replace a
-    source or lie outside of the folder.
+    items: references by the keys of their outputs, such as "a/tom.jpg#0" for the first sample. Raises InputError for a
+    folder that cannot be written, and an output that would replace a source or lie outside of the folder.
     """
 
     def __init__(self, options: RunOptions, peers: Peers, device: torch.device, source: Source) -> None:
@@ -187,9 +184,8 @@ class Plan:
 def opened(job: Job, image_size: int, settings: dict[str, Any]) -> Iterator[Plan]:
     """Context in which a job's folder is locked, with what is left to make there.
 
-    image_size: side of the images in pixels; settings: all that determines the outputs, for the record. Rank 0 checks
-    the folder against run.json and writes the record, the others wait for it. Raises InputError for a folder that is in
-    use, or holds another run.
+    settings: all that determines the outputs, for the record. Rank 0 checks the folder against run.json and writes it,
+    the others wait. Raises InputError for a folder that is in use, or holds another run.
     """
     try:
         if job.peers.rank:

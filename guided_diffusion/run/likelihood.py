@@ -1,8 +1,7 @@
 """The likelihood of images under a model, in bits per dimension: image by image, resumable, over any number of ranks.
 
-Every image's terms are a line of images.jsonl. An image's noise depends on the seed and its relative path alone. At the
-end rank 0 writes guided-diffusion's files (vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz, means over images by
-step, from the last to the first) and bpd.csv, a row per image.
+Every image's terms are a line of images.jsonl. At the end rank 0 writes guided-diffusion's files (vb_terms.npz,
+mse_terms.npz, xstart_mse_terms.npz: means over images by step, from last to first) and bpd.csv, a row per image.
 """
 
 import contextlib

@@ -1,11 +1,8 @@
 """The record of a run in its save folder: run.json and images.jsonl.
 
-run.json holds the settings (all that determines the outputs: options, checkpoints' hashes, the seed), versions, counts,
-times, and the plan: the batches into which the outputs are divided. With the plan, a restarted run computes each image
-in the same company as the first did, and so to the same last bit.
-
-images.jsonl has a line of JSON for every image, with its source, its cost and its guided steps. While a run is going,
-every rank appends to a file of its own, so that a killed run loses no line; rank 0 gathers them into one.
+run.json holds the settings (all that determines the outputs), versions, counts, times, and the plan: the batches of the
+outputs, so that a restarted run computes each image in the same company, and to the same last bit. images.jsonl has a
+line for every image: source, cost, guided steps. Every rank appends to a file of its own; rank 0 gathers them into one.
 """
 
 import contextlib

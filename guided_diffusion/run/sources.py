@@ -16,20 +16,15 @@ from ..references import open_binary
 
 @dataclass
 class Source:
-    """The images that a run begins with, and how they are read.
-
-    entries: those that something is made of; failed: reasons for others, by name. labels: classes by name, for images
-    that have some. base: the file or folder that they lie in, if any. samples: outputs of each. strict: whether the
-    first failure ends the run. options: of `load_image`.
-    """
+    """The images that a run begins with, and how they are read."""
 
     entries: list[Reference]
-    failed: dict[str, str] = field(default_factory=dict)
-    labels: dict[str, int] = field(default_factory=dict)
-    base: str | None = None
-    samples: int = 1
-    strict: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # reasons for those of which nothing can be made, by name
+    labels: dict[str, int] = field(default_factory=dict)  # classes by name, for images that have some
+    base: str | None = None  # the file or folder that they lie in, if any
+    samples: int = 1  # outputs of each
+    strict: bool = False  # whether the first failure ends the run
+    options: dict[str, Any] = field(default_factory=dict)  # of `load_image`
 
     def read(self, reference: Reference, image_size: int) -> np.ndarray:
         """An image as uint8 [h, w, 3]; raises ImageError."""
@@ -65,11 +60,10 @@ class Numbers(Source):
 
 
 class SmallImages(Source):
-    """Small images to enlarge, and their classes, if any.
+    """Small images to enlarge, and their classes, if any; raises InputError for `base`.
 
-    base: a folder, searched recursively, or an image; or an .npz file whose first array is uint8 [N, H, W, 3] and whose
-    second are the classes [N]. small_size: side to which images of files are brought. class_index: the class of all.
-    Raises InputError for `base`.
+    base: a folder, an image, or an .npz file of images, uint8 [N, H, W, 3], and classes [N]. small_size: side to which
+    images of files are brought. class_index: the class of all.
     """
 
     def __init__(
