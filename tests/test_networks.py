@@ -1,35 +1,13 @@
-"""The networks' parameters and outputs equal those of the published systems."""
+"""The networks' outputs equal those of the published systems; `test_checkpoint` compares their parameters."""
 
 import copy
-import json
 
 import pytest
 import torch
-from conftest import GOLDEN_DIR, MODEL_FLAGS, golden, golden_encoder, golden_index, golden_names, golden_unet
+from conftest import golden, golden_encoder, golden_index, golden_names, golden_unet
 
 from guided_diffusion.ddpm import Model
-from guided_diffusion.script_util import create_classifier, create_model
-from guided_diffusion.unet import EncoderUNetModel
-
-CHECKPOINTS = json.loads((GOLDEN_DIR / "checkpoint_keys.json").read_text())
-
-
-def build_published(name):
-    entry = CHECKPOINTS[name]
-    if entry["kind"] == "ADM":
-        return create_model(**{flag: entry["flags"][flag] for flag in MODEL_FLAGS})
-    if entry["kind"] == "DDPM":
-        names = ["ch", "out_ch", "ch_mult", "num_res_blocks", "attn_resolutions", "in_channels", "image_size"]
-        return torch.nn.ModuleDict({"module": Model(**{key: entry["config"][key] for key in names})})
-    return create_classifier(**entry["config"], head="I2Iout")
-
-
-@pytest.mark.parametrize("name", sorted(CHECKPOINTS))
-def test_parameters_of_published_checkpoints(name):
-    with torch.device("meta"):
-        model = build_published(name)
-    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
-    assert shapes == CHECKPOINTS[name]["keys"]
+from guided_diffusion.script_util import create_model
 
 
 def assert_same_output(actual, expected):
@@ -62,15 +40,6 @@ def test_encoder_features_and_logits(name):
     with torch.no_grad():
         assert_same_output(model.middle_features(data["input.x"], data["input.t"]), data["output.features"])
         assert_same_output(model(data["input.x"], data["input.t"]), data["output.logits"])
-
-
-@pytest.mark.parametrize("pool", ["adaptive", "attention", "spatial", "spatial_v2"])
-def test_encoder_pools(pool):
-    model = EncoderUNetModel(16, 3, 32, 7, 1, (2,), channel_mult=(1, 2), num_head_channels=32, pool=pool)
-    x = torch.randn(2, 3, 16, 16)
-    logits = model(x, torch.tensor([3, 500]))
-    assert logits.shape == (2, 7)
-    assert logits.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

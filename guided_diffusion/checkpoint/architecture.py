@@ -20,10 +20,6 @@ from .reading import is_average
 State = Mapping[str, torch.Tensor]
 
 
-LATENT = re.compile(r"^first_stage_model\.|\.transformer_blocks\.")
-"""Names of tensors that only latent diffusion models have; the UNets of some look like those of pixels."""
-
-
 def unwrap(state: State, embedding: str) -> State | None:
     """The tensors of a network without the prefixes of wrappers around it ("module."); None where there is no such one.
 

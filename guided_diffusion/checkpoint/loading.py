@@ -27,22 +27,10 @@ from ..errors import InputError, display_name, first_line, log, one_line
 from ..registry import Registry
 from ..run.files import write_bytes, write_json, write_text
 from ..script_util import attention_factors, channel_multipliers, create_classifier, create_model
-from . import architecture, diffusers, remote
+from . import diffusers, remote
 from .architecture import State
 from .reading import Source, hash_file, read_file
-from .reconcile import (
-    ADM,
-    DDPM,
-    ENCODER,
-    FLAGS,
-    Kind,
-    ModelInfo,
-    described,
-    reconcile,
-    refuse_edm,
-    scheduler_in_metadata,
-    stated_beside,
-)
+from .reconcile import ADM, DDPM, ENCODER, FLAGS, Kind, ModelInfo, read_network, reconcile, refuse_latent
 
 CHECKPOINTS = Registry("kind of checkpoint")
 """Kinds of checkpoints by name: functions (source, flags) -> Network or None. The last one added is asked first."""
@@ -132,43 +120,16 @@ def recognise(source: Source, flags: Mapping[str, Any]) -> Network:
     for kind in reversed(list(CHECKPOINTS.values())):
         if network := kind(source, given):
             return network
-    _refuse_latent(source)
+    refuse_latent(source)
     begin = ", ".join(one_line(key, 60) for key in list(source.tensors)[:3])
     what = f"is no network that is known here ({', '.join(CHECKPOINTS)}): its tensors begin with {begin}"
     raise InputError(f"{display_name(source.path)} {what}")
 
 
-def _refuse_latent(source: Source) -> None:
-    if latent := next(filter(architecture.LATENT.search, source.tensors), None):
-        what = f"is a latent diffusion model (it has {one_line(latent, 100)}); a model of pixels is needed"
-        raise InputError(f"{display_name(source.path)} {what}")
-
-
 def _network(kind: Kind, source: Source, given: Mapping[str, Any]) -> Network | None:
-    """A network of one of our kinds in one file: its flags from all sources, built on the device "meta"."""
-    state, file = architecture.unwrap(source.tensors, kind.embedding), display_name(source.path)
-    if state is None or (kind is ADM and not any(key.startswith("output_blocks.") for key in state)):
-        return None
-    _refuse_latent(source)
-    stated = described(source)
-    depth = given.get("classifier_depth", stated.flags.get("classifier_depth") if stated else None)
-    try:
-        found = kind.detector(state, depth) if kind is ENCODER else kind.detector(state)
-    except KeyError as error:
-        name = error.args[0]
-        if name in state:
-            what = f"has the tensor {name} of shape {list(state[name].shape)}, which fits no architecture"
-        else:
-            what = f"lacks the tensor {name}, which its architecture needs"
-        raise InputError(f"{file} {what}") from None
-    if stated and stated.in_run and not stated.fits(found):
-        log.warning("%s is not the network that %s describes, which is not used", file, stated.where)
-        stated = None
-    stated = stated or stated_beside(source)
-    refuse_edm(source, found, stated, given)
-    info = reconcile(source, kind, found, given, stated)
-    info.scheduler = scheduler_in_metadata(source)
-    return Network(build(info, given), info, state)
+    """A network of one of our kinds in one file."""
+    known = read_network(source, kind, given)
+    return known and Network(build(known[0], given), *known)
 
 
 CHECKPOINTS.add("encoder")(partial(_network, ENCODER))  # guided-diffusion's classifiers, EGSDE's extractors
@@ -257,17 +218,13 @@ def prepared(network: Network, device: str | torch.device) -> dict[str, torch.Te
 
 def _check_tensors(file: str, state: State, wanted: State, names: Mapping[str, str]) -> None:
     """Raise InputError unless the tensors are the network's. names: those of the file, where they differ."""
-    entry = next((key for key, like in wanted.items() if like.dim() == 4), None)
     for key, like in wanted.items():
         name = names.get(key, key)
         if key not in state:
             raise InputError(f"{file} lacks the tensor {name}, which its architecture needs")
         shape, needed = list(state[key].shape), list(like.shape)
         if shape != needed:
-            what = f"{name} has shape {shape}, its architecture needs {needed}"
-            if key == entry and len(shape) == 4 and shape[1] != needed[1]:
-                what = f"it is for images of {shape[1]} channels, and {needed[1]} are needed ({what})"
-            raise InputError(f"{file}: {what}")
+            raise InputError(f"{file}: {name} has shape {shape}, its architecture needs {needed}")
     for key, value in state.items():
         # Counters and tables that training code keeps beside the weights are no part of any network.
         beside = value.numel() == 1 or not value.is_floating_point() or ("." not in key and value.dim() == 1)

@@ -11,9 +11,8 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -177,7 +176,7 @@ class Stated:
         return all(self.flags.get(name) in (None, found.get(name)) for name in (*sizes, "learn_sigma"))
 
 
-def described(source: Source) -> Stated | None:
+def _described(source: Source) -> Stated | None:
     """The flags in a file's metadata, else those in the train.json beside it; None without either.
 
     Another program's train.json counts as none. Raises InputError for metadata that is no JSON object.
@@ -195,7 +194,7 @@ def described(source: Source) -> Stated | None:
     return Stated(flags, display_name(record), in_run=True) if isinstance(flags, dict) else None
 
 
-def scheduler_in_metadata(source: Source) -> dict[str, Any]:
+def _scheduler_in_metadata(source: Source) -> dict[str, Any]:
     """The entries of a converted model's scheduler file for `sigma_small` and `clip_denoised`; {} without any."""
     said = _metadata_object(source, "scheduler") if "scheduler" in source.metadata else {}
     fits = {"sigma_small": bool, "clip_denoised": (bool, float)}
@@ -220,7 +219,7 @@ PREDICTIONS = {
 }
 
 
-def hyper_parameters(source: Source) -> dict[str, Any]:
+def _hyper_parameters(source: Source) -> dict[str, Any]:
     """The hyper-parameters that stand beside the weights of a torch file."""
     found: dict[str, Any] = {}
     for name in HYPER_PARAMETERS:
@@ -232,9 +231,9 @@ def hyper_parameters(source: Source) -> dict[str, Any]:
     return found
 
 
-def stated_beside(source: Source) -> Stated | None:
+def _stated_beside(source: Source) -> Stated | None:
     """The flags that a torch file tells by its betas and hyper-parameters; only those that tensors cannot tell."""
-    entries, file = hyper_parameters(source), display_name(source.path)
+    entries, file = _hyper_parameters(source), display_name(source.path)
     where = f"{file}: its list of hyper-parameters"
     simple: dict[str, Any] = {key: value for key, value in entries.items() if isinstance(value, (int, float, str))}
     flags = {name: simple[name] for name in (*UNDETECTABLE_FLAGS, *TRAINING_FLAGS) if name in simple}
@@ -251,14 +250,15 @@ def stated_beside(source: Source) -> Stated | None:
         name = renamed.get(name, name)
         ends = [simple[end] for end in ("linear_start", "beta_start", "linear_end", "beta_end") if end in simple]
         flags["noise_schedule"] = f"{name}:{ends[0]},{ends[-1]}" if len(ends) == 2 and name != "cosine" else name
-    for kind, table in islice(_tables(source, entries), 1):
+    if found := _table(source, entries):
+        kind, table = found
         where = f"{file}: its entry {kind}"
         flags |= {"diffusion_steps": len(table), "noise_schedule": _named_schedule(kind, table, where)}
     return Stated(flags, where, complete=False) if flags else None
 
 
-def _tables(source: Source, hyper: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """(betas or alphas_cumprod, its values in float64) for each entry of these names, under any prefix."""
+def _table(source: Source, hyper: Mapping[str, Any]) -> tuple[str, np.ndarray] | None:
+    """("betas" or "alphas_cumprod", its values in float64) of an entry of this name, under any prefix."""
     places = [*source.beside.items(), *hyper.items(), *source.tensors.items()]
     for kind in ("betas", "alphas_cumprod"):
         for value in (plain(value) for name, value in places if str(name).rpartition(".")[2] == kind):
@@ -266,7 +266,8 @@ def _tables(source: Source, hyper: Mapping[str, Any]) -> Iterator[tuple[str, np.
                 with reading(source.path):
                     table = torch.as_tensor(value)
                 if table.dim() == 1 and len(table) > 9 and table.is_floating_point():
-                    yield kind, table.double().numpy()
+                    return kind, table.double().numpy()
+    return None
 
 
 def _named_schedule(kind: str, table: np.ndarray, where: str) -> str:
@@ -371,17 +372,18 @@ EDM_LAYOUTS = (
     {"num_channels": 192, "num_res_blocks": 3, "channel_mult": FOUR, "attention_factors": (2, 4, 8), **_ALIKE},
     {"num_channels": 256, "num_res_blocks": 2, "channel_mult": SIX, "attention_factors": (8, 16, 32), **_ALIKE},
 )
+LATENT = re.compile(r"^first_stage_model\.|\.transformer_blocks\.")  # names of tensors
 EDM_NAMES = re.compile(r"(?<![a-z])(edm2?|consistency|(cd|ct)[-_](imagenet|bedroom|cat|cifar|lsun))(?![a-z])", re.I)
 EDM_FLAGS = {"sigma_data", "sigma_max", "sigma_min", "weight_schedule", "training_mode", "P_mean", "P_std"}
 
 
-def refuse_edm(source: Source, found: dict[str, Any], stated: Stated | None, given: Mapping[str, Any]) -> None:
+def _refuse_edm(source: Source, found: dict[str, Any], stated: Stated | None, given: Mapping[str, Any]) -> None:
     """Raise InputError for a network, found, whose process is EDM's or a consistency model's.
 
     The name of a file that states its noise schedule is no reason, and where that is given, its layout is none.
     """
     reason, flags = None, stated.flags if stated else {}
-    if sigmas := EDM_FLAGS & {*hyper_parameters(source), *source.metadata, *flags}:
+    if sigmas := EDM_FLAGS & {*_hyper_parameters(source), *source.metadata, *flags}:
         reason = f"its file has the entry {min(sigmas)}"
     elif "noise_schedule" in flags:
         return
@@ -395,6 +397,40 @@ def refuse_edm(source: Source, found: dict[str, Any], stated: Stated | None, giv
 
 
 # ---- all of it together ----------------------------------------------------------------------------------------------
+
+
+def refuse_latent(source: Source) -> None:
+    """Raise InputError for a latent diffusion model; the UNets of some look like those of pixels."""
+    if latent := next(filter(LATENT.search, source.tensors), None):
+        what = f"is a latent diffusion model (it has {one_line(latent, 100)}); a model of pixels is needed"
+        raise InputError(f"{display_name(source.path)} {what}")
+
+
+def read_network(source: Source, kind: Kind, given: Mapping[str, Any]) -> tuple[ModelInfo, architecture.State] | None:
+    """(description of the network of a kind in a file, its tensors by our names); None where there is none."""
+    state, file = architecture.unwrap(source.tensors, kind.embedding), display_name(source.path)
+    if state is None or (kind is ADM and not any(key.startswith("output_blocks.") for key in state)):
+        return None
+    refuse_latent(source)
+    stated = _described(source)
+    depth = given.get("classifier_depth", stated.flags.get("classifier_depth") if stated else None)
+    try:
+        found = kind.detector(state, depth) if kind is ENCODER else kind.detector(state)
+    except KeyError as error:
+        name = error.args[0]
+        if name in state:
+            what = f"has the tensor {name} of shape {list(state[name].shape)}, which fits no architecture"
+        else:
+            what = f"lacks the tensor {name}, which its architecture needs"
+        raise InputError(f"{file} {what}") from None
+    if stated and stated.in_run and not stated.fits(found):
+        log.warning("%s is not the network that %s describes, which is not used", file, stated.where)
+        stated = None
+    stated = stated or _stated_beside(source)
+    _refuse_edm(source, found, stated, given)
+    info = reconcile(source, kind, found, given, stated)
+    info.scheduler = _scheduler_in_metadata(source)
+    return info, state
 
 
 def reconcile(
@@ -496,15 +532,15 @@ def _report(
         line = "%s has the layout of a published model (%s), which has %s; %s is used, as given"
         log.warning(line, file, row.files, text(differing, known), text(differing, given))
     told = {*given, *found, *said, *known}
-    heads = ["num_heads", "num_head_channels"] if not {"num_heads", "num_head_channels"} & told else []
-    others = ["image_size", "use_new_attention_order", *TRAINING_FLAGS]
+    heads = () if {"num_heads", "num_head_channels"} & told else ("num_heads", "num_head_channels")
+    needed = (*heads, "image_size", "use_new_attention_order", *TRAINING_FLAGS)
     if kind is DDPM:  # without attention heads
-        heads, others = [], ["image_size", *TRAINING_FLAGS]
+        needed = ("image_size", *TRAINING_FLAGS)
     if stated and stated.complete:
-        others = []
+        needed = heads if kind is not DDPM else ()
     elif stated and (from_file := [name for name in said if name in info.flags and name not in given]):
         log.info("%s: %s tells %s", file, stated.where.removeprefix(f"{file}: "), text(from_file))
-    info.assumed = tuple(flag for flag in (*heads, *others) if flag not in told and flag in info.flags)
+    info.assumed = tuple(flag for flag in needed if flag not in told and flag in info.flags)
     if info.assumed:
         named = text(flag for flag in info.assumed if info.flags[flag] != -1)
         # A command line has flags for its model only.
