@@ -218,20 +218,13 @@ def test_a_missing_tarball_is_named_with_the_command_that_makes_it(tarballs, tmp
     assert os.listdir(tmp_path) == ["packages"]
 
 
-def flip(data):
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
-
-
 OTHER = {"1f600": encoded(Image.new("RGB", (8, 8)), "png")}
 BAD_PACKAGES = {
     "truncated": (lambda data: data[: len(data) // 2], "is damaged or not an npm tarball"),
-    "one byte changed": (flip, "is damaged or not an npm tarball"),
     "another version": ({"version": "15.0.0"}, "twitter@15.0.0, and not emoji-datasource-twitter@16"),
     "no picture": ({"files": {}}, "holds no picture"),
     "nothing in common": ({"files": OTHER}, "no code point is drawn by both"),
     "a broken picture": ({"files": {"1f916": b"no picture"}}, "1f916.png cannot be read"),
-    "a program": ({"files": {"1f916": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"}}, "cannot identify"),
 }
 
 
@@ -283,11 +276,10 @@ shutil.copy(pathlib.Path({str(shared_tarballs)!r}) / tarball, sys.argv[sys.argv.
 
 def test_npms_own_reason_is_passed_on_in_one_line(tmp_path, monkeypatch):
     log = 'sys.exit("npm warn x\\nnpm ERR! code E404\\nnpm ERR! A complete log of this run can be found in: x")'
-    for at, (body, reason) in enumerate([(log, "(npm ERR! code E404)"), ("sys.exit(7)", "(status 7)")]):
-        fake_npm(monkeypatch, tmp_path / f"bin{at}", body)
-        line = refused("--out", tmp_path / "set")
-        assert reason in line and "@lobehub/fluent-emoji-3d@1.1.0" in line and "--from_dir" in line
-    assert sorted(os.listdir(tmp_path)) == ["bin0", "bin1"]
+    fake_npm(monkeypatch, tmp_path / "bin", log)
+    line = refused("--out", tmp_path / "set")
+    assert "@lobehub/fluent-emoji-3d@1.1.0 could not be fetched (npm ERR! code E404)" in line and "--from_dir" in line
+    assert os.listdir(tmp_path) == ["bin"]
     monkeypatch.setenv("PATH", "")
     line = refused("--out", tmp_path / "set")
     assert "npm is not installed" in line and "--from_dir" in line and "emoji-datasource-google@16.0.0" in line

@@ -1,6 +1,5 @@
 """Training with inputs that do not fit, damaged files, full disks and kills: one line, and nothing lost or mixed up."""
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -27,7 +26,6 @@ from guided_diffusion.run.files import Folder
 from guided_diffusion.training import config as options
 from guided_diffusion.training import files
 from guided_diffusion.training.config import TrainConfig
-from guided_diffusion.training.losses import means_by_quarter
 from guided_diffusion.training.start import DIFFUSION, ENCODER, check_network
 
 
@@ -224,14 +222,11 @@ def test_a_flipped_bit_in_an_optimizer_file_is_found(finished, tmp_path, data):
 
 OTHERS = {
     "moments of another shape": ("state.0.exp_avg", torch.zeros(1)),
-    "a sparse moment": ("state.0.exp_avg", torch.zeros(3, 3).to_sparse()),
     "no moment": ("state.0", {"step": torch.tensor(1.0)}),
     "NaN": ("state.0.exp_avg", lambda like: torch.full_like(like, float("nan"))),
     "a negative square": ("state.0.exp_avg_sq", lambda like: torch.full_like(like, -1.0)),
     "parameters in another order": ("param_groups.0.params", lambda numbers: numbers[::-1]),
-    "train as text": ("train", "x"),
     "negative samples": ("train.samples", -3),
-    "totals of another shape": ("train.totals", {"loss": torch.zeros(2)}),
     "losses of another process": ("train.schedule_sampler.losses", lambda table: table[:5]),
 }
 
@@ -250,27 +245,6 @@ def test_an_optimizer_file_of_another_run_is_refused(folder, tmp_path, keys, val
         make_loop(folder, tmp_path, **config)[0]._resume(str(tmp_path / "model000001.pt"))
 
 
-@contextlib.contextmanager
-def full_disk(left):
-    """Files cannot grow beyond `left` bytes within the context: the system says so as it does for a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (left, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_log_that_cannot_grow_is_one_line(tmp_path):
-    log = files.ProgressLog(str(tmp_path), 0)
-    log.write({"step": 1, "loss": 0.5})
-    size = (tmp_path / "progress.csv").stat().st_size
-    with full_disk(size + 2), pytest.raises(InputError, match=r"progress\.csv"):
-        log.write({"step": 2, "loss": 0.5})
-    files.ProgressLog(str(tmp_path), 1)
-    assert (tmp_path / "progress.csv").read_text() == "step,loss\n1,0.5\n"
-
-
 @pytest.mark.parametrize("what", ["files.ProgressLog.write", "write_png"])
 def test_a_disk_that_fills_up_does_not_lose_the_step(folder, tmp_path, monkeypatch, what):
     loop, _ = make_loop(folder, tmp_path, batch_size=1, iterations=5, log_interval=1, sample_interval=1)
@@ -287,8 +261,13 @@ def test_a_disk_that_fills_up_does_not_lose_the_step(folder, tmp_path, monkeypat
 
 
 def test_a_checkpoint_that_does_not_fit_is_one_line(resume, run):
-    with full_disk(4096), pytest.raises(InputError, match="no room left"):
-        resume()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # the system says what it says for a full disk
+    try:
+        with pytest.raises(InputError, match="no room left"):
+            resume()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert files.saved_steps(str(run)) == [1, 2]
     assert resume() == 0
 
@@ -303,15 +282,11 @@ def test_tensorboard_that_fails_is_left_out(tmp_path, caplog, monkeypatch):
     assert caplog.text.count("TensorBoard") == 1 and (tmp_path / "progress.csv").read_text().count("\n") == 2
 
 
-@pytest.mark.parametrize("raised", [
-    torch.OutOfMemoryError("CUDA out of memory"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory"),
-])  # fmt: skip
-def test_a_lack_of_memory_is_one_line(folder, tmp_path, monkeypatch, raised):
+def test_a_lack_of_memory_is_one_line(folder, tmp_path, monkeypatch):
     loop, _ = make_loop(folder, tmp_path, batch_size=1, iterations=2)
 
     def losses(*arguments):
-        raise raised
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(loop, "losses", losses)
     with pytest.raises(InputError) as error:
@@ -335,9 +310,3 @@ def test_a_step_computes_nothing_in_float64(folder, tmp_path, sampler):
     train_step(loop, np.arange(2))
     with NoFloat64():
         train_step(loop, np.arange(2))
-
-
-def test_means_are_taken_on_the_cpu():
-    table = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 2.0], [0.0, 0.0]])
-    on_device = types.SimpleNamespace(cpu=lambda: table)
-    assert means_by_quarter({"loss": on_device}) == {"loss": 1.0, "loss_q0": 0.5, "loss_q2": 1.5}

@@ -146,9 +146,7 @@ IMAGES = [  # a flag for each check of the options, the data and the network
     ("--data_dir {folder} --ema_rate 0.99999999999999999999", "ema_rate", "below 1"),  # 1 as a float
     ("--data_dir {folder} --use_fp16 True --precision bf16", "precision", "use_fp16"),
     ("--data_dir {folder} --p2_gamma 1 --min_snr_gamma 5", "p2_gamma", "min_snr_gamma"),
-    ("--data_dir {folder} --p2_gamma 1 --predict_xstart True", "p2_gamma", "predict_xstart"),
     ("--data_dir {folder} --device cuda:77", "device", "cannot be used"),
-    ("--data_dir {folder} --device meta", "device", ""),
     ("--data_dir {folder} --p2_gamma 50 --p2_k 1e10", "p2_gamma", "0, so that nothing would be trained"),
     ("--data_dir {folder} --resume_checkpoint missing.pt", None, "missing.pt does not exist"),
     ("--data_dir {folder} --sample_interval 1 --sample_respacing ddim400", "sample_respacing", "stride"),
