@@ -1,8 +1,4 @@
-"""Options as frozen dataclasses.
-
-A field made by `option` knows its help text and what values fit. `cli.flags` makes flags of the fields; `check` refuses
-the same values for people who write Python.
-"""
+"""Options as frozen dataclasses, whose fields know their help texts and the values that fit."""
 
 import contextlib
 import dataclasses
@@ -23,10 +19,9 @@ def option(
 ) -> Any:  # fmt: skip
     """A dataclass field with a help text.
 
-    choices: the values that fit, a sequence or a `Registry`. least, most: bounds of a number; above: a bound that it
-    must exceed. file: the value is the path of a file whose content determines the outputs. runtime: the value says how
-    to run, not what to make, so it may change between a run and its restart. metavar: the word for the value in help.
-    flag: the name on the command line, where it differs from the field's.
+    choices: a sequence or a `Registry`. least, most, above: bounds of a number, the last exclusive. file: the content
+    of this file determines the outputs. runtime: the value does not determine the outputs, so a restart may
+    change it. metavar: the word for the value in help. flag: the name on the command line, if not the field's.
     """
     metadata = {"help": help, "choices": choices, "least": least, "most": most, "above": above}
     metadata |= {"file": file, "runtime": runtime, "metavar": metavar, "flag": flag}
@@ -51,18 +46,13 @@ def check_names(classes: Iterable[type]) -> None:
                 )
 
 
-def check(options: Any) -> None:
-    """Raise InputError for the first field of an options dataclass whose value does not fit."""
-    for field in dataclasses.fields(options):
-        check_value(field, getattr(options, field.name))
-
-
 @dataclasses.dataclass(frozen=True)
 class Checked:
     """Base of options that raise InputError when they are made with a value that does not fit."""
 
     def __post_init__(self) -> None:
-        check(self)
+        for field in dataclasses.fields(self):
+            check_value(field, getattr(self, field.name))
 
 
 def check_value(field: dataclasses.Field, value: Any) -> None:

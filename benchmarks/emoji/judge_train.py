@@ -35,7 +35,7 @@ from guided_diffusion.cli import training as loop
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.dist_util import Ranks
 from guided_diffusion.errors import InputError, display_name, reading
-from guided_diffusion.options import check, option
+from guided_diffusion.options import Checked, option
 from guided_diffusion.training import files
 from guided_diffusion.training.config import TrainConfig
 from guided_diffusion.training.data import Batch, TrainImages, TrainReference, list_images, random_uniform
@@ -50,7 +50,7 @@ SHIFT = 3
 
 
 @dataclass(frozen=True)
-class JudgeOptions:
+class JudgeOptions(Checked):
     """Data and size of the judge."""
 
     data_dir: str | None = option(
@@ -63,7 +63,7 @@ class JudgeOptions:
     temperature: float = option(0.1, "of the contrast between code points", above=0, most=10)
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         for name, multiple in (("image_size", 16), ("width", 8)):
             if getattr(self, name) % multiple:
                 raise InputError(f"it must be a multiple of {multiple}", parameter=name, value=getattr(self, name))

@@ -17,7 +17,7 @@ from ..errors import InputError, display_name, library, log, shown
 from ..evaluation import METRICS, Evaluation, Instruments, evaluate, report, table
 from ..evaluation.features import NAMED
 from ..image_datasets import list_references
-from ..options import check, option
+from ..options import Checked, option
 from ..presets import ROOT
 from ..run import files
 from ..run import record as run_record
@@ -28,7 +28,7 @@ TRIAL = 3  # references of a trial
 
 
 @dataclass(frozen=True)
-class Compared:
+class Compared(Checked):
     """Options of a comparison: models, images and seeds, and how rows are sampled."""
 
     table: str = option("-", "file of the table; - for standard input", metavar="FILE")
@@ -50,7 +50,7 @@ class Compared:
     launch: str = option("", "launcher of each run, such as 'srun' or 'mpiexec -n 8'", metavar="TEXT", runtime=True)
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         for name, value in vars(self).items():
             if isinstance(value, str) and not value.isprintable():
                 raise InputError("it has control characters", parameter=name, value=value)

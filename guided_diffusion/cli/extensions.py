@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 
 from ..errors import InputError, reading
-from ..options import option
+from ..options import Checked, option
 from ..presets import ROOT
 
 OWN = os.path.join(ROOT, "benchmarks", "emoji", "judge.py")
@@ -14,7 +14,7 @@ OWN = os.path.join(ROOT, "benchmarks", "emoji", "judge.py")
 
 
 @dataclass(frozen=True)
-class Extensions:
+class Extensions(Checked):
     """Metrics and feature networks from outside."""
 
     extend: str = option(

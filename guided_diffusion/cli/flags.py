@@ -1,4 +1,4 @@
-"""Options as flags: the one parser of all commands, and the spelling of Python parameters on the command line."""
+"""Options as flags: the parser of all commands."""
 
 import argparse
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from ..errors import InputError, shown
-from ..options import check, field_types, flag_of, type_words
+from ..options import field_types, flag_of, type_words
 from ..presets import PRESETS, ROOT, preset_options
 
 METAVARS = {bool: "BOOL", int: "N", float: "X", str: "TEXT"}
@@ -30,10 +30,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose flags come from options dataclasses. Errors are InputErrors; flags cannot be abbreviated.
+    """A parser whose flags come from options dataclasses; it raises InputError.
 
-    spelling: the flags of fields that have another name in this command; defaults: the defaults of fields that have
-    another one here; both by field name.
+    spelling, defaults: by field name, in place of the fields' own flags and defaults.
     """
 
     def __init__(
@@ -60,10 +59,9 @@ class Parser(argparse.ArgumentParser):
         self, *classes: type, title: str, description: str | None = None, only: Sequence[str] | None = None,
         without: Iterable[str] = (),
     ) -> None:  # fmt: skip
-        """A group with a flag for every field of options dataclasses; a flag that several classes share is one flag.
+        """Add a group with a flag for every field of options dataclasses, or for those in `only`, in that order.
 
-        only: the fields that become flags, in this order; the others can be added to another group. without: fields
-        that are no flags here.
+        A flag that several classes share is one flag. without: fields that get no flag.
         """
         group = self._group(title, description)
         found = [(field, cls) for cls in classes for field in dataclasses.fields(cls) if field.name not in without]
@@ -96,23 +94,20 @@ class Parser(argparse.ArgumentParser):
         )  # fmt: skip
 
     def add_preset(self, method: str) -> None:
-        """The flag `preset` in a group of its own, whose description lists the presets of a method."""
+        """Add the flag `preset` in a group that lists the presets of a method."""
         self.method = method
         group = self.add_argument_group("presets", "\n".join(preset_lines(method)))
         group.add_argument("--preset", metavar="NAME", help="recommended flags by name; other flags override them")
 
     def add_without_effect(self, **usual: Any) -> None:
-        """Flags of the public release that are accepted and do nothing; by name the value that is not reported."""
+        """Add flags of the public release that do nothing; by name, the value for which the log does not say so."""
         group = self._group(NO_EFFECT)
         for name in usual:
             group.add_argument(f"--{name}", metavar="VALUE", help="has no effect")
         self.without_effect |= usual
 
     def parse(self, arguments: Sequence[str] | None = None) -> "Given":
-        """The flags of a command line; raises InputError for those that cannot be read.
-
-        A preset's values take the place of defaults: flags that are given win.
-        """
+        """Parse a command line; a preset's values take the place of defaults. Raises InputError."""
         given = self.parse_args(arguments, Given(self))
         if self.method is not None and given.preset is not None:
             options = preset_options(given.preset, self.method)
@@ -143,23 +138,18 @@ class Given(argparse.Namespace):
         """The flag of a field."""
         return self._parser.spelling.get(field.name) or flag_of(field)
 
-    def values(self, cls: type) -> dict[str, Any]:
-        """The values of an options class's fields that are flags here, by field name."""
-        return {name: getattr(self, flag) for name, flag in self._parser.added.get(cls, {}).items()}
-
     def options(self, cls: type, **values: Any) -> Any:
         """An instance of an options class; values: fields by name, in place of flags. Raises InputError."""
-        options = cls(**{**self.values(cls), **values})
-        check(options)
-        return options
+        given = {name: getattr(self, flag) for name, flag in self._parser.added.get(cls, {}).items()}
+        return cls(**{**given, **values})
 
     def ignored(self) -> dict[str, str]:
-        """Flags without effect that are given with another value than the usual, with that value."""
+        """Flags without effect that are given, but for their usual values."""
         given = {name: (getattr(self, name), str(usual)) for name, usual in self._parser.without_effect.items()}
         return {name: value for name, (value, usual) in given.items() if value not in (None, usual)}
 
     def digestible(self) -> dict[str, str]:
-        """The flags as texts, but for those that may differ between the ranks of a run."""
+        """The flags that the ranks of a run have in common, as texts."""
         return {name: str(value) for name, value in vars(self).items() if name not in ("_parser", "device")}
 
 

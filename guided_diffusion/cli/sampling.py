@@ -58,17 +58,12 @@ class NumberOptions(OutputOptions):
 class SmallImageOptions(NumberOptions):
     """Options of a run that enlarges images."""
 
-    base_samples: str | None = option(None, "folder of small images, or an .npz file", runtime=True, metavar="PATH")
+    base_samples: str = option(None, "folder of small images, or an .npz file", runtime=True, metavar="PATH")
     small_size: int = option(64, "size to which images of a folder are resized first", least=1, most=1 << 14)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.base_samples is None:
-            raise InputError("give a folder of small images, or an .npz file", parameter="base_samples")
 
     def source(self, peers: Peers, class_index: Any = None) -> Source:
         """The small images."""
-        return SmallImages(str(self.base_samples), peers, self.small_size, self.num_samples, class_index)
+        return SmallImages(self.base_samples, peers, self.small_size, self.num_samples, class_index)
 
 
 def translate_command(

@@ -23,7 +23,7 @@ import torch
 
 from ..errors import InputError, display_name
 from ..image_datasets import Reference
-from ..options import check, option
+from ..options import Checked, option
 from ..run import files
 from ..run import record as run_record
 from ..runtime import pick_device
@@ -44,7 +44,7 @@ Sizes = set[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Checked):
     """Options of an evaluation. Raises InputError for a value that does not fit.
 
     Images are in folders, searched recursively, or in samples_*.npz files of image samplers.
@@ -94,11 +94,11 @@ class Evaluation:
             if isinstance(value, os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
         object.__setattr__(self, "lpips", {"true": "True", "false": "False"}.get(str(self.lpips).lower(), self.lpips))
-        check(self)
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
-class Results:
+class Results(Checked):
     """Where the result is written."""
 
     out: str | None = option(None, "write PREFIX.json, PREFIX.csv (one row) and PREFIX.md", metavar="PREFIX")

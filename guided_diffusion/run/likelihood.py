@@ -35,17 +35,12 @@ class LikelihoodOptions(RunOptions):
     """Which images, and where the results go."""
 
     save_dir: str = option("output/nll", "output folder", runtime=True, metavar="DIR")
-    data_dir: str | None = option(
+    data_dir: str = option(
         None, "folder of images, searched recursively, or a single image", runtime=True, metavar="PATH"
     )
     num_samples: int = option(1000, "maximum number of images to evaluate", least=1, runtime=True)
     batch_size: int | str = option(1, "images per batch, or auto", least=1, runtime=True, metavar="N")
     clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1]")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.data_dir is None:
-            raise InputError("give a folder of images", parameter="data_dir")
 
 
 def data_images(entries: list[Reference], classes: bool = False) -> Source:
