@@ -18,8 +18,8 @@ LONGEST = 200  # characters of a value or of another program's message that an e
 class InputError(ValueError):
     """A parameter, file or environment that cannot be used; the message is one line.
 
-    parameter: the name in Python, or None where a file or the surroundings are at fault; reason: what would fit, or a
-    whole sentence without a parameter. Names in backticks in it are parameters, which a command line spells as flags.
+    parameter: its name in Python, or None. reason: what would fit, or the whole message if there is no parameter; names
+    in backticks are parameters, which the command line spells as flags.
     """
 
     def __init__(self, reason: str, *, parameter: str | None = None, value: object = None) -> None:

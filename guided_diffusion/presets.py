@@ -1,8 +1,4 @@
-"""Recommended options by name: a model, and for every method the options that suit its data set.
-
-The one place of these values. `cli` turns them into flags; help texts, the table of docs/usage.md, the shell scripts
-and the notebook take them from here (`python docs/make.py presets` writes the table).
-"""
+"""Recommended options by name, for every method. `python docs/make.py presets` writes their table in docs/usage.md."""
 
 import os
 from collections.abc import Mapping

@@ -43,10 +43,7 @@ def pick_device(name: str | torch.device = "auto", local_rank: int = 0) -> torch
 
 
 def pick_precision(name: str | None, device: torch.device) -> str:
-    """Resolve a precision to `fp32`, `bf16` or `fp16`; `auto` is the fastest that the device computes in natively.
-
-    Logs a line, once, where bf16 is emulated on a CPU.
-    """
+    """Resolve a precision to `fp32`, `bf16` or `fp16`; warns once where bf16 is emulated on a CPU."""
     if name is not None:
         check_choice("precision", name, PRECISIONS)
     if name == "auto":
@@ -62,10 +59,7 @@ def _warn_of_emulation() -> None:
 
 
 def best_precision(device: torch.device) -> str:
-    """`bf16` where the device multiplies matrices of bfloat16 natively, else `fp32`.
-
-    GPUs since Ampere do, and CPUs with AVX512-BF16 or AMX; on others it is emulated, and slow.
-    """
+    """`bf16` on devices with native bfloat16, as GPUs since Ampere and CPUs with AVX512-BF16 or AMX; else `fp32`."""
     native = False
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -76,18 +70,14 @@ def best_precision(device: torch.device) -> str:
 
 
 def memory_format(device: torch.device, compiled: bool = False) -> torch.memory_format:
-    """The order in memory of a network's images and weights that is fastest: channels last, but for eager GPUs.
-
-    PyTorch's group normalisation on a GPU copies images that are not in its own order, twice a layer.
-    """
+    """The fastest memory format of a network: channels last, except on GPUs, where GroupNorm would copy, uncompiled."""
     return torch.contiguous_format if device.type == "cuda" and not compiled else torch.channels_last
 
 
 class CompiledModel:
-    """A network, called as model(x, t, ...) with x [N, C, H, W], compiled for the shape of its first x.
+    """A network model(x, t, ...), x [N, C, H, W], compiled for the shape of its first x.
 
-    Inputs of another shape, such as the last batch of a folder, run eagerly, and so do all where compilation fails: it
-    needs a C++ compiler on CPUs and Triton on GPUs. Outputs are those of the network up to rounding.
+    Other shapes, such as the last batch of a folder, run eagerly, and so do all where compilation fails.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -113,10 +103,9 @@ class CompiledModel:
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep freed memory instead of returning it to the system; whether that worked (glibc alone).
+    """Let glibc keep freed memory instead of returning it to the system; whether that worked.
 
-    Activations of tens of megabytes come and go in every layer. By default glibc maps each afresh, and the system fills
-    it with zeros page by page, which on a CPU can take as long as the layer. The process then holds on to its peak.
+    By default it maps every large activation afresh, and zeroing the pages can take as long as a layer on a CPU.
     """
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # of malloc.h
     with contextlib.suppress(OSError, AttributeError, TypeError):

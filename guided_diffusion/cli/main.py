@@ -47,8 +47,7 @@ def _interrupted_early(number: int, frame: FrameType | None) -> None:
 def run(function: Callable[..., int | None], parser: "Parser", *, ranks: str = "peers") -> None:
     """Parse flags, call function(given, ranks), and end the process with the status that it returns or its error has.
 
-    ranks: what the function gets: "peers", a connected `dist_util.Peers`; "ranks", the bare `dist_util.Ranks`; "none":
-    the function takes the flags alone.
+    ranks: "peers": a connected `dist_util.Peers`; "ranks": a `dist_util.Ranks`; "none": function(given).
     """
     warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata, which does not concern the pixels
     logging.raiseExceptions = False  # a full disk behind stderr is no reason to end
@@ -81,7 +80,7 @@ def run(function: Callable[..., int | None], parser: "Parser", *, ranks: str = "
 
 
 def _check_ranks(given: "Given", peers: "Peers") -> None:
-    """Raise InputError unless all ranks have the same flags; none begins before all have compared theirs."""
+    """Raise InputError unless all ranks have the same flags; rank 0 waits for all others to agree."""
     from ..dist_util import PATIENCE, POLL
 
     mine = given.digestible()
@@ -145,7 +144,7 @@ def say(text: str, file: Any = None) -> None:
 
 
 def settle() -> None:
-    """Flush what was printed. Where nobody can read it, the exit status alone tells what was done."""
+    """Flush stdout and stderr, and close those that cannot be written to."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -155,9 +154,9 @@ def settle() -> None:
 
 
 def _raise_on_signals() -> None:
-    """Turn the first signal into KeyboardInterrupt, and leave the clean-up alone for a while.
+    """Turn the first signal into KeyboardInterrupt. A second one after 2 seconds ends the process.
 
-    Ctrl-C under a launcher comes twice, from the terminal and from the launcher. Whoever insists ends the process.
+    Ctrl-C under a launcher comes twice at once: from the terminal and from the launcher.
     """
     since: list[float] = []
 

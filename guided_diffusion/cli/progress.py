@@ -10,11 +10,10 @@ from .main import say
 
 
 class Progress:
-    """Context that shows images, steps and time left: the time per step so far times the steps to come.
+    """Context that shows images, steps and time left, estimated without the first step, which includes compiling.
 
-    The first step is left out once there are others, because it includes loading and compiling. A log gets a line after
-    each half minute in which the run advanced by a hundredth, so a hundred lines at most.
-    total: image-steps of the run; images: outputs wanted; made: those that exist.
+    A log gets at most a line per half minute and per cent. total: image-steps of the run; images: outputs wanted; made:
+    those that exist.
     """
 
     def __init__(self, total: int, images: int, made: int = 0, file: Any = None) -> None:

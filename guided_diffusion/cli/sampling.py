@@ -1,7 +1,4 @@
-"""The sampling commands: flags -> target -> references -> method -> job.
-
-`translate_command` makes the function and the parser of each; a script adds its text.
-"""
+"""The sampling commands: flags -> target -> references -> method -> job."""
 
 import dataclasses
 import os
@@ -74,9 +71,7 @@ def translate_command(
     """The function of a sampling command, and one that makes its parser, for `main.run`.
 
     method: a name in METHODS. text: the help's description. first: fields of the method that the help begins with.
-    outputs: options of what is made, `JobOptions` for translations of references. defaults: by field name, in place of
-    the options' own. spelling: flags of fields that have another name in this command. without_effect: flags of the
-    release that do nothing, with the value that is not reported.
+    outputs: options of what is made, `JobOptions` for translations. defaults, spelling, without_effect: see `Parser`.
     """
     kind = METHODS.pick(method)
     translates = outputs is JobOptions
@@ -173,10 +168,9 @@ def announce(translation: Translation, names: Sequence[str], given: Given, found
 
 
 def given_settings(given: Given, target: Target, used: Sequence[Any], peers: Peers, **found: Any) -> dict[str, Any]:
-    """All that determines the outputs, for run.json, on rank 0: the options that count, `used`, by the names of flags.
+    """Everything that determines the outputs, by flag, for run.json on rank 0; files are recorded as hashes.
 
-    Files stand with their hashes; what is None, says how to run, or has no effect (by the options' method `ignored`) is
-    left out. found: values that were read from files or resolved, by flag.
+    used: options; those that are None, `runtime` or `ignored` are left out. found: values read from files or resolved.
     """
     if peers.rank:
         return {}
@@ -196,10 +190,7 @@ def given_settings(given: Given, target: Target, used: Sequence[Any], peers: Pee
 
 
 def labels_of(translation: Translation, source: Source, class_index: int | str | None) -> Labels:
-    """Function of (names, noise) that gives the classes, long [N], of a batch of pictures; None where there are none.
-
-    A class is the one that is asked for, the source's, or drawn by the image's own generator before any noise.
-    """
+    """Function of (names, noise) that gives the classes of a batch, long [N]: given, the source's or drawn, or None."""
     target, device = translation.target, translation.target.device
     classes = getattr(translation.sampler, "num_classes", None) or num_classes(target)
     if classes is None:
@@ -216,7 +207,7 @@ def labels_of(translation: Translation, source: Source, class_index: int | str |
     draws = isinstance(source, Numbers) and (translation.method.takes_labels or fixed is None)
 
     def labels(names: Sequence[str], noise: ImageNoise) -> torch.Tensor | None:
-        drawn = noise.labels(classes) if draws else None  # before any noise
+        drawn = noise.labels(classes) if draws else None  # by each image's own generator, before any noise
         return drawn if fixed is None else torch.full((len(names),), fixed, device=device)
 
     return labels

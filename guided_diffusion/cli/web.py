@@ -57,10 +57,7 @@ def warn_of_strangers(host: str) -> None:
 
 @contextlib.contextmanager
 def private_environment(offline: bool) -> Iterator[str]:
-    """Environment that Gradio reads when it is imported: no telemetry, and a folder that is removed later.
-
-    offline: the Hugging Face Hub is not asked either.
-    """
+    """Set Gradio's environment before its import: no telemetry, a temporary folder; offline: no Hugging Face Hub."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     if offline:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -76,9 +73,9 @@ def command_line(
     model: str, picture: "Upload", settings: "Settings", *, root: str = ROOT, examples: str | None = None,
     device: str = "auto",
 ) -> str:  # fmt: skip
-    """The command that makes the page's very pixels, for a shell in the folder `root`; several seeds are a loop.
+    """The command that gives the page's pixels, for a shell in the folder `root`; several seeds are a loop.
 
-    model: as given to the page. A picture of the folder `examples` stands in it with its path, others with their name.
+    A picture of the folder `examples` is given by its path, others by their name.
     """
     path, name = os.path.join(examples, picture.name) if examples else "", picture.name
     if os.path.isfile(path) and filecmp.cmp(path, picture.path, shallow=False):

@@ -1,8 +1,4 @@
-"""The page itself, in Gradio. Everything else of the web demo does without it.
-
-`build` makes the page of a `Studio`, `serve` serves it. Settings of safety are all here: nothing leaves the machine,
-no file but uploads, results and examples can be read, and errors are one line.
-"""
+"""The page in Gradio. Nothing leaves the machine, and no file but uploads, results and examples can be read."""
 
 import contextlib
 import inspect
@@ -85,8 +81,8 @@ Command = Callable[[str, Upload, Settings], str]
 def build(studio: Studio, command: Command, *, examples: str | None = None, note: str = "", **defaults: Any) -> Any:
     """The page as a `gr.Blocks`.
 
-    command: the text of the command that does the same. examples: a folder of pictures. note: a line on what the models
-    are for. defaults: what the page begins with, in place of `Settings`' own.
+    command: gives the equivalent command. examples: a folder of pictures. note: a line on what the models are for.
+    defaults: of `Settings`.
     """
     first = next(iter(studio.models.values()))
     wanted = Settings(**defaults)
@@ -237,10 +233,7 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
 
 
 def serve(page: Any, *, host: str, port: int, examples: str | None = None, private: Sequence[str] = ()) -> str:
-    """Serve a page until it is closed; returns its address. private: files and folders that are never served.
-
-    Raises InputError where the port has been taken meanwhile.
-    """
+    """Serve a page until it is closed; returns its address. private: paths never served. Raises InputError."""
     page.queue(max_size=16, default_concurrency_limit=1)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # the visitor's own
     theme = gr.themes.Default(**fonts)  # type: ignore[reportPrivateImportUsage]

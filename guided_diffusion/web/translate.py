@@ -1,11 +1,4 @@
-"""The work behind the page: one model on the device, and a translation as a generator of frames.
-
-    studio = Studio(["models/fluent3d_64.safetensors"])
-    for frame in studio.translate("models/fluent3d_64.safetensors", "cat.png", Settings()):
-        frame.preview  # the predicted result so far; the last frame has `results`
-
-A step is computed when the generator is asked for its next frame, so sampling ends where it is closed.
-"""
+"""The work behind the page: one model on the device, and a translation as a generator of frames."""
 
 import os
 import threading
@@ -131,19 +124,13 @@ class Model(NamedTuple):
 
 
 def looks_like_a_photograph(picture: str | os.PathLike) -> bool:
-    """Whether most pixels of a picture, reduced to 64 x 64, have a colour of their own: a hint, no classification.
-
-    The share of distinct colours is at most 0.59 in emoji, and was 0.71 in a photograph.
-    """
+    """Whether more than 60 % of the pixels, of 64 x 64, have a colour of their own: emoji reach 59 %."""
     image = Image.fromarray(load_image(os.fspath(picture), 64))
     return len(image.getcolors(64 * 64) or ()) > 0.6 * 64 * 64
 
 
 class Frame(NamedTuple):
-    """Progress of a translation, for people: words, and the predicted results side by side.
-
-    The last frame alone has `reference`, the picture as the model got it, and `results`, one for each seed.
-    """
+    """Progress in words, and the predicted results side by side; the last has the model's input and the results."""
 
     words: str
     preview: Image.Image
@@ -152,10 +139,9 @@ class Frame(NamedTuple):
 
 
 class Studio:
-    """Models, checkpoints, folders or Hub ids, of which one is on the device, and translations with them.
+    """Translations with models (checkpoints, folders or Hub ids), one of which is on the device at a time.
 
-    Each is loaded once to see that it can be; the first stays. max_side: pictures of more pixels a side are refused.
-    weights: the file of the energy vgg. Raises InputError.
+    All are loaded once, to check them. max_side: limit of pictures. weights: file of the energy vgg. Raises InputError.
     """
 
     def __init__(
@@ -186,8 +172,7 @@ class Studio:
     ) -> Iterator[Frame]:  # fmt: skip
         """Translate a picture file; yields a frame every `interval` seconds or step, and the results in the last.
 
-        model: one of the paths. name: the picture's name, which with the seed determines the noise; by default the
-        file's. Raises InputError and ImageError.
+        name: the picture's name, which with the seed determines the noise. Raises InputError and ImageError.
         """
         check_choice("model", model, self.models)
         if not picture:
