@@ -54,8 +54,7 @@ def serve(given: Given) -> int:
         written = functools.partial(web.command_line, examples=examples, device=options.device)
         note = "" if given.model_path else DEMO_NOTE
         blocks = page.build(studio, written, examples=examples, note=note, precision=options.precision)
-        private = web.private_paths(local, examples)
-        address = page.serve(blocks, host=options.host, port=port, examples=examples, private=private)
+        address = page.serve(blocks, host=options.host, port=port, examples=examples)
         web.warn_of_strangers(options.host)
         command.say(f"The page is at {address} (Ctrl-C ends it)", sys.stdout)
         try:

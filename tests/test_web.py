@@ -262,12 +262,10 @@ def test_a_port_in_use_is_refused():
         web.free_port("203.0.113.7", 0)
 
 
-def test_strangers_are_warned_of_and_see_no_model(capsys):
+def test_strangers_are_warned_of(capsys):
     for host in ("127.0.0.1", "localhost", "[::1]", "0.0.0.0", "::", "192.168.0.7"):
         web.warn_of_strangers(host)
     assert len(capsys.readouterr().err.splitlines()) == 3
-    # Folders of models are never served, or the models alone where the examples are in there.
-    assert web.private_paths(["/m/a.pt"], "/e") == ["/m"] and web.private_paths(["/m/a.pt"], "/m/e") == ["/m/a.pt"]
 
 
 def test_the_environment_is_private(monkeypatch):

@@ -32,8 +32,6 @@ from .progress import Progress
 
 TRAINING_FLAGS = {"dropout": 0.0, "use_checkpoint": False, "use_kl": False, "rescale_learned_sigmas": False}
 """Flags of the network that concern its training alone, and their defaults."""
-STEPS = "timestep_respacing"
-VGG = "models/vgg_normalised.pth"
 ENERGY_HELP = "comma-separated energies, such as dse,low_pass, or none (default vgg if its weights exist, else dct)"
 
 Labels = Callable[[Sequence[str], ImageNoise], torch.Tensor | None]
@@ -79,9 +77,9 @@ def translate_command(
 
     def create_parser() -> Parser:
         base = "" if outputs is NumberOptions else " --base_samples PATH"
-        usual = {"weights": located(VGG), **(defaults or {})}
+        usual = {"weights": located("models/vgg_normalised.pth"), **(defaults or {})}
         parser = Parser(text, usage=f"--model_path PATH{base} [flags]", spelling=spelling, defaults=usual)
-        parser.add(kind, ModelFlags, title="method", only=(*first, STEPS))
+        parser.add(kind, ModelFlags, title="method", only=(*first, "timestep_respacing"))
         if translates:
             parser.add_preset(method)
         needed = ("model_path", "base_samples", "save_dir")

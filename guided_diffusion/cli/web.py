@@ -9,7 +9,7 @@ import os
 import shlex
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -104,16 +104,6 @@ def command_line(
     seed = settings.seed if settings.count == 1 else "$seed"
     run = f"python scripts/ae_sample.py {text} --seed {seed} --save_dir {folder}_{seed}"
     return run if settings.count == 1 else f"for seed in {' '.join(map(str, settings.seeds))}; do {run}; done"
-
-
-def private_paths(models: Sequence[str], examples: str | None) -> list[str]:
-    """Paths that the page never serves: the folders of models, or the models alone where the examples are in there."""
-    found = []
-    for path in map(os.path.abspath, models):
-        folder = os.path.dirname(path)
-        shared = examples is not None and os.path.commonpath([folder, os.path.abspath(examples)]) == folder
-        found.append(path if shared else folder)
-    return found
 
 
 def _seen_from(root: str, path: str) -> str:

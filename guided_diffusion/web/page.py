@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError("the web demo needs gradio: pip install -r requirements-demo.txt") from error
 
-from ..errors import InputError, first_line
+from ..errors import InputError
 from ..image_datasets import ImageError, list_references
 from ..methods import energy_names
 from ..runtime import PRECISIONS
@@ -32,7 +32,7 @@ from .translate import (
     explain,
     label,
     looks_like_a_photograph,
-)
+)  # fmt: skip
 
 TITLE = "Repaint a picture in another style"
 INTRODUCTION = (
@@ -86,6 +86,7 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
     """
     first = next(iter(studio.models.values()))
     wanted = Settings(**defaults)
+    energies = ["dct", "low_pass", *["vgg"] * os.path.exists(studio.weights)]
     area, steps = first.nearest_area(wanted.area), min(wanted.steps, first.most_steps)
     settings = replace(wanted, area=area, steps=steps)
     helps = {field.name: field.metadata["help"] for field in fields(Settings)}
@@ -148,7 +149,7 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
             with gr.Column(min_width=300):
                 start = control(gr.Slider, "start", 0.05, 1, step=0.05)
                 details = control(gr.Slider, "details", 0, 1, step=0.02)
-                energy = control(gr.CheckboxGroup, "energy", studio.energies, value=energy_names(settings.energy))
+                energy = control(gr.CheckboxGroup, "energy", energies, value=energy_names(settings.energy))
             with gr.Column(min_width=300):
                 sampler = control(gr.Dropdown, "sampler", list(SOLVERS))
                 variant = control(gr.Dropdown, "variant", list(VARIANTS))
@@ -180,13 +181,11 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
                 yield same, same, words, same, *[same] * (MOST_RESULTS - 1)
                 raise gr.Error(words, title="Translation failed", duration=12, print_exception=False) from None
 
-        def begin() -> Sequence[Any]:
-            """The preview takes the place of the latest results."""
+        def begin() -> Sequence[Any]:  # the preview takes the place of the latest results
             hidden = [gr.update(visible="hidden")] * 2 * MOST_RESULTS
             return (gr.update(value=None, visible=True), "Waiting for the device …", *hidden)
 
         def end(written: str | None, *pairs: tuple[str, str] | None) -> Sequence[Any]:
-            """The latest results come back where there are any."""
             files = [pair[1] if pair else None for pair in pairs]
             sliders, buttons = [], []
             for file in files:
@@ -197,7 +196,6 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
             return (gr.update(visible=not any(files)), gr.update(visible=bool(written)), *sliders, *buttons)
 
         def hint(uploaded: Upload | None, path: str) -> str:
-            """A warning where the picture is not of the kind that the demo's model is for."""
             if uploaded and os.path.basename(path) == os.path.basename(RECOMMENDED["model_path"]):
                 with contextlib.suppress(ImageError, InputError):
                     if looks_like_a_photograph(uploaded.path):
@@ -205,7 +203,6 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
             return gr.skip()
 
         def adapt(path: str, area: int, steps: int) -> Sequence[Any]:
-            """The values that suit another model."""
             chosen = studio.models[path]
             return (
                 gr.update(choices=chosen.areas, value=chosen.nearest_area(area)),
@@ -232,8 +229,8 @@ def build(studio: Studio, command: Command, *, examples: str | None = None, note
     return page
 
 
-def serve(page: Any, *, host: str, port: int, examples: str | None = None, private: Sequence[str] = ()) -> str:
-    """Serve a page until it is closed; returns its address. private: paths never served. Raises InputError."""
+def serve(page: Any, *, host: str, port: int, examples: str | None = None) -> str:
+    """Serve a page, whose only readable folder is `examples`, until it is closed; returns its address."""
     page.queue(max_size=16, default_concurrency_limit=1)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # the visitor's own
     theme = gr.themes.Default(**fonts)  # type: ignore[reportPrivateImportUsage]
@@ -258,13 +255,9 @@ def serve(page: Any, *, host: str, port: int, examples: str | None = None, priva
         "strict_cors": True,
         "max_threads": 8,
         "allowed_paths": [os.path.abspath(examples)] if examples else [],
-        "blocked_paths": [os.path.abspath(path) for path in private],
     }
     known = inspect.signature(page.launch).parameters  # versions before 6.20 or so have no history of runs
-    try:
-        return page.launch(**{name: value for name, value in options.items() if name in known})[1]
-    except OSError as error:
-        raise InputError(f"it cannot be used: {first_line(error)}", parameter="port", value=port) from None
+    return page.launch(**{name: value for name, value in options.items() if name in known})[1]
 
 
 def close(page: Any) -> None:
@@ -280,10 +273,8 @@ def _classes(model: Model) -> dict[str, Any]:
 
 def _upload(payload: Any) -> Upload | None:
     """The file as it was uploaded. Gradio would decode and rename it."""
-    if payload is None:
+    if payload is None or not payload.path:
         return None
-    if not payload.path:
-        raise gr.Error(explain(ImageError("a file is needed")), print_exception=False)
     name = os.path.basename((payload.orig_name or payload.path).replace("\\", "/"))
     return Upload(payload.path, name or "picture")
 

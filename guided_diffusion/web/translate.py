@@ -68,10 +68,6 @@ class Settings(Checked):
     )
     class_index: str | None = option(None, "Class to paint, by number or name.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        energy_names(self.energy)
-
     @property
     def seeds(self) -> range:
         """The seed of every result."""
@@ -160,11 +156,6 @@ class Studio:
         side = target.shape[-1]
         areas = [n for n in range(1, side // 2 + 1) if side % n == 0]
         return Model(path, areas, min(250, target.diffusion.num_timesteps), num_classes(target) or 0)
-
-    @property
-    def energies(self) -> list[str]:
-        """The energies that can be used here."""
-        return ["dct", "low_pass", *["vgg"] * os.path.exists(self.weights)]
 
     def translate(
         self, model: str, picture: str | os.PathLike | None, settings: Settings, *, name: str | None = None,
