@@ -40,10 +40,8 @@ def check_names(classes: Iterable[type]) -> None:
         for field in dataclasses.fields(cls):
             default, owner = known.setdefault(flag_of(field), (field.default, cls))
             if default != field.default:
-                raise TypeError(
-                    f"the option {flag_of(field)} has the default {default!r} in {owner.__name__} and "
-                    f"{field.default!r} in {cls.__name__}; give one of them another name"
-                )
+                both = f"{default!r} in {owner.__name__} and {field.default!r} in {cls.__name__}"
+                raise TypeError(f"{flag_of(field)} has the default {both}; give one of them another name")
 
 
 @dataclasses.dataclass(frozen=True)

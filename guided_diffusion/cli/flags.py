@@ -73,8 +73,6 @@ class Parser(argparse.ArgumentParser):
             if flag not in self.fields:
                 self.fields[flag] = field
                 self._add_flag(group, flag, field, self.defaults.get(field.name, field.default))
-            elif self.fields[flag].default != field.default and field.name not in self.defaults:
-                raise TypeError(f"--{flag} has two defaults, {self.fields[flag].default!r} and {field.default!r}")
 
     def _group(self, title: str, description: str | None = None) -> Any:
         """The group of that title, made where it is missing."""

@@ -80,25 +80,14 @@ def command_line(
     path, name = os.path.join(examples, picture.name) if examples else "", picture.name
     if os.path.isfile(path) and filecmp.cmp(path, picture.path, shallow=False):
         name = _seen_from(root, path)
-    flags = {
-        "model_path": _seen_from(root, model),
-        "base_samples": f"./{name}" if name.startswith("-") else name,
-        "timestep_respacing": settings.steps,
-        "area": settings.area,
-        "range_t": f"{settings.range_t:g}",
-        "energy": settings.energy,
-        "start_t": f"{settings.start:g}",
-        "details_t": f"{settings.details:g}",
-        "variant": settings.variant,
-        "sampler": settings.sampler,
-        "precision": settings.precision,
-        "class_index": settings.class_index,
-        "device": device,
-    }
-    usual = {"start_t": "1", "details_t": "1", "variant": "manifold", "sampler": "ancestral", "precision": "fp32"}
+    flags = {"model_path": _seen_from(root, model), "base_samples": f"./{name}" if name.startswith("-") else name}
+    flags_of = {"steps": "timestep_respacing", "start": "start_t", "details": "details_t"}
+    usual = {"start": 1, "details": 1, "variant": "manifold", "sampler": "ancestral", "precision": "fp32"}
     usual |= {"class_index": None, "device": "auto"}
-    given = {name: value for name, value in flags.items() if name not in usual or usual[name] != value}
-    text = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())
+    for setting, value in {**vars(settings), "device": device}.items():
+        if setting not in ("seed", "count") and (setting not in usual or usual[setting] != value):
+            flags[flags_of.get(setting, setting)] = f"{value:g}" if isinstance(value, float) else str(value)
+    text = " ".join(f"--{flag} {shlex.quote(value)}" for flag, value in flags.items())
     # A folder of its own, since the command refuses one that holds a run with other flags.
     folder = f"output/web_{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
     seed = settings.seed if settings.count == 1 else "$seed"
