@@ -39,11 +39,6 @@ def parse(script, *flags):
     return load_script(script).create_parser().parse(list(map(str, flags)))
 
 
-def test_the_names_that_documents_promise():
-    assert list(PRESETS) == ["cat2dog", "wild2dog", "male2female", "dog2cat", "emoji", "fast", "cells"]
-    assert all("sddm" in preset.methods for preset in PRESETS.values())
-
-
 @pytest.mark.parametrize("name, method", PAIRS)
 def test_every_value_is_an_option_that_fits(name, method, monkeypatch):
     """Each option belongs to the method, its energies or the model, and passes their checks and the schedule's."""

@@ -123,7 +123,6 @@ ENERGIES = {
         "--down_N 4 --dsepath {data}/dse.safetensors",
         lambda data: [energy.dse(load_model(data / "dse.safetensors")[0]), energy.low_pass(4), energy.dct(4)],
     ),
-    "dct,low_pass": ("--down_N 4 --variant released", lambda data: [energy.dct(4), energy.low_pass(4)]),
     "classifier": (
         "--classifier_path {data}/classifier.safetensors --target_class 2",
         lambda data: [energy.classifier(load_model(data / "classifier.safetensors")[0], 2)],
@@ -219,8 +218,6 @@ def test_the_default_energy_is_said(data, tmp_path, caplog):
 METHODS = {
     "ilvr_sample --timestep_respacing 6 --down_N 4 --range_t 2 --use_ddim False":
         ("ilvr", 6, {"steps": "6", "down_n": 4, "range_t": 2}),
-    "sdedit_sample --timestep_respacing 12 --t 7":
-        ("sdedit", 7, {"steps": "12", "start": 7, "variance": "fixed_small"}),
     "sdedit_sample --timestep_respacing 12 --t 7 --sigma_small False":
         ("sdedit", 7, {"steps": "12", "start": 7, "variance": "fixed_large"}),
     "egsde_sample --timestep_respacing 10 --t 5 --ls 3 --li 0.2 --down_N 4 --dsepath {data}/dse.safetensors --seed 3":
@@ -261,18 +258,6 @@ def test_images_without_references_are_a_series_by_number(data, tmp_path):
     run("image_sample", data, tmp_path / "b", *flags[:2], "--num_samples", 7, "--batch_size", 1)
     tiny.assert_within_one_level(tiny.pictures(tmp_path / "b"), more)
     assert len({image.tobytes() for image in more.values()}) == 7
-
-
-def test_images_without_references_by_ddim(data, tmp_path):
-    def ddim(model, diffusion, ref, noise):
-        return diffusion.ddim_sample_loop(model, tuple(ref.shape), noise=noise(ref.shape))
-
-    flags = ("--timestep_respacing", "ddim5", "--num_samples", 2, "--use_ddim", "True")
-    assert run("image_sample", data, tmp_path / "a", *flags)["model_evaluations"] == 5
-    found = tiny.pictures(tmp_path / "a")
-    tiny.assert_within_one_level(found, library(data, ddim, "ddim5", names=list(found)))
-    run("image_sample", data, tmp_path / "b", *flags, "--eta", "1")
-    assert differ(found, tiny.pictures(tmp_path / "b"))
 
 
 # ---- bad flags ------------------------------------------------------------------------------------------------------

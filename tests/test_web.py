@@ -98,12 +98,10 @@ def test_several_results_are_those_of_consecutive_seeds(studio, data, first):
 @pytest.mark.parametrize(
     "name, changes",
     [
-        (AWKWARD, {"energy": "none"}),
-        ("-x.png", {"variant": "released", "steps": 9}),
+        ("-x.png", {"energy": "none", "variant": "released", "steps": 9}),
         ("alpha.png", {"sampler": "dpmpp_2m", "range_t": 0.0}),
         ("turned.jpg", {"sampler": "ddim", "seed": 2**53 - 1}),
-        ("a.png", {"start": 0.55, "range_t": 0.95}),
-        ("a.png", {"details": 0.4}),
+        ("a.png", {"start": 0.55, "range_t": 0.95, "details": 0.4}),
         ("a.png", {"precision": "bf16"}),
         ("a.png", {"model": "classes.safetensors", "class_index": "2"}),
     ],
@@ -172,14 +170,10 @@ def test_translations_side_by_side_do_not_mix(studio, data, first):
     "changes, name",
     [
         ({"area": 5}, "area"),
-        ({"range_t": 1.0}, "range_t"),
-        ({"steps": 0}, "steps"),
         ({"seed": None}, "seed"),
-        ({"count": 5}, "count"),
         ({"energy": "dct,nothing"}, "energy"),
         ({"energy": "vgg"}, "weights"),
         ({"sampler": "euler"}, "sampler"),
-        ({"precision": "int8"}, "precision"),
         ({"class_index": "1"}, "class_index"),
         ({"model": "other.safetensors"}, "model"),
         ({"picture": None}, "picture"),
@@ -276,9 +270,6 @@ def test_the_environment_is_private(monkeypatch):
         assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False" and os.environ["HF_HUB_OFFLINE"] == "1"
         assert os.environ["no_proxy"].startswith("example.org,localhost")
     assert not os.path.exists(folder)
-    monkeypatch.setattr(os, "environ", {})
-    with web.private_environment(offline=False):
-        assert "HF_HUB_OFFLINE" not in os.environ
 
 
 def test_examples_stand_in_the_command_with_their_path(data, tmp_path):
