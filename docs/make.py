@@ -28,7 +28,7 @@ from guided_diffusion import Translator
 from guided_diffusion.checkpoint import load_model
 from guided_diffusion.cli.flags import Given, Parser, preset_flags
 from guided_diffusion.errors import InputError, fitting
-from guided_diffusion.options import check, option
+from guided_diffusion.options import Checked, option
 from guided_diffusion.presets import PRESETS, preset_options
 from guided_diffusion.run.files import write_bytes, write_text
 from guided_diffusion.runtime import pick_device
@@ -46,7 +46,7 @@ TABLE = re.compile(r"(<!-- presets: made by docs/make\.py -->\n).*?(<!-- end of 
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Pictures(Checked):
     """Options of the pictures."""
 
     preset: str = option("emoji", "recommended flags by name", metavar="NAME")
@@ -57,9 +57,6 @@ class Pictures:
     seed: int = option(0, "seed of the noise")
     device: str = option("auto", "cpu, cuda, cuda:1, mps or auto", metavar="NAME")
     out: str = option(str(ROOT / "docs"), "folder for the pictures", metavar="DIR")
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def translator(self, **options: object) -> Translator:
         """The preset's translator with other options."""
