@@ -83,9 +83,8 @@ def check_choice(parameter: str, value: object, names: Iterable) -> None:
 def reading(path: str | os.PathLike, kind: str | None = None) -> Iterator[None]:
     """Context in which a file is opened and parsed: any exception becomes one `InputError` that names the file.
 
-    Decoders raise whatever a damaged file makes them trip over, so parse inside and do not list what can be wrong. The
-    messages are "PATH does not exist", "PATH cannot be read: …" and "PATH is damaged or not KIND: …". An InputError
-    inside passes unchanged. Keep what is not the file's fault, such as computing with its content, outside.
+    The messages are "PATH does not exist", "PATH cannot be read: …" and "PATH is damaged or not KIND: …". An InputError
+    inside passes unchanged.
     """
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # opening a pipe would wait for ever
         raise InputError(f"{display_name(os.fspath(path))} is not a regular file")

@@ -48,22 +48,20 @@ PAPERS = {
     "ilvr": {"timestep_respacing": "100", "down_n": 32, "range_t": 0.2},
     "sdedit": {"start": 0.5},
 }
-EGSDE = {"start": 0.5, "ls": 500.0, "li": 2.0}
 # Flat to 3D emoji, by eye: eyes and mouths stay, volume and highlights appear. Figures: benchmarks/emoji/variations.md.
 # Energies make no difference there (energies.md).
 EMOJI = {"timestep_respacing": "50", "blocks": 32, "range_t": 0.25, "start": 0.6, "details": 0.08, "energy": "none"}
 
-_add(
-    "cat2dog", "cats to dogs (AFHQ, 256 px)", "afhq_dog_4m.pt",
-    **PAPERS, egsde={**EGSDE, "encoder": "models/cat2dog_dse.pt"},
-)  # fmt: skip
-_add(
-    "wild2dog", "wild animals to dogs (AFHQ, 256 px)", "afhq_dog_4m.pt",
-    **PAPERS, egsde={**EGSDE, "encoder": "models/wild2dog_dse.pt"},
-)  # fmt: skip
+
+def _egsde(task: str, ls: float = 500.0, li: float = 2.0) -> dict[str, Any]:
+    return {"start": 0.5, "ls": ls, "li": li, "encoder": f"models/{task}_dse.pt"}
+
+
+_add("cat2dog", "cats to dogs (AFHQ, 256 px)", "afhq_dog_4m.pt", **PAPERS, egsde=_egsde("cat2dog"))
+_add("wild2dog", "wild animals to dogs (AFHQ, 256 px)", "afhq_dog_4m.pt", **PAPERS, egsde=_egsde("wild2dog"))
 _add(
     "male2female", "men to women (CelebA-HQ, 256 px)", "celebahq_female_ddpm.pth",
-    **PAPERS, egsde={**EGSDE, "ls": 700.0, "li": 0.5, "encoder": "models/male2female_dse.pt"},
+    **PAPERS, egsde=_egsde("male2female", 700.0, 0.5),
 )  # fmt: skip
 _add("dog2cat", "dogs to cats (LSUN, 256 px)", "lsun_cat.pt", **PAPERS)
 _add(

@@ -239,7 +239,6 @@ def serve(page: Any, *, host: str, port: int, examples: str | None = None) -> st
         "server_port": port,
         "prevent_thread_lock": True,
         "quiet": True,
-        "inbrowser": False,
         "css": STYLE,
         # Help texts dark enough to read.
         "theme": theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"),
@@ -251,9 +250,6 @@ def serve(page: Any, *, host: str, port: int, examples: str | None = None) -> st
         "enable_monitoring": False,
         "mcp_server": False,
         "ssr_mode": False,
-        "pwa": False,
-        "strict_cors": True,
-        "max_threads": 8,
         "allowed_paths": [os.path.abspath(examples)] if examples else [],
     }
     known = inspect.signature(page.launch).parameters  # versions before 6.20 or so have no history of runs

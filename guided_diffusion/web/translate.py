@@ -33,39 +33,27 @@ RECOMMENDED = preset_options("emoji", "sddm")
 class Settings(Checked):
     """Settings of a translation, with the page's defaults; the help texts stand below its controls."""
 
-    area: int = option(
-        RECOMMENDED["blocks"], "Blocks per side that keep your picture's colour and contrast. More is closer.", least=1
-    )
+    area: int = option(RECOMMENDED["blocks"], "More blocks keep the result closer to your picture.", least=1)
     range_t: float = option(
-        RECOMMENDED["range_t"], "Share of steps at the end without guidance. More is more realistic, but less similar.",
-        least=0, most=0.95,
-    )  # fmt: skip
+        RECOMMENDED["range_t"], "Larger is more realistic, smaller is closer to your picture.", least=0, most=0.95
+    )
     steps: int = option(
         int(RECOMMENDED["timestep_respacing"]), "Number of sampling steps. More give finer results.", least=1, most=1000
     )
     seed: int = option(0, "Another seed gives another result.", least=0, most=2**53 - 1)
     count: int = option(1, "Number of results, with consecutive seeds.", least=1, most=MOST_RESULTS)
     start: float = option(
-        RECOMMENDED["start"], "1 starts from pure noise; less starts later, from your picture with less noise.",
-        least=0.05, most=1,
-    )  # fmt: skip
+        RECOMMENDED["start"], "1 starts from pure noise, less from your picture with less noise.", least=0.05, most=1
+    )
     details: float = option(
-        RECOMMENDED["details"], "Keep eyes and other thin features down to this share of the steps. 1 turns it off.",
-        least=0, most=1,
-    )  # fmt: skip
+        RECOMMENDED["details"], "Keep eyes and other thin features down to this share of steps.", least=0, most=1
+    )
     energy: str = option(
-        RECOMMENDED["energy"],
-        "Additional guidance: edges and textures (dct), overall shapes (low_pass), network features (vgg).",
+        RECOMMENDED["energy"], "More guidance: edges and textures (dct), shapes (low_pass), network features (vgg)."
     )
-    variant: str = option(
-        "manifold", "manifold is as in the paper, released as in the authors' code.", choices=VARIANTS
-    )
-    sampler: str = option(
-        "ancestral", "Sampling algorithm. ddim and dpmpp_2m keep more of your picture, but look flat.", choices=SOLVERS
-    )
-    precision: str = option(
-        "fp32", "Precision of the network. bf16 is faster on recent hardware, but less exact.", choices=PRECISIONS
-    )
+    variant: str = option("manifold", "manifold: as in the paper. released: as in its code.", choices=VARIANTS)
+    sampler: str = option("ancestral", "ddim and dpmpp_2m keep more of your picture, but look flat.", choices=SOLVERS)
+    precision: str = option("fp32", "bf16 is faster on recent hardware, but less exact.", choices=PRECISIONS)
     class_index: str | None = option(None, "Class to paint, by number or name.")
 
     @property
