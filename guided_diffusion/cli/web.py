@@ -42,10 +42,10 @@ def free_port(host: str, port: int) -> int:
         try:
             probe.bind((host.strip("[]"), port))
         except OSError as error:
-            taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
-            wrong = {"parameter": "port", "value": port} if taken else {"parameter": "host", "value": host}
-            hint = "; choose another, or 0 for any free port" if taken else ""
-            raise InputError(f"the page cannot be served there ({first_line(error)}){hint}", **wrong) from None
+            reason = f"the page cannot be served there ({first_line(error)})"
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise InputError(f"{reason}; 0 chooses a free port", parameter="port", value=port) from None
+            raise InputError(reason, parameter="host", value=host) from None
         return probe.getsockname()[1]
 
 
