@@ -20,8 +20,7 @@ command.start()
 
 from dataclasses import dataclass
 
-from guided_diffusion.checkpoint import ModelFlags
-from guided_diffusion.checkpoint.loading import convert
+from guided_diffusion.checkpoint import ModelFlags, convert
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.cli.sampling import TRAINING_FLAGS
 from guided_diffusion.options import Checked, option

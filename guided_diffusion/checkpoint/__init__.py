@@ -5,11 +5,11 @@
 convert), `targets` and `pipelines` (ready to sample).
 """
 
-from .loading import CHECKPOINTS, Network, fingerprint, load_model, load_state_dict, recognise, save_model
+from .loading import CHECKPOINTS, Network, convert, fingerprint, load_model, load_state_dict, recognise, save_model
 from .reading import Source, read, read_file
 from .reconcile import ModelFlags, ModelInfo
 
 __all__ = [
-    "CHECKPOINTS", "ModelFlags", "ModelInfo", "Network", "Source", "fingerprint", "load_model", "load_state_dict",
-    "read", "read_file", "recognise", "save_model",
+    "CHECKPOINTS", "ModelFlags", "ModelInfo", "Network", "Source", "convert", "fingerprint", "load_model",
+    "load_state_dict", "read", "read_file", "recognise", "save_model",
 ]  # fmt: skip
