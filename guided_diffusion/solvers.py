@@ -83,9 +83,6 @@ class DPMSolverPP2M(DDIM):
         return ratio * x - math.sqrt(alpha_bar_prev) * math.expm1(-h) * target, (prediction, h)
 
 
-# ---- what sampling functions have in common --------------------------------------------------------------------------
-
-
 class NotFiniteError(InputError):
     """The model gave NaN or infinite values. x: the result [N, C, H, W]; finite: which images are sound, bool [N]."""
 

@@ -112,9 +112,6 @@ def test_options_that_do_not_fit(data, name, value, named):
         judge_images(JudgeOptions(**{"data_dir": str(data), "vendors": "flat,shiny", name: value}), "train")
 
 
-# ---- in an evaluation -----------------------------------------------------------------------------------------------
-
-
 def test_truths_are_all_found_and_the_targets(path, truth, tmp_path, capsys):
     """By the command, which loads the judge's metrics: the distance is 0."""
     script = load_script("evaluate")
@@ -163,9 +160,6 @@ def test_some_of_many_truths_and_none(data, path, truth, tmp_path):
     # No other features have its metrics; without targets, no Inception is loaded.
     result, _ = measured("inception", truth, truth=truth)
     assert result["metrics"]["content"] is result["metrics"]["target_vendor"] is None
-
-
-# ---- its file -------------------------------------------------------------------------------------------------------
 
 
 def test_the_repositorys_judge():

@@ -57,9 +57,6 @@ def test_every_value_is_an_option_that_fits(name, method, monkeypatch):
     assert all(0 < options.get(name, 0.5) < 1 for name in ("range_t", "start")), "right for any number of steps"
 
 
-# ---- flags ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name, method", PAIRS)
 def test_a_preset_is_its_flags(name, method):
     """--preset NAME gives what its words in help and documents give."""
@@ -129,9 +126,6 @@ def test_translator_takes_a_preset_and_gives_the_commands_pixels(own, tmp_path):
     other = Translator(tmp_path / "model.safetensors", preset="tiny", steps=9, area=8, energy="none", device="cpu")
     assert other.target.diffusion.num_timesteps == 9, "what is given wins"
     assert other.method.blocks == 8 and not other.translation.energies
-
-
-# ---- shell scripts and the benchmark's rows -------------------------------------------------------------------------
 
 
 def test_rows_know_their_presets_by_their_values():

@@ -100,9 +100,6 @@ def ranks_of(out):
     return found
 
 
-# ---- one process ----------------------------------------------------------------------------------------------------
-
-
 def test_killed_and_restarted_runs_end_as_an_unbroken_one(data, tmp_path):
     """SIGKILL while an image is made, and when all are there but the rest is not."""
     out = tmp_path / "out"
@@ -154,9 +151,6 @@ def test_streams_that_are_closed_change_nothing_but_what_is_said(data, tmp_path,
     done = finish(start(*flags, data=data, out=tmp_path / "out", launcher=launcher, steps=6))
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
     assert status or (made(tmp_path / "out") == 6 and record(tmp_path / "out")["finished"])
-
-
-# ---- several processes ----------------------------------------------------------------------------------------------
 
 
 def as_slurm(rank):

@@ -139,9 +139,6 @@ def run(clone, line):
                           capture_output=True, text=True, timeout=600)  # fmt: skip
 
 
-# ---- every command --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("command", [each for each in COMMANDS if each.script], ids=lambda each: each.text[:60])
 def test_flags_exist_and_values_fit(command):
     """By the parser of the script, and the checks of its options."""
@@ -205,9 +202,6 @@ def test_the_command_that_shows_what_a_file_is(capsys, monkeypatch):
     assert "ADM" in capsys.readouterr().out
 
 
-# ---- snippets -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "text", dict.fromkeys(text for _, _, text in SNIPPETS), ids=lambda text: text.split("\n")[0][:60]
 )
@@ -232,9 +226,6 @@ def test_snippets_run(clone, text, monkeypatch):
     done = run(clone, f"PYTHONPATH=. python {mark} {BRIGHTNESS}")
     assert done.returncode == 0, done.stderr
     assert '"manifold": "brightness"' in (clone / "output" / "own" / "run.json").read_text()
-
-
-# ---- tables, pictures and links -------------------------------------------------------------------------------------
 
 
 def test_the_table_of_presets_is_up_to_date():

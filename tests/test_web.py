@@ -73,9 +73,6 @@ def differ_little(one, other):
     return np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 1
 
 
-# ---- the generator --------------------------------------------------------------------------------------------------
-
-
 def test_previews_come_first_and_the_result_last(studio, data, first):
     *shown, end = studio.translate(first, data / "a.png", SETTINGS, interval=0)
     assert len(shown) == 6 and not any(frame.results for frame in shown)
@@ -163,9 +160,6 @@ def test_translations_side_by_side_do_not_mix(studio, data, first):
         assert all(map(np.array_equal, pool.map(work, jobs), map(work, jobs)))
 
 
-# ---- errors ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "changes, name",
     [
@@ -221,9 +215,6 @@ def test_models_are_looked_at_when_the_studio_opens(studio, data, tmp_path):
         list(studio.translate(classes.path, data / "a.png", SETTINGS))
     assert (plain.most_steps, plain.classes, classes.classes) == (250, 0, 3)
     assert plain.areas == [1, 2, 4, 8] and plain.nearest_area(32) == 8 and plain.nearest_area(4) == 4
-
-
-# ---- flags and environment ------------------------------------------------------------------------------------------
 
 
 WITHOUT_GRADIO = """

@@ -159,9 +159,6 @@ class Job:
                 raise self.folder.refuse(f"{reason}; give another folder")
 
 
-# ---- what is left to make --------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Plan:
     """Outputs that are left to make in an open save folder.

@@ -29,9 +29,6 @@ COLUMNS = ("count", "tangent", "normal", "negative")
 """Columns of a guided step: evaluations, and sums over these; sums of the weights of score and energies follow."""
 
 
-# ---- run.json --------------------------------------------------------------------------------------------------------
-
-
 def sha256(path: str | os.PathLike) -> str | None:
     """Hash of a file as hexadecimal digits; None for an address that is no local file."""
     from ..checkpoint.reading import hash_file
@@ -91,9 +88,6 @@ def check_same(save_dir: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     if differences:
         reason = f"it holds a run with other settings: {'; '.join(differences)}. Give another folder"
         raise InputError(f"{reason}, or `overwrite` True to start over", parameter="save_dir", value=save_dir)
-
-
-# ---- images.jsonl ----------------------------------------------------------------------------------------------------
 
 
 class Journal:
