@@ -180,8 +180,10 @@ def test_a_flag_spelt_in_another_way_is_the_same_flag(folder, tmp_path):
     assert error.value.parameter == "attention_resolutions"
 
 
-def test_an_average_is_found_however_its_rate_is_spelt(resume, caplog):
-    assert resume("--ema_rate", "0.900") == 0 and "does not exist" not in caplog.text
+def test_an_average_is_found_however_its_rate_is_spelt(resume, run, caplog):
+    assert resume("--ema_rate", "0.900") == 0
+    (run / "ema_0.9_000003.pt").rename(run / "ema_0.900_000003.pt")  # as versions before 0.3 called it
+    assert resume("--ema_rate", "0.900", "--iterations", "4") == 0 and "does not exist" not in caplog.text
 
 
 DAMAGED = [

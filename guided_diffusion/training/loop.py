@@ -57,6 +57,7 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
 def stop_on_signals() -> Iterator[threading.Event]:
     """An event that SIGINT (Ctrl-C) or SIGTERM (a scheduler) sets; a second signal of the kind ends the program."""
     stop = threading.Event()
+    # No other thread may set handlers.
     numbers = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
     previous = {number: signal.getsignal(number) for number in numbers}
 
@@ -65,7 +66,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
         signal.signal(number, previous[number])
 
     try:
-        for number in numbers:  # no other thread may set handlers
+        for number in numbers:
             signal.signal(number, handle)
         yield stop
     finally:
@@ -121,7 +122,12 @@ class Trainer:
         self.step, self.samples = step, step * self._identity()["joint batch"]
         folder = os.path.dirname(path)
         for rate, averaged in self.ema.items():
-            ema_path = files.checkpoint_path(folder, f"ema_{rate}_", step)
+            # Before version 0.3, names had the rate as it was spelt.
+            spelt = [
+                text for text in self.config.ema_rate.replace(" ", "").split(",") if text and float(text) == float(rate)
+            ]
+            paths = [files.checkpoint_path(folder, f"ema_{text}_", step) for text in (rate, *spelt)]
+            ema_path = next(filter(os.path.lexists, paths), paths[0])
             if not os.path.lexists(ema_path):
                 log.warning("%s does not exist: the average starts from the model's weights", display_name(ema_path))
                 continue
