@@ -7,7 +7,6 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -518,18 +517,6 @@ def test_models_of_the_hub_load_from_the_cache(tmp_path, monkeypatch, caplog):
         with pytest.raises(InputError) as caught:
             load_model(path)
         assert str(caught.value).isprintable() and path.removeprefix("hf://").split("@")[0] in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", [type("GatedRepoError", (OSError,), {}), OSError, KeyError])
-def test_errors_of_the_client_are_one_line(kind, tmp_path, monkeypatch):
-    def fail(*args, **options):
-        raise kind("first line\nsecond line")
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=fail))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError) as caught:
-        load_model("owner/name@v1")
-    assert str(caught.value).startswith("owner/name@v1 ") and str(caught.value).isprintable()
 
 
 def test_commands_take_a_folder_and_notice_that_it_changed(folder, tmp_path):

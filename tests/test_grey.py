@@ -144,18 +144,6 @@ def test_files_and_folders_of_diffusers_give_the_same_model_again(kind, learned,
             torch.testing.assert_close(model(x, t), wanted, rtol=0, atol=1e-5)
 
 
-def test_super_resolution_of_grey_pictures(data, tmp_path):
-    state = grey_model(tmp_path / "sr.safetensors", super_res=True)
-    assert state["input_blocks.0.0.weight"].shape[1] == 2
-    _, info = load_model(tmp_path / "sr.safetensors")
-    assert (info.flags["super_res"], info.flags["in_channels"]) == (True, 1)
-    small = tiny.make_references(tmp_path / "small", ["a.png"], size=8)
-    flags = ("--base_samples", small, "--save_dir", tmp_path / "out", "--timestep_respacing", 4, "--device", "cpu")
-    assert run_script("super_res_sample", "--model_path", tmp_path / "sr.safetensors", *flags) == 0
-    with Image.open(tmp_path / "out" / "a.png") as image:
-        assert (image.mode, image.size) == ("L", (tiny.SIZE, tiny.SIZE))
-
-
 @pytest.mark.parametrize("name, flags", [
     ("ae_sample", ("--range_t", 2, "--area", 4, "--energy", "dct,dse")), ("egsde_sample", ("--t", 4, "--down_N", 4)),
 ])  # fmt: skip

@@ -217,18 +217,12 @@ def test_images_of_a_batch_do_not_see_each_other(detail_merge):
         torch.testing.assert_close(alone[0], together[n], atol=1e-5, rtol=0)
 
 
-REFERENCES = {
-    "black": lambda ref: torch.full_like(ref, -1.0),
-    "one pixel": lambda ref: torch.where(torch.arange(ref.numel()).reshape(ref.shape) % 256 == 5, 1.0, -1.0),
-}
-
-
 @both_variants
-@pytest.mark.parametrize("picture", REFERENCES.values(), ids=REFERENCES)
 @pytest.mark.parametrize("blocks, detail_merge", [(1, False), (8, True)])
-def test_flat_references_give_finite_images(variant, detail_merge, picture, blocks):
+def test_flat_references_give_finite_images(variant, detail_merge, blocks):
     model, diffusion, ref, draws = setup(learn_sigma=True)
-    ref = picture(ref)
+    ref = torch.full_like(ref, -1.0)
+    ref[0, :, 4, 4] = 1.0
     options = {"blocks": blocks, "range_t": 0, "variant": variant, "detail_merge": detail_merge}
     options["energies"] = [energies.dct(blocks), energies.low_pass(4), Quadratic()]
     states = run(model, diffusion, ref, draws, **options)
@@ -249,17 +243,6 @@ def test_constant_states_and_zero_gradients(variant, detail_merge):
             options = {"variant": variant, "energies": asked, "detail_merge": detail_merge}
             states = run(lambda x, t: torch.zeros_like(x), diffusion, reference, draws, **options)
             assert all(state.isfinite().all() for state in states.values())
-
-
-@pytest.mark.parametrize("detail_merge", [False, True])
-@both_variants
-def test_a_zero_gradient_stops_the_move_along_the_manifold(variant, detail_merge):
-    """The hull of the score's tangent part and a zero vector holds zero: no direction helps both."""
-    model, diffusion, ref, draws = setup()
-    options = {"blocks": 4, "range_t": 2, "variant": variant, "detail_merge": detail_merge, "noise": Replay(draws)}
-    state = next(sample.steps(model, diffusion, ref, energies=[Zero()], **options))
-    (guided,) = state["guided"]
-    assert (guided["tangent"].flatten(2).norm(dim=2) > 1e-3).all() and not guided["move"].any()
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
@@ -298,28 +281,19 @@ def test_options_that_do_not_fit_are_refused(parameter, value, options):
         assert caught.value.parameter == parameter
 
 
-WRONG_REFERENCES = {
-    "0 to 255": lambda ref: (ref + 1) * 127.5,
-    "infinite": lambda ref: torch.where(ref == ref.max(), torch.inf, ref),
-    "bytes": lambda ref: ((ref + 1) * 127.5).to(torch.uint8),
-    "no batch": lambda ref: ref[0],
-    "none": lambda ref: ref[:0],
-}
-
-
-@pytest.mark.parametrize("change", WRONG_REFERENCES.values(), ids=WRONG_REFERENCES)
+@pytest.mark.parametrize(
+    "change", [lambda ref: (ref + 1) * 127.5, lambda ref: ref / 0, lambda ref: ref.to(torch.uint8), lambda ref: ref[:0]]
+)
 def test_references_that_are_none_are_refused(change):
     model, diffusion, ref, _ = setup()
+    guidance = {"ls": 0.0, "li": 1.0, "encoder": None, "down_n": 4}
     for method in (
-        partial(sample, blocks=4, range_t=2),
-        partial(ilvr, down_n=4, range_t=2),
-        partial(sdedit, start=4),
-        partial(egsde, start=4, ls=0.0, li=1.0, encoder=None, down_n=4),
-    ):
-        with pytest.raises(InputError) as caught:
+        partial(sample, blocks=4, range_t=2), partial(ilvr, down_n=4, range_t=2), partial(sdedit, start=4),
+        partial(egsde, start=4, **guidance),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=r"\[-1, 1\]") as caught:
             method(model, diffusion, change(ref))
-        assert (caught.value.parameter == "ref" and "[-1, 1]" in str(caught.value)) or "no image" in str(caught.value)
-    assert not model.timesteps
+        assert caught.value.parameter == "ref" and not model.timesteps
 
 
 # --- details
@@ -398,22 +372,15 @@ def test_steps_are_what_the_callback_sees(variant):
     options = {"blocks": 4, "range_t": 2, "variant": variant, "energies": [Quadratic()]}
     told, given = [], (ref.clone(), draws.clone())
     result = sample(model, diffusion, ref, noise=Replay(draws), callback=told.append, **options)  # a builtin of one
-    states = [
-        {**state, "x": state["x"].clone()}
-        for state in sample.steps(model, diffusion, ref, noise=Replay(draws), **options)
-    ]
-    assert torch.equal(ref, given[0]) and torch.equal(draws, given[1])  # and no state was overwritten, see below
-    assert [state["i"] for state in states] == [state["i"] for state in told] == list(reversed(range(8)))
-    for a, b in zip(states, told, strict=True):
-        assert a.keys() == b.keys() == {"i", "x", "pred_xstart", "guided"}
+    assert torch.equal(ref, given[0]) and torch.equal(draws, given[1])
+    for i, a in zip(reversed(range(8)), sample.steps(model, diffusion, ref, noise=Replay(draws), **options)):
+        b = told.pop(0)  # which no later step has overwritten
+        assert a.keys() == b.keys() == {"i", "x", "pred_xstart", "guided"} and a["i"] == b["i"] == i
         assert torch.equal(a["x"], b["x"]) and torch.equal(a["pred_xstart"], b["pred_xstart"])
-        refined = REFINEMENTS if variant == "released" and a["i"] == 3 else 0
-        assert len(a["guided"]) == len(b["guided"]) == (1 + refined if a["i"] > 2 else 0)
+        refined = REFINEMENTS if variant == "released" and i == 3 else 0
+        assert len(a["guided"]) == (1 + refined if i > 2 else 0) and not a["x"].requires_grad
         assert all(record.keys() == {"tangent", "normal", "move", "weights"} for record in a["guided"])
-        assert not a["x"].requires_grad
-    assert torch.equal(states[-1]["x"], result)
-    out = diffusion.p_mean_variance(model, model.inputs[-1], torch.full((2,), 0))
-    assert torch.equal(states[-1]["pred_xstart"], out["pred_xstart"])
+    assert not told and torch.equal(a["x"], result)
 
 
 @both_variants
