@@ -20,7 +20,6 @@ NETWORKS = {
     "updown": {},
     "convolutions": {"resblock_updown": False, "num_res_blocks": 2, "channel_mult": "1,2,2"},
     "classes": {"class_cond": True, "num_classes": 3},
-    "one level": {"channel_mult": "1"},
     "ddpm": None,
     "bf16": {},
 }
@@ -115,7 +114,6 @@ METHODS = {
     "dpmpp_2m": (sddm.sample.steps, {**SDDM, "sampler": "dpmpp_2m"}),
     "ilvr": (baselines.ilvr.steps, {"down_n": 4, "range_t": RANGE_T}),
     "egsde": (baselines.egsde.steps, {"start": 6, "ls": 0, "li": 0.1, "encoder": None, "down_n": 4}),
-    "sdedit": (baselines.sdedit.steps, {"start": 6}),
     "unconditional": (baselines.unconditional.steps, {}),
 }
 
@@ -129,7 +127,7 @@ def in_tail(x, t):
 @pytest.mark.parametrize(
     "name, guided",
     [("manifold", False), ("manifold", True), ("released", False), ("dpmpp_2m", True), ("ilvr", False), ("egsde", True),
-     ("sdedit", None), ("unconditional", None)],
+     ("unconditional", None)],
 )  # fmt: skip
 def test_methods_share_features_of_the_steps_that_are_asked_for(name, guided):
     method, options = METHODS[name]

@@ -687,10 +687,6 @@ def test_a_full_disk_ends_the_run_which_can_be_resumed(data, painted, out, monke
 
 def test_errors_of_writing_name_the_file_and_no_link_is_followed(tmp_path, monkeypatch):
     (tmp_path / "mine").write_text("mine")
-    (tmp_path / "folder.png").mkdir()
-    for name, reason in (("mine/a.png", "File exists"), ("folder.png", "Is a directory")):
-        message = error_of(run_files.write_png, str(tmp_path / name), np.zeros((4, 4, 3), np.uint8))
-        assert message == f"{tmp_path}/{name} cannot be written: {reason}"
     opened = open
 
     def planted(path, mode):
@@ -701,7 +697,7 @@ def test_errors_of_writing_name_the_file_and_no_link_is_followed(tmp_path, monke
     monkeypatch.setattr("builtins.open", planted)
     assert "a.json cannot be written: File exists" in error_of(run_files.write_json, tmp_path / "a.json", {})
     monkeypatch.undo()
-    assert (tmp_path / "mine").read_text() == "mine" and len(os.listdir(tmp_path)) == 2
+    assert (tmp_path / "mine").read_text() == "mine" and len(os.listdir(tmp_path)) == 1
 
 
 SAVE_DIRS = {
