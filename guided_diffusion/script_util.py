@@ -188,20 +188,13 @@ def create_classifier(
     from .unet import EncoderUNetModel
 
     return EncoderUNetModel(
-        image_size=image_size,
-        in_channels=3,
-        model_channels=classifier_width,
-        out_channels=NUM_CLASSES if num_class is None else num_class,
-        num_res_blocks=classifier_depth,
+        image_size=image_size, in_channels=3, model_channels=classifier_width,
+        out_channels=NUM_CLASSES if num_class is None else num_class, num_res_blocks=classifier_depth,
         attention_resolutions=attention_factors(classifier_attention_resolutions, image_size),
-        channel_mult=channel_multipliers(channel_mult, image_size),
-        use_fp16=classifier_use_fp16,
-        num_head_channels=num_head_channels,
-        use_scale_shift_norm=classifier_use_scale_shift_norm,
-        resblock_updown=classifier_resblock_updown,
-        pool=classifier_pool,
-        head=head,
-    )
+        channel_mult=channel_multipliers(channel_mult, image_size), use_fp16=classifier_use_fp16,
+        num_head_channels=num_head_channels, use_scale_shift_norm=classifier_use_scale_shift_norm,
+        resblock_updown=classifier_resblock_updown, pool=classifier_pool, head=head,
+    )  # fmt: skip
 
 
 def create_classifier_and_diffusion(

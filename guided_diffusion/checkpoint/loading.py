@@ -179,15 +179,11 @@ def _create_ddpm(
     from ..ddpm import Model
 
     return Model(
-        ch=num_channels,
-        in_channels=in_channels,
-        out_ch=in_channels * (2 if learn_sigma else 1),
-        ch_mult=channel_multipliers(channel_mult, image_size),
-        num_res_blocks=num_res_blocks,
+        ch=num_channels, in_channels=in_channels, out_ch=in_channels * (2 if learn_sigma else 1),
+        ch_mult=channel_multipliers(channel_mult, image_size), num_res_blocks=num_res_blocks,
         attn_resolutions=[image_size // factor for factor in attention_factors(attention_resolutions, image_size)],
-        image_size=image_size,
-        dropout=dropout,
-    )
+        image_size=image_size, dropout=dropout,
+    )  # fmt: skip
 
 
 def prepared(network: Network, device: str | torch.device) -> dict[str, torch.Tensor]:
