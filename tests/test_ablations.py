@@ -145,10 +145,5 @@ def test_lines_of_images_add_up_to_means():
     assert (first["i"], second["i"]) == (5, 4) and first["weights"] == second["weights"] == [0.75, 0.25]
     assert first["tangent"] == pytest.approx((4 * 5 + 2 * 3) / 6) and first["negative"] == pytest.approx(4 / 6)
     assert second["normal"] == 8
-
-
-def test_a_run_without_guidance_has_costs_only():
-    total = journal.total([{"seconds": 1, "evaluations": 2, "steps": {}}])
-    assert total["negative_impact"] is None and total["model_evaluations"] == 2 and journal.curves(total) == []
     empty = journal.total([])
     assert empty["model_evaluations"] is empty["seconds_per_image"] is empty["negative_impact"] is None

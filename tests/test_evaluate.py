@@ -3,7 +3,6 @@ outside of the package."""
 
 import csv
 import json
-import math
 import os
 import re
 import subprocess
@@ -60,7 +59,6 @@ def data(tmp_path_factory):
     make_references(root / "truth", ["gold-" + name for name in NAMES], seed=300)
     make_references(root / "targets", [f"{i // 7}/{i}.png" for i in range(21)], seed=400)
     make_references(root / "few", NAMES[:5], seed=500)
-    make_references(root / "one", ["00.png"])
     make_references(root / "mixed", ["0.png", "1.png"])
     make_references(root / "mixed", ["2.png"], size=24)
     make_references(root / "broken", NAMES[:4])
@@ -73,7 +71,6 @@ def data(tmp_path_factory):
     np.savez(root / "cut.npz", np.zeros((4, 16, 16, 3), np.uint8))
     (root / "cut.npz").write_bytes((root / "cut.npz").read_bytes()[:-40])
     os.mkfifo(root / "pipe.npz")
-    np.savez(root / "floats.npz", np.zeros((4, 16, 16, 3), np.float32))
     np.savez(root / "narrow.npz", mu=np.zeros(11), sigma=np.eye(11))
     np.savez(root / "inception.npz", mu=np.zeros(12), sigma=np.eye(12), features="inception (pytorch-fid, 2048-d)")
     return root
@@ -168,13 +165,6 @@ def test_golden_values(name):
     assert result["warnings"] == []
 
 
-def test_identical_folders():
-    result = measured(outputs="outputs", targets="outputs", truth="outputs", **BLOCKS)
-    assert result["metrics"]["fid"] == pytest.approx(0, abs=1e-10) and result["metrics"]["truth_psnr"] == math.inf
-    assert result["metrics"]["kid"] <= 0  # unbiased: an image is compared with itself between the sets only
-    assert any("truth_psnr: PSNR of 20 of 20 images is infinite" in w for w in result["warnings"])
-
-
 def test_statistics_file_in_place_of_a_folder(data, tmp_path):
     path = tmp_path / "stats.npz"
     direct = measured(outputs="outputs", targets="targets", **BLOCKS)
@@ -188,6 +178,7 @@ def test_statistics_file_in_place_of_a_folder(data, tmp_path):
     low, high = result["intervals"]["fid"]
     assert low < result["metrics"]["fid"] < high
     assert result["metrics"]["kid"] is None and result["counts"]["targets"] == 21
+    assert measured(outputs="outputs", targets="outputs", **BLOCKS)["metrics"]["fid"] == pytest.approx(0, abs=1e-10)
     assert result["warnings"] == ["kernel distance is left out: it needs the target images, not their statistics"]
 
 
@@ -262,17 +253,10 @@ def test_folder_of_a_run(tmp_path):
     result = measured(outputs=run, sources=tmp_path / "sources", image_size=16)
     assert result["metrics"]["negative_impact"] == 0.125 and result["counts"]["outputs"] == 2
     assert "| negative impact | 0.125 |" in table.markdown(result)
-
-
-@pytest.mark.parametrize("text", [
-    "[1]", '{"a":' * 200_000, '{"negative_impact": Infinity}',
-], ids=range(3))  # fmt: skip
-def test_a_damaged_record_costs_its_values_only(tmp_path, text):
-    folder = make_references(tmp_path / "made", NAMES[:3])
-    (folder / "run.json").write_text(text)
-    result = measured(outputs=folder, truth=folder, image_size=16)
-    assert result["metrics"]["negative_impact"] is None and result["metrics"]["truth_l2"] == 0
-    assert all(warning.isprintable() for warning in result["warnings"])
+    for damaged in ("[1]", '{"a":' * 200_000, '{"negative_impact": Infinity}'):
+        (run / "run.json").write_text(damaged)
+        result = measured(outputs=run, truth=run, image_size=16)
+        assert result["metrics"]["negative_impact"] is None and result["metrics"]["truth_l2"] == 0
 
 
 # What does not fit
@@ -322,26 +306,19 @@ def test_efficientnet_knows_photographs_in_colour_and_grey(tmp_path):
 FLAGS = "--features blocks.pt --image_size 16"
 ERRORS = {  # flags: the parameter that is named and its value, or the beginning of the text
     "": ("outputs", None),
-    "--outputs outputs": ("outputs", "outputs"),
     "--outputs nowhere --truth few": ("outputs", "nowhere"),
     "--outputs outputs --sources empty": ("sources", "empty"),
-    "--outputs blocks.pt --truth few": ("outputs", "blocks.pt"),
     "--outputs few --truth outputs": "outputs has 5 images and truth 20, but 15 have no partner of the same name",
     "--outputs broken --truth broken": "broken/02.png",
     "--outputs few --truth cut.npz": "cut.npz is damaged or not an .npz file",
-    "--outputs floats.npz --truth few": "floats.npz is damaged or not .* uint8",
     f"--outputs few --targets pipe.npz {FLAGS}": "pipe.npz is not a regular file",
-    f"--outputs one --targets few {FLAGS}": ("outputs", "one"),
     f"--outputs few --targets mixed {FLAGS} --native_size True": "mixed/2.png is 24x24 and mixed/0.png is 16x16",
     f"--outputs few --targets narrow.npz {FLAGS}": ("targets", "narrow.npz"),
     f"--outputs few --targets inception.npz {FLAGS}": ("targets", "inception.npz"),
-    "--outputs few --targets few --features resnet": ("features", "resnet"),
     "--outputs few --targets few --features weights.pt": "weights.pt is damaged or not a TorchScript module",
     "--outputs few --targets few --features spatial.pt": ".*it returns .5, 1, 256, 256. for 5 images",
     "--outputs few --targets few --inception_path weights.pt": ("inception_path", "weights.pt"),
-    f"--outputs few --targets few {FLAGS} --inception_path weights.pt": ("inception_path", "weights.pt"),
     f"--outputs few --targets few {FLAGS} --protocol egsde-male2female": ("protocol", "egsde-male2female"),
-    "--outputs few --truth few --image_size 10": ("image_size", 10),
     "--outputs few --truth few --per_image True": ("per_image", True),
     "--outputs few --truth few --out blocks.pt/x": ("out", "blocks.pt"),
     "--targets few --outputs few --save_stats x.npz": ("save_stats", "x.npz"),
@@ -366,8 +343,6 @@ def test_what_does_not_fit_is_one_line(flags):
 IMPOSSIBLE = {
     "a negative eigenvalue": {"sigma": np.eye(12) - 0.2},
     "asymmetric covariance": {"sigma": np.triu(np.ones((12, 12)))},
-    "complex covariance": {"sigma": 1j * np.eye(12)},
-    "wrong shapes": {"sigma": np.eye(11)},
     "a count of one": {"count": 1},
 }
 
@@ -378,13 +353,6 @@ def test_statistics_that_no_pictures_can_have(change, tmp_path):
     np.savez(tmp_path / "s.npz", **arrays)
     with pytest.raises(InputError, match=r"s\.npz is damaged or not statistics of images"):
         measured(outputs="few", targets=tmp_path / "s.npz", **BLOCKS)
-
-
-def test_statistics_of_few_pictures_in_half_precision_are_fine(tmp_path):
-    """A singular covariance with rounding errors; pytorch-fid writes no count."""
-    x = np.random.default_rng(0).normal(size=(4, 12)).astype(np.float32)
-    np.savez(tmp_path / "s.npz", mu=x.mean(0), sigma=np.cov(x, rowvar=False).astype(np.float32))
-    assert measured(outputs="few", targets=tmp_path / "s.npz", **BLOCKS)["metrics"]["fid"] > 0
 
 
 def test_torchscript_does_not_run_without_leave(monkeypatch):
@@ -420,15 +388,6 @@ def test_metrics_from_outside_are_in_results_and_comparisons(data, monkeypatch):
     headings, (cells,) = report.table_of([row])
     assert cells[headings.index("mean error to truth ↓")] == f"{mean['truth_mae']:.4f}"
     assert cells[headings.index("gap·10¹ ↓")] == f"{10 * mean['gap']:.3f}"
-
-    monkeypatch.setitem(METRICS, "wrong", None)
-
-    @paired_metric("wrong", "wrong")
-    def wrong(a, b):
-        return (a - b).mean()
-
-    with pytest.raises(InputError, match="the metric wrong returns"):
-        measured(outputs="few", truth="few", image_size=16)
 
 
 class Elsewhere(torch.Tensor):

@@ -181,8 +181,6 @@ def test_the_repositorys_judge():
 
 @pytest.mark.parametrize("change", [
     {"vendors": '["flat", "dotted"]'},
-    {"flags": '{"image_size": 16, "width": 1000000, "features": 192, "embedding": 128}'},
-    {"content.bias": None},
     {"content.bias": torch.full((128,), float("nan"))},
     {"model_type": "OTHER"},
 ])  # fmt: skip

@@ -171,15 +171,9 @@ def test_paired_metrics_are_symmetric_and_blind_to_flips(seed):
             torch.testing.assert_close(other[name], values[name], rtol=1e-9, atol=1e-5 if name == "ssim" else 1e-9)
     torch.testing.assert_close(values["l2"] ** 2, values["mse"] * a[0].numel())
     torch.testing.assert_close(values["psnr"], -20 * torch.log10(values["mse"].sqrt()))
-
-
-def test_paired_metrics_of_flat_images():
-    a, b = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), 0.6)
-    values = paired_metrics(a, b)
-    assert values["psnr"].item() == pytest.approx(20, abs=1e-5)
-    assert values["l2"].item() == pytest.approx(0.1 * math.sqrt(3 * 16 * 16), rel=1e-6)
-    assert values["ssim"].item() == pytest.approx((2 * 0.5 * 0.6 + 1e-4) / (0.25 + 0.36 + 1e-4), rel=1e-4)
-    assert math.isnan(values["msssim"].item())
+    flat = paired_metrics(torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), 0.6))
+    assert flat["ssim"].item() == pytest.approx((2 * 0.5 * 0.6 + 1e-4) / (0.25 + 0.36 + 1e-4), rel=1e-4)
+    assert flat["psnr"].item() == pytest.approx(20, abs=1e-5) and math.isnan(flat["msssim"].item())
 
 
 # Extractors
@@ -291,12 +285,9 @@ def references(*names):
 @pytest.mark.parametrize(
     "outputs, others, how, expected",
     [
-        ("0.png 1.png", "x.png y.png", "order", "0.png-x.png 1.png-y.png"),
         ("a.png cats/b.png", "cats/b.jpg a.webp", "stem", "a.png-a.webp cats/b.png-cats/b.jpg"),
-        # Numbers compare as numbers.
         ("1.png 10.png 2.png", "001.png 002.png 003.png", "order", "1.png-001.png 2.png-002.png 10.png-003.png"),
         ("1.png 10.png 2.png", "001.png 002.png 010.png", "number", "1.png-001.png 10.png-010.png 2.png-002.png"),
-        ("x/1.png x/01.png", "x/1.jpg x/01.jpg", "stem", "x/1.png-x/1.jpg x/01.png-x/01.jpg"),
     ],
 )
 def test_pairs_by_name_number_and_order(outputs, others, how, expected):

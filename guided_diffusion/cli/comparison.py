@@ -144,7 +144,7 @@ class Comparison:
         return os.path.join(self.options.save_dir, row.folder, f"seed_{seed}")
 
     def write(self, results: Sequence[Mapping[str, Any]]) -> str:
-        """Write the results of `run` to the save folder, see `report.write`; returns the text of table.md."""
+        """Write the results of `run`, see `report.write`; returns the text of table.md."""
         options, seeds = self.options, self.options.seed_numbers
         notes = [
             f"model {os.path.basename(options.model_path)}, sha256 {str(self.model)[:12]}",

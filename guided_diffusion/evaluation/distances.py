@@ -20,8 +20,7 @@ def frechet_of_roots(mean1: np.ndarray, root1: np.ndarray, mean2: np.ndarray, ro
     """Fréchet distance |mean1 - mean2|² + Tr(cov1 + cov2 - 2 (cov1 cov2)^½) of two Gaussians (Heusel et al. 2017).
 
     mean [D], root R [R, D] with RᵀR the covariance, float64 -> float >= 0. The trace of the square root is the nuclear
-    norm of R1 R2ᵀ, so singular covariances are no special case; where pytorch-fid's square root converges, the two
-    agree to about 1e-6 relative.
+    norm of R1 R2ᵀ, so singular covariances are no special case.
     """
     overlap = np.linalg.svd(root1 @ root2.T, compute_uv=False).sum()
     distance = np.sum((mean1 - mean2) ** 2) + np.sum(root1**2) + np.sum(root2**2) - 2 * overlap
@@ -51,12 +50,11 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Kernel Inception distance: unbiased MMD² with the kernel (x·y/D + 1)³ (Bińkowski et al. 2018, equation 4).
 
-    x [N, D], y [M, D] float64, N and M >= 2 -> (mean, standard deviation) over `subsets` random subsets drawn without
-    replacement. A set no larger than `subset_size` is used whole; if both are, there is one value and the standard
-    deviation is NaN. Unbiased: it can be negative.
+    x [N, D], y [M, D] float64 -> (mean, standard deviation) over `subsets` random subsets without replacement. Where
+    both sets are no larger than `subset_size`, there is one value, and NaN. Unbiased: it can be negative.
     """
     size_x, size_y = min(subset_size, len(x)), min(subset_size, len(y))
-    if size_x == len(x) and size_y == len(y):
+    if (size_x, size_y) == (len(x), len(y)):
         return float(_mmd2(x, y, np.ones((1, len(x))), np.ones((1, len(y))))[0]), math.nan
     rng = np.random.default_rng(seed)
 
@@ -117,10 +115,9 @@ def bootstrap_distance(
     compute: Callable[[np.ndarray, Any], Any], x: np.ndarray, y: np.ndarray | Gaussian, estimate: float, *,
     replicates: int, confidence: float = 0.95, seed: int = 0,
 ) -> tuple[float, float]:  # fmt: skip
-    """Bootstrap interval (low, high) of any distance compute(x, y), of x [N, D] resampled and features y [M, D], too.
+    """Bootstrap interval (low, high) of a distance compute(x, y); features x [N, D] and y [M, D] are resampled.
 
-    A resample repeats images, which shifts most distances; the replicates are therefore moved to have `estimate` as
-    their mean. Where none of them was negative, `low` is not, either.
+    A resample repeats images, which shifts most distances; the replicates are moved to have `estimate` as their mean.
     """
     rng = np.random.default_rng(seed)
     values = []

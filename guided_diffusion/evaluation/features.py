@@ -25,8 +25,7 @@ from .distances import Gaussian, root_of_covariance
 from .images import Progress, in_batches, open_npz
 
 FEATURE_TIMESTEP = 50  # of the 1000 of training: nearly clean images, whose middle features describe content
-NAMED = ("inception", "efficientnet")
-"""Values of `features` that are no file."""
+NAMED = ("inception", "efficientnet")  # values of `features` that are no file
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 STATISTICS = "statistics of images (arrays mu [D] and sigma [D, D])"
 
@@ -54,10 +53,9 @@ def feature_extractor(
 ) -> Extractor:  # fmt: skip
     """Load a feature network; raises InputError where it is missing or does not fit.
 
-    "inception": pytorch-fid's, 2048 features, with weights from `inception_path` or its own download. "efficientnet":
-    EfficientNet-Lite0 at 224 pixels, 1280 features. FILE.pt: a TorchScript module, which is a program and runs only
-    with `trust_features`. FILE.safetensors: a network of a kind in `NETWORKS`, or a diffusion model or encoder of this
-    project; its features are then the spatial mean of the middle block at t = 50 of images without noise.
+    "inception": pytorch-fid's, 2048 features. "efficientnet": EfficientNet-Lite0, 1280 features. FILE.pt: a TorchScript
+    module. FILE.safetensors: a network of a kind in `NETWORKS`, or a diffusion model or encoder of this project; its
+    features are then the spatial mean of the middle block at t = 50 of images without noise.
     """
     if features == "inception":
         return _inception(inception_path, device)
@@ -93,8 +91,8 @@ def _inception(path: str | None, device: str | torch.device) -> Extractor:
         if path is not None:
             fitting = f"these are not the weights of pytorch-fid's Inception ({reason(error)}); {WEIGHTS} is needed"
             raise InputError(fitting, parameter="inception_path", value=path) from None
-        fitting = f"give `inception_path` {WEIGHTS}, or a file of other `features`"
-        fitting = f"its weights could not be downloaded ({reason(error)}); {fitting}"
+        fitting = f"({reason(error)}); give `inception_path` {WEIGHTS}, or a file of other `features`"
+        fitting = f"its weights could not be downloaded {fitting}"
         raise InputError(fitting, parameter="features", value="inception") from None
     return Extractor("inception (pytorch-fid, 2048-d)", lambda images: model(images)[0].flatten(1))
 
@@ -156,10 +154,9 @@ def extract_features(
     references: Sequence[Reference], extractor: Extractor, read: Callable[[Reference], torch.Tensor], *,
     batch_size: int = 16, device: str | torch.device = "cpu", progress: Progress | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Apply the network to images: "features" [N, D], and further arrays [N, ...] that it returns, in float64.
+    """Apply the network to images, read as [3, H, W] in [0, 1]; raises InputError where they differ in size.
 
-    read: makes [3, H, W] in [0, 1] of a reference. Raises InputError where images differ in size, or the network fails
-    or returns anything but finite numbers [N, D].
+    Returns "features" [N, D], and further arrays [N, ...] that the network returns, in float64.
     """
     parts: list[dict[str, np.ndarray]] = []
     first: Any = None
@@ -203,10 +200,7 @@ def _arrays(extractor: Extractor, images: torch.Tensor, first: str) -> dict[str,
 
 
 def save_statistics(path: str | Path, features: np.ndarray, description: str) -> None:
-    """Write mean and unbiased covariance of features [N, D] as pytorch-fid does (`mu`, `sigma`).
-
-    Beside them stand `count` (N) and `features`, the description of network and input that a comparison must share.
-    """
+    """Write mean and unbiased covariance of features [N, D] as pytorch-fid does (`mu`, `sigma`), N, a description."""
     arrays: dict[str, Any] = {"mu": features.mean(axis=0), "sigma": np.atleast_2d(np.cov(features, rowvar=False))}
     arrays |= {"count": len(features), "features": description}
     files.write_atomically(path, lambda file: np.savez_compressed(file, **arrays))

@@ -20,8 +20,7 @@ from ..run import record as run_record
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OVERVIEWS = r"grid\.png|trajectory/.*"  # written by a sampling script beside its outputs
 
-Progress = Callable[[Sequence, str], Iterable]
-"""A function (batches, description) -> iterable that sees the batches pass."""
+Progress = Callable[[Sequence, str], Iterable]  # (batches, description) -> iterable that sees the batches pass
 
 
 @dataclass(frozen=True)
@@ -38,20 +37,16 @@ def is_npz(path: str | os.PathLike) -> bool:
 
 @contextlib.contextmanager
 def open_npz(path: str | os.PathLike, kind: str) -> Iterator[Mapping[str, np.ndarray]]:
-    """Context with the arrays of an .npz file by name, read when they are asked for.
-
-    Errors inside are InputErrors that name the file: it is missing, damaged or not `kind`.
-    """
+    """Context with the arrays of an .npz file by name; errors inside name the file: missing, damaged or not `kind`."""
     with reading(path, kind), np.load(path, allow_pickle=False) as file:
         yield file
 
 
 def list_images(folder: str | os.PathLike, parameter: str, *, sampled: bool = False, least: int = 1) -> list[Reference]:
-    """The images in a folder as references, sorted by name; or those in an .npz file of samples, by number.
+    """The images in a folder as references by name; or those in an .npz file of samples, by number.
 
-    An .npz file has an array `arr_0`, uint8 [N, H, W, 3], as image samplers write it, and is read into memory. sampled:
-    leave out the overviews in a folder that a sampling script wrote (it has a run.json). Raises InputError for
-    `parameter` where there are fewer than `least` images.
+    The .npz has an array `arr_0`, uint8 [N, H, W, 3]. sampled: leave out the overviews in a folder that a sampling
+    script wrote. Raises InputError for `parameter` where there are fewer than `least` images.
     """
     wrong: dict[str, Any] = {"parameter": parameter, "value": folder}
     found: list[Reference]

@@ -74,8 +74,7 @@ def _structural(function: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
 def load_lpips(net: str = "alex", *, device: str | torch.device = "cpu") -> Callable[..., torch.Tensor]:
     """LPIPS v0.1 (Zhang et al. 2018): a function of two batches [N, 3, H, W] in [0, 1] that returns distances [N].
 
-    net: "alex", "vgg" or "squeeze". The backbone's weights come from torchvision: from its cache, or downloaded. Raises
-    InputError where the package or the weights are missing.
+    Raises InputError where the package, or the weights of the backbone (from torchvision) are missing.
     """
     lpips = library("lpips", "lpips", "LPIPS")
     try:
@@ -104,11 +103,10 @@ METRICS.add("lpips")(
 def pair(
     outputs: Sequence[Reference], others: Sequence[Reference], *, parameter: str, partial: bool = False
 ) -> tuple[list[tuple[Reference, Reference]], str]:
-    """Pair references by name, or in their order where no name matches at all.
+    """Pair references by relative name without suffix, or in their order where no name matches at all.
 
-    Names are relative and without suffix. Where they do not all match, numbers in them compare as numbers: 1 is 001,
-    and 2 comes before 10. Returns (pairs, "stem", "number" or "order"). parameter: the option that names the other
-    folder. Raises InputError for images without a partner, unless `partial`, and for two files of one name.
+    Where names do not all match, numbers in them compare as numbers: 1 is 001, and 2 comes before 10. Returns (pairs,
+    "stem", "number" or "order"). Raises InputError for images without a partner, unless `partial`.
     """
     a, b = _by_stem(outputs, "outputs"), _by_stem(others, parameter)
     common, alone = [stem for stem in a if stem in b], [stem for stem in [*a, *b] if not (stem in a and stem in b)]
@@ -118,17 +116,13 @@ def pair(
             return [(numbered[0][name], numbered[1][name]) for name in numbered[0]], "number"
     if not common:
         if len(outputs) != len(others):
-            raise InputError(
-                f"no file name in `outputs` occurs in `{parameter}` and the counts differ ({len(outputs)} and "
-                f"{len(others)} images): they can be paired neither by name nor by order"
-            )
+            counts = f"the counts differ ({len(outputs)} and {len(others)} images)"
+            raise InputError(f"no file name in `outputs` occurs in `{parameter}` and {counts}: nothing can be paired")
         return list(zip(*([found[stem] for stem in sorted(found, key=natural)] for found in (a, b)))), "order"
     if alone and not partial:
-        raise InputError(
-            f"`outputs` has {len(outputs)} images and `{parameter}` {len(others)}, but {len(alone)} have no partner of "
-            f"the same name, the first is {display_name(alone[0])!r}; with `partial` True the {len(common)} pairs are "
-            "measured"
-        )
+        first = f"{len(alone)} have no partner of the same name, the first is {display_name(alone[0])!r}"
+        counts = f"`outputs` has {len(outputs)} images and `{parameter}` {len(others)}"
+        raise InputError(f"{counts}, but {first}; with `partial` True the {len(common)} pairs are measured")
     return [(a[stem], b[stem]) for stem in common], "stem"
 
 

@@ -1,10 +1,7 @@
 """One evaluation: measure translated images by a named protocol.
 
-`evaluate` returns plain numbers together with everything that a reader needs to compare them: protocol, feature
-network, pairing, counts and warnings. In Python:
-
-    result, images = evaluate(Evaluation(outputs="output", sources="ref_imgs", targets="afhq/val/dog"))
-    result["metrics"]["fid"]
+result, images = evaluate(Evaluation(outputs="output", sources="ref_imgs", targets="afhq/val/dog"))
+result["metrics"]["fid"]
 """
 
 import functools
@@ -107,11 +104,10 @@ class Results(Checked):
 
     def prepare(self, options: Evaluation) -> None:
         """Raise InputError where these and an evaluation's options do not go together; make the folders."""
-        if stats := self.save_stats:
-            right = options.outputs is None and options.targets is not None and stats.endswith(".npz")
-            if not right or is_statistics(str(options.targets)):
-                reason = "it needs the images of `targets`, no `outputs`, and a name that ends in .npz"
-                raise InputError(reason, parameter="save_stats", value=stats)
+        images = options.outputs is None and options.targets is not None and not is_statistics(options.targets)
+        if self.save_stats and not (images and self.save_stats.endswith(".npz")):
+            reason = "it needs the images of `targets`, no `outputs`, and a name that ends in .npz"
+            raise InputError(reason, parameter="save_stats", value=self.save_stats)
         if self.per_image and not self.out:
             raise InputError("it needs `out`", parameter="per_image", value=True)
         for name, path in (("save_stats", self.save_stats), ("out", self.out)):
@@ -180,10 +176,7 @@ class Instruments:
 
 
 def reader(extractor: Extractor, options: Evaluation | None = None) -> tuple[Callable[..., torch.Tensor], str]:
-    """How images reach a feature network: (a function as `read_image` with a size, a description of both).
-
-    Raises InputError for options that do not go together.
-    """
+    """How images reach a feature network: (a function as `read_image` with a size, a description of both)."""
     options = options or Evaluation()
     if options.protocol == "egsde-male2female":
         if not extractor.name.startswith("inception") or options.native_size:
@@ -316,21 +309,15 @@ class _Measuring:
         if y is None:
             return
         if (width := len(y[0])) != x.shape[1]:
-            raise InputError(
-                f"it has {width} features, and `outputs` has {x.shape[1]}; both need one feature network and, with "
-                "`native_size`, one whose features do not depend on the size",
-                parameter="targets",
-                value=self.options.targets,
-            )
+            reason = f"it has {width} features, and `outputs` has {x.shape[1]}; both need one feature network and size"
+            raise InputError(reason, parameter="targets", value=self.options.targets)
         inception = table.is_inception(self.result["protocol"])
         smallest = min(map(len, self.sets))
         for parameter, count in (("outputs", smallest), ("targets", self.result["counts"]["targets"])):
             if count is not None and count <= width:
-                biased = f"{table.Value(METRICS['fid']).words(inception)}s are biased"
-                self.warn(
-                    f"{parameter}: too few images for the covariance's rank: {count} images for {width} features make "
-                    f"it singular, and {biased}: compare them only with those of as many images"
-                )
+                words = f"too few images for the covariance's rank: {count} images for {width} features"
+                name = table.Value(METRICS["fid"]).words(inception)
+                self.warn(f"{parameter}: {words}; {name}s are biased, and comparable at the same count only")
         for metric in table.of_kind("distance"):
             if isinstance(y, tuple) and not metric.of_gaussian:
                 label = table.Value(metric).words(inception)
@@ -383,9 +370,7 @@ class _Measuring:
             place = {other.path: k for k, other in enumerate(self.others["truth"])}
             own = np.array([place[partners[self.found[i].path].path] for i in chosen])
         shown = {name: values[chosen] for name, values in outputs.items()}
-        for metric in fitting:
-            if metric.needs_truth and truths is None:
-                continue
+        for metric in (metric for metric in fitting if truths is not None or not metric.needs_truth):
             values = np.asarray(metric.compute(shown, truths, own), np.float64)  # type: ignore[misc]
             self.add(table.Value(metric), [self.found[i] for i in chosen], values)
             if metric.how:
@@ -416,8 +401,7 @@ class _Measuring:
                 images = [read(batch, "outputs")]
                 images += [read([partners[output.path] for output in batch], ROLES[role])] if role else []
                 for value in values:
-                    name = value.metric.name
-                    self.add(value, batch, measure(name, computes[name], *images))
+                    self.add(value, batch, measure(value.metric.name, computes[value.metric.name], *images))
 
     def add(self, value: table.Value, outputs: Sequence[Reference], numbers: np.ndarray | torch.Tensor) -> None:
         """Add the numbers of a value to the outputs' rows."""

@@ -13,8 +13,6 @@ from ..run import files
 from . import charts, table
 from .charts import Result, name_of
 
-FILES = ("table.md", "table.csv", "results.json", "report.html", *charts.TRADE_OFFS)
-"""Files beside the folders of a comparison's rows."""
 PUBLISHED = {"fid": "published FID", "source_ssim": "published SSIM"}
 
 TEMPLATE = """\
@@ -73,10 +71,9 @@ def write(
     results: Sequence[Result], notes: Sequence[str], *, name: str, save_dir: str, sources: str, truth: str | None,
     count: int,
 ) -> str:  # fmt: skip
-    """Write `FILES` of a comparison into its save folder; returns the text of table.md.
+    """Write the files of a comparison into its save folder; returns the text of table.md.
 
-    notes: facts that a reader needs beside the numbers. sources, truth: folders of the report's pictures. count: number
-    of references in it.
+    notes: facts beside the numbers. sources, truth: folders of the report's pictures, of `count` references.
     """
     import jinja2  # comes with torch
     from markupsafe import Markup
@@ -144,10 +141,7 @@ def mean_weights(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]
 def pictures(
     folders: Sequence[tuple[str, str]], truth: str | None, count: int
 ) -> list[tuple[str, list[dict[str, str] | None]]]:
-    """Columns of pictures, (name, pictures as `picture` gives them), of what all folders have.
-
-    folders: (name, path) of the references and of what every row made of them. truth: a folder that may have fewer.
-    """
+    """Columns (name, pictures) of what all folders, (name, path), have. truth: a folder that may have fewer."""
     shown = [*folders, ("truth", truth)] if truth else folders
     made = [{reference.stem: reference for reference in list_references(folder)} for _, folder in shown]
     stems = [stem for stem in made[0] if all(stem in images for images in made[: len(folders)])]
