@@ -255,7 +255,7 @@ def test_folder_of_a_run(tmp_path):
     assert "| negative impact | 0.125 |" in table.markdown(result)
     for damaged in ("[1]", '{"a":' * 200_000, '{"negative_impact": Infinity}'):
         (run / "run.json").write_text(damaged)
-        result = measured(outputs=run, truth=run, image_size=16)
+        result = measured(outputs=run, truth=run, image_size=16, partial=True)
         assert result["metrics"]["negative_impact"] is None and result["metrics"]["truth_l2"] == 0
 
 
