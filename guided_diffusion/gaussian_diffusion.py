@@ -274,15 +274,15 @@ class GaussianDiffusion:
             reason = f"the model gives {given} channels for {channels} image channels"
             raise ValueError(f"{reason}; learn_sigma={learned} needs {wanted}")
         low = self.extract("posterior_log_variance_clipped", t, x.ndim)
+        if learned:
+            prediction, values = model_output.split(channels, dim=1)
+            fraction = (values + 1) / 2
+            values = fraction * self.extract("log_betas", t, x.ndim) + (1 - fraction) * low
+            return prediction, values.exp(), values
         if self.model_var_type is ModelVarType.FIXED_SMALL:  # 0 at t = 0, where only its logarithm is clipped
             return model_output, self.extract("posterior_variance", t, x.ndim), low
-        if self.model_var_type is ModelVarType.FIXED_LARGE:
-            variance = self.extract("fixed_large_variance", t, x.ndim)
-            return model_output, variance, self.extract("log_fixed_large_variance", t, x.ndim)
-        prediction, values = model_output.split(channels, dim=1)
-        fraction = (values + 1) / 2
-        values = fraction * self.extract("log_betas", t, x.ndim) + (1 - fraction) * low
-        return prediction, values.exp(), values
+        variance = self.extract("fixed_large_variance", t, x.ndim)
+        return model_output, variance, self.extract("log_fixed_large_variance", t, x.ndim)
 
     def _pred_xstart(self, prediction, x, t):
         if self.model_mean_type is ModelMeanType.START_X:
@@ -409,7 +409,7 @@ class GaussianDiffusion:
         `out` of `p_mean_variance`, a function of x that can be differentiated.
         """
         options = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
-        step = functools.partial(self.p_sample, model, **options)
+        step = functools.partial(self.p_sample, model, **options, cond_fn_with_grad=cond_fn_with_grad)
         start = self._start(model, shape, noise, device, skip_timesteps, init_image)
         return self._loop(step, *start, model, model_kwargs, progress, randomize_class, cond_fn_with_grad)
 
@@ -423,7 +423,7 @@ class GaussianDiffusion:
     ) -> Iterator[Step]:  # fmt: skip
         """Run DDIM sampling with `ddim_sample`'s eta; otherwise as `p_sample_loop_progressive`."""
         options = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn, "eta": eta}
-        step = functools.partial(self.ddim_sample, model, **options)
+        step = functools.partial(self.ddim_sample, model, **options, cond_fn_with_grad=cond_fn_with_grad)
         start = self._start(model, shape, noise, device, skip_timesteps, init_image)
         return self._loop(step, *start, model, model_kwargs, progress, randomize_class, cond_fn_with_grad)
 
@@ -447,7 +447,6 @@ class GaussianDiffusion:
 
     def _loop(self, step, x, indices, model, model_kwargs, progress, randomize_class, with_grad):
         """Yield step(x, t, model_kwargs=…) at each of the indices."""
-        step = functools.partial(step, cond_fn_with_grad=True) if with_grad else step
         if progress:
             from tqdm.auto import tqdm
 

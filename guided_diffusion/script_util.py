@@ -9,23 +9,18 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from .errors import InputError, log, renaming
+from .errors import InputError, renaming
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .respace import SpacedDiffusion, space_timesteps
 
 if TYPE_CHECKING:
     from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
-NUM_CLASSES = 1000
-"""Number of classes where none is given; a script may set another."""
+NUM_CLASSES = 1000  # where no number is given; a script may set another
 
+# Default channel multipliers by image size; those of super-resolution models by the size of their output.
 CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
-"""Default channel multipliers by image size."""
-
 SR_CHANNEL_MULT = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4)}
-"""Default channel multipliers of super-resolution models, by the size of their output."""
 
 
 def _defaults(function):
@@ -145,17 +140,11 @@ def create_model(
 
     flags = dict(locals())
     _check_configuration(configuration, in_channels, learn_sigma)
-    factors = attention_factors(attention_resolutions, image_size)
-    mults = channel_multipliers(channel_mult, image_size, super_res=super_res)
-    if factors and not {2**level for level in range(len(mults))} & {*factors} and not torch.empty(0).is_meta:
-        sides = ", ".join(str(image_size >> level) for level in range(len(mults)))
-        text = "attention_resolutions=%s: no level has such a side (they have %s); only the middle block attends"
-        log.warning(text, attention_resolutions, sides)
     flags |= {
         "model_channels": num_channels,
         "out_channels": in_channels * (2 if learn_sigma else 1),
-        "attention_resolutions": factors,
-        "channel_mult": mults,
+        "attention_resolutions": attention_factors(attention_resolutions, image_size),
+        "channel_mult": channel_multipliers(channel_mult, image_size, super_res=super_res),
         "num_classes": (NUM_CLASSES if num_classes is None else num_classes) if class_cond else None,
     }
     return (SuperResModel if super_res else UNetModel)(**_arguments(UNetModel, flags))
@@ -220,19 +209,17 @@ def sr_create_model_and_diffusion(
 ) -> "tuple[SuperResModel, SpacedDiffusion]":  # fmt: skip
     """Create the super-resolution model and its diffusion process; see `sr_create_model`."""
     flags = dict(locals(), sigma_small=False)
-    return sr_create_model(**_arguments(sr_create_model, flags)), create_diffusion(**flags)
+    model = sr_create_model(large_size, small_size, **_arguments(create_model, flags))
+    return model, create_diffusion(**flags)
 
 
-def sr_create_model(
-    large_size: int, small_size: int, num_channels: int, num_res_blocks: int, learn_sigma: bool, class_cond: bool,
-    use_checkpoint: bool, attention_resolutions: str, num_heads: int, num_head_channels: int, num_heads_upsample: int,
-    use_scale_shift_norm: bool, dropout: float, resblock_updown: bool, use_fp16: bool, *, channel_mult: str = "",
-    num_classes: int | None = None,
-) -> "SuperResModel":  # fmt: skip
-    """Create the UNet that enlarges images to large_size. They can have any size; small_size is not used."""
-    flags = dict(locals(), image_size=large_size, super_res=True)
+def sr_create_model(large_size: int, small_size: int, **flags: Any) -> "SuperResModel":
+    """Create the UNet that enlarges images to large_size. They can have any size; small_size is not used.
+
+    flags: of `create_model`.
+    """
     with renaming({"image_size": "large_size"}):
-        return create_model(**_arguments(create_model, flags))
+        return create_model(large_size, super_res=True, **flags)
 
 
 def create_gaussian_diffusion(

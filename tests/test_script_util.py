@@ -120,11 +120,3 @@ def test_signatures_list_the_flags_and_their_defaults(create, defaults, count):
     assert {name: inspect.signature(create).parameters[name].default for name in arguments} == defaults
     with pytest.raises(TypeError, match="unknown_flag"):
         create(unknown_flag=1)
-
-
-def test_attention_at_no_level_is_said(caplog):
-    create_model(**{**TINY, "image_size": 48, "attention_resolutions": "16,8"})
-    assert "only the middle block attends" in caplog.text and "48, 24" in caplog.text
-    caplog.clear()
-    create_model(**TINY)
-    assert not caplog.messages
