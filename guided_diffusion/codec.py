@@ -57,8 +57,8 @@ def pixels(channels: int) -> Pixels:
 class Autoencoder:
     """The codec of latent models: a KL or VQ autoencoder, scaled and shifted to unit variance.
 
-    network: as diffusers' AutoencoderKL, AutoencoderTiny and VQModel; of a KL one, the mode of its distribution counts.
-    scale, shift: latents are (encoded - shift) * scale.
+    network: as diffusers' AutoencoderKL (whose mode counts), AutoencoderTiny and VQModel. Latents are
+    (encoded - shift) * scale.
     """
 
     def __init__(self, network: Any, scale: float = 1.0, shift: float = 0.0, factor: int = 8) -> None:

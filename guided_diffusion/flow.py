@@ -1,9 +1,8 @@
 """Other processes as variance-preserving ones: flow matching, x = (1 - s) x_0 + s eps, and EDM, x = x_0 + s eps.
 
 Every process x = a x_0 + s eps becomes variance preserving after division by sqrt(a^2 + s^2), with
-alpha_bar = a^2 / (a^2 + s^2). `process` makes a `GaussianDiffusion` of a list of s; `FlowMatching` and `EDM` wrap a
-network: they undo the division, call it at its own time, and return its prediction of x_0. Manifolds, energies and
-solvers stay as they are. A DDIM step with eta = 0 on the result is the Euler step of the original process.
+alpha_bar = a^2 / (a^2 + s^2). `FlowMatching` and `EDM` wrap a network: they undo the division, call it at its own time,
+and return its prediction of x_0. A DDIM step with eta = 0 on the result is the Euler step of the original process.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +13,7 @@ import torch
 
 from .gaussian_diffusion import GaussianDiffusion, ModelMeanType
 
-LEAST_ALPHA_BAR = 1e-5
-"""alpha_bar of pure noise, s = 1 of flow matching: a process divides by its root."""
+LEAST_ALPHA_BAR = 1e-5  # of pure noise, s = 1 of flow matching: a process divides by its root
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

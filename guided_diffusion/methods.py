@@ -1,7 +1,6 @@
 """Methods by name: their options, and a method bound to a target, ready to translate batches of pictures.
 
-The functions of tensors are in `sddm` and `baselines`; here are the options that commands, `Translator`
-and presets share, and the loading of extractors and classifiers. To add a method, register a subclass of `Method`.
+The functions of tensors are in `sddm` and `baselines`. To add a method, register a subclass of `Method`.
 """
 
 import dataclasses
@@ -29,11 +28,9 @@ from .sddm import LAMBDA, MERGES, VARIANTS
 from .solvers import SOLVERS, Noise, NotFiniteError, State, bind, check_finite, late_start, resolve_step
 from .target import Batch, Target
 
+# Options by name: subclasses of `EnergyOptions` and of `Method`.
 ENERGIES = Registry("energy", lambda entries: check_names([SDDM, *entries.values()]))
-"""Options of energies by name: subclasses of `EnergyOptions`."""
-
 METHODS = Registry("method", lambda entries: [check_names([each]) for each in entries.values()])
-"""Options of methods by name: subclasses of `Method`."""
 
 Sampler = Callable[..., Tensor]
 

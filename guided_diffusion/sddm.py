@@ -34,8 +34,7 @@ PUBLISHED_STEPS = 100  # of the schedule that LAMBDA is for
 REFINEMENTS = 4  # extra updates of the `released` variant before its last guided step
 MERGES = ("min_norm", "linear")
 
-VARIANTS = Registry("variant")
-"""How a guided step moves, by name: functions of (guide, x, i, noise) like `manifold`."""
+VARIANTS = Registry("variant")  # how a guided step moves: functions of (guide, x, i, noise) like `manifold`
 
 
 @dataclass(frozen=True)

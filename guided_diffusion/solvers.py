@@ -21,8 +21,7 @@ from .errors import InputError
 from .gaussian_diffusion import GaussianDiffusion, recordable
 from .registry import Registry
 
-SOLVERS = Registry("sampler")
-"""Solvers by name: classes of (diffusion, eta)."""
+SOLVERS = Registry("sampler")  # solvers by name: classes of (diffusion, eta)
 
 Prediction = dict[str, Any]
 Denoise = Callable[[Tensor, int], Prediction]

@@ -34,10 +34,10 @@ class Batch:
 class Target:
     """A diffusion model that is ready to sample: everything that a method needs to know about it.
 
-    model: model(x, t) -> prediction [N, C or 2C, H, W], with class, prompt and guidance scale applied and evaluations
-    counted; condition(batch) gives it where classes or prompts differ. diffusion: the process, always variance
-    preserving. codec: pixels to what the model denoises, of shape (C, H, W), and back to pictures of side image_size.
-    info, options: the checkpoint's `ModelInfo`, and how it was loaded. sigma_small: variance where the model has none.
+    model: model(x, t) -> prediction [N, C or 2C, H, W], with class and prompt applied and evaluations counted;
+    condition(batch) gives it where these differ. diffusion: always variance preserving. codec: pixels to what the model
+    denoises, of shape (C, H, W), and back to pictures of side image_size. info, options: the checkpoint's `ModelInfo`,
+    and how it was loaded.
     """
 
     model: Callable[..., torch.Tensor]

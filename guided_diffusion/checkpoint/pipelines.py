@@ -1,8 +1,7 @@
 """Pipelines of diffusers as targets: latents, prompts and flow matching. Needs the package diffusers.
 
-A pipeline stays as it is: its network, text encoders, autoencoder and scheduler are called, so that offloading, LoRA
-and compilation of its parts work. Of the scheduler, the process and its list of timesteps count, not its way to take a
-step. `KINDS` has the supported pipelines by class name; another one needs a subclass of `Pipeline`.
+A pipeline's parts are called as they are, so that offloading, LoRA and compilation work. Of the scheduler, the process
+and its timesteps count, not its way to take a step. Another kind of pipeline needs a subclass of `Pipeline`.
 """
 
 import glob
@@ -28,8 +27,7 @@ from ..target import Batch, Counted, Target
 from . import diffusers
 from .reading import hash_file, read_json_object
 
-KINDS = Registry("pipeline")
-"""Pipelines by the name of their class: `Pipeline` and its subclasses."""
+KINDS = Registry("pipeline")  # pipelines by the name of their class: `Pipeline` and its subclasses
 OTHERS = ("FlowMatchEuler", "EDM")  # schedulers of processes that `flow` makes variance preserving
 
 
