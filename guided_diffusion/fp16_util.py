@@ -66,3 +66,7 @@ class MixedPrecisionTrainer:
         """The model's state dict with other values of its parameters, such as averages."""
         names = (name for name, _ in self.model.named_parameters())
         return {**self.model.state_dict(), **dict(zip(names, master_params))}
+
+    def state_dict_to_master_params(self, state_dict: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The values of the model's parameters in a state dict, in their order."""
+        return [state_dict[name] for name, _ in self.model.named_parameters()]
