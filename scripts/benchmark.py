@@ -11,13 +11,16 @@ the same references and with the same model. To resume an interrupted benchmark,
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # found from any working directory
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "benchmarks")]  # found from any working directory
 
 from guided_diffusion.cli import main as command
 
 command.start()
 
-from guided_diffusion.cli import comparison, rows
+import comparison
+import rows
+
 from guided_diffusion.cli.extensions import Extensions
 from guided_diffusion.cli.flags import Given, Parser
 from guided_diffusion.evaluation import Evaluation

@@ -11,15 +11,15 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import comparison
 import fronts
 import pytest
+import rows as commands
 import tiny
 from conftest import ROOT
 from scripts_in_process import load_script, run_script
 
 from guided_diffusion import evaluation
-from guided_diffusion.cli import comparison
-from guided_diffusion.cli import rows as commands
 from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import Evaluation, charts, report
 from guided_diffusion.evaluation.distances import kernel_distance

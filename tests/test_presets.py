@@ -7,13 +7,13 @@ import shutil
 import subprocess
 
 import pytest
+import rows
 import tiny
 from conftest import ROOT
 from scripts_in_process import load_script, message, run_script
 
 from guided_diffusion import Translator
 from guided_diffusion.checkpoint.reconcile import ModelFlags
-from guided_diffusion.cli import rows
 from guided_diffusion.cli.flags import preset_flags
 from guided_diffusion.errors import InputError
 from guided_diffusion.methods import ENERGIES, METHODS, energy_names

@@ -27,9 +27,10 @@ from torch.nn import functional as F
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE.parent)]
 
-from guided_diffusion.cli import rows as tables
+import rows as tables
+
 from guided_diffusion.evaluation import charts
 from guided_diffusion.evaluation.distances import (
     bootstrap_kernel,

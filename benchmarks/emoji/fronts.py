@@ -27,11 +27,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
+sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent)]
 
+import rows as tables
 from judge import SKIN_TONE, content, judged, load_judge, target_vendor
 
-from guided_diffusion.cli import rows as tables
 from guided_diffusion.errors import InputError
 from guided_diffusion.evaluation import charts
 from guided_diffusion.evaluation.charts import Point, front

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import InputError, display_name, reading, shown
-from ..presets import ROOT
-from .flags import preset_flags
+from guided_diffusion.cli.flags import preset_flags
+from guided_diffusion.errors import InputError, display_name, reading, shown
+from guided_diffusion.presets import ROOT
 
 SCRIPTS = os.path.join(ROOT, "scripts")
 OWN_FLAGS = ("model_path", "base_samples", "save_dir", "seed", "num_samples", "batch_size", "device")

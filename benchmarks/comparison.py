@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ..errors import InputError, display_name, library, log, shown
-from ..evaluation import METRICS, Evaluation, Instruments, evaluate, report, table
-from ..evaluation.features import NAMED
-from ..image_datasets import list_references
-from ..options import Checked, option
-from ..presets import ROOT
-from ..run import files
-from ..run import record as run_record
-from ..run.record import curves
-from .rows import SCRIPTS, Row, refuse_own_flags
+from rows import SCRIPTS, Row, refuse_own_flags
+
+from guided_diffusion.errors import InputError, display_name, library, log, shown
+from guided_diffusion.evaluation import METRICS, Evaluation, Instruments, evaluate, report, table
+from guided_diffusion.evaluation.features import NAMED
+from guided_diffusion.image_datasets import list_references
+from guided_diffusion.options import Checked, option
+from guided_diffusion.presets import ROOT
+from guided_diffusion.run import files
+from guided_diffusion.run import record as run_record
+from guided_diffusion.run.record import curves
 
 TRIAL = 3  # references of a trial
 
