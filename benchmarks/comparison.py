@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import report
 from rows import SCRIPTS, Row, refuse_own_flags
 
 from guided_diffusion.errors import InputError, display_name, library, log, shown
-from guided_diffusion.evaluation import METRICS, Evaluation, Instruments, evaluate, report, table
+from guided_diffusion.evaluation import METRICS, Evaluation, Instruments, evaluate, table
 from guided_diffusion.evaluation.features import NAMED
 from guided_diffusion.image_datasets import list_references
 from guided_diffusion.options import Checked, option

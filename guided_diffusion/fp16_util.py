@@ -12,6 +12,18 @@ from torch import nn
 from . import logger
 
 
+def convert_module_to_f16(module: nn.Module) -> None:
+    """Convert the weights of a convolution to float16; other modules stay as they are. For `nn.Module.apply`."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        module.half()
+
+
+def convert_module_to_f32(module: nn.Module) -> None:
+    """Undo `convert_module_to_f16`."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        module.float()
+
+
 class MixedPrecisionTrainer:
     """Backward pass and optimizer step of a model, with a loss scale where it computes in float16.
 

@@ -11,9 +11,11 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import charts
 import comparison
 import fronts
 import pytest
+import report
 import rows as commands
 import tiny
 from conftest import ROOT
@@ -21,7 +23,7 @@ from scripts_in_process import load_script, run_script
 
 from guided_diffusion import evaluation
 from guided_diffusion.errors import InputError
-from guided_diffusion.evaluation import Evaluation, charts, report
+from guided_diffusion.evaluation import Evaluation
 from guided_diffusion.evaluation.distances import kernel_distance
 from guided_diffusion.run.record import curves
 

@@ -31,7 +31,7 @@ NAMES = """
 dist_util: load_state_dict dev setup_dist sync_params
 logger: configure log get_dir dumpkvs logkv logkv_mean logkvs getkvs warn info debug error
 train_util: TrainLoop log_loss_dict parse_resume_step_from_filename
-fp16_util: MixedPrecisionTrainer
+fp16_util: MixedPrecisionTrainer convert_module_to_f16 convert_module_to_f32
 script_util: classifier_and_diffusion_defaults sr_create_model_and_diffusion sr_model_and_diffusion_defaults NUM_CLASSES
 script_util: create_classifier_and_diffusion create_model add_dict_to_argparser args_to_dict create_classifier
 script_util: model_and_diffusion_defaults create_model_and_diffusion classifier_defaults create_gaussian_diffusion

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report
 import torch
 from conftest import GOLDEN_DIR, ROOT, golden_index, golden_metrics
 from PIL import Image
@@ -29,7 +30,6 @@ from guided_diffusion.evaluation import (
     images,
     paired_metric,
     pairs,
-    report,
     set_distance,
     table,
 )

@@ -9,6 +9,7 @@ import torch
 
 from guided_diffusion import logger
 from guided_diffusion.errors import InputError
+from guided_diffusion.fp16_util import convert_module_to_f16, convert_module_to_f32
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.train_util import TrainLoop, log_loss_dict, parse_resume_step_from_filename
@@ -99,3 +100,10 @@ def test_helpers(folder):
     assert {name: parse_resume_step_from_filename(name) for name in names} == names
     log_loss_dict(make().diffusion, torch.tensor([0, 29, 8]), {"mse": torch.tensor([1.0, 2.0, 6.0])})
     assert logger.dumpkvs() == {"mse": 3.0, "mse_q0": 1.0, "mse_q1": 6.0, "mse_q3": 2.0}
+
+
+def test_convolutions_alone_are_converted_to_half_precision_and_back():
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.Linear(1, 1))
+    steps = convert_module_to_f16, convert_module_to_f32
+    dtypes = [[p.dtype for p in network.apply(step).parameters()] for step in steps]
+    assert dtypes == [[torch.float16] * 2 + [torch.float32] * 2, [torch.float32] * 4]

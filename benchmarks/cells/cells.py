@@ -29,9 +29,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(HERE.parent)]
 
+import charts
 import rows as tables
 
-from guided_diffusion.evaluation import charts
 from guided_diffusion.evaluation.distances import (
     bootstrap_kernel,
     bootstrap_mean,

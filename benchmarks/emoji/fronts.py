@@ -29,12 +29,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent)]
 
+import charts
 import rows as tables
+from charts import Point, front
 from judge import SKIN_TONE, content, judged, load_judge, target_vendor
 
 from guided_diffusion.errors import InputError
-from guided_diffusion.evaluation import charts
-from guided_diffusion.evaluation.charts import Point, front
 from guided_diffusion.evaluation.distances import (
     bootstrap_kernel,
     frechet_of_roots,

@@ -5,13 +5,14 @@ import io
 import os
 from collections.abc import Sequence
 
+import charts
 import numpy as np
+from charts import Result, name_of
 from PIL import Image
 
-from ..image_datasets import ImageError, Reference, list_references, load_image
-from ..run import files
-from . import charts, table
-from .charts import Result, name_of
+from guided_diffusion.evaluation import table
+from guided_diffusion.image_datasets import ImageError, Reference, list_references, load_image
+from guided_diffusion.run import files
 
 PUBLISHED = {"fid": "published FID", "source_ssim": "published SSIM"}
 

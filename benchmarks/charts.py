@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..errors import library
-from . import table
+from guided_diffusion.errors import library
+from guided_diffusion.evaluation import table
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07d00", "#3a9bd9", "#7a4fbf", "#777777")
 DASHES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (3, 1)), (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))
