@@ -5,6 +5,7 @@
 environment variable OPENAI_LOG_FORMAT, in ranks above 0 of OPENAI_LOG_FORMAT_MPI, with "-rankNNN" in the names.
 """
 
+import contextlib
 import csv
 import datetime
 import functools
@@ -13,8 +14,9 @@ import itertools
 import json
 import os
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -143,6 +145,17 @@ def configure(dir: str | None = None, format_strs: Iterable[str] | None = None) 
     Logger.CURRENT = logger
 
 
+@contextlib.contextmanager
+def scoped_configure(dir: str | None = None, format_strs: Iterable[str] | None = None) -> Iterator[None]:
+    """`configure` for the length of a with-block."""
+    previous = Logger.CURRENT
+    configure(dir, format_strs)
+    try:
+        yield
+    finally:
+        Logger.CURRENT = previous
+
+
 def get_current() -> Logger:
     """The logger in use; the first call configures one."""
     if Logger.CURRENT is None:
@@ -167,6 +180,17 @@ def logkv_mean(key: str, val: Any) -> None:
 def logkvs(d: Mapping[str, Any]) -> None:
     """Note several values for the next row."""
     get_current().values.update(d)
+
+
+@contextlib.contextmanager
+def profile_kv(scopename: str) -> Iterator[None]:
+    """Add the seconds that a with-block takes to the value `wait_NAME` of the next row."""
+    start = time.time()
+    try:
+        yield
+    finally:
+        values = get_current().values
+        values[f"wait_{scopename}"] = values.get(f"wait_{scopename}", 0.0) + time.time() - start
 
 
 def dumpkvs() -> dict[str, Any]:

@@ -50,14 +50,14 @@ class TrainLoop:
         self.world_size = torch.distributed.get_world_size() if grouped else 1
         self.global_batch = batch_size * self.world_size
         self.step = 0
-        self.resume_step = parse_resume_step_from_filename(resume_checkpoint)
-        self.resume_folder = os.path.dirname(resume_checkpoint)
-        if resume_checkpoint:
-            self._load(model, resume_checkpoint)
+        self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint
+        self.resume_step = parse_resume_step_from_filename(self.resume_checkpoint)
+        if self.resume_checkpoint:
+            self._load(model, self.resume_checkpoint)
         dist_util.sync_params(model.parameters())
         self.mp_trainer = MixedPrecisionTrainer(model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth)
         self.opt = torch.optim.AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
-        optimizer_path = os.path.join(self.resume_folder, f"opt{self.resume_step:06}.pt")
+        optimizer_path = os.path.join(os.path.dirname(self.resume_checkpoint), f"opt{self.resume_step:06}.pt")
         if self.resume_step and os.path.exists(optimizer_path):
             moments, _ = load_optimizer_file(optimizer_path, list(self.mp_trainer.master_params))
             self.opt.load_state_dict({**self.opt.state_dict(), "state": moments})
@@ -78,8 +78,8 @@ class TrainLoop:
 
     def _average(self, rate: float) -> list[torch.Tensor]:
         """The average of a rate beside the checkpoint that is resumed, or the model's parameters."""
-        averaged, path = self.model, os.path.join(self.resume_folder, f"ema_{rate}_{self.resume_step:06d}.pt")
-        if self.resume_step and os.path.exists(path):
+        averaged, path = self.model, find_ema_checkpoint(self.resume_checkpoint, self.resume_step, rate)
+        if self.resume_step and path:
             averaged = copy.deepcopy(self.model)
             self._load(averaged, path)
         params = [p.detach().clone() for p in averaged.parameters()]
@@ -138,7 +138,7 @@ class TrainLoop:
             model = state_dict(self.mp_trainer.master_params)
             for kind, state in {**averages, "opt": self.opt.state_dict(), "model": model}.items():
                 logger.log(f"saving {kind}{step:06d}.pt...")
-                path = os.path.join(logger.get_dir(), f"{kind}{step:06d}.pt")
+                path = os.path.join(get_blob_logdir(), f"{kind}{step:06d}.pt")
                 write_atomically(path, lambda file, state=state: torch.save(state, file))
         if self.world_size > 1:
             torch.distributed.barrier()
@@ -149,6 +149,22 @@ def parse_resume_step_from_filename(filename: str) -> int:
     _, found, rest = filename.rpartition("model")
     number = rest.split(".")[0]
     return int(number) if found and number.isascii() and number.isdigit() and len(number) <= 18 else 0
+
+
+def get_blob_logdir() -> str:
+    """The folder of a run's files."""
+    return logger.get_dir() or "."
+
+
+def find_resume_checkpoint() -> str | None:
+    """A checkpoint to resume from, found automatically: none. Scripts replace this function."""
+    return None
+
+
+def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | str) -> str | None:
+    """The average of a rate that lies beside a checkpoint of a step, or None."""
+    path = os.path.join(os.path.dirname(main_checkpoint or ""), f"ema_{rate}_{step:06d}.pt")
+    return path if main_checkpoint and os.path.exists(path) else None
 
 
 def log_loss_dict(diffusion: GaussianDiffusion, ts: torch.Tensor, losses: dict[str, torch.Tensor]) -> None:

@@ -29,8 +29,8 @@ from resizer import Resizer
 
 NAMES = """
 dist_util: load_state_dict dev setup_dist sync_params
-logger: configure log get_dir dumpkvs logkv logkv_mean logkvs getkvs warn info debug error
-train_util: TrainLoop log_loss_dict parse_resume_step_from_filename
+logger: configure log get_dir dumpkvs logkv logkv_mean logkvs getkvs warn info debug error scoped_configure profile_kv
+train_util: TrainLoop log_loss_dict parse_resume_step_from_filename find_resume_checkpoint find_ema_checkpoint
 fp16_util: MixedPrecisionTrainer convert_module_to_f16 convert_module_to_f32
 script_util: classifier_and_diffusion_defaults sr_create_model_and_diffusion sr_model_and_diffusion_defaults NUM_CLASSES
 script_util: create_classifier_and_diffusion create_model add_dict_to_argparser args_to_dict create_classifier

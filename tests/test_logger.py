@@ -102,3 +102,15 @@ def test_tensorboard(tmp_path, monkeypatch):
         logger.dumpkvs()
     calls = [call.args for call in writer.add_scalar.call_args_list]
     assert calls == [("loss", 0.5, 1), ("step", 1.0, 1), ("loss", 1.0, 2), ("step", 2.0, 2)]
+
+
+def test_a_scope_has_its_own_folder_and_profiles_add_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(logger.Logger, "CURRENT", None)
+    logger.configure(str(tmp_path / "a"), ["csv"])
+    with logger.scoped_configure(str(tmp_path / "b"), ["csv"]):
+        assert logger.get_dir() == str(tmp_path / "b")
+        for _ in range(2):
+            with logger.profile_kv("x"):
+                logger.logkv("loss", 1)
+        assert logger.dumpkvs().keys() == {"loss", "wait_x"}
+    assert logger.get_dir() == str(tmp_path / "a") and not logger.getkvs()

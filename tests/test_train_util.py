@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion import logger
+from guided_diffusion import logger, train_util
 from guided_diffusion.errors import InputError
 from guided_diffusion.fp16_util import convert_module_to_f16, convert_module_to_f32
 from guided_diffusion.resample import create_named_schedule_sampler
@@ -107,3 +107,13 @@ def test_convolutions_alone_are_converted_to_half_precision_and_back():
     steps = convert_module_to_f16, convert_module_to_f32
     dtypes = [[p.dtype for p in network.apply(step).parameters()] for step in steps]
     assert dtypes == [[torch.float16] * 2 + [torch.float32] * 2, [torch.float32] * 4]
+
+
+def test_scripts_find_their_own_checkpoints_by_replacing_the_function(folder, monkeypatch):
+    assert train_util.get_blob_logdir() == str(folder) and train_util.find_resume_checkpoint() is None
+    make(ema_rate=0.9).run_loop()
+    model = str(folder / "model000006.pt")
+    assert train_util.find_ema_checkpoint(model, 6, 0.9) == str(folder / "ema_0.9_000006.pt")
+    assert train_util.find_ema_checkpoint(model, 7, 0.9) is train_util.find_ema_checkpoint(None, 6, 0.9) is None
+    monkeypatch.setattr(train_util, "find_resume_checkpoint", lambda: model)
+    assert make(ema_rate=0.9).resume_step == 6
